@@ -17,7 +17,9 @@ it had, and go on so too. A machine that sleeps must lose nothing at all, wherev
 out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the powers of its betas up from step to step,
 and computes them anew, with other roundings, after a break.
 
-Mutants are those of tests/fuzz under other seeds. Prints counts; the exit code is 1 where one of these did not hold.
+Commands that run in a current folder full of modules and settings (--traps 1) must run none of them. Mutants are
+those of tests/fuzz under other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1
+where one of these did not hold.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from pathlib import Path
 import torch
 from fault_disks import CASES as DISKS
 from fault_disks import lose_and_resume
+from fault_folders import run_among_traps
 from fault_ranks import CASES, end_and_resume
 from fault_sleep import CASES as SLEEPS
 from fault_sleep import sleep_and_wake
@@ -45,7 +48,20 @@ from rwkv_peft.cli import counted
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_MEMORY = 2048  # MiB of a process that reads broken files, torch and pyarrow among them
 SLOWEST = 20  # seconds of a processor that a reader may take over a broken file
+
+
+def programs_started():
+    """A list that names each program which this process starts from now on."""
+    started = []
+
+    def hear(event, arguments):
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"):
+            started.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(hear)
+    return started
 
 
 def try_mutants(count, seed, folder):
@@ -60,7 +76,7 @@ def try_mutants(count, seed, folder):
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}
-    faults, tried, slowest = [], 0, (0.0, "")
+    faults, tried, slowest, started = [], 0, (0.0, ""), programs_started()
     for specimen in here:
         for number in range(seed * count, seed * count + count // len(here)):
             what, data = broken(specimen, number, others)
@@ -73,6 +89,8 @@ def try_mutants(count, seed, folder):
                     pass  # which is what a broken file is to end in
                 except Exception as error:  # whatever it is, it is a fault
                     faults.append(f"{specimen.file}, mutant {number}, {what}: {type(error).__name__}: {error}")
+            if started:
+                faults.append(f"{specimen.file}, mutant {number}, {what}: starts {started.pop()}")
             slowest = max(slowest, (time.process_time() - began, f"{specimen.file}, mutant {number}, {what}"))
         (folder / specimen.file).write_bytes(others[specimen.file])
     if slowest[0] > SLOWEST:
@@ -139,6 +157,7 @@ def main():
     )
     parser.add_argument("--races", type=int, default=40, help="over all writers")
     parser.add_argument("--mutants", type=int, default=0, help="over all readers")
+    parser.add_argument("--traps", type=int, default=0, help="1: commands in a folder that came with somebody's data")
     parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
@@ -152,12 +171,19 @@ def main():
         faults = try_writers(args, folder, rng)
         if args.saves or args.resumes or args.disks or args.ends or args.sleeps:
             faults += try_training(args, folder / "training", rng)
+        if args.traps:
+            tried = list(run_among_traps(folder / "traps"))
+            found = [fault for _, fault in tried if fault]
+            print(f"{len(tried)} commands among traps, {len(found)} faults")
+            faults += found
         if args.mutants:
             (folder / "fuzz").mkdir()
             tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             print(f"{tried} broken files, {len(found)} faults, peak memory {peak} MiB")
             print(f"the slowest: {slowest[0]:.1f} s, {slowest[1]}")
+            if peak > MOST_MEMORY:
+                found.append(f"broken files took {peak} MiB")
             faults += found
     print(*faults, sep="\n", end="\n" * bool(faults))
     return int(bool(faults))

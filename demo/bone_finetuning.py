@@ -10,7 +10,7 @@ from rwkv_peft.errors import ending_at_once, exit_on_user_error  # noqa: E402
 
 
 def main(argv):
-    """The command; a library that is missing or unknown is a user's mistake like any other."""
+    """Run the command; -> its exit code. Raises UserError, for a missing library too."""
     try:
         with ending_at_once():
             from rwkv_peft.hf import finetune

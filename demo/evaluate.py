@@ -1,9 +1,9 @@
-"""How many held-out questions does a model answer exactly?
+"""Count the held-out questions that a model answers exactly.
 
     python demo/evaluate.py --model demo/rwkv7-demo.pth --questions heldout.jsonl
     python demo/evaluate.py --model merged.pth --questions heldout.jsonl --runtime rwkv --at_least 0.9
 
-Reads the .pth of a byte-vocabulary model with this package, or with the `rwkv` package from PyPI (--runtime rwkv),
+Runs the .pth of a byte-vocabulary model with this package, or with the `rwkv` package from PyPI (--runtime rwkv),
 continues each prompt greedily up to the end of the line, and compares with the completion letter by letter.
 """
 
@@ -19,13 +19,13 @@ from rwkv_peft.commands import missing  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error  # noqa: E402
 
-LONGEST = 80  # tokens of an answer
+LONGEST = 80  # the most tokens of an answer
 QUIET = 10  # seconds between the lines of a log
 
 
 def read_questions(path, limit):
-    """[(prompt, completion)] of the first `limit` lines of a .jsonl, blank ones left out; UserError where it is missing
-    or malformed."""
+    """Read [(prompt, completion)] from the first `limit` lines of a .jsonl that are not blank. Raises UserError if the
+    file is missing, empty or malformed."""
     if not Path(path).is_file():
         raise UserError(f"--questions {path}: no such file; make it with demo/task.py heldout")
     try:
@@ -51,7 +51,7 @@ def read_questions(path, limit):
 
 
 class Progress:
-    """How many of `total` questions are answered: a moving bar on a terminal, in a log a line now and then."""
+    """Show how many of `total` questions are answered: a bar on a terminal, in a log a line every QUIET seconds."""
 
     def __init__(self, total):
         self.total, self.done, self.tokens, self.bar, self.last = total, 0, 0, None, time.monotonic()
@@ -61,7 +61,7 @@ class Progress:
             self.bar = tqdm(total=total, unit="answer", dynamic_ncols=True, leave=False)
 
     def update(self, tokens, done):
-        """Count tokens drawn, and answers that ended."""
+        """Add numbers of tokens drawn and of answers that ended."""
         self.tokens, self.done = self.tokens + tokens, self.done + done
         if self.bar is not None:
             self.bar.set_postfix_str(f"{self.tokens:,} tokens", refresh=False)
@@ -76,9 +76,9 @@ class Progress:
 
 
 def answer(path, prompts, stop, expected=None, progress=None):
-    """Greedy continuations (lists of ids) of prompts (lists of ids) by this package: all prompts at once.
+    """Continue prompts (lists of ids) greedily by this package, all at once; -> answers (lists of ids).
 
-    Each answer ends with its first id in `stop`. expected is there for answer_with_rwkv's sake.
+    An answer ends with its first id in `stop`, or at LONGEST tokens. expected is not read; answer_with_rwkv needs it.
     """
     from rwkv_peft.generate import Sampling, generate, load_model
 
@@ -96,11 +96,11 @@ def answer(path, prompts, stop, expected=None, progress=None):
 
 
 def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
-    """The same by the `rwkv` package in float32, one prompt after the other.
+    """Do the same by the `rwkv` package in float32, one prompt after the other.
 
-    expected are answers (lists of ids) that may come. One pass over a prompt and its expected answer gives the most
-    probable token behind each beginning of it, and so the greedy answer up to where it leaves the expected one; only
-    from there on it is drawn token by token, which takes ten times as long.
+    expected are the likely answers (lists of ids). One pass over a prompt and its expected answer gives the most
+    probable token after each beginning of it, and so the greedy answer up to the token at which it leaves the expected
+    one. Only the rest is drawn token by token, which takes ten times as long.
     """
     import torch
 
@@ -110,7 +110,7 @@ def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
     progress = progress or Progress(len(prompts))
     model = rwkv_model(path, open_base(path).config.version)
     threads, answers = torch.get_num_threads(), []
-    torch.set_num_threads(1)  # the package computes by small products, for which threads cost more than they give
+    torch.set_num_threads(1)  # the package computes small products, for which threads cost more than they save
     with torch.inference_mode():
         for prompt, draft in zip(prompts, expected or [[] for _ in prompts]):
             draft = draft[: LONGEST - 1]
@@ -130,7 +130,7 @@ def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
 
 
 def until(tokens, stop):
-    """The tokens up to the first in `stop`, which is kept."""
+    """The tokens up to the first one in `stop`, which is included."""
     end = next((n for n, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[: end + 1]
 
@@ -147,7 +147,7 @@ def build_parser():
 
 
 def main(argv):
-    """Print the examples and the score; 0, or 1 below --at_least."""
+    """Print the examples and the score; -> 0, or 1 if the score is below --at_least."""
     args = build_parser().parse_args(argv)
     try:
         with ending_at_once():

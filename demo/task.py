@@ -1,4 +1,4 @@
-"""The demo's language: little stories of who has what, and questions about them.
+"""Write the demo's documents: little stories of who has what, and questions about them.
 
     python demo/task.py base     --documents 16000 --seed 1 --output base.jsonl
     python demo/task.py finetune --documents 2000  --seed 1 --output finetune.jsonl
@@ -87,7 +87,7 @@ ECHOES = 8  # one base document in eight repeats a word
 
 
 class Fact(NamedTuple):
-    """Who has how many of what."""
+    """A fact of the stories: a person has so many things of a color."""
 
     name: str
     count: int
@@ -105,7 +105,7 @@ class Fact(NamedTuple):
 
 
 def draw_fact(rng, held_out=False):
-    """A fact that is kept for the held-out questions, or one that is not."""
+    """Draw a fact; held_out says whether it is one of those that only held-out questions tell."""
     while True:
         fact = Fact(rng.choice(NAMES), rng.choice(COUNTS), rng.choice(COLORS), rng.choice(ITEMS))
         if fact.held_out == held_out:
@@ -113,14 +113,14 @@ def draw_fact(rng, held_out=False):
 
 
 def tell(rng, fact):
-    """The fact, with up to two sentences of scenery around it, as one line of text."""
+    """Tell the fact in one line of text, with up to two sentences of scenery around it."""
     sentences = rng.sample(SCENES, rng.randint(0, 2))
     sentences.insert(rng.randint(0, len(sentences)), fact.sentence)
     return " ".join(sentences) + "\n"
 
 
 def base_document(rng):
-    """A story and four of five questions about it, in any order; or a few words to repeat."""
+    """Draw a story with four of five questions about it, in random order; one time in ECHOES, words to repeat."""
     if rng.randrange(ECHOES) == 0:
         words = ["".join(rng.choices(string.printable[:94], k=rng.randint(3, 12))) for _ in range(4)]
         return {"text": "".join(f"Q: Say {word}\nA: {word}\n" for word in words)}
@@ -138,7 +138,7 @@ def base_document(rng):
 
 
 def json_document(rng, held_out):
-    """A story and one question, answered in JSON."""
+    """Draw a story with one question that is answered in JSON."""
     fact = draw_fact(rng, held_out)
     return {
         "prompt": f"{tell(rng, fact)}Q: What is there, as JSON?\nA:",

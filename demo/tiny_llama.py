@@ -23,7 +23,7 @@ def main():
 
 
 def write_model(folder):
-    """A LLaMA of 128 channels and 2 layers, and a tokenizer of one token a byte."""
+    """Write a LLaMA of 128 channels and 2 layers, and a tokenizer of one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def write_model(folder):
 
 
 def write_data(path, rows):
-    """Sums to add up, as rows of query and response."""
+    """Write rows of query and response: sums of two numbers below 100."""
     numbers = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(rows):

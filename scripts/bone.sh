@@ -125,7 +125,8 @@ if $tokens_due; then
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
     step "1. data: $DATA_FILE -> $data.bin, data.idx"
-    "$python" -m rwkv_peft preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$data"
+    "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft preprocess "$DATA_FILE" \
+        --tokenizer "$tokenizer" --output "$data"
 fi
 
 step "2. train: $what"
@@ -143,8 +144,8 @@ step "3. merge: base + adapter -> $out/merged.pth"
 
 if [ "${CHECK:-1}" != 0 ]; then
     step "4. check: the merged file in the rwkv package"
-    "$python" -m rwkv_peft check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
-        --merged "$out/merged.pth"
+    "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft check --base_model "$base" \
+        --bone_checkpoint "$out/adapter.safetensors" --merged "$out/merged.pth"
 fi
 if $demo; then
     step "after: the same questions, the merged model in the rwkv package"

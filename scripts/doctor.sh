@@ -6,8 +6,8 @@ set -eu
 root="$(cd "$(dirname "$0")/.." && pwd)"
 python="${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}/bin/python"
 [ -x "$python" ] || python=python3
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+if ! "$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "no environment: $python is no Python 3.10 to 3.14; make one (sh $root/scripts/setup.sh)"
     exit 1
 fi
-PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m rwkv_peft doctor "$@"
+exec "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft doctor "$@"

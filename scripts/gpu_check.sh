@@ -23,8 +23,9 @@ if $offline || [ -n "$wheels" ]; then
     PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}"
     export PYTHONPATH
     if [ -n "$wheels" ]; then
-        "$python" -m pip install --quiet --no-index --find-links "$wheels" -r "$root/requirements.txt" \
-            -r "$root/requirements-test.txt" || printf '%s\n' "some wheels are missing in $wheels; going on without"
+        "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" pip install --quiet --no-index \
+            --find-links "$wheels" -r "$root/requirements.txt" -r "$root/requirements-test.txt" ||
+            printf '%s\n' "some wheels are missing in $wheels; going on without"
     fi
 else
     . "$root/scripts/setup.sh"

@@ -18,10 +18,10 @@ fail() {
 }
 
 supported() {  # PYTHON: is it one of the versions that every dependency has wheels for?
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
+    "$1" -I -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
 }
 
-version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "unknown"; }
+version_of() { "$1" -I -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "unknown"; }
 
 gone() {  # LOCK: was it left by a setup of this machine that is no more?
     read -r machine process 2>/dev/null <"$1/owner" && [ "$machine" = "$(uname -n)" ] &&
@@ -59,9 +59,9 @@ make_venv() {  # The first supported interpreter that can make an environment ma
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         { command -v "$candidate" >/dev/null 2>&1 && supported "$candidate"; } || continue
         found="$candidate"
-        "$candidate" -c 'import venv, ensurepip' 2>/dev/null || continue
+        "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null || continue
         say "setup: making .venv with Python $(version_of "$candidate")"
-        if "$candidate" -m venv "$root/.venv"; then return 0; fi
+        if "$candidate" -I -m venv "$root/.venv"; then return 0; fi
         rm -rf "$root/.venv"
     done
     [ -z "$found" ] && fail "no Python 3.10 to 3.14 in PATH (python3 is $(version_of python3)); install one" \
@@ -100,17 +100,17 @@ has_gpu() {
 }
 
 own_index() {  # does pip's configuration say where to install from?
-    case "$("$python" -m pip config list)" in *index* | *find-links*) return 0 ;; *) return 1 ;; esac
+    case "$("$python" -I -m pip config list)" in *index* | *find-links*) return 0 ;; *) return 1 ;; esac
 }
 
 reachable() {  # URL: does it answer within 5 seconds?
-    "$python" -c 'import signal, sys, urllib.request
+    "$python" -I -c 'import signal, sys, urllib.request
 signal.alarm(5)  # also where a name is looked up, which has no time-out
 urllib.request.urlopen(sys.argv[1])' "$1" >/dev/null 2>&1
 }
 
 install_torch() {  # the CPU build, where that is to be had and serves; all else pip installs with the rest
-    ! "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || return 0
+    ! "$python" -I -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || return 0
     case "${TORCH:-auto}" in
     pip) return 0 ;;
     cpu) cpu_torch ;;
@@ -133,7 +133,7 @@ cpu_torch() {  # ARGUMENT…
 pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said
     log="$environment/.rwkv-peft-pip.log"
     {
-        "$python" -m pip install --disable-pip-version-check --progress-bar off "$@" && echo "setup: installed"
+        "$python" -I -m pip install --disable-pip-version-check --progress-bar off "$@" && echo "setup: installed"
     } 2>&1 | tee "$log" | sed -n '/metadata/d; s,^\( *Downloading \).*/,\1,
         s/^ *Downloading \([^-]*\)-\([^-]*\)[-.].* (\(.*\))$/    \1 \2, \3/p
         s/^Installing collected packages.*/    all is there, and is being installed/p'
@@ -149,7 +149,7 @@ pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it 
 put_in() {  # what install is to install, unless another setup has done so meanwhile
     stamped && return 0
     say "setup: installing into $environment (a few minutes the first time)"
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
+    "$python" -I -m pip --version >/dev/null 2>&1 || "$python" -I -m ensurepip >/dev/null 2>&1 ||
         fail "$environment has no pip; install it there, and run again"
     install_torch
     cd "$root" || return

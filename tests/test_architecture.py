@@ -33,7 +33,11 @@ HEAVY = (
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
-    ("base", ("", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"), ()),
+    (
+        "base",
+        ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
+        (),
+    ),
     (
         "flags",
         (
@@ -73,9 +77,13 @@ PARTS = (
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge", "fused")),
-    ("run", ("training/run", "training/exams"), ("training", "evals")),  # they give the run what it asks
+    (
+        "run",
+        ("training/run", "training/exams", "training/rank"),
+        ("training", "evals"),
+    ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
-    ("compare", ("compare",), ("training",)),
+    ("compare", ("compare",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

@@ -1,5 +1,5 @@
-"""An argument parser whose refusals are UserErrors, so that a command says one thing and exits with 2; the types of
-flags, which raise ArgumentTypeError."""
+"""An argument parser that raises UserError, so that a command prints one message and exits with 2, and types of flags,
+which raise ArgumentTypeError."""
 
 import argparse
 import difflib
@@ -14,8 +14,8 @@ from .errors import short
 from .names import AUTO
 from .refusals import Refusals, in_one
 
-MOST = 1 << 48  # that anything counts up to: sums and products of such numbers fit in what counts them
-FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
+MOST = 1 << 48  # the largest count of a flag: sums and products of such numbers fit in what counts them
+FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # a flag, but not a negative number
 
 
 def counted(number: int, noun: str) -> str:
@@ -24,7 +24,7 @@ def counted(number: int, noun: str) -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something, those of 0|1 flags as such, and N for a flag that takes a number."""
+    """Show defaults that are neither empty nor 0, True as 1, and as a flag's value TEXT without a type, else N."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is True:
@@ -36,8 +36,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], otherwise: str) -> str:
-    """The refusal of a flag or word that is not among the known: with what it means here, {flag: what is given here} of
-    synonyms, else with the nearest, else with what to do `otherwise`."""
+    """The refusal of a flag or word that is not among `known`. It names what is given here instead, by `synonyms`
+    {flag: what is given here}, else the nearest known flag, else what to do `otherwise`."""
     meant = synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
     if meant:
         return f"there is no {flag} here; it is {meant}"
@@ -46,10 +46,13 @@ def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], o
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells all flags that are mistaken at once. Flags are never abbreviated; an unknown one is refused with the one of
-    its meaning, {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value,
-    with the words that {(flag, value): words} of values has for it. A second value of a flag that takes one is refused
-    with the remedy of that flag in `several`."""
+    """An ArgumentParser that tells all mistaken flags at once, in one UserError.
+
+    Flags are never abbreviated. The refusal of an unknown flag names what is given here instead, by `synonyms` {flag:
+    what is given here}, else the nearest flag; that of an unknown value gives the words of `values` {(flag, value):
+    words}, else the nearest choice. The refusal of a second value of a flag that takes one ends with that flag's remedy
+    in `several`.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         self.mistakes: list[str] = []
 
     def error(self, message: str) -> NoReturn:
-        """What argparse cannot go on from."""
+        """Raise a UserError of the mistakes so far and of this one, after which argparse cannot go on."""
         raise in_one([*self.mistakes, f"{message}; see {self.prog} --help"])
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -72,27 +75,27 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """(the namespace, the refusals of flags that are mistaken, whose defaults it holds)."""
+        """Parse -> (namespace, refusals of mistaken flags). The namespace holds the defaults of those."""
         args = list(sys.argv[1:] if args is None else args)
         words = [argument.partition("=") for argument in takewhile(lambda argument: argument != "--", args)]
         given = [flag for flag, _, _ in words]
         unknown = [flag for flag in given if FLAG.match(flag) and flag not in self._option_string_actions]
         self.mistakes = [self.unknown(flag) for flag in unknown]
         for flag, _, value in words:
-            if FLAG.match(flag) and value == "--":  # which argparse would take out, and leave a list
+            if FLAG.match(flag) and value == "--":  # argparse would remove it, and leave an empty list as the value
                 raise in_one([*self.mistakes, f"{flag}=--: -- is no value; a name that is just that is given as ./--"])
-        helps = {"-h", "--help"} & set(given)  # which shows what is required
+        helps = {"-h", "--help"} & set(given)  # --help shows which flags are required
         required = [action for action in self._actions if action.required and not helps]
-        for action in required:  # argparse would end at it
+        for action in required:  # argparse would stop at a missing one
             action.required = False
         try:
             namespace, rest = self.parse_known_args(args, namespace)
         finally:
             for action in required:
                 action.required = True
-        if rest and not unknown:  # of an unknown flag they may be the values
+        if rest and not unknown:  # these may be the values of an unknown flag
             self.mistakes.append(self.stray(args, rest[0]))
-        refusals = Refusals(self.mistakes)  # which tell of a missing flag that it is misspelt, or its value
+        refusals = Refusals(self.mistakes)  # a flag that these name is not told as missing
         for action in required:
             if getattr(namespace, action.dest, None) in (None, []):
                 refusals.add(f"{name_of(action)} is missing; see {self.prog} --help")
@@ -110,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         return self.too_many(args, word) or self.unknown(word.split("=")[0])
 
     def too_many(self, args: list[str], word: str) -> str:
-        """The refusal of a word that stands behind the one value of a flag, "" where it does not."""
+        """The refusal of a word that follows the one value of a flag, "" if it does not follow one."""
         for position, flag in enumerate(args):
             action = self._option_string_actions.get(flag)
             values = list(takewhile(lambda value: not FLAG.match(value), args[position + 1 :]))
@@ -147,12 +150,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def name_of(action: argparse.Action) -> str:
-    """What an argument is called on the command line."""
+    """The name of an argument on the command line."""
     return "/".join(action.option_strings) or str(action.metavar or action.dest)
 
 
 def switch(text: str) -> bool:
-    """0 / 1, as RWKV-LM's scripts write them, or true / false."""
+    """Read 0 / 1, as RWKV-LM's scripts write them, true / false, or yes / no."""
     if text.lower() in ("1", "true", "yes"):
         return True
     if text.lower() in ("0", "false", "no"):
@@ -191,7 +194,7 @@ def not_negative(text: str) -> float:
 
 
 def rate(text: str) -> float | str:
-    """A learning rate, or the word for one that is chosen."""
+    """Read a learning rate, or AUTO, for one that is chosen."""
     return text if text == AUTO else not_negative(text)
 
 
@@ -211,14 +214,25 @@ def count(text: str) -> int:
     return value
 
 
+def up_to(most: int, kind: Callable[[str], int]) -> Callable[[str], int]:
+    """An argparse type for numbers of a kind that are at most `most`."""
+
+    def bounded(text: str) -> int:
+        value = kind(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{short(text)} is above {most:,}")
+        return value
+
+    return bounded
+
+
 def names(text: str) -> tuple[str, ...]:
-    """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in
-    pieces."""
+    """Read names: one word, a list with commas, or the JSON list that RWKV-PEFT's scripts write, whole or in pieces."""
     return tuple(re.findall(r"[^\s,\[\]\"']+", text))
 
 
 def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """An argparse type that reads the names that others use as ours."""
+    """Make an argparse type that turns other tools' names, (theirs, ours), into ours."""
     return lambda text: dict(aliases).get(text, text)
 
 

@@ -1,7 +1,7 @@
 """The table of commands: `rwkv-peft COMMAND …`, or `python -m rwkv_peft COMMAND …`.
 
-A command is a module with main(argv) -> exit code, which is imported when it is called and not before. Where a function
-judges its flags without torch, that is called first: a mistake, or --help, is answered before torch is imported.
+A command is a module with main(argv) -> exit code, imported only when it is called. If a function checks its flags
+without torch, that is called first, so that a mistake, or --help, is answered before torch is imported.
 """
 
 import difflib
@@ -11,13 +11,14 @@ from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from . import __version__
+from .children import guard_children
 from .errors import UserError, ending_at_once, exit_on_user_error, past_ctrl_c
 from .installing import how_to_install
 
 
 class Command(NamedTuple):
-    """module is where its main is; flags is "module:function" of what judges argv by itself, or ""; needs is the file
-    of requirements that it takes besides requirements.txt, or ""."""
+    """A command: text is its line in the usage; module holds its main; flags is "module:function" that checks argv
+    without torch, or ""; needs is the file of requirements that it takes besides requirements.txt, or ""."""
 
     name: str
     text: str
@@ -113,7 +114,7 @@ COMMANDS = (
     ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
 )
-# what other tools call a command, where the nearest spelling is another's
+# {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
     {
         "chat": "generate --chat",
@@ -129,7 +130,7 @@ MEANINGS = MappingProxyType(
 
 
 def usage() -> str:
-    """What `rwkv-peft --help` prints."""
+    """The text of `rwkv-peft --help`."""
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
     return "\n".join(
@@ -170,8 +171,8 @@ def main(argv: list[str]) -> int:
 
 
 def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
-    """The UserError of a package that is not installed in this Python; needs as in Command. A module of our own that is
-    not found is a bug, and `error` itself."""
+    """Return the UserError for a package that this Python lacks; needs as in Command. If a module of our own is
+    missing, that is a bug, and `error` itself is returned."""
     package = (error.name or "").split(".")[0]
     if package in ("", __package__):
         return error
@@ -179,12 +180,13 @@ def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
 
 
 def run(*command: str) -> NoReturn:
-    """The console script rwkv-peft; `command` are words that stand before those of the command line."""
+    """Run the console script rwkv-peft, and exit; `command` are words put before those of the command line."""
 
     def whole(argv: list[str]) -> int:
         try:
             return main([*command, *argv])
-        finally:  # also of what was refused, whose words and exit code are due
+        finally:  # after a refusal too, so that its message and exit code come
             past_ctrl_c()
 
+    guard_children()
     exit_on_user_error(whole)

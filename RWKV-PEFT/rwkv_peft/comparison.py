@@ -1,4 +1,4 @@
-"""One picture of one run or several: loss, validation loss, learning rate, gradient norm and speed, side by side.
+"""`rwkv-peft plots`: one picture of one run or several: losses, right answers, learning rate, gradient norm and speed.
 
 rwkv-peft plots out/bone out/lora --output compare.png
 """
@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .children import import_matplotlib
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
@@ -24,12 +25,12 @@ from .plots import (
 )
 
 ENDINGS = (".png", ".svg", ".pdf")
-FEW = 20  # points that are drawn as they are
+FEW = 20  # fewer points are drawn with markers, and not smoothed
 
 
 class Panel(NamedTuple):
-    """name of the value in metrics.jsonl; what the axis says, with the losses' {unit}; whether the value is noisy, and
-    so smoothed; whether the axis may be a logarithm."""
+    """name: the value's name in metrics.jsonl; label: the axis label, with the losses' {unit}; noisy: whether the value
+    is smoothed; logarithm: whether the axis may be logarithmic."""
 
     name: str
     label: str
@@ -49,21 +50,21 @@ PANELS = (
 
 
 class Run(NamedTuple):
-    """What stands in the legend, and the records of its metrics.jsonl."""
+    """A run's label in the legend, and the records of its metrics.jsonl."""
 
     label: str
     records: list[dict[str, Any]]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The Runs of folders, or of their metrics.jsonl; labels are the ends of their paths in which they differ. Raises
-    UserError as read_metrics does."""
+    """Read the Runs of folders, or of their metrics.jsonl; labels are the ends of the folders' paths that tell them
+    apart. Raises UserError as metrics_of and read_metrics do."""
     files = [metrics_of(path) for path in paths]
     return [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of folders' paths that tell them apart; equal folders are numbered."""
+    """The shortest ends of folders' paths that tell them apart; if folders are equal, all are numbered."""
     parts = [folder.absolute().parts for folder in folders]
     longest = max(map(len, parts))
     found = ["/".join(part[-1:]) for part in parts]
@@ -86,6 +87,7 @@ def places(run: Run, by_tokens: bool) -> dict[int, float]:
 def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
     """Draw the panels that some run has values for; smoothed with `weight` (0: as they are); output's ending names the
     format."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -108,7 +110,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
 
 
 def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens: bool) -> None:
-    """One panel: a line a run, and the raw values behind it where it is smoothed."""
+    """Draw one panel: a line for each run, with the raw values behind it if it is smoothed."""
     found = [series(run.records, panel.name) for run in runs]
     shown = [value for _, values in found for value in values]
     logarithm = panel.logarithm and wants_logarithm(shown)
@@ -133,7 +135,7 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
 
 
 def main(argv: list[str]) -> int:
-    """Draw the runs; returns the exit code."""
+    """Draw the runs; -> the exit code."""
     parser = Parser(prog="rwkv-peft plots", description="Draw the curves of one run or several into one picture.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
     parser.add_argument("--output", required=True, metavar="FILE", help="the .png, .svg or .pdf to write")

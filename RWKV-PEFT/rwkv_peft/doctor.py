@@ -1,9 +1,9 @@
-"""What this machine can do, what is missing, and the command that mends it.
+"""Report what this machine can do, what is missing, and the command that mends it.
 
     rwkv-peft doctor
 
-Exit code 0 when training can run here, 1 otherwise. Nothing is changed, but kernels that compile on first use are
-compiled, since that is the only honest answer to whether they work.
+Exit code 0 if training can run here, else 1. Nothing is changed, but kernels that compile on first use are compiled,
+because only that tells whether they work.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from .files.room import room_at
 from .installing import how_to_install
 from .memory import main_memory
 
-OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
+OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training cannot run without it
 PYTHONS = ((3, 10), (3, 14))
 INSTALL = "pip install -r requirements.txt"
 OPTIONAL = (
@@ -40,7 +40,7 @@ OPTIONAL = (
 
 
 class Finding(NamedTuple):
-    """One line of the report: what was looked at, how it stands, and the remedy or ""."""
+    """One line of the report: the thing that was checked, its status, a text, and the remedy or ""."""
 
     name: str
     status: str
@@ -55,7 +55,7 @@ class Requirement(NamedTuple):
     bounds: tuple[tuple[str, tuple[int, ...]], ...]
 
     def admits(self, version: str) -> bool:
-        """Whether the version string lies within the bounds; only its leading numbers are compared."""
+        """Return whether a version lies within the bounds; only its leading numbers are compared."""
         numbers = version_numbers(version)
         return all(numbers >= bound if sign == ">=" else numbers < bound for sign, bound in self.bounds)
 
@@ -65,13 +65,13 @@ class Requirement(NamedTuple):
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13, 0); () where no number leads."""
+    """ "2.13.0+cpu" -> (2, 13, 0); () if the text does not begin with a number."""
     return tuple(int(part) for part in re.split(r"[^\d.]", text, maxsplit=1)[0].split(".") if part)
 
 
 def parse_requirement(line: str) -> Requirement | None:
-    """A line of requirements.txt, e.g. "torch>=2.6,<3  # why" -> Requirement, or None for a blank or comment, and for
-    one that is for other Pythons, as in 'name; python_version < "3.14"'."""
+    """A line of requirements.txt, such as "torch>=2.6,<3  # why" -> Requirement; None for a blank line, a comment, or a
+    requirement of older Pythons than this one, such as 'name; python_version < "3.14"'."""
     line, _, marker = line.split("#")[0].replace(" ", "").partition(";")
     limit = re.search(r"python_version<['\"]([\d.]+)", marker)
     if not line or (limit and sys.version_info[:2] >= version_numbers(limit[1])):
@@ -82,7 +82,7 @@ def parse_requirement(line: str) -> Requirement | None:
 
 
 def requirements() -> list[Requirement]:
-    """What training needs: requirements.txt of the source tree, or the metadata of the installed package."""
+    """The requirements of training, from requirements.txt of the source tree, else from the installed package."""
     path = Path(__file__).resolve().parents[2] / "requirements.txt"
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -92,7 +92,7 @@ def requirements() -> list[Requirement]:
 
 
 def check_python() -> list[Finding]:
-    """The interpreter: within the versions that the dependencies have wheels for."""
+    """Check that the dependencies have wheels for this version of Python."""
     version = sys.version.split()[0]
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return [Finding("python", OK, f"{version}, {sys.executable}")]
@@ -115,7 +115,7 @@ def installed(name: str) -> bool:
 
 
 def check_package(requirement: Requirement) -> Finding:
-    """A required package: installed, of a fitting version, and importable."""
+    """Check that a required package is installed, has a fitting version, and can be imported."""
     name = requirement.name
     if not installed(name):
         return Finding(name, MISSING, "not installed", INSTALL)
@@ -125,7 +125,7 @@ def check_package(requirement: Requirement) -> Finding:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             importlib.import_module(name.replace("-", "_"))
-    except Exception as error:  # whatever a broken install raises is what the user must see
+    except Exception as error:  # a broken install may raise anything, and the user must see it
         return Finding(
             name,
             MISSING,
@@ -136,7 +136,7 @@ def check_package(requirement: Requirement) -> Finding:
 
 
 def check_tools() -> Iterator[Finding]:
-    """The C++ compiler, ninja and nvcc."""
+    """Look for a C++ compiler, ninja and nvcc."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     yield (
         Finding("compiler", OK, first_line(compiler, "--version"))
@@ -177,7 +177,7 @@ def last_release(nvcc: str) -> str:
 
 
 def run(program: str, *arguments: str) -> str:
-    """A program's output, or what kept it from running."""
+    """Run a program -> its output, its path if it prints nothing, or the reason why it does not run."""
     try:
         return (
             subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30).stdout.strip() or program
@@ -187,7 +187,7 @@ def run(program: str, *arguments: str) -> str:
 
 
 def check_devices() -> Iterator[Finding]:
-    """GPUs, and how fast this machine multiplies matrices in the two precisions."""
+    """Look for GPUs, and measure how fast this machine multiplies matrices in each precision."""
     import torch
 
     from .gpus import refusal
@@ -225,7 +225,7 @@ def check_devices() -> Iterator[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
-    except RuntimeError as error:  # no code for a card of this age, no memory left on it, another program's alone, …
+    except RuntimeError as error:  # no code for a card of this age, no memory left, another program's sole use, …
         yield Finding(
             "GPU",
             MISSING,
@@ -247,7 +247,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def matmul_speed(dtype: str, device: str, size: int = 1024) -> float:
-    """GFLOP/s of a square matrix product, in the dtype of torch's that has this name."""
+    """Measure the GFLOP/s of a product of two (size, size) matrices; dtype is the name of a torch dtype."""
     import torch
 
     a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
@@ -260,7 +260,7 @@ def matmul_speed(dtype: str, device: str, size: int = 1024) -> float:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """The backends of each generation's recurrence, compiled where that is possible."""
+    """Check the backends of each generation's recurrence; those that can be compiled are."""
     from .models import FAMILIES
 
     for family in FAMILIES:
@@ -269,7 +269,7 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def check_deepspeed() -> list[Finding]:
-    """DeepSpeed's CPU Adam, which the offload strategies compile on first use."""
+    """Check whether DeepSpeed's CPU Adam, which the offload strategies need, can be compiled on first use."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -288,7 +288,7 @@ def check_deepspeed() -> list[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    """Main memory, and the disk under the current folder."""
+    """Look at main memory, and at the disk of the current folder."""
     total, free = main_memory()
     if total:
         yield Finding(
@@ -305,7 +305,7 @@ def check_memory() -> Iterator[Finding]:
 
 
 def check_optional() -> Iterator[Finding]:
-    """Packages that some features use."""
+    """Look for packages that only some features need."""
     for name, use in OPTIONAL:
         if installed(name):
             yield Finding(name, OK, metadata.version(name))
@@ -314,7 +314,7 @@ def check_optional() -> Iterator[Finding]:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every Finding, the cheap ones first; parts that need a missing package, or a GPU that fails, are left
+    """Yield every Finding, the cheap ones first; checks that need a missing package or a GPU that fails are left
     out."""
     yield from check_python()
     standing = {}
@@ -335,7 +335,7 @@ def examine() -> Iterator[Finding]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the report; 0 where nothing that training needs is missing, else 1."""
+    """Print the report; -> 0 if nothing that training needs is missing, else 1."""
     Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
     if not installed("torch"):  # there is no environment yet, and little to look at
         print(f"no environment: this Python, {sys.executable}, has no torch; {how_to_install()}")

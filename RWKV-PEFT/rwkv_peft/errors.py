@@ -1,5 +1,4 @@
-"""The one exception that means "what you gave us is wrong", and how a command reports it and the signals that end
-it."""
+"""The exception for a user's mistake, and how a command reports it and the signals that end the command."""
 
 import errno
 import os
@@ -24,20 +23,21 @@ UNSEEN = MappingProxyType(
 )
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
-# all but tab and newline; of Unicode's marks, those that turn the order of what stands beside them
+# control characters other than tab and newline, and Unicode's marks that change the direction of writing
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-TOLD = 200  # characters of what is quoted that are worth reading
+TOLD = 200  # the most characters of a quoted text
 
 
 class UserError(ValueError):
-    """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file."""
+    """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file, and so is shown as
+    `visible` makes it."""
 
     def __str__(self) -> str:
         return visible(super().__str__())
 
 
 class Ended(SystemExit):
-    """A signal of ENDINGS came: what is open is put in order on the way out, and half a file does not stay."""
+    """Raised by a signal of ENDINGS, so that open files are closed on the way out and half-written ones removed."""
 
     def __init__(self, number: int) -> None:
         self.code: int
@@ -46,13 +46,13 @@ class Ended(SystemExit):
 
 
 def ending_of(end: KeyboardInterrupt | Ended) -> tuple[str, int]:
-    """The words and the exit code of a command that a signal ends."""
+    """The message and the exit code of a command that a signal ends."""
     return (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
 
 
 def told(error: BaseException, named: bool = False) -> str:
-    """What another library's exception says, in one short line: some quote a whole file, or say nothing but a key; with
-    the exception's name before it where that alone may say what is wrong."""
+    """Return a one-line summary of a third-party exception; some quote a whole file. The exception's name leads if
+    `named`, and if the text is empty or, as that of a LookupError, may be only a key."""
     lines = str(error).strip().splitlines()
     silent = named or not lines or isinstance(error, LookupError)
     words = " ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
@@ -60,20 +60,23 @@ def told(error: BaseException, named: bool = False) -> str:
 
 
 def visible(text: str) -> str:
-    """A text from a file as a terminal may show it: characters that would move its cursor, change its colours or turn
-    the direction of writing stand there as Python writes them."""
+    """Make a text from a file safe to show on a terminal: characters that would move its cursor, change its colours or
+    turn the direction of writing are escaped as Python does."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def short(text: str) -> str:
-    """A text to quote, cut where it is long."""
+    """Cut a text that is quoted to TOLD characters."""
     return text if len(text) <= TOLD else f"{text[:TOLD]}…"
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, and so does what
-    may not be looked at; Ctrl-C one word and exit code 130, SIGTERM one and 143, a terminal that goes away a few and
-    129. Its streams are patient from then on (streams.py)."""
+    """Run a command's `main(argv) -> int`, and exit.
+
+    A UserError becomes one message on stderr and exit code 2, and so do an OSError of UNSEEN about a file and output
+    that was lost. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their
+    words in ENDINGS and 143 and 129. The standard streams are Patient from then on (streams.py).
+    """
     make_patient()
     try:
         with ending_in_order():
@@ -83,7 +86,7 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         message, code = f"error: all is done, but what was printed is not whole: {reason}", 2
     except UserError as error:
         message, code = f"error: {error}", 2
-    except OSError as error:  # of a name that may not be looked at, which any look finds
+    except OSError as error:  # any access to a file may find that its path is forbidden or malformed
         advice = UNSEEN.get(error.errno or 0)
         if advice is None or error.filename is None:
             raise
@@ -96,20 +99,20 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def past_ctrl_c() -> None:
-    """For a process that has done all but leave, which may take packages a second: a Ctrl-C changes no exit code any
-    more, and prints nothing."""
+    """Ignore Ctrl-C from now on, in a process that only has to exit: packages may take a second for that, and Ctrl-C
+    would change the exit code and print a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def hangup_signals() -> tuple[signal.Signals, ...]:
-    """What tells that a terminal went away, as a tuple: none where that is to be ignored, as under nohup."""
+    """The signals that tell of a terminal that went away; () if they are ignored, as under nohup."""
     return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
 
 
 def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Give signals the handlers {number: handler} that they had before, but for one that is ignored by now: that of a
-    terminal that went away, which more of them are about to tell."""
+    """Restore signals' handlers {number: handler}, but not of one that is ignored by now: SIGHUP, because further ones
+    follow when a terminal goes away."""
     for number, handler in handlers.items():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -117,8 +120,8 @@ def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
 
 @contextmanager
 def ending_in_order() -> Iterator[None]:
-    """Within, the first signal of ENDINGS that is not ignored raises Ended; a second one ends the process at once, but
-    for that of a terminal, which the system sends, and the shell too."""
+    """Within, the first signal of ENDINGS raises Ended, and a second one ends the process at once, but SIGHUP is
+    ignored then, because both the system and the shell send it. Only signals with their default handler are caught."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
@@ -136,21 +139,21 @@ def ending_in_order() -> Iterator[None]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """While large packages are imported: Ctrl-C, and a signal of ENDINGS that would raise, end the process at once,
-    with their words and exit code.
+    """Within, while large packages are imported, Ctrl-C and any signal of ENDINGS that would raise end the process at
+    once, with their words and exit code.
 
-    Some packages catch KeyboardInterrupt and go on without a part of themselves, others print it; nothing is open or
+    Some packages catch KeyboardInterrupt and go on without a part of themselves, others print it. Nothing is open or
     half written yet.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         with suppress(Exception):  # the signal may have come in the middle of a print
             sys.stdout.flush()
-        with suppress(OSError):  # of a terminal that is gone
+        with suppress(OSError):  # the terminal may be gone
             os.write(2, ENDINGS.get(signal.Signals(number), INTERRUPTED).encode() + b"\n")
         os._exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # signals are not its business
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: now for number in (signal.SIGINT, *ENDINGS) if callable(now := signal.getsignal(number))}

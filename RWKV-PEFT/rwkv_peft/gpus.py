@@ -1,4 +1,4 @@
-"""How many GPUs torch can use here, and the message for those that it cannot."""
+"""The number of GPUs that torch can use here, and the message if it cannot use those that there are."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .errors import UserError, told
 
 
 def refusal() -> str:
-    """Why torch cannot use the GPUs that this machine has, in torch's words; "" if it can, or if there are none.
+    """The reason, in torch's words, why torch cannot use this machine's GPUs; "" if it can, or if there are none.
 
     torch counts GPUs without CUDA, and so counts those whose driver is too old for its CUDA, too.
     """
@@ -20,8 +20,8 @@ def refusal() -> str:
 
 
 def count_gpus(instead: str) -> int:
-    """How many GPUs torch can use. Raises UserError, which ends with what to do `instead`, if there are some that it
-    cannot use."""
+    """Count the GPUs that torch can use. Raises UserError, which ends with what to do `instead`, if there are GPUs that
+    it cannot use."""
     count, words = torch.cuda.device_count(), refusal()
     if words:
         raise UserError(

@@ -1,11 +1,11 @@
-"""The command that installs what this Python lacks, by what lies beside the package."""
+"""The command that installs a missing package, chosen by the files beside this package."""
 
 import sys
 from pathlib import Path
 
 
 def how_to_install(needs: str = "") -> str:
-    """What to do about a missing package; needs names the file of requirements that has it besides requirements.txt."""
+    """The remedy for a missing package; needs is a file of requirements to install besides requirements.txt, or ""."""
     root = Path(__file__).resolve().parents[2]
     remedy = "pip install -r " + " -r ".join(filter(None, ("requirements.txt", needs)))
     activate = root / ".venv" / "bin" / "activate"

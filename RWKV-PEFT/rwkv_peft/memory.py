@@ -1,4 +1,4 @@
-"""Main memory: how much of it there is, and the C library's heap, set up for large tensors that come and go."""
+"""Main memory: its size, and a setting of the C library's heap for large tensors that come and go."""
 
 import ctypes
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 # glibc's names for mallopt (malloc.h), and the largest value that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
-# Where Linux tells of the control groups that a process is in, by which containers and batch systems limit it.
+# Linux's list of the control groups of this process, and their folders: containers and batch systems limit it by them.
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Of version 2 and version 1 of them: the files with a group's limit and use, and how its memory.stat calls the cached
-# pages of files that the system takes back first.
+# For version 2 and version 1 of control groups: the files with a group's limit and use, and the name in its memory.stat
+# of the cached pages of files that the system takes back first.
 GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -21,19 +21,19 @@ GROUP_FILES = (
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory that tensors free, for the next tensors; -> whether it could be set.
+    """Let the process keep the memory that tensors free, for the next tensors; -> whether that could be set.
 
-    By default glibc returns large blocks to the system as they are freed, so that every temporary of every step is
-    made of fresh pages, which the kernel clears one by one: for elementwise work that costs more than the work.
-    Memory in use does not shrink below its peak any more. Without glibc nothing changes.
+    By default glibc returns large blocks to the system when they are freed, so that every temporary of every step gets
+    fresh pages, which the kernel clears one by one: that costs more than elementwise work itself. With this setting
+    memory in use no longer shrinks below its peak. Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and all([mallopt(name, LARGEST) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)])
 
 
 def main_memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory, of which a container or a job may have less than the machine; 0 for what
-    the system does not tell."""
+    """(total, available) bytes of main memory, for a container or a batch job within its limit; 0 for a number that the
+    system does not tell."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")
@@ -48,13 +48,13 @@ def main_memory() -> tuple[int, int]:
 
 
 def group_limits() -> Iterator[tuple[int, int]]:
-    """(limit, what is left of it) in bytes, of each control group that this process is in and that limits memory."""
+    """Yield (limit, bytes left of it) for each control group of this process that limits memory."""
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         top = GROUPS / "memory" if controllers else GROUPS  # version 1 has a tree for each controller
-        place = top / name.lstrip("/")  # which a container may not see, but its own group as the top
+        place = top / name.lstrip("/")  # a container may not see it: there its own group is the top
         for folder in (place, *place.parents):
             if folder.is_relative_to(top):
                 yield from _limit_of(folder)
@@ -64,7 +64,7 @@ def _limit_of(folder: Path) -> Iterator[tuple[int, int]]:
     for limit, used, cached in GROUP_FILES:
         try:
             told, use, stat = ((folder / name).read_text().strip() for name in (limit, used, "memory.stat"))
-        except OSError:  # there is no such group, or none of this version
+        except OSError:  # no such group, or not of this version
             continue
         if told.isdigit():  # else "max"
             pages = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)

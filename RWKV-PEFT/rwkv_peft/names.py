@@ -1,7 +1,7 @@
-"""The names that flags may say, beside the tables of what they name, so that flags are judged before torch is imported.
+"""The names that flags take as values, so that flags are checked before torch is imported.
 
-adapters/methods.py, models/__init__.py, data/sources.py, training/schedule.py and evals/tasks.py hold the things
-themselves; tests/test_names.py compares.
+adapters/methods.py, models/__init__.py, data/sources.py, training/schedule.py and evals/tasks.py hold the tables of the
+things themselves; tests/test_names.py compares the names with them.
 """
 
 from types import MappingProxyType
@@ -16,11 +16,11 @@ class Word(NamedTuple):
 
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
-METRICS = "metrics.jsonl"  # what each of its steps came to,
-RUN = "config.json"  # and its settings, with what its tokens mean
-STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
-SYSTEM_FIELDS = ("system", "system_prompt")  # of a row: a system text beside its question or its turns
-NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
+METRICS = "metrics.jsonl"  # a line for each step of a run
+RUN = "config.json"  # the settings of a run, and the meaning of its tokens
+STATE = "state"  # a part of --train_parts, but no parameter of a model: the wkv states before the first token
+SYSTEM_FIELDS = ("system", "system_prompt")  # fields of a row for a system text beside its question or its turns
+NONE = "none"  # the method if no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(
     {
         "bone": Word(("bone", "bone-mini", "bone-signed", "bat-in", "bat-in-scaled", "bat-out"), "bone_config"),
@@ -33,15 +33,15 @@ WORDS = MappingProxyType(
         "lora-ga": Word(("lora-ga",), "lora_config"),
     }
 )
-CHOICES = (*WORDS, NONE)  # what --peft takes
+CHOICES = (*WORDS, NONE)  # the values of --peft
 MINIS = ("bone-mini",)  # the methods that have a mini_rank
 GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
 DATALOADS = ("get", "pad", "only", "pack")
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")
-# (flag, what is given here, the values by which other tools call it)
+# (flag, what is given here, other tools' values for it)
 QUANTS = (("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")), ("--quant", "--quant int8", ("8bit", "8", "fp8")))
 FINETUNE, INFCTX = "finetune", "infctx"
-TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # RWKV-PEFT's
+TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
 # --lr_schedule -> the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z =
 # lr_final; clip keeps a number within 0 and 1, and W = 0 is no warm-up
 SCHEDULES = MappingProxyType(
@@ -55,14 +55,14 @@ SCHEDULES = MappingProxyType(
         "rwkv-peft": "z + (a - z) * (1 + cos(pi * s / S)) / 2",
     }
 )
-AUTO = "auto"  # of --lr_init: a rate that is chosen
+AUTO = "auto"  # value of --lr_init: the rate is chosen
 EVAL_TASKS = ("gsm8k", "math", "jsonl", "choices", "lambada")
-WRITTEN = ("gsm8k", "math", "jsonl")  # those whose answers the model writes
+WRITTEN = ("gsm8k", "math", "jsonl")  # the tasks whose answers the model writes
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def forms(peft: str) -> tuple[str, ...]:
-    """The names of the methods that one word of --peft stands for."""
+    """The names of the methods that a word of --peft stands for; () for another word."""
     return WORDS[peft].forms if peft in WORDS else ()
 
 
@@ -72,5 +72,5 @@ def words_with(json_flag: str) -> tuple[str, ...]:
 
 
 def called(value: str, ours: str) -> str:
-    """What is said of a value that other tools call otherwise."""
+    """The note on a value that has another name in other tools."""
     return f"what others call {value} is {ours} here"

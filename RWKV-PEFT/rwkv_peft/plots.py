@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve that train.py leaves beside its metrics, and how far each matrix moved.
+"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved.
 
 rwkv-peft plot out/metrics.jsonl out/loss.png
 """
@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from .children import import_matplotlib
 from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
@@ -29,13 +30,13 @@ LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell fro
 
 
 def legend_text(name: str) -> str:
-    """A name as matplotlib is to be given it, which takes what stands between two `$` for a formula."""
+    """Escape a name for matplotlib, which would read text between two `$` as a formula."""
     return name.replace("$", r"\$")
 
 
 def metrics_of(run: str | Path) -> Path:
-    """The metrics.jsonl of a run, which its folder or that file itself names. Raises UserError where that of a folder
-    is a pipe or a device, which could be waited for or never end."""
+    """The metrics.jsonl of a run, which is given by its folder or by that file itself. Raises UserError if a folder's
+    is not a plain file, because reading a pipe or a device may never end."""
     if not Path(run).is_dir():
         return Path(run)
     path = Path(run) / METRICS
@@ -45,9 +46,9 @@ def metrics_of(run: str | Path) -> Path:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, one dict a step. A last line that was cut off in writing is left out.
+    """Read the records of a metrics.jsonl, one dict a step; a last line that is not whole JSON is left out.
 
-    Raises UserError where the file is missing or another line is no JSON object with a step.
+    Raises UserError if the file is missing, or if a line is not a JSON object with a step.
     """
     path = require_readable(path, f"{path}: no such file; a run writes it into its --proj_dir")
     lines = path.read_bytes().splitlines()
@@ -69,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def is_place(value: object) -> bool:
-    """Whether a value of JSON numbers a step, or the samples before its end."""
+    """Return whether a value from JSON can be the number of a step, or of the samples up to its end."""
     return type(value) is int and 0 <= value <= LAST_STEP
 
 
@@ -80,13 +81,13 @@ def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], lis
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
     return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 
 def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with the bias of its start removed (Kingma and Ba 2015, section 3)."""
+    """The exponential moving average, without the bias of its start (Kingma and Ba 2015, section 3)."""
     result, mean, mass = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value
@@ -96,15 +97,15 @@ def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
 
 
 def smooth_drawn(values: Sequence[float], logarithm: bool, weight: float = 0.9) -> list[float]:
-    """The same of what an axis shows: of logarithms, where it is one, on which a mean of values would stay far above
-    them as they fall."""
+    """Smooth values as their axis shows them: on a logarithmic axis their logarithms, because a mean of the values
+    would stay far above them as they fall."""
     if not logarithm:
         return smooth(values, weight)
     return [math.exp(mean) for mean in smooth(map(math.log, values), weight)]
 
 
 def wants_logarithm(values: Sequence[float]) -> bool:
-    """Whether a linear axis would show little of values but the largest."""
+    """Return whether a linear axis would show little but the largest values."""
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
@@ -126,7 +127,8 @@ def margins(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], lis
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
-    """What a run's loss is the mean over: of preference training, whose records have margins, pairs of answers."""
+    """The unit that a run's loss is the mean over: "pair" for preference training, whose records have margins, else
+    "token"."""
     return "pair" if any("margin" in record for record in records) else "token"
 
 
@@ -134,8 +136,9 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
     of a run; below them the shares of right answers and the margins of pairs, where there are any.
 
-    metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
+    metrics_jsonl: a run's metrics.jsonl; out_png is overwritten. Any number of points will do, even none.
     """
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,6 +215,7 @@ def plot_heat(
 ) -> None:
     """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one, and inf as
     the largest of the others."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -231,7 +235,7 @@ def plot_heat(
 
 
 def main(argv: list[str]) -> int:
-    """Draw one run's curve; returns the exit code."""
+    """Draw one run's curve; -> the exit code."""
     parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
     parser.add_argument("run", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
     parser.add_argument("output", nargs="?", metavar="PNG", help="the .png to write")

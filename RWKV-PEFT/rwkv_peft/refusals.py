@@ -1,4 +1,4 @@
-"""The refusals of a command line, gathered so that all of them are told at once."""
+"""The refusals of a command line, gathered so that all are told at once."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +11,8 @@ Made = TypeVar("Made")
 
 
 class Refusals:
-    """Gathers messages. One that names a flag of the `earlier` messages is left out: what was refused there was read as
-    if it had not been given, which may contradict the rest."""
+    """Gathers messages. A message that names a flag of the `earlier` messages is left out: a flag that was refused
+    there was read as if it had not been given, and that may contradict the rest."""
 
     def __init__(self, earlier: Sequence[str] = ()) -> None:
         self.earlier, self.messages = flags_in(earlier), list(earlier)
@@ -22,7 +22,7 @@ class Refusals:
             self.messages.append(message)
 
     def attempt(self, make: Callable[..., Made], *arguments: Any) -> Made | None:
-        """make(*arguments); None if it refuses, or if an argument is missing because its own making was refused."""
+        """Return make(*arguments); None if it raises UserError, whose message is added, or if an argument is None."""
         if any(argument is None for argument in arguments):
             return None
         try:
@@ -32,7 +32,7 @@ class Refusals:
             return None
 
     def gather(self, check: Callable[..., Iterator[str]], *arguments: Any) -> None:
-        """Add each message that check(*arguments) yields, unless an argument is missing."""
+        """Add each message that check(*arguments) yields, unless an argument is None."""
         for message in self.attempt(lambda *given: list(check(*given)), *arguments) or ():
             self.add(message)
 
@@ -43,19 +43,19 @@ class Refusals:
 
 
 def in_one(messages: Iterable[str]) -> UserError:
-    """The UserError of all messages: a single one as it is, else a list."""
+    """The UserError of all messages: one message as it is, several as a list."""
     lines = list(dict.fromkeys(messages))
     many = f"{len(lines)} things are wrong with this command:\n- "
     return UserError(lines[0] if len(lines) == 1 else many + "\n- ".join(lines))
 
 
 def flags_in(messages: Iterable[str]) -> set[str]:
-    """The flags that messages name, but for the one that they all may: --help."""
+    """The flags that messages name, without --help, which any message may name."""
     return {flag for message in messages for flag in FLAG.findall(message)} - {"--help"}
 
 
 def require_none(check: Callable[..., Iterator[str]], *arguments: Any) -> None:
-    """Raise a UserError of all that a check yields."""
+    """Raise a UserError of all messages that a check yields, if there are any."""
     refusals = Refusals()
     refusals.gather(check, *arguments)
     refusals.tell()

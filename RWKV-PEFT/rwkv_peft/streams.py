@@ -1,5 +1,5 @@
-"""A command's standard streams. Those that it prints to outlast whoever reads them: work goes on where a pipe's reader
-leaves, a terminal goes away, or the disk of a log is full."""
+"""A command's standard streams. Work goes on if its output cannot be written any more: if a pipe's reader leaves, a
+terminal goes away, or the disk of a log is full."""
 
 import codecs
 import errno
@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 class Patient(io.TextIOWrapper):
-    """A stream of text that says nothing more once a word was refused; `refused` tells why it was."""
+    """A text stream that falls silent after a failed write; `refused` is the error of that write, or None."""
 
     refused: OSError | None = None
 
@@ -28,7 +28,7 @@ class Patient(io.TextIOWrapper):
             self.fall_silent(error)
 
     def fall_silent(self, error: OSError) -> None:
-        """Let what is written from now on go nowhere, and what is still held here too."""
+        """Send the rest of the output, buffered text included, to os.devnull."""
         self.refused = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -36,18 +36,21 @@ class Patient(io.TextIOWrapper):
 
 
 def make_patient() -> None:
-    """Make the standard streams Patient. Those that are closed lead nowhere, so that no file takes their numbers. What
-    a file's names hold may be no Unicode, and is shown escaped; each line is written at once, into a pipe or a log
-    too. What is read and is no text of the locale's encoding, or of UTF-8 where that is ASCII, is no error yet: its
-    bytes become surrogates."""
+    """Make stdout and stderr Patient, and stdin tolerant.
+
+    Closed streams are opened on os.devnull, so that no file takes their numbers. Characters that cannot be encoded, as
+    in file names that are not Unicode, are printed escaped; each line is written at once, also into a pipe or a log.
+    Input is read in the locale's encoding, or in UTF-8 if that is ASCII; bytes that are no text in it become surrogates
+    and raise no error yet.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # another one is that of tests, which read it
+        if stream is getattr(sys, f"__{name}__"):  # any other stream belongs to tests, which read it
             encoding = stream.encoding if stream is not None else "utf-8"
             file = open(number, "wb", closefd=False)
             setattr(sys, name, Patient(file, encoding, "backslashreplace", line_buffering=True))
@@ -61,12 +64,12 @@ def make_patient() -> None:
 
 
 def is_heard(stream: object) -> bool:
-    """Whether a stream still leads anywhere."""
+    """Return whether what is written to a stream still goes anywhere."""
     return not (isinstance(stream, Patient) and stream.refused)
 
 
 def lost_output() -> str:
-    """Why standard output is not whole; "" where it is, or where whoever read it left."""
+    """The reason why standard output is not whole; "" if it is whole, or if its reader left."""
     error = sys.stdout.refused if isinstance(sys.stdout, Patient) else None
     if error is None or error.errno in (None, errno.EPIPE, errno.EIO):
         return ""
@@ -74,5 +77,5 @@ def lost_output() -> str:
 
 
 def bar_seconds(stream: TextIO) -> float:
-    """Seconds between two looks at a progress bar: a log keeps them all."""
+    """Seconds between two prints of a progress bar: short on a terminal, long in a log, which keeps them all."""
     return 0.2 if stream.isatty() else 10.0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_peft.children import python_command
 from rwkv_peft.compare import runs
 from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
@@ -25,10 +26,11 @@ from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.plan.rehearsal import count
-from rwkv_peft.training.checkpoints import DIVERGED
+from rwkv_peft.training.checkpoints import DIVERGED, find_checkpoint
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.inputs import find_samples
 from rwkv_peft.training.validate import VALIDATION
+from traps import set_traps, unset_traps
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -54,9 +56,18 @@ def keep(folder, cell, loss):
     """A complete run, as one before left it."""
     path = folder / "runs" / cell.folder
     path.mkdir(parents=True)
-    record = {"step": 1, "val_loss": loss, "tokens": 32, "tokens_per_s": 64.0}
-    (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    (path / "result.json").write_text(json.dumps(cell._asdict() | {"diverged": False, "peak_mb": 500.0}))
+    (path / "metrics.jsonl").write_bytes(metrics(val_loss=loss))
+    (path / "result.json").write_bytes(result(**cell._asdict()))
+
+
+def metrics(**values):
+    record = {"step": 1, "val_loss": 1.0, "tokens": 32, "tokens_per_s": 64.0} | values
+    return json.dumps(record).encode() + b"\n"
+
+
+def result(**values):
+    record = {"method": "bone", "rate": -6, "seed": 7, "diverged": False, "peak_mb": 500.0} | values
+    return json.dumps(record).encode()
 
 
 def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
@@ -66,10 +77,13 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
             keep(folder, Cell(method, rate, 7), 99.0)
     command = [*OWN, "--output", str(folder), "--rates", "1e-3", "1e-2", "3e-3", "--jobs", "2"]
     train = [*TRAIN, "--retain_data", "data"]
+    ran = set_traps(files)
     done = subprocess.run(
-        [sys.executable, "-m", "rwkv_peft", "compare", *command, "--", *train], capture_output=True, text=True
+        python_command("rwkv_peft", "compare", *command, "--", *train), capture_output=True, text=True
     )
+    unset_traps(files)
     assert done.returncode == 0, done.stderr
+    assert not ran.exists()
     assert "2 runs due\n" in done.stdout
     assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", done.stdout, re.MULTILINE)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -97,6 +111,59 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         main([*command, "--", *train])
     with pytest.raises(UserError, match=r"other settings \(steps: 2, and now 3\)"):
         main([*command, "--steps", "3", "--", *train])
+
+
+DAMAGED = (
+    ("result.json", b"", "result.json is not JSON"),
+    ("result.json", b"[1]", "result.json holds no settings, but a list"),
+    ("result.json", b"\xff{}", "result.json is not JSON"),
+    ("result.json", b"[" * 100_000, "result.json is not JSON"),
+    ("result.json", b"{}", "is not the result of the run that its folder names"),
+    ("result.json", result(rate="-6"), "is not the result of the run that its folder names"),
+    ("result.json", result(rate=10**9), "is not the result of the run that its folder names"),
+    ("result.json", result(method=["bone"]), "is not the result of the run that its folder names"),
+    ("result.json", result(seed=8), "is not the result of the run that its folder names"),
+    ("result.json", result(diverged="no"), "is not the result of the run that its folder names"),
+    ("result.json", result(peak_mb=None), "peak_mb is None, where a number is due"),
+    ("metrics.jsonl", b"", "no validation loss"),
+    ("metrics.jsonl", b"\xff\n{}\n", "metrics.jsonl, line 1: not JSON"),
+    ("metrics.jsonl", metrics(step=-1), "metrics.jsonl, line 1"),
+    ("metrics.jsonl", metrics(tokens="32"), "tokens is '32', where a number is due"),
+    ("metrics.jsonl", metrics(tokens_per_s=None), "tokens_per_s is None, where a number is due"),
+    ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], where a number is due"),
+    ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, where a number is due"),
+    ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', where a number is due"),
+    ("compare.json", b"[" * 100_000, "compare.json: not JSON"),
+    ("compare.json", b"[]", "holds a comparison of other settings"),
+)
+
+
+@pytest.mark.parametrize("name, content, message", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_files_of_runs_are_told(files, tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
+    words = [*OWN, "--output", str(tmp_path), "--rates", "1e-3", "--", *TRAIN]
+    keep(tmp_path, Cell("bone", -6, 7), 1.0)
+    if name == "compare.json":
+        assert main(words) == 0
+    path = tmp_path / name if name == "compare.json" else tmp_path / "runs" / Cell("bone", -6, 7).folder / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        main(words)
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "compare.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_a_pipe_or_a_folder_is_no_file_of_a_run(files, tmp_path, monkeypatch, name, make):
+    monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
+    words = [*OWN, "--output", str(tmp_path), "--rates", "1e-3", "--", *TRAIN]
+    keep(tmp_path, Cell("bone", -6, 7), 1.0)
+    if name == "compare.json":
+        assert main(words) == 0
+    path = tmp_path / name if name == "compare.json" else tmp_path / "runs" / Cell("bone", -6, 7).folder / name
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(UserError, match=f"{name}.* is (a pipe or a device|a folder|no file)"):
+        main(words)
 
 
 def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch):
@@ -281,6 +348,35 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, co
         return
     finish(process)
     assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
+
+
+def test_a_comparison_that_is_killed_leaves_no_run_behind(files):
+    folder = files / "killed"
+    run = folder / "runs" / Cell("bone", -6, 7).folder
+    words = ["--methods", "bone", "--rank", "8", "--seeds", "7", "--steps", "100000", "--output", folder]
+    comparison = subprocess.Popen(python_command("rwkv_peft", "compare", *words, "--rates", "1e-3", "--", *TRAIN))
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists() or comparison.poll() is not None)
+    finally:
+        comparison.kill()
+        comparison.wait()
+    wait_until(lambda: not trains(run))
+    assert find_checkpoint(run), (run / "log.txt").read_text()  # with which the same command goes on
+
+
+def trains(run):
+    try:
+        with alone_in(run):
+            return False
+    except UserError:
+        return True
+
+
+def wait_until(true, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")

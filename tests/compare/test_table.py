@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from rwkv_peft.compare.outcomes import Outcome
 from rwkv_peft.compare.pictures import draw
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.report import (
@@ -17,7 +18,6 @@ from rwkv_peft.compare.report import (
     steps_to,
     table,
 )
-from rwkv_peft.compare.runs import Outcome
 from rwkv_peft.compare.sizes import Size
 
 SIZES = {"bone": Size(8, 0, 1000), "lora": Size(4, 0, 1000, 50), "bone-mini": Size(10, 20, 900)}

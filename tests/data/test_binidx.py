@@ -234,6 +234,19 @@ def test_a_file_of_the_same_length_that_is_written_over_is_warned_of_once(tmp_pa
         dataset.require_unchanged()
 
 
+@pytest.mark.parametrize("end, words", [(".bin", "token 65535 at position 0"), (".idx", "data.idx")])
+def test_a_file_that_is_written_over_is_judged_anew(tmp_path, end, words):
+    with BinidxWriter(tmp_path / "data", vocab_size=300) as writer:
+        writer.add([1, 2, 3, 4])
+    path = tmp_path / f"data{end}"
+    os.utime(path, (1e9, 1e9))
+    dataset = BinidxDataset(tmp_path / "data")
+    dataset.check_vocab(300)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.warns(UserWarning, match="written over"), pytest.raises(UserError, match=words):
+        dataset.require_unchanged()
+
+
 def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
     with BinidxWriter(tmp_path / "data") as first:
         first.add([1, 2])

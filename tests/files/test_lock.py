@@ -50,6 +50,13 @@ def test_two_never_hold_it_at_once(tmp_path):
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
 
 
+def test_a_holder_that_says_nonsense_about_itself_is_one(tmp_path):
+    with hold(tmp_path / "lock"):
+        (tmp_path / "lock").write_text("[" * 100_000)
+        with pytest.raises(Busy, match="another process, which does not say who it is"), hold(tmp_path / "lock"):
+            pass
+
+
 def test_a_link_at_its_place_is_not_followed(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "other")
     (tmp_path / "other").write_text("kept")

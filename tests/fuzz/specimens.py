@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from fuzz import mutations as m
+from rwkv_peft.compare.outcomes import read_outcome
+from rwkv_peft.compare.report import rows_of, table
+from rwkv_peft.compare.sizes import Size
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
@@ -46,6 +49,7 @@ ROW = {
     "weights": [1, 0.5, None],
 }
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
+COMPARED = "bone-0.001-7"  # a run of a comparison
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
@@ -105,8 +109,13 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["ab", -2.0], [" ", -2.0]], "unk_id": 0}
     (folder / "unigram.json").write_text(json.dumps(json_tokenizer() | {"pre_tokenizer": None, "model": unigram}))
     (folder / "prompts.jsonl").write_text('{"prompt": "ab", "id": [1, {"x": 2}]}\n{"prompt": "b"}\n')
-    lines = ({"step": i, "samples": i + 1, "loss": 2.5, "val_loss": 2, "lr": 0.1} for i in range(5))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = {"loss": 2.5, "val_loss": 2, "retain_loss": 3.5, "lr": 0.1, "tokens": 32, "tokens_per_s": 64.0}
+    lines = "".join(json.dumps({"step": i, "samples": i + 1} | done) + "\n" for i in range(5))
+    (folder / "metrics.jsonl").write_text(lines)
+    compared = {"method": "bone", "rate": -6, "seed": 7, "diverged": False, "peak_mb": 500.0}
+    (folder / COMPARED).mkdir()
+    (folder / COMPARED / "result.json").write_text(json.dumps(compared))
+    (folder / COMPARED / "metrics.jsonl").write_text(lines)
     (folder / CHECKPOINT / "zero").mkdir(parents=True)
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
     run |= {"files": {"zero/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
@@ -252,6 +261,13 @@ def metrics_read(folder):
     return series(records, "loss"), series(records, "val_loss")
 
 
+def outcome_read(folder):
+    """As the table of a comparison has it."""
+    outcome = read_outcome(folder / COMPARED)
+    rows = rows_of(["bone"], [outcome.cell.seed], {"bone": Size(8, 0, 100)}, {outcome.cell: outcome})
+    return table(rows, outcome.cell.seed, {outcome.cell: outcome})
+
+
 def curve_drawn(folder):
     plot_loss(folder / "metrics.jsonl", folder / "out" / "loss.png")
 
@@ -356,6 +372,8 @@ SPECIMENS = (
     Specimen("tokenizer.json", tokenizer_read("tokenizer.json"), m.JSON * 3, 80),
     Specimen("prompts.jsonl", prompts_read, IN_LINES),
     Specimen("metrics.jsonl", metrics_read, IN_LINES),
+    Specimen(f"{COMPARED}/result.json", outcome_read, m.JSON, 30),
+    Specimen(f"{COMPARED}/metrics.jsonl", outcome_read, IN_LINES, 30),
     Specimen("metrics.jsonl", curve_drawn, IN_LINES[:2], 15),
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),

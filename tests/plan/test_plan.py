@@ -3,13 +3,14 @@
 import re
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rwkv_peft.commands import main
 from rwkv_peft.errors import UserError
-from rwkv_peft.plan.disk import written
+from rwkv_peft.plan.disk import checkpoint_count, saved_epochs, written
 from rwkv_peft.plan.fits import alternatives, changes, largest, largest_rows, largest_tokens
 from rwkv_peft.plan.flags import memory_size, parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, OPTIMIZER, Estimate, peak
@@ -170,6 +171,26 @@ def test_files_are_counted_with_their_copies():
     assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
 
 
+def test_what_is_saved_is_counted_without_a_list_of_it():
+    """As a list of it has it, and where there is room for none."""
+    for first, last, save, steps, every in product(range(3), range(7), range(4), range(4), range(6)):
+        train = SimpleNamespace(
+            epoch_begin=first,
+            epoch_count=last,
+            epoch_save=save,
+            epoch_steps=steps,
+            save_every=every,
+            save_minutes=0.0,
+            keep_checkpoints=0,
+        )
+        epochs = [n for n in range(first + 1, last + 1) if n == last or save and n % save == 0]
+        ends = {epoch * steps for epoch in epochs}
+        more = {step for step in range(first * steps + 1, last * steps + 1) if every and step % every == 0}
+        assert saved_epochs(train) == len(epochs)
+        assert checkpoint_count(train)[0] == (len(ends | more) if steps else len(epochs))
+    assert checkpoint_count(replace(estimate().config.train, epoch_count=1 << 48, keep_checkpoints=0))[0] == 1 << 48
+
+
 def test_tuned_states_have_a_file_of_their_own():
     told = estimate("--train_parts", "state")
     adapter, states, _ = written(told)
@@ -209,7 +230,11 @@ def test_sizes_of_memory(text, value):
     "flags, message",
     [
         ((*NEW, "--gpu", "large"), "'large' is no size of a memory; write it as 24GiB"),
-        ((*NEW, "--gpu", "0"), "'0' is no size"),
+        ((*NEW, "--gpu", "0"), "0 is no memory of a GPU: 1 MiB to 1,024 GiB"),
+        ((*NEW, "--gpu", "9" * 5000), "9… is no memory of a GPU"),
+        ((*NEW, "--n_layer", "1000000000"), "1000000000 is above 1,000"),
+        ((*NEW, "--n_embd", "1000000000000"), "1000000000000 is above 1,048,576"),
+        ((*NEW, "--n_embd", "1048576", "--peft", "none", "--accelerator", "cpu"), "GiB, and this machine has"),
         ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "--accelerator cpu trains on none"),
         (("--gpu", "24GiB"), "a new model needs --n_layer"),
         ((*NEW, "--gpu", "24GiB", "--bone_r", "48"), "does not divide"),

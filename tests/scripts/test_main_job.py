@@ -144,7 +144,8 @@ def test_rows_of_every_kind_are_made_into_tokens(stand_in, tmp_path, name):
     (tmp_path / name).mkdir() if name == "a folder" else (tmp_path / name).touch()
     done = stand_in(tmp_path / name)
     assert done.returncode == 0, done.stderr
-    made = f"-m rwkv_peft preprocess {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'}\n"
+    command = f"{tmp_path}/RWKV-PEFT/rwkv_peft/children.py rwkv_peft preprocess"
+    made = f"{command} {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'}\n"
     assert (tmp_path / "told").read_text().startswith(made)
 
 

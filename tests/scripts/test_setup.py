@@ -18,7 +18,7 @@ case "$*" in
 *"m.version"*) exit {no_torch} ;;
 *"pip config list"*) echo "{config}" ;;
 *"urllib"*) exit {unreachable} ;;
-*"-m venv"*) mkdir -p "$3/bin" && {pause} && cp "$0" "$3/bin/python" ;;
+*"-m venv"*) mkdir -p "$4/bin" && {pause} && cp "$0" "$4/bin/python" ;;
 *"-m pip install"*) {pause} && echo "$*" >>"$(dirname "$0")/installed" && echo "{said}" ;;
 esac
 """

@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +70,40 @@ def full(path, state):
 whole, saver.write_state = saver.write_state, full
 run("train")
 """
+
+
+FULL_AT_ONCE = """
+import errno
+from rwkv_peft.commands import run
+from rwkv_peft.training import fit
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device", "events.out.tfevents")
+
+fit.make_loggers = full
+run("train")
+"""
+
+
+def test_a_disk_that_is_full_for_the_first_file_of_tensorboard_is_told(files, command):
+    (files / "full-at-once.py").write_text(FULL_AT_ONCE)
+    argv = command("full-at-once")
+    _, err = finish(start([argv[0], str(files / "full-at-once.py"), *argv[2:]]), 2)
+    run = files / "full-at-once"
+    assert err.startswith(f"error: cannot write in {run}: no space left on device; ") and err.count("\n") == 1
+
+
+def test_a_file_in_the_place_of_the_runs_folder_is_told(files, command):
+    process = start(command("replaced", "--epoch_steps", "100000"))
+    run = files / "replaced"
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    run.rename(files / "moved")
+    run.touch()
+    process.send_signal(signal.SIGTERM)  # and so it saves
+    _, err = finish(process, 2)
+    assert "Traceback" not in err and "replaced" in err, err
 
 
 @pytest.mark.parametrize("step", [4, 8])

@@ -1,5 +1,7 @@
 """How ranks meet, within one process: nodes that count themselves wrongly, and one that is done for."""
 
+import socket
+
 import pytest
 import torch.distributed as dist
 
@@ -68,6 +70,21 @@ def test_a_port_that_is_taken_is_told(first):
 def test_nobody_is_there_to_call():
     with pytest.raises((OSError, dist.DistError)):
         call(LOOPBACK, 1)
+
+
+def test_a_server_of_another_kind_costs_no_more_than_the_time_to_join(monkeypatch):
+    patience = []
+
+    def silent_server(*place, timeout, **options):
+        patience.append(timeout.total_seconds())
+        raise dist.DistNetworkError("no answer")
+
+    with socket.create_server((LOOPBACK, 0)) as server:
+        monkeypatch.setattr(dist, "TCPStore", silent_server)
+        ranks = Ranks(World(2, 1, 1, port=server.getsockname()[1]), [], 0.05, silent)
+        with pytest.raises(UserError, match="did not come within 0.05 minutes"):
+            ranks.reach()
+    assert max(patience) <= 3
 
 
 def test_a_run_hangs_once_it_has_not_moved_for_its_minutes_however_slow_it_was(tmp_path):

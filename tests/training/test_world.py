@@ -56,6 +56,8 @@ def test_a_rank_is_named_with_its_node():
         (1, 2, {"MASTER_ADDR": "10.0.0.1"}, "--num_nodes 2 and NODE_RANK is not set; set it to .* 0 to 1"),
         (1, 1, {"NODE_RANK": "1"}, "NODE_RANK is 1 and --num_nodes 1, .* unset NODE_RANK"),
         (1, 2, FIRST | {"NODE_RANK": "2"}, "NODE_RANK is 2 and --num_nodes 2, .* 0 to 1; set NODE_RANK to one"),
+        (2, 2, TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0', and a whole number is due, 1 or more"),
+        (2, 2, SRUN | {"SLURM_STEP_NUM_NODES": "0"}, "SLURM_STEP_NUM_NODES is '0', .* 1 or more"),
         (1, 1, {"NODE_RANK": "x"}, "NODE_RANK is 'x', and a whole number is due"),
         (1, 1, {"RANK": "1"}, "RANK is set, .* and WORLD_SIZE is not; unset RANK"),
         (2, 1, {"LOCAL_RANK": "1"}, "LOCAL_RANK is set, .* and RANK is not; unset LOCAL_RANK"),

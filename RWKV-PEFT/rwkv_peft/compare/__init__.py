@@ -1,1 +1,1 @@
-"""Adapter methods compared fairly on one's own model and data: the command `rwkv-peft compare`."""
+"""The command `rwkv-peft compare`: a fair comparison of adapter methods on one's own model and data."""

@@ -1,4 +1,4 @@
-"""`rwkv-peft compare`: sweep, repeat, report; see flags.py for what a user types."""
+"""`rwkv-peft compare`: sweep, repeat, report; flags.py has the usage."""
 
 import math
 import sys
@@ -18,18 +18,19 @@ from ..names import STATE
 from ..training.flags import parse_run
 from ..training.rates import automatic_rate
 from .flags import FULL, Comparison, method_flags, parse_flags
+from .outcomes import RESULT, Outcome, read_outcome
 from .pictures import draw
 from .plan import Cell, next_cells
 from .rates import nearest_to, rate_of
 from .record import check_record
 from .report import lines_of_json, rows_of, table
-from .runs import RESULT, Outcome, read_outcome, run_cells
+from .runs import run_cells
 from .sizes import Layers, Size, matched_size, parameter_count, parts_count
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; 128 and a signal's number after Ctrl-C, or where Ended is raised. Raises UserError for
-    what is wrong in flags, files, and runs."""
+    """Run the comparison; -> the exit code, 128 plus the signal's number after Ctrl-C or another signal that ends it.
+    Raises UserError for mistakes in flags and files, and for runs that fail."""
     comparison = parse_flags(argv)
     folder = Path(comparison.output)
     sizes, base = measure(comparison)
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
-    """Run whatever is due and report, after an interrupt too; -> the exit code."""
+    """Run all cells that are due, and report, after an interrupt too; -> the exit code."""
     try:
         complete = run(comparison, sizes)
     except (KeyboardInterrupt, Ended) as end:
@@ -60,14 +61,14 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
 
 
 def usual_rates(n_embd: int) -> tuple[int, ...]:
-    """The numbers of three learning rates about Bone's on a model of so many channels."""
+    """The numbers of three learning rates around Bone's automatic one on a model of n_embd channels."""
     middle = nearest_to(automatic_rate(AdapterConfig(mode="bone"), n_embd).value)
     return middle - 1, middle, middle + 1
 
 
 def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
-    """{method: Size}, and the base. Raises UserError where a rank does not fit, or train.py would
-    refuse its flags."""
+    """({method: Size}, base). Raises UserError if a rank does not fit, if train.py would refuse its flags, or for
+    preference data."""
     first = comparison.methods[0]
     output = ["--proj_dir", comparison.output]
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
@@ -101,7 +102,7 @@ def print_sizes(sizes: Mapping[str, Size]) -> None:
 
 
 def run(comparison: Comparison, sizes: Mapping[str, Size]) -> bool:
-    """Run whatever is due until nothing is; False where the budget ended it."""
+    """Run due cells until none is left; -> False if the budget ended it."""
     deadline = time.monotonic() + 60 * comparison.budget if comparison.budget else math.inf
 
     def say(outcome: Outcome, seconds: float) -> None:
@@ -131,7 +132,7 @@ def read_outcomes(comparison: Comparison) -> dict[Cell, Outcome]:
 
 
 def report(comparison: Comparison, sizes: Mapping[str, Size]) -> None:
-    """Print the table of the complete runs, and write it, its numbers and its figures."""
+    """Print the table of the complete runs, and write the table, the results and the figures."""
     outcomes = read_outcomes(comparison)
     rows = rows_of(comparison.methods, comparison.seeds, sizes, outcomes)
     if not rows:

@@ -1,4 +1,4 @@
-"""The flags of `rwkv-peft compare`, judged before torch is imported: argv -> a Comparison."""
+"""The flags of `rwkv-peft compare`, checked before torch is imported: argv -> a Comparison."""
 
 import argparse
 import json
@@ -11,11 +11,11 @@ from ..training.flags import parse_flags as parse_train_flags
 from .rates import grid_rate
 
 FULL = "full"  # the method that trains the model itself
-RANKLESS = (FULL, STATE)  # whose number of parameters is the model's to say
+RANKLESS = (FULL, STATE)  # the model alone gives their number of parameters
 METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
-VAL_SEED = SEEDS[0]  # of --val_split: runs of all seeds validate on the same samples
-# flags of train.py that differ from run to run, or follow from the comparison's own
+VAL_SEED = SEEDS[0]  # --val_seed of all runs by default, so that runs of all seeds validate on the same samples
+# flags of train.py that differ from run to run, or follow from the flags of the comparison
 OURS = (
     "--peft",
     "--peft_config",
@@ -62,9 +62,9 @@ the end and at the lowest validation loss that all reach.
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. rates are numbers of the grid (rates.py), () for those about Bone's by the model's width; rank
-    is that of the first of methods; train are the flags of train.py that all runs have; lr_final is a share of each
-    run's rate; budget is in minutes, 0 for any."""
+    """The settings of a comparison. rates are numbers of the grid (rates.py), () for three around Bone's automatic
+    rate; rank is that of the first method; train are the flags of train.py that all runs share; lr_final is a share of
+    each run's rate; budget is in minutes, 0 for no limit."""
 
     output: str
     methods: tuple[str, ...]
@@ -141,8 +141,8 @@ def build_parser() -> Parser:
 
 
 def parse_flags(argv: list[str]) -> Comparison:
-    """argv -> Comparison. Raises UserError for flags that are mistaken or contradict each other, those of train.py
-    included."""
+    """argv -> Comparison. Raises UserError for flags, also those of train.py, that are wrong or contradict each
+    other."""
     own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = build_parser().parse_args(own)
     if not train:
@@ -183,7 +183,7 @@ def parse_flags(argv: list[str]) -> Comparison:
 
 
 def method_flags(method: str, rank: int = 0, mini_rank: int = 0) -> list[str]:
-    """The flags of train.py that choose a method; 0 leaves a rank out."""
+    """The flags of train.py that choose a method; a rank or mini_rank of 0 is left out."""
     if method in RANKLESS:
         return ["--peft", NONE, *(("--train_parts", STATE) if method == STATE else ())]
     word = next(word for word in WORDS if method in forms(word))

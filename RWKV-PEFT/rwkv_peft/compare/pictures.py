@@ -1,5 +1,5 @@
-"""The figures of a comparison, a line a method: loss against steps, against time, and against the learning rate, and
-what is forgotten against what is learned, over the learning rates."""
+"""The figures of a comparison, a line a method: loss against steps, against time and against the learning rate, and the
+rise of the loss on --retain_data against the validation loss, a point a learning rate."""
 
 import math
 import statistics
@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..children import import_matplotlib
 from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
+from .outcomes import Outcome
 from .plan import Cell
 from .rates import rate_of
 from .report import Row, mean_curve
-from .runs import Outcome
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
 FORMATS = ("png", "svg")
 
 
 def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
-    """Write steps, time and rates (.png, .svg) into a folder, and retained where --retain_data was measured; methods
-    give each its colour."""
+    """Write the figures steps, time and rates (.png, .svg) into a folder, and retained if --retain_data was measured. A
+    method's place in methods gives its colour, line and marker."""
     looks = {method: look(position) for position, method in enumerate(methods)}
     several = max(len(row.runs) for row in rows) > 1
     what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
@@ -48,7 +49,7 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         figure, axes = new_figure(
             "final validation loss (nats per token)", "final rise of the loss on --retain_data\na point a learning rate"
         )
-        axes.invert_xaxis()  # what has learned more stands further to the right
+        axes.invert_xaxis()  # runs that learned more stand further to the right
         for row in rows:
             swept_runs = [runs[cell] for cell in sorted(runs) if cell[::2] == (row.method, seed)]
             ends = [run for run in swept_runs if run.retained and math.isfinite(run.loss)]
@@ -58,7 +59,7 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
 
 
 def look(position: int) -> dict[str, Any]:
-    """Colour, line and marker of the method at a position."""
+    """The colour, line and marker of the method at a position."""
     return {
         "color": LINE_COLOURS[position % len(LINE_COLOURS)],
         "linestyle": LINE_STYLES[position % len(LINE_STYLES)],
@@ -69,7 +70,7 @@ def look(position: int) -> dict[str, Any]:
 
 
 def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
-    """The mean over the seeds, and a band from the lowest to the highest; place(steps, seconds) is the abscissa."""
+    """Draw the mean over the seeds, and a band from the lowest to the highest; place(steps, seconds) is the x value."""
     curve = mean_curve(row.runs)
     x = [place(done, seconds) for done, seconds, _ in curve]
     label = f"{row.method}, rate {rate_of(row.rate):g}"
@@ -84,6 +85,7 @@ def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
 
 
 def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

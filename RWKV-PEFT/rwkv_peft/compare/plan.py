@@ -1,4 +1,4 @@
-"""Which run is due next: a sweep of learning rates for each method, then the other seeds at its best rate."""
+"""The order of runs: a sweep of learning rates for each method, then the other seeds at its best rate."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,8 +22,8 @@ class Cell(NamedTuple):
 
 
 def best_rate(method: str, seed: int, losses: Mapping[Cell, float]) -> int | None:
-    """The number of the rate at which a method's loss with a seed is lowest, the lower one of two equal ones; None
-    where no run is complete."""
+    """The number of the rate at which a method's loss with a seed is lowest, the lower rate if two are equal; None if
+    no run is complete."""
     tried = [cell for cell in losses if (cell.method, cell.seed) == (method, seed)]
     return min(tried, key=lambda cell: (losses[cell], cell.rate)).rate if tried else None
 
@@ -31,12 +31,12 @@ def best_rate(method: str, seed: int, losses: Mapping[Cell, float]) -> int | Non
 def next_cells(
     methods: Sequence[str], rates: Sequence[int], seeds: Sequence[int], losses: Mapping[Cell, float]
 ) -> list[Cell]:
-    """The runs that are due, which do not depend on each other; none when the comparison is complete.
+    """The runs that are due, independent of each other; none if the comparison is complete.
 
-    losses: the complete runs' validation losses, infinite where a run diverged. With the first seed each method has
-    every one of rates, and then the neighbours of its best rate, until that stands between two that are worse or at
-    the end of the grid; the other seeds follow, when all sweeps are done, at the best rate alone. Methods take turns,
-    so that a comparison that is cut short is cut for all of them.
+    losses: the complete runs' validation losses, infinite if a run diverged. With the first seed each method runs all
+    rates, and then the neighbours of its best rate until that lies between two that are worse or at the end of the
+    grid. Only when all sweeps are done do the other seeds follow, at the best rate. Methods take turns, so that a
+    comparison that is cut short is cut for all of them.
     """
     sweeps = [
         cell
@@ -56,7 +56,7 @@ def next_cells(
 
 
 def due_rates(method: str, rates: Sequence[int], seed: int, losses: Mapping[Cell, float]) -> list[int]:
-    """The rates that a sweep needs by now, done or not."""
+    """The rates that a sweep needs next, some of them done already."""
     if any(Cell(method, rate, seed) not in losses for rate in rates):
         return list(rates)
     best = best_rate(method, seed, losses)

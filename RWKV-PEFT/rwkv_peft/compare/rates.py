@@ -1,4 +1,4 @@
-"""The grid of learning rates: 1 and 3 times the powers of ten, each known by its number, a whole one."""
+"""The grid of learning rates: 1 and 3 times the powers of ten, numbered by whole numbers."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ import math
 from ..cli import above_zero
 
 DIGITS = (1, 3)  # of each decade
-LOWEST, HIGHEST = -16, 2  # 1e-8 and 1e1, between which a sweep widens
+LOWEST, HIGHEST = -16, 2  # 1e-8 and 1e1: a sweep does not go beyond them
 
 
 def rate_of(number: int) -> float:
@@ -21,7 +21,7 @@ def nearest_to(value: float) -> int:
 
 
 def grid_rate(text: str) -> int:
-    """The number of a learning rate, as an argparse type."""
+    """The number of a learning rate on the grid; an argparse type, which refuses other rates."""
     value = above_zero(text)
     nearest = nearest_to(value)
     if value != rate_of(nearest):

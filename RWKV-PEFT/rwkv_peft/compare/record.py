@@ -1,4 +1,4 @@
-"""What all runs of a comparison share, kept in its folder: others have no place in its table."""
+"""The settings that all runs of a comparison share, recorded in its folder so that its table holds only such runs."""
 
 import hashlib
 import json
@@ -9,18 +9,19 @@ from pathlib import Path
 from ..data.prefix import binidx_prefix
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
+from ..files.readable import require_readable
 from ..training.flags import parse_flags
 from .flags import Comparison
 from .runs import any_begun
 from .sizes import Size
 
 RECORD = "compare.json"
-BLOCK, BLOCKS = 1 << 16, 64  # bytes of a file that are looked at, and how often
+BLOCK, BLOCKS = 1 << 16, 64  # bytes of a sample of a file, and about how many samples
 
 
 def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:
-    """Write what all runs of the folder share, or compare with what stands there, once a run has got anywhere by it.
-    Raises UserError where it is another comparison's."""
+    """Write the settings that all runs of the folder share; once a run has saved anything, compare with those written
+    instead. Raises UserError if they differ."""
     path = folder / RECORD
     now = {
         "train": list(comparison.train),
@@ -36,11 +37,11 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
             temporary.write_text(json.dumps(now, indent=2) + "\n")
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(require_readable(path, f"{path}: no such file", again=True).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
     if isinstance(before, dict):
-        before = {"data": now["data"]} | before  # which earlier versions did not record
+        before = {"data": now["data"]} | before  # earlier versions did not record it
     for name, value in now.items():
         if not isinstance(before, dict) or before.get(name) != value:
             was = before.get(name) if isinstance(before, dict) else before
@@ -51,7 +52,7 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
 
 
 def data_of(comparison: Comparison) -> str:
-    """A hash of what the runs train on and measure, as it lies on the disk now."""
+    """A hash of samples of the files that the runs train and validate on, as they are on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     digest = hashlib.sha256()
     for path in filter(None, (flags.data.path, flags.train.val_data, flags.train.retain_data)):
@@ -64,7 +65,7 @@ def data_of(comparison: Comparison) -> str:
 
 
 def sample_of(file: Path) -> bytes:
-    """A file's size and some of its content, of a small one all."""
+    """A file's size and samples of its content; all of it if it is small."""
     size = file.stat().st_size
     found = [str(size).encode()]
     with open(file, "rb") as content:

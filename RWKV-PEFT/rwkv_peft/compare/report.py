@@ -1,4 +1,4 @@
-"""What a comparison found, as rows of one table and as lines of JSON."""
+"""The results of a comparison, as rows of one table and as lines of JSON."""
 
 import json
 import math
@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .outcomes import Outcome
 from .plan import Cell, best_rate
 from .rates import rate_of
-from .runs import Outcome
 from .sizes import Size
 
-REFERENCE = "lora"  # whose final loss the others' steps are counted to
+REFERENCE = "lora"  # the table has the steps that each method takes to its final loss
 
 
 class Row(NamedTuple):
-    """A method at its best rate: losses are the final ones of all seeds, runs their Outcomes."""
+    """A method at its best rate: losses are the final ones of all complete seeds, runs their Outcomes."""
 
     method: str
     size: Size
@@ -34,16 +34,21 @@ class Row(NamedTuple):
     @property
     def retained(self) -> tuple[float, ...]:
         """The final losses on --retain_data of all seeds, infinite where a run diverged; () without such data."""
-        return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.runs if run.retained)
+        return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.measured)
 
     @property
     def changes(self) -> tuple[float, ...]:
         """How far each of them is above the loss before the first step."""
-        return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.runs))
+        return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.measured))
+
+    @property
+    def measured(self) -> tuple[Outcome, ...]:
+        """The runs that were measured on --retain_data."""
+        return tuple(run for run in self.runs if run.retained)
 
 
 def spread(values: Iterable[float]) -> float:
-    """The standard deviation over the seeds, NaN where fewer than two runs did not diverge."""
+    """The standard deviation of the finite values, NaN if there are fewer than two."""
     finite = [value for value in values if math.isfinite(value)]
     return statistics.stdev(finite) if len(finite) > 1 else math.nan
 
@@ -51,7 +56,7 @@ def spread(values: Iterable[float]) -> float:
 def rows_of(
     methods: Sequence[str], seeds: Sequence[int], sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]
 ) -> list[Row]:
-    """A Row for each method with a complete run, the lowest mean loss first."""
+    """A Row for each method with a complete run of the first seed, the lowest mean loss first."""
     losses = {cell: outcome.loss for cell, outcome in outcomes.items()}
     rows = []
     for method in methods:
@@ -64,8 +69,8 @@ def rows_of(
 
 
 def common_rate(methods: Sequence[str], seed: int, losses: Mapping[Cell, float]) -> int | None:
-    """The number of the rate with the lowest mean loss over methods, of those that none diverges at; None where there
-    is none that all have run."""
+    """The number of the rate with the lowest mean loss over methods, among the rates that all of them have run without
+    diverging; None if there is none."""
     rates = {cell.rate for cell in losses}
     means = {
         rate: statistics.fmean(losses.get(Cell(method, rate, seed), math.inf) for method in methods) for rate in rates
@@ -75,7 +80,7 @@ def common_rate(methods: Sequence[str], seed: int, losses: Mapping[Cell, float])
 
 
 def mean_curve(runs: Iterable[Outcome]) -> list[tuple[int, float, list[float]]]:
-    """[(steps done, mean seconds, losses)] of runs with the same validations, those of the shortest run."""
+    """[(steps done, mean seconds, losses)] at each validation that all runs have."""
     return [
         (points[0][0], statistics.fmean(point[1] for point in points), [point[2] for point in points])
         for points in zip(*(run.validations for run in runs))
@@ -83,27 +88,28 @@ def mean_curve(runs: Iterable[Outcome]) -> list[tuple[int, float, list[float]]]:
 
 
 def steps_to(row: Row, loss: float) -> int | None:
-    """The first validation, in steps, at which a row's mean loss is at most `loss`, None where it never is."""
+    """The steps done at the first validation at which a row's mean loss is at most `loss`; None if it never is."""
     return next((done for done, _, losses in mean_curve(row.runs) if statistics.fmean(losses) <= loss), None)
 
 
 def retained_curve(row: Row) -> list[tuple[float, float]]:
-    """[(validation loss, how far the loss on --retain_data had risen)], means over a row's runs at each validation; []
-    without such data."""
+    """[(validation loss, rise of the loss on --retain_data)], means over a row's runs at each validation; [] without
+    such data."""
     rises = zip(*([loss - run.retained[0] for loss in run.retained[1:]] for run in row.runs if run.retained))
     losses = (statistics.fmean(losses) for *_, losses in mean_curve(row.runs))
     return [(loss, statistics.fmean(rise)) for loss, rise in zip(losses, rises)]
 
 
 def loss_of_all(rows: Iterable[Row]) -> float:
-    """The lowest validation loss that each row reaches which has a retained_curve, NaN where there is none."""
+    """The lowest validation loss that all rows with a retained_curve reach, those that diverged left out; NaN if there
+    is no such row."""
     curves = [retained_curve(row) for row in rows if math.isfinite(row.mean)]
     return max((min(loss for loss, _ in curve) for curve in curves if curve), default=math.nan)
 
 
 def change_at(row: Row, loss: float) -> float:
-    """How far the loss on --retain_data had risen when a row's mean validation loss first was `loss`, on straight lines
-    between validations; NaN where it was lower at the first of them, or never so low."""
+    """The rise of the loss on --retain_data when a row's mean validation loss first was `loss`, interpolated linearly
+    between validations; NaN if it passes `loss` between no two of them."""
     curve = retained_curve(row)
     for (above, before), (below, after) in zip(curve, curve[1:]):
         if above >= loss >= below:
@@ -112,7 +118,7 @@ def change_at(row: Row, loss: float) -> float:
 
 
 def table(rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]) -> str:
-    """The rows as Markdown. The loss at one rate for all is that of the first seed."""
+    """Format the rows as a Markdown table. The loss at one rate for all is that of `seed`, the first one."""
     columns = list(columns_of(rows, seed, outcomes))
     lines = ["| " + " | ".join(head for head, _ in columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows]
@@ -122,7 +128,7 @@ def table(rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]) -> s
 def columns_of(
     rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]
 ) -> Iterator[tuple[str, Callable[[Row], str]]]:
-    """(head, what a row shows below it) of each column."""
+    """Yield (head, function from a Row to its cell) for each column."""
     yield "method", lambda row: row.method
     yield "rank", lambda row: ", ".join(str(rank) for rank in row.size[:2] if rank)
     yield "trained parameters", lambda row: f"{row.size.trained:,}"
@@ -150,14 +156,14 @@ def columns_of(
 
 
 def number(value: float, form: str) -> str:
-    """A number of the table; a loss of a run that diverged says so, and what is unknown is empty."""
+    """Format a number of the table: "diverged" if it is infinite, "" if it is NaN, and so unknown."""
     if math.isnan(value):
         return ""
     return "diverged" if math.isinf(value) else format(value, form)
 
 
 def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -> str:
-    """A line of JSON for each run, with its curve; a loss of null is that of a run that diverged."""
+    """A line of JSON for each run, with its curve; val_loss is null if the run diverged."""
     lines = []
     for cell, outcome in sorted(outcomes.items()):
         size = sizes[cell.method]

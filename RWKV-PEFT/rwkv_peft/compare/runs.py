@@ -1,53 +1,38 @@
-"""The runs of a comparison as processes of train.py, each in a folder of its own, and what has become of them."""
+"""The runs of a comparison as processes of train.py, each in a folder of its own, and their outcomes."""
 
 import json
 import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
+from ..children import python_command
 from ..errors import UserError
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
-from ..names import METRICS
-from ..plots import is_number, read_metrics
 from ..training.checkpoints import DIVERGED, find_checkpoint
 from ..training.resume import AUTO
 from .flags import Comparison, method_flags
+from .outcomes import RESULT, Outcome, read_outcome
 from .plan import Cell
 from .rates import rate_of
 from .sizes import Size
 
-RESULT, LOG = "result.json", "log.txt"
+CHILD = f"{__package__}.child"  # the module that each run is a process of
+LOG = "log.txt"
 POLL = 0.1  # seconds between looks at the processes
-
-
-class Outcome(NamedTuple):
-    """A complete run: loss is the last validation's, infinite where it diverged; validations are (steps done, seconds
-    of training, loss); step_ms is the median of a step, peak_mb the largest resident memory of the process (10^6
-    bytes); retained the losses on --retain_data, before the first step and at each of validations, () without it."""
-
-    cell: Cell
-    loss: float
-    validations: tuple[tuple[int, float, float], ...]
-    step_ms: float
-    peak_mb: float
-    retained: tuple[float, ...] = ()
 
 
 @dataclass
 class Process:
-    """A run that goes on; its exit code and peak memory when it has ended."""
+    """A run in progress; code and peak_mb are its exit code and peak memory once it has ended."""
 
     cell: Cell
     folder: Path
@@ -57,7 +42,7 @@ class Process:
     peak_mb: float = field(default=math.nan)
 
     def poll(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the process has ended, and note its exit code and peak memory if so."""
         pid, status, usage = os.wait4(self.child.pid, os.WNOHANG)
         if pid:
             self.code = self.child.returncode = os.waitstatus_to_exitcode(status)
@@ -66,33 +51,12 @@ class Process:
 
 
 def any_begun(folder: Path) -> bool:
-    """Whether a run of the comparison in a folder is complete, or has saved a checkpoint."""
+    """Return whether a run of the comparison in a folder is complete or has saved a checkpoint."""
     return any((run / RESULT).exists() or find_checkpoint(run) for run in (folder / "runs").glob("*"))
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """The Outcome of the complete run in a folder."""
-    result = json.loads((folder / RESULT).read_text())
-    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    seconds = [record["tokens"] / max(record["tokens_per_s"], 0.1) for record in records]  # 0.1: it is rounded so
-    validations = tuple(
-        (record["step"] + 1, spent, record["val_loss"])
-        for record, spent in zip(records, accumulate(seconds))
-        if is_number(record.get("val_loss"))
-    )
-    loss = validations[-1][2] if validations and not result["diverged"] else math.inf
-    return Outcome(
-        Cell(result["method"], result["rate"], result["seed"]),
-        loss if math.isfinite(loss) else math.inf,
-        validations,
-        1e3 * statistics.median(seconds) if seconds else math.nan,
-        result["peak_mb"],
-        tuple(record[name] for record in records for name in ("retain_start", "retain_loss") if name in record),
-    )
-
-
 def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> list[str]:
-    """The flags of train.py of one run."""
+    """The flags of train.py for one run."""
     rate = rate_of(cell.rate)
     own = {
         "--lr_init": rate,
@@ -109,32 +73,33 @@ def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) ->
 
 
 def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Process:
-    """Begin a run, or go on with one that stopped at a checkpoint, if only for what its end would still have done."""
+    """Start a run, or resume one that has a checkpoint, even one of its last step, because the end of the run may still
+    have work to do."""
     resume = find_checkpoint(folder) is not None
     if folder.exists() and not resume:
-        with alone_in(folder):  # a run whose comparison was killed may go on in it
+        with alone_in(folder):  # a run may still work in it if its comparison was killed
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", __package__.split(".")[0], "train", *train_flags(comparison, cell, size, folder)]
-    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    argv = python_command(CHILD, *train_flags(comparison, cell, size, folder))
+    environment = dict(os.environ)
     if comparison.jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // comparison.jobs)))
     with open(folder / LOG, "wb") as log:
         child = subprocess.Popen(
             argv + ["--resume", AUTO] * resume,
+            stdin=subprocess.PIPE,  # by which it sees us end
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is ours to pass on, once: a second one would keep it from saving
+            start_new_session=True,  # only we pass a Ctrl-C on, once: a second one would keep the run from saving
         )
     return Process(cell, folder, time.monotonic(), child)
 
 
 def finish(process: Process) -> None:
-    """Note how a run ended. Raises UserError where it neither ended well nor diverged."""
+    """Write the result of a run that has ended. Raises UserError if it neither succeeded nor diverged."""
     log = (process.folder / LOG).read_text(errors="replace")
-    diverged = process.code == 1 and DIVERGED in log  # and not lost, which has the same code
+    diverged = process.code == 1 and DIVERGED in log  # a lost process has the same code
     if process.code != 0 and not diverged:
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
         raise UserError(
@@ -152,9 +117,10 @@ def run_cells(
     deadline: float,
     say: Callable[[Outcome, float], None],
 ) -> bool:
-    """Run cells, as many side by side as the comparison says; whether all are complete. None starts that would not end
-    before the deadline (of time.monotonic()) if it took as long as the longest one did, and what goes on then is asked
-    to save and stop. say(outcome, seconds) is called at the end of each. Raises UserError as finish does."""
+    """Run cells, comparison.jobs side by side; -> whether all are complete. A cell starts only if it would end before
+    the deadline (of time.monotonic()) when it takes as long as the longest one so far. Runs in progress at the deadline
+    are asked to save and stop. say(outcome, seconds) is called at the end of each run. Raises UserError as finish
+    does."""
     waiting, running, longest, late = deque(cells), list[Process](), 0.0, False
     try:
         while waiting or running:

@@ -1,4 +1,4 @@
-"""Ranks at which methods train about as many parameters as one of them does."""
+"""The ranks at which methods train about as many parameters as the first of them."""
 
 import math
 from collections import Counter
@@ -11,12 +11,12 @@ from ..errors import UserError
 from ..models.family import Family
 from ..models.state import time_state_shapes
 
-Layers = Counter[tuple[int, int]]  # how many layers have an (out_features, in_features)
+Layers = Counter[tuple[int, int]]  # {(out_features, in_features): number of layers}
 
 
 class Size(NamedTuple):
-    """A method's rank and mini_rank (0: it has none), the parameters that it trains then, and those that --train_parts
-    trains beside it; rank 0 is that of what has none: the whole model, or its states."""
+    """A method's rank (0: none, for the whole model or its states) and mini_rank (0: none), the parameters that it
+    trains with them, and those that --train_parts trains beside it."""
 
     rank: int
     mini_rank: int
@@ -30,7 +30,7 @@ class Size(NamedTuple):
 
 
 def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -> int:
-    """What a method trains on layers that the rank fits."""
+    """The number of parameters that a method trains on layers that the rank fits."""
     return sum(
         number * sum(math.prod(method.shapes(rank, mini_rank, *layer)[name]) for name in method.parameters)
         for layer, number in layers.items()
@@ -38,14 +38,15 @@ def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -
 
 
 def parts_count(parts: Collection[str], family: Family, model: ModelConfig) -> int:
-    """What --train_parts trains of a model of these dimensions."""
+    """The number of parameters that --train_parts trains in a model of these dimensions."""
     shapes = family.shapes(model) | time_state_shapes(model)
     return sum(math.prod(shape) for key, shape in shapes.items() if family.part_of(key) in parts)
 
 
 def matched_size(method: Method, wanted: int, layers: Layers) -> Size:
-    """The Size whose parameters are nearest to a wanted number, of two equally near ones the smaller; of those of a
-    mini form the one whose rank and mini_rank are nearest to each other. Raises UserError where no rank fits."""
+    """The Size whose number of parameters is nearest to `wanted`. Among equally near ones it is the one whose rank and
+    mini_rank are nearest to each other, for methods without a mini_rank the lowest rank. Raises UserError if no rank
+    fits."""
     outs = math.gcd(*(out_features for out_features, _ in layers))
     minis = [width for width in range(1, outs + 1) if outs % width == 0] if method.mini else [0]
     found = [

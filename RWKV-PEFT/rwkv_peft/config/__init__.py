@@ -42,5 +42,5 @@ class RunConfig:
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:
-    """A config dataclass as stable JSON text, for config.json."""
+    """Write a config dataclass as JSON text for config.json; the same settings give the same text."""
     return json.dumps(asdict(config), sort_keys=True, indent=2)

@@ -1,4 +1,4 @@
-"""Which adapter trains, and which parameters beside it."""
+"""Settings of the adapter that trains, and of the parameters that train beside it."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ QUANTIZATIONS = ("none", "nf4", "int8")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which adapter replaces which linear layers, and which other parameters train.
+    """The adapter, the linear layers that get it, and the other parameters that train.
 
-    method and mode name one of METHODS (adapters/methods.py), mode where several forms share the word; "none" is full
-    fine-tuning. targets are module-name suffixes such as "att.key", () all that the generation has; alpha is the LoRA
-    scale times rank (0 means alpha = rank), svd_niter the power iterations of PiSSA's randomized SVD (0: an exact SVD),
-    init the file of the factors that a PiSSA of RWKV-PEFT in `load` began with.
+    method and mode name one of METHODS (adapters/methods.py), mode only if several forms share the method's word;
+    method "none" has no adapter: the model itself trains, or train_parts. targets are module-name suffixes such as
+    "att.key", () all that the generation has; alpha is the LoRA scale times rank (0 means alpha = rank), svd_niter the
+    power iterations of PiSSA's randomized SVD (0: an exact SVD), init the file of the initial factors if `load` is a
+    PiSSA adapter of RWKV-PEFT.
     """
 
     method: str = setting(
@@ -86,10 +87,10 @@ class AdapterConfig:
 
     @property
     def states_alone(self) -> bool:
-        """Whether nothing but time states trains."""
+        """True if only time states train."""
         return self.method == NONE and self.train_parts == (STATE,)
 
     @property
     def whole_model(self) -> bool:
-        """Whether a run's file is a model: no layer is adapted, and parameters of the model itself train."""
+        """True if a run writes a model: no layer has an adapter, and parameters of the model itself train."""
         return self.method == NONE and not self.states_alone

@@ -1,4 +1,4 @@
-"""What a run reads."""
+"""Settings of the data that a run reads."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ DATA_TYPES = ("binidx", "sft", "pairs")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in which order.
+    """The data, and the order in which it is read.
 
-    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers (data_type "sft"), or
-    of two answers each ("pairs"), which tokenizer turns into tokens. seed draws the order of the samples; None keeps
-    that of the file.
+    path is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer turns into
+    tokens: questions and answers ("sft"), or prompts with two answers each ("pairs"). seed draws the order of the
+    samples; None keeps that of the file.
     """
 
     path: str = setting(
@@ -91,7 +91,7 @@ class DataConfig:
 
     @property
     def of_rows(self) -> bool:
-        """Whether the data is rows that are yet to be tokenized."""
+        """True if the data is rows that are not tokenized yet."""
         return self.data_type != "binidx"
 
     @property
@@ -102,5 +102,5 @@ class DataConfig:
 
     @property
     def documents(self) -> int:
-        """Of a sample, or the windows of one."""
+        """The number of rows of tokens in a sample: 2 for a pair of answers, else 1."""
         return 2 if self.data_type == "pairs" else 1

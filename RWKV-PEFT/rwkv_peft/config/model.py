@@ -6,9 +6,9 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a model that every generation has: n_layer blocks over n_embd (C) channels; dim_att (A) = heads x
-    head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds its others, and names
-    its `version`."""
+    """The dimensions that every generation has: n_layer blocks over n_embd (C) channels; dim_att (A) = heads x
+    head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds further dimensions
+    and its `version`."""
 
     n_layer: int
     n_embd: int

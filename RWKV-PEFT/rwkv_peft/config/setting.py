@@ -1,4 +1,4 @@
-"""What a field of the settings says of its flag."""
+"""Fields of the settings that hold the description of their flag."""
 
 from dataclasses import field
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ def setting(
     unset: bool = False,
     **options: Any,
 ) -> Value:
-    """A field that a flag sets: default, the flag's help, its name where it is not the field's, the group of --help
-    that it stands in, and argparse's options. With unset the flag's default is None, which stands for what the help
-    says. Without help the field has no flag of its own."""
+    """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
+    its group in --help, and argparse's options. With unset the flag's default is None, and its help tells what that
+    means. Without help the field has no flag."""
     metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
     return field(default=default, metadata=metadata)

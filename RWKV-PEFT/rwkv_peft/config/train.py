@@ -1,4 +1,4 @@
-"""How a run trains, and where it writes."""
+"""Settings of training, and of the files that a run writes."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ STATE_LR = 1e-2  # of time states; docs/benchmarks/training.md has the measureme
 
 @dataclass(frozen=True)
 class TrainConfig(ValidationConfig):
-    """How a run trains, on what, and where it writes.
+    """The settings of training, its machine, and where a run writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
@@ -273,5 +273,5 @@ class TrainConfig(ValidationConfig):
 
     @property
     def offload(self) -> bool:
-        """Whether the optimizer lives in main memory."""
+        """True if the optimizer is in main memory."""
         return self.strategy.endswith("offload")

@@ -1,4 +1,4 @@
-"""What tells a run how good its model is while it trains."""
+"""Settings of the validation of a run while it trains, and of the questions that its model is asked."""
 
 from dataclasses import dataclass
 

@@ -62,13 +62,14 @@ class BinidxDataset:
         self._read_index()
         self._map_tokens()
         self.mask = self._map_mask()
+        self.vocab_size: int | None = None  # of the model, once it is checked
         mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
         self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
         """Raise UserError if a file has another length than when it was opened, because reading a part that is gone
-        would end the process by a signal. Warn, once, of a file that was written or touched since. If another file took
-        its name, the old one is read on."""
+        would end the process by a signal. Warn, once, of a file that was written or touched since, and judge it
+        anew. If another file took its name, the old one is read on."""
         for path, before in self.mapped.items():
             with suppress(OSError):  # the name is gone
                 now = os.stat(path)
@@ -87,6 +88,9 @@ class BinidxDataset:
                         stacklevel=2,
                     )
                     self.mapped[path] = now
+                    now_there = BinidxDataset(self.prefix)
+                    if self.vocab_size is not None:
+                        now_there.check_vocab(self.vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -107,6 +111,7 @@ class BinidxDataset:
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError if a token is negative or not below vocab_size; read .bin once unless its dtype rules that
         out."""
+        self.vocab_size = vocab_size
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
+from ..children import elsewhere
 from ..errors import UserError
 from .encoding import Encoded, EncodeSettings, encode_chunk
 from .rows import Chunk
@@ -25,7 +26,9 @@ def encode_all(
         for chunk in chunks:
             yield encode_chunk(chunk, settings, judge())
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+    with elsewhere():  # a process that keeps track of the others begins
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
+    with pool:
         waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
@@ -48,7 +51,7 @@ def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, ju
     """Submit a chunk, for which the pool may begin one more process. Raises BrokenProcessPool if it cannot: the system
     has no room for a process, or another one died this moment, which closes the pool's pipes that the new one inherits
     (an OSError or a ValueError, depending on how far it came)."""
-    with no_ctrl_c():  # a new process inherits this
+    with no_ctrl_c(), elsewhere():  # a new process inherits both
         try:
             return pool.submit(encode_chunk, chunk, settings, judge)
         except (OSError, ValueError) as error:

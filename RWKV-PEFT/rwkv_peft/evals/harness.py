@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,22 +165,18 @@ def evaluate(
 
 @contextmanager
 def git_unheard() -> Iterator[None]:
-    """Within, keep git silent if the current folder is no repository; lm_eval's own look for its commit lets git
-    complain to the user."""
+    """Keep lm_eval from asking git for the commit of the current folder, whose settings may name programs to run, and
+    which complains to the user where there is none."""
     before = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = commit_here
+    evaluator.get_git_commit_hash = no_commit
     try:
         yield
     finally:
         evaluator.get_git_commit_hash = before
 
 
-def commit_here() -> str | None:
-    """The commit of the current folder by `git describe`; None if there is none, or no git."""
-    try:
-        return subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
+def no_commit() -> None:
+    """What stands for a commit."""
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:

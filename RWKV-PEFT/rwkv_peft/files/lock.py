@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ..errors import told
 
+LONGEST = 1000  # bytes that a holder writes about itself
+
 
 class Busy(Exception):
     """Another process holds the file; the text says which, where, and since when."""
@@ -61,7 +63,7 @@ def _is_at(file: FileIO, path: Path) -> bool:
 def _holder(file: FileIO) -> str:
     """The file's holder, as it described itself in the file."""
     try:
-        values = json.loads(file.read())
+        values = json.loads(file.read(LONGEST))
         return f"process {values['process']} on {values['host']}, since {values['since']}"
-    except (ValueError, LookupError, TypeError) as error:  # it has not written yet
+    except (ValueError, LookupError, TypeError, RecursionError) as error:  # it has not written yet
         return f"another process, which does not say who it is ({told(error)})"

@@ -3,8 +3,8 @@
     from rwkv_peft.hf import BoneConfig
     model = get_peft_model(model, BoneConfig(r=64, init_weights="bat-in"))
 
-`peft.BoneConfig` is the same class afterwards. Where peft still has a Bone of its own (0.14 to 0.18) it is
-left in place, and `register(replace=True)` puts this one there; until then this BoneConfig refuses to be made.
+`peft.BoneConfig` is the same class afterwards. If peft has a Bone of its own (0.14 to 0.18), that stays in place until
+`register(replace=True)` puts this one there; until then this BoneConfig refuses to be made.
 """
 
 from .config import BoneConfig

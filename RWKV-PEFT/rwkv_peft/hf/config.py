@@ -11,23 +11,23 @@ from ..adapters.methods import by_hf_name
 from ..errors import UserError
 from .installed import add_member, configs
 
-# (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only where they are in use
+# (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
 
 
 @dataclass
 class BoneConfig(PeftConfig):
-    """Settings of Bone. Raises UserError for those that contradict each other.
+    """Settings of Bone. Raises UserError if one is wrong or two contradict each other.
 
-    r: rank, that is the size of a block. "bat-in" and "bat-out" need it to divide both widths of a layer.
-    init_weights: which form, and how it starts:
+    r: rank, the size of a block. For "bat-in" and "bat-out" it must divide both widths of a layer.
+    init_weights: the form, and how it starts:
         True           bone: one update D (r, out) shared by the shards of the input, starting at zero
         "bat-in"       block affine by input block, the fast one
-        "bat-out"      block affine by output block; "bat", as peft calls it, is the same
+        "bat-out"      block affine by output block; peft's name for it, "bat", is taken too
         "mini"         bone with D (r, mini_r) repeated along the output
-        False          bone with a random D, as peft does for tests
-    bone_dropout: probability with which an input is hidden from the adapter in training.
-    target_modules: names, a regular expression or "all-linear"; None takes peft's own choice for the model.
+        False          bone with a random D, as peft has it for tests
+    bone_dropout: probability that an element of the adapter's input is dropped in training.
+    target_modules: names, a regular expression or "all-linear"; None takes peft's default for the model.
     exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in other methods of peft.
     """
 
@@ -54,7 +54,7 @@ class BoneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # adapter_config.json names the method, who calls this class does not
+        # adapter_config.json gives peft_type; a call of this class does not
         self.from_file = self.peft_type is not None
         self.peft_type: PeftType = add_member("BONE")
         for name in ("target_modules", "exclude_modules"):
@@ -64,7 +64,7 @@ class BoneConfig(PeftConfig):
 
     @property
     def method(self) -> Method:
-        """The Method of the form that init_weights names; UserError for a value that names none."""
+        """The Method that init_weights names. Raises UserError for an unknown value."""
         method = by_hf_name(self.init_weights)
         if method is None:
             raise UserError(
@@ -98,7 +98,7 @@ class BoneConfig(PeftConfig):
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
-        # whose letters peft would take for the ends of names, and train much else
+        # peft would take each letter of a text as the end of a module's name, and train many other modules
         if isinstance(self.modules_to_save, str):
             raise UserError(
                 f"modules_to_save={self.modules_to_save!r} is no list of names; give [{self.modules_to_save!r}]"
@@ -117,7 +117,7 @@ class BoneConfig(PeftConfig):
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as they are saved: in the words that peft 0.14 to 0.18 know, wherever they know the thing."""
+        """Return the settings to save, written as peft 0.14 to 0.18 read them if those have the setting."""
         settings = super().to_dict()
         settings["init_weights"] = self.method.hf_names[0] if self.init_weights is not False else False
         for name, default in LATER_SETTINGS:

@@ -4,11 +4,11 @@
         --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
         --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
 
-Model and data are names on the hub or local paths. Rows are a question and its answer, or a chat's turns (messages, or
-conversations), which the tokenizer's chat template lays out. The adapter goes to OUTPUT_DIR/bone_ft and, with
---merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
-Only the answers count in the loss, of a chat each of them (--completion_only_loss False: all of it). --eval_split with
---eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
+Model and data are names on the hub or local paths. A row is a question and its answer, or the turns of a chat (column
+messages or conversations), which the tokenizer's chat template lays out. The adapter goes to OUTPUT_DIR/bone_ft and,
+with --merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
+Only answers count in the loss, in a chat all of them; with --completion_only_loss False everything counts. --eval_split
+with --eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ from .stopping import StopAtCtrlC
 
 
 def main(argv: list[str]) -> int:
-    """Train, save, merge and push as asked; -> 0, or 130 where Ctrl-C ended it. Raises UserError for arguments that
-    cannot be honoured, and where the hub does not take what is saved."""
+    """Train, save, merge and push as asked; -> 0, or 130 after Ctrl-C. Raises UserError for arguments that cannot be
+    honoured, and if the hub does not take the adapter."""
     register(replace=True)
     arguments, config = parse(argv)
     with alone_in(Path(config.output_dir), flag="--output_dir") if config.should_save else nullcontext():
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(arguments: BoneArguments, config: Any) -> int:
-    """What main does, in a folder that is this run's alone."""
+    """Do the work of main, in a folder that no other run uses."""
     from trl import SFTTrainer
 
     adapter_config = bone_config(arguments)
@@ -88,7 +88,7 @@ def run(arguments: BoneArguments, config: Any) -> int:
         notes.append("the tokenizer has no chat template: turns are laid out as ### USER: … ### ASSISTANT: …")
     if arguments.bits in ("nf4", "int8"):
         for parameter in trainer.model.parameters():
-            if parameter.requires_grad:  # trl makes them bfloat16 on quantized models, where small steps are lost
+            if parameter.requires_grad:  # trl casts them to bfloat16 on quantized models, which loses small steps
                 parameter.data = parameter.data.float()
     if trainer.is_world_process_zero():
         print("\n".join(filter(None, notes)), end="\n" * any(notes))
@@ -100,14 +100,14 @@ def run(arguments: BoneArguments, config: Any) -> int:
     except (ValueError, ImportError) as error:
         if stopping.begun:
             raise
-        raise UserError(f"these arguments: {error}") from error  # of the optimizer and the schedule, made in there
+        raise UserError(f"these arguments: {error}") from error  # train() makes the optimizer and the schedule
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
         return 130
     trainer.save_state()
     check_finite(trainer.model, config.learning_rate)
     adapter = Path(config.output_dir) / ADAPTER
-    trainer.save_model(str(adapter), _internal_call=True)  # which does not push: merging comes first
+    trainer.save_model(str(adapter), _internal_call=True)  # an internal call does not push: merging comes first
     if trainer.is_world_process_zero():
         print(f"the adapter is in {adapter}")
         if arguments.merge_and_save:
@@ -118,7 +118,7 @@ def run(arguments: BoneArguments, config: Any) -> int:
 
 
 def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
-    """The base model's tokenizer, padding with its end where it names no padding."""
+    """Load the base model's tokenizer; its eos_token pads if it has no pad_token. Raises UserError without either."""
     from transformers import AutoTokenizer
 
     known = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
@@ -135,7 +135,7 @@ def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
 
 
 def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
-    """The base model, its frozen weights kept as `bits` says."""
+    """Load the base model, its frozen weights in the dtype or quantization that `bits` names."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(bits, torch.bfloat16)
@@ -148,7 +148,7 @@ def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
 
 
 def check_targets(targets: Sequence[str], model: nn.Module) -> None:
-    """UserError for a target that is the end of no module's name."""
+    """Raise UserError for a target that no linear layer's name ends with."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if target != "all-linear" and not any(name == target or name.endswith("." + target) for name in names):
@@ -157,7 +157,7 @@ def check_targets(targets: Sequence[str], model: nn.Module) -> None:
 
 
 def check_finite(model: nn.Module, rate: float) -> None:
-    """UserError where training has spoilt the adapter."""
+    """Raise UserError if a trained parameter is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(
@@ -173,7 +173,7 @@ def merge_and_save(
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # under ZeRO-3 the base would be spread over the processes, and this one needs it whole
+    unset_hf_deepspeed_config()  # under ZeRO-3 the base would be sharded over the processes; this one needs all of it
     bits = arguments.bits if arguments.bits in ("fp16", "fp32") else "bf16"
     model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits, settings), adapter)
     model.merge_and_unload(safe_merge=True).save_pretrained(target)

@@ -1,4 +1,4 @@
-"""Rows that are chats, as a fine-tuning takes them: lists of turns, laid out by the tokenizer's chat template."""
+"""Chats as rows of a fine-tuning: lists of turns, laid out by the tokenizer's chat template."""
 
 import json
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 from ..errors import UserError
 from ..names import SYSTEM_FIELDS
 
-# The roles of turns {from, value}, where templates call them otherwise.
+# Roles in turns of the form {from, value} -> the names that chat templates use.
 ROLES = MappingProxyType(
     {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 )
-CALLS = ("tool_calls", "function_call")  # what a turn may hold besides its words
-# For base models, which have no template: the layout of rows of a question and its answer, turn after turn.
+CALLS = ("tool_calls", "function_call")  # fields of a turn, beside its content
+# For base models, which have no template: each turn is laid out as in rows of a question and its answer.
 TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
     "{{ '### ' + message['role'] | upper + ':' }}{% if message['role'] == 'assistant' %}"
@@ -24,14 +24,15 @@ TEMPLATE = (
 
 
 def only_answers(config: Any) -> None:
-    """Let trl's config learn of chats what it would learn of prompts and completions: the answers, each of them."""
+    """Set trl's config so that only the assistant's turns of a chat count in the loss, as only completions do in other
+    rows; with completion_only_loss False everything counts."""
     config.assistant_only_loss = config.completion_only_loss is not False
     config.completion_only_loss = None
 
 
 def give_template(tokenizer: Any) -> None:
-    """TEMPLATE for a tokenizer that has none of its own; models that are saved with it keep it. Raises UserError where
-    there is nothing to end an answer with."""
+    """Give TEMPLATE to a tokenizer that has no template; it is saved with the tokenizer. Raises UserError if there is
+    no eos_token to end an answer with."""
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no chat template, and no eos_token to end an answer with; write one of them")
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -39,9 +40,12 @@ def give_template(tokenizer: Any) -> None:
 
 
 def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any) -> dict[str, Any]:
-    """The turns of a row's column, {role, content} or {from, value}, as messages, behind the row's system text and
-    beside its tools. Raises UserError, which says `where`, for turns that have not that form, none that is the
-    assistant's, or that the template refuses, and for tools or calls of them that it leaves out."""
+    """A row's turns, {role, content} or {from, value} -> {"messages": …}, led by the row's system text, and "tools" if
+    the row has them.
+
+    Raises UserError, which names `where`, for turns of another form, if no turn of the assistant holds anything, if
+    the template refuses the turns, or if it leaves out tools or calls of tools.
+    """
     from jinja2 import TemplateError
 
     turns = row[column]
@@ -72,8 +76,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
 
 
 def system_of(row: Mapping[str, Any], where: str) -> str:
-    """The system text beside a row's turns or question, "" where it has none. Raises UserError for one that is no
-    text."""
+    """The system text beside a row's turns or question, "" if it has none. Raises UserError if it is not text."""
     words = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), "")
     if not isinstance(words, str):
         raise UserError(f"{where} has a {type(words).__name__} for its system text, and text is due")
@@ -81,12 +84,13 @@ def system_of(row: Mapping[str, Any], where: str) -> str:
 
 
 def calls(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn calls a tool."""
+    """Return whether a turn calls a tool."""
     return any(turn.get(name) for name in CALLS)
 
 
 def _message(turn: object, where: str) -> dict[str, Any]:
-    """A turn as a template takes it."""
+    """Return a turn as chat templates take it, with role and content. Raises UserError, which names `where`, if it
+    cannot be one."""
     if isinstance(turn, dict) and turn.get("role") is None and turn.get("from") is not None:
         role = str(turn["from"])
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}

@@ -1,5 +1,5 @@
-"""The rows of a fine-tuning: from files, folders or the hub, as chats or as prompts and completions; what of them is
-learned."""
+"""The rows of a fine-tuning: read from files, folders or the hub, as chats or as prompts and completions, and a note on
+those that are cut or left out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from .finetune_chat import as_messages, give_template, system_of
 from .finetune_flags import BoneArguments
 from .refusals import refusals_of
 
-# Where no column is named: a question and its answer, or turns.
+# The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
 COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
 
 def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
-    """The rows of the split that --`split` names, as messages or as prompt and completion, which the tokenizer's end
-    closes. For messages a tokenizer without a chat template gets one. Raises UserError where there is no such data or
-    column, and for a row that has no such form."""
+    """Load the rows of the split that the flag --`split` names, as messages, or as prompt and completion with the
+    tokenizer's eos_token at the end. A tokenizer without a chat template gets one if the rows are messages. Raises
+    UserError if there is no such data or column, or if a row has another form."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -67,8 +67,8 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
 
 
 def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
-    """Those of a question and its answer, or the one of turns, among the columns that there are. Raises UserError where
-    they are not."""
+    """The columns of question and answer, or the one of turns, chosen among `names`. Raises UserError if one is
+    missing."""
     wanted = arguments.dataset_field
     if wanted is None:
         wanted = next((columns for columns in COLUMNS if set(columns) <= set(names)), COLUMNS[0])
@@ -82,8 +82,8 @@ def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
 
 
 def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: str) -> dict[str, str]:
-    """The columns of a question and its answer as prompt and completion, behind the row's system text. Raises
-    UserError, which says `where`, for those that hold no text."""
+    """A question and its answer -> {"prompt": …, "completion": …}; the row's system text leads the prompt. Raises
+    UserError, which names `where`, if one is neither text nor a number."""
     question, answer = columns
     for name in columns:
         if row[name] is None:
@@ -99,8 +99,8 @@ def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: s
 
 
 def as_learned(dataset: Any, rows: int, split: str, arguments: BoneArguments, config: Any) -> str:
-    """A line on the rows of --`split`, of which there were `rows`, that the trainer has cut or left out, "" where it
-    has none; UserError where none is left. Packed rows are not told apart any more."""
+    """Say how many of the `rows` rows of the flag --`split` the trainer has cut or left out; "" if none, without a
+    --max_length, or if rows are packed and can no longer be told apart. Raises UserError if no row is left."""
     limit = f"--max_length {config.max_length}"
     if not len(dataset):
         raise UserError(
@@ -116,7 +116,7 @@ def as_learned(dataset: Any, rows: int, split: str, arguments: BoneArguments, co
 
 
 def full(dataset: Any, length: int) -> int:
-    """How many rows of a tokenized Dataset have `length` tokens or more."""
+    """Count the rows of a tokenized Dataset that have `length` tokens or more."""
     from pyarrow import compute
 
     batches = dataset.select_columns("input_ids").with_format("arrow").iter(10_000)

@@ -1,4 +1,4 @@
-"""The arguments of the fine-tuning: Bone's own, and trl's SFTConfig under its older names too."""
+"""The arguments of the fine-tuning: Bone's own, and those of trl's SFTConfig, under older names too."""
 
 import math
 from collections.abc import Collection
@@ -25,13 +25,13 @@ RENAMED = (
     ("no_cuda", "use_cpu"),
     ("use_liger", "use_liger_kernel"),
 )
-# (name that newer ones dropped, what they do instead)
+# (name that newer ones dropped, what happens instead)
 DROPPED = (
     ("overwrite_output_dir", "an output folder that holds a run is refused"),
     ("save_safetensors", "checkpoints are safetensors"),
     ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"),
 )
-# (what is given here, the flags by which train.py and other trainers call it)
+# (the argument here, its names in train.py and in other trainers)
 MEANINGS = (
     ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model_name", "model")),
     ("--data_path", ("data_file", "data", "dataset", "dataset_name", "train_file")),
@@ -67,7 +67,7 @@ MEANINGS = (
     ("--report_to wandb", ("wandb",)),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
-# (argument, the least and what it is below, what is wrong with others)
+# (argument, its least value, the value that it must be below, the rest of the refusal)
 NUMBERS = (
     ("per_device_train_batch_size", 1, math.inf, "is no number of rows; give 1 or more"),
     ("gradient_accumulation_steps", 1, math.inf, "is no number of batches; give 1 or more"),
@@ -81,7 +81,7 @@ NUMBERS = (
 
 @dataclass
 class BoneArguments:
-    """What this command takes beside SFTConfig's arguments."""
+    """The arguments of this command beside SFTConfig's."""
 
     base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
     data_path: str = field(
@@ -113,7 +113,7 @@ class BoneArguments:
 
 
 def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
-    """argv -> (BoneArguments, SFTConfig)."""
+    """argv -> (BoneArguments, SFTConfig). Raises UserError for arguments that are unknown, wrong or contradictory."""
     from transformers import HfArgumentParser
     from trl import SFTConfig
 
@@ -160,7 +160,7 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
 
 
 def check_validation(split: str | None, config: Any) -> None:
-    """UserError for arguments about a validation that does not take place."""
+    """Raise UserError if arguments ask for a validation without rows, or speak of one that does not take place."""
     validates = config.eval_strategy != "no"
     if (validates or config.eval_on_start) and split is None:
         flag = f"--eval_strategy {config.eval_strategy.value}" if validates else "--eval_on_start"
@@ -180,7 +180,8 @@ def refuse(message: str) -> NoReturn:
 
 
 def check_installed(config: Any) -> None:
-    """UserError for an argument whose package is missing, of which the trainer says so late or in a traceback."""
+    """Raise UserError for an argument whose package or device is missing; the trainer would fail late, or with a
+    traceback."""
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.utils import is_liger_kernel_available
 
@@ -200,10 +201,12 @@ def check_installed(config: Any) -> None:
 
 
 def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
-    """Arguments as the installed trl and transformers take them, with a word about each that is changed.
+    """Translate arguments into those that the installed trl and transformers take, and print a line about each that is
+    renamed or ignored.
 
-    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU,
-    and a CUDA one. Raises UserError where an argument is given under both its names.
+    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has a device beside the CPU,
+    and a CUDA device. Raises UserError if an argument is given under both its names, for a --warmup_ratio outside
+    [0, 1), and if there are GPUs that torch cannot use.
     """
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
     argv = [part.replace("-", "_").replace("__", "--", 1) if part.startswith("--") else part for part in argv]
@@ -221,7 +224,7 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
             drop(argv, f"--{name}")
             print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")
     if ("--bits", "fp32") in pairwise(argv) and not {"--bf16", "--fp16"} & set(argv):
-        argv += ["--bf16", "False"]  # which trl switches on by itself
+        argv += ["--bf16", "False"]  # trl switches it on by default
     if not cuda and "--tf32" in argv:
         drop(argv, "--tf32")
         print("--tf32 is for CUDA devices; there is none here, and it is ignored")
@@ -233,8 +236,8 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
 
 
 def check_share(ratio: str) -> None:
-    """UserError for a --warmup_ratio that newer trainers would take for a number of steps. What is no number at all,
-    the parser tells."""
+    """Raise UserError for a --warmup_ratio that newer trainers would take for a number of steps. The parser refuses
+    one that is not a number."""
     try:
         share = float(ratio)
     except ValueError:
@@ -247,7 +250,7 @@ def check_share(ratio: str) -> None:
 
 
 def drop(argv: list[str], flag: str) -> None:
-    """Remove a flag and its value, if it has one, wherever it is given."""
+    """Remove a flag and its value, if it has one, each time it is given."""
     while flag in argv:
         at = argv.index(flag)
         has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
@@ -255,7 +258,7 @@ def drop(argv: list[str], flag: str) -> None:
 
 
 def bone_config(arguments: BoneArguments) -> BoneConfig:
-    """The BoneConfig that the arguments describe."""
+    """Make the BoneConfig that the arguments describe."""
     init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
     targets = arguments.target_modules or ["all-linear"]
     return BoneConfig(
@@ -269,8 +272,8 @@ def bone_config(arguments: BoneArguments) -> BoneConfig:
 
 
 def model_settings(config: Any) -> dict[str, Any]:
-    """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from
-    config."""
+    """Take --trust_remote_code and --model_init_kwargs out of config as settings for from_pretrained, because trl
+    applies them only to a model that it loads itself. Raises UserError if they give a dtype or a quantization."""
     settings = {"trust_remote_code": True} if getattr(config, "trust_remote_code", False) else {}
     settings |= config.model_init_kwargs or {}
     for name in ("dtype", "torch_dtype", "quantization_config"):

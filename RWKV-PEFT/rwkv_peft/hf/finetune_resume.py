@@ -1,4 +1,4 @@
-"""The checkpoint that a fine-tuning goes on from, what must agree with the run, and the folder that it writes."""
+"""The checkpoint that a fine-tuning goes on from and the folder that it writes, checked before training begins."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ ADAPTER = "bone_ft"  # the folder of the trained adapter in --output_dir
 
 
 def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
-    """The checkpoint of --resume_from_checkpoint, a folder, or True for the newest in --output_dir; None without it.
+    """The folder of --resume_from_checkpoint, for True the newest checkpoint in --output_dir; None without the flag.
 
-    Raises UserError where there is none, or where its adapter has other settings than the arguments say.
+    Raises UserError if there is none, or if its adapter has other settings than the arguments say.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -45,9 +45,9 @@ def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
 
 
 def check_folder(folder: str, base: Path, resumed: str | None) -> None:
-    """UserError where --output_dir is the base model's folder, whose card would be overwritten, or holds another run
-    than the one to go on with: its adapter would be overwritten, and its checkpoints deleted by --save_total_limit or
-    taken for this run's."""
+    """Raise UserError if --output_dir is the base model's folder, because its model card would be overwritten, or if it
+    holds a run that is not resumed: its adapter would be overwritten, and its checkpoints deleted by --save_total_limit
+    or taken for this run's."""
     output = Path(folder)
     if same_file(output, base):
         raise UserError(f"--output_dir {output} is the folder of --base_model_name_or_path; name another")
@@ -63,7 +63,7 @@ def check_folder(folder: str, base: Path, resumed: str | None) -> None:
 
 
 def check_layers(checkpoint: str, model: nn.Module) -> None:
-    """UserError where a checkpoint's adapter is one of other layers than the model's."""
+    """Raise UserError if a checkpoint's adapter is for other layers than the model's adapter."""
     from peft import get_peft_model_state_dict, load_peft_weights
 
     with refusals_of(f"--resume_from_checkpoint {checkpoint}"):

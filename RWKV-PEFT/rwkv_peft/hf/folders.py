@@ -1,8 +1,8 @@
-"""Adapter folders of peft, from BONE to MISS and back.
+"""Conversion of peft's adapter folders from BONE to MISS and back.
 
 MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys.
 
-    rwkv-peft bone2miss IN OUT      writes a MISS folder for a BONE one, and the other way round
+    rwkv-peft bone2miss IN OUT      writes a MISS folder from a BONE one, or a BONE folder from a MISS one
 """
 
 import json
@@ -20,7 +20,7 @@ from ..release.flags import bone2miss_flags
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
-    """Write the BONE folder `source` as a MISS folder `target`; raises UserError for bat-in, which MiSS lacks."""
+    """Write the BONE folder `source` as a MISS folder `target`. Raises UserError for bat-in, which MiSS lacks."""
     config, tensors = read(source, "BONE")
     if config.get("init_weights") == "bat-in":
         raise UserError(
@@ -39,19 +39,19 @@ def miss_to_bone(source: str | Path, target: str | Path) -> None:
 
 
 def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(config, tensors) of an adapter folder; raises UserError where it is not one of this kind."""
+    """Read an adapter folder -> (config, tensors). Raises UserError if it is not of this kind."""
     config = read_config(folder)
     if config.get("peft_type") != kind:
         raise UserError(f"{folder} holds a {config.get('peft_type')} adapter, and {kind} is due here")
     tensors = read_folder_tensors(Path(folder))
     dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
     if config.get("init_weights") is True and dims == {3}:
-        config["init_weights"] = "bat"  # a pre-release's way of saying so
+        config["init_weights"] = "bat"  # a pre-release of peft wrote true for it
     return config, tensors
 
 
 def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Settings or tensors with the method's name changed in keys and, for peft_type and bias, in values."""
+    """Change the method's name in the keys of settings or tensors, and in the values of peft_type and bias."""
     renamed = {}
     for key, value in settings.items():
         if key == "peft_type":
@@ -65,7 +65,7 @@ def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Write an adapter folder; its files get their names when both are written."""
+    """Write an adapter folder; its two files get their names only when both are written."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
@@ -75,7 +75,7 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torc
 
 
 def main(argv: list[str]) -> int:
-    """Convert one folder into the other kind."""
+    """Convert a folder to the other kind; -> 0."""
     args = bone2miss_flags(argv)
     kind = read_config(args.source).get("peft_type")
     (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)

@@ -1,16 +1,16 @@
-"""The installed peft: the versions that Bone knows, what differs between them, and how BONE becomes one of its methods.
+"""The installed peft: the versions that Bone knows, their differences, and how BONE becomes one of its methods.
 
 peft finds a method's classes by PeftType, a str Enum with one member a method, and has no entry point for
-others. An Enum's members are closed by design: adding one means to do by hand what the class statement
-does, in the three tables that the enum module documents for lookups (by name, by value, in order). That
-is done here alone, checked afterwards, and refused for a version of peft on which nobody has tried it.
+others. An Enum's members are closed by design: to add one is to do by hand what the class statement
+does, in the three tables that the enum module uses for lookups (by name, by value, in order). Only this
+file does that; it checks the result, and refuses versions of peft on which it has not been tried.
 
-    0.14           keeps its tables of methods in four places; from 0.15 on they are in peft.mapping
-    0.14 to 0.17   leave a method's everyday work (freezing, merging, deleting …) to each method; BoneModel
-                   takes that of peft's own BoneModel. From 0.18 on BaseTuner does it for all
+    0.14           keeps its four tables of methods in three modules; from 0.15 on all are in peft.mapping
+    0.14 to 0.17   leave common work (freezing, merging, deleting …) to each method; BoneModel inherits it
+                   from peft's own BoneModel. From 0.18 on BaseTuner does it for all
     0.14 to 0.18   have a Bone of their own, without bat-in, mini, dropout, and layers of bitsandbytes
     0.19 and newer have none
-    0.14 to 0.20   do not save trained biases but for their own methods; 0.21 saves those of every method
+    0.14 to 0.20   save trained biases only for their own methods; 0.21 saves those of every method
 
 tests/hf/versions.sh runs the tests under each of them.
 """
@@ -32,7 +32,7 @@ def version() -> tuple[int, ...]:
 
 
 def check_version() -> None:
-    """Raises UserError for a peft on which Bone was not tried."""
+    """Raise UserError for a version of peft on which Bone was not tried."""
     if not FIRST_KNOWN <= version() < FIRST_UNKNOWN:
         first, last = ".".join(map(str, FIRST_KNOWN)), f"{FIRST_UNKNOWN[0]}.{FIRST_UNKNOWN[1] - 1}"
         raise UserError(
@@ -67,7 +67,7 @@ def configs() -> dict[PeftType, type[PeftConfig]]:
 
 
 def enter(member: PeftType, config: type[PeftConfig], model: type[BaseTuner]) -> None:
-    """Enter a method's classes in all tables of peft."""
+    """Enter a method's classes in all of peft's tables."""
     if version() < TABLES_IN_ONE_PLACE:
         from peft.peft_model import PEFT_TYPE_TO_MODEL_MAPPING
         from peft.utils.constants import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -81,11 +81,11 @@ def enter(member: PeftType, config: type[PeftConfig], model: type[BaseTuner]) ->
 
 
 def tuner_for(layer: type[nn.Module]) -> type[BaseTuner]:
-    """The class that BoneModel extends so that it does what all of peft's models do with layers of class `layer`."""
+    """The class for BoneModel to extend, so that it works with layers of class `layer` as peft's models do."""
     if not FIRST_KNOWN <= version() < TUNER_DOES_ALL:
         return BaseTuner
     from peft.tuners.bone import BoneModel
     from peft.tuners.bone.layer import BoneLayer
 
-    BoneLayer.register(layer)  # an abstract base class: its isinstance now says yes to ours
+    BoneLayer.register(layer)  # an abstract base class: our layers are instances of it from now on
     return BoneModel

@@ -1,7 +1,7 @@
 """BoneLinear: a linear layer of a Hugging Face model with any number of Bone adapters.
 
-One active adapter is evaluated by the functions of rwkv_peft.adapters, which never keep a merged weight; they read
-the base layer's weight and do not call it, except where hooks wait for that call.
+A single active adapter is computed by the functions of rwkv_peft.adapters, which never keep a merged weight. They read
+the base layer's weight and do not call the layer; it is called only if it has hooks.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from .config import BoneConfig
 from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, check_parameter, product_for
 
-PARAMETER = "bone"  # what the methods call bone_block
+PARAMETER = "bone"  # the methods' name for bone_block
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -33,7 +33,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_config", "bone_dropout")
-    # what peft's class gives: of the base layer, and of the adapters
+    # from peft's class: weight, bias and get_base_layer for the base layer, the others for the adapters
     weight: torch.Tensor
     bias: torch.Tensor | None
     get_base_layer: Callable[[], nn.Linear]
@@ -55,7 +55,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BoneConfig) -> None:
-        """Add an adapter. Raises UserError where the config's rank does not fit the layer."""
+        """Add an adapter. Raises UserError if the config's rank does not fit the layer."""
         shape = block_shape(config, self.in_features, self.out_features, self.name)
         self.bone_config[adapter_name] = config
         self.bone_dropout[adapter_name] = nn.Dropout(config.bone_dropout)
@@ -69,13 +69,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             self.bone_block[adapter_name].requires_grad_(False)
 
     def drop_layer(self, adapter_name: str) -> None:
-        """Forget an adapter that was added, as if it had not been."""
+        """Undo update_layer: remove an adapter that was added."""
         for adapters in (self.bone_block, self.bone_dropout, self.bone_config):
             del adapters[adapter_name]
 
     @property
     def product(self) -> Product:
-        """How to multiply by the base layer's weight, also after another layer took its place (quantizing does so)."""
+        """The Product of the base layer's weight, made anew if another layer took its place (quantizing does so)."""
         if self._product[0] is not self.base_layer:
             self._product = self.base_layer, product_for(self.base_layer, self.name)
         return self._product[1]
@@ -112,7 +112,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         seen = self._seen(x, [name])
         if seen is x:
             return self._apply_adapter(x, name, self.bias)
-        # What is hidden from the adapter still meets the frozen weight.
+        # The frozen weight gets the dropped part too.
         return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
 
     def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
@@ -120,18 +120,18 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return method.apply(x, Frozen(self.weight, bias, self.product), params, scale=1.0, dropout=0.0)
 
     def _composed(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """Several adapters at once, as after merging them."""
+        """Apply several adapters at once, as if they were merged."""
         x = self._seen(x, names)
         weight, change = self._change(names)
         return F.linear(x, (weight + change).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _beside(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """The base layer's own output, for the hooks that wait for it, and what the adapters add."""
+        """Call the base layer, because it has hooks, and add the adapters' part."""
         _, change = self._change(names)
         return self.base_layer(x) + F.linear(self._seen(x, names), change.to(x.dtype))
 
     def _seen(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """x as the adapters see it: dropout hides some of it."""
+        """Return x after the adapters' dropout. Raises UserError for dropout with several adapters."""
         if not self.training or not any(self.bone_dropout[name].p for name in names):
             return x
         if len(names) > 1:
@@ -142,7 +142,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return self.bone_dropout[names[0]](x)
 
     def _change(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base weight, and what the adapters add to it, each to what the one before it left: (out, in) twice."""
+        """(base weight, change by the adapters), both (out, in); each adapter changes the weight that those before it
+        left."""
         weight = self.product.rows(self.weight, slice(0, self.out_features), exact(self.weight))
         change = torch.zeros_like(weight)
         for name in names:
@@ -150,11 +151,11 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return weight, change
 
     def _delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """What one adapter adds to a weight (out, in)."""
+        """The change of a weight (out, in) by one adapter."""
         return self.bone_config[name].method.delta(weight, {PARAMETER: self.bone_block[name]})
 
     def _removed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight (out, in) without one adapter that was merged into it."""
+        """Take one merged adapter out of a weight (out, in). Raises UserError if nothing undoes it."""
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name].detach()}
         try:
             return method.removed(weight, method.opposite(params, 1.0), 1.0)
@@ -162,8 +163,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
     def _gather(self) -> None:
-        """Under ZeRO-3 a parameter is gathered for the module that owns it; this layer uses its base layer's."""
-        parameters: tuple[Any, ...] = self.weight, self.bias  # DeepSpeed's under ZeRO-3, with methods of its own
+        """Gather the base layer's parameters for this layer: ZeRO-3 gathers them only for the module that owns them."""
+        parameters: tuple[Any, ...] = self.weight, self.bias  # under ZeRO-3 DeepSpeed adds methods to them
         for parameter in parameters:
             if hasattr(parameter, "ds_id") and id(parameter) not in getattr(self, "_external_params", {}):
                 from deepspeed.zero import register_external_parameter
@@ -172,10 +173,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 parameter.all_gather()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Change the base weight by the adapters (all active ones by default), in float32 or float64, rounded once.
+        """Merge adapters (by default all active ones) into the base weight, in float32 or float64, rounded once.
 
-        safe_merge refuses a weight that is not finite. Raises UserError on a quantized base, whose rounding
-        would lose much of what was learned.
+        Raises UserError for a quantized base, because its rounding would lose much of the adapter, for a weight that
+        is computed from other tensors or sharded by ZeRO-3, and with safe_merge for a result that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
         if not names:
@@ -226,7 +227,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What one adapter adds to the base weight: (out, in), float32 or the float64 of the base."""
+        """The change of the base weight by one adapter: (out, in), float32, or float64 if the base is."""
         return self._change([adapter_name])[1]
 
     def _load_from_state_dict(
@@ -242,9 +243,9 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                     "on disk: model = get_peft_model(base, PeftConfig.from_pretrained(adapter)), then "
                     "set_peft_model_state_dict(model, load_peft_weights(adapter))"
                 )
-            # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
+            # A pre-release of peft saved block affine adapters (3-D) with init_weights true, which now is bone (2-D).
             if saved.dim() == 3 and self.bone_block[name].dim() == 2:
-                # "bat": said so by the layer before
+                # "bat": set below for an earlier layer, which shares this config
                 if not (config.from_file and config.init_weights in (True, "bat")):
                     raise UserError(
                         f"the file holds a block affine adapter for {self.name}, and this one is {config.method.name}, "
@@ -258,16 +259,16 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def scale_layer(self, scale: float) -> None:
-        """Bone has no scale."""
+        """Warn if scale is not 1, because Bone has no scale."""
         if scale != 1:
             warnings.warn("Bone has no scale; it stays 1.", stacklevel=2)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Bone has no scale."""
+        """Warn if scale is neither None nor 1, because Bone has no scale."""
         self.scale_layer(1 if scale is None else scale)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft could turn the adapter into a LoRA: not by its own converter, which knows this layer not."""
+        """Return False: peft's converter to LoRA does not know this layer."""
         return False
 
     def __repr__(self) -> str:
@@ -275,18 +276,19 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
 
 def exact(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which adapters are added to a weight: float32, or float64 where the weight is that."""
+    """The dtype in which adapters are added to a weight: float32, or float64 if the weight is."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def watched(layer: nn.Linear) -> bool:
-    """Whether hooks wait for a layer to be called. DeepSpeed's, which every layer has under ZeRO-3, need no call."""
+    """Return whether a layer has hooks that need its call. Those of DeepSpeed, which all layers have under ZeRO-3, do
+    not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")
 
 
 def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
-    """The shape of an adapter's parameter; raises UserError where the rank does not fit."""
+    """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
     method, sizes = config.method, (config.r, config.mini_r, out_features, in_features)
     misfit = method.fit(*sizes)
     if misfit is None:

@@ -16,8 +16,8 @@ from .config import BoneConfig
 from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
 
-# Layers of transformers' modules whose weights those read without calling them: Mamba's for fused kernels, and dt_proj
-# in plain torch too; a router's in float32; others as kernels of a convolution, or beside the embeddings.
+# Linear layers in modules of transformers that read their weights without calling them: in Mamba for fused kernels,
+# dt_proj in plain torch too; in a router for float32; elsewhere as a convolution's kernel, or beside the embeddings.
 NEVER_CALLED = (
     "MambaMixer.x_proj",
     "MambaMixer.dt_proj",
@@ -44,23 +44,23 @@ NEVER_CALLED = (
     "MaskFormerDetrMHAttentionMap.k_proj",
     "DabDetrMHAttentionMap.k_linear",
 )
-# trl's trainers of preferences and rewards add an adapter COPY with the very settings of COPIED, which is to stay as
-# that one began, to compare with; they copy tensors by names with ".default." in them, and Bone's names end there.
+# trl's trainers of preferences and rewards add an adapter COPY with the same config as COPIED, to compare with how that
+# began; they copy only tensors with ".default." in their names, and Bone's names end in ".default".
 COPY, COPIED = "ref", "default"
-# What FSDP, checkpointing and torch.compile put into the names of modules, and not always into those of tensors.
+# FSDP, checkpointing and torch.compile put these into the names of modules, and not always into those of tensors.
 WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 BLOCK = "bone_block"  # the name of an adapter's parameter
-CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft names them in modules_to_save by the task, there or not
+CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft adds them to modules_to_save by the task, even if absent
 
 
 def default_targets() -> dict[str, list[str]]:
-    """peft's own choice of target modules by model type: that of MiSS, or of LoRA where MiSS has none."""
+    """peft's default target modules by model type: those of MiSS, or those of LoRA if this peft has no MiSS."""
     names = ("TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
     return next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
 
 
 def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: nn.Module) -> None:
-    """Warn of names in a list that are the end of no module's name: peft passes over them where another one matches."""
+    """Warn of names in a list that no module's name ends with: peft ignores them if another one matches."""
     if given is None or isinstance(given, str):
         return
     modules = [f".{name}" for name, _ in model.named_modules()]
@@ -72,8 +72,8 @@ def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: 
 class BoneModel(tuner_for(BoneLinear)):
     """A model whose targeted linear layers carry Bone adapters; made by peft from a BoneConfig.
 
-    model: any torch module. Raises UserError for a target that is not linear or that the rank does not fit;
-    peft raises ValueError for targets that match nothing.
+    model: any torch module. Raises UserError for a target that is not linear, or if the rank does not fit it;
+    peft raises ValueError if the targets match nothing.
     """
 
     prefix = "bone_"
@@ -94,14 +94,14 @@ class BoneModel(tuner_for(BoneLinear)):
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **settings: Any) -> None:
-        """As peft has it; what cannot be honoured leaves the model as it was. UserError for a model that peft holds
-        already: the names of an adapter would be those of no base model, and what is saved could not be loaded."""
+        """Inject as peft does; if it fails, the model stays as it was. Raises UserError for a PeftModel, because the
+        adapter's names would match no base model, and the saved adapter could not be loaded."""
         if isinstance(model, PeftModel):
             raise UserError(
                 "the model is a PeftModel already; give its base, get_peft_model(model.unload(), …), or add another "
                 "adapter: model.add_adapter(name, config)"
             )
-        config = self.peft_config[adapter_name]  # where it leaves the targets open, peft fills them in below
+        config = self.peft_config[adapter_name]  # peft fills in its targets below if it names none
         given = {setting: getattr(config, setting) for setting in ("target_modules", "modules_to_save")}
         self._undo: list[Callable[[], object]] = []
         try:
@@ -121,9 +121,9 @@ class BoneModel(tuner_for(BoneLinear)):
                 warn_of_strangers(setting, names, model)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        """Warn of an adapter's tensors for layers that the model has not, which peft passes over."""
+        """Warn of an adapter's tensors for layers that the model does not have, because peft ignores them."""
         places = {WRAPPERS.sub("", f"{prefix}{name}") for name, _ in self.named_modules()}
-        blocks = [key for key in state_dict if BLOCK in key.split(".")]  # with an adapter's name behind it, or without
+        blocks = [key for key in state_dict if BLOCK in key.split(".")]  # an adapter's name may follow
         lost = [key for key in blocks if WRAPPERS.sub("", key.rpartition(f".{BLOCK}")[0]) not in places]
         if lost:
             warnings.warn(
@@ -134,7 +134,7 @@ class BoneModel(tuner_for(BoneLinear)):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
-        """As peft has it; UserError where a merge would change another module too, or for an unknown adapter."""
+        """Merge as peft does. Raises UserError for an unknown adapter, and if a merge would change another module."""
         self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, *args, **settings)
 
@@ -150,8 +150,8 @@ class BoneModel(tuner_for(BoneLinear)):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: Sequence[str] | None) -> None:
-        """UserError for an adapter that is not there, and where a layer to be merged shares its weight with another
-        module, as a head does with embeddings: the adapter has changed the one alone."""
+        """Raise UserError for an unknown adapter, and if a layer to merge shares its weight with another module, as a
+        head does with embeddings: the adapter has changed only the layer."""
         unknown = [name for name in adapter_names or () if name not in self.peft_config]
         if unknown:
             raise UserError(
@@ -159,7 +159,7 @@ class BoneModel(tuner_for(BoneLinear)):
                 f"{', '.join(self.peft_config)}"
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        owners: dict[int, dict[nn.Module, str]] = {}  # of each parameter; an adapter's layer owns its base layer's
+        owners: dict[int, dict[nn.Module, str]] = {}  # by id of a parameter; a BoneLinear owns its base layer's
         for name, module in modules.items():
             around = modules.get(name.removesuffix(".base_layer"))
             owner = around if isinstance(around, BoneLinear) else module
@@ -208,7 +208,7 @@ class BoneModel(tuner_for(BoneLinear)):
             target.update_layer(adapter_name, peft_config)
             self._undo.append(lambda: target.drop_layer(adapter_name))
             return
-        if isinstance(parent, BaseTunerLayer):  # peft 0.14 takes all-linear for the insides of an adapter's layers too
+        if isinstance(parent, BaseTunerLayer):  # in peft 0.14 all-linear matches the insides of adapter layers too
             raise UserError(
                 f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
                 "instead of 'all-linear'"

@@ -1,7 +1,7 @@
-"""Which base layers Bone works on, and how it multiplies by their weights.
+"""The base layers that Bone works on, and the products with their weights.
 
 Dense linear layers use the product of rwkv_peft.adapters. Layers that bitsandbytes quantized (4-bit, 8-bit)
-are dequantized for the time of one product, so that memory in training stays that of the quantized weight.
+are dequantized for one product at a time, so that only the quantized weight stays in memory.
 """
 
 import sys
@@ -18,14 +18,14 @@ DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def product_for(layer: nn.Module, name: str) -> Product:
-    """The product (see adapters/product.py) for a base layer; raises UserError for one that is not linear."""
-    bitsandbytes = sys.modules.get("bitsandbytes")  # a layer of its kind exists only once it is imported
+    """The Product (adapters/product.py) for a base layer. Raises UserError for one that Bone does not work on."""
+    bitsandbytes = sys.modules.get("bitsandbytes")  # its layers exist only if it is imported
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
         keep_unpacked(layer)
         return Dequantized(layer, dequantize_4bit)
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return Dequantized(layer, dequantize_8bit)
-    # A class that computes something of its own, or keeps scales beside an 8-bit float weight, is not what it extends.
+    # A subclass may compute something else, or keep scales beside an 8-bit float weight.
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     if plain:
         check_parameter(layer, name)
@@ -39,7 +39,7 @@ def product_for(layer: nn.Module, name: str) -> Product:
 
 
 def check_parameter(layer: nn.Module, name: str) -> None:
-    """UserError where a layer's weight is no parameter, but computed anew for each forward."""
+    """Raise UserError if a layer's weight is not a parameter but computed from other tensors."""
     if "weight" not in layer._parameters:
         raise UserError(
             f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and what "
@@ -49,10 +49,10 @@ def check_parameter(layer: nn.Module, name: str) -> None:
 
 
 def keep_unpacked(layer: Any) -> None:
-    """Let a Linear4bit keep the form of its weight that `dequantize` reads.
+    """Keep a Linear4bit's weight in the form that dequantize_4bit reads.
 
     On processors with AVX512-BF16 its own forward without gradients would repack the weight in place, once, in a form
-    that only that forward reads; where it has done so, this undoes it.
+    that only that forward reads; if it has done so, this undoes it.
     """
     from bitsandbytes import functional
 
@@ -70,7 +70,8 @@ def dequantize_4bit(layer: Any) -> torch.Tensor:
 
 
 def dequantize_8bit(layer: Any) -> torch.Tensor:
-    """The weight (out, in) of a bitsandbytes Linear8bitLt: int8, with one scale a row."""
+    """The weight (out, in) of a bitsandbytes Linear8bitLt, which holds int8 and one scale a row. Raises UserError if
+    the layer has no scales yet."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
@@ -80,8 +81,8 @@ def dequantize_8bit(layer: Any) -> torch.Tensor:
 
 
 class Dequantized:
-    """Products with a quantized layer's weight. The tensors given as `weight` are not read: what a quantized
-    parameter needs beside its numbers is kept by the layer."""
+    """Products with a quantized layer's weight. `weight` is not read; the layer is, because it holds the scales
+    too."""
 
     def __init__(self, layer: Any, dequantize: Callable[[Any], torch.Tensor]) -> None:
         self.layer, self.dequantize = layer, dequantize
@@ -107,5 +108,5 @@ class Dequantized:
         DENSE.add_backward_(dz, g, self.dequantize(self.layer))
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
-        """The dtype in which the layer itself would compute with x."""
+        """The dtype in which the layer's own forward would compute with x."""
         return getattr(self.layer, "compute_dtype", None) or (x.dtype if x.is_floating_point() else torch.float32)

@@ -1,4 +1,4 @@
-"""What Hugging Face's libraries refuse, in words that say of what."""
+"""Errors of Hugging Face's libraries, told as UserErrors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from ..errors import UserError
 
 @contextlib.contextmanager
 def refusals_of(what: str) -> Iterator[None]:
-    """What a library says of its arguments or files, as a UserError about `what`."""
+    """Within, an error that a library raises about its arguments or files becomes a UserError that names `what`."""
     from safetensors import SafetensorError
 
     try:

@@ -8,11 +8,11 @@ from .model import BoneModel
 
 
 def register(replace: bool = False) -> None:
-    """Make the installed peft know BONE, so that its own functions build, load and save it.
+    """Register BONE with the installed peft, so that peft's functions build, load and save it.
 
-    Where peft has a Bone of its own (0.14 to 0.18), that is left alone unless `replace` is true, and this
-    BoneConfig refuses to be made meanwhile. Calling this again changes nothing. Raises UserError for a
-    version of peft on which this was not tried.
+    A Bone of peft's own (0.14 to 0.18) stays in place unless `replace` is true; until it is replaced, this
+    BoneConfig refuses to be made. A second call changes nothing. Raises UserError for a version of peft on
+    which this was not tried.
     """
     check_version()
     member = add_member("BONE")

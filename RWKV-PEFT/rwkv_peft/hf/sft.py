@@ -1,9 +1,9 @@
-"""trl's SFTConfig and SFTTrainer that also take the argument names of older scripts, as the method's quick start is.
+"""trl's SFTConfig and SFTTrainer, which here take the argument names of older scripts too, such as Bone's quick start.
 
     from rwkv_peft.hf.sft import SFTConfig, SFTTrainer      # instead of: from trl import …
 
-Until trl 0.12, `tokenizer` was what is `processing_class` now, `max_seq_length` what is `max_length`, and settings of
-the data (`dataset_text_field`, `packing`, …) were the trainer's own arguments, where they are SFTConfig's now.
+Until trl 0.12, `processing_class` was called `tokenizer` and `max_length` was called `max_seq_length`, and settings of
+the data (`dataset_text_field`, `packing`, …) were arguments of the trainer; now they are SFTConfig's.
 """
 
 import copy
@@ -20,15 +20,15 @@ SETTINGS = ("max_length", "dataset_text_field", "dataset_num_proc", "dataset_kwa
 
 
 class SFTConfig(trl.SFTConfig):
-    """trl.SFTConfig, with `max_seq_length` taken as `max_length`; TypeError where both are given."""
+    """trl.SFTConfig that takes `max_seq_length` as `max_length`. Raises TypeError if both are given."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **_renamed(settings))
 
 
 class SFTTrainer(trl.SFTTrainer):
-    """trl.SFTTrainer, with `tokenizer` taken as `processing_class`, and settings of the data moved into `args`, which
-    may be a TrainingArguments; TypeError where an old name and its new one are both given."""
+    """trl.SFTTrainer that takes `tokenizer` as `processing_class`, and moves settings of the data into `args`, which
+    may be a TrainingArguments. Raises TypeError if an old name and its new one are both given."""
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *more: Any, **arguments: Any) -> None:
         arguments = _renamed(arguments)
@@ -44,7 +44,8 @@ def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_settings(args: TrainingArguments | None, settings: Mapping[str, Any]) -> TrainingArguments | None:
-    """args (SFTConfig, TrainingArguments or None) with the settings in it; args itself stays as it is."""
+    """Return a copy of args (SFTConfig, TrainingArguments or None) with the settings in it; without settings, args
+    itself."""
     if not settings:
         return args
     if args is None:

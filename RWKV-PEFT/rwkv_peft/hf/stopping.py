@@ -1,4 +1,4 @@
-"""Ctrl-C in a fine-tuning: a checkpoint after the current step, and the end."""
+"""Ctrl-C in a fine-tuning: save a checkpoint after the current step, then stop."""
 
 import signal
 from types import FrameType
@@ -8,11 +8,11 @@ from transformers import TrainerCallback
 
 
 class StopAtCtrlC(TrainerCallback):
-    """While training in one process, Ctrl-C asks for a checkpoint and a stop after the current step; a second one stops
-    at once. Several processes would have to agree on the step, and end at once as before."""
+    """Let Ctrl-C ask for a checkpoint and a stop after the current step; a second Ctrl-C stops at once. Only training
+    in one process: several would have to agree on the step, so they still stop at once."""
 
     def __init__(self) -> None:
-        self.begun = self.asked = False  # whether training has begun, and Ctrl-C has asked for its end
+        self.begun = self.asked = False  # whether training has begun, and whether Ctrl-C has asked for its end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begun = True

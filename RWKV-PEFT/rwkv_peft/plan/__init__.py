@@ -1,1 +1,1 @@
-"""What a run will take before it begins: memory by part and device, what fits, and what buys most."""
+"""Estimates of a run's memory and disk before it begins: by part and device, what fits, and which flags save most."""

@@ -1,4 +1,4 @@
-"""`rwkv-peft plan`: prints what a run of train.py will take, whether it fits, and what would help.
+"""`rwkv-peft plan`: print the memory and disk that a run of train.py will take, whether it fits, and what would help.
 
 rwkv-peft plan --load_model rwkv6-7b.pth --ctx_len 1024 --gpu 24GiB
 """
@@ -25,12 +25,13 @@ from .flags import parse_flags
 from .parts import ALWAYS, CPU, GPU, Estimate, Part, peak
 
 NAMES = ((GPU, "GPU"), (CPU, "main memory"))
-COLUMN = 38  # of what a line is about: the longest flag and its value
+COLUMN = 38  # width of a line's first column: the longest flag and its value
 MOMENTS = "at the loss", "in the backward pass", "in the update"
 
 
 def main(argv: list[str]) -> int:
-    """argv -> 0 where the run fits, 1 where it does not. Raises UserError as train.py does."""
+    """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and for --cuda_graphs 1 or
+    --accelerator gpu without a GPU to plan for."""
     flags = parse_flags(argv)
     request = request_of(flags)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
 
 
 def memory_of(size: int | None, accelerator: str) -> dict[str, int]:
-    """{device: bytes that it has}, 0 for what is not known: of a GPU of `size`, or of this machine."""
+    """{device: bytes of its memory, 0 if unknown}, for a machine whose GPU has `size` bytes, or for this one if size is
+    None. Raises UserError if accelerator is "gpu" and this machine has none."""
     if size is not None:
         return {GPU: size, CPU: 0}
     main, _ = main_memory()
@@ -70,8 +72,8 @@ def memory_of(size: int | None, accelerator: str) -> dict[str, int]:
 
 
 def estimate_of(request: Request, accelerator: str) -> Estimate:
-    """The Estimate of a Request. A base that is not there is taken to have the dtype of the training; a new model is
-    made in memory."""
+    """Make the Estimate of a Request. Without a base, an adapter's base is assumed to have the dtype of the training; a
+    new model is made in memory."""
     config, base = request.config, request.base
     if base is None:
         return Estimate.of(config, accelerator, mapped=config.adapter.method != NONE)
@@ -82,12 +84,12 @@ def estimate_of(request: Request, accelerator: str) -> Estimate:
 
 
 def processes(estimate: Estimate, device: str) -> int:
-    """How many processes of a node share a device."""
+    """The number of a node's processes that share a device."""
     return estimate.config.train.devices if device == CPU else 1
 
 
 def fits(estimate: Estimate, memory: dict[str, int]) -> bool:
-    """Whether the run fits each device of which the memory is known."""
+    """Return whether the run fits each device whose memory is known."""
     data = estimate.config.data
     parts = estimate.parts(data.micro_bsz, data.ctx_len)
     return all(
@@ -98,7 +100,7 @@ def fits(estimate: Estimate, memory: dict[str, int]) -> bool:
 
 
 def head(request: Request, estimate: Estimate) -> Iterator[str]:
-    """The run in a few lines."""
+    """Yield lines on the model, on what trains, and on the batch."""
     model, train, data = estimate.config.model, estimate.config.train, estimate.config.data
     family, counts = family_named(model.version), estimate.counts
     yield (
@@ -114,7 +116,7 @@ def head(request: Request, estimate: Estimate) -> Iterator[str]:
 
 
 def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
-    """The parts of each device, and their peak."""
+    """Yield lines on the parts of each device, and on its peak."""
     data = estimate.config.data
     parts = estimate.parts(data.micro_bsz, data.ctx_len)
     for device, name in NAMES:
@@ -132,7 +134,7 @@ def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
 
 
 def moments(parts: Iterable[Part], device: str) -> str:
-    """Which moment of a step is the peak."""
+    """Name the moment of a step that is the peak; "" if all moments are equal."""
     here = [part for part in parts if part.device == device]
     totals = [sum(part.size for part in here if moment in part.when) for moment in ALWAYS]
     same = len(set(totals)) == 1
@@ -140,14 +142,14 @@ def moments(parts: Iterable[Part], device: str) -> str:
 
 
 def when(part: Part) -> str:
-    """The moments of a part that is not always there."""
+    """Name the moments of a part; "" if it is always there."""
     if part.when == ALWAYS:
         return ""
     return "  " + " and ".join(MOMENTS[ALWAYS.index(moment)] for moment in part.when)
 
 
 def verdict(estimate: Estimate, device: str, total: int, size: int) -> str:
-    """What a peak means for a device of a known size."""
+    """Say whether a peak fits a device of `size` bytes; "" for 0, an unknown size."""
     if not size:
         return ""
     several, room = processes(estimate, device), usable(device, size)
@@ -157,7 +159,7 @@ def verdict(estimate: Estimate, device: str, total: int, size: int) -> str:
 
 
 def advice(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
-    """The largest batch and context, and what other flags would change."""
+    """Yield lines on the largest batch and context, and on the changes by other flags."""
     here, data = estimate.accelerator, estimate.config.data
     room = usable(here, memory[here]) // processes(estimate, here)
     rows, tokens = largest_rows(estimate, room), largest_tokens(estimate, room)
@@ -172,14 +174,14 @@ def advice(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
 
 
 def shown(number: int, step: int = 1) -> str:
-    """A largest number; one without end, or below the least, says so."""
+    """Format a largest number: "none" for 0, "any" if nothing that was tried is too large."""
     if not number:
         return "none"
     return f"{number:,}" if number < (LARGEST // 2) * step else "any"
 
 
 def disk(estimate: Estimate, base: Base | None) -> Iterator[str]:
-    """What the run writes, and the room for it."""
+    """Yield lines on the files that the run writes, and on the room for them."""
     files, folder = written(estimate, base), estimate.config.train.proj_dir
     total, free = sum(file.copies * file.size for file in files), room_at(folder)
     yield f"disk      {gib(total)} in {folder}, where {gib(free)} are free" + (
@@ -193,5 +195,5 @@ def disk(estimate: Estimate, base: Base | None) -> Iterator[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Format bytes in GiB or MiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

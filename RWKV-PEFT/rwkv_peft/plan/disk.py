@@ -1,4 +1,4 @@
-"""What a run writes, in bytes."""
+"""The files that a run writes, in bytes."""
 
 import math
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from .parts import Estimate
 
 
 class Written(NamedTuple):
-    """Files that a run writes: what they are, bytes of each, how many are there at once, and by how many names, each of
-    which is a copy where the disk has no hard links."""
+    """Files of one kind: name says which, size is the bytes of each, copies the number of files at once, names the
+    number of names that they have at once; on a disk without hard links each name is a file."""
 
     name: str
     size: int
@@ -25,7 +25,7 @@ class Written(NamedTuple):
 
 
 def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
-    """The files of a run's folder; base is the one that it starts from, or None. Sizes are those of the tensors;
+    """The files of a run's folder. base is the model that the run starts from, or None. Sizes count tensors only;
     headers add some kilobytes."""
     config, counts = estimate.config, estimate.counts
     train, item = config.train, estimate.dtype.itemsize
@@ -39,7 +39,7 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
         name, size = "adapter.safetensors, and one an epoch", (counts.trains + counts.constants) * item
     else:
         name, size = "rwkv.pth, and one an epoch", model
-        if not keeps_all(config, base):  # a checkpoint then has weights of its own
+        if not keeps_all(config, base):  # then each checkpoint has weights of its own
             held, checkpoint = 0, checkpoint + parameters * item
     files = [Written(name, size, file_count(train, held), labels + held)]
     if STATE in config.adapter.train_parts:
@@ -52,27 +52,29 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
 
 
 def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
-    """(how many checkpoints are there at once, whether that is all): those that stay and the next, or all that are
-    saved, which the clock (--save_minutes) and a pass over the data of unknown length may make more."""
+    """(number of checkpoints at once, whether that is exact): those that are kept and the next, or all if all are kept.
+    In that case there may be more: --save_minutes adds some, and so does --save_every in a pass over the data whose
+    number of steps is unknown."""
     keep = KEPT if train.keep_checkpoints is None else train.keep_checkpoints
     if keep:
         return keep + 1, True
-    epochs = saved_epochs(train)
-    first, last = train.epoch_begin * train.epoch_steps, train.epoch_count * train.epoch_steps
-    steps = {epoch * train.epoch_steps for epoch in epochs} if train.epoch_steps else set()
-    if train.save_every:
-        steps |= {step for step in range(first + 1, last + 1) if step % train.save_every == 0}
-    return max(len(epochs), len(steps)), not train.save_minutes and bool(train.epoch_steps or not train.save_every)
+    saved, every, steps = saved_epochs(train), train.save_every, train.epoch_steps
+    if every and steps:
+        first, last = train.epoch_begin * steps, train.epoch_count * steps
+        ends = math.lcm(train.epoch_save * steps, every)  # of epochs that are saved anyway
+        saved += multiples(first, last, every) - multiples(first, last, ends)
+        saved -= bool(last > first and last % every == 0 and (not ends or last % ends))  # and of the last epoch
+    return saved, not train.save_minutes and bool(steps or not every)
 
 
 def label_count(train: TrainConfig) -> int:
-    """How many names the trained tensors get in a run's folder: the newest, one an epoch that is saved, the best."""
+    """The number of names of the trained tensors in a run's folder: the newest, one a saved epoch, the best."""
     return 1 + epoch_count(train) + best_count(train)
 
 
 def file_count(train: TrainConfig, held: int) -> int:
-    """How many files stand behind these names and `held` more in checkpoints: one an epoch and the best, of which the
-    newest is one, and where a run saves between epochs too, those of such saves."""
+    """The number of files that have the names of label_count and `held` more in checkpoints: one a saved epoch, the
+    best, and those of saves between epochs. The newest is one of them."""
     between = 0
     if train.save_every or train.save_minutes:
         of_epochs = epoch_count(train) if train.keep_checkpoints == 0 else 0
@@ -82,16 +84,21 @@ def file_count(train: TrainConfig, held: int) -> int:
 
 def epoch_count(train: TrainConfig) -> int:
     """How many epochs have files at once."""
-    saved, keep = len(saved_epochs(train)), train.keep_checkpoints
+    saved, keep = saved_epochs(train), train.keep_checkpoints
     return min(saved, keep + 1) if keep else saved  # an old one goes when the next is there
 
 
 def best_count(train: TrainConfig) -> int:
-    """Whether there is a best one."""
+    """1 if the run validates and so writes its best, else 0."""
     return int(bool(train.val_data or train.val_split))
 
 
-def saved_epochs(train: TrainConfig) -> list[int]:
-    """The epochs that are saved, among them the last."""
-    epochs = range(train.epoch_begin + 1, train.epoch_count + 1)
-    return [n for n in epochs if n == train.epoch_count or (train.epoch_save and n % train.epoch_save == 0)]
+def saved_epochs(train: TrainConfig) -> int:
+    """How many epochs are saved, the last among them."""
+    first, last, every = train.epoch_begin, train.epoch_count, train.epoch_save
+    return multiples(first, last, every) + bool(last > first and (not every or last % every))
+
+
+def multiples(first: int, last: int, step: int) -> int:
+    """How many multiples of `step` are above `first` and up to `last`; none of 0."""
+    return last // step - first // step if step and last > first else 0

@@ -1,4 +1,4 @@
-"""What fits a device: the largest batch and the longest context, and what other flags would change."""
+"""The largest batch and the longest context that fit a device, and how other flags would change the peak."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,13 +14,13 @@ from ..models import family_named
 from ..training.flags import goes_together
 from .parts import GPU, Estimate, peak
 
-SPARE = 0.95  # of a GPU's memory that is planned with: the allocator's blocks do not fit without gaps
-TOKENS = 64  # a context grows by
-LARGEST = 1 << 24  # rows or tokens that are asked about
+SPARE = 0.95  # share of a GPU's memory to plan with, because the allocator leaves gaps between its blocks
+TOKENS = 64  # the step in which contexts are tried
+LARGEST = 1 << 24  # numbers of rows, and multiples of TOKENS, are tried below it
 
 
 class Change(NamedTuple):
-    """Other flags, the peak that they lead to in bytes, and the largest micro_bsz that fits at the run's ctx_len."""
+    """Other flags, their peak in bytes, and the largest micro_bsz that fits with them at the run's ctx_len."""
 
     flags: str
     peak: int
@@ -28,12 +28,12 @@ class Change(NamedTuple):
 
 
 def usable(device: str, total: int) -> int:
-    """Bytes of a device that are planned with."""
+    """Bytes of a device to plan with: SPARE of a GPU, all of main memory."""
     return int(SPARE * total) if device == GPU else total
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, 0 where none does, LARGEST where all do; what fits has all below it fit."""
+    """The largest number below LARGEST that fits, 0 if none does. If a number fits, all below it must."""
     low, high = 0, 1
     while high < LARGEST and fits(high):
         low, high = high, 2 * high
@@ -56,7 +56,7 @@ def largest_tokens(estimate: Estimate, room: int) -> int:
 
 
 def changes(estimate: Estimate, room: int) -> list[Change]:
-    """Each Change of one flag that lowers the peak, the one that lowers it most first."""
+    """The Changes that lower the peak, the lowest peak first."""
     data, here = estimate.config.data, estimate.accelerator
     now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
     found = []
@@ -72,7 +72,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
 
 
 def trains(config: RunConfig) -> bool:
-    """Whether train.py takes these settings together."""
+    """Return whether train.py takes these settings together."""
     family = family_named(config.model.version)
     if not goes_together(config.adapter, config.data, config.train):
         return False
@@ -84,7 +84,7 @@ def trains(config: RunConfig) -> bool:
 
 
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """(flags, RunConfig) of what a run might do instead, one thing at a time."""
+    """Yield (flags, RunConfig) for settings to try instead, one change at a time."""
     adapter, train = config.adapter, config.train
     if not train.grad_cp:
         yield "--grad_cp 1", replace(config, train=replace(train, grad_cp=True))

@@ -1,13 +1,15 @@
-"""The flags of the plan: those of train.py, of which it needs no data, and --gpu."""
+"""The flags of the plan: those of train.py, with --data_file optional, and --gpu."""
 
 import argparse
 import re
 
+from ..errors import short
 from ..refusals import Refusals
 from ..training.flags import Flags, flags_of
 from ..training.parser import build_parser
 from ..training.world import World
 
+LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))
 
 
@@ -32,13 +34,16 @@ def parse_flags(argv: list[str]) -> Flags:
     refusals = Refusals(mistakes)
     if args.gpu and args.accelerator == "cpu":
         refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
-    world = World(args.num_nodes, args.devices)  # of a run somewhere else, however that is started
+    world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
     return flags_of(args, world, (), refusals)
 
 
 def memory_size(text: str) -> int:
-    """ "24GiB" -> bytes; the letters after the first are decoration, and without any they are GiB."""
+    """ "24GiB" -> bytes. Of the unit only the first letter counts: g or m in either case, GiB without one."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of a memory; write it as 24GiB")
-    return int(float(found[1]) * 2 ** dict(UNITS)[found[2]])
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is no size of a memory; write it as 24GiB")
+    size = float(found[1]) * 2 ** dict(UNITS)[found[2]]
+    if not LEAST <= size <= MOST:
+        raise argparse.ArgumentTypeError(f"{short(text)} is no memory of a GPU: 1 MiB to 1,024 GiB")
+    return int(size)

@@ -1,7 +1,7 @@
-"""What a run holds in memory and on disk, part by part: formulas over what a rehearsal tells.
+"""A run's memory, part by part: formulas over the numbers of a rehearsal.
 
-Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): a float32 copy and
-two moments of whatever trains, 12 bytes a parameter, whatever the precision.
+Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each trained
+parameter has a float32 copy and two moments, 12 bytes in any precision.
 """
 
 from collections.abc import Iterable
@@ -22,11 +22,11 @@ from ..training.room import OPTIMIZER
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
-LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step of which one is the peak
+LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step; one of them is the peak
 ALWAYS = (LOSS, BACKWARD, UPDATE)
-PAGE = 4096  # of a file that is mapped
+PAGE = 4096  # bytes of a page of a mapped file
 SUM = 4  # bytes of a float32 sum of gradients
-# What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
+# Bytes of a process without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
 # and the workspaces of its libraries, which no run here has measured.
 PROCESS, CONTEXT = 640 << 20, 600 << 20
 
@@ -48,9 +48,9 @@ def peak(parts: Iterable[Part], device: str) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's memory: config and accelerator (CPU or GPU) as the run has them, and what was rehearsed of it; file is
-    the size of the base's tensors in its file (0: there is none), mapped whether they have the dtype of the training,
-    so that the file's pages serve as weights."""
+    """A run's memory. config and accelerator (CPU or GPU) are the run's; counts, step and logits (bytes a token of the
+    loss) come from a rehearsal; file is the bytes of the base's tensors in its file (0: there is none), mapped whether
+    they have the dtype of the training, so that the file's pages serve as weights."""
 
     config: RunConfig
     accelerator: str
@@ -80,8 +80,9 @@ class Estimate:
         return self.config.train.devices * self.config.train.num_nodes
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of one process at micro batches of `rows` samples, each one row of `tokens` tokens or two. In a
-        CPU's heap what is freed leaves gaps, into which few other parts fit: there all of them count together."""
+        """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a pair of answers is two
+        rows. On a CPU all parts count at every moment, because few fit into the gaps that freed ones leave in its
+        heap."""
         rows *= self.config.data.documents
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
@@ -95,7 +96,7 @@ class Estimate:
         return [part for part in found if part.size]
 
     def weights(self) -> list[Part]:
-        """The model, frozen and trained; ZeRO-3 shares both among the ranks."""
+        """The weights of the model, frozen and trained. ZeRO-3 shards both over the ranks."""
         counts, train, item = self.counts, self.config.train, self.dtype.itemsize
         share = self.ranks if train.stage == 3 else 1
         place = CPU if train.stage == 3 and train.offload else self.accelerator
@@ -118,12 +119,11 @@ class Estimate:
         return parts
 
     def optimizer(self) -> list[Part]:
-        """Gradients and optimizer. ZeRO shares the optimizer among the ranks, and from its second stage on the
-        gradients."""
+        """Gradients and optimizer. ZeRO shards the optimizer over the ranks, and from stage 2 on the gradients too."""
         train, item, trains = self.config.train, self.dtype.itemsize, self.counts.trains
         own = trains // self.ranks
         place = CPU if train.offload else self.accelerator
-        buffers = 2 if self.accelerator == GPU else 1  # of two, a CPU touches the second when the first is full
+        buffers = 2 if self.accelerator == GPU else 1  # a CPU touches the second only if the first is full
         exchange = exchanges_gradients(train)
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
@@ -132,7 +132,7 @@ class Estimate:
             Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
             Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
-            # in one part, and before that, where they come from buckets, in a part each
+            # flattened; with buckets, the pieces coexist with the flat copy
             Part("gradients of the update", self.accelerator, (2 if exchange else 1) * item * own, (UPDATE,)),
         ]
         if train.accumulate_grad_batches > 1:
@@ -143,15 +143,15 @@ class Estimate:
         return parts
 
     def batch(self, rows: int, tokens: int) -> list[Part]:
-        """What follows from the batch."""
+        """The parts that depend on the batch."""
         model, item, here = self.config.model, self.dtype.itemsize, self.accelerator
         chunk = min(rows * tokens, chunk_rows(model.vocab_size, here == GPU))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
-        graphs = self.config.train.cuda_graphs  # whose memory is theirs until the run ends
-        segment = self.config.train.chunk_ctx  # which hands the states on to the next
+        graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
+        segment = self.config.train.chunk_ctx  # each segment hands its states on to the next
         kept = self.step.kept.at(rows, tokens)
-        base = kept // model.n_layer if graphs and self.config.data.data_type == "pairs" else 0  # of a block, at most
+        base = kept // model.n_layer if graphs and self.config.data.data_type == "pairs" else 0  # one block's at most
         return [
             Part("embedding, rows that are read", here, read),
             Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),
@@ -164,14 +164,15 @@ class Estimate:
         ]
 
     def unread(self) -> int:
-        """Bytes of an embedding whose file is mapped, of which memory holds the pages of the rows that tokens read."""
+        """Bytes of a frozen embedding in a mapped file, 0 without one; memory holds only the pages of rows that are
+        read."""
         model, adapter = self.config.model, self.config.adapter
         trains = "emb" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
         mapped = self.accelerator == CPU and self.mapped and self.file and not trains
         return model.vocab_size * model.n_embd * self.dtype.itemsize if mapped else 0
 
     def head_gradient(self) -> int:
-        """Bytes of the head's gradient, summed in float32, where the head trains."""
+        """Bytes of the head's gradient if the head trains, else 0: a float32 sum, and what a chunk adds to it."""
         model, adapter = self.config.model, self.config.adapter
         trains = "head" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
         return 2 * 4 * model.vocab_size * model.n_embd if trains else 0

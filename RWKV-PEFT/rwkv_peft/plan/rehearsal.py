@@ -1,12 +1,13 @@
-"""What a training step holds in memory besides weights and optimizer, found by taking one on a model of three blocks.
+"""Measure what a training step holds in memory besides weights and optimizer, by taking it on a model of three blocks.
 
-The model is the run's own, of the run's widths and with its adapters, so that every method, generation and kernel
-counts as it is. Its weights are memory that nothing was written to; for a GPU the tensors have no data at all (torch's
-meta device), and operations take their plain forms. Bytes are linear in the blocks, in the rows and in the tokens of a
-batch, so that a few small steps tell those of any.
+The model has the run's generation, widths and adapters, so that every method and kernel counts as it is. Its weights
+are memory that is never written to; for a GPU the tensors have no data at all (torch's meta device), and operations
+take their plain forms. Bytes are linear in the blocks, in the rows and in the tokens of a batch, so that a few small
+steps give those of any.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ from ..adapters.inject import count_parameters, inject
 from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
+from ..errors import UserError
 from ..fused import Setting, fuse
+from ..memory import main_memory
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
@@ -30,16 +33,16 @@ from ..ops.cross_entropy import cross_entropy_
 from ..training.gathering import live_parameters
 from ..training.loss import L2WRAP
 
-DEPTH = 3  # of the model rehearsed: its last block is like all that follow
-# Of the smallest row rehearsed. Kernels keep a state at each 64th, some two in the room of one; and what a step needs
-# at once is linear where activations outweigh what wide layers need, as in long rows, which a CPU has to compute.
+DEPTH = 3  # blocks of the rehearsed model: all that follow are like its last one
+# Tokens of the shortest rehearsed row. Kernels keep a state at each 64th, some two in the room of one; and the peak of
+# a step is linear only if activations outweigh what wide layers need, as in long rows. A CPU has to compute the rows.
 TOKENS = MappingProxyType({"cpu": 128, "meta": 512})
-LOGITS = 64  # rows of them, to find what one needs
-VOCABULARY = 64  # of the model rehearsed; the true one counts in logit_bytes alone
+LOGITS = 64  # rows of logits that are made to find the bytes of one
+VOCABULARY = 64  # of the rehearsed model; only logit_bytes takes the true one
 
 
-# What is not computed: products of matrices, whose values do not matter, so that no weight is read; where a mask is not
-# zero, which tensors without data cannot tell: everywhere.
+# Operations that are not computed. Products of matrices: their values do not matter, and so no weight is read. The
+# places at which a mask is not zero: tensors without data cannot tell, so that it is all of them.
 SHORTCUTS: Mapping[Any, Callable[..., torch.Tensor]] = MappingProxyType(
     {
         torch.ops.aten.mm.default: lambda a, b: a.new_empty(a.shape[0], b.shape[1]),
@@ -52,7 +55,7 @@ SHORTCUTS: Mapping[Any, Callable[..., torch.Tensor]] = MappingProxyType(
 
 
 class Tracker(TorchDispatchMode):
-    """While it is entered: the bytes of tensors made and still alive (live), and the most that they were (peak)."""
+    """Count the bytes of tensors that are made within and still alive (live), and the most that these were (peak)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class Tracker(TorchDispatchMode):
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def ignore(self, tensors: Any) -> None:
-        """Leave tensors that exist already out of the count."""
+        """Leave tensors out of the count that exist already."""
         self.known.update(tensor.untyped_storage() for tensor in tensors)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,7 +89,7 @@ class Tracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Linear:
-    """Bytes of a batch of `rows` rows of `tokens` tokens each: fixed + by_row rows + by_token rows tokens."""
+    """Bytes of a batch of `rows` rows of `tokens` tokens each: fixed + by_row * rows + by_token * rows * tokens."""
 
     fixed: float
     by_row: float
@@ -94,7 +97,7 @@ class Linear:
 
     @classmethod
     def through(cls, tokens: int, one: float, longer: float, wider: float) -> "Linear":
-        """From the bytes of a row of `tokens` tokens, of a row of twice as many, and of two rows."""
+        """Fit to the bytes of one row of `tokens` tokens, of one row of twice as many, and of two rows of `tokens`."""
         by_token = (longer - one) / tokens
         by_row = wider - longer
         return cls(one - by_row - by_token * tokens, by_row, by_token)
@@ -110,8 +113,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Step:
-    """kept: what the forward pass leaves for the backward pass; states: what the layers' states hold besides, until the
-    loss is there; work: what the backward pass needs at once besides."""
+    """kept: bytes that the forward pass keeps for the backward pass; states: further bytes of the layers' states until
+    the loss is computed; work: further bytes that the backward pass needs at once."""
 
     kept: Linear
     states: Linear
@@ -124,8 +127,10 @@ def rehearse(
 ) -> Step:
     """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; setting what decides
     about fusions, on the device "cpu" or "meta", which stands for a GPU. Allocates the weights of three blocks on a
-    CPU, without writing to them."""
+    CPU, without writing to them. Raises UserError if they are more than the machine's memory."""
     depth = min(DEPTH, model.n_layer)
+    if setting.device.type == "cpu":
+        require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)
     shallow, length = max(1, depth - 1), TOKENS[setting.device.type]
     batches = ((1, length), (1, 2 * length), (2, length))
     found = {
@@ -146,6 +151,17 @@ def rehearse(
     return Step(deep(0), deep(1), fitted(depth, 2))
 
 
+def require_memory(family: Family, shallow: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise UserError where the weights of so few blocks are more than the machine's memory."""
+    size = sum(map(math.prod, family.shapes(shallow).values())) * dtype.itemsize
+    room, _ = main_memory()
+    if size > room:
+        raise UserError(
+            f"{shallow.n_layer} of the blocks, by which a run on the CPU is planned, take {size / 2**30:,.0f} GiB, and "
+            f"this machine has {room / 2**30:,.0f} GiB; plan for a GPU with --gpu 24GiB, or give smaller dimensions"
+        )
+
+
 def step_bytes(
     family: Family,
     config: ModelConfig,
@@ -156,8 +172,8 @@ def step_bytes(
     rows: int,
     tokens: int,
 ) -> tuple[int, int, int]:
-    """Bytes of one step: kept for the backward pass, held by states until the loss is there, needed by the backward
-    pass at once."""
+    """Take one step -> bytes that are (kept for the backward pass, held by states until the loss is computed, needed by
+    the backward pass at once)."""
     device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
     fuse(model, setting)
@@ -177,12 +193,12 @@ def step_bytes(
 
 
 def _drop(parameter: torch.Tensor) -> None:
-    """Gradients of parameters are counted by themselves."""
+    """Free a parameter's gradient, because parts.py counts gradients."""
     parameter.grad = None
 
 
 def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: bool) -> LanguageModel:
-    """The model with its adapters, on the meta device."""
+    """Build the model with its adapters, on the meta device."""
     with torch.device("meta"):
         model = family.build(config, grad_cp)
         if STATE in adapter.train_parts:
@@ -192,7 +208,7 @@ def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: 
 
 
 def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -> Mapping[str, torch.Tensor]:
-    """{"<module>.<constant>": tensor} in place of the factors that a method would compute from the weights."""
+    """{"<module>.<constant>": tensor} of empty tensors for the factors that a method would compute from the weights."""
     method = method_of(adapter)
     if method is None or not method.constants:
         return {}
@@ -206,7 +222,7 @@ def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -
 
 @functools.cache
 def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
-    """What the loss needs at once for each token of a chunk: its logits and their gradient, in whichever form."""
+    """Bytes that the loss needs at once for a token of a chunk: logits and their gradient, as the kernel holds them."""
     hidden = torch.empty(LOGITS, 1, dtype=dtype, device=device)
     weight = torch.empty(vocabulary, 1, dtype=dtype, device=device)
     targets = torch.zeros(LOGITS, dtype=torch.long, device=device)
@@ -218,8 +234,9 @@ def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
 
 
 class Counts(NamedTuple):
-    """Numbers of a model with its adapters: parameters in all; those that train; the adapters' own; those that are
-    quantized; constants that adapters keep besides; what ZeRO-3 keeps gathered."""
+    """Numbers of elements in a model with its adapters: total: all parameters; trains: those that train; own: the
+    adapters' own; quantized: those that are quantized; constants: the adapters' constants; live: parameters that
+    ZeRO-3 keeps gathered."""
 
     total: int
     trains: int
@@ -231,7 +248,7 @@ class Counts(NamedTuple):
 
 @functools.cache
 def count(family: Family, model: ModelConfig, adapter: AdapterConfig) -> Counts:
-    """The Counts of a model (its dimensions) and an adapter."""
+    """Count the parameters of a model (its dimensions) and an adapter."""
     built = build(family, model, adapter, grad_cp=False)
     adapted = [module for module in built.modules() if isinstance(module, AdapterLinear)]
     weights = sum(module.weight.numel() for module in adapted)

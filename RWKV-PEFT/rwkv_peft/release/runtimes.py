@@ -6,13 +6,13 @@ Each runtime is optional: Runtime.missing says how to install it, Runtime.refuse
 import importlib.metadata
 import importlib.util
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
@@ -78,7 +78,7 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
-        command = [sys.executable, "-m", "rwkv_peft.release.rwkv7_process", str(path), str(given), str(answer), mode]
+        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -1,6 +1,6 @@
 """Run the `rwkv` package on an RWKV-7 model, in a process of its own.
 
-    python -m rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
+    rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
 
 One process can use the package for one generation only (rwkv_package.py), and the caller may have used it for RWKV-6.
 The package does not look for tuned states in an RWKV-7 model's file, so they are put into its list of states here.

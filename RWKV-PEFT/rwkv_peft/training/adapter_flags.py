@@ -1,4 +1,4 @@
-"""The flags that say what trains: single flags, and the JSON values of RWKV-PEFT's scripts -> AdapterConfig."""
+"""Make an AdapterConfig of the flags that say what trains: single flags and the JSON values of RWKV-PEFT's scripts."""
 
 import argparse
 import difflib
@@ -30,7 +30,7 @@ PISSA_KEYS = (
     ("pissa_parts", "targets"),
 )
 BONE_KEYS = (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"), ("bone_mini_r", "mini_rank"))
-# (flag, the name by which methods call it theirs, its keys -> AdapterConfig fields, an example)
+# (flag, the json_flag of the words of --peft that take it (names.py), its keys -> AdapterConfig fields, an example)
 JSON_FLAGS = (
     ("bone_config", "bone_config", BONE_KEYS, '{"bone_mode":"bat-in","bone_load":"","bone_r":64}'),
     (
@@ -42,9 +42,9 @@ JSON_FLAGS = (
     ("lora_config", "lora_config", LORA_KEYS, '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}'),
     ("pissa_config", "pissa_config", PISSA_KEYS, '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}'),
 )
-# --peft_config takes the keys of the method that --peft names, most of which are Hugging Face peft's, and its rank as r
+# --peft_config takes the JSON keys of the method that --peft names, and its rank as r, as Hugging Face peft does
 PEFT_FLAG = "peft_config"
-# the single flags that one word of --peft alone has
+# (a single flag, the only word of --peft that takes it)
 SINGLE_FLAGS = (
     ("bone_mode", "bone"),
     ("bone_r", "bone"),
@@ -72,7 +72,8 @@ def add_json_flags(parser: argparse._ArgumentGroup) -> None:
 
 
 def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
-    """(flag, the words of --peft that take it, its keys) of each flag with a JSON value."""
+    """Yield (flag, the words of --peft that take it, its keys) of each flag with a JSON value; peft is the word given,
+    whose keys --peft_config takes."""
     for flag, json_flag, keys, _ in JSON_FLAGS:
         yield flag, words_with(json_flag), keys
     own = [pair for _, json_flag, keys, _ in JSON_FLAGS for pair in keys if peft in words_with(json_flag)]
@@ -80,7 +81,7 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
 
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
-    """Refusals of flags that what --peft names does not have."""
+    """Yield refusals of flags that do not go with the given --peft."""
     if args.peft == NONE and args.target_modules is not None:
         yield (
             f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
@@ -97,12 +98,13 @@ def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
 
 
 def parts_of(args: argparse.Namespace) -> tuple[str, ...]:
-    """What --train_parts names, each once."""
+    """The parts that --train_parts names, each once."""
     return tuple(dict.fromkeys(part for group in args.train_parts for part in group))
 
 
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:
-    """The adapter's settings, from single flags or from a --*_config JSON value."""
+    """Make the AdapterConfig from single flags and JSON values. Raises UserError if they contradict each other or do
+    not fit the method."""
     given: dict[str, Any] = {
         "mode": args.bone_mode,
         "rank": args.bone_r,
@@ -116,7 +118,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             continue
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and given.get(key):
-                continue  # scripts write "bone_load":"" where they name none
+                continue  # scripts write "bone_load":"" if they name none
             if given.get(key) and given[key] != value:
                 raise UserError(
                     f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them"
@@ -144,7 +146,8 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
 
 
 def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
-    """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
+    """Parse the JSON value of --flag -> {AdapterConfig field: value}. Raises UserError for mistakes such as an unknown
+    key."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -166,7 +169,7 @@ def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
 
 
 def json_setting(flag: str, key: str, field: str, item: Any) -> Any:
-    """One entry of a JSON flag as AdapterConfig's field wants it."""
+    """Check one entry of a JSON flag -> the value of AdapterConfig's field. Raises UserError if it does not fit."""
     types: dict[str, Any] = {f.name: f.type for f in fields(AdapterConfig)}
     wanted = str if field == "targets" else types[field]
     kinds: Any = (int, float) if wanted is float else wanted
@@ -185,7 +188,8 @@ def json_setting(flag: str, key: str, field: str, item: Any) -> Any:
 
 
 def parts_targets(flag: str, key: str, text: str) -> tuple[str, ...]:
-    """RWKV-PEFT's parts of a block ("att,ffn") -> the linear layers in them."""
+    """Parse RWKV-PEFT's parts of a block, "att,ffn" -> ("att", "ffn"), whose linear layers get adapters. Raises
+    UserError for other parts."""
     parts = names(text)
     if not parts or not set(parts) <= {"att", "ffn"}:
         raise UserError(

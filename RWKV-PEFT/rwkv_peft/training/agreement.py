@@ -1,4 +1,4 @@
-"""What the ranks of a run must agree on before it begins: their flags, data, base, checkpoint and code."""
+"""Compare what ranks must share before a run begins: their flags, data, base, checkpoint and code."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from ..files.digest import digest_below, digest_of
 from .parser import DIMENSIONS, flag_of
 from .world import World
 
-# where files lie and what is seen of a run, which may differ from node to node: contents are compared instead
+# settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
     "load_model",
     "path",
@@ -33,12 +33,12 @@ FREE = (
     "join_minutes",
 )
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
-SHOWN = 4  # differences that are worth reading
+SHOWN = 4  # differences that a message names
 
 
 def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """{what is compared: its value} of this process; identity is what a resumed run must share with the first
-    (training/saver.py), others are further values."""
+    """Collect {what is compared: its value} of this process. identity is what a resumed run must share with the first
+    (identity.py); others are further values."""
     found = {}
     for settings in (config.model, config.adapter, config.data, config.train):
         for field in fields(settings):
@@ -60,10 +60,10 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
 
 
 def digest_of_code() -> str:
-    """Of the package's sources, those of its kernels among them."""
+    """The digest of the package's sources, kernels included: 16 hex digits of SHA-256."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob passes by
+    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob skips
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
                 digest.update(path.read_bytes())
@@ -71,9 +71,9 @@ def digest_of_code() -> str:
 
 
 def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
-    """{what is compared: the digest of the whole of it} of the files besides data that a run starts from: those of the
-    model by itself, since its fingerprint is a sample, and what it begins with, unless it goes on. {} for one process,
-    which has nobody to compare with."""
+    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: the base,
+    because its fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins with.
+    {} for one process, which has no other to compare with."""
     if world.size == 1:
         return {}
     adapter, states = config.adapter, config.train.state_load
@@ -86,8 +86,8 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
-    """How the first rank that differs from rank 0 does, in words; "" where all agree. `hosts` are the ranks' machines,
-    passports their values."""
+    """Say how the first rank that differs from rank 0 differs; "" if all agree. passports are the ranks' values, hosts
+    their machines."""
     for rank, theirs in enumerate(passports):
         ours = passports[0]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

@@ -1,4 +1,4 @@
-"""That the weights of a run stay those of its base: a file that is mapped shows what is written into it."""
+"""End a run whose base was written over: a memory-mapped file shows what is written into it."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from .lit import Lit
 
 
 class BaseGuard(pl.Callback):
-    """Ends a run whose base was written over while its weights are mapped from that file: raises UserError before the
-    step is recorded or saved. It stands before the callbacks that do so."""
+    """Raises UserError if the base was written over while the run's weights are mapped from its file. It checks at the
+    start and after every micro batch, and must stand before the callbacks that record and save a step."""
 
     def __init__(self, base: Base) -> None:
         self.base, self.seen, self.mapped = base, base.stamp, True
@@ -25,14 +25,14 @@ class BaseGuard(pl.Callback):
             self.look()
 
     def look(self) -> None:
-        """Judge the file anew where it has changed since it was judged."""
+        """Check the file again if its Stamp has changed since the last check."""
         if (now := Stamp.of(self.base.path)) != self.seen:
             self.base.require_unchanged()
             self.seen = now
 
 
 def is_mapped(base: Base, model: nn.Module) -> bool:
-    """Whether a weight of the model lies in the file of its base, which it does on a CPU in the dtype of the file."""
+    """Tell whether a weight of the model lies in the mapped file of its base, as on a CPU in the file's dtype."""
     mapped = {tensor.untyped_storage().data_ptr() for tensor in base.tensors.values()}
     held = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cpu")
     return any(tensor.untyped_storage().data_ptr() in mapped for tensor in held)

@@ -1,4 +1,4 @@
-"""A few rows of a run's data, answered before its first step and after its last one: whether it learned, to be seen."""
+"""Answer a few rows of a run's data before its first step and after its last one, to show whether it learned."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ from .examiner import Answer, Exam, answers_of
 from .watch import Watch
 
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
-NEVER = "not known"  # an answer before training, of a run whose rows.jsonl is not there any more
+NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
 
 
 class Rows(Exam, Protocol):
-    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each is
-    of, and digest is equal for equal rows."""
+    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each
+    comes from, and digest is equal for equal rows."""
 
     prompts: list[str]
     kinds: list[str]
@@ -26,13 +26,15 @@ class Rows(Exam, Protocol):
     def digest(self) -> str: ...
 
     def answer(self, number: int) -> dict[str, str]:
-        """{"text", "end"} of the row's own answer."""
+        """The row's own answer, {"text", "end"}."""
 
 
 class BeforeAfter:
-    """Called on all ranks: before() ahead of the first step, after() when the last one is done. Rank 0 keeps the
-    answers at `path`, a row a line, so that a run that goes on still has those from before it began; `anew` tells a
-    run that begins from one that goes on."""
+    """Answers the rows, on all ranks: before() ahead of the first step, after() when the last one is done.
+
+    Rank 0 writes the answers to `path`, a row a line. A run that goes on (`anew` is false) does not answer before its
+    first step: it reads there what the run answered when it began.
+    """
 
     def __init__(self, exam: Rows, path: Path, watch: Watch, compiles: bool, anew: bool) -> None:
         self.exam, self.path, self.anew = exam, path, anew
@@ -67,14 +69,14 @@ class BeforeAfter:
 
     @property
     def changed(self) -> bool | None:
-        """Whether an answer is another than before training; None while that is not known."""
+        """True if an answer differs from the one before training; None if that is not known."""
         pairs = [(record["before"], record.get("after")) for record in self.records]
         if not pairs or not all(before and after for before, after in pairs):
             return None
         return any(before != after for before, after in pairs)
 
     def lines(self) -> Iterator[str]:
-        """What is printed at the end of a run; nothing if it ended before the last step."""
+        """Yield the lines to print at the end of a run; none if it ended before the last step."""
         done = [record for record in self.records if "after" in record]
         kinds = dict.fromkeys(record["of"] for record in done)
         for name in kinds:
@@ -89,7 +91,7 @@ class BeforeAfter:
 
 
 def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
-    """The answers before training that a run's file keeps; None for each if it is missing, damaged, or of other
+    """Read the answers before training from a run's file; None for each row if it is missing, damaged, or of other
     rows."""
     unknown = [None] * len(exam)
     try:
@@ -103,7 +105,7 @@ def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
-    """How many answers are the rows' own, and how many end as those do, after training and before."""
+    """Say how many answers are the rows' own, and how many end as the rows do, after training and before."""
     after = [(record["after"], record["answer"]) for record in records]
     before = [(record["before"], record["answer"]) for record in records if record["before"]]
     right, ends, right_before, ends_before = (
@@ -118,21 +120,21 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
-    """Whether two answers have the same words, and end in the same way."""
+    """Tell whether two answers have the same words and end in the same way."""
     return given["text"].strip() == due["text"].strip() and end_alike(given, due)
 
 
 def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
-    """Whether two answers end in the same way: with the document, where the next turn would begin, or cut off."""
+    """Tell whether two answers end in the same way: with the document, at the next turn, or cut off at the limit."""
     return given["end"] == due["end"]
 
 
 def quoted(answer: Mapping[str, str]) -> str:
-    """An answer in one line, its beginning if it is long; one that was cut off goes on with dots."""
+    """Put an answer in one line, WIDTH characters of it at most; … follows if more does, or if it was cut off."""
     line = in_line(answer["text"])
     return line if len(line) <= WIDTH and answer["end"] != "length" else f"{line[:WIDTH]}…"
 
 
 def in_line(text: str) -> str:
-    """A text in one line, in which a terminal finds nothing to obey."""
+    """Put a text in one line, with unprintable characters escaped, which a terminal might obey."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text.strip())

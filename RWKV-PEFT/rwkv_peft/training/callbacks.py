@@ -1,5 +1,4 @@
-"""What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or
-stops."""
+"""The callbacks of a run: they draw the progress bar, write metrics.jsonl, feed the loggers, save, and stop the run."""
 
 import json
 import math
@@ -27,7 +26,7 @@ from .saver import Saver
 from .validate import Validator
 from .watch import Watch
 
-PLACE = ("step", "samples")  # of a line of metrics.jsonl in its run
+PLACE = ("step", "samples")  # a line's place in the run, which loggers do not get as numbers
 
 
 class StepCallback(pl.Callback):
@@ -49,7 +48,7 @@ class StepCallback(pl.Callback):
 
 
 def gradient_norm(trainer: Any) -> float | None:
-    """The norm of the gradient of the step just done, over all ranks and before clipping; None where the engine has
+    """The norm of the gradient of the step just done, over all ranks and before clipping; None if the engine has
     none."""
     norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
     if norm is None:
@@ -71,8 +70,8 @@ class Moves(pl.Callback):
 
 
 class FiniteGradients(StepCallback):
-    """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises
-    Diverged, on all ranks, which share the norm. It stands before the callbacks that record and save."""
+    """Raises Diverged, on all ranks, if the gradient norm is not finite, because clipping then makes zeros or NaN of
+    the step. It must stand before the callbacks that record and save."""
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         norm = gradient_norm(trainer)
@@ -81,12 +80,11 @@ class FiniteGradients(StepCallback):
 
 
 class Record(StepCallback):
-    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
-    validator (a Validator, or None) and the examiners, whose results join the line, and has the rows (BeforeAfter, or
-    None) answered, whose do not.
+    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers and draws the progress bar.
 
-    tokens_per_s counts the tokens of all ranks, padding among them, over the step's wall time, validation, questions
-    and saving excluded.
+    It calls the validator (or None) and the examiners, whose results join the line, and the rows (BeforeAfter, or
+    None), whose answers do not. tokens_per_s counts the tokens of all ranks, padding included, over the step's wall
+    time, validation, questions and saving excluded.
     """
 
     def __init__(
@@ -101,9 +99,9 @@ class Record(StepCallback):
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / METRICS, plan, validator
         self.examiners, self.rows = examiners, rows
-        self.ending = False  # whether the last step is done
+        self.ending = False  # true once the last step is done
         self.tokens = 0
-        self.before: dict[str, float] = {}  # of the first step: joins its line
+        self.before: dict[str, float] = {}  # measured before the first step, for its line
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         if self.validator is not None:
@@ -139,7 +137,7 @@ class Record(StepCallback):
             "step": lit.step,
             "samples": self.plan.samples_seen(done),
             "epoch": lit.step // self.plan.epoch_steps,
-            "loss": lit.step_loss if lit.step_tokens else None,  # a mean of nothing
+            "loss": lit.step_loss if lit.step_tokens else None,  # no token counts: there is no mean
             "lr": lit.lr,
             "grad_norm": gradient_norm(trainer),
             "tokens": tokens,
@@ -168,7 +166,7 @@ class Record(StepCallback):
             self.start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        if self.ending and self.rows is not None:  # all is saved
+        if self.ending and self.rows is not None:  # Save has saved the last step
             self.rows.after(trainer, lit)
         self.close(trainer)
 
@@ -182,11 +180,11 @@ class Record(StepCallback):
 
 
 class Save(StepCallback):
-    """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, every
-    save_every steps, save_minutes after the last save, at the end, and when a stop was asked for or the validator has
-    seen enough, and then stops the run.
+    """Restores `checkpoint` (a folder, or None) before the first step, then saves every epoch_save epochs, every
+    save_every steps and save_minutes after the last save. It saves and stops the run after the last step, or if a stop
+    was asked for or the validator is exhausted.
 
-    The first rank's clock counts the minutes; one that is set anew does not matter to it, nor a machine's sleep.
+    Rank 0 counts the minutes, by a clock that neither a new time of day nor the machine's sleep moves.
     """
 
     def __init__(
@@ -223,7 +221,8 @@ class StopSignals(pl.Callback):
     """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the
     current step; a second Ctrl-C or SIGTERM stops at once.
 
-    Installed when training starts, after Lightning's own SIGTERM handler, which would end the run without saving.
+    The handlers are installed when training starts, to replace Lightning's own for SIGTERM, which would end the run
+    without saving.
     """
 
     def __init__(self, say: Callable[..., object]) -> None:
@@ -237,7 +236,7 @@ class StopSignals(pl.Callback):
             self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, signal.SIG_IGN)  # the system sends one, and the shell another
+            signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
             lit.stop_requested = lit.stop_requested or number
 
         self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,5 +1,4 @@
-"""The checkpoints of a run: which there are, how a run that ended goes on, and what one leaves that died before its
-first."""
+"""List the checkpoints of a run, say how a run that ended goes on, and clear what one left that had not saved any."""
 
 import errno
 import math
@@ -13,18 +12,18 @@ from pathlib import Path
 from ..errors import UserError
 from .run_state import STATE, UNREADABLE, load_state
 
-CHECKPOINTS = "checkpoints"  # the folder of them in a run's own
-ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # of --eval_data, --lm_eval, --answer_rows
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
-DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
-# what was trained, of all labels (products.py)
+CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
+ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # for --eval_data, --lm_eval, --answer_rows
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # by a disk
+DIVERGED = "the run stopped, and nothing of that step was saved"  # told if numbers are no longer finite
+# the files of what was trained, under all labels (products.py)
 TRAINED = re.compile(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)")
-UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
+UNSAVED = ".unsaved"  # marks the folder of a run that has not saved yet; what it holds may be cleared
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its
-    size."""
+    """List the complete checkpoint folders under proj_dir, oldest first: by samples seen, because a step's size may
+    have changed."""
 
     def seen(checkpoint: Path) -> float:
         try:
@@ -36,12 +35,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Newest complete checkpoint folder under proj_dir, or None."""
+    """The newest complete checkpoint folder under proj_dir, or None."""
     return next(reversed(list_checkpoints(folder)), None)
 
 
 def how_to_go_on(folder: Path) -> str:
-    """What is left of a run that ended, and how it goes on."""
+    """Say what is left of a run that ended, and how it goes on."""
     last = find_checkpoint(folder)
     if not folder.is_dir():
         return "begin the run anew, or put the folder back and give --resume auto"
@@ -52,9 +51,9 @@ def how_to_go_on(folder: Path) -> str:
 
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
-    """Make a UserError of what a disk, or a folder that is gone, refuses to those who write into a run's folder and do
-    not say so themselves: metrics.jsonl, and loggers, as they write or close. A logger's thread hands what it was
-    refused to whoever writes next, so that its own stack says nothing more."""
+    """Within, turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder
+    that do not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes
+    next, so its own traceback is not printed."""
     hook = threading.excepthook
 
     def tell_others(thread: threading.ExceptHookArgs) -> None:
@@ -73,20 +72,19 @@ def telling_refusals(folder: Path) -> Iterator[None]:
 
 
 def refusal(error: BaseException | None) -> str:
-    """What a disk refused, in words, or which folder is gone that something was to be written into; "" for other
-    errors."""
+    """Say why a disk refused, or which folder is gone that was to be written into; "" for other errors."""
     if not isinstance(error, OSError) or error.errno is None:
         return ""
     if error.errno in REFUSALS:
         return os.strerror(error.errno).lower()
     folder = os.path.dirname(os.fsdecode(error.filename or b"."))
-    gone = error.errno == errno.ENOENT and folder and not os.path.isdir(folder)
-    return f"{folder} is gone, deleted or moved while the run went on" if gone else ""
+    gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and folder and not os.path.isdir(folder)
+    return f"{folder} is no folder any more: deleted, moved or replaced while the run went on" if gone else ""
 
 
 def clear_unsaved(folder: Path) -> None:
-    """Remove the trained tensors and answers that a run left which ended before its first checkpoint; nothing where
-    none did."""
+    """Remove the trained tensors and answers of a run that ended before its first checkpoint; without the mark UNSAVED,
+    nothing."""
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():

@@ -1,7 +1,7 @@
-"""DeepSpeed's Adam for optimizer states in CPU memory, built on first use, whatever an earlier build left behind.
+"""DeepSpeed's Adam for optimizer states in CPU memory, built on first use, even if an earlier build was killed.
 
-torch guards the build by a file that exists while one goes on. A build that was killed leaves that file, and each later
-one waits for it without a word and without an end; here it counts only while some process has it open.
+torch's lock for the build is a file that exists meanwhile. A killed build leaves it, and every later build would wait
+for it silently and forever; here the lock counts only while a process has it open.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from ..errors import UserError, told
 
 
 def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
-    """DeepSpeedCPUAdam in its AdamW form over parameter groups, whose steps depend on its state alone. The first on a
-    machine compiles it, for a minute or so; other processes of this package wait meanwhile. Raises UserError where that
-    is not possible."""
+    """Make a DeepSpeedCPUAdam in its AdamW form over parameter groups; its steps depend on its state alone. The first
+    on a machine compiles it, in a minute or so, while other processes of this package wait. Raises UserError if that is
+    not possible."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
     try:
         build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
-        with FileLock(build / "rwkv_peft.lock"):  # which ends with its process
+        with FileLock(build / "rwkv_peft.lock"):  # freed when its process ends
             remove_stale_lock(build / "lock")
             optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     except (OSError, RuntimeError) as error:
@@ -40,15 +40,15 @@ def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
 
 
 def forget_powers(optimizer: Any, *_: Any) -> None:
-    """Have a DeepSpeedCPUAdam compute the powers of its betas in the step that follows. From a step to the next it
-    multiplies them up, which a resumed run cannot go on with: the first step behind a checkpoint computes them, to
-    other bits. Betas that are no run's make it begin anew."""
+    """Make a DeepSpeedCPUAdam compute the powers of its betas anew in the next step. It would multiply those of the
+    last step by the betas, and a resumed run, which has to compute them, would get other bits. An empty update with
+    betas that no run has makes it forget them."""
     none = torch.empty(0, dtype=torch.float32)
     optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 1, 0.0, 1.0, 1.0, 1.0, 0.0, False, none, none, none, none)
 
 
 def root(error: BaseException) -> BaseException:
-    """The exception that the others of its chain were raised from."""
+    """The first exception of a chain, from which the others were raised."""
     return error if error.__cause__ is None else root(error.__cause__)
 
 
@@ -61,5 +61,5 @@ def remove_stale_lock(lock: Path) -> None:
 def _has_open(process: psutil.Process, path: Path) -> bool:
     try:
         return any(Path(file.path) == path.resolve() for file in process.open_files())
-    except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write in this folder; or ended
+    except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write here; or it ended
         return False

@@ -11,7 +11,7 @@ from .plan import Plan
 
 
 class RunBatches:
-    """The `length` micro batches that a run still has to see; with a length, Lightning fetches none ahead."""
+    """The `length` micro batches that a run still has to see; Lightning fetches none ahead if it knows the length."""
 
     def __init__(self, batches: Iterable[TrainBatch], length: int) -> None:
         self.batches, self.length = batches, length

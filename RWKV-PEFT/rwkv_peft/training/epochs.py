@@ -1,4 +1,4 @@
-"""How many epochs a run takes if the flags leave it open: rows of answers are read until they are learned."""
+"""Choose the number of epochs if the flags leave it open: few rows of answers are read often enough to be learned."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,8 +8,9 @@ from ..config import AIM, MOST_EPOCHS, TrainConfig
 
 
 def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str, Any] | None) -> TrainConfig:
-    """A TrainConfig with the number of epochs for steps of so many an epoch, if it leaves that to be chosen; one that
-    goes on from the state.json of a checkpoint has what the run began with."""
+    """Fill in the number of epochs if it is to be chosen: as many as make AIM steps at `epoch_steps` an epoch,
+    MOST_EPOCHS at most. A run that goes on keeps what it began with, by its checkpoint's state.json (None: a new
+    run)."""
     if not train.epochs_chosen:
         return train
     chosen = min(max(-(-AIM // epoch_steps), 1), MOST_EPOCHS)

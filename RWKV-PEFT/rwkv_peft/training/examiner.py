@@ -1,4 +1,4 @@
-"""Questions while training: the model answers them as it is, and its answers are scored and kept."""
+"""Ask the model questions while it trains, score its answers and write them to a file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from .compiling import uncompiled
 from .plan import Plan
 from .watch import Watch
 
-Answer = dict[str, Any]  # with the number of its question
+Answer = dict[str, Any]  # its "number" is that of the question
 
 
 class Exam(Protocol):
-    """What a run is given to ask: evals/exam.py, evals/harness_exam.py and evals/rows_exam.py have one each."""
+    """Questions for a model in training: evals/exam.py, evals/harness_exam.py and evals/rows_exam.py have one each."""
 
     def __len__(self) -> int: ...
 
@@ -24,17 +24,18 @@ class Exam(Protocol):
 
 
 class Judged(Exam, Protocol):
-    """One whose answers are scored."""
+    """An Exam whose answers are scored."""
 
     def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
-        """Numbers for the run's metrics by name, the lines of a file (JSON), and what is told."""
+        """Return numbers for the run's metrics by name, records for the lines of a JSON file, and lines of text to
+        print."""
 
 
 class Examiner:
     """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
     answers the exam, each rank a share of it, and rank 0 judges.
 
-    What the answers come to is added to the file at `path`, each line with its step. `watch` (training/watch.py) hears
+    Rank 0 adds the judgement's records to the file at `path`, with step and samples. `watch` (training/watch.py) hears
     of every answer.
     """
 
@@ -44,7 +45,8 @@ class Examiner:
         self.plan = plan
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
-        """(numbers by name, what is told of them) where this step asks and this is rank 0, else nothing of either."""
+        """Ask if it is due after this step -> (numbers by name, lines of text to print) on rank 0; ({}, [])
+        otherwise."""
         if done % self.every and not ending:
             return {}, []
         records = answers_of(self.exam, self.watch, self.compile, trainer, lit, f"the questions after step {done}")
@@ -60,8 +62,8 @@ class Examiner:
 
 
 def answers_of(exam: Exam, watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str) -> list[Answer]:
-    """The model's answers to an exam as it is, each rank a share of them, in order and on every rank; `doing` is what
-    the watch hears of each."""
+    """Have the model answer an exam, each rank a share of it -> all answers, on every rank, in the order of the
+    questions. compiles: the run compiles blocks; doing: what the watch hears of each answer."""
     records: list[Answer] = []
     lit.model.eval()
     with uncompiled(compiles):

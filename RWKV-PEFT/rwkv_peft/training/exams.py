@@ -1,5 +1,5 @@
-"""What a run asks its model: the questions that the flags name, while it trains, and a few rows of its data, before and
-after."""
+"""Find what a run asks its model: the questions that flags name, while it trains, and a few rows of its data, before
+and after."""
 
 from collections.abc import Mapping
 
@@ -20,8 +20,9 @@ BATCH = 8  # rows that are answered at once
 
 
 def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:
-    """{the file of what it comes to: an exam}, those that --eval_data and --lm_eval ask for; they are put in the tokens
-    that the data is made of. What is read is told where this process speaks."""
+    """Make the exams that --eval_data and --lm_eval ask for, in the tokens of the data -> {file of their results:
+    exam}; notes on them join samples.notes. A process that `speaks` shows lm_eval's progress bars. Raises UserError if
+    nothing tells the data's tokenizer, and as the exams do."""
     train, vocab_size = config.train, config.model.vocab_size
     if not train.eval_data and not train.lm_eval:
         return {}
@@ -45,8 +46,8 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
 
 
 def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
-    """(the rows to answer, a note on them); (None, why not) where that cannot be done, and "" where it was not asked
-    for."""
+    """Choose the rows to answer -> (their exam, a note on them); (None, why not) if they cannot be answered, (None, "")
+    if --answer_rows is 0."""
     train, number = config.train, config.train.answer_rows
     if not number:
         return None, ""

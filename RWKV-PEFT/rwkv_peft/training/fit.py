@@ -1,4 +1,4 @@
-"""The training loop of a run that is prepared: Lightning's Trainer over DeepSpeed, and how it ended."""
+"""Run the training loop of a prepared run, Lightning's Trainer over DeepSpeed, and say how it ended."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..children import import_matplotlib
 from ..cli import counted
 from ..data import opening
 from ..data.recorded import ENTRY
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def quiet() -> None:
-    """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
+    """Silence the libraries' banners and tips, which are not about this run."""
     for name in (
         "lightning",
         "lightning.pytorch",
@@ -59,24 +60,25 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     """Run Lightning's Trainer over the plan; returns (the exit code, how it ended in words)."""
     run.watch.moved("the start")
     if run.accelerator == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would use a GPU if there is one
         keep_freed_memory()
     with ending_at_once():
+        import_matplotlib()  # which Lightning imports
         from .data_module import RunData
         from .lit import Diverged
         from .trainer import make_lit, make_trainer
 
     quiet()
-    loggers = []
-    if run.leads:
-        record(run)
-        loggers = make_loggers(run.config, run.folder, run.plan.first_step)
-    lit = make_lit(run)
-    trainer = make_trainer(run, loggers, say)
     data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
     try:
         compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
         with telling_refusals(run.folder), compiling:
+            loggers = []
+            if run.leads:
+                record(run)
+                loggers = make_loggers(run.config, run.folder, run.plan.first_step)
+            lit = make_lit(run)
+            trainer = make_trainer(run, loggers, say)
             trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(run.folder)
@@ -88,7 +90,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         )
         return (1 if run.leads else 0), ""
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
             raise error.__context__ from None
         raise
     finally:
@@ -98,7 +100,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, what its tokens mean, and what opens an answer in its data, into its folder."""
+    """Write the run's settings, its vocabulary and what opens an answer in its data to config.json in its folder."""
     vocabulary = run.samples.vocabulary
     entries: dict[str, Any] = {opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary)}
     if vocabulary is not None:
@@ -108,12 +110,12 @@ def record(run: Prepared) -> None:
 
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
-    """Draw what the run came to; -> (the exit code, how it ended in words)."""
+    """Draw the loss curve; returns (the exit code, how the run ended in words)."""
     losses: list[float] = []
     try:
         losses = series(read_metrics(run.folder / METRICS), "loss")[1]
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
-    except UserError as error:  # what was trained is saved
+    except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     total = run.plan.total_steps
     exhausted = run.validator is not None and run.validator.exhausted

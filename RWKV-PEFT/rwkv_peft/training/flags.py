@@ -1,7 +1,7 @@
-"""The command line of train.py: flags -> one frozen RunConfig, and the base that it names, opened once.
+"""Turn the command line of train.py into one frozen RunConfig, and open the base that it names, once.
 
 Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
-before a weight is read, and what the flags tell by themselves before torch is imported.
+before a weight is read; those that the flags show by themselves are refused before torch is imported.
 """
 
 import os
@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     from ..files.base import Base
     from ..models.family import Family
 
-MOST_TOKENS = 2**31 - 1  # of a micro batch: kernels count them in 32 bits
+MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 
 
 class Request(NamedTuple):
-    """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
-    names of the modules that get an adapter; world, this process among those of the run; argv, the flags for the
-    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked; new_file,
-    whether the run writes a new model and ends; notes on how the flags were read."""
+    """The run that a command line asks for.
+
+    base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
+    world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
+    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read.
+    """
 
     config: RunConfig
     base: "Base | None"
@@ -52,7 +54,7 @@ class Request(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What the flags say by themselves: as parsed, and as settings; world, argv and notes as in Request."""
+    """The flags by themselves, without the base: as parsed, and as settings; world, argv and notes as in Request."""
 
     args: Namespace
     adapter: AdapterConfig
@@ -64,15 +66,15 @@ class Flags(NamedTuple):
 
 
 def judge(argv: Sequence[str]) -> None:
-    """Before torch is imported: parse_flags, and for several ranks what torch reads once, at its import. A rank that
-    is gone is told in our words, and not in torch's stacks of C++ frames."""
+    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, whose level torch
+    reads at its import: a lost rank is reported in our words, without stacks of C++ frames."""
     if parse_flags(argv).world.size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other, all of them told; torch is
-    not imported."""
+    """Parse argv -> Flags, without torch. Raises one UserError of all flags that are mistaken or contradict each
+    other."""
     args, mistakes = build_parser().parse_with_mistakes(argv)
     check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
     refusals = Refusals(mistakes)
@@ -81,13 +83,13 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         args.random_seed = refusals.attempt(draw_seed, args, world)
         argv = [*argv, "--random_seed", str(args.random_seed)]
     if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
-        args.peft = NONE  # a new model is described, which has nothing to adapt
+        args.peft = NONE  # flags describe a new model, which has nothing to adapt
     return flags_of(args, world, tuple(argv), refusals)
 
 
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
-    """What a parser made of argv, on a World -> Flags; what was refused so far, such as the world, is told with the
-    rest."""
+    """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
+    refusals, earlier ones included."""
     notes = tuple(adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     refusals.gather(check_stage, args)
@@ -111,7 +113,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
 def together(
     adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
 ) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
-    """(a check, what it checks) of settings that may contradict each other, whatever the model is."""
+    """List (a check, its arguments) for settings that may contradict each other, whatever the model is."""
     return (
         (check_train, (train,)),
         (check_products, (train, adapter)),
@@ -122,12 +124,12 @@ def together(
 
 
 def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
-    """Whether no settings contradict each other, whatever the model is."""
+    """Tell whether no settings contradict each other, whatever the model is."""
     return not any(message for check, settings in together(adapter, data, train) for message in check(*settings))
 
 
 def check_train_type(args: Namespace) -> Iterator[str]:
-    """Refusals of a --train_type that contradicts what trains."""
+    """Yield refusals of a --train_type that contradicts what trains."""
     if args.train_type not in (FINETUNE, STATE):
         return
     what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
@@ -142,12 +144,12 @@ def check_train_type(args: Namespace) -> Iterator[str]:
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
-    """The learning rates that the flags leave to be chosen, beside the first."""
+    """The learning rates to choose: the first, and the last unless it is given."""
     return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
 def check_rates(args: Namespace) -> Iterator[str]:
-    """Refusals of flags of states where none train, and of segments where there are none."""
+    """Yield refusals of flags of states that do not fit what trains, and of --bptt_segments without segments."""
     states, alone = STATE in parts_of(args), args.peft == NONE and parts_of(args) == (STATE,)
     if args.state_load and not states:
         yield f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
@@ -165,13 +167,13 @@ def check_rates(args: Namespace) -> Iterator[str]:
 
 
 def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
-    """The run's settings; the learning rates' defaults depend on what trains, and the number of epochs on the data."""
+    """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
-    if args.lr_init == AUTO:  # request_of knows the model that it depends on
+    if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
-    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # what is read often is soon read through
+    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
@@ -181,7 +183,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
 
 
 def parse_run(argv: Sequence[str]) -> Request:
-    """argv -> Request. Raises UserError for whatever cannot work together."""
+    """Parse argv -> Request. Raises UserError for settings that cannot work together."""
     flags = parse_flags(argv)
     args, adapter = flags.args, flags.adapter
     if not args.load_model and (adapter.method != NONE or adapter.load):
@@ -193,8 +195,8 @@ def parse_run(argv: Sequence[str]) -> Request:
 
 
 def request_of(flags: Flags) -> Request:
-    """Flags -> Request; an adapter without a base is one for a new model's shapes. Raises UserError for whatever cannot
-    work together."""
+    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes. Raises UserError for
+    settings that cannot work together."""
     from ..adapters.inject import check_adapter
     from ..files.base import linear_shapes, open_base
     from ..models import family_named
@@ -226,8 +228,8 @@ def request_of(flags: Flags) -> Request:
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
-    """The linear layers that get an adapter: all of a generation's where none are named, and all of a half of the block
-    where that is ("att", "ffn")."""
+    """The linear layers that get an adapter: all of a generation's if none are named, and all of a half of the block if
+    that is named ("att", "ffn")."""
     if not targets:
         return family.targets
     if all("." not in target for target in targets):
@@ -236,7 +238,7 @@ def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
 
 
 def check_base(args: Namespace, base: "Base") -> Iterator[str]:
-    """Refusals of flags that contradict the base: its generation, its dimensions."""
+    """Yield refusals of flags that contradict the base: its generation, its dimensions."""
     from ..models import family_named
 
     if args.model_version not in (None, base.config.version):
@@ -251,7 +253,7 @@ def check_base(args: Namespace, base: "Base") -> Iterator[str]:
 
 
 def new_model(args: Namespace, family: "Family") -> ModelConfig:
-    """Dimensions of a new model, upstream's defaults filled in."""
+    """The dimensions of a new model, with upstream's defaults. Raises UserError if one without a default is missing."""
     missing = [f"--{name}" for name in ("n_layer", "n_embd", "vocab_size") if getattr(args, name) is None]
     if missing:
         raise UserError(f"a new model needs {', '.join(missing)}; or name a base with --load_model")
@@ -259,7 +261,7 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 
 def data_config(args: Namespace) -> DataConfig:
-    """The data's settings; what depends on --data_type filled in."""
+    """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
     of_rows = args.data_type != "binidx"
     loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
     of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
@@ -274,7 +276,7 @@ def data_config(args: Namespace) -> DataConfig:
 
 
 def check_data(data: DataConfig) -> Iterator[str]:
-    """Refusals of a micro batch that nothing could hold, and of flags that nothing would read."""
+    """Yield refusals of a micro batch of more than MOST_TOKENS, and of flags that this data would not use."""
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
         yield (

@@ -14,10 +14,10 @@ def estimate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
-    batch as TrainBatches gives it, on the CPU, wherever the model is; of its segments of `length` positions, if that is
-    not 0, the one that counts most stands for all. -> {module name: (out, in) tensor}, on the CPU; each gradient leaves
-    the backward pass as soon as it is complete, so one layer's at a time is alive beside the activations. Requires-grad
-    flags are left as found.
+    batch is one of TrainBatches, on the CPU, wherever the model is. If length is not 0, only one segment of `length`
+    positions is used, the one with the most counted targets. -> {module name: (out, in) tensor}, on the CPU; each
+    gradient goes there as soon as it is complete, so only one layer's at a time is beside the activations.
+    requires_grad flags are left as found.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -27,7 +27,7 @@ def estimate_gradients(
         weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
 
         def keep(parameter: torch.Tensor, name: str = name) -> None:
-            assert parameter.grad is not None  # the hook runs behind it
+            assert parameter.grad is not None  # the hook runs once it is accumulated
             gradients[name] = parameter.grad.to("cpu", copy=True)
             parameter.grad = None
 

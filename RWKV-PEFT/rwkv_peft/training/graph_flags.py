@@ -1,4 +1,4 @@
-"""What --cuda_graphs does not go with, judged before there is a model."""
+"""Refuse flags that --cuda_graphs does not go with, before there is a model."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from ..config import TrainConfig
 
 
 def check_graphs(train: TrainConfig) -> Iterator[str]:
-    """Refuse what a recorded step cannot repeat."""
+    """Yield refusals of flags with which a step cannot be recorded and replayed."""
     if not train.cuda_graphs:
         return
     zero = f"--strategy {train.strategy}"

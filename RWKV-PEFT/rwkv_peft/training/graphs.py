@@ -1,13 +1,13 @@
-"""--cuda_graphs: what a GPU is told to do of all blocks, forward and backward, recorded once and replayed as a whole.
+"""--cuda_graphs: record the kernel launches of all blocks, forward and backward, once, and replay them as a whole.
 
-A small micro batch is over before Python has launched the next kernel; a graph of all launches takes one. It reads and
-writes memory at the addresses that it was recorded with: inputs are copied there, parameters have to stay where they
-are, and what it leaves is overwritten by the next replay. No GPU has run this yet: tests/training/test_graphs.py
+A kernel of a small micro batch ends before Python has launched the next one; a graph of all launches takes one. It
+reads and writes memory at the addresses that it was recorded with: inputs are copied there, parameters have to stay
+where they are, and the next replay overwrites its results. No GPU has run this yet: tests/training/test_graphs.py
 records and replays torch's operations on a CPU instead.
 
-torch.cuda.make_graphed_callables does the like, and three things that cannot be here. It hands out its own memory as
-the gradients of parameters, which micro batches add up in place, while the next replay overwrites it. While it records,
-nothing may be pinned, and a thread pins the batches to come. And it differentiates in the parameters themselves, whose
+torch.cuda.make_graphed_callables does much the same, but does not fit, for three reasons. It returns its own memory as
+parameter gradients, which micro batches add up in place while the next replay overwrites it. While it records, nothing
+may be pinned, and a thread pins the batches to come. It differentiates with respect to the parameters themselves, whose
 hooks the engine has tied to the default stream.
 """
 
@@ -27,25 +27,26 @@ from ..models.parts import HeadFunction, LanguageModel
 from ..ops.recurrence.checks import vouch
 from .steps import Batch, straight
 
-WARM_UP = 2  # passes before recording: the first builds kernels, and libraries choose and allocate
-LENGTHS = 4  # that rows of many lengths are padded to: a graph each
-MULTIPLE = 64  # of tokens: what the recurrences' kernels take at a time
+WARM_UP = 2  # passes before recording: the first builds kernels, and libraries choose algorithms and allocate
+LENGTHS = 4  # lengths that shorter rows are padded to, with a graph each
+MULTIPLE = 64  # of these lengths: the tokens that the recurrences' kernels take at a time
 
 
 class Form(NamedTuple):
-    """What a graph is of: rows of so many tokens; or, with `sequences`, one row of them that packs so many."""
+    """The shape that a graph is recorded for: rows of so many tokens; with `sequences`, one row that packs so many."""
 
     tokens: int
     sequences: int = 0
 
 
 def recorded_forms(data: DataConfig, packs: tuple[int, int]) -> tuple[Form, ...]:
-    """The Forms to record, the largest first, of which each other is a part. packs: as Samples has it of a micro batch.
+    """List the Forms to record, first the largest, which contains all others. packs: Samples.packs of a micro batch.
 
-    Rows that need not be full are of a few lengths. Packed sequences are as many as they are at most, or a power of 2.
+    Rows that may be short get LENGTHS lengths. The numbers of packed sequences are the most and the powers of 2 below
+    it, from the fewest on.
     """
     fewest, most = packs
-    rows = data.micro_bsz * data.documents if most else 1  # that lie in one
+    rows = data.micro_bsz * data.documents if most else 1  # that are packed into one
     full = data.dataload in ("get", "pack") and data.data_type != "pairs"
     steps = (LENGTHS,) if full else range(LENGTHS, 0, -1)
     rounded = [-(-rows * data.ctx_len * step // (LENGTHS * MULTIPLE)) * MULTIPLE for step in steps]
@@ -55,14 +56,15 @@ def recorded_forms(data: DataConfig, packs: tuple[int, int]) -> tuple[Form, ...]
 
 
 class Graphed:
-    """A Way whose blocks are recorded at the first batch, once for each Form, and replayed from then on.
+    """A Way that records the blocks at the first batch, once for each Form, and replays them from then on.
 
-    What is smaller is raised to the next Form: tokens behind a row's end, where nothing reaches them, and sequences
-    without tokens."""
+    A smaller batch is padded to the next Form: by tokens after a row's end, which nothing before them sees, and by
+    sequences without tokens.
+    """
 
     def __init__(self, forms: Sequence[Form], gradients: bool = True) -> None:
-        """forms: the largest first, so that the others' activations find room in its memory. gradients: whether it is
-        for batches that have them, or for those that have none; others go straight."""
+        """forms: the largest first, because the others use the memory of its activations. gradients: replay passes with
+        gradients (True) or without (False); the others run the model's own forward."""
         self.forms, self.gradients = forms, gradients
         self.graphs: dict[Form, BlockGraphs] = {}
 
@@ -81,8 +83,9 @@ class Graphed:
         return result
 
     def record(self, model: LanguageModel, x: torch.Tensor, rows: int) -> None:
-        """Record all Forms of so many rows, for inputs like x (B, T, C) but for its shape: what does not fit memory
-        shows in the first step. A replay draws from torch's generators as blocks that run do; recording does not."""
+        """Record all Forms of so many rows, for inputs with the channels, dtype and device of x (B, T, C); all at once,
+        so that a lack of memory shows in the first step. Recording leaves torch's generators as they were, and a replay
+        draws from them as the blocks do."""
         shapes = [torch.Size((rows, form.tokens, x.shape[2])) for form in self.forms]
         zeros = torch.zeros(shapes[0], dtype=x.dtype, device=x.device)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
@@ -92,13 +95,13 @@ class Graphed:
 
 
 def part_of(memory: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The first elements of a contiguous tensor as one of a smaller shape."""
+    """View the first elements of a contiguous tensor in a smaller shape."""
     return memory.view(-1)[: shape.numel()].view(shape)
 
 
 @contextmanager
 def recording(graph: Any, pool: Any) -> Iterator[None]:
-    """What is launched meanwhile goes into a torch.cuda.CUDAGraph, with memory of a pool. Raises UserError where it
+    """Within, record launches into a torch.cuda.CUDAGraph, with memory of a pool. Raises UserError if the driver
     cannot."""
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -124,11 +127,11 @@ class Blocks(nn.Module):
 
 
 class BlockGraphs:
-    """The blocks of a model as CUDA graphs, for inputs like x (B, T, C), on its GPU; where that packs sequences, for so
-    many of them. Made without gradients, they have none.
+    """The blocks of a model as CUDA graphs, for inputs of x's shape (B, T, C), dtype and GPU; if x packs sequences, for
+    so many of them. Graphs that are made without gradients have no backward.
 
-    To be made when the engine has put the parameters where they stay. A call's backward must come before the next call
-    of it, or of those that share its memory: the activations', and that of the parameters' gradients.
+    They must be made once the engine has put the parameters where they stay. The backward of a call must come before
+    the next call of these graphs, or of graphs that share their memory for activations and parameter gradients.
     """
 
     gy: torch.Tensor
@@ -136,8 +139,8 @@ class BlockGraphs:
     def __init__(
         self, model: LanguageModel, x: torch.Tensor, sequences: int = 0, leader: "BlockGraphs | None" = None
     ) -> None:
-        """x: whose memory inputs are copied to; sequences: 0 where nothing is packed; leader: those of larger inputs,
-        whose memory these take too."""
+        """x: inputs are copied to its memory; sequences: 0 if nothing is packed; leader: the graphs of larger inputs,
+        whose memory these use too."""
         self.blocks, self.x, self.calls = Blocks(model), x.detach(), 0
         self.bounds = bounds_like(x, sequences) if sequences else None
         self.leader = leader or self
@@ -165,16 +168,15 @@ class BlockGraphs:
                     self.gradients[-len(self.parameters) :] = shared
 
     def compute(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """y (B, T, C), and the tensors to differentiate it in: x where that is due, and stand-ins for the parameters,
-        in their memory."""
+        """Run the blocks -> y (B, T, C), and the tensors to differentiate with respect to: x if it needs a gradient,
+        and stand-ins for the parameters, in their memory."""
         x = self.x.detach().requires_grad_(self.with_x)
         stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in self.parameters.items()}
         y = torch.func.functional_call(self.blocks, stand_ins, (x, self.bounds))
         return y, [*([x] if self.with_x else ()), *stand_ins.values()]
 
     def warm_up(self) -> None:
-        """Compute on a stream besides the current one, as recording does, and forget the parameters that no gradient
-        reaches."""
+        """Compute on a side stream, as recording does, and drop the parameters that no gradient reaches."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -191,8 +193,8 @@ class BlockGraphs:
         return [parameter.data_ptr() for parameter in self.parameters.values()]
 
     def __call__(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C), in memory that the next call overwrites. cu_seqlens (n + 1,) where x packs n
-        sequences, at most those recorded; the last goes on to the end of x."""
+        """x (B, T, C) -> (B, T, C), in memory that the next call overwrites. cu_seqlens (n + 1,) if x packs n
+        sequences, at most as many as recorded; the last is extended to the end of x."""
         y: torch.Tensor = Replayed.apply(self, x, cu_seqlens, *self.parameters.values())
         return y
 
@@ -208,7 +210,7 @@ class BlockGraphs:
         return self.y.detach()
 
     def replay_backward(self, gy: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradients of x, None where none is due, and of the parameters, in memory of their own."""
+        """Return the gradients of x (None if it needs none) and of the parameters, in memory of their own."""
         self.gy.copy_(gy)
         self.backward_graph.replay()
         own = [torch.empty_like(gradient) for gradient in self.gradients]
@@ -217,7 +219,7 @@ class BlockGraphs:
 
 
 def bounds_like(x: torch.Tensor, sequences: int) -> torch.Tensor:
-    """cu_seqlens (sequences + 1,) of x (1, T, C), of about one length, which the kernels take unread."""
+    """Make cu_seqlens (sequences + 1,) of x (1, T, C), of about one length; kernels need not read it to check it."""
     T = x.shape[1]
     here = torch.arange(sequences + 1) * T // sequences
     bounds = here.to(x.device)
@@ -226,7 +228,7 @@ def bounds_like(x: torch.Tensor, sequences: int) -> torch.Tensor:
 
 
 class Replayed(Function):
-    """graphs, x, its cu_seqlens or None, the parameters that its gradients are of -> graphs' blocks of x."""
+    """Replay graphs for x, with its cu_seqlens or None and the parameters that get gradients -> the blocks' output."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What a run prints before it begins: what trains, what does not, on what, and where it writes."""
+"""Print what a run is about to do: what trains, what does not, on what, and where it writes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from .learned import doubts
 from .plan import Plan
 from .rates import automatic_rate
 
-# what a GPU has kernels for, besides the recurrence
+# (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
@@ -36,7 +36,7 @@ def describe(
     state: Mapping[str, Any] | None,
     say: Callable[..., object],
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """Say in a few lines what is about to happen."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(
         f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, "
@@ -44,7 +44,7 @@ def describe(
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
-    may_train = adapter.method != NONE and data.data_type != "pairs"  # whose base stays as it is
+    may_train = adapter.method != NONE and data.data_type != "pairs"  # DPO needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
@@ -100,7 +100,7 @@ def describe(
 
 
 def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
-    """How much a run reads, and how often: each row, or window of a stream, and why so."""
+    """Yield lines on how much a run reads, how often it sees each row or window, and why."""
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
@@ -118,7 +118,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """What trains, in a few words."""
+    """Say in a few words what trains."""
     words, method = ["full model"], method_of(adapter)
     if method is not None:
         words = [method.label, f"rank {adapter.rank}"]
@@ -134,7 +134,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def frozen_parts(adapter: AdapterConfig, family: Family, keys: Iterable[str]) -> str:
-    """What of the base an adapter leaves as it is, and the flag that trains it along; "" where all of it trains."""
+    """Say which parts of the base do not train, and which flag trains them along; "" if all parts train."""
     tensors = Counter(family.part_of(key) for key in keys)
     frozen = [part for part in family.parts if part not in adapter.train_parts]
     if not frozen:

@@ -1,4 +1,4 @@
-"""What the lines of a run (metrics.jsonl and its like) tell of the steps before those that a resumed one takes."""
+"""Read what files of lines, such as metrics.jsonl, hold of the steps before those that a resumed run takes."""
 
 import json
 import math
@@ -21,19 +21,19 @@ class Lowest:
                 self.note(record["val_loss"])
 
     def note(self, loss: float) -> bool:
-        """Remember one validation loss; whether it is the lowest so far."""
+        """Remember one validation loss; tell whether it is the lowest so far."""
         better = loss < self.loss
         self.loss, self.since = (loss, 0) if better else (self.loss, self.since + 1)
         return better
 
     def exhausts(self, patience: int) -> bool:
-        """Whether so many validations in a row (0: any number) were not lower."""
+        """Tell whether at least `patience` validations in a row were not lower; never for 0."""
         return 0 < patience <= self.since
 
 
 def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
-    """The records of a file of lines that end behind the sample `since` and before the first one of a Plan, [] where
-    there is no file. Steps are those of the Plan: where they had another size, the one in which the record's samples
+    """Read the records of a file of lines whose steps ended after sample `since` and by the first sample of a Plan; []
+    if there is no file. Their "step" is the Plan's: if steps had another size, the one in which the record's samples
     would have ended."""
     found = []
     for record in read_metrics(path) if path.exists() else ():
@@ -44,7 +44,7 @@ def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
 
 
 def forget_rest(path: Path, plan: Plan) -> None:
-    """Leave in a file of lines its history alone: a resumed run is about to write the others again."""
+    """Keep only the history in a file of lines, because a resumed run writes the later records again."""
     if not path.exists():
         return
     kept = history(path, plan)

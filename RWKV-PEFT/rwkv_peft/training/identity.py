@@ -1,4 +1,4 @@
-"""What a run is, as far as one that goes on must be the same: its adapter, base, data and machine."""
+"""The identity of a run, which a resumed run must share: adapter, base and data; strategy, ranks and precision."""
 
 import hashlib
 import json
@@ -15,19 +15,20 @@ from ..files.digest import digest_of
 from .run_state import STATE, UNREADABLE, read_state
 from .saved_files import require_files
 
-HASHED = 64  # samples that tell one data set from another
+HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
-NEW = ("counted", "files")  # of the data, what earlier versions did not record
+NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
 def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
-    """What the place in the data is counted in: the settings that choose and order samples, how many there are, hashes
-    of a few of them and of what counts of these, and one of the files as a whole, wherever they lie."""
+    """Identify the data, so that a sample number means the same in a resumed run: the settings that choose and order
+    samples, how many there are, hashes of a few of them and of what counts there, and a digest of the files as a whole,
+    wherever they lie."""
     settings = {
         name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
     }
-    if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
+    if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
@@ -42,7 +43,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
-    """Of the token files that samples are read from, and of what counts in them where a file says so."""
+    """The digest of the token files that samples are read from, and of their mask file if --loss_mask is file."""
     data = samples.dataset
     paths = [data.bin_path, data.idx_path]
     if data.mask is not None and config.data.loss_mask == "file":
@@ -51,8 +52,9 @@ def digest_of_data(config: RunConfig, samples: Samples) -> str:
 
 
 def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
-    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER),
-    and its other files with the sizes in it."""
+    """Read state.json of a checkpoint; compare it with `now`, the resuming run's own SAME and SAME_OPTIMIZER entries,
+    and the checkpoint's other files with the sizes in it. Raises UserError if they differ; fresh_optimizer leaves
+    SAME_OPTIMIZER out."""
     older = f"delete {checkpoint} to resume from an older checkpoint"
     now = json.loads(json.dumps(now))
     try:
@@ -85,7 +87,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
 
 
 def differences(then: Any, now: Any) -> tuple[Any, Any]:
-    """The entries in which two dicts differ, of each, None for one that is not there; other values as they are."""
+    """Reduce two dicts to the entries in which they differ, with None for a missing one; other values stay as they
+    are."""
     if not isinstance(now, dict):
         return then, now
     keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]

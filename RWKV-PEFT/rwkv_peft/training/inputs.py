@@ -1,4 +1,4 @@
-"""What a run reads: the samples that it trains on, and those whose loss it measures."""
+"""Find what a run reads: the samples that it trains on, and those whose loss it measures."""
 
 from dataclasses import replace
 from os.path import realpath
@@ -14,10 +14,11 @@ from .validate import RETAINED, VALIDATION
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
-    """(training samples, {VALIDATION and RETAINED: samples whose loss is measured}, those that the flags name)."""
+    """Find (training samples, {VALIDATION and RETAINED, if flags name them: samples whose loss is measured}). Notes on
+    all join those of the training samples. Raises UserError if their tokenizers differ."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
-    # which rows are trained on says nothing of other files; of a folder of several splits it names the one
+    # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
     whole = replace(data, sft_split=parse_split(data.sft_split)[0])
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
@@ -37,7 +38,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             )
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
-        if data.loss_mask == "file" and not data.of_rows:  # plain text has no .mask, whatever is learned
+        if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file
             other = replace(other, loss_mask=default_mask(other.path))
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")

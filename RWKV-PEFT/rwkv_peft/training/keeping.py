@@ -1,5 +1,4 @@
-"""What a run keeps of its saves (--keep_checkpoints), and how the rest goes: a kill leaves each checkpoint whole or
-gone."""
+"""Remove old saves of a run (--keep_checkpoints), so that a kill leaves each checkpoint whole or gone."""
 
 import re
 import shutil
@@ -10,14 +9,14 @@ from typing import TypeVar
 from .checkpoints import CHECKPOINTS, list_checkpoints
 
 Thing = TypeVar("Thing")
-KEPT = 2  # checkpoints, where --keep_checkpoints does not say how many; the files of all epochs stay then
-HIDDEN = ".step-"  # how the name of a checkpoint begins that is not complete yet, or on its way out
+KEPT = 2  # checkpoints, if --keep_checkpoints does not say how many; the files of all epochs stay then
+HIDDEN = ".step-"  # how the name of a checkpoint begins while it is written or removed
 OF_EPOCH = re.compile(r"(adapter|rwkv|merged|state)-epoch-(\d+)\.(safetensors|pth)")
 
 
 def discard_old(folder: Path, keep: int | None) -> None:
-    """Leave the newest `keep` checkpoints of a run, and the files of the newest `keep` epochs that were saved: 0 for
-    all; None for the newest KEPT checkpoints and all files. The newest of its saves must be on the disk by then."""
+    """Remove all but the newest `keep` checkpoints of a run, and the files of all but the newest `keep` saved epochs. 0
+    keeps all; None keeps KEPT checkpoints and all files. The newest save must be on the disk by then."""
     clear_hidden(folder)
     for checkpoint in all_but(list_checkpoints(folder), KEPT if keep is None else keep):
         remove(checkpoint)
@@ -29,18 +28,18 @@ def discard_old(folder: Path, keep: int | None) -> None:
 
 
 def all_but(things: Sequence[Thing], newest: int) -> Sequence[Thing]:
-    """Those before the last `newest` of some things; none for 0."""
+    """All but the last `newest` of some things; none for 0."""
     return things[:-newest] if newest else []
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, which is none any more before the first of its files is gone."""
+    """Remove a checkpoint. It is hidden first, because a kill may leave some of its files."""
     hidden = checkpoint.with_name(f".{checkpoint.name}")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def clear_hidden(folder: Path) -> None:
-    """Remove what a run left of checkpoints that it was writing or removing when it was killed."""
+    """Remove the checkpoints that a run was writing or removing when it was killed."""
     for leftover in (folder / CHECKPOINTS).glob(f"{HIDDEN}*"):
         shutil.rmtree(leftover)

@@ -1,4 +1,4 @@
-"""Whether a run learned anything, by its losses and by the rows that it answered before and after."""
+"""Judge whether a run learned anything, by its losses and by the rows that it answered before and after."""
 
 import math
 import statistics
@@ -11,9 +11,9 @@ from ..config import RunConfig
 from .plan import Plan
 from .rates import known_rate
 
-FEW = 50  # steps that are little to learn from
-FAR = 3  # times below the rate of the method's rule that are far
-LEAST = 8  # losses of which the noise can be told
+FEW = 50  # steps: fewer are little to learn from
+FAR = 3  # a rate so many times below that of the method's rule is far below
+LEAST = 8  # losses: fewer do not tell the noise
 SURE = 2  # standard errors
 
 
@@ -30,8 +30,8 @@ class Fall(NamedTuple):
 
 
 def fall_of(losses: Sequence[float]) -> Fall | None:
-    """The Fall of a run's losses in their order, None for too few of them. The noise is told by how much neighbours
-    differ (von Neumann 1941), to which a slow fall adds little."""
+    """The Fall of a run's losses in their order; None if they are fewer than LEAST. The noise is estimated from how
+    much neighbours differ (von Neumann 1941), to which a slow fall adds little."""
     if len(losses) < LEAST:
         return None
     quarter = len(losses) // 4
@@ -41,7 +41,7 @@ def fall_of(losses: Sequence[float]) -> Fall | None:
 
 
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
-    """Why a run may learn too little, each with the flag that changes it."""
+    """List the reasons why a run may learn too little, each with the flag that changes it."""
     return [doubt for doubt in (few_steps(config, plan), low_rate(config)) if doubt]
 
 
@@ -69,8 +69,9 @@ def low_rate(config: RunConfig) -> str:
 
 
 def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
-    """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or nothing
-    tells. `changed` says whether an answer is another than before training, None if no row was answered."""
+    """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or neither
+    losses nor answers tell. `changed` is true if an answer differs from the one before training, None if that is not
+    known."""
     fall = fall_of(losses)
     if changed or (fall is not None and fall.real) or (fall is None and changed is None):
         return ""

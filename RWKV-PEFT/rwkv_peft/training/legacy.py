@@ -1,5 +1,5 @@
-"""Flags of RWKV-LM's and RWKV-PEFT's scripts that set nothing here: each is taken at the values at which it says what
-training does anyway, and refused at any other."""
+"""Accept flags of RWKV-LM's and RWKV-PEFT's scripts that set nothing here: each may have the values that ask for what
+training does anyway, and no others."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import short
 
-ANY = ("N",)  # of a flag that sets nothing here whatever number it gives
+ANY = ("N",)  # the values of a flag that sets nothing here, whatever number it gives
 # (flag, the values that change nothing, what any other value asks for)
 LEGACY = (
     ("op", ("cuda", "fla", "triton"), "other kernels; those here are chosen by the device"),
@@ -62,7 +62,7 @@ def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def inert(values: Sequence[str], otherwise: str) -> Callable[[str], str]:
-    """An argparse type that takes one of `values` alone, numbers and JSON in any spelling; with ANY, every number."""
+    """Make an argparse type that takes only `values`, numbers and JSON in any spelling; with ANY, every number."""
 
     def parse(text: str) -> str:
         same = any(text == value or _meaning(text) == _meaning(value) is not None for value in values)

@@ -1,4 +1,4 @@
-"""The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks agree on each step."""
+"""The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks tell each other."""
 
 import math
 from collections.abc import Iterable
@@ -25,17 +25,17 @@ class Diverged(Exception):
 
 class Lit(pl.LightningModule):
     """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; compute (a
-    steps.Step) is what a step does with a batch; family and ratios as parameter_groups takes them.
+    steps.Step) makes the loss of a batch; family and ratios as parameter_groups takes them.
 
-    Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens where rows are packed, and step_count, the
+    Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens if rows are packed, and step_count, the
     counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
     ranks), step_tokens (how many tokens, or pairs, count in the current step), micro_tokens (how many tokens all ranks
-    read in the current micro batch, padding among them), step_measures (what compute measures
-    besides, by name, the same mean), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it
-    makes `stopping` true on all of them in the same micro batch), save_requested (which makes `saving` true likewise).
+    read in the current micro batch, padding included), step_measures (the same mean of compute's other measures, by
+    name), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
+    all of them in the same micro batch), save_requested (makes `saving` true likewise).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Lit(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if "cu_seqlens" in batch:  # checked here, where nobody has to wait for its values
+        if "cu_seqlens" in batch:  # checked on the CPU: reading a GPU's copy would wait for the GPU
             vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
         return moved | self.compute.sent(batch, device)
 
@@ -107,18 +107,18 @@ class Lit(pl.LightningModule):
         return loss * self.train_config.accumulate_grad_batches
 
     def ask_ranks(self, loss: torch.Tensor, tokens: int) -> None:
-        """One small reduction a micro batch: the loss over all ranks and what else was measured, how many tokens they
-        read, and whether any rank wants to stop or save."""
+        """Sum over all ranks, in one small reduction a micro batch: the loss and what else was measured, the tokens
+        read, and whether a rank wants to stop or save."""
         numbers = [number.float() for number in (loss, *self.compute.measures.values())]
-        # Made by the device: a GPU has to be waited for before a number goes there from here.
+        # Filled on the device, because copying a number to a GPU would wait for the GPU.
         others = [numbers[0].new_full((), n) for n in (tokens, self.stop_requested != 0, self.save_requested)]
         self.status = torch.stack([*numbers, *others])
         if self.trainer.world_size > 1:
             dist.all_reduce(self.status)
 
     def on_after_backward(self) -> None:
-        """Read what the ranks said: before the optimizer's step, and after backward, for which a GPU would have to be
-        waited for otherwise."""
+        """Read the sums over all ranks: before the optimizer's step, and only after backward, because reading waits for
+        the GPU."""
         total, *measures, tokens, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step + 1}")

@@ -1,4 +1,4 @@
-"""A checkpoint's weights and optimizer state put into the engine of a run that goes on."""
+"""Put a checkpoint's weights and optimizer state into the engine of a run that goes on."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,27 +13,28 @@ from .saved_files import TAG
 if TYPE_CHECKING:
     from .lit import Lit
 
-GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags by which optimizer groups differ,
-OF_STATES = ("lr_init",)  # and one more where states train along, whose group is told by the ratio of their rate to it
+GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags that optimizer groups depend on,
+OF_STATES = ("lr_init",)  # and one more if states train along: their group's lr_scale has the factor state_lr / lr_init
 
 
 def trained_names(lit: "Lit") -> list[str]:
-    """What a checkpoint holds: the names of the parameters that train."""
+    """The names of the parameters that train, which a checkpoint holds."""
     return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
 
 
 def grouped_names(lit: "Lit") -> list[list[str]]:
-    """The same by optimizer groups, in whose order the optimizer's state lies in the checkpoint."""
+    """The names of the parameters that train, by optimizer group, in the order of the optimizer's state in a
+    checkpoint."""
     names = {parameter: name for name, parameter in lit.model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
 
 
 def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
-    """Restore weights and the optimizer's state into the engine, on all ranks; its settings are those of the run's own
-    flags.
+    """Restore weights and the optimizer's state into the engine, on all ranks; the optimizer's settings stay those of
+    this run's flags.
 
-    Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
-    checked here, against the lists in state.json. Raises UserError where the run trains others, or in other groups.
+    Frozen parameters come from the base, so the engine loads without them; the lists in state.json show that nothing
+    else is missing. Raises UserError if this run trains other parameters, or in other groups.
     """
     from .optimizer_files import tensors_alone
 
@@ -56,11 +57,11 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     with tensors_alone(engine):
         engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # the checkpoint's were those of the flags before
+        group.update(own)  # the checkpoint's are those of the earlier flags
 
 
 def changes(then: Mapping[str, Any], lit: "Lit") -> str:
-    """How flags that make groups differ from those of a run before (its TrainConfig as a dict), in words."""
+    """Say which flags that optimizer groups depend on differ from the earlier run's (its TrainConfig as a dict)."""
     now = asdict(lit.train_config)
     names = GROUPING + OF_STATES * (TIME_STATE in dict(lit.ratios))
     different = [name for name in names if then.get(name, now[name]) != now[name]]

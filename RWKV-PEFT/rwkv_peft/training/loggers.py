@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides metrics.jsonl: TensorBoard, and Weights & Biases on request, each with the
+"""Log the numbers of a run besides metrics.jsonl: to TensorBoard, and on request to Weights & Biases, each with the
 whole config."""
 
 import configparser
@@ -19,7 +19,7 @@ OFFLINE = ("offline", "dryrun", "disabled")
 
 
 def check_wandb(project: str) -> Iterator[str]:
-    """Refusals, before any work, of a project that Weights & Biases would refuse or ask a login for."""
+    """Yield refusals, before any work, of a project that Weights & Biases would refuse or ask a login for."""
     if re.search(r"[/\\#?%:]", project):
         yield f"--wandb {project!r} is a project name and may not contain / \\ # ? % :"
     if importlib.util.find_spec("wandb") is None:
@@ -32,7 +32,7 @@ def check_wandb(project: str) -> Iterator[str]:
 
 
 def wandb_is_offline() -> bool:
-    """Whether wandb writes to disk alone, as its variable or the settings of `wandb offline` say."""
+    """Tell whether wandb only writes to disk, by WANDB_MODE or the settings of `wandb offline`."""
     mode = os.environ.get("WANDB_MODE")
     if mode is not None:
         return mode in OFFLINE
@@ -46,7 +46,7 @@ def wandb_is_offline() -> bool:
 
 
 def wandb_has_key() -> bool:
-    """Whether there is a key: in the environment, or where `wandb login` puts it."""
+    """Tell whether there is a key: in the environment, or in the netrc file, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -57,16 +57,16 @@ def wandb_has_key() -> bool:
 
 
 def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Any]:
-    """Lightning's loggers of a RunConfig, writing below `folder`; they hold the config already. What TensorBoard knows
-    of steps from `first_step` on is of a run that was ended before it saved them, and is no longer shown. Raises
-    UserError where Weights & Biases cannot be reached."""
+    """Make Lightning's loggers, which write below `folder`, and log the RunConfig. TensorBoard no longer shows what it
+    has of steps from `first_step` on: that run ended before it saved them. Raises UserError if Weights & Biases cannot
+    be reached."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     loggers = [TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)]
     if project := config.train.wandb:
         logger = WandbLogger(project=project, save_dir=folder)
         try:
-            _ = logger.experiment  # which is made at its first use
+            _ = logger.experiment  # the first use connects
         except Exception as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.cross_entropy import cross_entropy_
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
-GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, which few rows leave idle: 256 MiB in bfloat16
+GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB in bfloat16
 L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logits from drifting up
 
 
@@ -57,7 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int, on_gpu: bool) -> int:
-    """How many tokens' logits are alive at once."""
+    """The number of tokens whose logits are alive at once."""
     return max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS) // vocabulary)
 
 
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     """Sum of the counted tokens' cross-entropy, divided by `count`.
 
     hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in
-    B * T, of the targets that count, which alone need logits;
+    B * T, of the targets that count; only they need logits;
     count: the number of counted tokens that the average is over, a number or a 0-dim tensor (a whole optimizer
     step's, over all ranks and micro batches; at least 1). Returns a float32 scalar (float64 for float64 input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
@@ -105,7 +105,7 @@ class TokenLosses(torch.autograd.Function):
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Each counted token's cross-entropy (n,), of float32 (float64 for float64 input), differentiable in hidden alone;
+    """Each counted token's cross-entropy (n,), float32 (float64 for float64 input), differentiable only in hidden;
     arguments as in linear_cross_entropy."""
     losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
     return losses

@@ -1,5 +1,8 @@
-"""A file that is mapped and becomes shorter loses its pages. Whoever reads one meets the signal SIGBUS, and meets it
-again as soon as it is handled: that thread gets no further, and another one (watch.py) has to end the process."""
+"""Notice that a memory-mapped file became shorter and lost pages.
+
+A thread that reads such a page gets the signal SIGBUS, and again as soon as that is handled: it gets no further, and
+another thread (watch.py) has to end the process.
+"""
 
 import os
 import signal
@@ -9,12 +12,12 @@ from pathlib import Path
 from ..data.samples import Samples
 from ..files.base import Base
 
-REPORTS = 1 << 16  # bytes of a pipe: a signal each
+REPORTS = 1 << 16  # bytes read from the pipe at once, one a signal
 
 
 class LostPages:
-    """Hears of SIGBUS by a pipe, into which Python's own handler writes the number of each signal. Made and closed by
-    the main thread; sizes are those of the mapped files by path."""
+    """Hears of SIGBUS through a pipe, into which Python's C handler writes the number of each signal. Only the main
+    thread may make and close it. sizes: {path of a mapped file: bytes}."""
 
     def __init__(self, sizes: Mapping[str | Path, int]) -> None:
         self.sizes = sizes
@@ -25,7 +28,7 @@ class LostPages:
         self.before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
 
     def reason(self) -> str:
-        """Which file lost its pages, in words, or "" where none did."""
+        """Say which file lost pages; "" if no SIGBUS came."""
         try:
             if signal.SIGBUS not in os.read(self.reports, REPORTS):
                 return ""
@@ -41,15 +44,15 @@ class LostPages:
         return "a file that is read can be read no more (SIGBUS): was it written over, or is its disk or network gone?"
 
     def close(self) -> None:
-        """Hear no more, and give the signal back to whoever had it."""
+        """Listen no more, and restore the earlier handler and pipe of signals."""
         signal.set_wakeup_fd(self.before)
-        signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: it was not Python's
+        signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: not set from Python
         os.close(self.reports)
         os.close(self.pipe)
 
 
 def sizes_of_mapped(base: Base | None, found: Iterable[Samples]) -> dict[str | Path, int]:
-    """{path: bytes} of the files that a run maps: its base, if any, and its data."""
+    """Collect {path: bytes} of the files that a run maps: its base, if any, and its data."""
     sizes: dict[str | Path, int] = {} if base is None or base.stamp is None else {base.path: base.stamp.size}
     for samples in found:
         sizes.update({path: stat.st_size for path, stat in samples.dataset.mapped.items()})

@@ -1,4 +1,4 @@
-"""Which device a process of a run trains on."""
+"""Choose the device that a process of a run trains on."""
 
 import torch
 
@@ -9,7 +9,8 @@ from ..gpus import count_gpus
 
 
 def resolve_accelerator(train: TrainConfig) -> str:
-    """cpu or gpu, checked against what the machine has."""
+    """Return "cpu" or "gpu" by --accelerator. Raises UserError if the machine has fewer GPUs than --devices, or for
+    --cuda_graphs on a CPU."""
     gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
@@ -23,7 +24,7 @@ def resolve_accelerator(train: TrainConfig) -> str:
 
 
 def own_device(accelerator: str, local_rank: int) -> torch.device:
-    """The device that a rank trains on; a GPU becomes the current one, so that nothing lands on another's."""
+    """Return the device that a rank trains on, and make a GPU the current one, so that nothing is put on another."""
     if accelerator == "cpu":
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

@@ -1,4 +1,4 @@
-"""--mask_id and --mask_end_id: token ids, or RWKV-PEFT's JSON of two texts."""
+"""Read --mask_id and --mask_end_id: token ids, or RWKV-PEFT's JSON of two markers."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ from typing import Any
 from ..cli import count
 from ..errors import UserError, short, told
 
-UNSET = MappingProxyType({"mask0": "0", "mask1": "1"})  # what RWKV-PEFT's scripts pass where no marker is meant
+UNSET = MappingProxyType({"mask0": "0", "mask1": "1"})  # what RWKV-PEFT's scripts pass if no marker is meant
 
 
 def marker(text: str) -> int | dict[str, Any]:
-    """An argparse type: a token id, or the JSON object {"mask0": …, "mask1": …} as a dict."""
+    """Parse an argument (an argparse type) -> a token id, or the JSON object {"mask0": …, "mask1": …} as a dict."""
     if not text.lstrip().startswith("{"):
         return count(text)
     try:
@@ -25,7 +25,8 @@ def marker(text: str) -> int | dict[str, Any]:
 
 
 def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """{"mask_id", "mask_end_id": token ids} of the flags; the JSON's mask1 opens what counts, its mask0 closes it."""
+    """Return {"mask_id", "mask_end_id": token ids} if --mask_id is the JSON, else {}. Its mask1 opens what counts, its
+    mask0 closes it. Raises UserError if other markers are given too."""
     given = [item for item in args.mask_id or () if isinstance(item, dict)]
     if not given:
         return {}
@@ -40,18 +41,18 @@ def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 
 
 def tokenizer_of(args: argparse.Namespace) -> str:
-    """The name of the tokenizer that the flags' data is made with: of token files the one that is recorded beside
-    them."""
-    from ..data.recorded import recorded_of_data  # after the flags are judged by themselves
+    """The name of the data's tokenizer: --tokenizer, or for token files the one that is recorded beside them, if
+    any."""
+    from ..data.recorded import recorded_of_data  # late: flags are checked by themselves first
 
     recorded = None if args.data_type != "binidx" else recorded_of_data(args.data_file)
     return args.tokenizer if recorded is None else recorded.name
 
 
 def token_ids(marked: object, tokenizer: str) -> tuple[int, ...]:
-    """The ids of one of the JSON's values: a text, or the ids themselves."""
+    """The ids of one value of the JSON: a text, a token id or a list of ids. Raises UserError for anything else."""
     if isinstance(marked, str):
-        from ..data.tokenizer import load_tokenizer  # after the flags are judged by themselves
+        from ..data.tokenizer import load_tokenizer  # late: flags are checked by themselves first
 
         return tuple(load_tokenizer(tokenizer).encode(marked))
     ids = marked if isinstance(marked, list) else [marked]

@@ -1,7 +1,8 @@
-"""Where the ranks of a run meet before it begins, and how each hears of another's end.
+"""Let the ranks of a run meet before it begins, and tell each of them why another one ends.
 
-Rank 0, or torchrun, keeps a TCPStore. Every rank leaves there what it is about to do; rank 0 compares, and nobody
-begins before all agree. Who ends for a reason of its own says so there (watch.py).
+Rank 0, or torchrun, keeps a TCPStore. Every rank writes there what it is about to do, its passport; rank 0 compares
+them, and no rank begins before all agree. A rank that ends for a reason of its own writes the reason there too
+(watch.py).
 """
 
 import json
@@ -24,15 +25,15 @@ from .processes import Processes
 from .watch import CAME, END, LEFT, Watch, acknowledge, beat, first_reason
 from .world import LOOPBACK, World
 
-ANSWER = timedelta(seconds=30)  # that the store may take
-EVERY = 10.0  # seconds between two words about waiting
-VISIBLE = 10.0  # seconds after which a file is seen on a shared disk
+ANSWER = timedelta(seconds=30)  # timeout of the store
+EVERY = 10.0  # seconds between two messages about waiting
+VISIBLE = 10.0  # seconds in which a file must appear on a shared disk
 GOODBYE = 30.0  # seconds that rank 0, which keeps the store, waits for the others to be done
 
 
 class Ranks:
-    """The processes of a run, for one of them; a context, whose body is the run. What ends the body with an error is
-    told to the others. `store` is what torch's process group is made with."""
+    """The ranks of a run as one of them sees them: a context manager whose body is the run. An error that ends the body
+    is told to the other ranks. `store` is given to torch's process group."""
 
     def __init__(self, world: World, argv: Sequence[str], join_minutes: float, say: Callable[..., object]) -> None:
         self.world, self.argv, self.join_minutes = world, argv, join_minutes
@@ -40,7 +41,7 @@ class Ranks:
         self.host = platform.node()
         self.processes = Processes()
         self.server: dist.TCPStore | None = None
-        self.store: dist.Store = dist.HashStore()  # of one process alone
+        self.store: dist.Store = dist.HashStore()  # for a process alone
         self.watch: Watch | None = None
         self.connected = False
 
@@ -51,13 +52,14 @@ class Ranks:
         return self
 
     def connect(self, link: dist.TCPStore) -> None:
-        """Talk by way of a store that is there."""
+        """Use a connection to the store, and count this rank as come."""
         self.store, self.connected = in_part_of_run(link), True
         self.store.add(CAME, 1)
 
     def meet(self, passport: Mapping[str, Any], folder: Path, stall_minutes: float) -> None:
-        """Wait for all ranks, and watch over them from then on. Raises UserError where they do not come, do not agree
-        on their passports (training/agreement.py), or do not see the same folder."""
+        """Start the other processes of the node, if that is this one's task, wait for all ranks, and start the watch.
+        Raises UserError if they do not come, disagree in their passports (training/agreement.py), or do not see the
+        same folder."""
         own = None
         if self.world.size > 1:
             link = self.server or self.reach()
@@ -72,18 +74,19 @@ class Ranks:
         self.watch.start()
 
     def reach(self) -> dist.TCPStore:
-        """A connection to the store, which may not be there yet."""
+        """Connect to the store, which may not be there yet. Raises UserError after join_minutes."""
         address, port = self.world.address, self.world.port
         waiting = Waiting(self.join_minutes, self.say)
         while True:
             try:
-                return call(address, port)
+                return call(address, port, waiting.left())
             except (OSError, dist.DistError) as error:
                 reason = f" ({error.strerror})" if isinstance(error, socket.gaierror) else ""
             waiting(f"node 0 of {self.world.nodes} at {address}:{port}{reason}")
 
     def gather_nodes(self) -> None:
-        """Wait until each node has come, and compare how many each expects."""
+        """Register this node, and on rank 0 wait for the others. Raises UserError if two nodes have the same number, or
+        if --devices or --num_nodes differ."""
         world, store = self.world, self.store
         mine = {"--devices": world.devices, "--num_nodes": world.nodes}
         if world.leads:
@@ -109,7 +112,8 @@ class Ranks:
                     )
 
     def agree(self, passport: Mapping[str, Any], folder: Path) -> None:
-        """Compare what the ranks are about to do, and whether their nodes see one folder."""
+        """Compare what the ranks are about to do, and check that their nodes see the same folder. Raises UserError if
+        they disagree."""
         world, store = self.world, self.store
         store.set(beat(world.rank), "0")
         store.set(f"passport/{world.rank}", json.dumps({"host": self.host, **passport}))
@@ -122,13 +126,14 @@ class Ranks:
             self.wait_for(f"passport/{rank}", waiting, f"{world.name(rank)}")
             passports.append(json.loads(store.get(f"passport/{rank}")))
         hosts = [passport.pop("host") for passport in passports]
-        self.show(folder, waiting, hosts)  # first, as nodes that see two folders disagree about checkpoints too
+        self.show(folder, waiting, hosts)  # first, because nodes that see two folders also disagree about checkpoints
         if difference := disagreement(world, passports, hosts):
             self.refuse(difference)
         store.set("begin", "")
 
     def show(self, folder: Path, waiting: "Waiting", hosts: Sequence[str]) -> None:
-        """Let the other nodes look for a file that this one writes into the folder; hosts are the ranks' machines."""
+        """Write a file into the folder, and wait until the other nodes have looked for it; hosts are the ranks'
+        machines. Raises UserError if a node does not see it."""
         world, store = self.world, self.store
         token = folder / f".shared-{secrets.token_hex(8)}"
         token.touch()
@@ -146,18 +151,18 @@ class Ranks:
             token.unlink()
 
     def see(self, folder: Path) -> None:
-        """Look for rank 0's file in the folder, and wait for all to have looked."""
+        """Look for rank 0's file in the folder, and wait until rank 0 has found that all ranks agree."""
         world, store = self.world, self.store
         token, deadline = store.get("shown").decode(), time.monotonic() + VISIBLE
         if world.leads:
-            # a listing, since a name that was asked for too early is taken to be absent for a while on network disks
+            # a listing, because network disks take a name that was asked for too early to be absent for a while
             while not (seen := folder.is_dir() and token in os.listdir(folder)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             store.set(f"seen/{world.node}", "yes" if seen else "no")
         self.wait_for("begin", Waiting(self.join_minutes, self.say, first=EVERY), f"rank 0 of {world.size}")
 
     def wait_for(self, key: str, waiting: "Waiting", whom: str) -> None:
-        """Until a key is there. Raises UserError where that takes too long, or a rank ends meanwhile."""
+        """Wait until a key is in the store. Raises UserError if that takes too long, or if a rank ends meanwhile."""
         try:
             while not self.store.check([key]):
                 if failed := self.processes.failed():
@@ -173,7 +178,8 @@ class Ranks:
             ) from None
 
     def refuse(self, reason: str) -> None:
-        """Raise UserError on all ranks: with the reason, or what another rank has said before."""
+        """Raise UserError with the reason, or with what another rank said first; ranks that wait then raise the
+        same."""
         raise UserError(first_reason(self.store, reason))
 
     def __exit__(
@@ -190,10 +196,10 @@ class Ranks:
         self.tell(error)
         self.processes.kill()
         if isinstance(error, UserError) and self.connected and not self.world.leads:
-            raise SystemExit(2)  # the first rank of the node says it
+            raise SystemExit(2)  # the first rank of the node prints it
 
     def leave(self) -> None:
-        """Done: rank 0, which keeps the store, waits for the others."""
+        """Say that this rank is done; rank 0, if it keeps the store, waits up to GOODBYE seconds for the others."""
         if self.watch is None or not self.connected:
             return
         deadline = time.monotonic() + GOODBYE
@@ -208,7 +214,7 @@ class Ranks:
             return  # rank 0 has waited long enough
 
     def tell(self, error: BaseException) -> None:
-        """Let the other ranks know of what ends this one."""
+        """Tell the other ranks what ended this one."""
         if self.world.size == 1:
             return
         what = str(error) if isinstance(error, UserError) else told(error)
@@ -223,12 +229,16 @@ class Ranks:
 
 
 class Waiting:
-    """Says every now and then what is waited for, from `first` seconds on, and for how long; raises UserError after
-    join_minutes."""
+    """Report a wait: a call sleeps 0.1 s, and every EVERY seconds, from `first` seconds on, it prints whom the run
+    waits for and how long. Raises UserError after join_minutes."""
 
     def __init__(self, join_minutes: float, say: Callable[..., object], first: float = 0.0) -> None:
         self.minutes, self.say, self.next = join_minutes, say, first
         self.began = time.monotonic()
+
+    def left(self) -> timedelta:
+        """The time until join_minutes are over, a second at least."""
+        return timedelta(seconds=max(1.0, 60 * self.minutes - (time.monotonic() - self.began)))
 
     def __call__(self, whom: str) -> None:
         waited = time.monotonic() - self.began
@@ -244,7 +254,8 @@ class Waiting:
 
 
 def keep_store(port: int) -> dist.TCPStore:
-    """The store that this process keeps; port 0: one that the system chooses."""
+    """Open the store that this process keeps; for port 0 the system chooses one. Raises UserError if it cannot be
+    opened."""
     try:
         return dist.TCPStore(LOOPBACK, port, None, True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistNetworkError as error:
@@ -254,17 +265,21 @@ def keep_store(port: int) -> dist.TCPStore:
         ) from error
 
 
-def call(address: str, port: int) -> dist.TCPStore:
-    """A connection to the store that another process keeps. Raises OSError or DistError where it is not there."""
+def call(address: str, port: int, patience: timedelta = ANSWER) -> dist.TCPStore:
+    """A connection to the store that another process keeps. Raises OSError or DistError where it is not there, or does
+    not answer for so long, as another server at that port."""
     socket.create_connection((address, port), timeout=1).close()
-    return dist.TCPStore(address, port, None, False, timeout=ANSWER, wait_for_workers=False)
+    store = dist.TCPStore(address, port, None, False, timeout=min(ANSWER, patience), wait_for_workers=False)
+    store.set_timeout(ANSWER)
+    return store
 
 
 def in_part_of_run(store: dist.Store) -> dist.Store:
-    """The store as this start of the run sees it: torchrun keeps one for all its restarts."""
+    """The part of the store that belongs to this start of the run, because torchrun keeps one store for all its
+    restarts."""
     return dist.PrefixStore(f"rwkv_peft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def is_of_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
+    """Tell whether an error is that of a collective whose connection to another rank broke."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,4 +1,4 @@
-"""A new model's file, as RWKV-LM's --train_stage 1 makes it for the stages that train it."""
+"""Write a new model's file, as RWKV-LM's --train_stage 1 does for the stages that train it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,8 @@ from .upstream import INIT
 
 
 def write_new_model(config: RunConfig, say: Callable[..., object]) -> int:
-    """Write a new model in the precision of --precision; the seed chooses it. Returns the exit code."""
+    """Write a new model, initialized by --random_seed, in the dtype of --save_dtype or else --precision. Returns the
+    exit code."""
     path = Path(config.train.proj_dir) / INIT
     check_output("--proj_dir", path, [])
     family = family_named(config.model.version)

@@ -1,7 +1,7 @@
-"""The norm of the gradients that a ZeRO optimizer holds.
+"""Compute the norm of the gradients that a ZeRO optimizer holds.
 
-DeepSpeed writes each gradient out in float64 for it, which on a CPU costs more time than the optimizer's step. Here
-sums of squares in float32 stay short, and only what they come to is added up in float64.
+DeepSpeed converts each gradient to float64 for this, which on a CPU takes longer than the optimizer's step. Here
+float32 adds up the squares of only SHORT numbers at a time, and float64 adds up these sums.
 """
 
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-SHORT = 4096  # numbers that are added up in float32
-NOT_FINITE = -1.0  # what DeepSpeed takes for a norm that is infinite or no number
+SHORT = 4096  # numbers whose squares are added up in float32
+NOT_FINITE = -1.0  # DeepSpeed's value for a norm that is infinite or NaN
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """The sum of the squares of x (any shape, bfloat16 or float32), to float32's rounding -> float64 (). Infinite where
-    SHORT of them exceed float32's range, whose root is 1.8e19."""
+    """Sum the squares of x (any shape, bfloat16 or float32), to float32's rounding -> float64 (). It is infinite if the
+    squares of SHORT numbers exceed float32's range, that is if their root exceeds 1.8e19."""
     flat = x.detach().reshape(-1)
     whole = flat.numel() // SHORT * SHORT
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, SHORT), dim=1, dtype=torch.float32)
@@ -25,8 +25,8 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def gradient_norm(optimizer: Any, gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of what the ranks' parts of a DeepSpeedZeroOptimizer hold of some gradients, this rank's given
-    -> float32 (), NOT_FINITE where it is not finite. Parts are padded with zeros."""
+    """The norm of gradients whose parts the ranks of a DeepSpeedZeroOptimizer hold, from this rank's parts -> float32
+    (), NOT_FINITE if it is not finite. Parts are padded with zeros, which add nothing."""
     total = torch.zeros((), dtype=torch.float64, device=optimizer.device)
     for gradient in gradients:
         total += square_sum(gradient)

@@ -1,8 +1,9 @@
-"""DeepSpeed's files of a checkpoint, read without running what they hold, and held against the run that reads them.
+"""Read DeepSpeed's files of a checkpoint without running code from them, and check them against the resuming run.
 
-DeepSpeed unpickles them whole, so that a run's folder from a stranger could execute anything on --resume, and believes
-what they say. Here tensors, plain containers and three small classes of its own are read, and of these the tensors and
-numbers of steps are taken, each where the run's own engine has one; the rest must be as the engine has it.
+DeepSpeed unpickles them whole, so that --resume in a stranger's folder could execute anything, and it trusts their
+values. Here only tensors, plain containers and three small classes of DeepSpeed's are read. Tensors and step counts are
+taken from the file if the run's own engine has them, settings stay the engine's (OWN), and all other values must equal
+the engine's.
 """
 
 import copy
@@ -21,27 +22,28 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from ..errors import UserError
 from ..files.pth import read_pth, require_file
 
-KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # which hold numbers and names alone
-MODEL_STATES = "model_states.pt"  # how the names of some of the files end; the others hold the optimizer's state
-COUNTS = ("global_steps", "global_samples", "skipped_steps")  # of the engine, numbers that grow while a run lasts,
-STEP = "step"  # and of an optimizer
-# what follows from a run's flags and DeepSpeed's version: it keeps its own, and so it does of an optimizer's group, but
-# for the parameters
+KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # they hold only numbers and names
+MODEL_STATES = "model_states.pt"  # the names of files with the engine's state end so; the others hold the optimizer's
+COUNTS = ("global_steps", "global_samples", "skipped_steps")  # the engine's counts, which grow during a run,
+STEP = "step"  # and an optimizer's
+# entries that follow from the flags and DeepSpeed's version: the run keeps its own, and so it does for all of an
+# optimizer's group except the parameters
 OWN = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 PARAMETERS = "params"
 
 
 class TensorsAlone(TorchCheckpointEngine):
-    """DeepSpeed's reader and writer for one of its engines, whose reading is read_pth's."""
+    """DeepSpeed's reader and writer of checkpoints for one of its engines, with reading by read_pth."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__()
         self.engine = engine
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """What the file at `path` holds of what the engine has, on the CPU, whatever map_location says.
+        """Read those entries of the file at `path` that the engine has, on the CPU, whatever map_location says.
 
-        Raises UserError as read_pth does, and where something is missing or of another kind."""
+        Raises UserError as read_pth does, and if an entry is missing or of another kind.
+        """
         with torch.serialization.safe_globals(list(KNOWN)):
             found = read_pth(path)
         try:
@@ -51,15 +53,15 @@ class TensorsAlone(TorchCheckpointEngine):
                 f"{path} does not hold the state of this run: {error}; delete {Path(path).parent.parent} to resume "
                 "from an older checkpoint, or add --fresh_optimizer to go on without the optimizer's state"
             ) from error
-        return copy.deepcopy(taken)  # the file may go while the run lasts, and a mapping would hold it
+        return copy.deepcopy(taken)  # the file may be deleted during the run, and a mapping would hold it
 
 
 class Mismatch(ValueError):
-    """How the content of a file differs from what is due."""
+    """The content of a file differs from what the engine expects; the message says how."""
 
 
 def expected(engine: Any, path: str) -> dict[str, Any]:
-    """What DeepSpeed reads of a file of a checkpoint, as its engine would save it now."""
+    """The entries that DeepSpeed reads from a file of a checkpoint, with the values that its engine would save now."""
     if not path.endswith(MODEL_STATES):
         return {"optimizer_state_dict": with_moments(engine.optimizer)}
     numbers = {name: getattr(engine, name) for name in COUNTS}
@@ -68,19 +70,19 @@ def expected(engine: Any, path: str) -> dict[str, Any]:
 
 
 def with_moments(optimizer: Any) -> dict[str, Any]:
-    """The state of a ZeRO optimizer with that of Adam below it, which has none before its first step."""
+    """The state of a ZeRO optimizer with the state of the Adam inside it, which has none before its first step."""
     state = dict(optimizer.state_dict())
     stage_3 = "fp32_flat_groups" in state
     flat = optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
-    step = torch.zeros(()) if isinstance(optimizer.optimizer, torch.optim.AdamW) else 0  # of DeepSpeed's own, a number
+    step = torch.zeros(()) if isinstance(optimizer.optimizer, torch.optim.AdamW) else 0  # DeepSpeed's own: a number
     adam = {number: {STEP: step, "exp_avg": part, "exp_avg_sq": part} for number, part in enumerate(flat)}
     name = "optimizer_state_dict" if stage_3 else "base_optimizer_state"
     return state | {name: state[name] | {"state": adam}}
 
 
 def matched(found: Any, due: Any, place: str = "") -> Any:
-    """`due` with the tensors and numbers of steps that are `found` at the same places; `place` names this one. Raises
-    Mismatch where one is missing or of another kind, or another value differs."""
+    """Return `due` with the tensors and step counts that are `found` at the same places; `place` names this one. Raises
+    Mismatch if one is missing or of another kind, or if another value differs."""
     if isinstance(due, torch.Tensor):
         require_like(found, due, place)
         return found
@@ -102,7 +104,7 @@ def matched(found: Any, due: Any, place: str = "") -> Any:
 
 
 def matched_in(found: Mapping[Any, Any], name: Any, due: Any, place: str) -> Any:
-    """`matched` of the entry called `name`."""
+    """Apply `matched` to the entry called `name`; a step count need only be an integer of at least 0."""
     place = f"{place}.{name}" if place else str(name)
     if name not in found:
         raise Mismatch(f"{place} is missing")
@@ -114,7 +116,7 @@ def matched_in(found: Mapping[Any, Any], name: Any, due: Any, place: str) -> Any
 
 
 def require_like(found: Any, due: torch.Tensor, place: str) -> None:
-    """Raise Mismatch unless a value is a tensor in main memory of a tensor's shape and dtype."""
+    """Raise Mismatch unless `found` is a plain tensor on the CPU with the shape and dtype of `due`."""
     if not isinstance(found, torch.Tensor):
         raise Mismatch(f"{place} is a {type(found).__name__}, and a tensor is due")
     plain = not found.is_nested and found.layout == torch.strided and found.device.type == "cpu"
@@ -125,8 +127,8 @@ def require_like(found: Any, due: torch.Tensor, place: str) -> None:
 
 @contextmanager
 def tensors_alone(engine: Any) -> Iterator[None]:
-    """While it lasts, a DeepSpeed engine reads its files by TensorsAlone, and looks for none: it would take the path of
-    a folder for a pattern."""
+    """Within, a DeepSpeed engine reads its files by TensorsAlone, and is given their names: its own search would take
+    the path of a folder for a pattern."""
     before = engine.checkpoint_engine
     engine.checkpoint_engine = TensorsAlone(engine)
     engine._get_all_ckpt_names = lambda folder, tag: [str(require_file(engine._get_ckpt_name(folder, tag)))]

@@ -1,4 +1,4 @@
-"""That a run leaves what it reads as it is."""
+"""Refuse runs that would overwrite a file that they read."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from .checkpoints import ANSWERS, LM_EVAL, TRAINED
 
 
 def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
-    """Refuse a file to read that has, in --proj_dir, a name under which runs write: at a save it would be replaced, and
-    what is merged into it then would be merged twice; a run that begins anew would clear it away."""
+    """Yield a refusal for each file to read that has, in --proj_dir, a name under which runs write. A save would
+    replace it, and what was merged into it would then be merged twice; a run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     rows = (data.path, train.val_data, train.retain_data, train.eval_data)
@@ -26,8 +26,8 @@ def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConf
 
 
 def _names_in(folder: Path) -> list[str]:
-    """The names in a folder; none where it is not there, which another rank may make and remove at any moment, or may
-    not be read, which is judged where it is to be written."""
+    """The names in a folder. [] if it is not there, because another rank may make and remove it at any moment, or if it
+    cannot be read, which is refused when it is to be written."""
     try:
         return os.listdir(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""The parser of train.py, made of the settings' own fields (config/), and their table as Markdown.
+"""Build the parser of train.py from the fields of the settings (config/), and print its flags as Markdown.
 
 python -m rwkv_peft.training.parser > docs/reference/flags.md
 """
@@ -7,7 +7,7 @@ import argparse
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
-from ..cli import HelpFormatter, Parser, count, positive, switch
+from ..cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ..config import AdapterConfig, DataConfig, TrainConfig
 from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
 from .adapter_flags import add_json_flags
@@ -23,7 +23,7 @@ CHOICES_OF = (
     ("loss_mask", LOSS_MASKS),
     ("lr_schedule", SCHEDULES),
 )
-TYPES = (("mask_id", marker),)  # that need more than the settings know
+TYPES = (("mask_id", marker),)  # argparse types that need more than config/ knows
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -32,6 +32,7 @@ DIMENSIONS = (
     ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd down to a multiple of 32, RWKV-7 4 n_embd)"),
     ("head_size", "head size (new model: 64)"),
 )
+LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
 OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
 HEAD = """# Flags of train.py
 
@@ -41,12 +42,12 @@ the same. An unknown flag is refused with the nearest that exists.
 
 
 def flag_of(field: Field[Any]) -> str | None:
-    """The name of a setting's flag, None where it has none of its own."""
+    """The name of a setting's flag, None if it has none of its own."""
     return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
 
 
 def build_parser() -> Parser:
-    """The parser, its flags grouped as --help shows them."""
+    """Build the parser, with its flags grouped as --help shows them."""
     versions = tuple(version for _, version in GENERATIONS)
     names = " or ".join(name for name, _ in GENERATIONS)
     parser = Parser(
@@ -79,7 +80,8 @@ def build_parser() -> Parser:
     for name, text in DIMENSIONS:
         flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
         # RWKV-PEFT's scripts write 0 for widths that follow from others
-        model.add_argument(*flags, type=count if name in ("dim_att", "dim_ffn") else positive, default=None, help=text)
+        kind = count if name in ("dim_att", "dim_ffn") else positive
+        model.add_argument(*flags, type=up_to(LAYERS if name == "n_layer" else WIDTH, kind), default=None, help=text)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--train_type",
@@ -116,7 +118,8 @@ def build_parser() -> Parser:
 
 
 def version(text: str) -> str:
-    """A --model_version, or the number of a generation; those that are not here are told by their names."""
+    """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
+    is not supported gives its name, if it is known."""
     for name, known in GENERATIONS:
         if text in (known, name.removeprefix("RWKV-")):
             return known
@@ -130,7 +133,7 @@ def version(text: str) -> str:
 def add_settings(
     parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
 ) -> None:
-    """Add the flags of a settings dataclass, those of one group, to a parser."""
+    """Add the flags of one group of a settings dataclass to a parser."""
     for field in fields(config):
         flag = flag_of(field)
         if flag is None or field.metadata["group"] != group:
@@ -148,8 +151,8 @@ def add_settings(
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
-    """A settings dataclass from parsed flags: others say what is not simply a flag's value; a flag that was not given
-    leaves the field's default."""
+    """Build a settings dataclass from parsed flags; `others` are the fields that are not simply a flag's value. A flag
+    that was not given leaves the field's default."""
     values: dict[str, Any] = {}
     for field in fields(config):
         flag = flag_of(field)

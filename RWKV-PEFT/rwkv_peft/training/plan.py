@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of a run: step_samples samples each, epoch_steps an epoch, numbered first_step to total_steps - 1; the
-    first of them begins at sample first_sample."""
+    """Steps of a run: step_samples samples per step, epoch_steps steps per epoch, numbered first_step to total_steps -
+    1; the first of them begins at sample first_sample."""
 
     step_samples: int
     epoch_steps: int

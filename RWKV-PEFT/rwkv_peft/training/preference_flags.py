@@ -1,4 +1,4 @@
-"""What preference training (--data_type pairs) does not go with, judged before there is a model."""
+"""Refuse flags that do not go with preference training (--data_type pairs), before there is a model."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,8 @@ OWN = ("dpo_beta", "dpo_nll")  # the flags that nothing else reads
 
 
 def check_preferences(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -> Iterator[str]:
-    """Refuse what has no answer to compare with, and flags that would not be read."""
+    """Yield refusals of flags that do not go with --data_type pairs, or for other data of flags that only pairs
+    read."""
     if data.data_type != "pairs":
         for name in OWN:
             if getattr(train, name) != getattr(TrainConfig, name):

@@ -1,8 +1,8 @@
-"""Preference training: of two answers to a prompt the better one becomes likelier than the worse, by DPO.
+"""Preference training by DPO: make the better of two answers to a prompt likelier than the worse.
 
-Rafailov et al. 2023, arXiv 2305.18290, equation 7: with p an answer's log-probability, and what it was before training,
-margin = beta (p_chosen - before_chosen - p_rejected + before_rejected), and the loss is -log sigmoid(margin). What the
-answers were before training is what the model says without its adapters, in a pass of its own.
+Rafailov et al. 2023, arXiv 2305.18290, equation 7: with p an answer's log-probability, and `before` that before
+training, margin = beta (p_chosen - before_chosen - p_rejected + before_rejected), and the loss is -log sigmoid(margin).
+A pass of its own computes `before`, with the adapters as they were before training.
 """
 
 from functools import partial
@@ -17,11 +17,12 @@ from .steps import Batch, Step, Way, straight
 
 
 class Preferences(Step):
-    """A step over packed rows of pairs, the better answer first, by a Way; base_way is that through the base alone. nll
-    adds so many times the mean loss of the better answer's tokens (Pang et al. 2024, arXiv 2404.19733).
+    """The DPO step over packed rows of pairs, the better answer first. `way` goes through the model, `base_way` through
+    the model as it was before training. nll is the weight of the mean loss of the better answer's tokens, which is
+    added (Pang et al. 2024, arXiv 2404.19733).
 
-    measures: accuracy, the share of pairs whose margin is above 0; margin, their mean; chosen, the better answers' part
-    of it, beta (p_chosen - before_chosen), below 0 where they become less likely themselves.
+    measures: accuracy, the share of pairs whose margin is above 0; margin, the mean of the margins; chosen, the better
+    answers' part of it, beta (p_chosen - before_chosen), below 0 if they become less likely themselves.
     """
 
     def __init__(self, beta: float, nll: float = 0.0, way: Way = straight, base_way: Way = straight) -> None:
@@ -32,7 +33,7 @@ class Preferences(Step):
             before = losses_of_documents(model, batch, self.base_way)
         now = losses_of_documents(model, batch, self.way)
         tokens = counted_tokens(batch)
-        counts = tokens.any(1)  # those that fill up a batch do not
+        counts = tokens.any(1)  # pairs that only fill up a batch do not count
         chosen, rejected = (before - now).view(-1, 2).unbind(1)
         margin = self.beta * (chosen - rejected)
         losses = F.softplus(-margin) + self.nll * now[::2] / tokens[:, 0].clamp_min(1)
@@ -48,19 +49,19 @@ class Preferences(Step):
 
 
 def losses_of_documents(model: nn.Module, batch: Batch, way: Way = straight) -> torch.Tensor:
-    """The negative log-probability of each document's counted tokens, (documents,) of a packed batch."""
+    """The negative log-probability of the counted tokens of each document in a packed batch: (documents,)."""
     head = partial(token_losses, targets=batch["targets"], counted=batch["counted"])
     return per_document(batch, way(model, batch, head))
 
 
 def counted_tokens(batch: Batch) -> torch.Tensor:
-    """How many tokens count of the answers of each pair: (pairs, 2)."""
+    """The number of counted tokens in the two answers of each pair: (pairs, 2)."""
     return per_document(batch, torch.ones_like(batch["counted"])).view(-1, 2)
 
 
 def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
-    """Values of the counted positions (n,) -> their sums (documents,)."""
+    """Sum values of the counted positions (n,) by document -> (documents,)."""
     bounds = batch["cu_seqlens"]
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
     owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
-    return (owned * values).sum(1)  # in one order on every run, which index_add on a GPU has not
+    return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU

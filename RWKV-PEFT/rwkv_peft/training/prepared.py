@@ -1,4 +1,4 @@
-"""What a run is made of when it may begin."""
+"""The parts of a run that is ready to begin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ from .watch import Watch
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may begin, on Ranks that have met.
+    """A run that is ready to begin, on Ranks that have met.
 
-    trainable: how many parameters of the model train; validator: None without data to measure; rows: those to be
-    answered before and after, or None; checkpoint: the one to
-    go on from, or None; accelerator: "cpu" or "gpu".
+    trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
+    before and after training, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig
@@ -49,10 +48,10 @@ class Prepared:
 
     @property
     def watch(self) -> Watch:
-        assert self.ranks.watch is not None  # since they have met
+        assert self.ranks.watch is not None  # because they have met
         return self.ranks.watch
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """Tell whether this process writes the files and prints: rank 0 does."""
         return self.ranks.world.rank == 0

@@ -1,39 +1,32 @@
-"""The further processes of a node: each lives no longer than the one that started it, however that one ends.
+"""Start the other processes of a node, which end when the process that started them is gone, however it ended.
 
-A process holds the other end of its children's standard input, which the system closes when the process is gone.
+That process holds the other end of their standard input, which the system closes when it is gone.
 """
 
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..children import python_command, when_parent_ends
 from .checkpoints import how_to_go_on
 from .flags import parse_flags
 from .world import World, find_world
 
-ROOT = Path(__file__).resolve().parents[2]
-CODE = f"""import sys
-sys.path[0] = {str(ROOT)!r}
-from rwkv_peft.training.processes import end_with_parent
-end_with_parent()
-from rwkv_peft.commands import run
-run("train")
-"""
+RANK = f"{__package__}.rank"  # the module that each of them runs
 FAREWELL = 30.0  # seconds that a process which is done may take to end
 
 
 class Processes:
-    """Those that this process started, by their ranks."""
+    """The processes that this one started, by their ranks."""
 
     def __init__(self) -> None:
         self.started: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, world: World, argv: Sequence[str], port: int) -> None:
-        """Start the others of this node on the same command line, to meet at `port`."""
+        """Start the other processes of this node on the same command line, to meet at `port`."""
         environment = os.environ | {
             "WORLD_SIZE": str(world.size),
             "LOCAL_WORLD_SIZE": str(world.devices),
@@ -45,11 +38,11 @@ class Processes:
             rank = world.rank + local
             own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             self.started[rank] = subprocess.Popen(
-                [sys.executable, "-c", CODE, *argv], env=environment | own, stdin=subprocess.PIPE
+                python_command(RANK, *argv), env=environment | own, stdin=subprocess.PIPE
             )
 
     def failed(self) -> tuple[int, str] | None:
-        """(rank, how it ended) of one that ended with an error."""
+        """Return (rank, how it ended) of a process that ended with an error, None if none did."""
         for rank, process in self.started.items():
             if code := process.poll():
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -57,7 +50,7 @@ class Processes:
         return None
 
     def wait(self) -> None:
-        """Let those that are done end by themselves."""
+        """Wait until the processes, which are done, have ended; kill one that takes longer than FAREWELL."""
         for process in self.started.values():
             try:
                 process.wait(FAREWELL)
@@ -65,7 +58,7 @@ class Processes:
                 process.kill()
 
     def kill(self) -> None:
-        """End them now."""
+        """Kill the processes, and wait until they are gone."""
         for process in self.started.values():
             process.kill()
         for process in self.started.values():
@@ -73,14 +66,13 @@ class Processes:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone, whose other end of standard input is closed then; the
-    first of a node's children says so. A Ctrl-C is the parent's business."""
+    """Make this process end when the one that started it is gone, which closes standard input; the first of a node's
+    children prints a message. Ctrl-C is ignored here, because the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_at_end_of_input, daemon=True).start()
+    when_parent_ends(_end)
 
 
-def _end_at_end_of_input() -> None:
-    os.read(0, 1)
+def _end() -> None:
     try:
         train = parse_flags(sys.argv[1:]).train
         world = find_world(train)

@@ -1,7 +1,7 @@
-"""The files of a run that people take away, each written for every label (an epoch, "best", "" for the newest):
+"""Write the files of a run that people take away, each for every label (epoch-N, "best", "" for the newest):
 
 adapter-LABEL.safetensors   the trained tensors
-rwkv-LABEL.pth              --peft none: the model, with the keys, order and (--save_dtype) dtypes of its base
+rwkv-LABEL.pth              --peft none: the model, with the keys, order and dtypes (or --save_dtype) of its base
 merged-LABEL.pth            --merge_on_save: base and adapter, as merge_bone.py merges them
 state-LABEL.pth             --train_parts state: the time states alone, as runtimes take them beside a model
 """
@@ -34,23 +34,24 @@ from ..models.state import split_time_states, time_state_shapes
 from ..names import ADAPTER, MODEL, STATE
 from ..release.merge import Merge, MergeOptions
 
-MERGED, STATES = "merged.pth", "state.pth"  # the newest of them
-BEST = "best"  # the label of what had the lowest validation loss
+MERGED, STATES = "merged.pth", "state.pth"  # names of the newest
+BEST = "best"  # the label of the tensors with the lowest validation loss
 
 
 def newest_name(adapter: AdapterConfig) -> str:
-    """The name of the file of the newest trained tensors, by an AdapterConfig."""
+    """The name of the file of the newest trained tensors."""
     return MODEL if adapter.whole_model else ADAPTER
 
 
 def labelled(path: Path, label: str) -> Path:
-    """The file of one label: adapter.safetensors -> adapter-LABEL.safetensors; "" is the newest."""
+    """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", that of the newest, adds nothing."""
     return path.with_stem(f"{path.stem}-{label}") if label else path
 
 
 def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]:
-    """{key: dtype} of the file of a model that trains whole, in its order: the base's own, or for a new model that of
-    official files and the dtype of the training; --save_dtype names another dtype."""
+    """Return {key: dtype} of the file of a model that trains whole, in its order: the keys and dtypes of the base, or
+    for a new model the official keys in the training's dtype; and the keys of time states that train. --save_dtype
+    replaces the dtypes."""
     train = config.train
     if base is not None:
         found = {key: tensor.dtype for key, tensor in base.tensors.items()}
@@ -64,13 +65,13 @@ def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]
 
 
 def keeps_all(config: RunConfig, base: Base | None) -> bool:
-    """Whether the file of a model that trains whole holds every bit of what trains."""
+    """Tell whether the file of a model that trains whole holds every bit of what trains."""
     kept = {torch.float32, DTYPES[config.train.precision]}
     return set(model_dtypes(config, base).values()) <= kept
 
 
 def told_flags(data: DataConfig) -> str:
-    """How rows became samples, as the flags that say so."""
+    """Tell how rows became samples, as the flags that say so."""
     names = ("data_type", "sft_field", "sft_think", "dataload", "loss_mask", "mask_id", "mask_end_id", "ctx_len")
     values = {name: getattr(data, name) for name in names}
     words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
@@ -78,7 +79,7 @@ def told_flags(data: DataConfig) -> str:
 
 
 class Products:
-    """Writes them; config is the RunConfig, fingerprint the base's, base a Base or None for a new model."""
+    """Write the products of a run; fingerprint is the base's, and base is None for a new model."""
 
     def __init__(self, folder: Path, config: RunConfig, fingerprint: str, base: Base | None = None) -> None:
         self.folder, self.config, self.base = folder, config, base
@@ -90,7 +91,8 @@ class Products:
         return self.folder / newest_name(self.config.adapter)
 
     def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
-        """Write {name: trained tensor} for each label, and what --merge_on_save makes of it."""
+        """Write {name: trained tensor} for each label: the adapter or model, time states that train, and with
+        --merge_on_save the merged model."""
         train = self.config.train
         paths = [labelled(self.newest, label) for label in labels]
         if self.config.adapter.whole_model:
@@ -106,7 +108,7 @@ class Products:
             self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
 
     def metadata(self) -> AdapterMetadata:
-        """What the adapter's files say of it."""
+        """The metadata that the adapter's files hold."""
         config = self.config
         metadata = AdapterMetadata.from_config(
             config.adapter, self.fingerprint, config.train.precision, config.model.version
@@ -115,7 +117,7 @@ class Products:
 
     @cached_property
     def origin(self) -> Origin:
-        """What the adapter's files tell people of the run."""
+        """The part of the metadata that tells people about the run."""
         data, train = self.config.data, self.config.train
         recorded = None if data.of_rows else recorded_of_data(data.path)
         tokenizer = Path(data.tokenizer).name if data.of_rows else ""
@@ -131,8 +133,8 @@ class Products:
         )
 
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
-        """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
-        adapter is saved, and merge_bone.py can do it later."""
+        """Merge once and give the file each of the paths. A UserError is only printed, because the adapter is saved,
+        and merge_bone.py can merge it later."""
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
@@ -146,8 +148,8 @@ class Products:
 
 
 def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`; in the dtype of the training, with a word
-    about it, where a value is too large for another."""
+    """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`. If a value is too large for its dtype, all
+    tensors keep the training's dtype, and a message says so."""
     too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
     if too_large is not None:
         name = dtype_name(dtypes[too_large])
@@ -159,7 +161,7 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
 
 
 def name_too(paths: Sequence[Path]) -> None:
-    """Give the first file the other paths as further names: a model of 7B is 14 GB to write."""
+    """Give the first file the other paths as further names, because a model of 7B is 14 GB to write."""
     for path in paths[1:]:
         with atomic_write(path) as temporary:
             temporary.unlink()
@@ -167,8 +169,7 @@ def name_too(paths: Sequence[Path]) -> None:
 
 
 def share_file(path: Path, copy: Path) -> None:
-    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
-    links."""
+    """Give a file a second name, which keeps the content when `path` is replaced; copy it if the disk has no links."""
     try:
         os.link(path, copy)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, lines in a log, and how long it will take."""
+"""Show the progress of a run and the time it still takes: as a bar on a terminal, as lines in a log."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ QUIET = 10  # seconds between two lines of a log
 
 
 def in_words(validation: dict[str, float]) -> str:
-    """The numbers of a Validator in words."""
+    """Put the numbers of a Validator in words."""
     words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
     words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
     words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
@@ -24,21 +24,21 @@ def in_words(validation: dict[str, float]) -> str:
 
 
 class Progress:
-    """The run's progress with its ETA: a moving bar on a terminal; in a log file a line every ten seconds.
+    """Show progress and ETA: a moving bar on a terminal; in a log file a line every ten seconds.
 
-    The first step of a process also loads and compiles what the others use, so that it counts neither as the run's
-    speed nor in the ETA.
+    The first step of a process counts neither in the speed nor in the ETA, because it also loads and compiles what the
+    others use.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.last_line = plan, 0.0
-        self.began: float | None = None  # when the second step did
+        self.began: float | None = None  # when the second step began
         self.bar: tqdm | None = None
         if sys.stdout.isatty():
             self.bar = tqdm(
                 total=plan.total_steps,
                 initial=plan.first_step,
-                # what is seen in 80 columns: the rest of a bar gives way to the numbers
+                # the rest of tqdm's bar is left out, so that the numbers fit 80 columns
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
                 dynamic_ncols=True,
                 file=sys.stdout,
@@ -46,7 +46,7 @@ class Progress:
             )
 
     def update(self, text: str, done: int, seconds: float, tokens: int) -> None:
-        """Show `text` after `done` steps, the last of which read so many tokens in so many seconds."""
+        """Show `text` after `done` steps; the last one read `tokens` tokens in `seconds` seconds."""
         now = time.perf_counter()
         if self.began is None:
             self.began, left = now, f"the first step took {seconds:.0f} s"
@@ -61,7 +61,7 @@ class Progress:
             print(f"step {done:,}/{self.plan.total_steps:,}, {text}, {left}", flush=True)
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print `text` as a line of its own, past the bar."""
         self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Progress:
 
 
 class Compilations(logging.Handler):
-    """Tells of each kernel that is compiled: it takes up to minutes, once on a machine."""
+    """Print a line for each kernel that is compiled, because it takes up to minutes, once on a machine."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(record.getMessage(), file=sys.stdout)
@@ -78,7 +78,7 @@ class Compilations(logging.Handler):
 
 @contextmanager
 def telling_compilations(tells: bool) -> Iterator[None]:
-    """Print which kernels are compiled meanwhile, where this process tells."""
+    """Print which kernels are compiled within, if this process `tells`."""
     teller = Compilations(logging.INFO if tells else logging.CRITICAL)
     COMPILING.addHandler(teller)
     COMPILING.setLevel(logging.INFO)

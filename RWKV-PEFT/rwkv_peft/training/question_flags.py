@@ -1,4 +1,4 @@
-"""The flags of the questions that a model answers while it trains (--eval_data, --lm_eval), judged together."""
+"""Check the flags of the questions that a model answers while it trains (--eval_data, --lm_eval)."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..names import WRITTEN
 
-SHARED = ("eval_every", "eval_limit", "eval_batch")  # by the questions of a file and those of lm_eval
+SHARED = ("eval_every", "eval_limit", "eval_batch")  # by --eval_data and --lm_eval
 
 
 def check_questions(train: TrainConfig) -> Iterator[str]:
-    """Contradictions among the flags of the questions that are put while training."""
+    """Yield the contradictions among the flags of the questions."""
     for field in fields(TrainConfig):
         if getattr(train, field.name) != field.default:
             yield from check_asked(train, field.name)
@@ -29,7 +29,7 @@ def check_questions(train: TrainConfig) -> Iterator[str]:
 
 
 def check_asked(train: TrainConfig, name: str) -> Iterator[str]:
-    """Refuse a flag, which is given, that is about questions where there are none."""
+    """Refuse a given flag that is about questions if there are none of its kind."""
     if name in SHARED and not (train.eval_data or train.lm_eval):
         yield (
             f"--{name} is about questions, and there are none; name their file with --eval_data, or tasks with "
@@ -51,7 +51,7 @@ def check_answers(train: TrainConfig) -> Iterator[str]:
 
 
 def check_harness(train: TrainConfig) -> Iterator[str]:
-    """Refuse --lm_eval with a folder that is none, or without its package."""
+    """Refuse --lm_eval if --lm_eval_include_path is no folder, or if the package lm_eval is not installed."""
     folder = train.lm_eval_include_path
     if folder and not Path(folder).is_dir():
         yield f"--lm_eval_include_path {folder} is no folder; name the one that the tasks' .yaml lie in"

@@ -1,7 +1,7 @@
-"""The learning rate that a run takes unless it is given: Bone's by the model's width, another method's by its first
+"""Choose the learning rate of a run that is given none: Bone's by the model's width, another method's also by its first
 step.
 
-docs/guides/learning-rates.md has the formulas, what they rest on, and where they mislead.
+docs/guides/learning-rates.md has the formulas, their evidence, and the cases in which they mislead.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ FALL = 0.1  # the last rate over the first
 
 
 class Rate(NamedTuple):
-    """A learning rate, to two digits, and where it comes from."""
+    """A learning rate, to two digits, and the reason for it."""
 
     value: float
     reason: str
@@ -38,7 +38,7 @@ def known_rate(adapter: AdapterConfig, n_embd: int) -> Rate | None:
 
 
 def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
-    """The same for --lr_init auto: raises UserError if there is no rule."""
+    """The Rate for --lr_init auto. Raises UserError if there is no rule."""
     if found := known_rate(adapter, n_embd):
         return found
     method, bone = method_of(adapter), ANCHOR / n_embd
@@ -54,20 +54,21 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
 
 
 def follows_rule(adapter: AdapterConfig, data: DataConfig) -> bool:
-    """Whether a run takes the rate of the rule unless it is given: states alone have their own, and the rule is of the
-    loss of tokens, not of pairs."""
+    """Tell whether a run takes the rule's rate unless one is given. States alone have a rate of their own, and the rule
+    is for the loss of tokens, not of pairs."""
     return not adapter.states_alone and data.data_type != "pairs"
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:
-    """A TrainConfig in which the rates that it leaves to be chosen follow from the first."""
+    """Return the TrainConfig with the rates that the flags left to be chosen: lr_init is `rate`, lr_final FALL times
+    that."""
     values: dict[str, Any] = {"lr_init": rate, "lr_final": float(f"{rate * FALL:.2g}")}
     return replace(train, **{name: values[name] for name in train.lr_chosen})
 
 
 def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
-    """A TrainConfig that goes on from the state.json of a checkpoint: what was left to be chosen is what the run began
-    with, whatever would be chosen now."""
+    """Return the TrainConfig with the rates that the flags left to be chosen set to those that the run began with, from
+    the state.json of a checkpoint, whatever would be chosen now."""
     then = state.get("config", {}).get("train", {})
     values: dict[str, Any] = {
         name: float(then[name]) for name in train.lr_chosen if isinstance(then.get(name), (int, float))

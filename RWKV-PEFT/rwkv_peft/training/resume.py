@@ -1,4 +1,4 @@
-"""Whether a run begins or goes on, by what its folder holds and --resume; and the folder itself."""
+"""Decide whether a run begins or goes on, by --resume and what its folder holds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +20,10 @@ MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 def find_state(
     folder: Path, train: TrainConfig, identity: Mapping[str, Any]
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended before its
-    first checkpoint left nothing to go on from and nothing to lose, so that it starts anew: with --resume or without
-    where it had written no trained tensors yet, else with --resume auto."""
+    """Return (checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended
+    before its first checkpoint left nothing to resume and nothing to lose, so it starts anew: with or without --resume
+    if it had written no trained tensors yet, else only with --resume auto. Raises UserError if --resume and the folder
+    contradict each other."""
     checkpoint = find_checkpoint(folder)
     if checkpoint is not None and train.resume:
         return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
@@ -47,21 +48,21 @@ def find_state(
 
 
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:
-    """The sample behind which the validations of a run are on the data that `validation` is a hash of; state is that of
-    the checkpoint that its Plan goes on from, or None."""
+    """The sample after which a run's validations are on the data with the hash `validation`; state is the state.json of
+    the checkpoint that the Plan goes on from, or None."""
     if state is None or state.get("validation", validation) != validation:  # earlier versions did not record it
         return plan.first_sample
     return state["validated_from"]
 
 
 def lowest_before(train: TrainConfig, plan: Plan, since: int) -> Lowest:
-    """The Lowest of the validations before those of a Plan and behind the sample `since`."""
+    """The Lowest of the validations after the sample `since` and before the steps of a Plan."""
     return Lowest(history(Path(train.proj_dir) / METRICS, plan, since))
 
 
 def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
-    """A note where what is retained is measured on other data than before a run went on, by the hash of it that state
-    has and that of now, "" for none."""
+    """Return a note, as a list, if a run that goes on measures --retain_data on other data than before: its hash in
+    `state` differs from `retained`, and neither is "" (no data)."""
     before = "" if state is None else state.get("retained", "")  # earlier versions did not record it
     if not before or retained in ("", before):
         return []
@@ -71,8 +72,7 @@ def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
 
 
 def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]:
-    """(how the run that is resumed had come to its end by its checkpoint, what has it go on), ("", "") where it had
-    not."""
+    """Return (how the resumed run had ended by its checkpoint, what makes it go on), ("", "") if it had not ended."""
     steps = counted(plan.first_step, "step")
     if plan.first_step >= plan.total_steps:
         return f"the run in {train.proj_dir} is complete ({steps})", "raise --epoch_count"
@@ -83,8 +83,8 @@ def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]
 
 
 def find_trained(folder: Path, newest: str) -> str | None:
-    """The name of a file of trained tensors that a new run would overwrite: the newest of its kind, or any in the
-    folder of a run; None where there is none."""
+    """The name of a file of trained tensors that a new run would overwrite: `newest`, or any other in the folder of a
+    run; None if there is none."""
     if (folder / newest).exists():
         return newest
     files = [file.name for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]

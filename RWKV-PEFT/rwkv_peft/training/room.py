@@ -1,4 +1,4 @@
-"""Whether the disk of a run has room for its first save."""
+"""Check that the disk of a run has room for its first save."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ from ..config import RunConfig
 from ..files.dtypes import DTYPES
 from ..files.room import require_room
 
-OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
-SMALLEST = 2  # bytes of a number in a model's file
+OPTIMIZER = 12  # bytes a number: a float32 copy and Adam's two moments
+SMALLEST = 2  # least bytes of a number in a model's file
 
 
 def checkpoint_size(trains: int, item: int) -> int:
-    """Bytes of a checkpoint's tensors, where so many numbers of `item` bytes train."""
+    """The bytes of a checkpoint's tensors if `trains` numbers of `item` bytes train."""
     return (OPTIMIZER + item) * trains
 
 
 def require_room_to_save(folder: Path, config: RunConfig, trains: int) -> None:
-    """Raise UserError where a run's folder cannot hold one save, the least that any run leaves."""
+    """Raise UserError if the disk of a run's folder cannot hold one save, the least that any run leaves."""
     item = DTYPES[config.train.precision].itemsize
     file = (SMALLEST if config.adapter.whole_model else item) * trains
     require_room("--proj_dir", folder, file + checkpoint_size(trains, item), "a save")

@@ -1,6 +1,6 @@
-"""One training run from flags to files; `python train.py --help` tells the flags.
+"""Take one training run from flags to files; `python train.py --help` shows the flags.
 
-The only place where model, adapters, data and engine meet.
+Only here do model, adapters, data and engine meet.
 """
 
 import signal
@@ -65,7 +65,7 @@ from .validate import RETAINED, VALIDATION, Validator
 
 
 def main(argv: list[str]) -> int:
-    """train.py: returns the exit code."""
+    """Run train.py. Returns the exit code, 128 + the number of the signal after an interrupt."""
     request = parse_run(argv)
     say = print if request.world.rank == 0 else silent
     try:
@@ -87,17 +87,17 @@ def main(argv: list[str]) -> int:
 
 
 def silent(*words: object, **options: object) -> None:
-    """Print nothing: what a rank says that nobody watches."""
+    """Print nothing: the `say` of ranks whose output nobody watches."""
 
 
 def check(request: Request, say: Callable[..., object] = print) -> int:
-    """Judge a Request by the base and this machine, before there is any data: --check_flags. Returns the exit code."""
+    """Check a Request against the base and this machine, without reading data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
     check_config(config.data)
     refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
-    if not config.train.resume:  # what a checkpoint must agree with is known with the data
+    if not config.train.resume:  # a checkpoint is compared with the data, which is not read here
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
     for note in request.notes:
@@ -128,7 +128,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
 
 
 def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[int, str]:
-    """The same on Ranks that are yet to meet."""
+    """Do the work of `run` on Ranks that are yet to meet."""
     config, base, world = request.config, request.base, request.world
     train, folder = config.train, Path(config.train.proj_dir)
     accelerator = resolve_accelerator(train)
@@ -159,7 +159,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     lowest = lowest_before(train, plan, identity["validated_from"])
     complete, remedy = completed(train, plan, lowest) if state else ("", "")
     if complete and train.resume == AUTO:
-        if world.rank == 0:  # what a run may lack which had saved its last step
+        if world.rank == 0:  # a run may have died after its last save, before these
             plot_loss(folder / METRICS, folder / "loss.png")
             discard_old(folder, train.keep_checkpoints)
         return 0, complete
@@ -178,7 +178,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "the rows to answer": "" if rows is None else rows.digest,
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
-    assert ranks.watch is not None  # since they have met
+    assert ranks.watch is not None  # because they have met
     ranks.watch.watch_files(sizes_of_mapped(base, (samples, *measured.values())))
 
     torch.manual_seed(train.random_seed)
@@ -190,7 +190,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     device = own_device(accelerator, world.local_rank)
 
     def gradients() -> dict[str, torch.Tensor]:
-        if train.stage != 3:  # which is for models that one GPU may not hold
+        if train.stage != 3:  # stage 3 is for models that one GPU may not hold
             model.to(device)
         return estimate_gradients(model, request.layers, batches.first_counted(), train.chunk_ctx)
 
@@ -198,7 +198,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
             load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
-        checkpoint = None  # its optimizer state belongs to other ranks
+        checkpoint = None  # its optimizer state may belong to other ranks
     fused = fuse(model, Setting.of(config, device))
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
         for note in request.notes:
@@ -229,8 +229,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
 
 
 def make_way(folder: Path, config: RunConfig, trains: int, anew: bool, say: Callable[..., object]) -> None:
-    """Clear a run's folder of what a killed one left, and see that there is room for a save; mark one that begins anew,
-    until it has saved."""
+    """Clear a run's folder of what a killed run left, and check that there is room for a save; mark a run that begins
+    anew as UNSAVED until its first checkpoint."""
     clear_hidden(folder)
     if anew:
         if (folder / METRICS).exists():
@@ -242,7 +242,8 @@ def make_way(folder: Path, config: RunConfig, trains: int, anew: bool, say: Call
 
 
 def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
-    """A RunConfig that names the tokenizer of token files that were made before, "" if nothing tells it."""
+    """Return the RunConfig with the recorded tokenizer of token files that were made before, "" if none is recorded;
+    data of rows keeps its tokenizer."""
     if config.data.of_rows:
         return config
     name = samples.vocabulary.name if samples.vocabulary else ""
@@ -250,7 +251,7 @@ def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
-    """The run's Plan. A resumed run starts at its sample cursor, whatever the size of a step was when it got there."""
+    """Make the run's Plan. A resumed run starts at its sample cursor, whatever the size of its steps was before."""
     epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
     first_step = train.epoch_begin * epoch_steps
     first_sample = first_step * step_samples
@@ -261,8 +262,8 @@ def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Ma
 
 
 def build_model(config: RunConfig, family: Family, base: Base | None) -> LanguageModel:
-    """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights; with the
-    states to tune, if any."""
+    """Build the model in the run's precision, with the states to tune, if any. Its weights are the base's,
+    memory-mapped if the dtypes agree, or fresh ones."""
     dtype, grad_cp = DTYPES[config.train.precision], config.train.grad_cp
     if base is not None:
         model = family.load(base.tensors, config.model, grad_cp)
@@ -285,14 +286,14 @@ def adapt(
     checkpoint: Path | None = None,
     device: torch.device | None = None,
 ) -> InjectReport:
-    """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
-    with; from --bone_load and its kin; or fresh, from gradients if a method asks for them. device: inject's."""
+    """Inject the adapter into the model: from the checkpoint to resume from, with the factors that it began with; from
+    --bone_load and its kin; or fresh, from gradients if the method needs them. device is inject's."""
     method, loaded = method_of(adapter), None
     found: Mapping[str, torch.Tensor] = {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
-        assert base is not None  # as the flags were judged
+        assert base is not None  # the flags were checked for that
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
         found = gradients()

@@ -1,5 +1,5 @@
-"""What may lie in a run's folder where the run reads and writes: files and folders of its own. A link would lead what
-is written there elsewhere, a pipe would be waited for, and a device has no end."""
+"""Refuse a run's folder in which an entry that the run reads or writes is not a plain file or folder of its own. A link
+would lead writes elsewhere, a pipe would be waited for, and a device has no end."""
 
 import os
 import stat
@@ -26,8 +26,7 @@ OTHERS = (
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise UserError where a run that goes on in `folder`, or begins there, would read or write something else than
-    files inside it."""
+    """Raise UserError if a run that begins or goes on in `folder` would read or write anything but files inside it."""
     for entry in entries_of(folder):
         if entry.name in FOLDERS:
             require(entry, stat.S_ISDIR)
@@ -43,7 +42,7 @@ def require(entry: "os.DirEntry[str]", due: object) -> None:
     """Raise UserError unless an entry of a folder is of the kind that is due, stat.S_ISREG or stat.S_ISDIR."""
     try:
         mode = entry.stat(follow_symlinks=False).st_mode
-    except FileNotFoundError:  # another rank had it for a moment
+    except FileNotFoundError:  # another rank has removed it meanwhile
         return
     kind = stat.S_ISDIR if stat.S_ISDIR(mode) else stat.S_ISREG if stat.S_ISREG(mode) else None
     if kind is not due:
@@ -55,7 +54,7 @@ def require(entry: "os.DirEntry[str]", due: object) -> None:
 
 
 def entries_below(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """What lies in a folder and the folders in it; links are not followed."""
+    """Yield the entries of a folder and of all folders in it; links are not followed."""
     for entry in entries_of(folder):
         yield entry
         if entry.is_dir(follow_symlinks=False):
@@ -63,8 +62,8 @@ def entries_below(folder: Path) -> Iterator["os.DirEntry[str]"]:
 
 
 def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
-    """What lies in a folder; nothing where it is not there, which another rank may make and remove at any moment, or
-    may not be read, which is judged where it is to be written."""
+    """The entries of a folder. [] if it is not there, because another rank may make and remove it at any moment, or if
+    it cannot be read, which is refused when it is to be written."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)

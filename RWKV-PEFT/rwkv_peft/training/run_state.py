@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: where a run had come to, with a checksum of its own and of each kind that is due.
+"""Write and read a checkpoint's state.json, which records how far a run had come; check its checksum and its entries.
 
 The checksum finds what a disk, a copy or an editor changed; it is no guard against a forger, who can write another.
 """
@@ -14,9 +14,9 @@ from typing import Any
 from .saved_files import check_records
 
 STATE = "state.json"
-CHECKSUM = "crc32"  # its entry; versions before it wrote none
+CHECKSUM = "crc32"  # its entry; earlier versions wrote none
 MOST = 1 << 62  # samples, steps, bytes: more than any run counts
-# of JSON that is not as due
+# errors of reading JSON that is not what a run writes
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
 
@@ -26,8 +26,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, whatever entries it has. Raises one of UNREADABLE where it is no JSON object or
-    not what was written."""
+    """Read the state.json of a checkpoint, whatever entries it has. Raises one of UNREADABLE if it is no JSON object or
+    its checksum differs."""
     state = json.loads((checkpoint / STATE).read_text())
     if not isinstance(state, dict):
         raise ValueError(f"a {type(state).__name__}, where an object is due")
@@ -38,7 +38,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The same, every entry of the kind that is due. Raises one of UNREADABLE."""
+    """Read the state.json of a checkpoint. Raises one of UNREADABLE as load_state does, and if an entry of DUE is
+    missing or any entry is of another kind."""
     state = load_state(checkpoint)
     for name in DUE:
         if name not in state:
@@ -53,7 +54,7 @@ def checksum_of(state: Mapping[str, Any]) -> str:
 
 
 def check(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Raise ValueError for a value that is not of the kind that its name has."""
+    """Raise ValueError for a value that is not of its name's kind."""
     for name, is_of_kind in kinds.items():
         if name in values and not is_of_kind(values[name]):
             raise ValueError(f"its {name} is not what a run writes")
@@ -72,7 +73,7 @@ def is_count(value: object) -> bool:
 
 
 def is_rate(value: object) -> bool:
-    """Whether a value is a finite number, a switch, or None, which says that it was left to be chosen."""
+    """Tell whether a value is a finite number, a switch, or None, which means that it was left to be chosen."""
     return value is None or isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -92,7 +93,8 @@ def are_records(value: object) -> bool:
 
 
 def are_settings(value: object) -> bool:
-    """Whether a value is the config of a run, of which a resumed one reads some numbers."""
+    """Tell whether a value is the config of a run; the settings that a resumed run reads must be numbers as a run
+    writes them."""
     if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
         return False
     check(train, dict.fromkeys(("lr_init", "lr_final", "weight_decay", "layerwise_lr", "state_lr"), is_rate))
@@ -111,7 +113,7 @@ DUE = MappingProxyType(
         "precision": is_text,
     }
 )
-MAY_BE = MappingProxyType(  # what some versions did not write
+MAY_BE = MappingProxyType(  # entries that some versions did not write
     {
         "files": are_records,
         "data": is_object,

@@ -1,5 +1,6 @@
-"""The files of a checkpoint as its state.json records them, by size and checksum, so that damage is told before any of
-them is used. CRC-32 finds what disks and copies do; it is no guard against a forger, who can change the record too."""
+"""Record the files of a checkpoint in its state.json by size and checksum, and check them, so that damage is found
+before any of them is used. CRC-32 finds what disks and copies do; it is no guard against a forger, who can change the
+record too."""
 
 import zlib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ CHUNK = 1 << 24
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """What state.json says of a file: {"bytes", "crc32"}."""
+    """The record of a file in state.json: {"bytes", "crc32"}."""
     return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
 
@@ -27,8 +28,8 @@ def checksum(path: Path) -> str:
 
 
 def check_records(records: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each names a file inside the checkpoint and is as record_of gives it, or a size alone, as
-    earlier versions wrote it."""
+    """Raise ValueError unless each name is a path inside the checkpoint and each size an integer. A record is as
+    record_of gives it, or only a size, as earlier versions wrote it."""
     for name, record in records.items():
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"{short(name)} does not lie in it")
@@ -43,7 +44,7 @@ def size_of(record: Any) -> Any:
 
 def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer: bool, contents: bool = False) -> None:
     """Raise UserError for a file of a checkpoint that is missing or of another size than its record says or, with
-    `contents`, of another checksum; the optimizer's own do not matter for a fresh one."""
+    `contents`, of another checksum. With fresh_optimizer DeepSpeed's own files are not checked."""
     for name, record in records.items():
         path = checkpoint / name
         if fresh_optimizer and name.startswith(TAG):

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise.
+"""Write what a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise.
 
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
@@ -6,7 +6,7 @@ proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json
 
-products.py writes the first four; keeping.py says how many of them stay.
+products.py writes the first four; keeping.py decides how many saves stay.
 """
 
 import os
@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
+    """Write checkpoints and trained tensors of one run. All ranks call each of save, save_tensors, save_checkpoint and
+    trained at once.
 
-    identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model
-    that was never loaded from a file; base is the Base itself, or None.
+    identity goes into state.json: it holds the keys of SAME and SAME_OPTIMIZER (identity.py) among others. Its "base"
+    is the base model's fingerprint, "" for a model that was never loaded from a file; base is the Base itself, or None.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Saver:
         return self.products.newest
 
     def save(self, trainer: Any, lit: "Lit", done: int, epoch: int | None = None) -> None:
-        """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
+        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended."""
         self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
         self.save_checkpoint(trainer, lit, done)
 
     def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
-        """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
+        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none).
+        Raises UserError if they cannot be written."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
             try:
@@ -73,18 +75,19 @@ class Saver:
 
     @property
     def full(self) -> bool:
-        """Whether what is saved is a model."""
+        """Tell whether a save holds a whole model, not an adapter."""
         return self.config.adapter.whole_model
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
-        """{name: tensor} of what the run saves, as it trains: the model, or the adapter and the parts that train along.
-        {} on other ranks than the first."""
+        """Return {name: tensor} of what the run saves, in the training's dtype: the model, or the adapter and the parts
+        that train along; {} on ranks other than 0."""
         parameters = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
         return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
-        """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
+        """Write DeepSpeed's state, the trained tensors and state.json to a hidden folder, which gets its name when it
+        is complete."""
         hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
             with self.telling(hidden):
@@ -96,7 +99,7 @@ class Saver:
                 hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
         trainer.strategy.barrier()
-        # a file of the base's dtype may hold less than what trains, and --fresh_optimizer goes on from the weights
+        # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
         if not trainer.is_global_zero:
             return
@@ -114,7 +117,7 @@ class Saver:
             discard_old(self.folder, self.config.train.keep_checkpoints)
 
     def complete(self, hidden: Path, state: dict[str, Any], exact: Mapping[str, torch.Tensor]) -> None:
-        """Add to a checkpoint what DeepSpeed does not write, its trained tensors (`exact`, or the newest file) and
+        """Add to a checkpoint what DeepSpeed does not write, the trained tensors (`exact`, or the newest file) and
         state.json, and give it its name."""
         if exact:
             order = model_dtypes(self.config, self.base)
@@ -129,7 +132,7 @@ class Saver:
         write_state(hidden / STATE, state)
         sync_files(hidden)
         final = hidden.with_name(hidden.name.removeprefix("."))
-        if (final / STATE).exists():  # of a run whose steps were smaller, which goes once this one is there
+        if (final / STATE).exists():  # from before a resume, with smaller steps: it stays until this one is there
             final = final.with_name(f"{final.name}-{state['samples_seen']}")
         if final.exists():
             remove(final)
@@ -139,15 +142,16 @@ class Saver:
 
     @contextmanager
     def telling(self, hidden: Path) -> Iterator[None]:
-        """Make a UserError of what the system refuses while a checkpoint is written. What a run leaves that could not
-        save its first one is of use, the trained tensors, and no later run clears it away."""
+        """Make a UserError of what the system refuses while a checkpoint is written. The trained tensors of a run that
+        cannot save its first checkpoint are still of use, so the mark UNSAVED goes and no later run clears them
+        away."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a disk refuses
             if is_of_connection(error):
                 raise
             (self.folder / UNSAVED).unlink(missing_ok=True)
-            if self.identity.get("world_size") == 1:  # other ranks may still be writing into it
+            if self.identity.get("world_size") == 1:  # of several, others may still be writing into it
                 shutil.rmtree(hidden, ignore_errors=True)
             reason = write_failure(error, hidden) or f"is the disk full? {error}"
             left = "no checkpoint had been saved yet that --resume could go on from"
@@ -159,7 +163,7 @@ class Saver:
 
 
 def sync_files(folder: Path) -> None:
-    """Force all below `folder` to disk, so that its rename cannot outrun them."""
+    """Force everything below `folder` to disk, so that it is there before the folder is renamed."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             fsync_folder(path)
@@ -169,8 +173,8 @@ def sync_files(folder: Path) -> None:
 
 
 def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:
-    """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks
-    that do not keep. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
+    """Gather (name, parameter or buffer) pairs -> {name: tensor on the CPU}, one by one under ZeRO-3; {} on ranks that
+    do not `keep`. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     import deepspeed
 
     from .lit import Diverged

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of the optimizer step; names.py has their formulas."""
+"""The learning-rate schedules, as functions of the optimizer step; names.py has their formulas."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ WSD_DECAY = 0.1  # the share of the run that warmup-stable-decay spends on its f
 
 @dataclass(frozen=True)
 class Run:
-    """What a schedule knows: total steps, warm-up steps, and the learning rates of the flags' names."""
+    """The settings of a schedule: total steps, warm-up steps, and the learning rates --lr_init and --lr_final."""
 
     total_steps: int
     warmup_steps: int
@@ -18,7 +18,7 @@ class Run:
     lr_final: float
 
     def progress(self, step: int, start: int, end: int) -> float:
-        """0 up to step `start`, 1 from step `end` on, and evenly between them."""
+        """The progress at a step: 0 up to step `start`, 1 from step `end` on, and linear between them."""
         return min(1.0, max(0.0, (step - start) / max(1, end - start)))
 
     def line(self, progress: float) -> float:
@@ -46,7 +46,7 @@ def wsd(run: Run, step: int) -> float:
 
 
 def exp(run: Run, step: int) -> float:
-    """RWKV-LM's without --my_exit_tokens: a line where a rate is 0."""
+    """RWKV-LM's schedule without --my_exit_tokens: exponential, or linear if one of the rates is 0."""
     progress = run.progress(step, run.warmup_steps - 1, run.total_steps - 1)
     if run.lr_init == 0 or run.lr_final == 0:
         return run.line(progress)
@@ -54,22 +54,22 @@ def exp(run: Run, step: int) -> float:
 
 
 def rwkv_lm(run: Run, step: int) -> float:
-    """RWKV-LM's with --my_exit_tokens, which would reach lr_final one step after the run."""
+    """RWKV-LM's schedule with --my_exit_tokens: a cosine that would reach lr_final one step after the run."""
     return run.half_wave(run.progress(step, run.warmup_steps, run.total_steps))
 
 
 def rwkv_peft(run: Run, step: int) -> float:
-    """RWKV-PEFT's cos_decay, which would reach lr_final one step after the run."""
+    """RWKV-PEFT's cos_decay: a cosine that would reach lr_final one step after the run, whatever the warm-up."""
     return run.half_wave(run.progress(step, 0, run.total_steps))
 
 
 def from_the_first(run: Run, step: int) -> float:
-    """The share of the rate in a warm-up whose first step counts: 1 / W to 1."""
+    """The share of the rate in a warm-up of W steps: 1 / W at the first step, 1 at the last."""
     return (step + 1) / run.warmup_steps
 
 
 def from_a_hundredth(run: Run, step: int) -> float:
-    """The share of the rate in RWKV-LM's warm-up: 0.01 in the first step, 1 in the first after it."""
+    """The share of the rate in RWKV-LM's warm-up: 0.01 at its first step, 1 at the first step after it."""
     return 0.01 + 0.99 * step / run.warmup_steps
 
 
@@ -77,7 +77,7 @@ def at_once(run: Run, step: int) -> float:
     return 1.0
 
 
-# --lr_schedule -> (the rate after warm-up, the share of it that the steps of warm-up take)
+# --lr_schedule -> (the rate after warm-up, the share of it during warm-up)
 SCHEDULES: MappingProxyType[str, tuple[Callable[[Run, int], float], Callable[[Run, int], float]]] = MappingProxyType(
     {
         "cosine": (cosine, from_the_first),
@@ -96,7 +96,7 @@ def learning_rate(
 ) -> float:
     """The learning rate of optimizer step `step` (0-based) of `total_steps`, by the formula in names.SCHEDULES.
 
-    Sources of those of other projects: RWKV-LM's RWKV-v5/src/trainer.py (exp, rwkv-lm), RWKV-PEFT's
+    Sources of other projects' schedules: RWKV-LM's RWKV-v5/src/trainer.py (exp, rwkv-lm), RWKV-PEFT's
     rwkvt/trick/lrs.py (rwkv-peft).
     """
     run = Run(total_steps, warmup_steps, lr_init, lr_final)

@@ -1,4 +1,4 @@
-"""--random_seed -1: a seed that is drawn once for all processes, and kept when the run resumes."""
+"""Draw the seed of --random_seed -1, once for all processes, and keep it when the run resumes."""
 
 import secrets
 from argparse import Namespace
@@ -9,18 +9,18 @@ from .checkpoints import find_checkpoint
 from .run_state import UNREADABLE, read_state
 from .world import World
 
-DRAWN = -1  # the seed that asks for one
+DRAWN = -1  # the value that asks for a drawn seed
 
 
 def draw_seed(args: Namespace, world: World) -> int:
-    """The seed of a command with --random_seed -1: the run's own where it resumes, else a new one. Raises UserError
-    where several processes of a World would each draw theirs."""
+    """Return the seed of a command with --random_seed -1: the run's own if it resumes, else a new one. Raises UserError
+    if several processes of a World would each draw another."""
     checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
     if checkpoint is not None:
         try:
             return read_state(checkpoint)["config"]["train"]["random_seed"]
         except UNREADABLE:
-            pass  # what is wrong with the checkpoint is said where it is read
+            pass  # the resume itself says what is wrong with the checkpoint
     if world.nodes > 1 or not world.starts:
         raise UserError(
             f"--random_seed {DRAWN} draws a seed, and each of the processes that are started here would draw another; "

@@ -1,4 +1,4 @@
-"""A batch cut into segments of time, each of which begins where the one before it ended."""
+"""Cut a batch into segments of time; each begins at the position at which the one before it ended."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from ..ops.recurrence.checks import vouch
 
 
 class Segment(NamedTuple):
-    """tokens and targets (B, T) of some positions of a batch, counted (n,), which of the B * T targets count, and
-    cu_seqlens (n + 1,) where it is packed; carries: whether its first sequence goes on from the segment before (every
-    row, where nothing is packed)."""
+    """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
+    the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
+    goes on from the segment before (every row, if nothing is packed)."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     carries: bool
 
     def to(self, device: torch.device) -> "Segment":
-        """A copy of one that is on the CPU, on a device, to which it may be under way yet."""
+        """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
         tokens, targets, counted = (sent(x, device) for x in self[:3])
         bounds = None
         if self.cu_seqlens is not None:
@@ -31,15 +31,16 @@ class Segment(NamedTuple):
         return Segment(tokens, targets, counted, bounds, self.carries)
 
     def state_after(self, state: State) -> State:
-        """The State of the sequences that may go on, of all of the segment's: the rows, or the last that is packed."""
+        """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
+        sequence."""
         if self.cu_seqlens is None:
             return state
         return State(type(layer)(*(tensor[-1:] for tensor in layer)) for layer in state)
 
 
 def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
-    """A batch (TrainBatches) -> its segments of `length` positions; those behind the last counted target are left out,
-    but for the first."""
+    """Cut a batch (of TrainBatches) -> its segments of `length` positions. Those after the last counted target are left
+    out, except the first."""
     mask = batch["mask"]
     counted = mask.any(0).nonzero()
     end = int(counted[-1]) + 1 if len(counted) else 1
@@ -48,7 +49,7 @@ def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]
 
 
 def filler(segment: Segment) -> Segment:
-    """A segment of one token that counts nothing, like another's."""
+    """Make a segment of one token a row that counts nothing, packed if the given one is."""
     one = segment.tokens[:, :1]
     bounds = None
     if segment.cu_seqlens is not None:
@@ -58,7 +59,7 @@ def filler(segment: Segment) -> Segment:
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on a device of a tensor on the CPU, for which nobody waits."""
+    """Copy a tensor from the CPU to a device, without waiting for the copy if that is a GPU."""
     return x.to(device) if device.type == "cpu" else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 

@@ -1,4 +1,5 @@
-"""The adapter that a run goes on from (bone_load, lora_load, pissa_load), and what must agree with the run."""
+"""Read the adapter or the states that a run starts from (bone_load, lora_load, pissa_load; --state_load), and check
+them against the run."""
 
 import math
 from pathlib import Path
@@ -17,11 +18,11 @@ from ..names import STATE
 
 
 def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
-    """The adapter to start from, refused unless it is of this run's variant, rank, scale, quantization, parts and
-    base (a Base)."""
+    """Read the adapter to start from. Raises UserError unless it has this run's variant, rank, scale, quantization,
+    parts and base."""
     path, method = Path(adapter.load), method_of(adapter)
     assert method is not None  # --peft none has nothing to load
-    flat = path.is_file() and path.suffix != ".safetensors"  # as RWKV-PEFT writes them
+    flat = path.is_file() and path.suffix != ".safetensors"  # a file as RWKV-PEFT writes it
     if adapter.init and path.exists() and not flat:
         raise UserError(
             f"pissa_init {adapter.init} belongs to a .pth of RWKV-PEFT, and {adapter.load} is none; leave it out"
@@ -93,8 +94,8 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
 
 
 def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
-    """The State of one sequence that --train_parts state starts from: of the file at path (--state_load), of the base
-    (a Base, or None), or None for zeros. Raises UserError where it is not the model's."""
+    """The State of one sequence that --train_parts state starts from: that of the file at `path` (--state_load), else
+    the base's, or None for zeros. Raises UserError if it does not fit the model."""
     tensors = {} if base is None else split_time_states(base.tensors)[1]
     if path:
         file = read_states(path)

@@ -1,4 +1,4 @@
-"""What a training step does with a batch: all positions at once, or segment by segment with the states carried over.
+"""The training steps: compute a batch's loss at all positions at once, or in segments with the states carried over.
 
 Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
 """
@@ -22,22 +22,22 @@ from .segments import Segment, filler, segments_of
 
 Batch = Mapping[str, torch.Tensor]
 Tensors = Sequence[torch.Tensor]
-Gradient = Sequence[torch.Tensor | None]  # of some tensors, None for those that it does not reach
-Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # through a model: (model, batch, head) -> head's result
+Gradient = Sequence[torch.Tensor | None]  # one for each tensor, None for those that it does not reach
+Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # a pass: (model, batch, head) -> head's result
 
 
 class Step(ABC):
-    """What a run is given to train and validate with. batch is one of TrainBatches or EvalBatches; count is the number
-    that the sum of the losses, of each counted token or each pair of answers, is divided by.
+    """The computation that a run trains and validates with. batch is one of TrainBatches or EvalBatches; count divides
+    the sum of the losses, which are those of counted tokens or of pairs of answers.
 
-    measures: what else was found of the last batch, by name, 0-dim tensors that are divided as its loss is.
+    measures: other numbers found for the last batch, by name: 0-dim tensors, divided as its loss is.
     """
 
     measures: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """What the step needs besides the tensors of a batch, which is on the CPU yet: found there, where nobody has to
-        wait for a GPU, and sent to the device."""
+        """Return what the step needs besides a batch's tensors, sent to the device. It is computed while the batch is
+        still on the CPU, so that nobody waits for a GPU."""
         return {}
 
     @abstractmethod
@@ -51,24 +51,24 @@ class Step(ABC):
 
     @abstractmethod
     def items(self, batch: Batch) -> torch.Tensor:
-        """How many losses a batch has, ()."""
+        """The number of losses that a batch has, ()."""
 
 
 class OfTokens(Step):
-    """What the steps share whose losses are those of tokens."""
+    """The base of steps whose losses are those of tokens."""
 
     def items(self, batch: Batch) -> torch.Tensor:
         return batch["mask"].sum()
 
 
 def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
-    """The Way of a model's own forward."""
+    """Go through the model by its own forward: the plain Way."""
     result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head, keep=False)[0]
     return result
 
 
 class Whole(OfTokens):
-    """All positions of a batch at once, by a Way."""
+    """Compute all positions of a batch at once, by a Way."""
 
     def __init__(self, way: Way = straight) -> None:
         self.way = way
@@ -78,13 +78,13 @@ class Whole(OfTokens):
 
 
 def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:
-    """The loss of a batch as a model's head takes it: (x, weight of the head) -> loss."""
+    """Return a batch's loss as a function that a model's head takes: (x, weight of the head) -> loss."""
     return partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
 
 
 class Gradients(NamedTuple):
-    """What going back through a segment gives: the gradients of the parameters and of the state before it (None where
-    there are none), the loss, and the state after it."""
+    """The result of going back through a segment: the gradients of the parameters and of the state before it (None for
+    those that it does not reach), the loss, and the state after it."""
 
     parameters: Gradient
     before: Gradient
@@ -93,16 +93,16 @@ class Gradients(NamedTuple):
 
 
 class Segments(OfTokens):
-    """Segments of `length` positions, whose activations are in memory one segment at a time.
+    """Compute a batch in segments of `length` positions, with the activations of one segment at a time in memory.
 
-    The gradients are those of the whole row, up to rounding: a first pass keeps the state at each border, and a second
-    one goes back from the last segment to the first, computes each anew and carries the gradient of its initial state
-    to the one before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank goes through
+    The gradients are those of the whole row, up to rounding. A first pass keeps the state at each border. A second pass
+    goes back from the last segment to the first, computes each again, and carries the gradient of its initial state to
+    the segment before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank goes through
     the same number of segments, as ZeRO-3's collective operations need.
 
     Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
-    begins anew has a State too, of no sequence, and where nothing goes on from one its State has a gradient too, of
-    zeros: autograd enters the same modules in the same order whatever a rank's segments hold.
+    begins anew gets a State too, that of no sequence; and a State that nothing goes on from gets a gradient too, of
+    zeros. Autograd then enters the same modules in the same order whatever a rank's segments hold.
     """
 
     def __init__(self, length: int, bptt: int = 0, together: bool = False) -> None:
@@ -110,7 +110,7 @@ class Segments(OfTokens):
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         segments = self.segments(batch)
-        seeds = torch.randint(2**62, (len(segments),)).tolist()  # a segment draws the same in both passes
+        seeds = torch.randint(2**62, (len(segments),)).tolist()  # so a segment draws the same in both passes
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         sums: list[torch.Tensor] = []
         total, none = torch.zeros((), device=batch["tokens"].device), of_none(model)
@@ -143,7 +143,7 @@ class Segments(OfTokens):
         return {"segments": [segment.to(device) for segment in segments_of(batch, self.length)]}
 
     def segments(self, batch: Mapping[str, Any]) -> list[Segment]:
-        """The batch's segments, and as many fillers as the other ranks have more."""
+        """The batch's segments; with `together` also fillers, up to the largest number of segments on any rank."""
         segments: list[Segment] = batch.get("segments") or segments_of(batch, self.length)
         if self.together and dist.is_initialized():
             most = torch.tensor(len(segments), device=batch["tokens"].device)
@@ -155,7 +155,8 @@ class Segments(OfTokens):
     def states(
         self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State, none: State
     ) -> list[State]:
-        """The State before each segment of a chain, from the one before the first, and `none` of no sequence."""
+        """Compute the State before each segment of a chain, from `state` before the first; `none` is that of no
+        sequence."""
         befores = [state]
         for position, segment in enumerate(chain[:-1]):
             torch.manual_seed(draws[position])
@@ -165,23 +166,24 @@ class Segments(OfTokens):
 
 
 def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What stands for the logits where only the state is asked for."""
+    """Stand for the head in passes that need only the state: no logits, but one zero."""
     return x.new_zeros(())
 
 
 def of_none(model: nn.Module) -> State:
-    """The State of no sequence, from which all of a LanguageModel's sequences begin."""
+    """The State of no sequence, from which a LanguageModel begins all sequences anew."""
     first = next(model.parameters())
     return State.zeros(cast(ModelConfig, model.config), 0, first.device, first.dtype)
 
 
 def following(segments: Sequence[Segment], position: int, after: State, none: State) -> State:
-    """The State before the segment at a position, from what the one before left; `none` where it begins anew."""
+    """The State before the segment at `position`: `after`, which the one before it left, or `none` if it begins anew or
+    there is none."""
     return after if position < len(segments) and segments[position].carries else none
 
 
 def kept(state: State) -> State:
-    """A State in memory of its own: shifts are views of all the inputs of which they are the last."""
+    """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
     return State(LayerState(*(tensor.detach().clone() for tensor in layer)) for layer in state)
 
 
@@ -194,8 +196,8 @@ def run(model: nn.Module, segment: Segment, state: State | None, count: float) -
 def go_back(
     model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, count: float
 ) -> Gradients:
-    """The Gradients of a segment from the State before it; gradient is that of the tensors of the State after it, ()
-    where nothing goes on from there."""
+    """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
+    it, () if nothing goes on from there."""
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     start = State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
     loss, state = run(model, segment, start, count)
@@ -209,9 +211,9 @@ def go_back(
 
 
 def add(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> None:
-    """Add gradients to the sums, which are empty at first, and float32 for smaller dtypes: many segments add up."""
+    """Add gradients to `sums`, which is [] at first. The sums are float32 at least, because many segments add up."""
     if not sums:
-        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # ZeRO-3's are cut
+        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # whole under ZeRO-3
         wide = torch.promote_types(torch.float32, parameters[0].dtype)
         sums += [torch.zeros(shape, dtype=wide, device=parameters[0].device) for shape in shapes]
     for total, gradient in zip(sums, gradients):
@@ -220,17 +222,17 @@ def add(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> N
 
 
 def delivered(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> torch.Tensor:
-    """A loss whose gradients are known already, and are handed to the parameters when it is differentiated: once for
-    each, which is what ZeRO's bookkeeping asks for."""
+    """Return the loss with gradients that are known already. Its backward hands them to the parameters, once for each,
+    as ZeRO's bookkeeping needs."""
     cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
-    if cut:  # by ZeRO-3, which does so again behind the backward pass; a gradient needs the shape
+    if cut:  # ZeRO-3's shards are gathered, because a gradient needs the whole shape; it shards again after backward
         cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]
     result: torch.Tensor = Delivered.apply(loss, gradients, *parameters)
     return result
 
 
 class Delivered(torch.autograd.Function):
-    """The loss as it is; backward gives the parameters gradients that were computed before."""
+    """Return the loss as it is; backward gives the parameters gradients that were computed before."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, gradients: Tensors, *parameters: torch.Tensor) -> torch.Tensor:

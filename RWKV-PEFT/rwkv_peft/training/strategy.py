@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO under Lightning on any device: CPU processes over gloo as well as GPUs over NCCL, on the ranks that
+"""Run DeepSpeed ZeRO under Lightning on any device, CPU processes over gloo as well as GPUs over NCCL, on ranks that
 have met already."""
 
 import logging
@@ -15,11 +15,11 @@ from .meeting import Ranks
 from .norms import gradient_norm
 from .world import World
 
-FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's business (watch.py)
+FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
 
 
 class MetRanks(ClusterEnvironment):
-    """The processes of a run as Lightning asks for them: they are all there."""
+    """Tell Lightning about the processes of a run, which are all there already."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -42,13 +42,13 @@ class MetRanks(ClusterEnvironment):
         return self.world.size
 
     def set_world_size(self, size: int) -> None:
-        """It is known."""
+        """Do nothing, because the size is known."""
 
     def global_rank(self) -> int:
         return self.world.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """It is known."""
+        """Do nothing, because the rank is known."""
 
     def local_rank(self) -> int:
         return self.world.local_rank
@@ -58,7 +58,7 @@ class MetRanks(ClusterEnvironment):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA; ranks (a Ranks) have met."""
+    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on ranks that have met."""
 
     def __init__(self, ranks: Ranks, exchange: bool, **settings: Any) -> None:
         """exchange: whether gradients go through buckets (exchanges_gradients)."""
@@ -76,7 +76,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         world = self.ranks.world
         backend = self._get_process_group_backend()
-        # DeepSpeed takes a group that is there, and would look for another meeting place for one of its own.
+        # DeepSpeed takes a group that is there; for one of its own it would look for another meeting place.
         torch.distributed.init_process_group(
             backend, store=self.ranks.store, rank=world.rank, world_size=world.size, timeout=FOREVER
         )
@@ -86,7 +86,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
-        if self.root_device.type != "cpu":  # CPUs find the same bits
+        if self.root_device.type != "cpu":  # CPUs compute the same bits
             share_buffers(engine.module, self.root_device)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
@@ -96,22 +96,23 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes: what layers start from and
-    quantized weights, which GPUs of other kinds round otherwise. The engine does so for parameters."""
+    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes. They hold what layers
+    start from and quantized weights, which GPUs of other kinds round differently. The engine does this for
+    parameters."""
     for buffer in model.buffers():
         shared = buffer.to(device)
         torch.distributed.broadcast(shared, 0)
         buffer.copy_(shared)
 
 
-WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
+WHOLE = 1_000_000  # parameters of at most so many elements, as an adapter's matrices, stay on every rank in stage 3
 
 
 def make_strategy(
     train: TrainConfig, micro_bsz: int, trainable: int, live: int, accelerator: str, ranks: Ranks
 ) -> ZeroStrategy:
-    """The strategy that train (TrainConfig) names, for a "cpu" or "gpu", on ranks (a Ranks) that have met; `trainable`
-    parameters set the size of communication buckets, and `live` how much stage 3 keeps gathered."""
+    """Make the strategy that train names, for "cpu" or "gpu", on ranks that have met. The number of `trainable`
+    parameters sets the size of communication buckets, and `live` is the number that stage 3 keeps gathered."""
     if accelerator == "cpu":
         import deepspeed
 

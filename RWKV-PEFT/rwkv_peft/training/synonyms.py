@@ -1,10 +1,11 @@
-"""What other trainers' flags, and their values, are called here, by meaning: a spelling may be near to another's."""
+"""Tell what other trainers' flags and values are called here: by meaning, because a spelling may be near to another
+flag's."""
 
 from types import MappingProxyType
 
 from ..names import QUANTS, called
 
-# (what is given here, the flags by which Hugging Face's trainers and their like call it)
+# (what to give here, the names of that flag in Hugging Face's trainers and their like)
 MEANINGS = (
     ("--lr_init (and --lr_final, where it ends)", ("learning_rate", "lr")),
     ("--lr_final", ("min_lr", "min_learning_rate")),
@@ -57,7 +58,7 @@ MEANINGS = (
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
 
-# (flag, what is given here, the values by which RWKV-LM, RWKV-PEFT, Hugging Face and Lightning call it)
+# (flag, what to give here, the values for it in RWKV-LM, RWKV-PEFT, Hugging Face and Lightning)
 VALUE_MEANINGS = (
     ("--peft", "--peft miss", ("MISS", "MiSS", "DiSHA")),
     ("--peft", "--peft bone --bone_mode bat-in", ("bat", "bat-in")),
@@ -77,7 +78,7 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
-# (flag, what to give instead, values that mean something which is not here)
+# (flag, what to give instead, values whose meaning is not supported here)
 INSTEAD = (
     (
         "--precision",
@@ -92,7 +93,7 @@ VALUES = MappingProxyType(
     }
 )
 
-# the remedy where several files stand behind a flag that takes one
+# the remedy if several files are given to a flag that takes one
 JOINED = (
     "`rwkv-peft preprocess FILE FILE … --output PREFIX` makes one PREFIX of several, and a folder that holds files "
     "of rows is one input of --data_type sft and pairs"

@@ -1,4 +1,4 @@
-"""How a run trains and writes, judged by its own settings: every contradiction among them."""
+"""Find every contradiction among the settings of how a run trains and writes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from .question_flags import check_questions
 
 
 def check_products(train: TrainConfig, adapter: AdapterConfig) -> Iterator[str]:
-    """Refusals of flags that are about files which the run would not write."""
+    """Yield refusals of flags about files that the run would not write."""
     full = adapter.whole_model
     if train.merge_on_save and full:
         yield "--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already"
@@ -22,7 +22,7 @@ def check_products(train: TrainConfig, adapter: AdapterConfig) -> Iterator[str]:
 
 
 def check_train(train: TrainConfig) -> Iterator[str]:
-    """Contradictions among the remaining flags."""
+    """Yield the contradictions among the remaining flags."""
     for name in ("beta1", "beta2"):
         if getattr(train, name) >= 1:
             yield f"--{name} {getattr(train, name)} must be below 1"

@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run, and the module that it trains."""
+"""Make Lightning's Trainer for a run, and the module that it trains."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ from .strategy import make_strategy
 
 
 def step_of(config: RunConfig, samples: Samples) -> Step:
-    """What a step computes of a batch of `samples`: whole rows, segments of them, or pairs of answers."""
+    """Choose the Step for batches of `samples`: over whole rows, segments of them, or pairs of answers."""
     train, data = config.train, config.data
     way: Way = straight
     base_way: Way = straight

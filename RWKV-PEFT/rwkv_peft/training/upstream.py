@@ -1,8 +1,8 @@
-"""What RWKV-LM's and RWKV-PEFT's scripts say in words of their own, read as the flags that say it here.
+"""Read the flags that only RWKV-LM's and RWKV-PEFT's scripts have as the flags that mean the same here.
 
 RWKV-LM trains whole models in stages. --train_stage 1 writes a new model, PROJ_DIR/rwkv-init.pth; stages 2 and 3 train
-the newest rwkv-N.pth there, or rwkv-init.pth, or a new model if there is neither. Its epochs are 40,320 samples each,
-as many as --magic_prime holds, and the run ends at --my_exit_tokens.
+the newest rwkv-N.pth there, or rwkv-init.pth, or a new model if there is neither. Its epochs are 40,320 samples each. A
+run ends at --my_exit_tokens, or without it after as many epochs as --magic_prime holds.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from ..names import NONE, STATE
 INIT = "rwkv-init.pth"
 SAVED = re.compile(r"rwkv-(init|\d{1,9})\.pth")
 EPOCH = 40320  # samples
-PLACEHOLDER = "0"  # of --load_model in scripts whose stage chooses the model
+PLACEHOLDER = "0"  # --load_model in scripts whose stage chooses the model
 MISS = "miss"  # RWKV-PEFT's later word for bone
-WORDS = (MISS, STATE)  # which --peft takes besides
+WORDS = (MISS, STATE)  # further values of --peft
 
 
 def add_upstream_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_upstream_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stage(args: argparse.Namespace) -> Iterator[str]:
-    """Refusals of what --train_stage 1 does not go with."""
+    """Yield refusals of flags that --train_stage 1 does not go with."""
     if args.train_stage != 1:
         return
     if args.load_model:
@@ -62,7 +62,7 @@ def check_stage(args: argparse.Namespace) -> Iterator[str]:
 
 
 def adopt(args: argparse.Namespace) -> list[str]:
-    """Set the flags that a script means in a parsed command line; -> notes that tell which."""
+    """Set the flags that a script means in a parsed command line -> notes that tell what was set."""
     notes = []
     if args.load_model == PLACEHOLDER:
         args.load_model = ""
@@ -87,14 +87,14 @@ def adopt(args: argparse.Namespace) -> list[str]:
 
 
 def newest_model(folder: Path) -> str:
-    """The path of a folder's rwkv-N.pth of the highest N, of rwkv-init.pth if there is none, "" without that."""
+    """The path of the rwkv-N.pth with the highest N in a folder, else of rwkv-init.pth, else ""."""
     found = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
     newest = max(found, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
     return str(folder / newest[0]) if newest else ""
 
 
 def step_samples(args: argparse.Namespace) -> int:
-    """Samples of an optimizer step."""
+    """The number of samples in an optimizer step."""
     return args.micro_bsz * args.devices * args.num_nodes * args.accumulate_grad_batches
 
 

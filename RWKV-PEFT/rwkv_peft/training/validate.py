@@ -1,5 +1,5 @@
-"""What is measured while training: the loss of held-out samples, by which the best adapter is kept and a run stops
-early, and that of what should be retained."""
+"""Measure losses while training: that of held-out samples, which decides the best adapter and early stopping, and that
+of what should be retained."""
 
 import math
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from .lit import Lit
 
 
-VALIDATION, RETAINED = "val", "retain"  # what begins the names of a data set's numbers
+VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 class Validator:
-    """Called on all ranks after each step; every val_every steps (0: every epoch) and after the last one it goes once
-    through the samples of each data set that is measured: VALIDATION, RETAINED, or both.
+    """Measure VALIDATION, RETAINED or both: every val_every steps (0: every epoch) and after the last one, go once
+    through the samples of each data set. All ranks call it after each step.
 
     A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
     row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/watch.py) hears of
@@ -51,7 +51,7 @@ class Validator:
 
     @property
     def best(self) -> float:
-        """The lowest validation loss so far, infinite where there is none."""
+        """The lowest validation loss so far, infinite if there is none."""
         return self.lowest.loss
 
     @property
@@ -59,15 +59,15 @@ class Validator:
         return self.lowest.exhausts(self.patience)
 
     def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """{"retain_start"}: the loss of RETAINED before the first step of a run, on all ranks; {} where there is no
-        such data, or the run goes on."""
+        """Return {"retain_start": the loss of RETAINED before the first step of a run}, {} if there is no such data or
+        the run goes on. All ranks call it."""
         if RETAINED not in self.measured or not self.anew:
             return {}
         return {f"{RETAINED}_start": self.measure(self.measured[RETAINED], trainer, lit)[0]}
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
-        """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, and the same of the
-        other data as "retain_…", where this step validates, else {}."""
+        """Return {"val_loss"} and its perplexity "val_ppl", or in its place the step's other measures, if it has any;
+        and the same of RETAINED as "retain_…". {} if this step does not validate."""
         if done % self.every and done != self.plan.total_steps:
             return {}
         found: dict[str, float] = {}
@@ -81,7 +81,7 @@ class Validator:
 
     @torch.no_grad()
     def measure(self, samples: Samples, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
-        """The mean loss of samples, over all ranks, and of what the step measures besides."""
+        """Return (the mean loss of samples, {name: mean} of the step's other measures), over all ranks."""
         device = trainer.strategy.root_device
         sums: list[torch.Tensor] = []
         lit.model.eval()

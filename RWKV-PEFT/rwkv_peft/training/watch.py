@@ -1,8 +1,8 @@
-"""Watches over a run from a thread of its own: a rank that ends or falls silent, and a run that no longer moves, end
-every process with one message a node.
+"""Watch over a run from a thread of its own: end every process, with one message a node, if a rank ends or falls
+silent, if a mapped file becomes shorter, or if the run no longer moves.
 
-Time is counted in the thread's own turns, so that a machine that sleeps, or a stopped process, is taken for no silence
-of others.
+Time is counted in the thread's own turns, so that a machine that slept, or a process that was stopped, does not take
+others for silent.
 """
 
 import os
@@ -20,21 +20,21 @@ from .lost_pages import LostPages
 from .processes import Processes
 from .world import World
 
-PERIOD = 1.0  # seconds a turn
-SILENT = 40  # turns without a sign after which a rank is lost,
-PARTED = 5  # and where some rank's connection has broken already
+PERIOD = 1.0  # seconds per turn
+SILENT = 40  # turns without a sign of life after which a rank is lost,
+PARTED = 5  # and if some rank's connection has broken already
 FAREWELL = 5.0  # seconds that rank 0, which keeps the store, stays for the others to hear of an end
 GATHER = 3.0  # seconds that ranks have to tell where they are,
-PLACES = 8  # and how many of them are worth reading
+PLACES = 8  # and the number of ranks whose places are told
 PACKAGE = str(Path(__file__).resolve().parents[1])
 
 # keys of the store
 END = "end"  # why the run ends: the first rank that knows writes it
 CAME = "came"  # how many ranks have come,
 ACKNOWLEDGED = "acknowledged"  # and how many know of the end
-PARENT = 5.0  # seconds for a process to be ended with the one that started it (processes.py)
-BROKEN = "broken"  # that a connection between ranks is
-LEFT = "left"  # what a rank that is done writes as its beat
+PARENT = 5.0  # seconds for a process to end with the one that started it (processes.py)
+BROKEN = "broken"  # set once a connection between ranks is broken
+LEFT = "left"  # the beat of a rank that is done
 
 
 def beat(rank: int) -> str:
@@ -43,7 +43,7 @@ def beat(rank: int) -> str:
 
 
 class Watch(threading.Thread):
-    """Of one process. store is None where there is one process alone; it is this thread's own connection."""
+    """The watch of one process. store is this thread's own connection, None if the process is alone."""
 
     def __init__(
         self, world: World, folder: Path, stall_minutes: float, processes: Processes, store: dist.Store | None
@@ -59,21 +59,22 @@ class Watch(threading.Thread):
         self.seen = dict.fromkeys(others, (b"", 0)) if store is not None else {}  # beat, turns since it changed
 
     def moved(self, doing: str) -> None:
-        """The run goes on; `doing` is told where it does not any more. Before the first call any time is allowed: to
-        make a model's adapter may take long."""
+        """Say that the run goes on; `doing` is told if it stops moving after this. Before the first call any time is
+        allowed, because making a model's adapter may take long."""
         self.doing, self.still = doing, 0
 
     def explain(self) -> None:
-        """Wait for what broke a connection to be found, which ends this process; returns where nothing is found."""
+        """Wait until the thread finds what broke a connection, which ends this process; return if it finds nothing."""
         self.broken = True
         self.join(SILENT * PERIOD)
 
     def watch_files(self, sizes: Mapping[str | Path, int]) -> None:
-        """Hear of it where one of the mapped files, given by path and size, becomes shorter. For the main thread."""
+        """Also end the run if one of the mapped files, given by path and size, becomes shorter. Only the main thread
+        may call it."""
         self.lost_pages = LostPages(sizes)
 
     def stop(self) -> None:
-        """The run is over for this process: watch no more."""
+        """Stop watching, because the run is over for this process."""
         self.stopped.set()
         self.join()
         if self.lost_pages is not None:
@@ -85,13 +86,13 @@ class Watch(threading.Thread):
                 reason = self.look()
             except dist.DistError:
                 reason = f"{self.world.name(0)}, or the launcher that kept the ranks together, is gone"
-                if self.world.local_rank > 0:  # who started this process is gone or ends soon, which ends it, in words
+                if self.world.local_rank > 0:  # its parent is gone or ends soon, which ends it with a message
                     self.stopped.wait(PARENT)
             if reason and not self.stopped.is_set():
                 self.end(reason)
 
     def look(self) -> str:
-        """Why the run must end, or ""."""
+        """Take one turn, and return why the run must end, or ""."""
         self.turn += 1
         self.still += 1
         if self.lost_pages is not None and (reason := self.lost_pages.reason()):
@@ -112,7 +113,8 @@ class Watch(threading.Thread):
         return self.listen(self.store, PARTED if self.store.check([BROKEN]) else SILENT)
 
     def places(self) -> str:
-        """Where this rank is, and where the others are, once they have had the time to tell; "" before."""
+        """Return the place in the code of the first PLACES ranks, once the ranks have had GATHER seconds to tell
+        theirs, and "" before; a process alone returns its own at once."""
         place = f"{self.world.name(self.world.rank)} is at {self.doing}, in {where()}"
         if self.store is None:
             return place
@@ -123,7 +125,7 @@ class Watch(threading.Thread):
         return "; ".join(self.store.get(key).decode() for key in keys if self.store.check([key]))
 
     def listen(self, store: dist.Store, patience: int) -> str:
-        """Take in the others' signs; which of them is lost, or ""."""
+        """Read the others' signs of life; return which of them is lost, or ""."""
         beats = store.multi_get([beat(rank) for rank in self.seen])
         for (rank, (last, turns)), now in zip(self.seen.items(), beats):
             turns = 0 if now != last or now == LEFT.encode() else turns + 1
@@ -133,7 +135,7 @@ class Watch(threading.Thread):
         return ""
 
     def tell(self, reason: str) -> str:
-        """Let the other ranks know; -> what the first that knew said."""
+        """Tell the other ranks why the run ends -> what the first rank that knew said."""
         return reason if self.store is None else first_reason(self.store, reason)
 
     def end(self, reason: str) -> None:
@@ -147,19 +149,20 @@ class Watch(threading.Thread):
 
 
 def first_reason(store: dist.Store, reason: str) -> str:
-    """Write why the run ends, unless another rank has; -> what stands there."""
+    """Write why the run ends, unless another rank has -> the reason that stands."""
     return store.compare_set(END, "", reason).decode()
 
 
 def acknowledge(world: World, store: dist.Store) -> None:
-    """Say that the end is known; rank 0, which keeps the store, stays a while for the others to know it too."""
+    """Say that this rank knows of the end; rank 0, which keeps the store, stays up to FAREWELL seconds for the others
+    to know too."""
     deadline = time.monotonic() + FAREWELL
     try:
         store.add(ACKNOWLEDGED, 1)
         while world.rank == 0 and store.add(ACKNOWLEDGED, 0) < store.add(CAME, 0) and time.monotonic() < deadline:
             time.sleep(0.1)
     except dist.DistError:
-        return  # who kept it is gone, and there is nobody to tell
+        return  # the store is gone, and there is nobody to tell
 
 
 def where() -> str:

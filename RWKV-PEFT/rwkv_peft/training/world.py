@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as its flags and whatever started it say: this command itself, torchrun (or
+"""Find which process of a run this one is, from its flags and whatever started it: this command itself, torchrun (or
 another launcher that sets torch's variables), or Slurm's srun."""
 
 import os
@@ -10,16 +10,16 @@ from ..config import TrainConfig
 from ..errors import UserError
 
 LOOPBACK = "127.0.0.1"
-PORT = 29500  # torch's own, where MASTER_PORT is not given
+PORT = 29500  # torch's own default, if MASTER_PORT is not given
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what every launcher of torch's kind sets for each process
-SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's own, by its number
+SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's number chooses its port
 
 
 @dataclass(frozen=True)
 class World:
-    """This process, `rank` of nodes x devices, numbered node by node, and where they meet: address:port, port 0 being
-    one that the system chooses. `starts` says whether it starts the others of its node, `hosted` whether torchrun
-    keeps the meeting's store there, which is rank 0's work otherwise."""
+    """This process, `rank` of nodes x devices, numbered node by node, and the address:port at which they meet; for port
+    0 the system chooses one. `starts` says whether it starts the others of its node; `hosted` says whether torchrun
+    keeps the store there, else rank 0 keeps it."""
 
     nodes: int = 1
     devices: int = 1
@@ -43,17 +43,17 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first process of its node, which speaks for the others."""
+        """Tell whether it is the first process of its node, which speaks for the others."""
         return self.local_rank == 0
 
     def name(self, rank: int) -> str:
-        """A rank, and where there are several nodes its own."""
+        """Name a rank in a message, with its node if there are several."""
         return f"rank {rank}" + f" (node {rank // self.devices} of {self.nodes})" * (self.nodes > 1)
 
 
 def find_world(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> World:
-    """The World of this process. Raises UserError where the flags and what started the process contradict each other,
-    or leave open where the processes meet."""
+    """Find the World of this process. Raises UserError if the flags and what started the process contradict each other,
+    or do not tell at what address the processes meet."""
     if any(name in environment for name in TORCH):
         return by_torch(train, environment)
     if number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -73,7 +73,7 @@ def find_world(train: TrainConfig, environment: Mapping[str, str] = os.environ) 
 
 
 def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Of torch's variables, one process a rank."""
+    """Find the World by torch's variables: one process a rank. Raises UserError as find_world does."""
     missing = [name for name in TORCH if name not in environment]
     if missing:
         given = next(name for name in TORCH if name in environment)
@@ -82,7 +82,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
             f"{given} to train with this command alone, or start it with torchrun"
         )
     rank, size, local = (number(environment, name) for name in TORCH)
-    devices = number(environment, "LOCAL_WORLD_SIZE", train.devices)
+    devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
     if devices != train.devices or size != devices * train.num_nodes:
         nodes, rest = divmod(size, devices)
         raise UserError(
@@ -101,9 +101,10 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Of srun's variables: one task a rank, or one a node, which starts the others there."""
+    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there. Raises
+    UserError as find_world does."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
-    nodes = number(environment, "SLURM_STEP_NUM_NODES", 1)
+    nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
         raise UserError(
             f"srun started {tasks} tasks on {nodes} nodes, for --devices {train.devices} and --num_nodes "
@@ -120,13 +121,14 @@ def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 
 def first_host(hosts: str) -> str:
-    """The first of a list as Slurm writes it: "gpu[03-05,9],login" -> "gpu03"."""
+    """The first host of a list as Slurm writes it: "gpu[03-05,9],login" -> "gpu03"."""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", hosts)
     return "".join(part or "" for part in found.groups()) if found else hosts
 
 
 def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) where `others` nodes or processes meet that one command cannot tell."""
+    """Return the (address, port) at which `others` nodes or processes meet that were started apart: LOOPBACK for 1.
+    Raises UserError if there are more and MASTER_ADDR is not set, or for a bad MASTER_PORT."""
     port = number(environment, "MASTER_PORT", PORT if others > 1 else 0)
     if port > 65535:
         raise UserError(f"MASTER_PORT is {port}; a port is at most 65535")
@@ -140,11 +142,16 @@ def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int
     return environment["MASTER_ADDR"], port
 
 
-def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number(environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0) -> int:
     """A variable that holds a number; the default where it is not set."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not re.fullmatch("[0-9]{1,9}", text):
-        raise UserError(f"{name} is {text!r}, and a whole number is due; set it to one, or unset it")
+    if text is None or not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(
+            f"{name} is {text!r}, and a whole number is due"
+            + f", {least} or more" * bool(least)
+            + "; set it to one, or "
+            "unset it"
+        )
     return int(text)

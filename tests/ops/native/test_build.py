@@ -143,6 +143,20 @@ def test_a_dead_builders_lock_and_leftovers_do_not_hinder(tmp_path, compiler):
     assert not (path.parent / "answer.build").exists()
 
 
+def test_a_pipe_in_the_place_of_a_library_is_replaced_and_a_folder_is_told(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler)
+    path = build_library("answer", units, link, cache=tmp_path / "cache")
+    path.unlink()
+    os.mkfifo(path)
+    assert kept_library("answer", units, link, cache=tmp_path / "cache") is None
+    assert answer(build_library("answer", units, link, cache=tmp_path / "cache")) == 42
+    path.unlink()
+    path.mkdir()
+    assert kept_library("answer", units, link, cache=tmp_path / "cache") is None
+    with pytest.raises(BuildError, match="cannot build answer in .*: Is a directory"):
+        build_library("answer", units, link, cache=tmp_path / "cache")
+
+
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, compiler):
     units, link = recipe(tmp_path, compiler, text="int answer() { return undeclared; }")
     with pytest.raises(BuildError, match="undeclared"):

@@ -9,12 +9,12 @@ import errno
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...children import python_command
 from .compilers import find_program
 from .errors import BuildError
 from .kept import cache_directory, is_whole, make_once
@@ -125,5 +125,5 @@ def _edge(output: str, inputs: Sequence[str | Path], command: Sequence[str | Pat
 
 def _ninja() -> list[str]:
     if find_spec("ninja") is not None:
-        return [sys.executable, "-m", "ninja"]
+        return python_command("ninja")
     return [find_program("ninja", remedy="pip install ninja")]

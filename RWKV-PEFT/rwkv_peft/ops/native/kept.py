@@ -61,10 +61,9 @@ def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
 
 def is_whole(path: Path) -> bool:
     """Whether there is a file at `path`, and it is as it was made."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.is_file():  # a pipe would be waited for
         return False
+    content = path.read_bytes()
     return content[-SEAL:] == _seal(content[:-SEAL])
 
 

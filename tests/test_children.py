@@ -1,0 +1,120 @@
+"""Nothing of the current folder runs: not in the processes that commands start, nor by what other packages read."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.children import elsewhere, python_command
+from rwkv_peft.data.preprocess import INLINE_BYTES
+from rwkv_peft.ops.native import build
+from rwkv_peft.release.runtimes import rwkv_elsewhere
+from traps import set_traps
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "RWKV-PEFT" / "rwkv_peft"
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return set_traps(tmp_path)
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_workers_and_pictures_are_not_the_current_folders(ran, tmp_path):
+    (tmp_path / "rows.txt").write_text("a line of twenty one\n" * (INLINE_BYTES // 20))
+    flags = ("--tokenizer", "bytes", "--workers", "2", "--output", "data")
+    assert "data: 1 document" in run(python_command("rwkv_peft", "preprocess", "rows.txt", *flags))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
+    run(python_command("rwkv_peft", "plot", "metrics.jsonl", "loss.png"))
+    assert (tmp_path / "loss.png").is_file() and not ran.exists()
+
+
+def test_the_first_compile_is_not_the_current_folders(ran, tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    units = [build.Unit(source, ("g++", "-fPIC"))]
+    assert build.build_library("answer", units, ("g++", "-shared"), cache=tmp_path / "cache").is_file()
+    assert not ran.exists()
+
+
+def test_a_runtime_in_a_process_of_its_own_is_not_either(tmp_path, monkeypatch):
+    pytest.importorskip("rwkv")
+    monkeypatch.chdir(tmp_path)
+    ran = set_traps(tmp_path)
+    logits = rwkv_elsewhere(ROOT / "demo" / "rwkv7-demo.pth", torch.arange(3), "tokens")
+    assert len(logits) == 3 and not ran.exists()
+
+
+def test_workers_of_python_3_10_which_knows_no_safe_path_are_not_either(ran, tmp_path, monkeypatch):
+    """In a process without the variable that later versions read."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "encode_all.py").write_text(
+        "from pathlib import Path\n"
+        "from rwkv_peft.data.encoding import EncodeSettings\n"
+        "from rwkv_peft.data.rows import read_chunks\n"
+        "from rwkv_peft.data.workers import encode_all\n"
+        "if __name__ == '__main__':\n"
+        "    settings = EncodeSettings(tokenizer='bytes')\n"
+        "    print(len(list(encode_all(read_chunks(Path('rows.txt')), settings, 2))))\n"
+    )
+    (tmp_path / "rows.txt").write_text("one\n")
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    assert run([sys.executable, "here/encode_all.py"]) == "1\n" and not ran.exists()
+
+
+def test_a_folder_that_is_gone_is_come_back_to(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with elsewhere():
+        assert Path.cwd() == PACKAGE
+    with pytest.raises(FileNotFoundError):
+        Path.cwd()
+
+
+SHELLS = re.compile(r"\bos\.(exec|spawn|system|popen)|shell=True|getoutput")
+
+
+def test_commands_start_a_python_by_children_py():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not SHELLS.search(text), f"{path}: start a program with subprocess, and no shell"
+        for line in re.findall(r"^.*sys\.executable.*", text, re.MULTILINE):
+            shown = "{sys.executable}" in line
+            assert shown or path == PACKAGE / "children.py", f"{path}: name a module to children.python_command"
+        if "get_context" in text:
+            assert "elsewhere()" in text, f"{path}: let processes begin in children.elsewhere"
+        for line in re.findall(r"^ +(?:from|import) matplotlib.*", text, re.MULTILINE):
+            assert "import_matplotlib" in text, f"{path}: {line}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "demo"])
+def test_other_programs_name_a_python_file_or_run_in_the_repositorys_folder(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "cwd=ROOT" in text or not re.search(r'sys\.executable,\s*"-[mc]"', text), f"{path}: see children.py"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.sh")), ids=lambda path: path.name)
+def test_scripts_do_too(path):
+    """-I leaves the current folder out, and children.py."""
+    before = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if re.search(r'"\$\w+"( -\w)* -[mc] ', line) and " -I " not in line:
+            assert re.search(r'^cd "\$root"$', before, re.MULTILINE) or '(cd "$root" && ' in line, line
+        before += line + "\n"
