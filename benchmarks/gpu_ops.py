@@ -3,7 +3,7 @@
     python benchmarks/gpu_ops.py [--device cpu]
 
 One JSON object an operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
-float64 on the CPU, and whether repetitions are equal. Exit code 1 where an error is more than twice plain torch's.
+float64 on the device, and whether repetitions are equal. Exit code 1 where an error is more than twice plain torch's.
 gpu_probe.py smoke runs it.
 """
 
@@ -164,7 +164,7 @@ def check(device):
     for name, (_, shapes, _) in (OPS | FUSED).items():
         for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
-            truth = results(name, inputs, torch.float64, "cpu", kernels=False)
+            truth = results(name, inputs, torch.float64, device, kernels=False)
             plain = results(name, inputs, dtype, device, kernels=False)
             ours = results(name, inputs, dtype, device)
             repeated = all(

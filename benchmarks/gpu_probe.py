@@ -1,12 +1,13 @@
 """What a GPU is and what our kernels do on it, those of the recurrences above all: one JSON object a line.
 
     python benchmarks/gpu_probe.py card       name, driver, clocks, copy bandwidth, the rate of an 8192 x 8192 product
+    python benchmarks/gpu_probe.py ready      the kernels as training builds them, all at once: seconds, or why not
     python benchmarks/gpu_probe.py build      the kernels by nvcc and by NVRTC: seconds, or why not
     python benchmarks/gpu_probe.py smoke      cases against float64, poisoned memory, 20 equal repetitions
     python benchmarks/gpu_probe.py kernels    microseconds, GB/s, share of the traffic's floor; peers where installed
     python benchmarks/gpu_probe.py once       one forward and backward, for a profiler around it
 
-scripts/gpu_check.sh runs them in this order. Exit code 1 where something is wrong, 2 without a usable GPU.
+scripts/gpu_check.sh runs them. Exit code 1 where something is wrong, 2 without a usable GPU.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import gpu_ops
@@ -37,7 +39,7 @@ from rwkv_peft.ops.wkv7 import wkv7
 FAMILIES = tuple(cuda.FAMILY for cuda in (wkv6_cuda, wkv7_cuda, mix_cuda, bone_cuda, cross_entropy_cuda))
 SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 CASES = tuple(
-    (N, dtype, packed) for N in (32, 64, 128) for dtype in ("float32", "bfloat16") for packed in (False, True)
+    (N, dtype, packed) for dtype in ("bfloat16", "float32") for N in (64, 128, 32) for packed in (False, True)
 )
 REPEATS = 20
 
@@ -112,6 +114,19 @@ def copy_bandwidth():
     return 2 * x.numel() / 1e6 / milliseconds(lambda: y.copy_(x))
 
 
+def ready():
+    """Build all families' kernels, each by a thread of its own: most of it is compilers' work."""
+    with ThreadPoolExecutor(len(FAMILIES)) as pool:
+        return max(pool.map(ready_one, FAMILIES))
+
+
+def ready_one(family):
+    start = time.perf_counter()
+    reason = family.unavailable()
+    tell(kernels=family.op, usable=reason is None, reason=reason, seconds=round(time.perf_counter() - start, 1))
+    return int(reason is not None)
+
+
 def build():
     return max(map(build_one, FAMILIES))
 
@@ -150,12 +165,12 @@ def resource_usage(path):
     return [line.strip() for line in said.stdout.splitlines() if "REG:" in line or "Function" in line]
 
 
-def inputs(op, B, T, H, N, dtype):
+def inputs(op, B, T, H, N, dtype, device="cuda"):
     """([the recurrence's inputs], the gradient of y), where a and b are a direction taken away, and put back."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
+    generator = torch.Generator(device=device).manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     found = {name: 0.5 * random(B, T, H, N) for name in "rkv"}
-    found["w"] = -6 + 7 * torch.rand(B, T, H, N, generator=generator, device="cuda")
+    found["w"] = -6 + 7 * torch.rand(B, T, H, N, generator=generator, device=device)
     direction = torch.nn.functional.normalize(random(B, T, H, N), dim=-1)
     found |= dict(a=-direction, b=0.5 * direction)
     leaves = [found[name].to(dtype).requires_grad_() for name in op.rows]
@@ -163,13 +178,12 @@ def inputs(op, B, T, H, N, dtype):
     return leaves, (0.5 * random(B, T, H, N)).to(dtype)
 
 
-def gradients(op, backend, leaves, gy, bounds, dtype=None, device=None):
+def gradients(op, backend, leaves, gy, bounds, dtype=None):
     """[y, the inputs' gradients] by a backend, in float64."""
-    leaves = [x.detach().to(dtype=dtype or x.dtype, device=device).requires_grad_() for x in leaves]
-    bounds = None if bounds is None else bounds.to(leaves[0].device)
-    y, _ = op.call(*leaves, cu_seqlens=bounds, backend=backend)
+    leaves = [x.detach().to(dtype=dtype or x.dtype).requires_grad_() for x in leaves]
+    y, _ = op.call(*leaves, cu_seqlens=None if bounds is None else bounds.to(gy.device), backend=backend)
     y.backward(gy.to(y))
-    return [x.detach().double().cpu() for x in (y, *(leaf.grad for leaf in leaves))]
+    return [x.detach().double() for x in (y, *(leaf.grad for leaf in leaves))]
 
 
 def poison():
@@ -198,7 +212,7 @@ def smoke_one(op):
         dtype = getattr(torch, name)
         leaves, gy = inputs(op, 1, 280, 3, N, dtype)
         bounds = torch.tensor([0, 1, 18, 82, 147, 277, 280]) if packed else None
-        truth = gradients(op, "reference", leaves, gy, bounds, torch.float64, "cpu")
+        truth = gradients(op, "reference", leaves, gy, bounds, torch.float64)
         plain = gradients(op, "reference", leaves, gy, bounds)
         poison()
         ours = gradients(op, "cuda", leaves, gy, bounds)
@@ -312,7 +326,7 @@ def once():
     torch.cuda.synchronize()
 
 
-PROBES = {"card": card, "build": build, "smoke": smoke, "kernels": kernels, "once": once}
+PROBES = {"card": card, "ready": ready, "build": build, "smoke": smoke, "kernels": kernels, "once": once}
 
 
 def main(argv=None):

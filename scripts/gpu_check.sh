@@ -1,12 +1,14 @@
-# What this machine's GPU makes of the kernels and of a training step, in ten minutes: one JSON line a result, at once.
+# What a machine's GPU makes of the kernels and of training, in ten minutes, what matters first. A JSON line a result.
 #
 #   sh scripts/gpu_check.sh                       sets up what is missing, then runs the checks
-#   sh scripts/gpu_check.sh --offline             takes the python at hand, skips what it lacks
+#   sh scripts/gpu_check.sh --offline             takes the python at hand, leaves out what it lacks
 #   sh scripts/gpu_check.sh --wheels FOLDER       installs from that folder alone, without a network
+#   sh scripts/gpu_check.sh --only smoke engine   these steps, or those of these kinds, alone
 #   sh scripts/gpu_check.sh --full                the whole test suite at the end, however long
 #
 # Other flags go to benchmarks/gpu_check.py, and `sh scripts/gpu_check.sh --offline --help` lists them. Results are in
-# out/gpu_check. Exit code 0 when every step passed or was skipped, 1 when one failed, 2 where there is no usable GPU.
+# out/gpu_check, and the end tells what was measured, what failed and what was left out. Exit code 0 if no step failed,
+# 1 if one did, 2 if there is no usable GPU.
 set -eu
 root="$(cd "$(dirname "$0")/.." && pwd)"
 offline=false wheels="" previous=""

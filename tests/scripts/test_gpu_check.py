@@ -32,14 +32,14 @@ PROGRAMS = ("nvcc", "compute-sanitizer", "ncu")
 def check(tmp_path):
     """check(*flags, programs, failing, lasting, code) -> the finished process."""
     repo = tmp_path / "repo"
-    for name in ("scripts/gpu_check.sh", "benchmarks/gpu_check.py"):
+    for name in ("scripts/gpu_check.sh", "benchmarks/gpu_check.py", "benchmarks/gpu_check_steps.py"):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     stand_in = STAND_IN.format(python=sys.executable)
-    for name in ("benchmarks/gpu_probe.py", "benchmarks/gpu_graphs.py", "benchmarks/step.py", "demo/task.py"):
-        (repo / name).parent.mkdir(parents=True, exist_ok=True)
-        (repo / name).write_text(stand_in)
-    for module in ("rwkv_peft", "pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis"):
+    for name in ("probe", "smoke", "steps", "engine", "decode", "above", "graphs"):
+        (repo / "benchmarks" / f"gpu_{name}.py").write_text(stand_in)
+    (repo / "benchmarks" / "step.py").write_text(stand_in)
+    for module in ("pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis", "bitsandbytes"):
         (repo / "RWKV-PEFT" / module).mkdir(parents=True)
         (repo / "RWKV-PEFT" / module / "__init__.py").touch()
         (repo / "RWKV-PEFT" / module / "__main__.py").write_text(stand_in)
@@ -48,6 +48,7 @@ def check(tmp_path):
         for module in without:
             shutil.rmtree(repo / "RWKV-PEFT" / module)
         folder = tmp_path / "bin"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "python3").symlink_to(sys.executable)
         for name in programs:
@@ -75,54 +76,75 @@ def check(tmp_path):
 
 
 def outcomes(check):
-    return {entry["step"]: entry["outcome"] for entry in check.results() if "outcome" in entry}
+    """{step: "measured", or its outcome and why}, in order."""
+    return {
+        entry["step"]: f"{entry['outcome']}: {entry['why']}" if entry["why"] else entry["outcome"]
+        for entry in check.results()
+        if "outcome" in entry
+    }
 
 
-def test_every_step_runs_in_order_and_its_results_are_kept(check):
+def exceptions(check):
+    return {name: outcome for name, outcome in outcomes(check).items() if outcome != "measured"}
+
+
+def test_every_step_runs_and_what_matters_comes_first(check):
     done = check()
     assert (done.returncode, done.stderr) == (0, "")
-    names = ["card", "build", "smoke", "kernels", "ncu", "step 1 x 1024", "step 1 x 4096", "step 8 x 4096"]
-    assert list(outcomes(check)) == [*names, "graphs", "train", "ops", "sanitizer"]
-    assert set(outcomes(check).values()) == {"passed"}
-    assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(outcomes(check))
-    for words in (
-        "gpu_probe.py smoke",
-        "--batch 8 --tokens 4096",
-        "gpu_graphs.py",
-        "--resume",
-        "--cuda_graphs 1",
-        "--dataload pack",
-        "merge --base_model",
-        "-DGENERATION=7",
-        "kernel_driver/mix.cu",
-        "--tool racecheck",
-    ):
+    names = list(outcomes(check))
+    steps = [f"step {version} {method}" for version in ("x070", "x060") for method in ("bat-in", "bone", "lora")]
+    first = ["card", "build", "smoke x070", "smoke x060", "memcheck", *steps, "engine x070", "engine x060"]
+    assert names[:15] == [*first, "decode x070", "decode x060"]
+    settings = ("stage 2", "stage 3", "stage 2 offload", "stage 3 offload", "grad_cp", "compile", "nf4", "int8")
+    for case in ("large", *settings, "fp32", "infctx", "graphs", "packed graphs", "two GPUs"):
+        assert f"engine {case}" in names
+    assert {"above 2^31", "every kernel", "kernels", "profile", "compilers", "ncu", "tests"} <= set(names)
+    assert exceptions(check) == {}
+    assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(names)
+    for words in ("gpu_steps.py x060 lora", "gpu_engine.py x060", "--part resume", "--part merge", "--rows 8x4096"):
+        assert words in check.calls()
+    for words in ("-DGENERATION=6", "kernel_driver/mix.cu", "--tool racecheck"):
         assert words in check.calls()
     assert "tests --accelerator gpu" not in check.calls()
+    shown = done.stdout.splitlines()
+    assert shown[shown.index(f"measured: {len(names)} of {len(names)}") + 1] == "    card"
 
 
 def test_full_runs_the_suite_and_only_what_is_named(check):
-    assert check("--full", "--only", "card", "suite").returncode == 0
-    assert list(outcomes(check)) == ["card", "suite"] and "tests --accelerator gpu" in check.calls()
+    assert check("--full", "--only", "card", "decode", "suite").returncode == 0
+    assert list(outcomes(check)) == ["card", "decode x070", "decode x060", "suite"]
+    assert "tests --accelerator gpu" in check.calls()
 
 
-@pytest.mark.parametrize("failing, step", [("gpu_probe.py smoke", "smoke"), ("--tool memcheck", "sanitizer")])
-def test_a_step_that_fails_does_not_stop_the_others(check, failing, step):
-    done = check(failing=failing)
-    assert done.returncode == 1
-    failed = {name: outcome for name, outcome in outcomes(check).items() if outcome != "passed"}
-    assert list(failed) == [step] and failed[step].startswith("failed: exit code 1, see ")
+@pytest.mark.parametrize(
+    "code, outcome",
+    [
+        (1, "failed: exit code 1"),
+        (2, "failed: exit code 2"),
+        (3, "failed: out of memory"),
+        (4, "left out: this machine cannot"),
+    ],
+)
+def test_a_step_that_fails_does_not_stop_the_others(check, code, outcome):
+    done = check("--only", "smoke", "step", failing="gpu_steps.py x070 bone", code=code)
+    assert done.returncode == int(code != 4)
+    assert len(outcomes(check)) == 8 and list(exceptions(check)) == ["step x070 bone"]
+    assert exceptions(check)["step x070 bone"].startswith(outcome)
+    assert f"    step x070 bone: {outcome.partition(': ')[2]}" in done.stdout
 
 
-def test_what_a_machine_lacks_is_skipped_and_said(check):
-    done = check(programs=("nvcc",), without=("deepspeed", "lightning"))
+def test_a_tool_that_fails_does_not_stop_other_programs(check):
+    assert check("--only", "memcheck", "sanitizer", failing="driver_mix").returncode == 1
+    assert len(outcomes(check)) == 6 and list(exceptions(check)) == ["sanitizer mix"]
+
+
+def test_what_a_machine_lacks_is_left_out_and_told(check):
+    done = check("--only", "ncu", "memcheck", "engine", "card", programs=("nvcc",), without=("deepspeed", "lightning"))
     assert done.returncode == 0
-    skipped = {name: outcome for name, outcome in outcomes(check).items() if outcome != "passed"}
-    assert skipped == {
-        "ncu": "skipped: no ncu",
-        "train": "skipped: no deepspeed, lightning",
-        "sanitizer": "skipped: no compute-sanitizer",
-    }
+    left = exceptions(check)
+    assert left.pop("ncu") == "left out: no ncu" and left.pop("memcheck") == "left out: no compute-sanitizer"
+    assert set(left.values()) == {"left out: no deepspeed, lightning"} and len(left) == 16
+    assert "    engine stage 3 offload: no deepspeed, lightning" in done.stdout
 
 
 def test_without_a_gpu_nothing_more_is_tried(check):
@@ -132,22 +154,38 @@ def test_without_a_gpu_nothing_more_is_tried(check):
 
 
 def test_time_ends_a_step_and_those_after_it(check):
-    done = check("--minutes", "0.1", "--only", "smoke", "kernels", lasting="gpu_probe.py smoke")
+    done = check("--minutes", "0.1", "--only", "card", "smoke", "kernels", lasting="gpu_smoke.py --generations x070")
     assert done.returncode == 1
-    assert re.fullmatch("stopped after [56] s", outcomes(check)["smoke"])
-    assert outcomes(check)["kernels"].startswith("skipped: 0.1 minutes are over")
+    assert outcomes(check)["card"] == "measured"
+    assert re.fullmatch("failed: stopped after [56] s", outcomes(check)["smoke x070"])
+    assert outcomes(check)["smoke x060"] == outcomes(check)["kernels"] == "left out: 0.1 minutes are over"
 
 
-def test_results_are_on_disk_while_a_step_goes_on(check):
-    process = check.start("--only", "smoke", lasting="gpu_probe.py smoke")
+def test_a_check_that_is_stopped_tells_what_it_has(check):
+    process = check.start("--only", "card", "smoke", lasting="gpu_smoke.py --generations x070")
+    wait_for(lambda: {"step": "smoke x070", "found": 1} in check.results())
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    told = out[out.index("measured: 1 of 3") :]
+    assert "failed: 1 of 3\n    smoke x070: interrupted" in told
+    assert "left out: 1 of 3\n    smoke x060: the check was stopped" in told
+
+
+def wait_for(holds):
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            if check.results():
-                break
+            if holds():
+                return
         except FileNotFoundError:
             pass
         time.sleep(0.05)
-    assert check.results() == [{"step": "smoke", "found": 1}]
+
+
+def test_results_are_on_disk_while_a_step_goes_on(check):
+    process = check.start("--only", "smoke", lasting="gpu_smoke.py")
+    wait_for(check.results)
+    assert check.results() == [{"step": "smoke x070", "found": 1}]
     process.send_signal(signal.SIGKILL)
     process.communicate()

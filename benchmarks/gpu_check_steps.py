@@ -1,0 +1,153 @@
+"""The steps of gpu_check.py, the most important first: a machine that is taken away leaves what mattered most.
+
+The first smoke run is of the kernels that training takes; then come the steps of training, the engine, decoding; then
+everything else. Each step is a process of its own, so that none costs another its result. Needs Python alone.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT_OF_MEMORY, NOT_HERE = 3, 4  # exit codes of a step's program, which has told more
+DEMO = {f"x0{n}0": ROOT / "demo" / f"rwkv{n}-demo.pth" for n in (6, 7)}
+ENGINE = ("deepspeed", "lightning", "safetensors")
+GENERATIONS, METHODS = ("x070", "x060"), ("bat-in", "bone", "lora")
+QUANTIZED = ("nf4", "int8")
+GRAPHS = ("--cuda_graphs", "1", "--accumulate_grad_batches", "2")
+STAGES = ("2", "3", "2 offload", "3 offload")
+SETTINGS = {  # cases of gpu_engine.py: flags of train.py
+    **{f"stage {kind}": ("--strategy", f"deepspeed_stage_{kind.replace(' ', '_')}") for kind in STAGES},
+    "grad_cp": ("--grad_cp", "1"),
+    "compile": ("--compile",),
+    "nf4": ("--quant", "nf4"),
+    "int8": ("--quant", "int8"),
+    "fp32": ("--precision", "fp32"),
+    "infctx": ("--train_type", "infctx", "--chunk_ctx", "64"),
+    "graphs": GRAPHS,
+    "packed graphs": (*GRAPHS, "--dataload", "pack"),
+    "two GPUs": ("--devices", "2", "--strategy", "deepspeed_stage_2"),
+}
+DRIVERS = (("recurrence", "-DGENERATION=7"), ("recurrence", "-DGENERATION=6"), ("mix",), ("bone",), ("cross_entropy",))
+TOOLS = ("memcheck", "racecheck", "synccheck")
+ON_GPUS = ("tests/ops/wkv6/test_wkv6.py", "tests/ops/wkv7/test_wkv7.py")  # whose tests of "cuda" need a card
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that run one after the other, for `seconds` at most, where programs and modules are there."""
+
+    name: str
+    seconds: int
+    commands: tuple
+    programs: tuple = ()
+    modules: tuple = ("torch",)
+
+    def missing(self):
+        """The programs and modules that this machine lacks."""
+        return [name for name in self.programs if shutil.which(name) is None] + [
+            name for name in self.modules if find_spec(name) is None
+        ]
+
+    def named(self, words):
+        """Whether it is one of the words, or of their kind: "step" are all steps of training."""
+        return self.name in words or self.name.split()[0] in words
+
+
+def program(name, *arguments):
+    """The command of a program of this folder."""
+    return (sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments)
+
+
+def steps(folder, full):
+    """The Steps, in order; `folder` takes what they write."""
+    return (
+        *first(folder),
+        *steps_of_training(),
+        *(engine(case, folder, 120) for case in GENERATIONS),
+        *(Step(f"decode {version}", 60, (program("gpu_decode", version),)) for version in GENERATIONS),
+        engine("large", folder, 150),
+        *rest(folder),
+        *(
+            [Step("suite", 3600, (pytest("tests", "--accelerator", "gpu"),), modules=("pytest", *ENGINE))]
+            if full
+            else ()
+        ),
+    )
+
+
+def first(folder):
+    """What says whether anything else is worth its time."""
+    return (
+        Step("card", 60, (program("gpu_probe", "card"),)),
+        Step("build", 120, (program("gpu_probe", "ready"),)),
+        *(Step(f"smoke {version}", 45, (program("gpu_smoke", "--generations", version),)) for version in GENERATIONS),
+        sanitizing("memcheck", folder, DRIVERS[0], TOOLS[:1]),
+    )
+
+
+def steps_of_training():
+    """Those of the methods and generations that people train, each alone: one may need more memory than there is."""
+    return tuple(
+        Step(f"step {version} {method}", 60, (program("gpu_steps", version, method),))
+        for version in GENERATIONS
+        for method in METHODS
+    )
+
+
+def rest(folder):
+    """What is left, by what it may teach."""
+    once = program("gpu_probe", "once")
+    profile = ("--methods", "bat-in", "--models", *GENERATIONS, "--shapes", "2048x7168x24", "--dtypes", "bf16")
+    large = ("--tokens", "4096", "--rounds", "2", "--profile", "30")
+    return (
+        Step("above 2^31", 60, (program("gpu_above"),)),
+        Step("every kernel", 120, (program("gpu_probe", "smoke"),)),
+        *(engine(case, folder, 90) for case in SETTINGS),
+        *(
+            Step(f"more {version} {method} {dtype}", 60, (program("gpu_steps", version, method, *flags),))
+            for version in GENERATIONS
+            for method, dtype, flags in (
+                ("bat-in", "8 x 4096", ("--rows", "8x4096")),
+                ("bat-in", "fp32", ("--dtype", "fp32", "--rows", "1x1024")),
+                ("none", "1 x 1024", ("--rows", "1x1024")),
+            )
+        ),
+        Step("kernels", 90, (program("gpu_probe", "kernels"),)),
+        *(Step(f"graphs {v}", 90, (program("gpu_graphs", "--generations", v),)) for v in GENERATIONS),
+        Step("profile", 90, (program("step", *profile, *large),)),
+        Step("compilers", 180, (program("gpu_probe", "build"),)),
+        Step("ncu", 90, (("ncu", "--set", "basic", "--kernel-name", "regex:wkv", *once),), programs=("ncu",)),
+        *(sanitizing(f"sanitizer {' '.join(driver)}", folder, driver, TOOLS) for driver in DRIVERS),
+        Step("tests", 180, (pytest(*ON_GPUS, "-k", "cuda"),), modules=("pytest", "hypothesis")),
+    )
+
+
+def engine(case, folder, seconds):
+    """The Step of a case of gpu_engine.py."""
+    modules = (*ENGINE, "bitsandbytes") if case in QUANTIZED else ENGINE
+    parts = (("--part", "resume"), ("--part", "merge")) if case in GENERATIONS else ()
+    run = program("gpu_engine", case, "--folder", str(folder))
+    return Step(f"engine {case}", seconds, (run, *((*run, *part) for part in parts)), modules=modules)
+
+
+def pytest(*arguments):
+    """The command of some of the tests."""
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+
+
+def sanitizing(name, folder, driver, tools):
+    """The Step that builds a driver of a family's kernels and runs it under some of compute-sanitizer's tools."""
+    source, *flags = driver
+    built = str(folder / "_".join(("driver", *driver)))
+    build = ("nvcc", "-std=c++17", "-O2", "-lineinfo", "-arch=native", "-I", str(ROOT / "cuda"), "-o", built, *flags)
+    runs = tuple(("compute-sanitizer", "--error-exitcode", "1", "--tool", tool, built) for tool in tools)
+    return Step(
+        name,
+        120,
+        ((*build, str(ROOT / "benchmarks" / "kernel_driver" / f"{source}.cu")), *runs),
+        programs=("nvcc", "compute-sanitizer"),
+        modules=(),
+    )
