@@ -1,13 +1,17 @@
 """What a block costs a GPU outside its large matrix products, counted without one: launches and bytes on its code path.
 
-    python benchmarks/gpu_budget.py [--generations x060 x070] [--verbose]
+    python benchmarks/gpu_budget.py [--generations x060 x070] [--fused 0] [--verbose]
 
-A block runs forward and backward on meta tensors, in bfloat16; each of torch's operations that computes something is
-one launch, and its bytes are those of its inputs (expanded ones at their real size) and outputs. A unit is one read or
-write of (T, C). The products with the block's large matrices are left out: they are the floor, as benchmarks/step.py
-calls it. "step / floor" is what follows for a whole block on an H100 (650 TFLOP/s, 2.8 TB/s for torch's operations), if
-nothing else waits; launches come on top where they are shorter than 5 us apart. A micro batch has twice as many tokens
-as channels, so that no activation has a matrix's shape.
+A block runs forward and backward on meta tensors, in bfloat16, fused as `fuse` has it or plain; each of torch's
+operations that computes something is one launch, and its bytes are those of its inputs (expanded ones at their real
+size) and outputs. A unit is one read or write of (T, C). The products with the block's large matrices are left out:
+they are the floor, as benchmarks/step.py calls it. "step / floor" is what follows for a whole block on an H100 (650
+TFLOP/s, 2.8 TB/s for torch's operations), if nothing else waits. A micro batch has twice as many tokens as channels, so
+that no activation has a matrix's shape.
+
+"at 1 x 4096" adds what the rest leaves out, for one row of 4096 tokens: the recurrence's passes over groups of tokens,
+where few heads would leave most of the card idle (ops/recurrence/groups.py), and the gap of 1.5 us between a launch and
+the next. Reads of weights, and products that are slower than 650 TFLOP/s, are left out still.
 """
 
 import argparse
@@ -21,17 +25,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cross_entropy_
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
-from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.mix import cpu, cuda
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
+from rwkv_peft.ops.recurrence.groups import RESIDENT, choose_group
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
 METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
 RANK = 64
 FLOPS, BANDWIDTH = 650e12, 2.8e12
+GAP = 1.5e-6  # seconds between two launches of a queue that does not run dry; 1 to 2 us are published for Hopper
+ROW, MULTIPROCESSORS, HEAD_SIZE = 4096, 132, 64
+PASSES = {"x060": 6, "x070": 10}  # rows (T, C) that the passes over groups read, forward and backward
+STATES = 8  # how often these, and the scan between, write or read the groups' states, float32; RWKV-7's transitions too
 # operations that only look at a tensor in another way, or allocate
 FREE = {
     *(
@@ -118,12 +128,13 @@ def real_bytes(x):
     return count * x.element_size()
 
 
-def count(family, channels, tokens, method):
+def count(family, channels, tokens, method, fused=True):
     """(Launches of a block's forward and backward, its large matrices' elements): block 1 of two, one row of tokens."""
     config = family.new_dimensions(2, channels, 65536)
     with torch.device("meta"):
         model = family.build(config).to(torch.bfloat16)
     adapt(model, method, RANK, family)
+    fuse(model, Setting(torch.device("meta"), wanted=fused))
     block = model.blocks[1]
     weights = [module.weight for name, module in block.named_modules() if name.endswith(family.targets)]
     x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16)
@@ -131,8 +142,6 @@ def count(family, channels, tokens, method):
     with ExitStack() as stack:
         for owner, name, value in (
             (torch, "is_autocast_enabled", lambda *_: False),  # which knows no meta device
-            (op, "fused", lambda *_: True),  # what would take a GPU's kernels takes these
-            (op, "cpu_lerp", gpu_lerp),
             (cpu, "call", counter.mix_kernel),
             (bone, "call", counter.kernel),
             (CudaRecurrence, "_launch", counter.recurrence),
@@ -142,17 +151,16 @@ def count(family, channels, tokens, method):
         counter.launches.clear()
         stack.enter_context(counter)
         *outs, _ = block(*inputs)
-        outs, inputs = ([one for one in some if one is not None] for some in (outs, inputs))
         wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
         torch.autograd.grad(outs, wanted, [torch.empty_like(out) for out in outs])  # also of what is carried on
     return counter.launches, sum(weight.numel() for weight in weights)
 
 
 def handed_on(model, x):
-    """What block 0 of a model hands on, given x (B, T, C): leaves that have gradients, or None each."""
+    """What block 0 of a model hands on, given x (B, T, C): leaves that have gradients."""
     with torch.no_grad():
         *outs, _ = model.blocks[0](x, *model.carried)
-    return [None if out is None else out.clone().requires_grad_() for out in outs]
+    return [out.clone().requires_grad_() for out in outs]
 
 
 def adapt(model, method, rank, family):
@@ -164,14 +172,28 @@ def adapt(model, method, rank, family):
     inject(model, AdapterConfig(method=name, mode=method if name == "bone" else "bat-in", rank=rank), family=family)
 
 
-def figures(family, channels, tokens, method):
-    """{launches, units, ratio, seconds} of a block; ratio: its seconds to those of its floor."""
-    launches, elements = count(family, channels, tokens, method)
+def figures(family, channels, tokens, method, fused=True):
+    """{launches, units, ratio, seconds, one_row} of a block; ratio: its seconds to those of its floor; one_row: the
+    same at 1 x 4096, with passes over groups and gaps between launches."""
+    launches, elements = count(family, channels, tokens, method, fused)
     moved = sum(launch.bytes for launch in launches if not launch.is_large)
     floor = 4 * elements * tokens / FLOPS  # output and input gradient, 2 operations each
     seconds = floor + moved / BANDWIDTH
     units = moved / (2 * tokens * channels)
-    return {"launches": len(launches), "units": units, "ratio": seconds / floor, "seconds": seconds}
+    passes, more = passes_over_groups(family, channels)
+    gaps = GAP * (len(launches) + passes) * tokens / ROW
+    found = {"launches": len(launches), "units": units, "ratio": seconds / floor, "seconds": seconds}
+    return found | {"one_row": (seconds + more * tokens / ROW / BANDWIDTH + gaps) / floor}
+
+
+def passes_over_groups(family, channels):
+    """Launches and bytes that come before the recurrence's own kernels, forward and backward, for ROW tokens."""
+    heads = channels // HEAD_SIZE
+    group = choose_group(1, ROW, heads, 1, RESIDENT * MULTIPROCESSORS)
+    if not group:
+        return 0, 0
+    states = 4 * -(-ROW // group) * channels * HEAD_SIZE
+    return 4, 2 * PASSES[family.version] * ROW * channels + STATES * states * (2 if family.version == "x070" else 1)
 
 
 def loss_passes(rows=64, vocabulary=65536):
@@ -188,27 +210,29 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--fused", type=int, default=1, choices=(0, 1), help="0: plain blocks")
     parser.add_argument("--verbose", action="store_true", help="each launch of the first shape")
     args = parser.parse_args(argv)
-    print("| generation | method | launches | " + " | ".join(f"units, {s} | step / floor, {s}" for s in SHAPES) + " |")
-    print("|---|---|---|" + "---|---|" * len(SHAPES))
+    head = "| generation | method | launches | "
+    print(head + " | ".join(f"units, {s} | step / floor, {s} | at 1 x {ROW}" for s in SHAPES) + " |")
+    print("|---|---|---|" + "---|---|---|" * len(SHAPES))
     for version in args.generations:
         family = family_named(version)
         for method in args.methods:
-            found = [figures(family, channels, 2 * channels, method) for channels, _ in SHAPES.values()]
-            cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f}" for one in found)
+            found = [figures(family, channels, 2 * channels, method, args.fused) for channels, _ in SHAPES.values()]
+            cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f} | {one['one_row']:.2f}" for one in found)
             print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
             if args.verbose:
-                show(family, method)
+                show(family, method, args.fused)
     print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
     return 0
 
 
-def show(family, method):
+def show(family, method, fused=True):
     """Print each launch that is no large product, with its units."""
     channels = next(iter(SHAPES.values()))[0]
     tokens = 2 * channels
-    for launch in count(family, channels, tokens, method)[0]:
+    for launch in count(family, channels, tokens, method, fused)[0]:
         if not launch.is_large:
             print(f"    {launch.name:<32} {launch.bytes / (2 * tokens * channels):7.2f} {launch.shapes}")
 

@@ -20,6 +20,7 @@ import gpu_budget as budget
 import step as steps
 import torch
 
+from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.ops.recurrence.checks import vouch
 from rwkv_peft.training.graphs import Form, Graphed
@@ -48,6 +49,7 @@ def made(family, config, weights, method, rank):
     torch.manual_seed(0)
     model = family.load(weights, config)
     budget.adapt(model, method, rank, family)
+    fuse(model, Setting(model.emb.weight.device))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=1e-3)

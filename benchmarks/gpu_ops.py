@@ -20,19 +20,22 @@ from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bat_out import bat_out
 from rwkv_peft.adapters.bone import bone
 from rwkv_peft.adapters.lora import lora
-from rwkv_peft.ops import adding, mix
+from rwkv_peft.adapters.product import DENSE
+from rwkv_peft.fused.feed_forward import KeyUpToTile, ValueOfSquare
+from rwkv_peft.fused.norm_ddlerp import NormDDLerp
+from rwkv_peft.fused.norm_lerp import NormLerp
+from rwkv_peft.fused.wkv7_keys import WKV7WithKeys
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
-from rwkv_peft.ops.wkv6 import wkv6_gated
-from rwkv_peft.ops.wkv7 import wkv7_gated
+from rwkv_peft.ops import mix
+from rwkv_peft.ops.wkv7 import wkv7
 
 T, C, H, N = 300, 512, 8, 64
 REPEATS = 20
-ROWS, HEADS, SUM = (2, T, C), (2, T, H, N), (2, T, 256)
+ROWS, HEADS = (2, T, C), (2, T, H, N)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
 DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
-DECAY = VECTOR, (C,), (C,)  # its parameter, and the norm's two
 BOUNDS = (0, 1, 64, 128, 300)
 
 
@@ -41,101 +44,61 @@ def packed_lerp(x, last, maa, low, up):
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
 
 
-def norm_lerp(x, last, weight, bias, maa):
-    """Its results side by side."""
-    again, ends, points, _ = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, whole=True, twice=1)
-    return again, ends, *points
+def normalized(x, last, weight, bias):
+    """x, its layer norm, and the last token of that in each of the sequences of BOUNDS."""
+    normal = torch.nn.functional.layer_norm(x, (C,), weight, bias)
+    return x, normal, mix.last_token(normal, bounds(x))
 
 
-def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
-    """Its results side by side, of a row of several sequences."""
-    bounds = torch.tensor(BOUNDS, device=x.device)
-    total, ends, low, points, _ = mix.norm_ddlerp(x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds)
-    return total, ends, low, *points
+def bounds(x):
+    return torch.tensor(BOUNDS, device=x.device)
 
 
-def bent_norm_lerp(x, last, weight, bias, maa, *bones):
-    """norm_lerp whose points bat-in's layers take, or what those make of them; small, as gradients are cosines."""
-    again, ends, points, shifts = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, bones=bones)
-    return again, ends, *beside(points, shifts, bones)
+def norm_lerp(x, last, weight, bias, maa, fused):
+    """Norm and points, of a row of several sequences."""
+    if fused:
+        return NormLerp.apply(x[:1], last, weight, bias, maa, 1e-5, bounds(x))
+    x, normal, ends = normalized(x[:1], last, weight, bias)
+    return x, ends, *mix.lerp(normal, last, maa, None, None, bounds(x))
 
 
-def bent_norm_ddlerp(x, y, gate, last, weight, bias, *factors):
-    """The same of norm_ddlerp, and a row of several sequences."""
-    bounds, (*factors, first, second) = torch.tensor(BOUNDS, device=x.device), factors
-    bones = first, None, second, None
-    row = x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds
-    total, ends, low, points, shifts = mix.norm_ddlerp(*row, bones=bones)
-    return total, ends, low, *beside(points, shifts, bones)
+def norm_ddlerp(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, fused):
+    """Norm and RWKV-6's points, of a row of several sequences."""
+    if fused:
+        return NormDDLerp.apply(x[:1], last, weight, bias, maa_x, w1, maa, w2, decay_w1, 1e-5, bounds(x))
+    x, normal, ends = normalized(x[:1], last, weight, bias)
+    (point,) = mix.lerp(normal, last, maa_x, None, None, bounds(x))
+    first, *points = mix.lerp(normal, last, maa, torch.tanh(point @ w1), w2, bounds(x))
+    return x, ends, torch.tanh(first @ decay_w1), *points
 
 
-def beside(points, shifts, bones):
-    """Points and shifts, as `bent` gives them, whether kernels bent them or not."""
-    points, shifts = (points, shifts) if shifts else mix.bent(points, bones)
-    return *points, *(shift / 8 for shift in shifts)
-
-
-def summed_lerp(x, left, last, weight, bias, maa):
-    """norm_lerp of what an adapter left something of, one of whose points has a second user, with sums of points."""
-    norm = x, weight, bias, 1e-5, last, maa
-    again, ends, points, totals = mix.norm_lerp(*norm, twice=1, left=left, bones=(64, 64))
-    return again, ends, *points, *summed(points, (64, 64), totals)
-
-
-def summed_ddlerp(x, y, gate, last, weight, bias, *factors):
-    """norm_ddlerp with sums of points, and a row of several sequences."""
-    row, ranks = (x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors), (32, None, 32, 32)
-    total, ends, low, points, totals = mix.norm_ddlerp(*row, torch.tensor(BOUNDS, device=x.device), bones=ranks)
-    return total, ends, low, *points, *summed(points, ranks, totals)
-
-
-def summed(points, ranks, totals):
-    """Sums over shards, made by kernels or here; small, as gradients are cosines."""
-    made = [x.flatten(0, 1).unflatten(1, (-1, rank)).sum(1) for x, rank in zip(points, ranks) if rank is not None]
-    return [total / 8 for total in totals or made]
-
-
-def left_lerp(x, left, last, *parameters):
-    """norm_lerp of what an adapter left something of."""
-    total, ends, points, _ = mix.norm_lerp(x, *parameters[:2], 1e-5, last, parameters[2], left=left)
-    return total, ends, *points
-
-
-def left_ddlerp(x, y, gate, left_y, left_gate, last, weight, bias, *factors):
-    """norm_ddlerp of a gated residual whose parts adapters left something of."""
-    lefts = dict(left_y=left_y, left_gate=left_gate)
-    total, ends, low, points, _ = mix.norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *factors, **lefts)
-    return total, ends, low, *points
-
-
-def gated_wkv6(r, k, v, low, g, u, up, parameter, *norm):
-    """wkv6 with decay, norm and gate, of usual decays."""
-    return wkv6_gated((r, k, v), (low, up, parameter - 3), u, g, *norm, 64e-5)
-
-
-def gated_wkv7(r, w, k, v, low, again, g, a0, k_k, k_a, *parameters):
+def wkv7_with_keys(r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias, fused):
     """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
-    return wkv7_gated((r, w, k, v, low), (a0, 1 + k_k, 1 + k_a), again, g, *parameters, 64e-5)
+    keys = a0, 1 + k_k, 1 + k_a
+    if fused:
+        return WKV7WithKeys.apply(True, 64e-5, None, None, r, w, k, v, low, g, *keys, r_k, weight, bias)
+    k, a, b = mix.delta_keys(k, low, *keys)
+    y, state = wkv7(r, w, k, v, a, b)
+    return mix.norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, 64e-5), state
 
 
-def low_square(x, left, up, down):
-    """relu² between two adapters as LoRA's are; its results are of both."""
-    return mix.low_square(x, left, up.t(), down.t(), 64)
+def chain(x, key, value, opened, closing, fused):
+    """bat-in around the squared relu; small, as the gradient is its cosine."""
+    x = x.flatten(0, 1)
+    if fused:
+        k, tile = KeyUpToTile.apply(x, key, None, DENSE, opened, 1.0)
+        return ValueOfSquare.apply(k, tile, value, None, DENSE, closing, 1.0) / 8
+    return bat_in(mix.relu_square(bat_in(x, key, opened)), value, closing) / 8
 
 
-def shard_square(x, left):
-    """The same between a tile and a sum over shards."""
-    return mix.low_square(x, left, None, None, 64)
-
-
-def squared_bat_in(x, weight, bone, left):
-    """bat-in after the relu² of what another left open; small, as the gradient is its cosine."""
-    return bat_in(x, weight, bone, left=left) / 8
-
-
-def with_residual(method):
-    """A method whose product adds a residual, which comes last."""
-    return lambda *inputs: method(*inputs[:-1], residual=inputs[-1])
+# Of bfloat16 alone: fused, or by the operations that they fuse.
+FUSED = {
+    "norm_lerp": (norm_lerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), (2, C)), (0, 1)),
+    "norm_ddlerp": (norm_ddlerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), (0, 1)),
+    "norm_ddlerp, rank 64": (norm_ddlerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), (0, 1)),
+    "wkv7 with keys": (wkv7_with_keys, (*5 * [HEADS], ROWS, *3 * [VECTOR], HEADS_VECTOR, (C,), (C,)), range(6)),
+    "chain": (chain, (ROWS, (256, C), (C, 256), (C // 64, 64, 64), (4, 64, 64)), (0, 3, 4)),
+}
 
 
 def loss(logits):
@@ -156,48 +119,17 @@ OPS = {
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),
-    "wkv6_gated": (gated_wkv6, (*3 * [HEADS], (2, T, 64), ROWS, HEADS_VECTOR, (64, C), *DECAY), range(6)),
-    "wkv6_gated, rank 128": (gated_wkv6, (*3 * [HEADS], (2, T, 128), ROWS, HEADS_VECTOR, (128, C), *DECAY), range(6)),
-    "wkv6_gated, rank 32": (gated_wkv6, (*3 * [HEADS], (2, T, 32), ROWS, HEADS_VECTOR, (32, C), *DECAY), range(6)),
-    "wkv7_gated": (gated_wkv7, (*6 * [HEADS], ROWS, *3 * [VECTOR], HEADS_VECTOR, (C,), (C,)), range(7)),
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),
-    "low_square": (low_square, (ROWS, (2 * T, 64), (C, 64), (64, C)), None),
-    "low_square, repeated": (shard_square, (ROWS, (2 * T, 64)), None),
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
-    "layer_norm": (lambda *inputs: mix.layer_norm(*inputs, 1e-5), (ROWS, (C,), (C,)), None),
-    "norm_lerp": (norm_lerp, (ROWS, (2, C), (C,), (C,), (2, C)), (0, 1)),
-    "norm_ddlerp": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
-    "norm_ddlerp, rank 64": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), range(4)),
-    "norm_ddlerp, trained": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), None),
-    "norm_lerp, bent": (bent_norm_lerp, (ROWS, (2, C), (C,), (C,), (2, C), *2 * [(C // 64, 64, 64)]), (0, 1, 5, 6)),
-    "norm_ddlerp, bent": (
-        bent_norm_ddlerp,
-        (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32], *2 * [(C // 32, 32, 32)]),
-        (0, 1, 2, 3, 11, 12),
-    ),
-    "norm_lerp, summed": (summed_lerp, (ROWS, (4, 2 * T, 64), (2, C), (C,), (C,), (2, C)), range(3)),
-    "norm_ddlerp, summed": (summed_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
-    "norm_lerp, left": (left_lerp, (ROWS, (4, 2 * T, 64), (2, C), (C,), (C,), (2, C)), range(3)),
-    "norm_ddlerp, left": (
-        left_ddlerp,
-        (*3 * [ROWS], *2 * [(4, 2 * T, 128)], (2, C), (C,), (C,), *DDLERP[32]),
-        range(6),
-    ),
-    "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
     "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
     "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
-    "bat-in, relu²": (squared_bat_in, (ROWS, (256, C), (C // 64, 64, 64), (2 * T, 64)), (0, 2, 3)),
-    "bat-in, relu², rank 128": (squared_bat_in, (ROWS, (256, C), (C // 128, 128, 128), (2 * T, 128)), (0, 2, 3)),
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
-    "residual": (adding.linear, (ROWS, (256, C), SUM), None),
-    "residual, bat-in": (with_residual(bat_in), (ROWS, (256, C), (C // 64, 64, 64), SUM), (0, 2, 3)),
-    "residual, bone": (with_residual(bone), (ROWS, (256, C), (64, 256), SUM), (0, 2, 3)),
-    "residual, lora": (with_residual(lora), (ROWS, (256, C), (64, C), (256, 64), SUM), (0, 2, 3, 4)),
+    "lora": (lora, (ROWS, (256, C), (64, C), (256, 64)), (0, 2, 3)),
     "loss": (loss, ((300, 65536),), ()),
 }
 
@@ -211,13 +143,13 @@ def inputs_of(shapes, device):
 
 def results(name, inputs, dtype, device, kernels=True):
     """The outputs of an operation and its gradients, in dtype."""
-    function, _, wanted = OPS[name]
+    function, _, wanted = (OPS | FUSED)[name]
+    function = partial(function, fused=kernels) if name in FUSED else function
     wanted = range(len(inputs)) if wanted is None else wanted
     leaves = [x.to(device=device, dtype=dtype, copy=True).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
     with ExitStack() as stack:
         if not kernels:
             stack.enter_context(patch.object(mix.op, "fused", lambda *_: False))
-            stack.enter_context(patch.object(adding, "inside_product", lambda *_: False))
             stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
             stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
         outs = function(*leaves)
@@ -229,8 +161,8 @@ def results(name, inputs, dtype, device, kernels=True):
 
 def check(device):
     """{operation, dtype, right, repeated, errors} of each operation."""
-    for name, (_, shapes, _) in OPS.items():
-        for dtype in (torch.float32, torch.bfloat16):
+    for name, (_, shapes, _) in (OPS | FUSED).items():
+        for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
             truth = results(name, inputs, torch.float64, device, kernels=False)
             plain = results(name, inputs, dtype, device, kernels=False)

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import gpu_ops
 import torch
@@ -247,9 +246,6 @@ def kernels():
     for shape in SHAPES:
         tensors, gy, further = keys_inputs(*shape)
         time_directions("wkv7 with keys", wkv7_cuda.WITH_KEYS, tensors, gy, bandwidth, **further)
-    for shape in SHAPES:
-        leaves, gy = inputs(RECURRENCES[0], *shape, 64, torch.bfloat16)
-        time_runs("wkv6 with norm and gate", gated_runs([x.detach() for x in leaves], gy), gy, bandwidth)
 
 
 def keys_inputs(B, T, H):
@@ -298,33 +294,6 @@ def time_runs(name, runs, gy, bandwidth):
             floor_us=round(1e3 * floor, 1),
             of_floor=round(floor / time_, 2),
         )
-
-
-def gated_runs(tensors, gy):
-    """Those of the kernels that make the norm and gate after wkv6, and a decay of rank 64 before it, of its inputs and
-    a gradient."""
-    kernels = wkv6_cuda.WITH_GATE
-    weight, bias, g = (torch.randn_like(x) for x in (gy[0, 0], gy[0, 0], gy))
-    gate = dict(g=g, weight=weight, bias=bias, eps=64e-5)
-    forward = partial(kernels.forward, *tensors, None, None, save=True, out=torch.empty_like(g), **gate)
-    y, _, checkpoints = forward()
-    further = dict(y=y, gg=torch.empty_like(g), **gate)
-    backward = partial(kernels.backward, *tensors, None, None, checkpoints, gy, None, **further)
-    elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
-    runs = {"forward": (forward, 7 * elements + states)}
-    if not kernels.group_of(gy, gy.shape[0]):  # else w is given, and y's gradient made before, apart
-        low, up = gy[:, :, 0].contiguous(), torch.randn(64, weight.numel(), device="cuda", dtype=gy.dtype) / 64
-        r, k, v, _, u = tensors
-        inside, given = dict(low=low, up=up, decay=weight - 3), (r, k, v, None, u, None, None)
-        kernels = wkv6_cuda.WITH_DECAY[64]
-        forward = partial(kernels.forward, *given, save=True, out=torch.empty_like(g), **gate, **inside)
-        again = partial(kernels.backward, *given, checkpoints, gy, None, **further, **inside)
-        runs |= {
-            "forward with its decay": (forward, 6 * elements + states),
-            "backward": (backward, 12 * elements + states),
-            "backward with its decay": (again, 11 * elements + states),
-        }
-    return runs
 
 
 def peers(op, shape, leaves, gy):

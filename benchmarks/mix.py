@@ -40,7 +40,7 @@ def operations(T, H, dtype):
         "lerp, six at once": (lambda x, maa: mix.lerp(x, None, maa), tensors(1, *rows), parameters(1, 6, C)),
         "relu_square, 4 C wide": (mix.relu_square, tensors(1, 1, T, 4 * C), []),
         "delta_keys": (mix.delta_keys, tensors(2, *heads), parameters(3, 1, 1, C)),
-        "value_residual": (lambda *x: mix.value_residual(*x)[0], tensors(3, *rows), parameters(1, 1, 1, C)),
+        "value_residual": (mix.value_residual, tensors(3, *rows), parameters(1, 1, 1, C)),
         "norm_bonus_gate": (
             lambda *x: mix.norm_bonus_gate(*x, EPS),
             tensors(4, *heads) + tensors(1, *rows),

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.training.loss import linear_cross_entropy
@@ -38,7 +39,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
     ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # the latter two are ops/recurrence/eager.py's
-    ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear")),
+    ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear", "KeyUpToTile", "ValueOfSquare")),
     ("loss", ("LinearCrossEntropy",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
     ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate", "NormBonusGate")),
@@ -180,6 +181,7 @@ def make_step(family, config, weights, method, kind, args):
         rank = max(1, args.rank // 2)
     adapter = AdapterConfig(method=method if method in ("lora", "none") else "bone", mode=method, rank=rank)
     inject(model, adapter, family=family)
+    fuse(model, Setting(model.emb.weight.device))
     trained = [p for p in model.parameters() if p.requires_grad]
     if method != "none":
         for parameter in trained:

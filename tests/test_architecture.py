@@ -54,6 +54,7 @@ PARTS = (
     ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
+    ("fused", ("fused",), ("models", "adapters")),  # where these two meet; neither knows it, nor the other
     ("containers", ("files",), ("flags",)),
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
@@ -75,7 +76,7 @@ PARTS = (
     ("plots", ("plots", "comparison"), ("containers",)),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
-    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
+    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge", "fused")),
     (
         "run",
         ("training/run", "training/exams", "training/rank"),

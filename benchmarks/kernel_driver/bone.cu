@@ -49,10 +49,8 @@ static bool shards(Launcher sum, Launcher tiled, Launcher parts) {
     a.x = c.input<E>(TOKENS * width), a.total = c.result<E>(TOKENS * rank);
     c.launched(sum(a, blocks));
     a.tile = c.input<E>(GROUPS * TOKENS * rank);
-    for (const E* residual : {(E*)nullptr, c.input<E>(TOKENS * width)}) {
-        a.residual = residual, a.tiled = c.result<E>(TOKENS * width);
-        c.launched(tiled(a, blocks));
-    }
+    a.tiled = c.result<E>(TOKENS * width);
+    c.launched(tiled(a, blocks));
     a.parts = c.input<float>(GROUPS * a.count), a.total = c.result<E>(a.count);
     c.launched(parts(a, quotient_up(a.count, SHARD_THREADS)));
     return c.right();

@@ -84,7 +84,7 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
 }
 
 // The same of what it normalizes itself, with low's tanh and the first point's product inside, and what adds up the
-// parts; a point's gradient has that of its sum over shards beside it.
+// parts.
 static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh, Launcher tanh_backward) {
     Case c("mix ddlerp " + std::to_string(rank));
     MixArguments a = arguments(2 * NARROW, NARROW);
@@ -103,7 +103,6 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     for (int i = 1; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
     a.inputs[10] = factor, a.inputs[11] = c.input<bf16>(TOKENS * decay);
-    a.shard = 16, a.inputs[FIRST_OF_SUMS + 2] = c.input<bf16>(TOKENS * a.shard);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = glow;
     MixArguments sum = arguments(decay, MOST_SIZE);
     sum.n = groups, sum.inputs[0] = parts, sum.outputs[0] = factor;
@@ -112,66 +111,6 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     sum.channels = int(width), sum.inputs[0] = low, sum.inputs[1] = glow,
     sum.outputs[0] = c.result<bf16>(TOKENS * width);
     c.launched(tanh_backward(sum, row_blocks(sum)));
-    return c.right();
-}
-
-// Points that adapters bend, and one that is summed up, of what is normalized: with weights that depend on the token,
-// of columns of low, or not.
-static bool lerp_affine(int rank, int low_rank, Launcher forward, Launcher backward, Launcher sum) {
-    Case c("mix lerp_affine " + std::to_string(rank) + ", low " + std::to_string(low_rank));
-    MixArguments a = arguments(4 * WIDE, 2 * WIDE);
-    const int groups = 2, skipped = low_rank > 0, products = 2 * low_rank / WIDE, bent = 2;
-    const size_t elements = TOKENS * a.channels, matrix = size_t(a.channels) * rank;
-    a.n = LOW_POINTS, a.low_rank = low_rank, a.strip = TILE_TOKENS;
-    give_sequences<bf16>(c, a, false);
-    a.inputs[0] = c.input<bf16>(elements), a.inputs[3] = c.input<float>(2 * TOKENS);
-    if (low_rank) {
-        a.inputs[1] = c.input<bf16>(TOKENS * a.n * low_rank),
-        a.inputs[2] = c.input<bf16>(elements * a.n * low_rank / TOKENS);
-        a.inputs[4] = c.input<bf16>(a.channels * 2 * low_rank);
-        a.outputs[AFFINE_PARTS] = c.result<float>(groups * TOKENS * 2 * low_rank);
-    }
-    a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
-    a.parameters[1] = c.input<bf16>(a.channels), a.parameters[2] = c.input<bf16>(a.channels);
-    for (int i : {1, 3}) a.inputs[FIRST_BONE + i] = c.input<bf16>(matrix);
-    for (int i = skipped; i < a.n; i++) a.outputs[i] = c.result<bf16>(elements);
-    a.summed = 1 << 4, a.outputs[AFFINE_SHIFTS] = c.result<bf16>((bent + 1) * groups * TOKENS * rank);
-    c.launched(forward(a, quotient_up(TOKENS, AFFINE_TOKENS) * groups * (products + a.n - skipped)));
-    for (int i : {1, 3}) {
-        a.inputs[FIRST_OF_D + i] = c.input<bf16>(elements), a.inputs[FIRST_OF_G + i] = c.input<bf16>(TOKENS * rank);
-        a.outputs[i] = c.result<bf16>(elements);
-    }
-    const int strips = quotient_up(TOKENS, a.strip);
-    float* const parts = c.result<float>(strips * bent * matrix);
-    a.summed = 0, a.outputs[AFFINE_PARTS] = parts;
-    c.launched(backward(a, strips * a.channels / WIDE * bent));
-    MixArguments total = arguments(rank, MOST_SIZE);
-    total.tokens = bent * a.channels, total.n = strips, total.inputs[0] = parts;
-    total.outputs[0] = c.result<bf16>(bent * matrix);
-    c.launched(sum(total, row_blocks(total)));
-    return c.right();
-}
-
-// The squared relu with terms before and after it, each of a matrix by rows or by columns, or of the identity (0 to 2).
-static bool square(int rank, Launcher forward, Launcher backward, Launcher sum, int before, int after) {
-    Case c("mix square " + std::to_string(rank) + ", " + std::to_string(before) + " and " + std::to_string(after));
-    MixArguments a = arguments(3 * 64, 2 * 64);
-    const int groups = 2;
-    const size_t elements = TOKENS * a.channels;
-    bf16* const squares = c.result<bf16>(elements);
-    float* const parts = c.result<float>(groups * TOKENS * rank);
-    a.inputs[0] = c.input<bf16>(elements), a.inputs[2] = c.input<bf16>(TOKENS * rank);
-    bf16 *const up = c.input<bf16>(rank * a.channels), *const down = c.input<bf16>(rank * a.channels);
-    if (before < 2) a.inputs[3 + before] = up;
-    if (after < 2) a.inputs[5 + after] = down;
-    a.outputs[0] = squares, a.outputs[1] = parts;
-    c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
-    MixArguments total = arguments(rank, MOST_SIZE);
-    total.n = groups, total.inputs[0] = parts, total.outputs[0] = c.result<bf16>(TOKENS * rank);
-    c.launched(sum(total, row_blocks(total)));
-    a.inputs[1] = squares, a.outputs[0] = c.result<bf16>(elements);
-    a.outputs[1] = c.result<float>(groups * TOKENS * rank);
-    c.launched(backward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     return c.right();
 }
 
@@ -195,58 +134,26 @@ static bool bonus_gate(Launcher forward, Launcher backward) {
 
 // width: elements that a thread reads at once.
 template <class E>
-static bool layer_norm(Launcher forward, Launcher backward, Launcher sums, int channels, int width) {
-    Case c("mix layer_norm " + std::to_string(channels) + " " + DTYPE<E>);
-    MixArguments a = arguments(channels, width);
-    const size_t elements = TOKENS * channels;
-    float* const stats = c.result<float>(2 * TOKENS);
-    E* const x = c.input<E>(elements);
-    a.inputs[0] = x, a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements);
-    a.parameters[0] = c.input<E>(channels), a.parameters[1] = c.input<E>(channels);
-    c.launched(forward(a, TOKENS));
-    a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
-    a.outputs[0] = c.result<E>(elements);
-    c.launched(backward(a, TOKENS));
-    a.inputs[2] = stats, a.size = MOST_SIZE, a.sums[0] = strip_sums<E>(c, a), a.sums[1] = strip_sums<E>(c, a);
-    c.launched(sums(a, row_blocks(a)));
-    return c.right();
-}
-template <class E>
-static bool norm_lerp(Launcher forward, Launcher backward, int channels, int width, int shard) {
-    Case c("mix norm_lerp " + std::to_string(channels) + " " + std::to_string(shard) + " " + DTYPE<E>);
+static bool norm_lerp(Launcher forward, Launcher backward, int channels, int width) {
+    Case c("mix norm_lerp " + std::to_string(channels) + " " + DTYPE<E>);
     MixArguments a = arguments(channels, width);
     const size_t elements = TOKENS * channels;
     const int blocks = quotient_up(TOKENS, STRIP);
     a.n = LOW_POINTS;
     give_sequences<E>(c, a, true);
     float* const stats = c.result<float>(2 * TOKENS);
-    E *const sum = c.result<E>(elements), *const weight = c.input<E>(channels), *const maa = c.input<E>(a.n * channels);
-    E *const y = c.input<E>(elements), *const gate = c.input<E>(elements);
-    a.inputs[0] = c.input<E>(elements), a.inputs[1] = y, a.inputs[2] = gate;
-    a.shard = shard, a.parts = 3;
-    E* lefts[LEFTS];
-    for (int i = 0; i < LEFTS; i++) a.inputs[3 + i] = lefts[i] = c.input<E>(a.parts * TOKENS * shard);
+    E *const weight = c.input<E>(channels), *const maa = c.input<E>(a.n * channels);
+    a.inputs[0] = c.input<E>(elements);
     a.parameters[0] = weight, a.parameters[1] = c.input<E>(channels), a.parameters[2] = maa;
-    a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements), a.outputs[2] = sum;
-    a.outputs[3] = c.result<E>(a.sequences * channels);
-    for (int i = 0; i < a.n; i++) a.outputs[4 + i] = c.result<E>(elements);
-    for (int i = 0; i < LEFTS; i++) a.summed |= 2 << i, a.outputs[FIRST_TOTAL + i] = c.result<E>(TOKENS * shard);
+    a.outputs[0] = stats, a.outputs[1] = c.result<E>(a.sequences * channels);
+    for (int i = 0; i < a.n; i++) a.outputs[2 + i] = c.result<E>(elements);
     c.launched(forward(a, blocks));
-    a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
+    a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
     a.inputs[4] = c.input<E>(a.sequences * channels), a.parameters[1] = maa, a.outputs[0] = c.result<E>(elements);
-    a.last_point = 1, a.n++;  // which has two gradients
     for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
-    a.inputs[12] = y, a.inputs[13] = gate, a.outputs[1] = c.result<E>(elements), a.outputs[2] = c.result<E>(elements);
-    a.inputs[14] = lefts[1], a.inputs[15] = lefts[2];
-    for (int i = 0; i < LEFTS; i++) a.inputs[FIRST_GTOTAL + 1 + i] = c.input<E>(TOKENS * shard);
-    for (int i = 0; i < LEFTS; i++) a.outputs[3 + i] = c.result<E>(TOKENS * shard);
     c.launched(backward(a, blocks));
     return c.right();
 }
-
-#define LAYER_NORM(E, dtype, ...)                                                                      \
-    layer_norm<E>(LAUNCHER(mix_layer_norm_forward_##dtype), LAUNCHER(mix_layer_norm_backward_##dtype), \
-                  LAUNCHER(mix_layer_norm_sums_##dtype), __VA_ARGS__)
 
 #define NORM_LERP(E, dtype, ...) \
     norm_lerp<E>(LAUNCHER(mix_norm_lerp_forward_##dtype), LAUNCHER(mix_norm_lerp_backward_##dtype), __VA_ARGS__)
@@ -255,23 +162,14 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
            LAUNCHER(mix_tanh_forward_bfloat16), LAUNCHER(mix_tanh_backward_bfloat16))
 
-#define AFFINE(R, K)                                                                                 \
-    lerp_affine(R, K, LAUNCHER(mix_lerp_affine_forward_##R), LAUNCHER(mix_lerp_affine_backward_##R), \
-                LAUNCHER(mix_sum_parts_bfloat16))
-
-#define SQUARE(K, before, after)                                                                                     \
-    square(K, LAUNCHER(mix_square_forward_##K), LAUNCHER(mix_square_backward_##K), LAUNCHER(mix_sum_parts_bfloat16), \
-           before, after)
-
 int main() {
     const RowsOperation operations[] = {
-        ROWS(relu_square_forward, 1, 1, 0, 0, false),     ROWS(relu_square_backward, 2, 1, 0, 0, false),
-        ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),    ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
-        ROWS(gated_residual_forward, 3, 1, 0, 0, false),  ROWS(value_residual_forward, 3, 1, 1, 0, false),
-        ROWS(value_residual_backward, 6, 3, 1, 1, false), ROWS(norm_gate_forward, 2, 1, 2, 0, true),
-        ROWS(norm_gate_backward, 3, 2, 2, 2, true),       ROWS(delta_keys_forward, 2, 3, 3, 0, true),
-        ROWS(delta_keys_backward, 5, 2, 3, 3, true),      ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true),
-        ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
+        ROWS(relu_square_forward, 1, 1, 0, 0, false),    ROWS(relu_square_backward, 2, 1, 0, 0, false),
+        ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),   ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
+        ROWS(value_residual_forward, 3, 1, 1, 0, false), ROWS(value_residual_backward, 4, 3, 1, 1, false),
+        ROWS(norm_gate_forward, 2, 1, 2, 0, true),       ROWS(norm_gate_backward, 3, 2, 2, 2, true),
+        ROWS(delta_keys_forward, 2, 3, 3, 0, true),      ROWS(delta_keys_backward, 5, 2, 3, 3, true),
+        ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true), ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
     bool right = true;
     for (const RowsOperation& operation : operations) {
         right &= rows<float>(operation);
@@ -285,20 +183,8 @@ int main() {
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= DDLERP(32);
     right &= DDLERP(64);
-    right &= AFFINE(16, 32);
-    right &= AFFINE(32, 0);
-    right &= AFFINE(64, 0);
-    right &= AFFINE(64, 64);
-    right &= SQUARE(16, 0, 1);
-    right &= SQUARE(32, 1, 0);
-    right &= SQUARE(64, 0, 2);
-    right &= SQUARE(64, 2, 0);
-    right &= SQUARE(128, 2, 2);
-    right &= LAYER_NORM(float, float32, 2104, WIDEST<float>);
-    right &= LAYER_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
-    right &= LAYER_NORM(bf16, bfloat16, 2102, 2);
-    right &= NORM_LERP(float, float32, 2112, WIDEST<float>, 64);
-    right &= NORM_LERP(bf16, bfloat16, 2112, WIDEST<bf16>, 16);
-    right &= NORM_LERP(bf16, bfloat16, 1152, 2, 128);
+    right &= NORM_LERP(float, float32, 2112, WIDEST<float>);
+    right &= NORM_LERP(bf16, bfloat16, 2112, WIDEST<bf16>);
+    right &= NORM_LERP(bf16, bfloat16, 1152, 2);
     return right ? 0 : 1;
 }

@@ -21,8 +21,8 @@ struct Way {
 };
 
 #if GENERATION == 7
-constexpr int SCAN_BLOCKS = 4;                // of 128 threads, a sequence's head
-static Way way_of_more(bool backward, int) {  // of head size 64
+constexpr int SCAN_BLOCKS = 4;             // of 128 threads, a sequence's head
+static Way way_with_keys(bool backward) {  // of head size 64
     return backward
                ? Way{wkv7_backward_keys_64_run, 128, wkv7_backward_groups_keys_64_run, wkv7_backward_scan_64_run, 256}
                : Way{wkv7_forward_keys_64_run, 256, wkv7_forward_groups_keys_64_run, wkv7_forward_scan_64_run, 256};
@@ -40,37 +40,27 @@ static Way way(bool backward, int N, bool is_float32) {
 }
 static int scan_blocks(int) { return SCAN_BLOCKS; }
 #else
-#define WAY(N)                                                                                                     \
-    (backward ? Way{wkv6_backward_##N##_run, 2 * N, wkv6_backward_groups_##N##_run, wkv6_backward_scan_run, 2 * N} \
-              : Way{wkv6_forward_##N##_run, 2 * N, wkv6_forward_groups_##N##_run, wkv6_forward_scan_run, 2 * N})
 static Way way(bool backward, int N, bool is_float32) {
-    if (!is_float32 && N == 32) return WAY(32);
-    if (!is_float32 && N == 64) return WAY(64);
-    if (!is_float32 && N == 128) return WAY(128);
+    if (!is_float32 && N == 64)
+        return backward ? Way{wkv6_backward_64_run, 128, wkv6_backward_groups_64_run, wkv6_backward_scan_run, 128}
+                        : Way{wkv6_forward_64_run, 128, wkv6_forward_groups_64_run, wkv6_forward_scan_run, 128};
     const dim3 block(N, quotient_up(N, STRIP));
     if (is_float32) return {backward ? wkv6_backward_plain_float32_run : wkv6_forward_plain_float32_run, block};
     return {backward ? wkv6_backward_plain_bfloat16_run : wkv6_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
-static Way way_of_more(bool backward, int rank) {  // of head size 64
-    if (rank == 0) return {backward ? wkv6_backward_gated_64_run : wkv6_forward_gated_64_run, 128};
-    if (rank == 64) return {backward ? wkv6_backward_gated_64_decay_64_run : wkv6_forward_gated_64_decay_64_run, 128};
-    return {backward ? wkv6_backward_gated_64_decay_128_run : wkv6_forward_gated_64_decay_128_run, 128};
-}
+static Way way_with_keys(bool) { return {}; }
 #endif
 
-// group: the tokens of one where time is split, or 0; more: by the kernels that make wkv7's keys, or what follows wkv6;
-// rank: of wkv6's decay, where they make that, too, or 0.
+// group: the tokens of one where time is split, or 0; keys: by the kernels that make wkv7's keys.
 template <class E>
-static bool run(int N, int group = 0, bool more = false, int rank = 0) {
+static bool run(int N, int group = 0, bool keys = false) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
     Case c("wkv" + std::to_string(GENERATION) + " " + std::to_string(N) + " " + DTYPE<E> + " groups of " +
-           std::to_string(group) + (more ? " and more" : "") + (rank ? ", rank " + std::to_string(rank) : ""));
+           std::to_string(group) + (keys ? " with keys" : ""));
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1, channels = HEADS * N, state = channels * N;
     const size_t groups = group ? tokens / group + sequences : sequences, elements = tokens * channels;
-    const auto way_of = [&](bool backward) {
-        return more ? way_of_more(backward, rank) : way(backward, N, is_float32);
-    };
+    const auto way_of = [&](bool backward) { return keys ? way_with_keys(backward) : way(backward, N, is_float32); };
     const Way ways[] = {way_of(false), way_of(true)};
     Arguments a = {};
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = N;
@@ -84,7 +74,7 @@ static bool run(int N, int group = 0, bool more = false, int rank = 0) {
     const size_t slots = (tokens / SEGMENT + sequences) * state;
 #if GENERATION == 7
     const float small = 1 / std::sqrt(float(N));  // else states grow without bound
-    if (more) {
+    if (keys) {
         a.low = c.input<E>(elements), a.glow = c.result<E>(elements);
         a.a0 = c.input<E>(channels), a.k_k = c.input<E>(channels), a.k_a = c.input<E>(channels);
         a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
@@ -97,15 +87,7 @@ static bool run(int N, int group = 0, bool more = false, int rank = 0) {
     const size_t transitions = group ? groups * state : 0;
 #else
     a.u = c.input<float>(channels), a.gu = c.result<float>(groups * channels);
-    a.checkpoints = c.room<float>(ways[0].groups || more ? slots / 2 : slots);
-    if (more) {
-        a.g = c.input<E>(elements), a.weight = c.input<E>(channels), a.bias = c.input<E>(channels), a.eps = 1e-3f;
-        a.out = c.result<E>(elements), a.gg = c.result<E>(elements);
-    }
-    if (rank) {
-        a.low = c.input<E>(tokens * rank), a.up = c.input<E>(rank * channels, -1 / float(rank), 1 / float(rank));
-        a.decay = c.input<E>(channels, -6, 1), a.w = nullptr;
-    }
+    a.checkpoints = c.room<float>(ways[0].groups ? slots / 2 : slots);
     const size_t transitions = group ? groups * channels : 0;
 #endif
     if (group) a.transitions = c.room<float>(transitions);
@@ -127,9 +109,7 @@ int main() {
         right &= run<bf16>(N);
         if (way(false, N, false).groups) right &= run<bf16>(N, 64);
     }
-    right &= run<bf16>(64, 0, true);
-    if (way_of_more(false, 0).groups) right &= run<bf16>(64, 64, true);
-    if (GENERATION == 6)
-        for (const int rank : {64, 128}) right &= run<bf16>(64, 0, true, rank);
+    if (GENERATION == 7)
+        for (const int group : {0, 64}) right &= run<bf16>(64, group, true);
     return right ? 0 : 1;
 }

@@ -16,9 +16,8 @@ struct BoneArguments {
     const void* g;     // (tokens, rank): the gradient of the shift
     float* parts;      // (strips, shards, rank, rank): that of bone, a strip's tokens' part
     const void* tile;  // (groups, tokens, rank): what is added up
-    const void* residual;  // (tokens, width): what the tiles are added to, or null
-    void* tiled;           // (tokens, width): the tiles, repeated along the rows
-    void* total;           // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
+    void* tiled;       // (tokens, width): the tiles, repeated along the rows
+    void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
     index_t tokens, count;
     int width, rank;
     int groups, strip;  // strip: tokens, or rows of rank elements of a weight, that a block has

@@ -42,13 +42,7 @@ __device__ void tiled_by(const BoneArguments& a) {
             add_to<E, V>(tile, (const E*)a.tile + (group * a.tokens + t) * a.rank + j);
         E* row = (E*)a.tiled + t * a.width;
         #pragma unroll 4
-        for (int c = j; c < a.width; c += a.rank) {
-            float sum[V] = {};
-            if (a.residual) load_vector<E, V>(sum, (const E*)a.residual + t * a.width + c);
-            #pragma unroll
-            for (int e = 0; e < V; e++) sum[e] += tile[e];
-            store_vector<E, V>(row + c, sum);
-        }
+        for (int c = j; c < a.width; c += a.rank) store_vector<E, V>(row + c, tile);
     });
 }
 

@@ -6,8 +6,8 @@
 // stand. Elements are float32 or bf16, by the kernel's name; tensors are (tokens, channels) and contiguous, aligned to
 // two elements; a null pointer marks what the caller does not have or want.
 struct MixArguments {
-    const void* inputs[23];
-    void* outputs[13];
+    const void* inputs[12];
+    void* outputs[8];
     const void* parameters[4];  // (channels) each
     float* sums[6];             // (strips, channels): sums over a strip's tokens, to be added up
     const index_t* bounds;      // lerp: sequence n is tokens bounds[n] to bounds[n + 1]; null: each is `length` tokens
@@ -17,11 +17,7 @@ struct MixArguments {
     int channels, size;  // size: channels of a group, which one warp has of a token; even, at most 128
     int strip;           // tokens of a block
     int n;               // lerp: how many points, or gradients of them
-    int low_rank;        // lerp_affine: columns of a point's low; 0: there is none
-    int last_point;      // norm_lerp, backward: whose gradient the last is, n - 1 or one that has two
     int length, sequences;
-    int shard, parts;  // norm_lerp: of what adapters left, left.cuh; shard: of sums of points, too
-    int summed;        // forward: of which points sums over shards are wanted, point i's bit being 1 << i
     float eps;
     int device;
 };

@@ -1,5 +1,5 @@
-// Operations of single elements: max(x, 0)^2, sigmoid(r) v, x + sigmoid(r) v, RWKV-7's residual of values, and sums
-// of what square.cuh gives in parts, and tanh of what low_rank.cuh does.
+// Operations of single elements: max(x, 0)^2, sigmoid(r) v, RWKV-7's residual of values, and tanh of sums whose parts
+// low_rank.cuh gives.
 #pragma once
 #include "mix/rows.cuh"
 
@@ -49,16 +49,6 @@ struct SigmoidGateBackward : Operation<E> {  // r, v, grad -> gr, gv
 };
 
 template <class E>
-struct GatedResidualForward : Operation<E> {  // x, r, v -> x + sigmoid(r) v
-    static constexpr int SUMS = 0;
-    using Operation<E>::Operation;
-    __device__ void row(index_t t) {
-        const Values x = this->in(0, t), r = this->in(1, t), v = this->in(2, t);
-        this->out(0, t, each([&](int e) { return x.x[e] + sigmoid(r.x[e]) * v.x[e]; }));
-    }
-};
-
-template <class E>
 struct ValueResidualForward : Operation<E> {  // v, first, low; v0 -> v + (first - v) sigmoid(v0 + low)
     static constexpr int SUMS = 0;
     const Values v0;
@@ -70,9 +60,8 @@ struct ValueResidualForward : Operation<E> {  // v, first, low; v0 -> v + (first
     }
 };
 
-// v, first, low, grad, more of it or null, what else `first` gets or null; v0 -> gv, gfirst, glow; gv0
 template <class E>
-struct ValueResidualBackward : Operation<E> {
+struct ValueResidualBackward : Operation<E> {  // v, first, low, grad; v0 -> gv, gfirst, glow; gv0
     static constexpr int SUMS = 1;
     const Values v0;
     Values sums[SUMS] = {zero_values()};
@@ -80,13 +69,12 @@ struct ValueResidualBackward : Operation<E> {
         : Operation<E>(a, part), v0(this->parameter(0)) {}
     __device__ void row(index_t t) {
         const Values v = this->in(0, t), first = this->in(1, t), low = this->in(2, t);
-        const Values half = this->in(3, t), more = this->in_or_zeros(4, t), passed = this->in_or_zeros(5, t);
-        const Values grad = each([&](int e) { return half.x[e] + more.x[e]; });
+        const Values grad = this->in(3, t);
         const Values share = each([&](int e) { return sigmoid(v0.x[e] + low.x[e]); });
         const Values glow =
             each([&](int e) { return grad.x[e] * (first.x[e] - v.x[e]) * share.x[e] * (1.f - share.x[e]); });
         this->out(0, t, each([&](int e) { return grad.x[e] * (1.f - share.x[e]); }));
-        this->out(1, t, each([&](int e) { return passed.x[e] + grad.x[e] * share.x[e]; }));
+        this->out(1, t, each([&](int e) { return grad.x[e] * share.x[e]; }));
         this->out(2, t, glow);
         sums[0] = each([&](int e) { return sums[0].x[e] + glow.x[e]; });
     }
@@ -102,13 +90,6 @@ __device__ __forceinline__ Values sum_of_parts(const Operation<E>& op, int i, in
     }
     return sum;
 }
-
-template <class E>
-struct SumParts : Operation<E> {  // float parts (n, tokens, channels) -> their sum
-    static constexpr int SUMS = 0;
-    using Operation<E>::Operation;
-    __device__ void row(index_t t) { this->out(0, t, sum_of_parts<float>(*this, 0, t)); }
-};
 
 template <class E>
 struct TanhForward : Operation<E> {  // float parts (n, tokens, channels) -> tanh of their sum

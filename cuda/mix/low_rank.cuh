@@ -8,14 +8,13 @@
 // once; steps of channels have their `up` and `down` from the L2 cache, for 64 tokens at once.
 #pragma once
 #include "common/fetch.cuh"
-#include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
+#include "mix/norm_rows.cuh"
 #include "mix/tiles.cuh"
 
 constexpr int LOW_POINTS = 5;
 constexpr int LOW_THREADS = 128;
-constexpr int NARROW = 32;         // channels of a step in backward
-constexpr int FIRST_OF_SUMS = 12;  // of backward's inputs, the gradients of the sums of points over shards
+constexpr int NARROW = 32;  // channels of a step in backward
 
 // Channels `at` + tile_column of p, as each row of a tile has them.
 __device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
@@ -200,25 +199,10 @@ __device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const Tile
     return rounded(before);
 }
 
-// Adds the gradient of point i's sum over shards (tokens, shard), or nothing where that is null, to each shard of the
-// point's own from channel c0 on: each thread to what it has brought.
-__device__ __forceinline__ void add_to_shards(const MixArguments& a, const TilePart& part, int i, int c0,
-                                              bf16 (*grad)[NARROW + PADDING]) {
-    const void* sums = a.inputs[FIRST_OF_SUMS + i];
-    if (!sums) return;
-    for (int at = threadIdx.x; at < part.valid * (NARROW / 8); at += blockDim.x) {
-        const int row = at / (NARROW / 8), column = at % (NARROW / 8) * 8;
-        float x[8];
-        load_vector<bf16, 8>(x, &grad[row][column]);
-        add_low<bf16, 8>(a, sums, part.t0 + row, c0 + column, x);
-        store_vector<bf16, 8>(&grad[row][column], x);
-    }
-}
-
 // x, low, up, stats and down or null, five grads, or the last four of them and the decay's factor with its gradient
-// (tokens, 2 K), of each of these four points that of its sum over shards or null; maa, weight and bias where stats
-// are -> the gradient of what is mixed, glast, and that of low's tanh by a group's channels, (groups, tokens, 5 K). A
-// tile's last token is the next one's first: its gradient of what precedes it is all that is wanted of it here.
+// (tokens, 2 K); maa, weight and bias where stats are -> the gradient of what is mixed, glast, and that of low's tanh
+// by a group's channels, (groups, tokens, 5 K). A tile's last token is the next one's first: its gradient of what
+// precedes it is all that is wanted of it here.
 template <int K>
 __device__ void low_backward(const MixArguments& a) {
     auto& shared = *(LowBackwardShared<K>*)dynamic_shared();
@@ -250,8 +234,6 @@ __device__ void low_backward(const MixArguments& a) {
         if (a.inputs[4])
             fetch_rows<2 * K>(shared.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, NARROW, NARROW);
         cp_async_wait_all();
-        #pragma unroll 1
-        for (int i = 1; i < LOW_POINTS; i++) add_to_shards(a, block, i, c0, shared.grads[i - 1]);
         __syncthreads();  // the step's rows have arrived
         #pragma unroll 1
         for (int j = 0; j < NARROW; j += 16) {

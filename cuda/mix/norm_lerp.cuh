@@ -1,13 +1,11 @@
-// Residual, layer norm and token shift with interpolation in one, for norms and points that are frozen: what is
-// normalized is not read back to be mixed. A block has a strip of tokens; forward normalizes the token before it once
-// more, backward reads the gradients of the token after it once more. layer_norm.cuh and lerp.cuh have the formulas.
+// Layer norm and token shift with interpolation in one, for norms and points that are frozen: the normalized input is
+// not read back to be mixed. A block has a strip of tokens; forward normalizes the token before it once more, backward
+// reads the gradients of the token after it once more. norm_rows.cuh and lerp.cuh have the formulas.
 #pragma once
-#include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
+#include "mix/norm_rows.cuh"
 
 constexpr int MOST_MIXED = 4096;  // channels
-constexpr int FIRST_TOTAL = 10;   // of forward's outputs, the points' sums over shards
-constexpr int FIRST_GTOTAL = 16;  // of backward's inputs, a point's after a point's
 // Forward's blocks to a multiprocessor: four, but on Blackwell, for which the compiler would spill registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int NORM_LERP_BLOCKS = 3;
@@ -28,9 +26,7 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
     return (index_t)place.sequence * a.channels;
 }
 
-// x, y and gate or null, what was left of x, y and gate, or null each; weight, bias, maa (n, channels) -> stats, normal
-// or null, the sum where there is more than x, the last of each sequence's, n points, and the sums over shards of those
-// points of which they are wanted, LEFTS at most
+// x; weight, bias, maa (n, channels) -> stats, the last of each sequence's norms, n points
 template <class E, int V>
 __device__ void norm_lerp_forward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
@@ -38,8 +34,7 @@ __device__ void norm_lerp_forward_by(const MixArguments& a) {
     for (index_t t = strip.begin - !begins(a, strip.begin); t < strip.end; t++) {
         const bool own = t >= strip.begin, ends = begins(a, t + 1);
         const Place place = place_of(a, t);
-        const RowStats stats = sum_row<E, V>(a, t, row, own);
-        ShardSums<V> totals;
+        const RowStats stats = read_row<E, V>(a, t, row, own);
         each_own<V>(a, [&](int c) {
             float x[V], previous[V] = {};
             normalize_row<E, V>(a, stats, row, c, x);
@@ -52,62 +47,34 @@ __device__ void norm_lerp_forward_by(const MixArguments& a) {
             if (!own) return;
             const index_t at = t * a.channels + c;
             if (place.first && a.last) load_vector<E, V>(previous, (const E*)a.last + sequence_at(a, place) + c);
-            if (a.outputs[1]) store_vector<E, V>((E*)a.outputs[1] + at, x);
-            if (ends) store_vector<E, V>((E*)a.outputs[3] + sequence_at(a, place) + c, x);
+            if (ends) store_vector<E, V>((E*)a.outputs[1] + sequence_at(a, place) + c, x);
             #pragma unroll 1  // not more, which take registers that a fourth block needs
-            for (int i = 0, summed = 0; i < a.n; i++) {
+            for (int i = 0; i < a.n; i++) {
                 float m[V];
                 load_vector<E, V>(m, (const E*)a.parameters[2] + i * a.channels + c);
                 #pragma unroll
                 for (int e = 0; e < V; e++) m[e] = x[e] + (previous[e] - x[e]) * m[e];
-                store_vector<E, V>((E*)a.outputs[4 + i] + at, m);
-                if (a.summed >> i & 1) totals.add_to(summed++, m);
+                store_vector<E, V>((E*)a.outputs[2 + i] + at, m);
             }
         });
-        if (own) store_shard_sums<E, V, NORM_THREADS / 32>(a, FIRST_TOTAL, t, totals, row);
     }
 }
 
-// Adds up what token t's gradients of the points and of their sums over shards give to itself and to what precedes it.
+// Adds up what token t's gradients of the points give to itself and to the token before it.
 template <class E, int V>
 __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int c, float (&own)[V],
                                           float (&passed)[V]) {
     for (int i = 0; i < a.n; i++) {
-        const int point = i < a.n - 1 ? i : a.last_point;
         float m[V], grad[V];
-        load_vector<E, V>(m, (const E*)a.parameters[1] + point * a.channels + c);
+        load_vector<E, V>(m, (const E*)a.parameters[1] + i * a.channels + c);
         load_vector<E, V>(grad, (const E*)a.inputs[5 + i] + t * a.channels + c);
-        add_low<E, V>(a, a.inputs[FIRST_GTOTAL + i], t, c, grad);
         #pragma unroll
         for (int e = 0; e < V; e++) own[e] += grad[e] * (1.f - m[e]), passed[e] += grad[e] * m[e];
     }
 }
 
-// The gradients of y and gate from that of x + sigmoid(gate) y, for channels c, c + 1, … of token t.
-template <class E, int V>
-__device__ __forceinline__ void store_gated(const MixArguments& a, index_t t, int c, const float (&grad)[V],
-                                            ShardSums<V>& sums) {
-    const index_t at = t * a.channels + c;
-    float y[V], gate[V];
-    load_vector<E, V>(y, (const E*)a.inputs[12] + at);
-    load_vector<E, V>(gate, (const E*)a.inputs[13] + at);
-    add_left<E, V>(a, a.inputs[14], t, c, y);
-    add_left<E, V>(a, a.inputs[15], t, c, gate);
-    #pragma unroll
-    for (int e = 0; e < V; e++) {
-        const float open = sigmoid(gate[e]);
-        gate[e] = grad[e] * y[e] * open * (1.f - open);
-        y[e] = grad[e] * open;
-    }
-    store_vector<E, V>((E*)a.outputs[1] + at, y);
-    store_vector<E, V>((E*)a.outputs[2] + at, gate);
-    sums.add(1, y);
-    sums.add(2, gate);
-}
-
-// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's or null, n grads of points, y
-// and gate or null, what was left of them or null, of each point the gradient of its sum over shards or null; weight,
-// maa -> the gradient of x, those of y and gate, and those of what was left of the three, or null each; glast
+// x, grad of its norm or null, grad of x from the residual, stats, grad of the last of each sequence's norms or null, n
+// grads of points; weight, maa -> the gradient of x; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back
@@ -138,12 +105,7 @@ __device__ void norm_lerp_backward_by(const MixArguments& a) {
             if (place.first && a.glast) store_vector<E, V>((E*)a.glast + sequence_at(a, place) + c, passed);
             gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
         });
-        ShardSums<V> sums;
-        store_row_gradient<E, V>(a, stats, t, row, sum, along, [&](int c, const float (&grad)[V]) {
-            sums.add(0, grad);
-            if (a.inputs[13]) store_gated<E, V>(a, t, c, grad, sums);
-        });
-        store_shard_sums<E, V, NORM_THREADS / 32>(a, 3, t, sums, row);
+        store_row_gradient<E, V>(a, stats, t, row, sum, along);
     }
 }
 

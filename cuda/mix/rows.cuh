@@ -129,7 +129,6 @@ struct Operation {
 
     __device__ index_t at(index_t t) const { return t * a.channels + part.channel; }
     __device__ Values in(int i, index_t t) const { return load<E>(a.inputs[i], at(t), part.size); }
-    __device__ Values in_or_zeros(int i, index_t t) const { return a.inputs[i] ? in(i, t) : zero_values(); }
     __device__ Values parameter(int i) const { return load<E>(a.parameters[i], part.channel, part.size); }
     __device__ void out(int i, index_t t, const Values& v) const {
         if (a.outputs[i]) save<E>(a.outputs[i], at(t), part.size, v);

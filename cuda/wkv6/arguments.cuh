@@ -18,22 +18,15 @@ struct Arguments {
     float* final_state;         // (sequences, heads, K, V)
     float* checkpoints;   // (tokens / SEGMENT + sequences, heads, K, V), or as chunk.cuh's Checkpoint has it; null
                           // in a forward without backward
-    const void* gy;       // gradients, named after what they belong to; gy of out, where backward makes that of y
+    const void* gy;       // gradients, named after what they belong to
     const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;
     float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
-    float* gstate;       // or null, but where the chunked kernel of head size 128 keeps states here in between, or
-                         // one that makes w keeps that
+    float* gstate;       // or null
     float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds; then as gstate
     float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
-    const void *g, *weight, *bias;  // where the kernels make what follows y (gate.cuh): the gate, elements as y's, and
-                                    // the norm's parameters, elements (heads, head_size)
-    void *out, *gg;                 // what the gate lets through, elements as y's
-    const void *low, *up, *decay;   // where the kernels make w (decay.cuh): elements (tokens, rank), (rank, heads,
-                                    // head_size) and (heads, head_size)
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
-    float eps;          // the norm's
 };
 
 using Sequence = SequenceOf<SEGMENT>;

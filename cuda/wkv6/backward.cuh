@@ -2,10 +2,9 @@
 // v = 16 i .. of dSᵀ, both in registers from the last token to the first; the head comment of wkv6.cu explains
 // the algorithm.
 #pragma once
-#include "wkv6/decay.cuh"
-#include "wkv6/gate.cuh"
+#include "wkv6/chunk.cuh"
 
-template <int N, bool GATED>
+template <int N>
 struct BackwardShared {
     struct { typename Shape<N>::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
     // Of a chunk; between two segments the place is free.
@@ -14,7 +13,6 @@ struct BackwardShared {
         float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
     } made;
     float u[N], gy_v[CHUNK];  // gy_v: sum over v of gy v
-    GateShared<N, GATED> gate;
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns before each element's
@@ -49,11 +47,10 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
     return sums;
 }
 
-// R: the decay's rank where it is made here, or 0 where w is given.
-template <int N, bool GATED, int R = 0>
+template <int N>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    BackwardShared<N, GATED>& shared = *(BackwardShared<N, GATED>*)dynamic_shared();
+    BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.made.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
@@ -66,27 +63,15 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     const int segments = (s.length + SEGMENT - 1) / SEGMENT;
     int stage = 0;  // shared.chunk[stage] is in use
 
-    // Where a segment's w waits that is made here: in the place of the state's gradient, which is written last.
-    bf16* const decays_made = (bf16*)(a.gstate + s.state);
-    static_assert(R == 0 || SEGMENT * sizeof(bf16) <= N * sizeof(float), "room for a segment's w");
-
-    // Backward visits each chunk but a segment's last twice: forward, to rebuild the states, then in reverse. `opens`
-    // a segment: whose w is made once the rest of the chunk is on its way.
-    const auto start_fetch = [&](int into, int t0, bool reverse, bool opens = false) {
+    // Backward visits each chunk but a segment's last twice: forward, to rebuild the states, then in reverse.
+    const auto start_fetch = [&](int into, int t0, bool reverse) {
         auto& next = shared.chunk[into];
         fetch<N>(next.k, a.k, s, t0);
         fetch<N>(next.v, a.v, s, t0);
-        if (!R) fetch<N>(next.w, a.w, s, t0);
-        if (R && !opens) cp_async_16(own<N>(next.w), decays_made + t0 % SEGMENT * N + tid * 8, true);
+        fetch<N>(next.w, a.w, s, t0);
         if (reverse) {
             fetch<N>(next.r, a.r, s, t0);
-            fetch<N>(next.gy, a.gy, s, t0);  // GATED: of out, in whose place that of y will be
-        }
-    };
-    const auto start_gate_fetch = [&](int t0) {
-        if constexpr (GATED) {
-            fetch<N>(shared.gate.y, a.y, s, t0);
-            fetch<N>(shared.gate.g, a.g, s, t0);
+            fetch<N>(next.gy, a.gy, s, t0);
         }
     };
     const auto arrive = [&]() {  // at the chunk whose fetch was started last
@@ -95,19 +80,14 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         stage ^= 1;
     };
 
-    // The states inside a segment wait where nobody has written yet: four tiles of a thread where the gradients of the
-    // chunk before will be, once nobody reads them any more; the rest, where N is 128, in the place of the state's
-    // gradient, which is written last, or of the group's, which has been read. Tile b of the thread, of the state after
-    // the chunk that begins at token t0.
-    static_assert((CHUNKS - 1) * (tiles - 4) * 32 * (int)sizeof(Tile) <= 16 * N * (int)sizeof(float), "a warp's share");
+    // The states inside a segment wait where nobody has written yet: where the gradients of the chunk before will be,
+    // once nobody reads them any more. Tile b of the thread, of the state after the chunk that begins at token t0.
+    static_assert(tiles <= 4, "a gradient for each tile");
     const auto waiting = [&](int t0, int b) -> Tile& {
-        const int place = (t0 % SEGMENT / CHUNK * (tiles - 4) + b - 4) * Shape<N>::threads + tid;
-        if (b >= 4) return ((Tile*)((a.group ? a.parts : a.gstate) + s.state))[place];
         void* const room = b == 0 ? a.gr : b == 1 ? a.gk : b == 2 ? a.gv : a.gw;
         return *(Tile*)((bf16*)room + s.elements + (t0 + own_row) * s.stride + own_column);
     };
 
-    if constexpr (GATED) load_parameters(shared.gate, a, s);
     if (tid < N) shared.u[tid] = a.u[s.channel(a) + tid];
     const float* ends = a.group ? a.parts : a.gfinal;
     const float* end = ends ? ends + s.state : nullptr;
@@ -115,10 +95,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     load_state<N>(dS, end, c0, false);
     load_state<N>(dSt, end, c0, true);
     float gu[2] = {0.f, 0.f};
-    if (segments > 0) {
-        start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK, true);
-        start_gate_fetch((s.length - 1) / CHUNK * CHUNK);
-    }
+    if (segments > 0) start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
 
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = segment * SEGMENT;
@@ -127,10 +104,6 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const Checkpoint<N> checkpoint(a, s, begin);
         #pragma unroll
         for (int b = 0; b < tiles; b++) S[b] = widened(checkpoint(c0 / 16, b));
-        if constexpr (R > 0) {
-            static_assert(sizeof(LowRows<R>) <= sizeof(shared.made), "room for low");
-            make_decay<N, R>(a, s, begin, c0, *(LowRows<R>*)&shared.made, decays_made, shared.chunk[stage ^ 1].w);
-        }
         for (int i = 0; i < chunks - 1; i++) {
             arrive();
             start_fetch(stage ^ 1, begin + (i + 1) * CHUNK, i + 1 == chunks - 1);
@@ -155,32 +128,21 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         for (int i = chunks - 1; i >= 0; i--) {
             const int t0 = begin + i * CHUNK, valid = min(CHUNK, s.length - t0);
             arrive();
-            const GateRows rows = own_rows(shared.gate);
-            if (t0 > 0) start_gate_fetch(t0 - CHUNK);
             if (i > 0)
                 start_fetch(stage ^ 1, t0 - CHUNK, true);
             else if (segment > 0)
-                start_fetch(stage ^ 1, begin - SEGMENT, false, true);
+                start_fetch(stage ^ 1, begin - SEGMENT, false);
             auto& in = shared.chunk[stage];
 
             Decays<N> decays(in.w, valid, o);
             const float bonus =
                 row_dot<N, true>(load_eight(own<N>(in.r)), load_eight(own<N>(in.k)), &shared.u[own_column]);
-            GateGradients gate = {load_eight(own<N>(in.gy)), {}};
-            if constexpr (GATED) {
-                gate = gate_gradients<N>(rows, gate.gy, shared.gate, a.eps);
-                store_eight(own<N>(in.gy), gate.gy);
-            }
-            const float gy_v = row_dot<N, false>(gate.gy, load_eight(own<N>(in.v)));
+            const float gy_v = row_dot<N, false>(load_eight(own<N>(in.gy)), load_eight(own<N>(in.v)));
             if (own_column == 0) {
                 o.bonus[own_row] = bonus;
                 shared.gy_v[own_row] = gy_v;
             }
             __syncthreads();  // the quarters are known
-            if constexpr (GATED) {
-                const index_t at = s.elements + (t0 + own_row) * s.stride + own_column;
-                if (own_row < valid) store_eight((bf16*)a.gg + at, gate.gg);
-            }
             Pair factor[4];
             decays.halves(o);
             decays.reads(factor);
@@ -191,11 +153,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             decays.keep(factor, shared.made.write);
             __syncthreads();  // the operands are complete
 
-            // The state before the chunk comes from far: it is asked for at once where registers are there for it.
-            constexpr int EARLY = N <= 64 ? tiles : 0;
+            // The state before the chunk comes from far: it is asked for at once.
             Tile states[tiles];
             #pragma unroll
-            for (int b = 0; b < EARLY; b++) states[b] = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
+            for (int b = 0; b < tiles; b++) states[b] = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
 
             // gv = scoresᵀ gy + k_end dS, by rows of time; each warp its 16 columns v.
             Accumulator scores_t = zeros(), gv = zeros();  // (s, t), (s, v)
@@ -224,9 +185,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             }
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
-                const Tile state = b < EARLY ? states[b] : i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
-                multiply(gr_across, state, load_right(&in.gy[0][b * 16], stride));
-                const Accumulator before = widened(state);
+                multiply(gr_across, states[b], load_right(&in.gy[0][b * 16], stride));
+                const Accumulator before = widened(states[b]);
                 #pragma unroll
                 for (int e = 0; e < 8; e++) state_gradient[e / 2 % 2] += before.c[e] * dS[b].c[e];
             }

@@ -35,13 +35,8 @@
 // (across: the first terms of gr and gk above; inside: the second), which is a difference only within the chunk, and
 // there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
 //
-// In the model a norm of each head and a gate follow. The gated kernels make these as well (gate.cuh): forward once a
-// chunk's y is whole, backward where it needs gy, from the gradient of what the gate lets through. There w comes of a
-// parameter and a product of low rank, which they can make as well (decay.cuh): forward a chunk ahead, backward a
-// segment at a time.
-//
-// Chunked kernels exist for bf16 and head sizes 32, 64 and 128; all else goes through the plain kernels, one token at a
-// time (plain.cuh). ops/wkv6/cuda.py chooses.
+// Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
+// kernels, one token at a time (plain.cuh). ops/wkv6/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -52,28 +47,10 @@
 #include "wkv6/groups.cuh"
 #include "wkv6/plain.cuh"
 
-RECURRENCE_KERNEL(wkv6_forward_32, (chunked_forward<32, false>), 64, 8, sizeof(ForwardShared<32, false>))
-RECURRENCE_KERNEL(wkv6_forward_64, (chunked_forward<64, false>), 128, 5, sizeof(ForwardShared<64, false>))
-RECURRENCE_KERNEL(wkv6_forward_128, (chunked_forward<128, false>), 256, 2, sizeof(ForwardShared<128, false>))
-RECURRENCE_KERNEL(wkv6_forward_gated_64, (chunked_forward<64, true>), 128, 5, sizeof(ForwardShared<64, true>))
-RECURRENCE_KERNEL(wkv6_forward_gated_64_decay_64, (chunked_forward<64, true, 64>), 128, 4,
-                  sizeof(ForwardShared<64, true, 64>))
-RECURRENCE_KERNEL(wkv6_forward_gated_64_decay_128, (chunked_forward<64, true, 128>), 128, 3,
-                  sizeof(ForwardShared<64, true, 128>))
-RECURRENCE_KERNEL(wkv6_backward_32, (chunked_backward<32, false>), 64, 6, sizeof(BackwardShared<32, false>))
-RECURRENCE_KERNEL(wkv6_backward_64, (chunked_backward<64, false>), 128, 3, sizeof(BackwardShared<64, false>))
-RECURRENCE_KERNEL(wkv6_backward_128, (chunked_backward<128, false>), 256, 1, sizeof(BackwardShared<128, false>))
-RECURRENCE_KERNEL(wkv6_backward_gated_64, (chunked_backward<64, true>), 128, 3, sizeof(BackwardShared<64, true>))
-RECURRENCE_KERNEL(wkv6_backward_gated_64_decay_64, (chunked_backward<64, true, 64>), 128, 3,
-                  sizeof(BackwardShared<64, true>))
-RECURRENCE_KERNEL(wkv6_backward_gated_64_decay_128, (chunked_backward<64, true, 128>), 128, 3,
-                  sizeof(BackwardShared<64, true>))
-RECURRENCE_KERNEL(wkv6_forward_groups_32, (chunked_groups<32, false>), 64, 8, sizeof(GroupShared<32>))
-RECURRENCE_KERNEL(wkv6_backward_groups_32, (chunked_groups<32, true>), 64, 8, sizeof(GroupShared<32>))
+RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardShared<64>))
+RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
 RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))
 RECURRENCE_KERNEL(wkv6_backward_groups_64, (chunked_groups<64, true>), 128, 5, sizeof(GroupShared<64>))
-RECURRENCE_KERNEL(wkv6_forward_groups_128, (chunked_groups<128, false>), 256, 2, sizeof(GroupShared<128>))
-RECURRENCE_KERNEL(wkv6_backward_groups_128, (chunked_groups<128, true>), 256, 2, sizeof(GroupShared<128>))
 RECURRENCE_KERNEL(wkv6_forward_scan, scan_groups<false>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_backward_scan, scan_groups<true>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1, 0)

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from rwkv_peft.fused.wkv7_keys import WKV7WithKeys
 from rwkv_peft.ops.recurrence import eager
-from rwkv_peft.ops.wkv6.gated import WKV6Gated
-from rwkv_peft.ops.wkv7.gated import WKV7Gated
 
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
 
 
-@pytest.mark.parametrize("function", [eager.Differentiable, eager._Gradients, WKV6Gated, WKV7Gated])
+@pytest.mark.parametrize("function", [eager.Differentiable, eager._Gradients, WKV7WithKeys])
 def test_a_recurrence_is_booked_under_wkv(function):
     spec = importlib.util.spec_from_file_location("step_benchmark", SOURCE)
     benchmark = importlib.util.module_from_spec(spec)

@@ -51,43 +51,13 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, group=0, gated=False):
+def run(kernels, case, group=0):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
-    where time is split. gated: those of the kernels that make what follows, too."""
-    if gated:
-        return _run_gated(kernels, case)
+    where time is split."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
     gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
     return (y, final, *gradients)[: None if case.state is not None else -1]
-
-
-def _run_gated(kernels, case):
-    """All results, with k for the gate and a token's r and v for the norm's parameters; and those of the kernels that
-    make the decay."""
-    given = (*case.inputs, case.state, case.cu_seqlens)
-    gate = dict(g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
-    out, gg = torch.empty_like(case.k), torch.empty_like(case.k)
-    y, final, checkpoints = cuda.WITH_GATE.run_forward(kernels, *given, save=True, out=out, **gate)
-    further = dict(gate, y=y, gg=gg)
-    results = cuda.WITH_GATE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, **further)
-    return y, final, out, gg, *results, *_run_decay(kernels, case, gate)
-
-
-def _run_decay(kernels, case, gate):
-    """Results of each rank's, with rows of gy and v for low, and r and k for up."""
-    r, k, v, _, u = case.inputs
-    N, results = r.shape[3], []
-    for rank, recurrence in cuda.WITH_DECAY.items():
-        low = torch.cat((case.gy, v), dim=-1)[:, :, 0, :rank].contiguous()
-        up = torch.cat((r, k))[:, :N, 0].flatten(0, 1)[:rank].contiguous()
-        more = dict(gate, low=low, up=up, decay=v[0, 0].clone())
-        given = r, k, v, None, u, case.state, case.cu_seqlens
-        out, gg = torch.empty_like(k), torch.empty_like(k)
-        y, final, checkpoints = recurrence.run_forward(kernels, *given, save=True, out=out, **more)
-        gradients = recurrence.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, y=y, gg=gg, **more)
-        results += [y, final, out, gg, *gradients]
-    return results
 
 
 def truth(case):

@@ -30,16 +30,14 @@ from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
-WIDE = (128, torch.bfloat16, {})
-GATED = (64, torch.bfloat16, {"gated": True})
 LENGTHS = [81, 48]
 
 
-def recurrence(cases, *more):
-    """kernels -> the results of a recurrence's cases, of KINDS and `more`."""
+def recurrence(cases):
+    """kernels -> the results of a recurrence's cases, of KINDS."""
 
     def run(kernels):
-        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=LENGTHS), way) for N, dtype, way in (*KINDS, *more)]
+        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=LENGTHS), way) for N, dtype, way in KINDS]
         return [x for case, way in made for x in cases.run(kernels, case, **way)]
 
     return run
@@ -53,7 +51,7 @@ def wkv7(kernels):
 
 
 FAMILIES = {  # a CudaFamily, and what its kernels give
-    "wkv6": (WKV6, recurrence(cases, WIDE, GATED)),
+    "wkv6": (WKV6, recurrence(cases)),
     "wkv7": (WKV7, wkv7),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),

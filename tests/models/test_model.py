@@ -33,12 +33,13 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def plain_logits(state, config, tokens):
-    """The paper's equations, one token at a time, in float64, from the raw state dict (L, C: plain vectors)."""
+    """The paper's equations, one token at a time, in float64, from the raw state dict (L, C: plain vectors); it shares
+    nothing with the package."""
     p = {key: value.double() for key, value in state.items()}
     H, N = config.n_head, config.head_size
     att_last = [torch.zeros(config.n_embd, dtype=torch.float64) for _ in range(config.n_layer)]
     ffn_last = [torch.zeros(config.n_embd, dtype=torch.float64) for _ in range(config.n_layer)]
-    S = torch.zeros(config.n_layer, H, N, N, dtype=torch.float64)
+    S = [[torch.zeros(N, N, dtype=torch.float64) for _ in range(H)] for _ in range(config.n_layer)]
     logits = []
     for token in tokens:
         x = layer_norm(p["emb.weight"][token], p["blocks.0.ln0.weight"], p["blocks.0.ln0.bias"])
@@ -63,8 +64,8 @@ def plain_logits(state, config, tokens):
             for head in range(H):
                 s = slice(head * N, (head + 1) * N)
                 kv = torch.outer(k[s], v[s])
-                y.append(r[s] @ (S[i, head] + p[a + "time_faaaa"][head][:, None] * kv))
-                S[i, head] = w[s][:, None] * S[i, head] + kv
+                y.append(r[s] @ (S[i][head] + p[a + "time_faaaa"][head][:, None] * kv))
+                S[i][head] = w[s][:, None] * S[i][head] + kv
                 y[-1] = layer_norm(y[-1], p[a + "ln_x.weight"][s], p[a + "ln_x.bias"][s], eps=64e-5)
             x = x + p[a + "output.weight"] @ (torch.cat(y) * g)
             h = layer_norm(x, p[b + "ln2.weight"], p[b + "ln2.bias"])
@@ -85,6 +86,16 @@ def test_logits_equal_the_plain_equations():
         torch.testing.assert_close(
             logits[row], plain_logits(model.state_dict(), CONFIG, tokens[row]), rtol=1e-9, atol=1e-9
         )
+
+
+def test_all_gradients_equal_those_of_the_plain_equations():
+    model = random_model()
+    tokens = torch.randint(CONFIG.vocab_size, (7,), generator=torch.Generator().manual_seed(1))
+    own = {key: tensor.clone().requires_grad_() for key, tensor in model.state_dict().items()}
+    for logits in (model(tokens[None])[0][0], plain_logits(own, CONFIG, tokens)):
+        F.cross_entropy(logits, tokens.roll(-1)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])

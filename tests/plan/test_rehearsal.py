@@ -1,6 +1,7 @@
 """What a rehearsal of three blocks tells is what a whole model keeps for its backward pass, for every method."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ import torch
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, NONE, words_of
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.fused import Setting
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.plan.rehearsal import Tracker, build, count, logit_bytes, rehearse, step_bytes
 
 ROWS, TOKENS = 3, 192
+CPU, GPU = Setting(torch.device("cpu")), Setting(torch.device("meta"))
+PLAIN_GPU = replace(GPU, wanted=False)
 
 
 def saved_bytes(model, batch):
@@ -52,17 +56,17 @@ def test_what_is_kept_is_what_autograd_keeps_of_the_whole_model(family, name):
     report = inject(model, adapter, family=family, gradients=gradients)
     torch.manual_seed(0)
     saved = saved_bytes(model.train(), torch.randint(80, (ROWS, TOKENS)))
-    told = rehearse(family, config, adapter, torch.float32, "cpu", False).kept.at(ROWS, TOKENS)
+    told = rehearse(family, config, adapter, torch.float32, CPU, False).kept.at(ROWS, TOKENS)
     assert told == pytest.approx(saved, rel=0.02)
     counts = count(family, config, adapter)
     assert (counts.trains, counts.total) == (report.trainable, report.total)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [CPU, GPU, PLAIN_GPU], ids=("cpu", "gpu", "plain gpu"))
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
     for family in FAMILIES:
-        adapter, config = adapter_of("bat-in", family), family.new_dimensions(5, 64, 80, head_size=32)
+        adapter, config = adapter_of("bat-in", family), family.new_dimensions(5, 64, 80)
         kept, states, work = step_bytes(family, config, adapter, torch.bfloat16, device, grad_cp, 3, 256)
         told = rehearse(family, config, adapter, torch.bfloat16, device, grad_cp)
         assert told.kept.at(3, 256) == pytest.approx(kept, rel=0.01)
@@ -74,17 +78,24 @@ def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
 def test_what_a_large_model_needs_at_once_on_a_gpu(family):
     """A few tokens would be outweighed by what its wide layers need."""
     adapter, config = adapter_of("bat-in", family), family.new_dimensions(3, 2048, 80)
-    *_, work = step_bytes(family, config, adapter, torch.bfloat16, "meta", True, 14, 1024)
-    told = rehearse(family, config, adapter, torch.bfloat16, "meta", True).work
+    *_, work = step_bytes(family, config, adapter, torch.bfloat16, GPU, True, 14, 1024)
+    told = rehearse(family, config, adapter, torch.bfloat16, GPU, True).work
     assert told.at(14, 1024) == pytest.approx(work, rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_fused_blocks_keep_less(family):
+    adapter, config = adapter_of("bat-in", family), family.new_dimensions(2, 256, 80)
+    fused, plain = (step_bytes(family, config, adapter, torch.bfloat16, one, False, 1, 512) for one in (GPU, PLAIN_GPU))
+    assert fused[0] < 0.96 * plain[0]
 
 
 def test_recomputing_blocks_keeps_their_inputs_alone():
     family = FAMILIES[0]
     adapter, config = adapter_of("bone", family), family.new_dimensions(6, 64, 80, head_size=32)
-    kept = rehearse(family, config, adapter, torch.float32, "cpu", True).kept.at(1, 512)
+    kept = rehearse(family, config, adapter, torch.float32, CPU, True).kept.at(1, 512)
     assert kept == pytest.approx(6 * 512 * 64 * 4, rel=0.3)
-    assert kept < rehearse(family, config, adapter, torch.float32, "cpu", False).kept.at(1, 512) / 8
+    assert kept < rehearse(family, config, adapter, torch.float32, CPU, False).kept.at(1, 512) / 8
 
 
 def test_a_tracker_counts_what_is_alive():

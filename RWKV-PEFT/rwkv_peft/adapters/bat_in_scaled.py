@@ -50,7 +50,7 @@ class BatInScaled(BatIn):
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """scale is the layer's, of `begin`; under torch.compile the tensor serves, so that layers share a graph."""
         a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
-        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product, residual=base.residual)
+        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
 
     def multiplied(self, params: Params) -> torch.Tensor:
         return params["bone_scale"] * params["bone"]

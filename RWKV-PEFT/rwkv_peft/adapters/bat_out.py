@@ -35,7 +35,7 @@ class BatOut(BlockAffine):
         return {"bone": (out_features // rank, rank, rank)}
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
+        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
 
     def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]
@@ -50,17 +50,15 @@ def bat_out(
     *,
     side: str = "auto",
     product: Product = DENSE,
-    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Block affine by output block.
 
-    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None, residual (..., out) or None, which is added
-    -> (..., out) in x's dtype.
+    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
     r must divide in and out. side is "weight", "activation" or "auto" (by the number of tokens).
     """
     if side == "auto":
         side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
-    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, residual=residual, extra=(side,))
+    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
 
 
 class _BatOut(Function):
@@ -70,19 +68,18 @@ class _BatOut(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
         bone: torch.Tensor,
         product: Product,
         side: str,
     ) -> torch.Tensor:
         ctx.product = product
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None, weight, bone)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         if side == "weight":
             # Whole, and not by chunks as in backward: one product, the same as without an adapter, keeps a
             # fresh adapter's output bitwise equal.
             merged = merge(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
-            return DENSE.forward(x, merged, bias, residual)
-        y = product.forward(x, weight, bias, residual)
+            return DENSE.forward(x, merged, bias)
+        y = product.forward(x, weight, bias)
         total = shard_sum(x, bone.shape[-1])
         for some, rows in _row_chunks(bone, product.shape(weight)[1]):
             y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[some])
@@ -92,7 +89,7 @@ class _BatOut(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, need_bone = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         in_features = ctx.product.shape(weight)[1]
         dx = g.new_empty(g.shape[0], in_features) if need_x else None
         d_weight = torch.empty_like(weight) if need_weight else None
@@ -114,8 +111,7 @@ class _BatOut(Function):
             elif dx is not None:
                 dx.addmm_(g_rows, merged)
             del merged  # before the next one is made
-        d_bias, d_residual = g.sum(0) if need_bias else None, g if need_residual else None
-        return dx, d_weight, d_bias, d_residual, d_bone, None, None
+        return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
 def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:

@@ -12,26 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 from ..ops.bone import plus_tiled, shard_sum, split_shards
-from .around import Factors, LowRank
-from .method import AfterNorm, AroundSquare, Method, Misfit, Opened, Params, Shapes, nearest_divisor, wide
+from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
 from .product import DENSE, Frozen, Product
-from .tokens import apply_to_tokens, linear, of_weight_and_bias
-
-
-class GivenSums:
-    """AfterNorm of bone: Σ_b x_b comes with x."""
-
-    sums = True
-
-    def bones(self, params: Params, scale: float) -> None:
-        return None
-
-    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
-        weight, bias, product, residual = base
-        return bone(x, weight, params["bone"], bias, product=product, residual=residual, total=shift)
-
-    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
-        return Opened(linear(x, base.weight, base.bias, product=base.product), shift, params["bone"])
+from .tokens import apply_to_tokens, of_weight_and_bias
 
 
 class Bone(Method):
@@ -42,8 +25,6 @@ class Bone(Method):
     parameters = ("bone",)
     hf_names: tuple[bool | str, ...] = (True, False, "bone")
     in_rwkv_peft = True
-    after_norm: AfterNorm | None = GivenSums()
-    around_square: AroundSquare | None = LowRank(lambda params: Factors(None, params["bone"]))
 
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         if rank <= in_features:
@@ -56,7 +37,7 @@ class Bone(Method):
         return {"bone": (rank, out_features)}
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bone(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
+        return bone(x, base.weight, params["bone"], base.bias, product=base.product)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         update, (out_features, in_features) = params["bone"].to(weight.dtype), weight.shape
@@ -84,7 +65,6 @@ class BoneMini(Bone):
     """bone with `bone` (rank, mini_rank) repeated along the outputs. MiSS's mini."""
 
     name, label, mini = "bone-mini", "Bone bone-mini", True
-    around_square = None
     hf_names = ("mini",)
 
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
@@ -129,46 +109,35 @@ def bone(
     bias: torch.Tensor | None = None,
     *,
     product: Product = DENSE,
-    residual: torch.Tensor | None = None,
-    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
 
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
-    mini form), bias (out,) or None, residual (..., out) or None, which is added, total (T, r), Σ_b x_b where that is
-    there already, or None -> (..., out) in x's dtype. in need not be a multiple of r.
+    mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
     """
-    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product, residual=residual, extra=(total,))
+    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product)
 
 
 class _Bone(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        bone: torch.Tensor,
-        product: Product,
-        total: torch.Tensor | None,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bone: torch.Tensor, product: Product
     ) -> torch.Tensor:
         rank, width = bone.shape
-        ctx.product, ctx.given = product, total is not None
-        total = shard_sum(x, rank) if total is None else total
+        ctx.product = product
+        total = shard_sum(x, rank)
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[4] else None
+            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
         )
         out_features = product.shape(weight)[0]
         if width < out_features:
             return plus_tiled(
                 total @ bone,
                 out_features,
-                lambda: product.forward(x, weight, bias, residual),
+                lambda: product.forward(x, weight, bias),
                 lambda y: product.add_forward_(y, x, weight, bias),
-                residual,
             )
-        y = total @ bone if residual is None else torch.addmm(residual, total, bone)
+        y = total @ bone
         product.add_forward_(y, x, weight, bias)
         return y
 
@@ -176,25 +145,15 @@ class _Bone(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone, total = ctx.saved_tensors
-        need_x, _, _, need_residual, need_bone, _, need_total = ctx.needs_input_grad
+        need_x, _, _, need_bone, _ = ctx.needs_input_grad
         rank, width = bone.shape
         folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
-        d_total = folded @ bone.t() if need_x or need_total else None
         dx = None
-        if need_x and ctx.given:  # whoever made the sums adds their gradient
-            dx = ctx.product.backward(g, weight)
-        elif need_x and d_total is not None:
+        if need_x:
             dx = plus_tiled(
-                d_total,
+                folded @ bone.t(),
                 ctx.product.shape(weight)[1],
                 lambda: ctx.product.backward(g, weight),
                 lambda dx: ctx.product.add_backward_(dx, g, weight),
             )
-        return (
-            dx,
-            *of_weight_and_bias(ctx, g, x, weight),
-            g if need_residual else None,
-            total.t() @ folded if need_bone else None,
-            None,
-            d_total if need_total else None,
-        )
+        return (dx, *of_weight_and_bias(ctx, g, x, weight), total.t() @ folded if need_bone else None, None)

@@ -21,7 +21,7 @@ class BoneSigned(Bone):
     name, label = "bone-signed", "Bone bone-signed"
     constants = idle = ("bone_signs",)
     hf_names = ()
-    in_rwkv_peft, around_square, after_norm = False, None, None
+    in_rwkv_peft = False
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return super().shapes(rank, mini_rank, out_features, in_features) | {"bone_signs": (in_features,)}
@@ -39,7 +39,7 @@ class BoneSigned(Bone):
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         bone, signs = params["bone"], params["bone_signs"]
-        return bone_signed(x, base.weight, bone, signs, base.bias, product=base.product, residual=base.residual)
+        return bone_signed(x, base.weight, bone, signs, base.bias, product=base.product)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         return super().delta(weight, params, scale) * params["bone_signs"].to(weight.dtype)
@@ -63,14 +63,13 @@ def bone_signed(
     bias: torch.Tensor | None = None,
     *,
     product: Product = DENSE,
-    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dimension sharding with signs: W'[o, i] = W[o, i] + s_i D[i mod r, o].
 
-    x (..., in), weight (out, in), bone (r, out), signs (in,), bias (out,) or None, residual (..., out) or None, which
-    is added -> (..., out) in x's dtype. in need not be a multiple of r.
+    x (..., in), weight (out, in), bone (r, out), signs (in,), bias (out,) or None -> (..., out) in x's dtype. in need
+    not be a multiple of r.
     """
-    return lora(x, weight, sketch(signs, bone.shape[0]), bone.t(), bias, product=product, residual=residual)
+    return lora(x, weight, sketch(signs, bone.shape[0]), bone.t(), bias, product=product)
 
 
 def sketch(signs: torch.Tensor, rank: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from ..config import AdapterConfig
 from ..errors import UserError
-from ..ops.adding import added
 from .lora import Lora
 from .method import Layer, Params, Shapes, cast
 from .product import Frozen
@@ -24,7 +23,7 @@ class Dora(Lora):
     parameters = ("lora_A", "lora_B", "lora_gain")
     constants = ("lora_row_norm",)
     idle = ("lora_A", "lora_row_norm")
-    in_rwkv_peft, around_square = False, None
+    in_rwkv_peft = False
 
     def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
         return None  # a gain moves its row by as much of it as the rate says
@@ -44,14 +43,14 @@ class Dora(Lora):
         layer.register_buffer("lora_row_norm", norm, persistent=False)
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        y = super().apply(x, base._replace(residual=None), params, scale, dropout)
+        y = super().apply(x, base, params, scale, dropout)
         with torch.no_grad():
             products = base.product.forward(params["lora_A"].to(x.dtype), base.weight).t()  # W Aᵀ (out, r)
             length = _length(products.float(), params, scale)
         # what is added to y is zero at first, and small: a factor near 1 would lose it in bfloat16
         change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
         turned = y if base.bias is None else y - base.bias.to(y.dtype)
-        return added(torch.addcmul(y, turned, change.to(y.dtype)), base.residual)  # which no gain turns
+        return torch.addcmul(y, turned, change.to(y.dtype))
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)

@@ -11,9 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
-from ..ops.adding import added
-from .around import Factors, LowRank, scaled_product
-from .method import AroundSquare, Layer, Method, Misfit, Params, Shapes, cast, wide
+from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
 from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, linear, of_weight_and_bias
 
@@ -27,7 +25,6 @@ class Lora(Method):
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
     idle: tuple[str, ...] = ("lora_A",)
     scaled = dropout = in_rwkv_peft = True
-    around_square: AroundSquare | None = LowRank(lambda params: Factors(params["lora_A"].t(), params["lora_B"].t()))
 
     def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
@@ -57,13 +54,12 @@ class Lora(Method):
             factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        weight, bias, product, residual = base
+        weight, bias, product = base
         if not dropout:
-            factors = params["lora_A"], params["lora_B"]
-            return lora(x, weight, *factors, bias, scale=scale, product=product, residual=residual)
+            return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
         own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
-        return added(linear(x, weight, bias, product=product, residual=own), residual)
+        return linear(x, weight, bias, product=product) + own
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)
@@ -102,14 +98,17 @@ def lora(
     *,
     scale: float = 1.0,
     product: Product = DENSE,
-    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Low rank: W' = W + scale B A.
 
-    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, residual (..., out) or None,
-    which is added -> (..., out).
+    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
     """
-    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, residual=residual, extra=(scale,))
+    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, for matrices, in one operation."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 class _Lora(Function):
@@ -119,7 +118,6 @@ class _Lora(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         product: Product,
@@ -128,13 +126,13 @@ class _Lora(Function):
         inner = x @ lora_A.t()  # (T, r)
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None,
+            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
             weight,
             lora_A,
             lora_B,
-            inner if ctx.needs_input_grad[5] else None,
+            inner if ctx.needs_input_grad[4] else None,
         )
-        y = scaled_product(inner, lora_B.t(), scale, residual)
+        y = scaled_product(inner, lora_B.t(), scale)
         product.add_forward_(y, x, weight, bias)
         return y
 
@@ -142,7 +140,7 @@ class _Lora(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
-        need_x, _, _, need_residual, need_A, need_B = ctx.needs_input_grad[:6]
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
         dx = None
         if need_x and g_inner is not None:
@@ -151,7 +149,6 @@ class _Lora(Function):
         return (
             dx,
             *of_weight_and_bias(ctx, g, x, weight),
-            g if need_residual else None,
             g_inner.t() @ x if need_A and g_inner is not None else None,
             scaled_product(g.t(), inner, ctx.scale) if need_B else None,
             None,

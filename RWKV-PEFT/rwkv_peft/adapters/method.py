@@ -31,59 +31,12 @@ class Layer(Protocol):
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None: ...
 
 
-class Opened(NamedTuple):
-    """A layer's result without its adapter's term left up: y (..., out); left (T, r); up (r, out), or None for the
-    identity, repeated along the outputs."""
+class BlockTerm(NamedTuple):
+    """What an adapter adds to y = W x, as data, if it works on blocks of the input: with u_b = B_b x_b for each b,
+    y = W (x + u) and, added to each block of y, factor Σ_b u_b. matrices: B (in/r, r, r)."""
 
-    y: torch.Tensor
-    left: torch.Tensor
-    up: torch.Tensor | None
-
-
-class AfterNorm(Protocol):
-    """How a method's layers have the norm that makes their input x (..., in) do a part of what they do: bend it by
-    matrices, or, where `sums`, sum it up over shards as it is."""
-
-    sums: bool
-
-    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
-        """B (in/rank, rank, rank) of a layer that multiplies x + u, u_b = B_b x_b for each shard b, and adds the sum of
-        u_b, divided by the scale, to each shard of the result (bent.py); None where x stays as it is."""
-
-    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
-        """`apply` of a Method, where x comes bent, and shift (T, rank) is the sum of u_b; or as it is, and that is the
-        sum of x_b."""
-
-    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
-        """The same, up to the term that a kernel beside it adds: a squared relu's (AroundSquare), or a norm's
-        (BeforeNorm)."""
-
-
-class AroundSquare(Protocol):
-    """How a method's layers before and after a squared relu leave a part of what they do to its kernel; params, base
-    and scale are as `apply` of a Method has them."""
-
-    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
-        """`apply` before the square, up to the term that its kernel adds."""
-
-    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `closed` is to be given: of what the layer before left open, whatever its method, the square (..., in),
-        and right (T, r), what is made of the square; or what `closed` will square, and None or a term of that."""
-
-    def closed(
-        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
-    ) -> torch.Tensor:
-        """`apply` after the square, to what `squared` gives: x (..., in), right (T, r) or None -> (..., out)."""
-
-
-class BeforeNorm(Protocol):
-    """How a method's layers before a norm leave to it what they add to each shard of their outputs."""
-
-    def unshifted(
-        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`apply` of a Method, or `closed` of AroundSquare where it is given something, but for what is left:
-        y (..., out), and that in parts (n, T, r), of which the sum counts."""
+    matrices: torch.Tensor
+    factor: float
 
 
 class Misfit(NamedTuple):
@@ -110,8 +63,7 @@ class Method(ABC):
     parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
-    learning_rates are (tensor, AdapterConfig field that multiplies its rate). after_norm, around_square and
-    before_norm are how a layer leaves a part of what it does to a kernel beside it, None where it does all by itself.
+    learning_rates are (tensor, AdapterConfig field that multiplies its rate).
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -134,9 +86,6 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
-    after_norm: AfterNorm | None = None
-    around_square: AroundSquare | None = None
-    before_norm: BeforeNorm | None = None
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
@@ -188,8 +137,13 @@ class Method(ABC):
     @abstractmethod
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
-        x's dtype, and its residual where it has one. scale is the layer's; dropout the probability with which an input
-        is hidden from the adapter, 0 but for methods that take it."""
+        x's dtype. scale is the layer's; dropout the probability with which an input is hidden from the adapter, 0 but
+        for methods that take it."""
+
+    def term(self, params: Params, scale: float) -> BlockTerm | None:
+        """What `apply` adds to the base layer, differentiable in params, for fusions (fused/) that compute it together
+        with the operation before or after the layer; None if the method has no such form: they call the layer."""
+        return None
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

@@ -1,12 +1,11 @@
 """How an adapter multiplies by its frozen weight: one small interface, so that every adapter
 works on a dense weight and on a quantized one.
 
-A product has `forward(z, weight, bias, residual)` = z weightᵀ + bias + residual and `backward(g, weight)` = g weight
-for z (T, in), g and residual (T, out); `add_forward_` and `add_backward_` add the same to what is there, which they
-read while they compute: an adapter's own part, made first, then needs no pass over the result to be added. `rows` reads
-the weight in float, and `shape` is its (out, in). `weight` is the tensor that the layer owns, passed through
-save_for_backward as it is: under ZeRO-3 a parameter's storage comes and goes, and a copy or a view of it would outlive
-its gathering.
+A product has `forward(z, weight, bias)` = z weightᵀ + bias and `backward(g, weight)` = g weight for z (T, in) and g (T,
+out); `add_forward_` and `add_backward_` add the same to what is there, which they read while they compute: an adapter's
+own part, made first, then needs no pass over the result to be added. `rows` reads the weight in float, and `shape` is
+its (out, in). `weight` is the tensor that the layer owns, passed through save_for_backward as it is: under ZeRO-3 a
+parameter's storage comes and goes, and a copy or a view of it would outlive its gathering.
 """
 
 from typing import NamedTuple, Protocol
@@ -16,20 +15,13 @@ import torch.nn.functional as F
 
 
 class Product(Protocol):
-    """What the module's docstring says of a product; bias and residual may be None."""
+    """What the module's docstring says of a product; bias may be None."""
 
     def shape(self, weight: torch.Tensor, /) -> tuple[int, int]: ...
 
     def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype, /) -> torch.Tensor: ...
 
-    def forward(
-        self,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        /,
-    ) -> torch.Tensor: ...
+    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, /) -> torch.Tensor: ...
 
     def backward(self, g: torch.Tensor, weight: torch.Tensor, /) -> torch.Tensor: ...
 
@@ -53,13 +45,8 @@ class Dense:
         return weight[rows].to(dtype)
 
     @staticmethod
-    def forward(
-        z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
-        if residual is None:
-            return F.linear(z, weight, bias)
-        return torch.addmm(residual if bias is None else residual + bias, z, weight.t())
+    def forward(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     @staticmethod
     def backward(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -80,10 +67,8 @@ DENSE = Dense()
 
 
 class Frozen(NamedTuple):
-    """The linear layer under an adapter: its weight as product takes it, its bias (out,) or None, and the residual
-    (..., out) that its result is added to, or None."""
+    """The linear layer under an adapter: its weight as product takes it, and its bias (out,) or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     product: Product = DENSE
-    residual: torch.Tensor | None = None

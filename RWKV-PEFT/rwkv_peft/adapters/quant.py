@@ -73,20 +73,10 @@ class QuantizedProduct:
         flat = self._dequantize(packed, first, stop, dtype)
         return flat[start - first :].view(-1, self.in_features)
 
-    def forward(
-        self,
-        z: torch.Tensor,
-        packed: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = z.new_empty(z.shape[0], self.out_features)
         for rows in self._row_chunks(z):
-            columns = self.rows(packed, rows, z.dtype).t()
-            if residual is None:
-                torch.mm(z, columns, out=y[:, rows])
-            else:
-                torch.addmm(residual[:, rows], z, columns, out=y[:, rows])
+            torch.mm(z, self.rows(packed, rows, z.dtype).t(), out=y[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     def backward(self, g: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

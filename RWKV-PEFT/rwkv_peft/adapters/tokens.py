@@ -1,10 +1,9 @@
 """What evaluations without a merged weight share: autograd Functions over the flattened tokens.
 
-Each method's function computes y = x W'ᵀ + bias for x (..., in), added to a residual (..., out) where there is one,
-with a hand-derived backward that saves the least. None saves a tensor of the weight's size besides the weight itself,
-which may be frozen or trainable, dense or quantized (see product.py); x too may need no gradient. Under autocast
-activations and adapter parameters are cast to its dtype; the weight is cast for the time of one product. Gradients of
-gradients are not defined.
+Each method's function computes y = x W'ᵀ + bias for x (..., in), with a hand-derived backward that saves the least.
+None saves a tensor of the weight's size besides the weight itself, which may be frozen or trainable, dense or quantized
+(see product.py); x too may need no gradient. Under autocast activations and adapter parameters are cast to its dtype;
+the weight is cast for the time of one product. Gradients of gradients are not defined.
 """
 
 from typing import Any
@@ -13,21 +12,15 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import adding
 from ..ops.bone import cpu as kernels
 from .product import DENSE, Product
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    product: Product = DENSE,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, product: Product = DENSE
 ) -> torch.Tensor:
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
-    return apply_to_tokens(_Linear, x, weight, bias, product=product, residual=residual)
+    return apply_to_tokens(_Linear, x, weight, bias, product=product)
 
 
 def apply_to_tokens(
@@ -37,20 +30,23 @@ def apply_to_tokens(
     bias: torch.Tensor | None,
     *params: torch.Tensor,
     product: Product,
-    residual: torch.Tensor | None,
     extra: tuple[Any, ...] = (),
 ) -> torch.Tensor:
-    """Apply an autograd Function over the flattened tokens of x, in one dtype, and add a residual, or None, of any."""
-    if adding.autocasts(x):
+    """Apply an autograd Function over the flattened tokens of x, in one dtype."""
+    if autocasts(x):
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return apply_to_tokens(function, x, weight, bias, *params, product=product, residual=residual, extra=extra)
-    inside = residual if residual is not None and adding.inside_product(x, residual) else None
+            return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
     params = tuple(param.to(x.dtype) for param in params)
-    y = function.apply(flat(x), weight, bias, None if inside is None else flat(inside), *params, product, *extra)
-    y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-    return adding.added(y, residual) if inside is None else y
+    y: torch.Tensor = function.apply(flat(x), weight, bias, *params, product, *extra)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:
@@ -75,25 +71,15 @@ def of_weight_and_bias(
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        product: Product,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
     ) -> torch.Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product.forward(x, weight, bias, residual)
+        return product.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        return (
-            ctx.product.backward(g, weight) if need_x else None,
-            *of_weight_and_bias(ctx, g, x, weight),
-            g if need_residual else None,
-            None,
-        )
+        need_x = ctx.needs_input_grad[0]
+        return ctx.product.backward(g, weight) if need_x else None, *of_weight_and_bias(ctx, g, x, weight), None

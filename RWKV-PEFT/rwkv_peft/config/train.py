@@ -239,6 +239,14 @@ class TrainConfig(ValidationConfig):
     grad_cp: bool = setting(
         False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
     )
+    fused: bool = setting(
+        True,
+        "on a GPU, compute each block in fewer passes where its kernels can: with --precision bf16, without stage 3 "
+        "and --compile, of norms and token shift that do not train; the run says which blocks",
+        group="machine",
+        type=switch,
+        metavar="0|1",
+    )
     compile: bool = setting(
         False,
         "have torch.compile fuse what each block does between its products and kernels; the first steps take a minute "

@@ -93,14 +93,8 @@ class Dequantized:
     def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         return self.dequantize(self.layer)[rows].to(dtype)
 
-    def forward(
-        self,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return DENSE.forward(z, self.dequantize(self.layer), bias, residual)
+    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return DENSE.forward(z, self.dequantize(self.layer), bias)
 
     def backward(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return DENSE.backward(g, self.dequantize(self.layer))

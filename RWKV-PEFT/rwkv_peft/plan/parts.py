@@ -14,6 +14,7 @@ from ..adapters.methods import NONE
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
+from ..fused import Setting
 from ..models import family_named
 from ..training.gathering import exchanges_gradients, sums_apart
 from ..training.loss import chunk_rows
@@ -66,7 +67,7 @@ class Estimate:
         family, dtype = family_named(model.version), DTYPES[train.precision]
         device = "cpu" if accelerator == CPU else "meta"
         dense = replace(adapter, quant="none", load="", init="")
-        step = rehearse(family, model, dense, dtype, device, train.grad_cp)
+        step = rehearse(family, model, dense, dtype, Setting.of(config, torch.device(device)), train.grad_cp)
         counts = count(family, model, adapter)
         return cls(config, accelerator, counts, step, logit_bytes(model.vocab_size, dtype, device), file, mapped)
 

@@ -24,6 +24,7 @@ from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
+from ..fused import Setting, fuse
 from ..memory import main_memory
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -122,19 +123,19 @@ class Step:
 
 @functools.cache
 def rehearse(
-    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: str, grad_cp: bool
+    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, setting: Setting, grad_cp: bool
 ) -> Step:
-    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
-    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them. Raises
-    UserError if they are more than the machine's memory."""
+    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; setting what decides
+    about fusions, on the device "cpu" or "meta", which stands for a GPU. Allocates the weights of three blocks on a
+    CPU, without writing to them. Raises UserError if they are more than the machine's memory."""
     depth = min(DEPTH, model.n_layer)
-    if device == "cpu":
+    if setting.device.type == "cpu":
         require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)
-    shallow, length = max(1, depth - 1), TOKENS[device]
+    shallow, length = max(1, depth - 1), TOKENS[setting.device.type]
     batches = ((1, length), (1, 2 * length), (2, length))
     found = {
         (blocks, rows, tokens): step_bytes(
-            family, replace(model, n_layer=blocks), adapter, dtype, device, grad_cp, rows, tokens
+            family, replace(model, n_layer=blocks), adapter, dtype, setting, grad_cp, rows, tokens
         )
         for blocks in {shallow, depth}
         for rows, tokens in batches
@@ -166,14 +167,16 @@ def step_bytes(
     config: ModelConfig,
     adapter: AdapterConfig,
     dtype: torch.dtype,
-    device: str,
+    setting: Setting,
     grad_cp: bool,
     rows: int,
     tokens: int,
 ) -> tuple[int, int, int]:
     """Take one step -> bytes that are (kept for the backward pass, held by states until the loss is computed, needed by
     the backward pass at once)."""
+    device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)

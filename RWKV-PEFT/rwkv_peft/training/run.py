@@ -29,6 +29,7 @@ from ..files.alone import alone_in
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES
+from ..fused import Setting, fuse
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -198,10 +199,12 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         if config.adapter.whole_model:
             load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
         checkpoint = None  # its optimizer state may belong to other ranks
+    fused = fuse(model, Setting.of(config, device))
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
         for note in request.notes:
             say(f"note      {note}")
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
+        say(f"fused     {fused}")
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
     validator = None

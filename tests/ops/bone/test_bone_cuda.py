@@ -20,7 +20,6 @@ from ops.bone.cases import (
 )
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bone import bone as bone_of
-from rwkv_peft.ops import adding
 from rwkv_peft.ops.bone import cuda, op
 from rwkv_peft.ops.native import driver
 
@@ -73,7 +72,6 @@ def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(kernels, dtype, wi
     parts = torch.stack((tile, tile.flip(0)))
     for given, whole in ((tile, tile), (parts, parts.sum(0))):
         assert_as_exact_as_torch([cuda.tiled(given, width)], (torch.zeros_like(x), whole), tiled)
-        assert_as_exact_as_torch([cuda.tiled(given, width, x)], (x, whole), tiled)
 
 
 def test_one_shard_is_its_own_sum(kernels):
@@ -83,17 +81,16 @@ def test_one_shard_is_its_own_sum(kernels):
 
 @pytest.mark.parametrize("function", (bat_in, partial(bat_in, scale=6.5), bone_of), ids=("bat-in", "scaled", "bone"))
 @pytest.mark.parametrize("width", (64, 16))
-def test_an_adapter_through_the_kernels(kernels, function, width, monkeypatch):
-    """x, g and the residual in steps of a larger tensor, from an address that is no multiple of 16 bytes; `width` is
+def test_an_adapter_through_the_kernels(kernels, function, width):
+    """x and g in steps of a larger tensor, from an address that is no multiple of 16 bytes; `width` is
     that of bone's mini form."""
-    monkeypatch.setattr(adding, "inside_product", lambda *_: True)
     shape = (32, width) if function is bone_of else (4, 32, 32)
     whole, weight = torch.randn(2, 9, 130), torch.randn(64, 128) / 11
     parameter = 0.1 * torch.randn(shape)
 
     def run(dtype):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (whole, parameter)]
-        y = function(leaves[0][..., 1:129], weight.to(dtype), leaves[1], residual=leaves[0][..., 3:67])
+        y = function(leaves[0][..., 1:129], weight.to(dtype), leaves[1])
         y.backward(torch.ones((), dtype=dtype).expand_as(y))
         return [y.detach(), *(x.grad for x in leaves)]
 

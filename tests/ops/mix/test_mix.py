@@ -97,7 +97,7 @@ THREADED = {  # function, inputs, which results add up over all tokens
     ),
     "delta_keys": (delta_keys, keys_inputs(2, 150, 2, 64), (5, 6, 7)),
     "norm_bonus_gate": (lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(2, 150, 2, 64), (6, 7, 8)),
-    "value_residual": (value_residual, [randn(2, 150, 130)] * 3 + [randn(1, 1, 130)], (6,)),
+    "value_residual": (value_residual, [randn(2, 150, 130)] * 3 + [randn(1, 1, 130)], (4,)),
 }
 
 

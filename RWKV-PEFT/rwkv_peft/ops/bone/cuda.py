@@ -34,7 +34,7 @@ class BoneArguments(ctypes.Structure):
     """cuda/bone/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile residual tiled total".split()),
+        *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
         ("factor", ctypes.c_float),
@@ -100,14 +100,13 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
     return total
 
 
-def tiled(tile: Tensor, width: int, residual: Tensor | None = None) -> Tensor:
-    """tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at `width`, added to a residual
-    (T, width) where there is one: -> (T, width)."""
-    tile, residual = _whole(tile), _whole(residual)
+def tiled(tile: Tensor, width: int) -> Tensor:
+    """tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at `width`: -> (T, width)."""
+    tile = _whole(tile)
     groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
     to = tile.new_empty(tokens, width)
     sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups)
-    call("tiled", to, dict(tiled=to, tile=tile, residual=residual), _blocks(tile), **sizes)
+    call("tiled", to, dict(tiled=to, tile=tile), _blocks(tile), **sizes)
     return to
 
 

@@ -123,21 +123,15 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
 
 
 def plus_tiled(
-    tile: Tensor,
-    width: int,
-    product: Callable[[], Tensor],
-    add_product_: Callable[[Tensor], None],
-    residual: Tensor | None = None,
+    tile: Tensor, width: int, product: Callable[[], Tensor], add_product_: Callable[[Tensor], None]
 ) -> Tensor:
-    """A product (T, width), which may be added to a residual (T, width), plus tile (T, r), or what `affine` gives,
-    repeated along the channels, cut at width.
+    """A product (T, width) plus tile (T, r), or what `affine` gives, repeated along the channels, cut at width.
 
-    product() makes the product and that sum, add_product_(y) adds the product alone to y: on a GPU it reads the tiles
-    and the residual while it computes, and no pass over its result is left; a CPU takes that pass while the result is
-    in its cache.
+    product() makes the product, add_product_(y) adds it to y: on a GPU it reads the tiles while it computes, and no
+    pass over its result is left; a CPU takes that pass while the result is in its cache.
     """
     if backend(tile) is cuda:
-        y = cuda.tiled(tile, width, residual)
+        y = cuda.tiled(tile, width)
         add_product_(y)
     else:
         y = product()

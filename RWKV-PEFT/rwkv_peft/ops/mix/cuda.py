@@ -14,17 +14,11 @@ from ..native.launch import stream
 WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
 MOST_SIZE = 128  # channels of a group, which one warp has of a token
 MOST_POINTS = 6  # of a lerp
-MOST_CHANNELS = 8192  # of a norm of whole tokens
-MOST_MIXED = 4096  # of one with token shift
+MOST_MIXED = 4096  # channels of a norm with token shift
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
 TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
-AFFINE_RANKS, AFFINE_CHANNELS = (16, 32, 64), 64  # of adapters that bend a lerp's points, and of a block's steps
-AFFINE_TOKENS = 128  # of a block's tile there in forward
-SHARDS = (16, 32, 64, 128)  # channels of one, that what an adapter left is added to, or that a point is summed over
-MOST_SUMMED = 3  # points of a norm of whole tokens
-SQUARE_RANKS, SQUARE_CHANNELS = (16, 32, 64, 128), 64  # of terms around a squared relu, and of a group's steps
 
 
 class Layout(NamedTuple):
@@ -42,8 +36,7 @@ def _layout(*names: str) -> Layout:
 
 _POINTS = range(MOST_POINTS)
 _LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
-_OUTS, _GRADS, _BONES, _SHIFTS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad", "bone", "gshift"))
-_AFFINE = f"x low up stats down {_BONES} {_GRADS} {_SHIFTS}"
+_OUTS, _GRADS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad"))
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_forward": _layout("x offsets", _OUTS, "maa"),
@@ -52,10 +45,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "relu_square_backward": _layout("out grad", "gx"),
         "sigmoid_gate_forward": _layout("r v", "out"),
         "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
-        "gated_residual_forward": _layout("x r v", "out"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
-        "value_residual_backward": _layout("v first low grad more passed", "gv gfirst glow", "v0", "gv0"),
-        "sum_parts": _layout("parts", "total"),
+        "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
         "tanh_forward": _layout("parts", "out"),
         "tanh_backward": _layout("x parts", "gx"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
@@ -68,52 +59,33 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
-        "layer_norm_sums": _layout("x grad stats", "", "", "gweight gbias"),
     }
 )
-_SQUARE = _layout("x squares left up_rows up_columns down_rows down_columns", "y parts")
-# Those whose blocks have tiles: a lerp with its product of low rank inside and a squared relu with terms of low rank, a
-# kernel a rank, and norms of whole tokens
+# Those whose blocks have tiles: a lerp with its product of low rank inside, a kernel a rank, and norms of whole tokens
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
-        "lerp_low_backward": _layout(
-            f"x low up stats down {_LOW_GRADS} decay gdecay {_SHIFTS}", "gx glow", "maa weight bias"
-        ),
-        "lerp_affine_forward": _layout(_AFFINE, f"{_OUTS} parts shifts", "maa weight bias"),
-        "lerp_affine_backward": _layout(_AFFINE, f"{_OUTS} parts", "maa weight bias"),
-        "square_forward": _SQUARE,
-        "square_backward": _SQUARE,
-        "layer_norm_forward": _layout("x", "stats out", "weight bias"),
-        "layer_norm_backward": _layout("x grad passed stats", "gx", "weight"),
-        "norm_lerp_forward": _layout(
-            "x y gate left_x left_y left_gate", f"stats out sum ends {_OUTS} shift0 shift1 shift2", "weight bias maa"
-        ),
-        "norm_lerp_backward": _layout(
-            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate left_y left_gate {_SHIFTS}",
-            "gx gy ggate gleft_x gleft_y gleft_gate",
-            "weight maa",
-        ),
+        "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
+        "norm_lerp_forward": _layout("x", f"stats ends {_OUTS}", "weight bias maa"),
+        "norm_lerp_backward": _layout(f"x grad passed stats gends {_GRADS}", "gx", "weight maa"),
     }
 )
 KERNELS = (
     *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
     *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_low") for rank in LOW_RANKS),
-    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_affine") for rank in AFFINE_RANKS),
-    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("square") for rank in SQUARE_RANKS),
     *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
 )
 
 
-_NUMBERS = "channels size strip n low_rank last_point length sequences shard parts summed"
+_NUMBERS = "channels size strip n length sequences"
 
 
 class MixArguments(ctypes.Structure):
     """cuda/mix/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        ("inputs", ctypes.c_void_p * 23),
-        ("outputs", ctypes.c_void_p * 13),
+        ("inputs", ctypes.c_void_p * 12),
+        ("outputs", ctypes.c_void_p * 8),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
@@ -177,17 +149,15 @@ def launch_tiled(
     rank: int = 0,
     size: int = 0,
     strip: int = 1,
-    slots: int = 1,
     **others: Any,
 ) -> None:
-    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels, and a tile of them
-    `slots` blocks; strip: tokens of another's block."""
+    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels; strip: tokens of
+    another's block."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
     if rank:
-        tiles = {"lerp_low_backward": TILE_TOKENS - 1, "lerp_affine_forward": AFFINE_TOKENS}
-        tile = strip if name == "lerp_affine_backward" else tiles.get(name, TILE_TOKENS)
-        blocks = slots * -(-tokens // tile) * -(-channels // size)
+        tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
+        blocks = -(-tokens // tile) * -(-channels // size)
         return FAMILY.run(built, f"mix_{name}_{rank}", arguments, blocks, on)
     widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
     addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]

@@ -45,31 +45,9 @@ class SigmoidGate(Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         r, v = ctx.saved_tensors
-        return _gate_backward(r, v, grad)
-
-
-class GatedResidual(Function):
-    """x, r, v of one shape -> x + sigmoid(r) v, on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(r, v)
-        out = torch.empty_like(x)
-        call("gated_residual_forward", x, dict(x=x, r=r, v=v, out=out), count=x.numel())
-        return out
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        r, v = ctx.saved_tensors
-        return grad, *_gate_backward(r, v, grad)
-
-
-def _gate_backward(r: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of r and v."""
-    gr, gv = torch.empty_like(r), torch.empty_like(v)
-    call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), count=v.numel())
-    return gr, gv
+        gr, gv = torch.empty_like(r), torch.empty_like(v)
+        call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), count=v.numel())
+        return gr, gv
 
 
 class ValueResidual(Function):
@@ -85,38 +63,12 @@ class ValueResidual(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _values_backward(ctx, grad)
-
-
-class SharedValueResidual(ValueResidual):
-    """The same twice, and `first` as it is, on a GPU: backward reads what two users of the values and the next layer
-    give, instead of having it added up."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor
-    ) -> tuple[Tensor, ...]:
-        out = ValueResidual.forward(ctx, v, first, low, v0)
-        ctx.set_materialize_grads(False)
-        return out, out.detach(), first
-
-    @staticmethod
-    @differentiable_once
-    def backward(
-        ctx: Any, grad: Tensor | None, more: Tensor | None, passed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        grad, more = (grad, more) if grad is not None else (more, None)
-        return (None, passed, None, None) if grad is None else _values_backward(ctx, grad, more=more, passed=passed)
-
-
-def _values_backward(ctx: Any, grad: Tensor, **others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of v, first, low and v0. others: of value_residual_backward, by their names, where they are."""
-    v, first, low, v0 = ctx.saved_tensors
-    gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
-    sums = sums_like([v0], ctx.needs_input_grad[3])
-    tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0]) | others
-    call("value_residual_backward", v, tensors, **_rows(v))
-    return gv, gfirst, glow, *rounded(sums, v.dtype)
+        v, first, low, v0 = ctx.saved_tensors
+        gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
+        sums = sums_like([v0], ctx.needs_input_grad[3])
+        tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0])
+        call("value_residual_backward", v, tensors, **_rows(v))
+        return gv, gfirst, glow, *rounded(sums, v.dtype)
 
 
 def _rows(v: Tensor) -> dict[str, int]:

@@ -81,10 +81,10 @@ def has_product_inside(
     )
 
 
-def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS, tile: float = cuda.TILE_TOKENS - 1) -> int:
-    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks, each of so many tokens,
-    fill a GPU, and as many as that allows, since what it gives of them has to be added up."""
-    tiles, channels = math.ceil(x[..., 0].numel() / tile), x.shape[-1]
+def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
+    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks of a tile of tokens each
+    fill a GPU, and as many as that allows, since their parts of sums over channels have to be added up."""
+    tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
     groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
     return -(-channels // (groups * step)) * step
 

@@ -1,7 +1,4 @@
-"""Token shift in plain torch: what precedes each token, the weights' product of low rank, and points as bat-in's layers
-take them."""
-
-from collections.abc import Sequence
+"""Token shift in plain torch: what precedes each token, and the weights' product of low rank."""
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +54,3 @@ def offsets_of(low: Tensor, up: Tensor) -> Tensor:
     B, T, _ = low.shape
     m, K, C = up.shape
     return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
-
-
-def bent(points: Sequence[Tensor], bones: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Points as bat-in's layers multiply them, which kernels give that bend: x + u of those that have matrices, where
-    u_b = B_b x_b for each shard b (adapters/bat_in.py), and of each such point the sum over b of u_b.
-
-    points (B, T, C); bones: of each (C/r, r, r) or None -> points (B, T, C), sums (B T, r).
-    """
-    outs, shifts = list(points), []
-    for i, bone in enumerate(bones):
-        if bone is not None:
-            shards = points[i].unflatten(-1, bone.shape[:2])
-            u = (bone @ shards[..., None])[..., 0]
-            outs[i] = points[i] + u.flatten(-2)
-            shifts.append(u.sum(-2).flatten(0, -2))
-    return tuple(outs), tuple(shifts)

@@ -27,7 +27,7 @@ def structure(signature: Signature) -> type[ctypes.Structure]:
     """cuda/OP/arguments.cuh's Arguments."""
     given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
     pointers = (*given, *signature.gradients, "gstate", "parts", "transitions", *signature.further)
-    kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int), (signature.numbers, ctypes.c_float))
+    kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int))
     fields = [(name, kind) for names, kind in kinds for name in names]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
@@ -89,8 +89,7 @@ class CudaRecurrence:
 
     def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. further: as in forward. A variant whose kernels go on from y takes the
-        gradient of what they make of it, and may take no groups."""
+        gradients of the inputs and of the state. further: as in forward."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
         return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
 

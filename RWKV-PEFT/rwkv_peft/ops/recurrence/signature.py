@@ -15,7 +15,6 @@ class Signature:
     shared: tuple[str, ...]  # of those (H, N), which follow, float32 for the kernels
     state_rows: str  # which dimension the rows of a state (H, N, N) are, "key" or "value"
     further: tuple[str, ...] = ()  # what else its CUDA kernels may be given
-    numbers: tuple[str, ...] = ()  # and of these the floats, which come last
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

@@ -2,11 +2,4 @@
 
 from ..recurrence.signature import Signature
 
-SIGNATURE = Signature(
-    "wkv6",
-    rows=("r", "k", "v", "w"),
-    shared=("u",),
-    state_rows="key",
-    further=("g", "weight", "bias", "out", "gg", "low", "up", "decay"),
-    numbers=("eps",),
-)
+SIGNATURE = Signature("wkv6", rows=("r", "k", "v", "w"), shared=("u",), state_rows="key")

@@ -1,6 +1,5 @@
 """The wkv7 recurrence: one operation, several backends that compute the same thing."""
 
-from .gated import wkv7_gated
 from .op import backends, wkv7
 
-__all__ = ["backends", "wkv7", "wkv7_gated"]
+__all__ = ["backends", "wkv7"]

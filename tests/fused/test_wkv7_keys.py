@@ -1,5 +1,5 @@
 """wkv7 with its keys, norm, bonus and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim):
-against float64, every gradient; and where it is taken."""
+against float64, every gradient."""
 
 import pytest
 import torch
@@ -7,14 +7,15 @@ import torch
 from cuda_shim import shim, wkv7_cases
 from cuda_shim.cases import check_empty_ends, error, rms
 from cuda_shim.running import one_torch_thread, shim_kernels
-from rwkv_peft.ops.mix import cpu, delta_keys, norm_bonus_gate
+from rwkv_peft.fused.wkv7_keys import wkv7_with_keys
+from rwkv_peft.ops.mix import cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.recurrence import checks
-from rwkv_peft.ops.wkv7 import cuda, gated, reference, wkv7_gated
+from rwkv_peft.ops.wkv7 import cuda, reference
 
-NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "glow", "gv again", "gg", "gstate")
-GIVEN = 7  # of inputs_of: those that are no parameters
+NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "glow", "gg", "gstate")
+GIVEN = 6  # of inputs_of: those that are no parameters
 EPS = 64e-5
 
 
@@ -45,31 +46,35 @@ def on_shim(monkeypatch):
     recurrence = shim_kernels("wkv7")
     monkeypatch.setattr(cpu, "call", call)
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: recurrence)
-    monkeypatch.setattr(gated.WKV7.backends, "choose", lambda *_: "cuda")
-    monkeypatch.setattr(gated, "norms_fused", lambda *_: True)
     return launched
 
 
 def inputs_of(case):
-    """The case's r w k v, low, its values again and g; a0, k_k, k_a, r_k, weight and bias."""
+    """The case's r w k v, low and g; a0, k_k, k_a, r_k, weight and bias."""
     B, T, H, N = case.r.shape
     generator = torch.Generator().manual_seed(9)
     shapes = ((B, T, H, N), (B, T, H * N), *3 * [(1, 1, H * N)], (H, N), (H * N,), (H * N,))
     low, g, *parameters = (torch.randn(*shape, generator=generator).to(case.r.dtype) for shape in shapes)
-    return [case.r, case.w, case.k, case.v, low, case.v.clone(), g, *parameters]
+    return [case.r, case.w, case.k, case.v, low, g, *parameters]
+
+
+def fused(rows, keys, g, r_k, weight, bias, state, cu_seqlens):
+    """wkv7_with_keys with a norm of these parameters."""
+    norm = torch.nn.GroupNorm(r_k.shape[0], weight.numel(), eps=EPS).to(weight.dtype).requires_grad_(False)
+    norm.weight.copy_(weight), norm.bias.copy_(bias)
+    return wkv7_with_keys(rows, keys, g, r_k, norm, state, cu_seqlens)
 
 
 def apply(function, leaves, state=None, cu_seqlens=None):
-    """function, which is called as wkv7_gated is, of tensors that inputs_of orders."""
-    *rows, v, g, a0, k_k, k_a, r_k, weight, bias = leaves
-    return function(tuple(rows), (a0, k_k, k_a), v, g, r_k, weight, bias, EPS, state, cu_seqlens)
+    """function, which is called as `fused` is, of tensors that inputs_of orders."""
+    *rows, g, a0, k_k, k_a, r_k, weight, bias = leaves
+    return function(tuple(rows), (a0, k_k, k_a), g, r_k, weight, bias, state, cu_seqlens)
 
 
-def results(case, dtype, function, trained=()):
-    """out, final state and the gradients of rows, values, g and state, by NAMES; then those of the parameters, of which
-    those with the numbers `trained` have one."""
+def results(case, dtype, function):
+    """out, final state and the gradients of rows, g and state, by NAMES."""
     inputs = inputs_of(case)
-    leaves = [x.detach().to(dtype).requires_grad_(i < GIVEN or i - GIVEN in trained) for i, x in enumerate(inputs)]
+    leaves = [x.detach().to(dtype).requires_grad_(i < GIVEN) for i, x in enumerate(inputs)]
     state = (
         None
         if case.state is None
@@ -82,19 +87,19 @@ def results(case, dtype, function, trained=()):
     else:
         torch.autograd.backward([out, final], [gout, case.gfinal.to(final.dtype)])
     found = [out.detach(), final.detach(), *(x.grad for x in (*leaves[:GIVEN], *([] if state is None else [state])))]
-    return dict(zip(NAMES, found)), [x.grad for x in leaves[GIVEN:]]
+    return dict(zip(NAMES, found))
 
 
-def plainly(rows, keys, v, g, r_k, weight, bias, eps, state, cu_seqlens):
+def plainly(rows, keys, g, r_k, weight, bias, state, cu_seqlens):
     """The same in plain torch, all of it in the rows' dtype."""
-    r, w, k, values, low = rows
+    r, w, k, v, low = rows
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in keys)
     rate, n = torch.sigmoid(a0 + low), torch.nn.functional.normalize(k * k_k, dim=-1)
     k = k * (1 + (rate - 1) * k_a)
     loop = reference.wkv7 if v.dtype == torch.float64 else wkv7_cases._loop
-    y, final = loop(r, w, k, values, -n, n * rate, state if state is None else state.to(v.dtype), cu_seqlens)
+    y, final = loop(r, w, k, v, -n, n * rate, state if state is None else state.to(v.dtype), cu_seqlens)
     B, T, H, N = y.shape
-    normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
+    normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, EPS).view(y.shape)
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g, final
 
 
@@ -105,9 +110,9 @@ def plainly(rows, keys, v, g, r_k, weight, bias, eps, state, cu_seqlens):
 def test_every_result_is_as_exact_as_plain_torch(on_shim, monkeypatch, B, T, lengths, with_state, group):
     monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
     case = wkv7_cases.make_case(B, T, 2, 64, torch.bfloat16, lengths=lengths, with_state=with_state, decay="mixed")
-    ours, _ = results(case, torch.bfloat16, wkv7_gated)
+    ours = results(case, torch.bfloat16, fused)
     assert on_shim == ["bonus_gate_forward", "bonus_gate_backward"]
-    true, plain = (results(case, dtype, plainly)[0] for dtype in (torch.float64, torch.bfloat16))
+    true, plain = (results(case, dtype, plainly) for dtype in (torch.float64, torch.bfloat16))
     assert ours.keys() == true.keys()
     for name, x in ours.items():
         assert x.shape == true[name].shape
@@ -121,7 +126,7 @@ def test_empty_sequences_at_the_end_change_no_bit_of_the_others(on_shim, monkeyp
     monkeypatch.setattr(checks, "_has_values", lambda x: False)
     monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
     raised = wkv7_cases.make_case(1, 147, 2, 64, torch.bfloat16, lengths=[1, 130, 16, 0, 0], seed=2)
-    check_empty_ends(raised, lambda case: results(case, torch.bfloat16, wkv7_gated)[0])
+    check_empty_ends(raised, lambda case: results(case, torch.bfloat16, fused))
 
 
 def test_the_bonus_is_in_the_gradients(on_shim):
@@ -130,8 +135,8 @@ def test_the_bonus_is_in_the_gradients(on_shim):
     inputs = inputs_of(case)
     inputs[GIVEN + 3] = torch.zeros_like(inputs[GIVEN + 3])  # r_k
     leaves = [x.requires_grad_(i < 5) for i, x in enumerate(inputs)]
-    apply(wkv7_gated, leaves)[0].backward(case.gy.view(1, 1, -1))
-    whole = results(case, torch.bfloat16, wkv7_gated)[0]
+    apply(fused, leaves)[0].backward(case.gy.view(1, 1, -1))
+    whole = results(case, torch.bfloat16, fused)
     assert all(
         (whole[f"g{name}"] - leaves[i].grad).norm() > 0.1 * whole[f"g{name}"].norm() for i, name in ((0, "r"), (2, "k"))
     )
@@ -142,7 +147,7 @@ def test_one_of_the_results_alone(on_shim, which):
     """The final state's gradient needs no gate; without it, that of zeros is taken."""
     case = wkv7_cases.make_case(1, 5, 1, 64, torch.bfloat16)
     leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
-    apply(wkv7_gated, leaves, case.state)[which].sum().backward()
+    apply(fused, leaves, case.state)[which].sum().backward()
     assert ("bonus_gate_backward" in on_shim) == (which == 0)
     assert all(x.grad.isfinite().all() for x in leaves[1 if which else 0 : 5])
 
@@ -150,44 +155,14 @@ def test_one_of_the_results_alone(on_shim, which):
 def test_a_second_derivative_is_refused(on_shim):
     case = wkv7_cases.make_case(1, 3, 1, 64, torch.bfloat16)
     leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
-    out, _ = apply(wkv7_gated, leaves)
+    out, _ = apply(fused, leaves)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.float().sum(), leaves[0], create_graph=True)
 
 
-@pytest.mark.parametrize(
-    "dtype, N, trained",
-    [
-        *((torch.bfloat16, 64, (i,)) for i in range(6)),
-        (torch.bfloat16, 64, range(6)),
-        (torch.float32, 64, ()),
-        (torch.bfloat16, 8, ()),
-    ],
-)
-def test_what_else_takes_three_operations(on_shim, dtype, N, trained):
-    """Trained parameters have gradients, and other dtypes and head sizes have kernels of their own."""
-    case = wkv7_cases.make_case(1, 9, 2, N, dtype)
-    found, parameters = results(case, dtype, wkv7_gated, trained)
-    assert "bonus_gate_backward" not in on_shim and "delta_keys_backward" in on_shim
-    assert all((x is not None) == (i in trained) for i, x in enumerate(parameters))
-
-    def three(rows, keys, v, g, r_k, weight, bias, eps, state, cu_seqlens):
-        r, w, k, values, low = rows
-        key, a, b = delta_keys(k, low, *keys)
-        y, final = gated.wkv7(r, w, key, values, a, b, state, cu_seqlens)
-        return norm_bonus_gate(y, r, key, v, g, r_k, weight, bias, eps), final
-
-    expected, others = results(case, dtype, three, trained)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
-
-
-def test_without_gradients_three_operations_make_the_same(on_shim):
-    """What is generated or judged is what is trained, within bfloat16's roundings."""
+def test_without_gradients_nothing_is_kept_and_the_results_are_the_same(on_shim):
     case = wkv7_cases.make_case(1, 40, 2, 64, torch.bfloat16)
     with torch.no_grad():
-        plain, state = apply(wkv7_gated, inputs_of(case), case.state)
-    assert "norm_bonus_gate_forward" in on_shim
-    found, _ = results(case, torch.bfloat16, wkv7_gated)
-    for x, y in ((found["out"], plain), (found["final state"], state)):
-        assert error(x, y.double()) <= 0.01 * rms(y)
+        out, state = apply(fused, inputs_of(case), case.state)
+    found = results(case, torch.bfloat16, fused)
+    assert torch.equal(out, found["out"]) and torch.equal(state, found["final state"])

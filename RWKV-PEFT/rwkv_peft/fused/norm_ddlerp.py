@@ -1,0 +1,102 @@
+"""Layer norm and RWKV-6's token shift, whose weights depend on the token: an autograd Function over
+cuda/mix/norm_lerp.cuh and low_rank.cuh, for parameters that are frozen.
+
+Neither the normalized input nor the decay's point is ever in memory: the norm's kernel gives the point that makes the
+weights' factor, and the kernel of the other points normalizes again, by the same statistics.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from ..ops.mix.functions import call, differentiable_once, numbered, room_like, run, with_zeros
+from ..ops.mix.gpu_lerp import group_size, parts_like, sizes_of
+from ..ops.mix.shift import check_shift
+from ..ops.native.launch import aligned
+from .norm_lerp import bounds_of, contiguous, strip_of
+
+
+def norm_ddlerp(
+    norm: nn.LayerNorm, x: Tensor, last: Tensor | None, factors: tuple[Tensor, ...], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """RWKV-6's token shift of norm(x) (Peng et al. 2024, arXiv 2404.05892, eq. 12 to 14): five `lerp` points, whose
+    weights have the factor tanh(p w1), p being the point of maa_x. The first of the five makes the decay's factor,
+    tanh(first decay_w1).
+
+    x (B, T, C), last and cu_seqlens as in lerp; factors: maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C), decay_w1
+    (C, 2 K) -> x for the residual, the last normalized token of each sequence (B, C), the decay's factor (B, T, 2 K),
+    the other four points (B, T, C).
+    """
+    check_shift(x, last, cu_seqlens)
+    tensors = contiguous(x, last, norm.weight, norm.bias, *factors)
+    x, ends, low, *points = run(NormDDLerp, *tensors, norm.eps, bounds_of(cu_seqlens))
+    return x, ends, low, points
+
+
+class NormDDLerp(Function):
+    """x (B, T, C), last (n, C) or None; weight and bias (C,), maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C) and
+    decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None -> x, the last of each sequence's norms
+    (n, C), the decay's factor (B, T, 2 K), four points (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        maa_x: Tensor,
+        w1: Tensor,
+        maa: Tensor,
+        w2: Tensor,
+        decay_w1: Tensor,
+        eps: float,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        sizes = sizes_of(x, maa_x, cu_seqlens)
+        mixed, ends = torch.empty_like(x), x.new_empty(sizes["sequences"], x.shape[2])
+        stats = x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
+        norm = dict(x=x, weight=weight, bias=bias, stats=stats)
+        tensors = norm | dict(maa=maa_x, ends=ends, out0=mixed)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
+        low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
+        parts, points = parts_like(decay, x, torch.float32), [torch.empty_like(x) for _ in maa[1:]]
+        tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | numbered("out", points, 1)
+        call("lerp_low_forward", x, tensors, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
+        call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
+        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
+        ctx.save_for_backward(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay)
+        return x, ends, decay, *points
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any, passed: Tensor | None, gends: Tensor | None, gdecay: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay = ctx.saved_tensors
+        passed, *points = with_zeros((passed, *grads), x)
+        (gdecay,) = with_zeros([gdecay], decay)
+        norm = dict(x=x, weight=weight, bias=bias, stats=stats)
+        gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
+        parts = parts_like(low, x)
+        tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
+        tensors |= dict(gx=gnormal, glow=parts) | numbered("grad", map(aligned, points), 1)
+        call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
+        call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
+        gx = torch.empty_like(x)
+        tensors = norm | dict(maa=maa_x, gx=gx, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
+        sizes = sizes_of(x, maa_x, cu_seqlens)
+        call("norm_lerp_backward", x, tensors, glast=more, strip=strip_of(len(stats)), **sizes)
+        glast = glast if glast is None or more is None else glast.add_(more)
+        return gx, glast, *9 * (None,)
+
+
+def _low_sizes(x: Tensor, maa: Tensor, w2: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    return sizes_of(x, maa, cu_seqlens) | dict(rank=w2.shape[1], size=group_size(x))
+
+
+def _rows_of(parts: Tensor) -> dict[str, int]:
+    """What a launch is told of parts (n, B, T, …)."""
+    return dict(n=len(parts), tokens=parts[0, ..., 0].numel(), channels=parts.shape[-1])
