@@ -13,7 +13,7 @@ import psutil
 from fault_ranks import FLAGS, Case, start_nodes
 from fault_training import LIMIT, train, wait, wait_for_steps
 
-from rwkv_peft.training.watch import PERIOD, SILENT
+from rwkv_peft.training.ranks.watch import PERIOD, SILENT
 
 ASLEEP = (SILENT + 10) * PERIOD  # seconds
 STALL = ("--stall_minutes", "0.5")

@@ -24,8 +24,8 @@ from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
-from rwkv_peft.training.checkpoints import list_checkpoints
-from rwkv_peft.training.saved_files import require_files
+from rwkv_peft.training.saving.checkpoints import list_checkpoints
+from rwkv_peft.training.saving.saved_files import require_files
 
 METHODS = MappingProxyType(
     {
@@ -182,7 +182,13 @@ def configurations():
 def import_libraries():
     """Import what a run would, once for all that are forked from here."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
-    for name in ("plots", "training.callbacks", "training.data_module", "training.lit", "training.strategy"):
+    for name in (
+        "plots",
+        "training.engine.callbacks",
+        "training.engine.data_module",
+        "training.step.lit",
+        "training.engine.strategy",
+    ):
         importlib.import_module(f"rwkv_peft.{name}")
 
 

@@ -50,7 +50,7 @@ def planned_gib(flags):
     from rwkv_peft.plan.command import estimate_of
     from rwkv_peft.plan.flags import parse_flags
     from rwkv_peft.plan.parts import CONTEXT, GPU, peak
-    from rwkv_peft.training.flags import request_of
+    from rwkv_peft.training.flags.request import request_of
 
     estimate = estimate_of(request_of(parse_flags([*map(str, flags)])), GPU)
     data = estimate.config.data
@@ -59,7 +59,7 @@ def planned_gib(flags):
 
 def listening():
     """Have training_step and the hook before backward's result is read tell where they wait for the GPU."""
-    from rwkv_peft.training.lit import Lit
+    from rwkv_peft.training.step.lit import Lit
 
     step, after = Lit.training_step, Lit.on_after_backward
 

@@ -23,8 +23,8 @@ import torch
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.ops.recurrence.checks import vouch
-from rwkv_peft.training.graphs import Form, Graphed
-from rwkv_peft.training.steps import Whole, straight
+from rwkv_peft.training.step.graphs import Form, Graphed
+from rwkv_peft.training.step.steps import Whole, straight
 
 STEPS, CLOSE = 4, 0.01  # optimizer steps whose losses are compared; how near these have to be
 FORMS = {"plain": (0,), "packed": (5, 4, 2, 1)}  # the numbers of sequences that are recorded of a row

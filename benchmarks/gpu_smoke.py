@@ -29,7 +29,7 @@ from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.files.base import open_base
 from rwkv_peft.ops.native.family import CudaFamily
 from rwkv_peft.ops.recurrence.backends import Backends
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.training.step.steps import Whole
 
 TEXT = (
     "The wind is strong. Rob has 4 blue maps.\nQ: What things?\nA: maps\nQ: How many?\nA: 4\nA dog sleeps. So what?\n"

@@ -21,7 +21,7 @@ from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, te
 
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CONTEXT, GPU, Estimate, peak
-from rwkv_peft.training.flags import request_of
+from rwkv_peft.training.flags.request import request_of
 
 ROWS = ("1x4096", "1x1024", "1x64")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -21,7 +21,7 @@ from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
-from rwkv_peft.training.flags import request_of
+from rwkv_peft.training.flags.request import request_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 65536

@@ -15,8 +15,8 @@ import torch
 
 from rwkv_peft.data.batches import collate
 from rwkv_peft.models import family_named
-from rwkv_peft.training.preferences import Preferences
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.training.step.preferences import Preferences
+from rwkv_peft.training.step.steps import Whole
 
 SHAPE = "768x2688x4"
 

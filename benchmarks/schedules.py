@@ -9,7 +9,7 @@ import argparse
 import math
 
 from rwkv_peft.names import SCHEDULES
-from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.step.schedule import learning_rate
 
 STEPS, WARM_UP, FIRST, LAST = 200, 20, 1e-3, 1e-4
 

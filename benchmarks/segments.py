@@ -17,7 +17,7 @@ import torch
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
-from rwkv_peft.training.steps import Segments, Whole
+from rwkv_peft.training.step.steps import Segments, Whole
 
 VOCABULARY = 257
 

@@ -30,8 +30,9 @@ from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
-from rwkv_peft.training import callbacks, run
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.training import run
+from rwkv_peft.training.engine import callbacks
+from rwkv_peft.training.step.steps import Whole
 
 LAYERS, CHANNELS, VOCABULARY, TOKENS = 8, 384, 8192, 512
 WARM_UP = 3

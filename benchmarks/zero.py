@@ -36,7 +36,7 @@ from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CPU, peak
 from rwkv_peft.plots import read_metrics
-from rwkv_peft.training.flags import request_of
+from rwkv_peft.training.flags.request import request_of
 
 SAMPLES, STEPS, HALF = 4, 6, 3
 LOSS, NORM = 1e-4, 1e-3  # how far a float32 run may be from the single process

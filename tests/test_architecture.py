@@ -12,7 +12,7 @@ import pytest
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of
+from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -76,10 +76,16 @@ PARTS = (
     ("plots", ("plots", "comparison"), ("containers",)),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
-    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge", "fused")),
+    ("step", ("training/step",), ("bases", "adapter files", "data", "plots", "merge", "fused")),
+    ("saving", ("training/saving",), ("step",)),
+    ("train flags", ("training/flags",), ("saving",)),
+    ("ranks", ("training/ranks",), ("train flags",)),
+    ("measuring", ("training/measuring",), ("ranks",)),
+    ("engine", ("training/engine",), ("measuring",)),
+    ("training", ("training",), ("engine",)),
     (
         "run",
-        ("training/run", "training/exams", "training/rank"),
+        ("training/run", "training/measuring/exams", "training/rank"),
         ("training", "evals"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
@@ -202,8 +208,9 @@ def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alo
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
-    engine = ("base_guard", "callbacks", "data_module", "lit", "optimizer_files", "strategy", "trainer")
-    allowed = {("training", name) for name in engine}
+    engine = {("training", "engine", name) for name in ("callbacks", "data_module", "strategy", "trainer")}
+    allowed = engine | {("training", "ranks", "base_guard"), ("training", "step", "lit")}
+    allowed.add(("training", "saving", "optimizer_files"))
     allowed.add(("evals", "harness"))
     for path in FILES:
         module = module_of(path)
@@ -250,7 +257,7 @@ def settings():
 
 
 def test_every_setting_is_read_by_the_code_that_it_steers():
-    flags = [("training", name) for name in ("flags", "adapter_flags", "parser")]
+    flags = [("training", "flags", name) for name in ("request", "adapter", "parser")]
     read = {
         name
         for path in FILES
@@ -262,8 +269,8 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 
 
 def test_every_flag_of_train_is_read():
-    own = ("flags.py", "adapter_flags.py", "upstream.py", "legacy.py")
-    read = {name for file in own for name in names_read(PACKAGE / "training" / file)}
+    own = ("request.py", "adapter.py", "upstream.py", "legacy.py")
+    read = {name for file in own for name in names_read(PACKAGE / "training" / "flags" / file)}
     read |= {flag_of(field) for cls in (AdapterConfig, DataConfig, TrainConfig) for field in fields(cls)}
     read |= set(dict(DIMENSIONS))
     unread = [

@@ -10,7 +10,7 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/{name}.py" for name in ("lit", "steps", "segments", "loss", "preferences", "graphs")),
+    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "loss", "preferences", "graphs")),
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(f"adapters/{path.name}" for path in (PACKAGE / "adapters").glob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
@@ -23,12 +23,12 @@ WAITS = {
 }
 ALLOWED = {
     ("adapters/bat_in_scaled.py", "initial_factors", "cpu"): "before the first step",
-    ("training/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
-    ("training/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
-    ("training/steps.py", "segments", "tensor"): "ranks agree on a number before the forward pass, in stage 3 alone",
-    ("training/segments.py", "segments_of", "nonzero"): "of a batch on the CPU",
-    ("training/segments.py", "segments_of", "tolist"): "of a batch on the CPU",
-    ("training/segments.py", "_segment", "new_tensor"): "of a batch on the CPU",
+    ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
+    ("training/step/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
+    ("training/step/steps.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",
+    ("training/step/segments.py", "segments_of", "nonzero"): "of a batch on the CPU",
+    ("training/step/segments.py", "segments_of", "tolist"): "of a batch on the CPU",
+    ("training/step/segments.py", "_segment", "new_tensor"): "of a batch on the CPU",
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
     ("ops/recurrence/checks.py", "check_bounds", "tolist"): "of what nobody has vouched for",

@@ -10,7 +10,7 @@ from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.sources import SAMPLINGS
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.schedule import SCHEDULES
+from rwkv_peft.training.step.schedule import SCHEDULES
 
 
 def test_words_of_peft_are_those_of_the_methods():

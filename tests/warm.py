@@ -17,10 +17,10 @@ from pathlib import Path
 # A run imports these itself; a name that a version lacks is passed over.
 IMPORTS = (
     "rwkv_peft.training.run",
-    "rwkv_peft.training.callbacks",
-    "rwkv_peft.training.data_module",
-    "rwkv_peft.training.lit",
-    "rwkv_peft.training.strategy",
+    "rwkv_peft.training.engine.callbacks",
+    "rwkv_peft.training.engine.data_module",
+    "rwkv_peft.training.step.lit",
+    "rwkv_peft.training.engine.strategy",
     "lightning.pytorch",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -39,7 +39,7 @@ COMMANDS = (
         "train",
         "train an adapter on a model, or the model itself (train.py)",
         "training.run",
-        flags="training.flags:judge",
+        flags="training.flags.request:judge",
     ),
     Command(
         "plan",

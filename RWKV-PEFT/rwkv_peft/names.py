@@ -1,7 +1,7 @@
 """The names that flags take as values, so that flags are checked before torch is imported.
 
-adapters/methods.py, models/__init__.py, data/sources.py, training/schedule.py and evals/tasks.py hold the tables of the
-things themselves; tests/test_names.py compares the names with them.
+adapters/methods.py, models/__init__.py, data/sources.py, training/step/schedule.py and evals/tasks.py hold the tables
+of the things themselves; tests/test_names.py compares the names with them.
 """
 
 from types import MappingProxyType

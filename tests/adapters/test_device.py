@@ -8,7 +8,7 @@ from torch import nn
 from rwkv_peft.adapters import layer as layer_module
 from rwkv_peft.adapters import lora_ga, pissa
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.training.strategy import share_buffers
+from rwkv_peft.training.engine.strategy import share_buffers
 
 GPU = torch.device("cuda", 1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.training import graphs
+from rwkv_peft.training.step import graphs
 from training.graphs_emulated import emulate
 
 SMALL = "--generations x070 --shape 64x96x2 --tokens 5 --vocab 30 --rank 8 --rounds 1".split()

@@ -26,10 +26,10 @@ from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.plan.rehearsal import count
-from rwkv_peft.training.checkpoints import DIVERGED, find_checkpoint
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
-from rwkv_peft.training.validate import VALIDATION
+from rwkv_peft.training.measuring.validate import VALIDATION
+from rwkv_peft.training.saving.checkpoints import DIVERGED, find_checkpoint
 from traps import set_traps, unset_traps
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")

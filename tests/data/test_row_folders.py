@@ -140,7 +140,7 @@ def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
 @pytest.fixture
 def header(tmp_path, tiny_state, monkeypatch):
     """header(*flags) -> what a run says of its data, whose samples are found and not trained on."""
-    from rwkv_peft.training.flags import parse_run
+    from rwkv_peft.training.flags.request import parse_run
     from rwkv_peft.training.inputs import find_samples
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

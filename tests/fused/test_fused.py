@@ -15,7 +15,7 @@ from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.fused.feed_forward import chained, layer_by_layer
 from rwkv_peft.fused.fuse import CHAIN, TABLE
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.graphs import Blocks
+from rwkv_peft.training.step.graphs import Blocks
 
 CHAINED = ("bat-in", "bat-in-scaled")
 TOKENS = torch.arange(26) * 7 % 40

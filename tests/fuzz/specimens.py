@@ -32,16 +32,16 @@ from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.models.state import layer_keys
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
-from rwkv_peft.training.adapter_flags import JSON_FLAGS, parse_json_flag
-from rwkv_peft.training.checkpoints import list_checkpoints
-from rwkv_peft.training.history import Lowest, forget_rest, history
-from rwkv_peft.training.identity import read_run_state
-from rwkv_peft.training.loading import changes
-from rwkv_peft.training.optimizer_files import TensorsAlone
-from rwkv_peft.training.plan import Plan
-from rwkv_peft.training.rates import with_first_rates
-from rwkv_peft.training.resume import other_retained, validated_from
+from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
+from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.run import make_plan
+from rwkv_peft.training.saving.checkpoints import list_checkpoints
+from rwkv_peft.training.saving.history import Lowest, forget_rest, history
+from rwkv_peft.training.saving.identity import read_run_state
+from rwkv_peft.training.saving.loading import changes
+from rwkv_peft.training.saving.optimizer_files import TensorsAlone
+from rwkv_peft.training.saving.resume import other_retained, validated_from
+from rwkv_peft.training.step.plan import Plan
 
 LAYER = "blocks.0.att.key"
 ROW = {

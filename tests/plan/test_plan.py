@@ -14,7 +14,7 @@ from rwkv_peft.plan.disk import checkpoint_count, saved_epochs, written
 from rwkv_peft.plan.fits import alternatives, changes, largest, largest_rows, largest_tokens
 from rwkv_peft.plan.flags import memory_size, parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, OPTIMIZER, Estimate, peak
-from rwkv_peft.training.flags import request_of
+from rwkv_peft.training.flags.request import request_of
 
 NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")
 

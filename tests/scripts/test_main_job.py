@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

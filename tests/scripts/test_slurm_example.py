@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.training.parser import build_parser
+from rwkv_peft.training.flags.parser import build_parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "slurm_example.sh"
 TOOLS = {

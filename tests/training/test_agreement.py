@@ -6,9 +6,9 @@ import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.training.agreement import FREE, disagreement, passport
-from rwkv_peft.training.parser import flag_of
-from rwkv_peft.training.world import World
+from rwkv_peft.training.flags.parser import flag_of
+from rwkv_peft.training.flags.world import World
+from rwkv_peft.training.ranks.agreement import FREE, disagreement, passport
 
 CONFIG = RunConfig(
     RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96),

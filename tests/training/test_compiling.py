@@ -10,8 +10,8 @@ from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import collate
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.compiling import compiled, uncompiled
-from rwkv_peft.training.preferences import Preferences
+from rwkv_peft.training.step.compiling import compiled, uncompiled
+from rwkv_peft.training.step.preferences import Preferences
 from training.runs import metrics
 
 LIMIT = "recompile_limit"  # torch's word where it gives up

@@ -38,8 +38,8 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, c
 )
 def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(tmp_path, reason, kind, words):
     from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.training.checkpoints import list_checkpoints
-    from rwkv_peft.training.saver import Saver
+    from rwkv_peft.training.saving.checkpoints import list_checkpoints
+    from rwkv_peft.training.saving.saver import Saver
 
     def refuse(*args, **settings):
         raise RuntimeError(reason)
@@ -59,7 +59,7 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
 FULL = """
 import errno
 from rwkv_peft.commands import run
-from rwkv_peft.training import saver
+from rwkv_peft.training.saving import saver
 
 def full(path, state):
     if state["step"] >= {step}:
@@ -75,7 +75,7 @@ run("train")
 FULL_AT_ONCE = """
 import errno
 from rwkv_peft.commands import run
-from rwkv_peft.training import fit
+from rwkv_peft.training.engine import fit
 
 def full(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device", "events.out.tfevents")
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised
 def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, monkeypatch):
     from rwkv_peft.config import AdapterConfig
     from rwkv_peft.files.atomic import CannotWrite
-    from rwkv_peft.training.saver import Saver
+    from rwkv_peft.training.saving.saver import Saver
 
     def refuse(tensors, labels):
         raise CannotWrite("cannot write adapter.safetensors: the disk is full; nothing was changed there")

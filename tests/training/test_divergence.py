@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_peft.training.checkpoints import DIVERGED
+from rwkv_peft.training.saving.checkpoints import DIVERGED
 from training.runs import metrics
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_tensor_that_is_not_finite_ends_the_run_on_every_rank(keep):
-    from rwkv_peft.training.lit import Diverged
-    from rwkv_peft.training.saver import gather
+    from rwkv_peft.training.saving.saver import gather
+    from rwkv_peft.training.step.lit import Diverged
 
     with pytest.raises(Diverged, match="w is no longer finite"):
         gather([("w", torch.tensor([1.0, math.inf]))], zero_stage_3=False, keep=keep)
@@ -64,8 +64,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(fi
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan, -1.0])  # DeepSpeed's -1 is a norm that it found not finite
 def test_a_norm_that_is_not_finite_in_any_spelling(norm):
-    from rwkv_peft.training.callbacks import FiniteGradients
-    from rwkv_peft.training.lit import Diverged
+    from rwkv_peft.training.engine.callbacks import FiniteGradients
+    from rwkv_peft.training.step.lit import Diverged
 
     engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(norm))
     trainer, lit = SimpleNamespace(strategy=SimpleNamespace(deepspeed_engine=engine)), SimpleNamespace(step=7)

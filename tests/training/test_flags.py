@@ -12,11 +12,11 @@ import pytest
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of, table
+from rwkv_peft.training.flags.request import parse_run
+from rwkv_peft.training.flags.synonyms import VALUES
 from rwkv_peft.training.header import describe_adapter
-from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
 from rwkv_peft.training.run import main
-from rwkv_peft.training.synonyms import VALUES
 from training.command_lines import flags, refused, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,10 +228,8 @@ def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
 
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
-    training = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training"
-    source = "".join(
-        (training / name).read_text() for name in ("flags.py", "adapter_flags.py", "upstream.py", "legacy.py")
-    )
+    flags = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags"
+    source = "".join((flags / name).read_text() for name in ("request.py", "adapter.py", "upstream.py", "legacy.py"))
     own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
@@ -241,7 +239,7 @@ def test_every_flag_is_read():
 
 def test_the_table_of_flags_is_what_the_parser_says():
     assert (ROOT / "docs" / "train_flags.md").read_text() == table(), (
-        "python -m rwkv_peft.training.parser > docs/reference/flags.md"
+        "python -m rwkv_peft.training.flags.parser > docs/reference/flags.md"
     )
 
 

@@ -18,10 +18,10 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.ops.recurrence.checks import check_bounds
-from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.graphs import Form, Graphed, bounds_like, recorded_forms
-from rwkv_peft.training.preferences import Preferences
-from rwkv_peft.training.steps import Whole, straight
+from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.step.graphs import Form, Graphed, bounds_like, recorded_forms
+from rwkv_peft.training.step.preferences import Preferences
+from rwkv_peft.training.step.steps import Whole, straight
 from training.graphs_emulated import emulate
 from training.runs import ROOT, finish, metrics, start
 

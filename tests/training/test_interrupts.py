@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft.training import fit
+from rwkv_peft.training.engine import fit
 from training.runs import start
 
 

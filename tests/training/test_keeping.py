@@ -16,10 +16,10 @@ import pytest
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.callbacks import Save
-from rwkv_peft.training.checkpoints import list_checkpoints, telling_refusals
-from rwkv_peft.training.keeping import discard_old
+from rwkv_peft.training.engine.callbacks import Save
 from rwkv_peft.training.run import Plan
+from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refusals
+from rwkv_peft.training.saving.keeping import discard_old
 
 FILES = ("adapter.safetensors", "state.json", "zero/optimizer.pt")
 CHANGES = ("os.rename", "os.remove", "os.rmdir")
@@ -124,7 +124,7 @@ def test_a_kill_at_any_file_leaves_whole_checkpoints_and_the_next_save_the_rest(
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_rank_asks_for_a_save_by_a_clock_that_nobody_sets(monkeypatch, first):
     now, saves = [100.0], []
-    monkeypatch.setattr("rwkv_peft.training.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("rwkv_peft.training.engine.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
     saver = SimpleNamespace(save=lambda trainer, lit, done, epoch: saves.append((done, epoch)))
     save = Save(saver, Plan(1, 100, 100, 0, 0), TrainConfig(save_minutes=0.5), None)
     trainer, lit = SimpleNamespace(is_global_zero=first), SimpleNamespace(step=0, stopping=False)

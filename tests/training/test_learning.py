@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rwkv_peft.training.flags.request.epochs import with_chosen_epochs
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.rows_exam import RowsExam, rows_of
-from rwkv_peft.training.before_after import agreement, quoted, read_before
-from rwkv_peft.training.epochs import with_chosen_epochs
-from rwkv_peft.training.exams import find_rows
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
-from rwkv_peft.training.learned import doubts, fall_of, nothing_learned
-from rwkv_peft.training.plan import Plan
+from rwkv_peft.training.measuring.before_after import agreement, quoted, read_before
+from rwkv_peft.training.measuring.exams import find_rows
+from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned
+from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
 DEMO = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels

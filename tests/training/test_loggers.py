@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 
-HERE = "rwkv_peft.training.loggers"
+HERE = "rwkv_peft.training.saving.loggers"
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch.distributed as dist
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.meeting import Ranks, call
-from rwkv_peft.training.processes import Processes
-from rwkv_peft.training.watch import END, Watch
-from rwkv_peft.training.world import LOOPBACK, World
+from rwkv_peft.training.flags.world import LOOPBACK, World
+from rwkv_peft.training.ranks.meeting import Ranks, call
+from rwkv_peft.training.ranks.processes import Processes
+from rwkv_peft.training.ranks.watch import END, Watch
 
 
 def silent(*words, **options):

@@ -5,7 +5,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.optimizer_files import TensorsAlone
+from rwkv_peft.training.saving.optimizer_files import TensorsAlone
 from training.runs import Planted
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft.files.pth import read_pth
-from rwkv_peft.training.checkpoints import find_checkpoint
+from rwkv_peft.training.saving.checkpoints import find_checkpoint
 
 BOTH = ("--train_parts", "state", "ln", "--state_lr", "2e-2")
 HALF = ("--epoch_count", "1")

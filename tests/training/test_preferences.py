@@ -17,8 +17,8 @@ from rwkv_peft.data.batches import collate
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.preferences import Preferences, losses_of_documents
+from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.step.preferences import Preferences, losses_of_documents
 from training.runs import ROOT, finish, metrics, start
 
 VOCABULARY, BETA, NLL = 30, 0.7, 0.3

@@ -9,7 +9,7 @@ from rwkv_peft.plan.disk import written
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import compare_structure
-from rwkv_peft.training.flags import request_of
+from rwkv_peft.training.flags.request import request_of
 from training.runs import finish, metrics, start
 
 FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")

@@ -3,9 +3,9 @@
 import pytest
 
 from rwkv_peft.ops.native.kept import make_once
-from rwkv_peft.training import progress
-from rwkv_peft.training.plan import Plan
-from rwkv_peft.training.progress import Progress, telling_compilations
+from rwkv_peft.training.engine import progress
+from rwkv_peft.training.engine.progress import Progress, telling_compilations
+from rwkv_peft.training.step.plan import Plan
 
 
 class Clock:

@@ -26,11 +26,11 @@ from rwkv_peft.evals.exam import Exam
 from rwkv_peft.evals.harness_command import main as run_harness
 from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
-from rwkv_peft.training.examiner import Examiner
-from rwkv_peft.training.exams import find_exams
-from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.plan import Plan
+from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.measuring.examiner import Examiner
+from rwkv_peft.training.measuring.exams import find_exams
 from rwkv_peft.training.run import main as run_training
+from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
 BASE = str(ROOT / "demo" / "rwkv6-demo.pth")

@@ -99,7 +99,7 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
 
 IMPATIENT = """
 from rwkv_peft.commands import run
-from rwkv_peft.training import meeting
+from rwkv_peft.training.ranks import meeting
 
 meeting.VISIBLE = 1.0
 run("train")
@@ -211,8 +211,8 @@ HANGING = """
 import time
 
 from rwkv_peft.commands import run
-from rwkv_peft.training.steps import Whole
-from rwkv_peft.training.watch import Watch
+from rwkv_peft.training.step.steps import Whole
+from rwkv_peft.training.ranks.watch import Watch
 
 loss, moved, steps = Whole.loss, Watch.moved, iter({pauses})
 
@@ -241,7 +241,8 @@ def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files
     for process in processes:
         _, err = finish(process, 1)
         assert "error: nothing has moved for 0.08 minutes (--stall_minutes): " in err and "Traceback" not in err
-        assert re.search(r"rank 0 \(node 0 of 2\) is at step 4, in training/lit.py, line \d+ \(ask_ranks\); ", err), err
-        assert re.search(r"rank 1 \(node 1 of 2\) is at step 4, in training/lit.py, line \d+ \(training_step\)", err)
+        place = r"is at step 4, in training/step/lit.py, line \d+"
+        assert re.search(rf"rank 0 \(node 0 of 2\) {place} \(ask_ranks\); ", err), err
+        assert re.search(rf"rank 1 \(node 1 of 2\) {place} \(training_step\)", err)
         assert "no checkpoint had been saved yet" in err
     assert time.monotonic() - began < 60

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.identity import read_run_state
-from rwkv_peft.training.run_state import write_state
-from rwkv_peft.training.saved_files import record_of
+from rwkv_peft.training.saving.identity import read_run_state
+from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.saved_files import record_of
 from training.runs import Planted, finish, metrics, start
 
 LONG = (
@@ -203,7 +203,7 @@ def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
-    from rwkv_peft.training.checkpoints import find_checkpoint
+    from rwkv_peft.training.saving.checkpoints import find_checkpoint
 
     for step, seen in ((12, 12), (4, 16)):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
@@ -214,7 +214,7 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
 def test_a_damaged_state_is_named(tmp_path, text):
-    from rwkv_peft.training.checkpoints import find_checkpoint
+    from rwkv_peft.training.saving.checkpoints import find_checkpoint
 
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
@@ -224,8 +224,8 @@ def test_a_damaged_state_is_named(tmp_path, text):
 
 
 def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
-    from rwkv_peft.training.history import Lowest, forget_rest, history
-    from rwkv_peft.training.plan import Plan
+    from rwkv_peft.training.saving.history import Lowest, forget_rest, history
+    from rwkv_peft.training.step.plan import Plan
 
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.1, "val_loss": 3.5 - step}) + "\n" for step in range(3)]

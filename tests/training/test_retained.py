@@ -10,7 +10,7 @@ from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.generate.loading import load_model
-from rwkv_peft.training.flags import parse_flags, parse_run
+from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.inputs import find_samples
 from training.runs import metrics
 

@@ -74,8 +74,8 @@ class Terminal(io.StringIO):
 
 
 def test_the_bar_fits_into_80_columns_with_all_its_numbers(monkeypatch):
-    from rwkv_peft.training.plan import Plan
-    from rwkv_peft.training.progress import Progress
+    from rwkv_peft.training.engine.progress import Progress
+    from rwkv_peft.training.step.plan import Plan
 
     monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last one free
     monkeypatch.setenv("LINES", "24")

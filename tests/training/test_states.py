@@ -17,7 +17,7 @@ from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import main as verify
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics
 
 ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")

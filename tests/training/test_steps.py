@@ -9,9 +9,9 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.batches import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
-from rwkv_peft.training import segments, steps
-from rwkv_peft.training.segments import filler, segments_of
-from rwkv_peft.training.steps import Segments, Whole, run
+from rwkv_peft.training.step import segments, steps
+from rwkv_peft.training.step.segments import filler, segments_of
+from rwkv_peft.training.step.steps import Segments, Whole, run
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 VOCABULARY = 30

@@ -8,8 +8,8 @@ import pytest
 import torch
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from rwkv_peft.training.run_state import write_state
-from rwkv_peft.training.saved_files import record_of
+from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.saved_files import record_of
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.training import run
-from rwkv_peft.training.parser import flag_of
+from rwkv_peft.training.flags.parser import flag_of
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
 TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))

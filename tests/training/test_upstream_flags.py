@@ -10,9 +10,9 @@ import pytest
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
+from rwkv_peft.training.flags.synonyms import SYNONYMS
 from rwkv_peft.training.run import main
-from rwkv_peft.training.synonyms import SYNONYMS
 from training.runs import finish, start
 
 INERT = (
@@ -93,7 +93,7 @@ def test_a_seed_of_several_nodes_is_given(files, monkeypatch):
 
 
 def test_a_meaning_is_never_that_of_a_flag_that_exists():
-    from rwkv_peft.training.parser import build_parser
+    from rwkv_peft.training.flags.parser import build_parser
 
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert not known & SYNONYMS.keys()

@@ -10,7 +10,7 @@ import torch
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
-from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main
 from training.runs import ROOT, finish, start
 from training.upstream_scripts import RWKV_LM_SCRIPTS, RWKV_PEFT_SCRIPTS

@@ -13,9 +13,9 @@ from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.names import ADAPTER, METRICS
-from rwkv_peft.training.agreement import digests_of_inputs, disagreement, passport
-from rwkv_peft.training.identity import data_identity
-from rwkv_peft.training.world import World
+from rwkv_peft.training.flags.world import World
+from rwkv_peft.training.ranks.agreement import digests_of_inputs, disagreement, passport
+from rwkv_peft.training.saving.identity import data_identity
 
 MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)
 

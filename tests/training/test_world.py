@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.world import LOOPBACK, World, find_world, first_host
+from rwkv_peft.training.flags.world import LOOPBACK, World, find_world, first_host
 
 TORCHRUN = {
     "RANK": "3",

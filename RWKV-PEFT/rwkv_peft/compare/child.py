@@ -8,6 +8,6 @@ from ..errors import exit_on_user_error
 
 if __name__ == "__main__":
     when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    from ..training.run import main  # takes seconds, in which the comparison may be killed
+    from ..training.run import main
 
     exit_on_user_error(main)

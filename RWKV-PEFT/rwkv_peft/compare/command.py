@@ -15,8 +15,8 @@ from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..names import STATE
-from ..training.flags import parse_run
-from ..training.rates import automatic_rate
+from ..training.flags.rates import automatic_rate
+from ..training.flags.request import parse_run
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .outcomes import RESULT, Outcome, read_outcome
 from .pictures import draw

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..cli import Parser, count, not_negative, positive, seed
 from ..errors import UserError
 from ..names import MINIS, NONE, STATE, WORDS, forms
-from ..training.flags import parse_flags as parse_train_flags
+from ..training.flags.request import parse_flags as parse_train_flags
 from .rates import grid_rate
 
 FULL = "full"  # the method that trains the model itself

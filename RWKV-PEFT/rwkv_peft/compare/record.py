@@ -10,7 +10,7 @@ from ..data.prefix import binidx_prefix
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.readable import require_readable
-from ..training.flags import parse_flags
+from ..training.flags.request import parse_flags
 from .flags import Comparison
 from .runs import any_begun
 from .sizes import Size

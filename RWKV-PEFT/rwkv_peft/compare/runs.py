@@ -17,8 +17,8 @@ from ..children import python_command
 from ..errors import UserError
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
-from ..training.checkpoints import DIVERGED, find_checkpoint
-from ..training.resume import AUTO
+from ..training.saving.checkpoints import DIVERGED, find_checkpoint
+from ..training.saving.resume import AUTO
 from .flags import Comparison, method_flags
 from .outcomes import RESULT, Outcome, read_outcome
 from .plan import Cell

@@ -1,7 +1,7 @@
 """The settings of a run as frozen dataclasses, made once from the command line.
 
 Each field that a flag sets carries it: its help, its type, its name where that is another than the field's. The parser
-of train.py, its --help and docs/reference/flags.md are made of these fields (training/flags.py).
+of train.py, its --help and docs/reference/flags.md are made of these fields (training/flags/request.py).
 """
 
 import json

@@ -155,7 +155,7 @@ def scan(path: Path, pickled: IO[bytes], size: int) -> int:
 
 
 def added_classes() -> Iterator[Any]:
-    """The classes registered with torch as safe, such as DeepSpeed's (training/optimizer_files.py)."""
+    """The classes registered with torch as safe, such as DeepSpeed's (training/saving/optimizer_files.py)."""
     for item in torch.serialization.get_safe_globals():
         yield item[0] if isinstance(item, tuple) else item
 

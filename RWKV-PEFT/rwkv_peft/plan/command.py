@@ -17,7 +17,7 @@ from ..files.room import room_at
 from ..gpus import count_gpus
 from ..memory import main_memory
 from ..models import family_named
-from ..training.flags import Request, request_of
+from ..training.flags.request import Request, request_of
 from ..training.header import describe_adapter
 from .disk import written
 from .fits import LARGEST, TOKENS, changes, largest_rows, largest_tokens, usable

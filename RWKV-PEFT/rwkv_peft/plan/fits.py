@@ -11,7 +11,7 @@ from ..config import STRATEGIES, RunConfig
 from ..errors import UserError
 from ..files.base import linear_shapes
 from ..models import family_named
-from ..training.flags import goes_together
+from ..training.flags.request import goes_together
 from .parts import GPU, Estimate, peak
 
 SPARE = 0.95  # share of a GPU's memory to plan with, because the allocator leaves gaps between its blocks

@@ -5,9 +5,9 @@ import re
 
 from ..errors import short
 from ..refusals import Refusals
-from ..training.flags import Flags, flags_of
-from ..training.parser import build_parser
-from ..training.world import World
+from ..training.flags.parser import build_parser
+from ..training.flags.request import Flags, flags_of
+from ..training.flags.world import World
 
 LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))

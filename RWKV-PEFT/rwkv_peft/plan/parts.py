@@ -16,9 +16,9 @@ from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
-from ..training.gathering import exchanges_gradients, sums_apart
-from ..training.loss import chunk_rows
-from ..training.room import OPTIMIZER
+from ..training.saving.room import OPTIMIZER
+from ..training.step.gathering import exchanges_gradients, sums_apart
+from ..training.step.loss import chunk_rows
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"

@@ -14,10 +14,10 @@ from ..names import SCHEDULES, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
-from .gathering import loses_in_sums
-from .learned import doubts
-from .plan import Plan
-from .rates import automatic_rate
+from .flags.rates import automatic_rate
+from .measuring.learned import doubts
+from .step.gathering import loses_in_sums
+from .step.plan import Plan
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))

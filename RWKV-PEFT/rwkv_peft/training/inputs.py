@@ -10,7 +10,7 @@ from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
-from .validate import RETAINED, VALIDATION
+from .measuring.validate import RETAINED, VALIDATION
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:

@@ -1,10 +1,10 @@
 """A further process of a node (processes.py): it trains as train.py does, and ends with the process that started it."""
 
 from ..errors import exit_on_user_error
-from .processes import end_with_parent
+from .ranks.processes import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
-    from .run import main  # takes seconds, in which the other may end
+    from .run import main
 
     exit_on_user_error(main)

@@ -35,33 +35,33 @@ from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import ADAPTER, METRICS, MODEL, STATE
 from ..plots import plot_loss
-from .agreement import digests_of_inputs, passport
-from .before_after import BeforeAfter
-from .checkpoints import ROWS, UNSAVED, clear_unsaved
-from .epochs import with_chosen_epochs
-from .examiner import Examiner
-from .exams import find_exams, find_rows
-from .fit import fit
-from .flags import Request, parse_run
-from .gradients import estimate_gradients
+from .engine.fit import fit
+from .engine.machine import own_device, resolve_accelerator
+from .engine.prepared import Prepared
+from .engine.progress import telling_compilations
+from .flags.epochs import with_chosen_epochs
+from .flags.new_model import write_new_model
+from .flags.rates import with_first_rates
+from .flags.request import Request, parse_run
 from .header import describe, describe_adapter
-from .identity import data_identity
 from .inputs import find_samples
-from .keeping import clear_hidden, discard_old
-from .lost_pages import sizes_of_mapped
-from .machine import own_device, resolve_accelerator
-from .meeting import Ranks
-from .new_model import write_new_model
-from .plan import Plan
-from .prepared import Prepared
-from .progress import telling_compilations
-from .rates import with_first_rates
-from .resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
-from .room import require_room_to_save
-from .saved_files import require_files
-from .saver import Saver
-from .start import start_adapter, start_states
-from .validate import RETAINED, VALIDATION, Validator
+from .measuring.before_after import BeforeAfter
+from .measuring.examiner import Examiner
+from .measuring.exams import find_exams, find_rows
+from .measuring.validate import RETAINED, VALIDATION, Validator
+from .ranks.agreement import digests_of_inputs, passport
+from .ranks.lost_pages import sizes_of_mapped
+from .ranks.meeting import Ranks
+from .saving.checkpoints import ROWS, UNSAVED, clear_unsaved
+from .saving.identity import data_identity
+from .saving.keeping import clear_hidden, discard_old
+from .saving.resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
+from .saving.room import require_room_to_save
+from .saving.saved_files import require_files
+from .saving.saver import Saver
+from .saving.start import start_adapter, start_states
+from .step.gradients import estimate_gradients
+from .step.plan import Plan
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,1 @@
+"""The training loop: Lightning's Trainer over DeepSpeed ZeRO, on any device."""

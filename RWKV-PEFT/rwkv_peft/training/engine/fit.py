@@ -1,0 +1,137 @@
+"""Run the training loop of a prepared run, Lightning's Trainer over DeepSpeed, and say how it ended."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...children import import_matplotlib
+from ...cli import counted
+from ...data import opening
+from ...data.recorded import ENTRY
+from ...errors import UserError, ending_at_once
+from ...files.atomic import atomic_write
+from ...memory import keep_freed_memory
+from ...names import METRICS, RUN
+from ...plots import plot_loss, read_metrics, series
+from ..measuring.learned import nothing_learned
+from ..measuring.validate import VALIDATION
+from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
+from ..saving.loggers import make_loggers
+from ..saving.products import BEST, labelled
+from ..step.compiling import compiled
+from .prepared import Prepared
+
+if TYPE_CHECKING:
+    from ..step.lit import Lit
+
+
+def quiet() -> None:
+    """Silence the libraries' banners and tips, which are not about this run."""
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "DeepSpeed",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (
+        ".*does not have many workers.*",
+        ".*`IterableDataset`.*",
+        ".*overridden `transfer_batch_to_device`.*",
+        ".*isinstance.treespec.*",
+        ".*barrier.*device under current context.*",
+        ".*torch.distributed.*deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
+    """Run Lightning's Trainer over the plan; returns (the exit code, how it ended in words)."""
+    run.watch.moved("the start")
+    if run.accelerator == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would use a GPU if there is one
+        keep_freed_memory()
+    with ending_at_once():
+        import_matplotlib()  # which Lightning imports
+        from ..step.lit import Diverged
+        from .data_module import RunData
+        from .trainer import make_lit, make_trainer
+
+    quiet()
+    data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
+    try:
+        compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
+        with telling_refusals(run.folder), compiling:
+            loggers = []
+            if run.leads:
+                record(run)
+                loggers = make_loggers(run.config, run.folder, run.plan.first_step)
+            lit = make_lit(run)
+            trainer = make_trainer(run, loggers, say)
+            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
+    except Diverged as error:
+        last = find_checkpoint(run.folder)
+        say(
+            f"error: {error}; {DIVERGED}. "
+            + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
+            + "; try a lower --lr_init, or --precision fp32",
+            file=sys.stderr,
+        )
+        return (1 if run.leads else 0), ""
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
+            raise error.__context__ from None
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return ended(run, lit, say) if run.leads else (0, "")
+
+
+def record(run: Prepared) -> None:
+    """Write the run's settings, its vocabulary and what opens an answer in its data to config.json in its folder."""
+    vocabulary = run.samples.vocabulary
+    entries: dict[str, Any] = {opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary)}
+    if vocabulary is not None:
+        entries[ENTRY] = vocabulary._asdict()
+    with atomic_write(run.folder / RUN) as temporary:
+        temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
+
+
+def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
+    """Draw the loss curve; returns (the exit code, how the run ended in words)."""
+    losses: list[float] = []
+    try:
+        losses = series(read_metrics(run.folder / METRICS), "loss")[1]
+        plot_loss(run.folder / METRICS, run.folder / "loss.png")
+    except UserError as error:  # the trained tensors are saved, so go on
+        say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
+    total = run.plan.total_steps
+    exhausted = run.validator is not None and run.validator.exhausted
+    if lit.stopping and lit.step < total and not exhausted:
+        return 128 + (lit.stop_requested or signal.SIGTERM), (
+            f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
+            "the same command with --resume goes on"
+        )
+    told, rows = "", run.rows
+    if rows is not None:
+        told = "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
+    if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
+        told += f"{note}\n"
+    if run.validator is not None and VALIDATION in run.validator.measured:
+        told += f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
+        if exhausted:
+            told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
+        told += "\n"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"

@@ -1,0 +1,88 @@
+"""Show the progress of a run and the time it still takes: as a bar on a terminal, as lines in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from ...ops.native.kept import COMPILING
+from ..step.plan import Plan
+
+QUIET = 10  # seconds between two lines of a log
+
+
+def in_words(validation: dict[str, float]) -> str:
+    """Put the numbers of a Validator in words."""
+    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
+    words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
+    words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
+    told = ((*words[name], value) for name, value in validation.items() if name in words)
+    return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
+
+
+class Progress:
+    """Show progress and ETA: a moving bar on a terminal; in a log file a line every ten seconds.
+
+    The first step of a process counts neither in the speed nor in the ETA, because it also loads and compiles what the
+    others use.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.last_line = plan, 0.0
+        self.began: float | None = None  # when the second step began
+        self.bar: tqdm | None = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(
+                total=plan.total_steps,
+                initial=plan.first_step,
+                # the rest of tqdm's bar is left out, so that the numbers fit 80 columns
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                dynamic_ncols=True,
+                file=sys.stdout,
+                mininterval=0.2,
+            )
+
+    def update(self, text: str, done: int, seconds: float, tokens: int) -> None:
+        """Show `text` after `done` steps; the last one read `tokens` tokens in `seconds` seconds."""
+        now = time.perf_counter()
+        if self.began is None:
+            self.began, left = now, f"the first step took {seconds:.0f} s"
+        else:
+            rest = (now - self.began) / (done - self.plan.first_step - 1) * (self.plan.total_steps - done)
+            text, left = f"{text}, {tokens / seconds:,.0f} tokens/s", f"ETA {tqdm.format_interval(rest)}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{left}, {text}", refresh=False)
+            self.bar.update()
+        elif now - self.last_line >= QUIET or done == self.plan.total_steps:
+            self.last_line = now
+            print(f"step {done:,}/{self.plan.total_steps:,}, {text}, {left}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print `text` as a line of its own, past the bar."""
+        self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Compilations(logging.Handler):
+    """Print a line for each kernel that is compiled, because it takes up to minutes, once on a machine."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stdout)
+
+
+@contextmanager
+def telling_compilations(tells: bool) -> Iterator[None]:
+    """Print which kernels are compiled within, if this process `tells`."""
+    teller = Compilations(logging.INFO if tells else logging.CRITICAL)
+    COMPILING.addHandler(teller)
+    COMPILING.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        COMPILING.removeHandler(teller)

@@ -1,0 +1,144 @@
+"""Run DeepSpeed ZeRO under Lightning on any device, CPU processes over gloo as well as GPUs over NCCL, on ranks that
+have met already."""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from ...config import BUCKET, TrainConfig
+from ..flags.world import World
+from ..ranks.meeting import Ranks
+from ..step.gathering import exchanges_gradients, sums_apart
+from ..step.norms import gradient_norm
+
+FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
+
+
+class MetRanks(ClusterEnvironment):
+    """Tell Lightning about the processes of a run, which are all there already."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    creates_processes_externally = True
+
+    @property
+    def main_address(self) -> str:
+        return self.world.address
+
+    @property
+    def main_port(self) -> int:
+        return self.world.port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.world.size
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing, because the size is known."""
+
+    def global_rank(self) -> int:
+        return self.world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing, because the rank is known."""
+
+    def local_rank(self) -> int:
+        return self.world.local_rank
+
+    def node_rank(self) -> int:
+        return self.world.node
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on ranks that have met."""
+
+    def __init__(self, ranks: Ranks, exchange: bool, **settings: Any) -> None:
+        """exchange: whether gradients go through buckets (exchanges_gradients)."""
+        super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
+        self.ranks, self.exchange = ranks, exchange
+
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cpu":
+            # The engine wants an index on every device.
+            self.parallel_devices: list[torch.device] = [
+                torch.device("cpu", index) for index in range(len(self.parallel_devices))
+            ]
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        world = self.ranks.world
+        backend = self._get_process_group_backend()
+        # DeepSpeed takes a group that is there; for one of its own it would look for another meeting place.
+        torch.distributed.init_process_group(
+            backend, store=self.ranks.store, rank=world.rank, world_size=world.size, timeout=FOREVER
+        )
+        super().setup_distributed()
+
+    def _setup_model_and_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
+        if self.root_device.type != "cpu":  # CPUs compute the same bits
+            share_buffers(engine.module, self.root_device)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
+            if not self.exchange:
+                optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda parameter, group: None
+        return engine, optimizer
+
+
+def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes. They hold what layers
+    start from and quantized weights, which GPUs of other kinds round differently. The engine does this for
+    parameters."""
+    for buffer in model.buffers():
+        shared = buffer.to(device)
+        torch.distributed.broadcast(shared, 0)
+        buffer.copy_(shared)
+
+
+WHOLE = 1_000_000  # parameters of at most so many elements, as an adapter's matrices, stay on every rank in stage 3
+
+
+def make_strategy(
+    train: TrainConfig, micro_bsz: int, trainable: int, live: int, accelerator: str, ranks: Ranks
+) -> ZeroStrategy:
+    """Make the strategy that train names, for "cpu" or "gpu", on ranks that have met. The number of `trainable`
+    parameters sets the size of communication buckets, and `live` is the number that stage 3 keeps gathered."""
+    if accelerator == "cpu":
+        import deepspeed
+
+        # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    bucket, exchange = min(BUCKET, max(trainable, 1)), exchanges_gradients(train)
+    strategy = ZeroStrategy(
+        ranks,
+        exchange,
+        stage=train.stage,
+        offload_optimizer=train.offload,
+        offload_parameters=train.offload and train.stage == 3,
+        # else a GPU reads what is offloaded at a fraction of its speed
+        pin_memory=train.offload and accelerator == "gpu",
+        allgather_bucket_size=bucket,
+        reduce_bucket_size=bucket if exchange else 1,
+        exclude_frozen_parameters=True,
+        logging_batch_size_per_gpu=micro_bsz,
+        logging_level=logging.ERROR,
+    )
+    if train.stage == 3:
+        zero = strategy.config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = WHOLE
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
+        if accelerator == "cpu":
+            zero["stage3_prefetch_bucket_size"] = 0  # gloo's threads would compete with the step's
+    if sums_apart(train):
+        strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return strategy

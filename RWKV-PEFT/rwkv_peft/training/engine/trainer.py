@@ -1,0 +1,76 @@
+"""Make Lightning's Trainer for a run, and the module that it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ...adapters.groups import learning_ratios
+from ...adapters.methods import method_of
+from ...config import RunConfig
+from ...data.samples import Samples
+from ...models.state import TIME_STATE
+from ...names import STATE
+from ..ranks.base_guard import BaseGuard
+from ..step.gathering import live_parameters
+from ..step.graphs import Graphed, recorded_forms
+from ..step.lit import Lit
+from ..step.preferences import Preferences
+from ..step.steps import Segments, Step, Way, Whole, straight
+from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
+from .prepared import Prepared
+from .strategy import make_strategy
+
+
+def step_of(config: RunConfig, samples: Samples) -> Step:
+    """Choose the Step for batches of `samples`: over whole rows, segments of them, or pairs of answers."""
+    train, data = config.train, config.data
+    way: Way = straight
+    base_way: Way = straight
+    if train.cuda_graphs:
+        forms = recorded_forms(data, samples.packs(data.micro_bsz))
+        way, base_way = Graphed(forms), Graphed(forms, gradients=False)
+    if data.data_type == "pairs":
+        return Preferences(train.dpo_beta, train.dpo_nll, way, base_way)
+    if not train.chunk_ctx:
+        return Whole(way)
+    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
+
+
+def make_lit(run: Prepared) -> Lit:
+    adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    ratios = learning_ratios(method_of(adapter), adapter)
+    if STATE in adapter.train_parts and not adapter.states_alone:
+        ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
+    rates = run.family if train.layerwise_lr else None
+    return Lit(run.model, train, step_of(run.config, run.samples), plan.total_steps, plan.first_step, rates, ratios)
+
+
+def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:
+    train, micro_bsz, live = run.config.train, run.config.data.micro_bsz, live_parameters(run.model)
+    accumulate = train.accumulate_grad_batches
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=train.devices,
+        num_nodes=train.num_nodes,
+        strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=train.gradient_clip_val,
+        max_epochs=1,
+        logger=loggers,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.folder,
+        callbacks=[
+            Moves(run.watch),
+            FiniteGradients(accumulate),
+            *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
+            Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
+            Save(run.saver, run.plan, train, run.checkpoint, run.validator),
+            StopSignals(say),
+        ],
+    )

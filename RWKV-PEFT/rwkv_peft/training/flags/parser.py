@@ -1,0 +1,185 @@
+"""Build the parser of train.py from the fields of the settings (config/), and print its flags as Markdown.
+
+python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
+"""
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any, TypeVar
+
+from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
+from ...config import AdapterConfig, DataConfig, TrainConfig
+from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from .adapter import add_json_flags
+from .legacy import add_legacy_flags
+from .markers import marker
+from .synonyms import SEVERAL, SYNONYMS, VALUES
+from .upstream import WORDS, add_upstream_flags
+
+Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
+CHOICES_OF = (
+    ("peft", (*CHOICES, *WORDS)),
+    ("dataload", DATALOADS),
+    ("loss_mask", LOSS_MASKS),
+    ("lr_schedule", SCHEDULES),
+)
+TYPES = (("mask_id", marker),)  # argparse types that need more than config/ knows
+DIMENSIONS = (
+    ("n_layer", "blocks"),
+    ("n_embd", "channels"),
+    ("vocab_size", "vocabulary"),
+    ("dim_att", "attention channels (new model: n_embd)"),
+    ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd down to a multiple of 32, RWKV-7 4 n_embd)"),
+    ("head_size", "head size (new model: 64)"),
+)
+LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
+OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
+HEAD = """# Flags of train.py
+
+Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
+shows the same. An unknown flag is refused with the nearest that exists.
+"""
+
+
+def flag_of(field: Field[Any]) -> str | None:
+    """The name of a setting's flag, None if it has none of its own."""
+    return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
+
+
+def build_parser() -> Parser:
+    """Build the parser, with its flags grouped as --help shows them."""
+    versions = tuple(version for _, version in GENERATIONS)
+    names = " or ".join(name for name, _ in GENERATIONS)
+    parser = Parser(
+        prog="train.py",
+        usage="train.py --load_model PTH --data_file PREFIX [flags]",
+        formatter_class=HelpFormatter,
+        synonyms=SYNONYMS,
+        values=VALUES,
+        several=SEVERAL,
+        description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
+    )
+    model = parser.add_argument_group("model")
+    add_settings(model, TrainConfig, "model")
+    model.add_argument(
+        "--model_version",
+        "--generation",
+        type=version,
+        default=None,
+        choices=versions,
+        help=f"architecture of a new model, 6 or 7 for short (default {versions[0]}); that of a base is in its file",
+    )
+    model.add_argument(
+        "--my_testing",
+        "--rwkv_version",
+        type=version,
+        default=None,
+        choices=versions,
+        help="the same in RWKV-LM's and RWKV-PEFT's scripts: of a base its file counts, with a note if they differ",
+    )
+    for name, text in DIMENSIONS:
+        flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
+        # RWKV-PEFT's scripts write 0 for widths that follow from others
+        kind = count if name in ("dim_att", "dim_ffn") else positive
+        model.add_argument(*flags, type=up_to(LAYERS if name == "n_layer" else WIDTH, kind), default=None, help=text)
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--train_type",
+        choices=TRAIN_TYPES,
+        default=TRAIN_TYPES[0],
+        help="RWKV-PEFT's word for what trains: finetune is --peft none, state is --peft none --train_parts state, "
+        "which then may be left out; "
+        "infctx: rows of any length, in segments whose states are carried over (--chunk_ctx)",
+    )
+    add_settings(adapter, AdapterConfig)
+    add_json_flags(adapter)
+    data = parser.add_argument_group("data")
+    add_settings(data, DataConfig)
+    data.add_argument(
+        "--data_shuffle",
+        type=switch,
+        default=True,
+        metavar="0|1",
+        help="0: samples come in the order of the file, in every epoch",
+    )
+    for name in ("validation", "run", "optimizer", "machine"):
+        group = parser.add_argument_group(name)
+        add_settings(group, TrainConfig, name)
+        if name == "run":
+            group.add_argument(
+                "--check_flags",
+                action="store_true",
+                help="say whether these flags can work together, with the base and on this machine, and end; the data "
+                "is not read",
+            )
+    add_upstream_flags(parser)
+    add_legacy_flags(parser)
+    return parser
+
+
+def version(text: str) -> str:
+    """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
+    is not supported gives its name, if it is known."""
+    for name, known in GENERATIONS:
+        if text in (known, name.removeprefix("RWKV-")):
+            return known
+    known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
+    if text in dict(OTHER_VERSIONS):
+        other = dict(OTHER_VERSIONS)[text]
+        raise argparse.ArgumentTypeError(f"{text} is {other}, which is not supported yet; there is {known}")
+    raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, 6 or 7 for short")
+
+
+def add_settings(
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
+) -> None:
+    """Add the flags of one group of a settings dataclass to a parser."""
+    for field in fields(config):
+        flag = flag_of(field)
+        if flag is None or field.metadata["group"] != group:
+            continue
+        options = dict(field.metadata["options"])
+        if flag in dict(TYPES):
+            options["type"] = dict(TYPES)[flag]
+        if flag in dict(CHOICES_OF):
+            options["choices"] = dict(CHOICES_OF)[flag]
+        if "required" not in options:
+            many = options.get("nargs") in ("*", "+")
+            default: Any = field.default
+            options["default"] = None if field.metadata["unset"] else list(default) if many else default
+        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+
+
+def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
+    """Build a settings dataclass from parsed flags; `others` are the fields that are not simply a flag's value. A flag
+    that was not given leaves the field's default."""
+    values: dict[str, Any] = {}
+    for field in fields(config):
+        flag = flag_of(field)
+        value = getattr(args, flag, None) if flag else None
+        if value is not None:
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config(**values | others)
+
+
+def table() -> str:
+    """Every flag with its default and help, as Markdown."""
+    lines = [HEAD]
+    for group in build_parser()._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if not actions:
+            continue
+        lines += [f"## {group.title}", "", "| flag | default | what it does |", "|---|---|---|"]
+        for action in actions:
+            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            shown = action.default not in (None, "", False, []) and action.nargs != 0
+            default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
+            choices = f" ({', '.join(map(str, action.choices))})" if action.choices and not action.metavar else ""
+            text = f"{action.help}{choices}".replace("|", "\\|")
+            lines.append(f"| {names} | {default} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,298 @@
+"""Turn the command line of train.py into one frozen RunConfig, and open the base that it names, once.
+
+Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
+before a weight is read; those that the flags show by themselves are refused before torch is imported.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ...data.mask_kinds import default_mask, require_markers
+from ...errors import UserError
+from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
+from ...refusals import Refusals, require_none
+from .adapter import adapter_config, check_adapter_flags, parts_of
+from .graphs import check_graphs
+from .markers import markers_of
+from .overwriting import check_overwriting
+from .parser import DIMENSIONS, build_parser, settings_of
+from .preferences import check_preferences
+from .run_folder import check_run_folder
+from .seed import DRAWN, draw_seed
+from .train import check_products, check_train
+from .upstream import PLACEHOLDER, adopt, check_stage
+from .world import World, find_world
+
+if TYPE_CHECKING:
+    from ...files.base import Base
+    from ...models.family import Family
+
+MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
+
+
+class Request(NamedTuple):
+    """The run that a command line asks for.
+
+    base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
+    world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
+    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read.
+    """
+
+    config: RunConfig
+    base: "Base | None"
+    layers: tuple[str, ...]
+    world: World
+    argv: tuple[str, ...] = ()
+    check_flags: bool = False
+    new_file: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Flags(NamedTuple):
+    """The flags by themselves, without the base: as parsed, and as settings; world, argv and notes as in Request."""
+
+    args: Namespace
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
+    world: World
+    argv: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def judge(argv: Sequence[str]) -> None:
+    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, whose level torch
+    reads at its import: a lost rank is reported in our words, without stacks of C++ frames."""
+    if parse_flags(argv).world.size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """Parse argv -> Flags, without torch. Raises one UserError of all flags that are mistaken or contradict each
+    other."""
+    args, mistakes = build_parser().parse_with_mistakes(argv)
+    check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
+    refusals = Refusals(mistakes)
+    world = refusals.attempt(find_world, settings_of(args, TrainConfig))
+    if args.random_seed == DRAWN and world is not None:
+        args.random_seed = refusals.attempt(draw_seed, args, world)
+        argv = [*argv, "--random_seed", str(args.random_seed)]
+    if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
+        args.peft = NONE  # flags describe a new model, which has nothing to adapt
+    return flags_of(args, world, tuple(argv), refusals)
+
+
+def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
+    """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
+    refusals, earlier ones included."""
+    notes = tuple(adopt(args))
+    args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
+    refusals.gather(check_stage, args)
+    refusals.gather(check_train_type, args)
+    if args.train_type == STATE:
+        args.train_parts = [(STATE,)]
+    refusals.gather(check_adapter_flags, args)
+    adapter = refusals.attempt(adapter_config, args)
+    data = refusals.attempt(data_config, args)
+    refusals.gather(check_rates, args)
+    train = refusals.attempt(train_config, args, data)
+    refusals.gather(check_data, data)
+    refusals.attempt(require_markers, data)
+    for check, settings in together(adapter, data, train):
+        refusals.gather(check, *settings)
+    refusals.tell()
+    assert world is not None and adapter is not None and data is not None and train is not None
+    return Flags(args, adapter, data, train, world, argv, notes)
+
+
+def together(
+    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
+) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
+    """List (a check, its arguments) for settings that may contradict each other, whatever the model is."""
+    return (
+        (check_train, (train,)),
+        (check_products, (train, adapter)),
+        (check_preferences, (train, adapter, data)),
+        (check_graphs, (train,)),
+        (check_overwriting, (adapter, data, train)),
+    )
+
+
+def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
+    """Tell whether no settings contradict each other, whatever the model is."""
+    return not any(message for check, settings in together(adapter, data, train) for message in check(*settings))
+
+
+def check_train_type(args: Namespace) -> Iterator[str]:
+    """Yield refusals of a --train_type that contradicts what trains."""
+    if args.train_type not in (FINETUNE, STATE):
+        return
+    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
+    if args.peft != NONE:
+        yield (
+            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
+            + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
+        )
+    others = [part for part in parts_of(args) if part != STATE]
+    if args.train_type == STATE and others:
+        yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
+
+
+def rates_left(args: Namespace) -> tuple[str, ...]:
+    """The learning rates to choose: the first, and the last unless it is given."""
+    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
+
+
+def check_rates(args: Namespace) -> Iterator[str]:
+    """Yield refusals of flags of states that do not fit what trains, and of --bptt_segments without segments."""
+    states, alone = STATE in parts_of(args), args.peft == NONE and parts_of(args) == (STATE,)
+    if args.state_load and not states:
+        yield f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
+    if args.state_lr is not None and not states:
+        yield f"--state_lr {args.state_lr:g} is that of states, and none train; add --train_parts state"
+    if args.state_lr is not None and alone:
+        yield f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that"
+    if args.lr_init == 0 and states and not alone:
+        yield "--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0"
+    if args.bptt_segments and args.train_type != INFCTX:
+        yield (
+            f"--bptt_segments {args.bptt_segments} counts segments of --train_type infctx, and the type is "
+            f"{args.train_type}; give that type, or leave --bptt_segments out"
+        )
+
+
+def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+    """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
+    segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
+    chosen: tuple[str, ...] = ()
+    if args.lr_init == AUTO:  # request_of chooses it, by the model
+        chosen, args.lr_init = rates_left(args), None
+    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
+    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # short epochs have little to save
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
+    if args.peft == NONE and parts_of(args) == (STATE,):
+        given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
+        rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
+        train = replace(train, **rates)
+    return train
+
+
+def parse_run(argv: Sequence[str]) -> Request:
+    """Parse argv -> Request. Raises UserError for settings that cannot work together."""
+    flags = parse_flags(argv)
+    args, adapter = flags.args, flags.adapter
+    if not args.load_model and (adapter.method != NONE or adapter.load):
+        raise UserError(
+            f"--peft {args.peft} adapts a base model and none is given; "
+            "name it with --load_model, or train a new model with --peft none"
+        )
+    return request_of(flags)
+
+
+def request_of(flags: Flags) -> Request:
+    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes. Raises UserError for
+    settings that cannot work together."""
+    from ...adapters.inject import check_adapter
+    from ...files.base import linear_shapes, open_base
+    from ...models import family_named
+    from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
+
+    args, adapter, data, train, world, argv, notes = flags
+    base = open_base(args.load_model) if args.load_model else None
+    if base is not None:
+        require_none(check_base, args, base)
+        if args.my_testing not in (None, base.config.version):
+            notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
+    version = args.model_version or args.my_testing or GENERATIONS[0][1]
+    family = family_named(version) if base is None else base.family
+    model = new_model(args, family) if base is None else base.config
+    adapter = replace(adapter, targets=targets_of(adapter.targets, family))
+    shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
+    layers = check_adapter(adapter, shapes, (*family.parts, STATE))
+    if train.lr_chosen:
+        train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
+    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
+    if STATE not in adapter.train_parts and base is not None and base.has_states:
+        raise UserError(
+            f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
+            "--train_parts state, or take the model without them"
+        )
+    config = RunConfig(model, adapter, data, train)
+    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
+
+
+def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
+    """The linear layers that get an adapter: all of a generation's if none are named, and all of a half of the block if
+    that is named ("att", "ffn")."""
+    if not targets:
+        return family.targets
+    if all("." not in target for target in targets):
+        return tuple(name for name in family.targets if name.split(".")[0] in targets) or targets
+    return targets
+
+
+def check_base(args: Namespace, base: "Base") -> Iterator[str]:
+    """Yield refusals of flags that contradict the base: its generation, its dimensions."""
+    from ...models import family_named
+
+    if args.model_version not in (None, base.config.version):
+        yield (
+            f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
+            f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
+        )
+    for name, _ in DIMENSIONS:
+        given, real = getattr(args, name), getattr(base.config, name)
+        if given and given != real:
+            yield f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out"
+
+
+def new_model(args: Namespace, family: "Family") -> ModelConfig:
+    """The dimensions of a new model, with upstream's defaults. Raises UserError if one without a default is missing."""
+    missing = [f"--{name}" for name in ("n_layer", "n_embd", "vocab_size") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"a new model needs {', '.join(missing)}; or name a base with --load_model")
+    return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
+
+
+def data_config(args: Namespace) -> DataConfig:
+    """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
+    of_rows = args.data_type != "binidx"
+    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
+    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
+    return settings_of(
+        args,
+        DataConfig,
+        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        loss_mask=loss_mask,
+        seed=args.random_seed if args.data_shuffle else None,
+        **markers_of(args),
+    )
+
+
+def check_data(data: DataConfig) -> Iterator[str]:
+    """Yield refusals of a micro batch of more than MOST_TOKENS, and of flags that this data would not use."""
+    tokens = data.micro_bsz * data.ctx_len * data.documents
+    if tokens > MOST_TOKENS:
+        yield (
+            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
+            f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
+        )
+    for name in ("mask_id", "mask_end_id"):
+        if getattr(data, name) and data.loss_mask not in ("qa", "se"):
+            yield (
+                f"--{name} belongs to --loss_mask qa or se, and the mask is {data.loss_mask}; give one of them, or "
+                f"leave --{name} out"
+            )
+    plain = DataConfig(data.path)
+    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think", "skip_bad_rows"):
+        if not data.of_rows and getattr(data, name) != getattr(plain, name):
+            yield (
+                f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "
+                f"made already; add --data_type sft (or pairs), or leave --{name} out"
+            )

@@ -1,0 +1,106 @@
+"""Tell what other trainers' flags and values are called here: by meaning, because a spelling may be near to another
+flag's."""
+
+from types import MappingProxyType
+
+from ...names import QUANTS, called
+
+# (what to give here, the names of that flag in Hugging Face's trainers and their like)
+MEANINGS = (
+    ("--lr_init (and --lr_final, where it ends)", ("learning_rate", "lr")),
+    ("--lr_final", ("min_lr", "min_learning_rate")),
+    ("--proj_dir", ("output_dir", "out_dir", "save_dir")),
+    ("--epoch_count", ("num_train_epochs", "num_epochs", "epochs")),
+    ("--epoch_steps with --epoch_count 1", ("max_steps", "max_train_steps", "num_steps")),
+    ("--micro_bsz", ("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "batch_size")),
+    ("--accumulate_grad_batches", ("gradient_accumulation_steps", "accumulation_steps", "grad_accum")),
+    ("--load_model", ("model_name_or_path", "base_model_name_or_path", "base_model", "pretrained_model", "model")),
+    ("--data_file", ("data_path", "dataset", "dataset_name", "dataset_path", "train_file", "train_data")),
+    ("--sft_field", ("dataset_field", "dataset_text_field")),
+    ("--sft_split", ("dataset_split", "train_split")),
+    ("--val_data", ("validation_file", "eval_dataset", "eval_file")),
+    ("--val_every", ("eval_steps", "evaluation_strategy", "eval_strategy")),
+    ("--early_stop", ("early_stopping_patience",)),
+    ("--ctx_len", ("max_seq_length", "max_length", "seq_length", "block_size", "cutoff_len")),
+    ("--dataload pack", ("packing", "sample_packing")),
+    ("--peft lora", ("lora", "use_lora")),
+    ("--peft pissa", ("PISSA",)),
+    ("svd_niter in --pissa_config", ("svd_niter",)),
+    ("--disha_config with --peft disha", ("miss_config",)),
+    ("--train_type state", ("state_tune",)),
+    ("lora_r in --lora_config", ("lora_r", "lora_rank")),
+    ("lora_alpha in --lora_config", ("lora_alpha",)),
+    ("lora_dropout in --lora_config", ("lora_dropout",)),
+    ("lora_load in --lora_config", ("lora_load",)),
+    ("--target_modules", ("lora_target_modules", "lora_target")),
+    ("--train_parts", ("modules_to_save", "additional_target", "lora_parts")),
+    ("--bone_r", ("r", "rank")),
+    ("--quant nf4", ("load_in_4bit",)),
+    ("--quant int8", ("load_in_8bit",)),
+    ("--random_seed", ("seed", "data_seed")),
+    ("--precision", ("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision")),
+    ("--grad_cp 1", ("gradient_checkpointing",)),
+    ("--gradient_clip_val", ("max_grad_norm", "grad_clip")),
+    ("--lr_schedule", ("lr_scheduler_type", "lr_scheduler")),
+    ("--warmup_steps, a number of steps", ("warmup_ratio",)),
+    ("--beta1", ("adam_beta1",)),
+    ("--beta2", ("adam_beta2",)),
+    ("--adam_eps", ("adam_epsilon", "eps")),
+    ("--save_every", ("save_steps",)),
+    ("--epoch_save or --save_every", ("save_strategy",)),
+    ("--keep_checkpoints", ("save_total_limit", "keep_last_n", "max_checkpoints", "max_to_keep")),
+    ("--resume", ("resume_from_checkpoint",)),
+    ("--wandb PROJECT", ("report_to", "wandb_project")),
+    ("--strategy", ("deepspeed", "fsdp")),
+    ("--merge_on_save", ("merge_and_save",)),
+    ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
+    ("the command line itself, since no file of settings is read", ("config", "config_file", "config_path", "cfg")),
+)
+SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
+
+# (flag, what to give here, the values for it in RWKV-LM, RWKV-PEFT, Hugging Face and Lightning)
+VALUE_MEANINGS = (
+    ("--peft", "--peft miss", ("MISS", "MiSS", "DiSHA")),
+    ("--peft", "--peft bone --bone_mode bat-in", ("bat", "bat-in")),
+    ("--peft", "--peft bone --bone_mode bat-in-scaled", ("bat-in-scaled",)),
+    ("--peft", "--peft bone --bone_mode bat-out", ("bat-out",)),
+    ("--peft", "--peft none", ("full", "finetune")),
+    ("--train_type", "--train_type finetune", ("full",)),
+    ("--train_type", "--data_type pairs", ("dpo", "rlhf", "orpo", "preference")),
+    ("--data_type", "--data_type pairs", ("dpo", "preference", "preferences", "ranking")),
+    ("--data_type", "--data_type sft", ("json", "parquet")),
+    ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
+    *QUANTS,
+    ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16")),
+    ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
+    ("--accelerator", "--accelerator gpu", ("cuda",)),
+    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
+    ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
+    ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
+)
+# (flag, what to give instead, values whose meaning is not supported here)
+INSTEAD = (
+    (
+        "--precision",
+        "float16 is not here; --precision bf16 takes as much memory, and does not overflow",
+        ("fp16", "float16", "half", "16", "16-mixed", "16-true"),
+    ),
+)
+VALUES = MappingProxyType(
+    {
+        **{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values},
+        **{(flag, value): instead for flag, instead, values in INSTEAD for value in values},
+    }
+)
+
+# the remedy if several files are given to a flag that takes one
+JOINED = (
+    "`rwkv-peft preprocess FILE FILE … --output PREFIX` makes one PREFIX of several, and a folder that holds files "
+    "of rows is one input of --data_type sft and pairs"
+)
+SEVERAL = MappingProxyType(
+    {
+        **dict.fromkeys(("--data_file", "--val_data", "--retain_data"), JOINED),
+        "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl",
+    }
+)

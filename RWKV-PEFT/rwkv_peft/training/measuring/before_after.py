@@ -1,0 +1,140 @@
+"""Answer a few rows of a run's data before its first step and after its last one, to show whether it learned."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...cli import counted
+from ...files.atomic import atomic_write
+from ..ranks.watch import Watch
+from .examiner import Answer, Exam, answers_of
+
+SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
+NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
+
+
+class Rows(Exam, Protocol):
+    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each
+    comes from, and digest is equal for equal rows."""
+
+    prompts: list[str]
+    kinds: list[str]
+
+    @property
+    def digest(self) -> str: ...
+
+    def answer(self, number: int) -> dict[str, str]:
+        """The row's own answer, {"text", "end"}."""
+
+
+class BeforeAfter:
+    """Answers the rows, on all ranks: before() ahead of the first step, after() when the last one is done.
+
+    Rank 0 writes the answers to `path`, a row a line. A run that goes on (`anew` is false) does not answer before its
+    first step: it reads there what the run answered when it began.
+    """
+
+    def __init__(self, exam: Rows, path: Path, watch: Watch, compiles: bool, anew: bool) -> None:
+        self.exam, self.path, self.anew = exam, path, anew
+        self.ask = partial(answers_of, exam, watch, compiles)
+        self.records: list[dict[str, Any]] = []
+
+    def before(self, trainer: Any, lit: Any) -> None:
+        answers: Sequence[Answer | None]
+        answers = self.ask(trainer, lit, "the rows before training") if self.anew else read_before(self.path, self.exam)
+        self.records = [
+            {
+                "rows": self.exam.digest,
+                "of": self.exam.kinds[number],
+                "prompt": self.exam.prompts[number],
+                "answer": self.exam.answer(number),
+                "before": answer and {name: answer[name] for name in ("text", "end")},
+            }
+            for number, answer in enumerate(answers)
+        ]
+        self.write(trainer)
+
+    def after(self, trainer: Any, lit: Any) -> None:
+        for record, answer in zip(self.records, self.ask(trainer, lit, "the rows after training")):
+            record["after"] = {name: answer[name] for name in ("text", "end")}
+        self.write(trainer)
+
+    def write(self, trainer: Any) -> None:
+        if trainer.is_global_zero:
+            with atomic_write(self.path) as temporary:
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+                temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
+
+    @property
+    def changed(self) -> bool | None:
+        """True if an answer differs from the one before training; None if that is not known."""
+        pairs = [(record["before"], record.get("after")) for record in self.records]
+        if not pairs or not all(before and after for before, after in pairs):
+            return None
+        return any(before != after for before, after in pairs)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines to print at the end of a run; none if it ended before the last step."""
+        done = [record for record in self.records if "after" in record]
+        kinds = dict.fromkeys(record["of"] for record in done)
+        for name in kinds:
+            mine = [record for record in done if record["of"] == name]
+            yield f"{counted(len(mine), f'{name} row')}: {agreement(mine)}"
+            for record in mine[:SHOWN]:
+                prompt, before = in_line(record["prompt"]), record["before"]
+                yield f"  prompt  {prompt if len(prompt) <= WIDTH else '…' + prompt[-WIDTH:]}"
+                yield f"  row     {quoted(record['answer'])}"
+                yield f"  before  {quoted(before) if before else NEVER}"
+                yield f"  after   {quoted(record['after'])}"
+
+
+def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
+    """Read the answers before training from a run's file; None for each row if it is missing, damaged, or of other
+    rows."""
+    unknown = [None] * len(exam)
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers = [record["before"] for record in records if record["rows"] == exam.digest]
+        texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return unknown
+    whole = all(isinstance(word, str) for pair in texts for word in pair)
+    return answers if whole and len(answers) == len(records) == len(exam) else unknown
+
+
+def agreement(records: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many answers are the rows' own, and how many end as the rows do, after training and before."""
+    after = [(record["after"], record["answer"]) for record in records]
+    before = [(record["before"], record["answer"]) for record in records if record["before"]]
+    right, ends, right_before, ends_before = (
+        str(sum(agrees(given, due) for given, due in answers)) if answers else NEVER
+        for answers in (after, before)
+        for agrees in (same, end_alike)
+    )
+    return (
+        f"{right} answered word for word ({right_before} before training), {ends} end where the row does "
+        f"({ends_before} before)"
+    )
+
+
+def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+    """Tell whether two answers have the same words and end in the same way."""
+    return given["text"].strip() == due["text"].strip() and end_alike(given, due)
+
+
+def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+    """Tell whether two answers end in the same way: with the document, at the next turn, or cut off at the limit."""
+    return given["end"] == due["end"]
+
+
+def quoted(answer: Mapping[str, str]) -> str:
+    """Put an answer in one line, WIDTH characters of it at most; … follows if more does, or if it was cut off."""
+    line = in_line(answer["text"])
+    return line if len(line) <= WIDTH and answer["end"] != "length" else f"{line[:WIDTH]}…"
+
+
+def in_line(text: str) -> str:
+    """Put a text in one line, with unprintable characters escaped, which a terminal might obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text.strip())

@@ -1,0 +1,84 @@
+"""Judge whether a run learned anything, by its losses and by the rows that it answered before and after."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ...adapters.methods import method_of
+from ...cli import counted
+from ...config import RunConfig
+from ..flags.rates import known_rate
+from ..step.plan import Plan
+
+FEW = 50  # steps: fewer are little to learn from
+FAR = 3  # a rate so many times below that of the method's rule is far below
+LEAST = 8  # losses: fewer do not tell the noise
+SURE = 2  # standard errors
+
+
+class Fall(NamedTuple):
+    """The mean loss of the first and of the last quarter of a run's steps, and how much of a fall may be noise."""
+
+    first: float
+    last: float
+    noise: float
+
+    @property
+    def real(self) -> bool:
+        return self.first - self.last > self.noise
+
+
+def fall_of(losses: Sequence[float]) -> Fall | None:
+    """The Fall of a run's losses in their order; None if they are fewer than LEAST. The noise is estimated from how
+    much neighbours differ (von Neumann 1941), to which a slow fall adds little."""
+    if len(losses) < LEAST:
+        return None
+    quarter = len(losses) // 4
+    variance = statistics.fmean((b - a) ** 2 for a, b in zip(losses, losses[1:])) / 2
+    noise = SURE * math.sqrt(2 * variance / quarter)
+    return Fall(statistics.fmean(losses[:quarter]), statistics.fmean(losses[-quarter:]), noise)
+
+
+def doubts(config: RunConfig, plan: Plan) -> list[str]:
+    """List the reasons why a run may learn too little, each with the flag that changes it."""
+    return [doubt for doubt in (few_steps(config, plan), low_rate(config)) if doubt]
+
+
+def few_steps(config: RunConfig, plan: Plan) -> str:
+    train = config.train
+    total = plan.total_steps - train.epoch_begin * plan.epoch_steps
+    if total >= FEW:
+        return ""
+    epochs = train.epoch_begin + -(-FEW // plan.epoch_steps)
+    smaller = ", or a smaller --micro_bsz has more steps an epoch" if config.data.micro_bsz > 1 else ""
+    few = f"{counted(total, 'step')} {'is' if total == 1 else 'are'} few to learn from"
+    return f"{few}: --epoch_count {epochs} has {FEW} or more{smaller}"
+
+
+def low_rate(config: RunConfig) -> str:
+    adapter, rate = config.adapter, config.train.lr_init
+    rule = known_rate(adapter, config.model.n_embd)
+    method = method_of(adapter)
+    if method is None or rule is None or config.data.data_type == "pairs" or rate * FAR > rule.value:
+        return ""
+    return (
+        f"a rate of {rate:g} is far below {rule.value:g}, that of {method.label} on {config.model.n_embd} channels "
+        "(docs/guides/learning-rates.md): --lr_init auto takes it"
+    )
+
+
+def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
+    """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or neither
+    losses nor answers tell. `changed` is true if an answer differs from the one before training, None if that is not
+    known."""
+    fall = fall_of(losses)
+    if changed or (fall is not None and fall.real) or (fall is None and changed is None):
+        return ""
+    found = []
+    if fall is not None:
+        found.append(f"the loss did not fall by more than its noise ({fall.first:.4f} to {fall.last:.4f})")
+    if changed is False:
+        found.append("the rows are answered as before training")
+    reasons = doubts(config, plan) or [f"the rate may be too low: try --lr_init {FAR * config.train.lr_init:.1g}"]
+    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {'; '.join(reasons)}"

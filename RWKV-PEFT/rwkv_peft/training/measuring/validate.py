@@ -1,0 +1,101 @@
+"""Measure losses while training: that of held-out samples, which decides the best adapter and early stopping, and that
+of what should be retained."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ...config import TrainConfig
+from ...data.batches import EvalBatches
+from ...data.samples import Samples
+from ..ranks.watch import Watch
+from ..saving.history import Lowest
+from ..saving.products import BEST
+from ..saving.saver import Saver
+from ..step.compiling import uncompiled
+from ..step.plan import Plan
+
+if TYPE_CHECKING:
+    from ..step.lit import Lit
+
+
+VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
+
+
+class Validator:
+    """Measure VALIDATION, RETAINED or both: every val_every steps (0: every epoch) and after the last one, go once
+    through the samples of each data set. All ranks call it after each step.
+
+    A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
+    row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/ranks/watch.py)
+    hears of every batch; `lowest` is that of the run so far, `anew` tells a run that begins from one that goes on.
+    """
+
+    def __init__(
+        self,
+        measured: Mapping[str, Samples],
+        micro_bsz: int,
+        train: TrainConfig,
+        plan: Plan,
+        saver: Saver,
+        watch: Watch,
+        lowest: Lowest,
+        anew: bool,
+    ) -> None:
+        self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
+        self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
+        self.plan, self.lowest, self.anew, self.compile = plan, lowest, anew, train.compile
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss so far, infinite if there is none."""
+        return self.lowest.loss
+
+    @property
+    def exhausted(self) -> bool:
+        return self.lowest.exhausts(self.patience)
+
+    def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
+        """Return {"retain_start": the loss of RETAINED before the first step of a run}, {} if there is no such data or
+        the run goes on. All ranks call it."""
+        if RETAINED not in self.measured or not self.anew:
+            return {}
+        return {f"{RETAINED}_start": self.measure(self.measured[RETAINED], trainer, lit)[0]}
+
+    def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
+        """Return {"val_loss"} and its perplexity "val_ppl", or in its place the step's other measures, if it has any;
+        and the same of RETAINED as "retain_…". {} if this step does not validate."""
+        if done % self.every and done != self.plan.total_steps:
+            return {}
+        found: dict[str, float] = {}
+        for name, samples in self.measured.items():
+            loss, measures = self.measure(samples, trainer, lit)
+            measures = measures or {"ppl": math.exp(min(loss, 700.0))}
+            found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+        if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
+            self.saver.save_tensors(trainer, lit, [BEST])
+        return found
+
+    @torch.no_grad()
+    def measure(self, samples: Samples, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
+        """Return (the mean loss of samples, {name: mean} of the step's other measures), over all ranks."""
+        device = trainer.strategy.root_device
+        sums: list[torch.Tensor] = []
+        lit.model.eval()
+        for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+            self.watch.moved(f"the validation at step {lit.step + 1}")
+            batch = {name: tensor.to(device) for name, tensor in batch.items()} | lit.compute.sent(batch, device)
+            with uncompiled(self.compile):
+                loss = lit.compute.total(lit.model, batch)
+            numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
+            sums.append(torch.stack([number.double() for number in numbers]))
+        lit.model.train()
+        total = torch.stack(sums).sum(0)
+        if trainer.world_size > 1:
+            dist.all_reduce(total)
+        items, loss, *measures = total.tolist()
+        items = max(1.0, items)
+        return loss / items, {name: value / items for name, value in zip(lit.compute.measures, measures)}

@@ -1,0 +1,102 @@
+"""Compare what ranks must share before a run begins: their flags, data, base, checkpoint and code."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...config import RunConfig
+from ...files.adapters import adapter_of_run
+from ...files.digest import digest_below, digest_of
+from ..flags.parser import DIMENSIONS, flag_of
+from ..flags.world import World
+
+# settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
+FREE = (
+    "load_model",
+    "path",
+    "tokenizer",
+    "val_data",
+    "retain_data",
+    "eval_data",
+    "eval_template",
+    "lm_eval_include_path",
+    "proj_dir",
+    "load",
+    "init",
+    "state_load",
+    "wandb",
+    "join_minutes",
+)
+LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
+SHOWN = 4  # differences that a message names
+
+
+def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect {what is compared: its value} of this process. identity is what a resumed run must share with the first
+    (identity.py); others are further values."""
+    found = {}
+    for settings in (config.model, config.adapter, config.data, config.train):
+        for field in fields(settings):
+            if field.name not in FREE:
+                flag = flag_of(field)
+                named = flag or (field.name if field.name in dict(DIMENSIONS) else None)
+                found[f"--{named}" if named else field.name] = getattr(settings, field.name)
+    data = identity["data"]
+    found |= {
+        "the data": f"{data['content']} ({data['samples']:,} samples)",
+        "what counts of the data": data["counted"],
+        "the files of the data": data["files"],
+        "the base's fingerprint": identity["base"],
+        "the code of rwkv_peft": digest_of_code(),
+        "the version of Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    found |= {f"the version of {name}": version(name) for name in LIBRARIES}
+    return json.loads(json.dumps(found | dict(others)))
+
+
+def digest_of_code() -> str:
+    """The digest of the package's sources, kernels included: 16 hex digits of SHA-256."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob skips
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
+    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: the base,
+    because its fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins with.
+    {} for one process, which has no other to compare with."""
+    if world.size == 1:
+        return {}
+    adapter, states = config.adapter, config.train.state_load
+    begins = {
+        "the adapter to start from": adapter.load and digest_below(adapter_of_run(adapter.load)),
+        "the factors that it began with": digest_of(adapter.init),
+        "the states to start from": states and digest_of(adapter_of_run(states)),
+    }
+    return {"the file of the base": digest_of(config.train.load_model)} | ({} if goes_on else begins)
+
+
+def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
+    """Say how the first rank that differs from rank 0 differs; "" if all agree. passports are the ranks' values, hosts
+    their machines."""
+    for rank, theirs in enumerate(passports):
+        ours = passports[0]
+        different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if not different:
+            continue
+        told = "; ".join(f"{name} is {ours.get(name)!r} and {theirs.get(name)!r}" for name in different[:SHOWN])
+        more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+        return (
+            f"{world.name(0)} on {hosts[0]} and {world.name(rank)} on {hosts[rank]} disagree: {told}{more}; give "
+            "every node the same command, data, base and code"
+        )
+    return ""

@@ -1,0 +1,95 @@
+"""The identity of a run, which a resumed run must share: adapter, base and data; strategy, ranks and precision."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...config import AdapterConfig, DataConfig, RunConfig, to_json
+from ...data.batches import collate
+from ...data.samples import Samples
+from ...errors import UserError, told
+from ...files.digest import digest_of
+from .run_state import STATE, UNREADABLE, read_state
+from .saved_files import require_files
+
+HASHED = 64  # samples that are hashed, to tell one data set from another
+SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
+SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
+NEW = ("counted", "files")  # entries of the data that earlier versions did not record
+
+
+def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
+    """Identify the data, so that a sample number means the same in a resumed run: the settings that choose and order
+    samples, how many there are, hashes of a few of them and of what counts there, and a digest of the files as a whole,
+    wherever they lie."""
+    settings = {
+        name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
+    }
+    if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
+        settings["rows_share_batches"] = config.data.micro_bsz > 1
+    if config.train.val_seed is not None:
+        settings["val_seed"] = config.train.val_seed
+    content, counted = hashlib.sha256(), hashlib.sha256()
+    for n in range(0, len(samples), -(-len(samples) // HASHED)):
+        sample = collate([samples[n]])
+        content.update(sample["tokens"].numpy().tobytes())
+        counted.update(sample["mask"].numpy().tobytes())
+    hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
+    hashes["files"] = digest_of_data(config, samples)
+    return settings | {"val_split": config.train.val_split, "samples": len(samples)} | hashes
+
+
+def digest_of_data(config: RunConfig, samples: Samples) -> str:
+    """The digest of the token files that samples are read from, and of their mask file if --loss_mask is file."""
+    data = samples.dataset
+    paths = [data.bin_path, data.idx_path]
+    if data.mask is not None and config.data.loss_mask == "file":
+        paths.append(data.mask_path)
+    return hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()[:16]
+
+
+def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
+    """Read state.json of a checkpoint; compare it with `now`, the resuming run's own SAME and SAME_OPTIMIZER entries,
+    and the checkpoint's other files with the sizes in it. Raises UserError if they differ; fresh_optimizer leaves
+    SAME_OPTIMIZER out."""
+    older = f"delete {checkpoint} to resume from an older checkpoint"
+    now = json.loads(json.dumps(now))
+    try:
+        state = read_state(checkpoint)
+    except UNREADABLE as error:
+        raise UserError(f"{checkpoint}/{STATE} cannot be read ({told(error)}); {older}") from error
+    # earlier versions recorded neither sizes nor data, nor where validation on other data had begun
+    state = {"files": {}, "data": now["data"], "validated_from": 0} | state
+    require_files(checkpoint, state["files"], fresh_optimizer)
+    # a setting that the saved run did not know had its default
+    defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
+    state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
+    state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+    for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
+        if state[key] != now[key]:
+            then, today = differences(state[key], now[key])
+            raise UserError(
+                f"--resume: the run in {checkpoint.parent.parent} has {key} {then}, this command {today}; "
+                + (
+                    "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
+                    "data go on"
+                    if key in SAME_OPTIMIZER
+                    else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
+                    "train this adapter on other data"
+                    if key == "data"
+                    else "give the first run's flags, or another --proj_dir"
+                )
+            )
+    return state
+
+
+def differences(then: Any, now: Any) -> tuple[Any, Any]:
+    """Reduce two dicts to the entries in which they differ, with None for a missing one; other values stay as they
+    are."""
+    if not isinstance(now, dict):
+        return then, now
+    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}

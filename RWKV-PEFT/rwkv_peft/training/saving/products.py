@@ -1,0 +1,176 @@
+"""Write the files of a run that people take away, each for every label (epoch-N, "best", "" for the newest):
+
+adapter-LABEL.safetensors   the trained tensors
+rwkv-LABEL.pth              --peft none: the model, with the keys, order and dtypes (or --save_dtype) of its base
+merged-LABEL.pth            --merge_on_save: base and adapter, as merge_bone.py merges them
+state-LABEL.pth             --train_parts state: the time states alone, as runtimes take them beside a model
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ... import __version__
+from ...config import AdapterConfig, DataConfig, RunConfig
+from ...data.recorded import recorded_of_data
+from ...errors import UserError
+from ...files.adapter_file import Adapter, AdapterMetadata, save_adapter
+from ...files.atomic import atomic_write
+from ...files.base import Base
+from ...files.dtypes import DTYPES, dtype_name
+from ...files.origin import Origin
+from ...files.pth import all_finite, stream_tensors
+from ...files.pth_writer import TensorSpec, write_pth
+from ...files.state_file import write_states
+from ...models import family_named
+from ...models.state import split_time_states, time_state_shapes
+from ...names import ADAPTER, MODEL, STATE
+from ...release.merge import Merge, MergeOptions
+
+MERGED, STATES = "merged.pth", "state.pth"  # names of the newest
+BEST = "best"  # the label of the tensors with the lowest validation loss
+
+
+def newest_name(adapter: AdapterConfig) -> str:
+    """The name of the file of the newest trained tensors."""
+    return MODEL if adapter.whole_model else ADAPTER
+
+
+def labelled(path: Path, label: str) -> Path:
+    """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", that of the newest, adds nothing."""
+    return path.with_stem(f"{path.stem}-{label}") if label else path
+
+
+def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]:
+    """Return {key: dtype} of the file of a model that trains whole, in its order: the keys and dtypes of the base, or
+    for a new model the official keys in the training's dtype; and the keys of time states that train. --save_dtype
+    replaces the dtypes."""
+    train = config.train
+    if base is not None:
+        found = {key: tensor.dtype for key, tensor in base.tensors.items()}
+    else:
+        keys = family_named(config.model.version).shapes(config.model)
+        found = dict.fromkeys(keys, DTYPES[train.precision])
+    if STATE in config.adapter.train_parts:
+        found |= dict.fromkeys(time_state_shapes(config.model), found["emb.weight"]) | found
+    asked = DTYPES.get(train.save_dtype)
+    return {key: asked or dtype for key, dtype in found.items()}
+
+
+def keeps_all(config: RunConfig, base: Base | None) -> bool:
+    """Tell whether the file of a model that trains whole holds every bit of what trains."""
+    kept = {torch.float32, DTYPES[config.train.precision]}
+    return set(model_dtypes(config, base).values()) <= kept
+
+
+def told_flags(data: DataConfig) -> str:
+    """Tell how rows became samples, as the flags that say so."""
+    names = ("data_type", "sft_field", "sft_think", "dataload", "loss_mask", "mask_id", "mask_end_id", "ctx_len")
+    values = {name: getattr(data, name) for name in names}
+    words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
+    return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
+
+
+class Products:
+    """Write the products of a run; fingerprint is the base's, and base is None for a new model."""
+
+    def __init__(self, folder: Path, config: RunConfig, fingerprint: str, base: Base | None = None) -> None:
+        self.folder, self.config, self.base = folder, config, base
+        self.fingerprint = fingerprint
+
+    @property
+    def newest(self) -> Path:
+        """The file of the newest trained tensors."""
+        return self.folder / newest_name(self.config.adapter)
+
+    def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
+        """Write {name: trained tensor} for each label: the adapter or model, time states that train, and with
+        --merge_on_save the merged model."""
+        train = self.config.train
+        paths = [labelled(self.newest, label) for label in labels]
+        if self.config.adapter.whole_model:
+            write_model(paths[0], tensors, model_dtypes(self.config, self.base))
+        else:
+            save_adapter(paths[0], tensors, self.metadata())
+        name_too(paths)
+        if states := split_time_states(tensors)[1]:
+            paths = [labelled(self.folder / STATES, label) for label in labels]
+            write_states(paths[0], states)
+            name_too(paths)
+        if train.merge_on_save:
+            self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
+
+    def metadata(self) -> AdapterMetadata:
+        """The metadata that the adapter's files hold."""
+        config = self.config
+        metadata = AdapterMetadata.from_config(
+            config.adapter, self.fingerprint, config.train.precision, config.model.version
+        )
+        return replace(metadata, origin=self.origin)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The part of the metadata that tells people about the run."""
+        data, train = self.config.data, self.config.train
+        recorded = None if data.of_rows else recorded_of_data(data.path)
+        tokenizer = Path(data.tokenizer).name if data.of_rows else ""
+        if recorded is not None:
+            tokenizer = str(recorded._replace(name=Path(recorded.name).name))
+        rate = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_final != train.lr_init)
+        return Origin(
+            base=Path(train.load_model).name,
+            tokenizer=tokenizer,
+            data=told_flags(data),
+            rate=f"{rate}, {train.lr_schedule}",
+            versions=f"rwkv_peft {__version__}, torch {torch.__version__}",
+        )
+
+    def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
+        """Merge once and give the file each of the paths. A UserError is only printed, because the adapter is saved,
+        and merge_bone.py can merge it later."""
+        assert self.base is not None  # an adapter has one
+        options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
+        try:
+            self.base.require_unchanged(by_name=True)
+            merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
+            with atomic_write(paths[0]) as temporary:
+                write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
+            name_too(paths)
+        except UserError as error:
+            tqdm.write(f"--merge_on_save: {paths[0]} was not written: {error}", file=sys.stderr)
+
+
+def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`. If a value is too large for its dtype, all
+    tensors keep the training's dtype, and a message says so."""
+    too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
+    if too_large is not None:
+        name = dtype_name(dtypes[too_large])
+        dtypes = {key: tensors[key].dtype for key in dtypes}
+        tqdm.write(f"{path}: {too_large} is too large for {name}; kept in the training's dtype", file=sys.stderr)
+    specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}
+    with atomic_write(path) as temporary:
+        write_pth(temporary, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
+
+
+def name_too(paths: Sequence[Path]) -> None:
+    """Give the first file the other paths as further names, because a model of 7B is 14 GB to write."""
+    for path in paths[1:]:
+        with atomic_write(path) as temporary:
+            temporary.unlink()
+            share_file(paths[0], temporary)
+
+
+def share_file(path: Path, copy: Path) -> None:
+    """Give a file a second name, which keeps the content when `path` is replaced; copy it if the disk has no links."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)

@@ -1,0 +1,190 @@
+"""Write what a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise.
+
+proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
+proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
+proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
+proj_dir/state.pth                     tuned time states alone, under the same labels
+proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json
+
+products.py writes the first four; keeping.py decides how many saves stay.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...adapters.methods import adapter_parameter
+from ...config import RunConfig
+from ...errors import UserError
+from ...files.atomic import CannotWrite, fsync_folder, write_failure
+from ...files.base import Base
+from ...files.pth_writer import save_pth
+from ..step.plan import Plan
+from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
+from .connection import is_of_connection
+from .keeping import HIDDEN, clear_hidden, discard_old, remove
+from .loading import grouped_names, trained_names
+from .products import Products, keeps_all, model_dtypes, share_file
+from .run_state import STATE, write_state
+from .saved_files import TAG, record_of
+
+if TYPE_CHECKING:
+    from ..step.lit import Lit
+
+
+class Saver:
+    """Write checkpoints and trained tensors of one run. All ranks call each of save, save_tensors, save_checkpoint and
+    trained at once.
+
+    identity goes into state.json: it holds the keys of SAME and SAME_OPTIMIZER (identity.py) among others. Its "base"
+    is the base model's fingerprint, "" for a model that was never loaded from a file; base is the Base itself, or None.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, plan: Plan, identity: Mapping[str, Any], base: Base | None = None
+    ) -> None:
+        self.folder, self.config, self.plan, self.identity, self.base = folder, config, plan, identity, base
+        self.products = Products(folder, config, identity.get("base", ""), base)
+
+    @property
+    def newest(self) -> Path:
+        """The file of the newest trained tensors."""
+        return self.products.newest
+
+    def save(self, trainer: Any, lit: "Lit", done: int, epoch: int | None = None) -> None:
+        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended."""
+        self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
+        self.save_checkpoint(trainer, lit, done)
+
+    def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
+        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none).
+        Raises UserError if they cannot be written."""
+        tensors = self.trained(trainer, lit)
+        if trainer.is_global_zero:
+            try:
+                self.products.write(tensors, labels)
+            except CannotWrite as error:
+                raise UserError(f"{error}; {how_to_go_on(self.folder)}") from error
+        trainer.strategy.barrier()
+
+    @property
+    def full(self) -> bool:
+        """Tell whether a save holds a whole model, not an adapter."""
+        return self.config.adapter.whole_model
+
+    def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
+        """Return {name: tensor} of what the run saves, in the training's dtype: the model, or the adapter and the parts
+        that train along; {} on ranks other than 0."""
+        parameters = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
+        buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
+        return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
+
+    def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
+        """Write DeepSpeed's state, the trained tensors and state.json to a hidden folder, which gets its name when it
+        is complete."""
+        hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
+        if trainer.is_global_zero:
+            with self.telling(hidden):
+                clear_hidden(self.folder)
+                hidden.mkdir(parents=True)
+        trainer.strategy.barrier()
+        with self.telling(hidden):
+            trainer.strategy.deepspeed_engine.save_checkpoint(
+                hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
+            )
+        trainer.strategy.barrier()
+        # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
+        exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
+        if not trainer.is_global_zero:
+            return
+        state = {
+            "step": done,
+            "epoch": done // self.plan.epoch_steps,
+            "samples_seen": self.plan.samples_seen(done),
+            "trained": trained_names(lit),
+            "groups": grouped_names(lit),
+            "config": asdict(self.config),
+            **self.identity,
+        }
+        with self.telling(hidden):
+            self.complete(hidden, state, exact)
+            discard_old(self.folder, self.config.train.keep_checkpoints)
+
+    def complete(self, hidden: Path, state: dict[str, Any], exact: Mapping[str, torch.Tensor]) -> None:
+        """Add to a checkpoint what DeepSpeed does not write, the trained tensors (`exact`, or the newest file) and
+        state.json, and give it its name."""
+        if exact:
+            order = model_dtypes(self.config, self.base)
+            save_pth(hidden / self.newest.name, {key: exact[key] for key in order})
+        else:
+            share_file(self.newest, hidden / self.newest.name)
+        state["files"] = {
+            str(path.relative_to(hidden)): record_of(path)
+            for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
+            if path.is_file()
+        }
+        write_state(hidden / STATE, state)
+        sync_files(hidden)
+        final = hidden.with_name(hidden.name.removeprefix("."))
+        if (final / STATE).exists():  # from before a resume, with smaller steps: it stays until this one is there
+            final = final.with_name(f"{final.name}-{state['samples_seen']}")
+        if final.exists():
+            remove(final)
+        hidden.rename(final)
+        fsync_folder(final.parent)
+        (self.folder / UNSAVED).unlink(missing_ok=True)
+
+    @contextmanager
+    def telling(self, hidden: Path) -> Iterator[None]:
+        """Make a UserError of what the system refuses while a checkpoint is written. The trained tensors of a run that
+        cannot save its first checkpoint are still of use, so the mark UNSAVED goes and no later run clears them
+        away."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a disk refuses
+            if is_of_connection(error):
+                raise
+            (self.folder / UNSAVED).unlink(missing_ok=True)
+            if self.identity.get("world_size") == 1:  # of several, others may still be writing into it
+                shutil.rmtree(hidden, ignore_errors=True)
+            reason = write_failure(error, hidden) or f"is the disk full? {error}"
+            left = "no checkpoint had been saved yet that --resume could go on from"
+            if find_checkpoint(self.folder):
+                left = how_to_go_on(self.folder)
+            raise UserError(
+                f"cannot write {hidden}: {reason}; the trained tensors are in {self.newest}; {left}"
+            ) from error
+
+
+def sync_files(folder: Path) -> None:
+    """Force everything below `folder` to disk, so that it is there before the folder is renamed."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:
+    """Gather (name, parameter or buffer) pairs -> {name: tensor on the CPU}, one by one under ZeRO-3; {} on ranks that
+    do not `keep`. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
+    import deepspeed
+
+    from ..step.lit import Diverged
+
+    tensors = {}
+    for name, tensor in pairs:
+        partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
+        with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
+            if not torch.isfinite(tensor).all():
+                raise Diverged(f"{name} is no longer finite")
+            if keep:
+                tensors[name] = tensor.detach().to("cpu", copy=True)
+    return tensors

@@ -1,0 +1,35 @@
+"""--compile: compile the blocks of a model with torch.compile for the time of a run.
+
+All blocks share their code, and torch compiles the same code at most 8 times (its recompile_limit) before it runs it
+uncompiled. The first block, those between and the last need one time each. To need no more, shapes are dynamic from the
+start if batches differ in them, and passes outside of training run uncompiled. infctx, and DPO, which runs base and
+adapter in turn, still need more than 8, so the limit is raised for the time of the run.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from ...config import DataConfig
+from ...models.parts import LanguageModel
+
+FORMS = 64  # the raised limit
+
+
+@contextmanager
+def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
+    """Compile the blocks of a model as batches first reach them within; data tells whether batches differ in shape."""
+    varies = data.dataload != "get" or data.data_type == "pairs"  # lengths, and numbers of packed sequences
+    for block in model.blocks:
+        block.compile(dynamic=varies or None)
+    # dynamic would make an adapter's numbers symbolic too, which no autograd Function takes; cache_size_limit is torch
+    # 2.6's name of recompile_limit
+    with torch._dynamo.config.patch(specialize_float=True, cache_size_limit=FORMS):
+        yield
+
+
+def uncompiled(compile: bool) -> AbstractContextManager[object]:
+    """Within, run blocks uncompiled, if the run compiles them at all: for passes without gradients, whose many shapes
+    would each be compiled."""
+    return torch.compiler.set_stance("force_eager") if compile else nullcontext()

@@ -1,0 +1,65 @@
+"""DeepSpeed's Adam for optimizer states in CPU memory, built on first use, even if an earlier build was killed.
+
+torch's lock for the build is a file that exists meanwhile. A killed build leaves it, and every later build would wait
+for it silently and forever; here the lock counts only while a process has it open.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock
+
+from ...errors import UserError, told
+
+
+def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
+    """Make a DeepSpeedCPUAdam in its AdamW form over parameter groups; its steps depend on its state alone. The first
+    on a machine compiles it, in a minute or so, while other processes of this package wait. Raises UserError if that is
+    not possible."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    try:
+        build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
+        with FileLock(build / "rwkv_peft.lock"):  # freed when its process ends
+            remove_stale_lock(build / "lock")
+            optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: {told(root(error))}; "
+            "it takes a C++ compiler (Debian, Ubuntu: apt install g++), ninja (pip install ninja) and a folder for "
+            "torch's extensions that can be written (TORCH_EXTENSIONS_DIR names another); or take a --strategy without "
+            "offload"
+        ) from error
+    optimizer.register_step_pre_hook(forget_powers)
+    return optimizer
+
+
+def forget_powers(optimizer: Any, *_: Any) -> None:
+    """Make a DeepSpeedCPUAdam compute the powers of its betas anew in the next step. It would multiply those of the
+    last step by the betas, and a resumed run, which has to compute them, would get other bits. An empty update with
+    betas that no run has makes it forget them."""
+    none = torch.empty(0, dtype=torch.float32)
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 1, 0.0, 1.0, 1.0, 1.0, 0.0, False, none, none, none, none)
+
+
+def root(error: BaseException) -> BaseException:
+    """The first exception of a chain, from which the others were raised."""
+    return error if error.__cause__ is None else root(error.__cause__)
+
+
+def remove_stale_lock(lock: Path) -> None:
+    """Remove torch's build lock, a path, unless a process has it open."""
+    if lock.exists() and not any(_has_open(process, lock) for process in psutil.process_iter()):
+        lock.unlink(missing_ok=True)
+
+
+def _has_open(process: psutil.Process, path: Path) -> bool:
+    try:
+        return any(Path(file.path) == path.resolve() for file in process.open_files())
+    except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write here; or it ended
+        return False

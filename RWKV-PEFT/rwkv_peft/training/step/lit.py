@@ -1,0 +1,133 @@
+"""The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks tell each other."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...adapters.groups import LearningRates, parameter_groups
+from ...config import TrainConfig
+from ...data.batches import TrainBatch
+from ...ops.recurrence.checks import vouch
+from .cpu_adam import cpu_adam
+from .schedule import learning_rate
+from .steps import Step
+
+
+class Diverged(Exception):
+    """The loss, the gradient norm or a trained tensor became NaN or infinite; raised by every rank at the same step,
+    before anything of that step is saved."""
+
+
+class Lit(pl.LightningModule):
+    """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; compute (a
+    steps.Step) makes the loss of a batch; family and ratios as parameter_groups takes them.
+
+    Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens if rows are packed, and step_count, the
+    counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
+    micro batches.
+
+    Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
+    ranks), step_tokens (how many tokens, or pairs, count in the current step), micro_tokens (how many tokens all ranks
+    read in the current micro batch, padding included), step_measures (the same mean of compute's other measures, by
+    name), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
+    all of them in the same micro batch), save_requested (makes `saving` true likewise).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        compute: Step,
+        total_steps: int,
+        first_step: int = 0,
+        family: LearningRates | None = None,
+        ratios: Iterable[tuple[str, float]] = (),
+    ) -> None:
+        super().__init__()
+        self.model, self.train_config, self.total_steps = model, train, total_steps
+        self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
+        self.step_loss, self.step_tokens, self.micro_tokens = 0.0, 0, 0
+        self.step_measures: dict[str, float] = {}
+        self.stop_requested = 0
+        self.stopping = False
+        self.save_requested = self.saving = False
+
+    @property
+    def lr(self) -> float:
+        """The current step's base learning rate."""
+        train = self.train_config
+        return learning_rate(
+            self.step,
+            total_steps=self.total_steps,
+            lr_init=train.lr_init,
+            lr_final=train.lr_final,
+            warmup_steps=train.warmup_steps,
+            schedule=train.lr_schedule,
+        )
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters as optimizer groups."""
+        return parameter_groups(self.model, self.train_config.weight_decay, self.family, self.ratios)
+
+    def configure_optimizers(self) -> Any:
+        train, groups = self.train_config, self.groups()
+        settings: dict[str, Any] = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+        if train.offload:
+            return cpu_adam(groups, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
+        accumulate = self.train_config.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self.step_loss, self.step_tokens, self.step_measures = 0.0, batch["step_count"], {}
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.lr * group["lr_scale"]
+        # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
+        micro = self.step * accumulate + batch_idx % accumulate
+        torch.manual_seed(((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank) % 2**63)
+
+    def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if "cu_seqlens" in batch:  # checked on the CPU: reading a GPU's copy would wait for the GPU
+            vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
+        return moved | self.compute.sent(batch, device)
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:
+        # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
+        # the counted tokens of the whole step.
+        parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
+        loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
+        self.ask_ranks(loss.detach(), batch["tokens"].numel())
+        # Lightning and the engine both divide by the number of micro batches; once is right.
+        return loss * self.train_config.accumulate_grad_batches
+
+    def ask_ranks(self, loss: torch.Tensor, tokens: int) -> None:
+        """Sum over all ranks, in one small reduction a micro batch: the loss and what else was measured, the tokens
+        read, and whether a rank wants to stop or save."""
+        numbers = [number.float() for number in (loss, *self.compute.measures.values())]
+        # Filled on the device, because copying a number to a GPU would wait for the GPU.
+        others = [numbers[0].new_full((), n) for n in (tokens, self.stop_requested != 0, self.save_requested)]
+        self.status = torch.stack([*numbers, *others])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(self.status)
+
+    def on_after_backward(self) -> None:
+        """Read the sums over all ranks: before the optimizer's step, and only after backward, because reading waits for
+        the GPU."""
+        total, *measures, tokens, stop, save = self.status.tolist()
+        if not math.isfinite(total):
+            raise Diverged(f"the loss became {total} at step {self.step + 1}")
+        parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
+        self.step_loss += total / parts
+        for name, measure in zip(self.compute.measures, measures):
+            self.step_measures[name] = self.step_measures.get(name, 0.0) + measure / parts
+        self.micro_tokens, self.stopping, self.saving = int(tokens), stop > 0, save > 0
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:
+            self.step += 1

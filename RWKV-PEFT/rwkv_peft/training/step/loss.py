@@ -1,0 +1,111 @@
+"""Cross-entropy of the head, computed in chunks so that the logits never exist as a whole.
+
+At a vocabulary of 65,536 the logits and their gradient dwarf all else in memory. The gradient of the hidden state is
+formed while a chunk's logits are at hand, as Liger Kernel does (Hsu et al. 2024, arXiv 2410.10989), so the backward
+pass costs nothing more.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.cross_entropy import cross_entropy_
+
+CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
+GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB in bfloat16
+L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logits from drifting up
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float
+    ) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.zeros_like(rows) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+        total = torch.zeros((), dtype=accumulate, device=rows.device)
+        targets = targets.reshape(-1)
+        for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
+            inputs = rows[chunk]  # (n, C)
+            loss, grad = cross_entropy_(
+                F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap, gradient=needs_hidden or needs_weight
+            )  # (n, V)
+            total += loss
+            if grad_hidden is not None and grad is not None:
+                grad_hidden[chunk] = grad @ weight
+            if grad_weight is not None and grad is not None:
+                grad_weight += (grad.t() @ inputs).to(accumulate)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_output).view(ctx.shape)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def chunk_rows(vocabulary: int, on_gpu: bool) -> int:
+    """The number of tokens whose logits are alive at once."""
+    return max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS) // vocabulary)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float = L2WRAP
+) -> Tensor:
+    """Sum of the counted tokens' cross-entropy, divided by `count`.
+
+    hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in
+    B * T, of the targets that count; only they need logits;
+    count: the number of counted tokens that the average is over, a number or a 0-dim tensor (a whole optimizer
+    step's, over all ranks and micro batches; at least 1). Returns a float32 scalar (float64 for float64 input).
+    l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
+    is (RWKV-LM's L2Wrap); it does not show in the value.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets, counted, count, l2wrap)
+
+
+class TokenLosses(torch.autograd.Function):
+    """hidden (B, T, C), weight (V, C), which does not train, targets (B, T), counted (n,) -> losses (n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        needs_hidden = ctx.needs_input_grad[0]
+        losses, gradients = [rows.new_zeros(0, dtype=torch.float32)], [rows[:0]]
+        for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
+            found, grad = cross_entropy_(
+                F.linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden, each=True
+            )
+            losses.append(found)
+            if grad is not None:
+                gradients.append(grad @ weight)
+        ctx.save_for_backward(counted, torch.cat(gradients))
+        ctx.shape = hidden.shape
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        counted, gradients = ctx.saved_tensors
+        grad_hidden = gradients.new_zeros(ctx.shape).view(-1, ctx.shape[-1])
+        grad_hidden[counted] = gradients * grad_output[:, None].to(gradients.dtype)
+        return grad_hidden.view(ctx.shape), None, None, None
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Each counted token's cross-entropy (n,), float32 (float64 for float64 input), differentiable only in hidden;
+    arguments as in linear_cross_entropy."""
+    losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
+    return losses

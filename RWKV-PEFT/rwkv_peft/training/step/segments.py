@@ -1,0 +1,72 @@
+"""Cut a batch into segments of time; each begins at the position at which the one before it ended."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ...data.batches import positions
+from ...models.state import State
+from ...ops.recurrence.checks import vouch
+
+
+class Segment(NamedTuple):
+    """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
+    the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
+    goes on from the segment before (every row, if nothing is packed)."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    counted: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    carries: bool
+
+    def to(self, device: torch.device) -> "Segment":
+        """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
+        tokens, targets, counted = (sent(x, device) for x in self[:3])
+        bounds = None
+        if self.cu_seqlens is not None:
+            bounds = sent(self.cu_seqlens, device)
+            vouch(bounds, self.cu_seqlens, tokens.shape[1])
+        return Segment(tokens, targets, counted, bounds, self.carries)
+
+    def state_after(self, state: State) -> State:
+        """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
+        sequence."""
+        if self.cu_seqlens is None:
+            return state
+        return State(type(layer)(*(tensor[-1:] for tensor in layer)) for layer in state)
+
+
+def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
+    """Cut a batch (of TrainBatches) -> its segments of `length` positions. Those after the last counted target are left
+    out, except the first."""
+    mask = batch["mask"]
+    counted = mask.any(0).nonzero()
+    end = int(counted[-1]) + 1 if len(counted) else 1
+    bounds = None if batch.get("cu_seqlens") is None else batch["cu_seqlens"].tolist()
+    return [_segment(batch, start, min(start + length, mask.shape[1]), bounds) for start in range(0, end, length)]
+
+
+def filler(segment: Segment) -> Segment:
+    """Make a segment of one token a row that counts nothing, packed if the given one is."""
+    one = segment.tokens[:, :1]
+    bounds = None
+    if segment.cu_seqlens is not None:
+        bounds = torch.arange(2, device=one.device)
+        vouch(bounds, torch.arange(2), 1)
+    return Segment(torch.zeros_like(one), torch.zeros_like(one), segment.counted[:0], bounds, False)
+
+
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the CPU to a device, without waiting for the copy if that is a GPU."""
+    return x.to(device) if device.type == "cpu" else x.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def _segment(batch: Mapping[str, torch.Tensor], start: int, stop: int, bounds: list[int] | None) -> Segment:
+    tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
+    if bounds is None:
+        return Segment(tokens, targets, positions(mask), None, start > 0)
+    inner = [bound - start for bound in bounds if start < bound < stop]
+    cu_seqlens = batch["cu_seqlens"].new_tensor([0, *inner, stop - start])
+    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds)

@@ -1,0 +1,245 @@
+"""The training steps: compute a batch's loss at all positions at once, or in segments with the states carried over.
+
+Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...config import ModelConfig
+from ...models.parts import HeadFunction
+from ...models.state import LayerState, State
+from .loss import linear_cross_entropy
+from .segments import Segment, filler, segments_of
+
+Batch = Mapping[str, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
+Gradient = Sequence[torch.Tensor | None]  # one for each tensor, None for those that it does not reach
+Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # a pass: (model, batch, head) -> head's result
+
+
+class Step(ABC):
+    """The computation that a run trains and validates with. batch is one of TrainBatches or EvalBatches; count divides
+    the sum of the losses, which are those of counted tokens or of pairs of answers.
+
+    measures: other numbers found for the last batch, by name: 0-dim tensors, divided as its loss is.
+    """
+
+    measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """Return what the step needs besides a batch's tensors, sent to the device. It is computed while the batch is
+        still on the CPU, so that nobody waits for a GPU."""
+        return {}
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        """A batch's loss (), differentiable in the parameters that train."""
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum of a batch's losses ()."""
+        return self.loss(model, batch, 1)
+
+    @abstractmethod
+    def items(self, batch: Batch) -> torch.Tensor:
+        """The number of losses that a batch has, ()."""
+
+
+class OfTokens(Step):
+    """The base of steps whose losses are those of tokens."""
+
+    def items(self, batch: Batch) -> torch.Tensor:
+        return batch["mask"].sum()
+
+
+def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
+    """Go through the model by its own forward: the plain Way."""
+    result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head, keep=False)[0]
+    return result
+
+
+class Whole(OfTokens):
+    """Compute all positions of a batch at once, by a Way."""
+
+    def __init__(self, way: Way = straight) -> None:
+        self.way = way
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        return self.way(model, batch, loss_of(batch, count))
+
+
+def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:
+    """Return a batch's loss as a function that a model's head takes: (x, weight of the head) -> loss."""
+    return partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
+
+
+class Gradients(NamedTuple):
+    """The result of going back through a segment: the gradients of the parameters and of the state before it (None for
+    those that it does not reach), the loss, and the state after it."""
+
+    parameters: Gradient
+    before: Gradient
+    loss: torch.Tensor
+    after: State
+
+
+class Segments(OfTokens):
+    """Compute a batch in segments of `length` positions, with the activations of one segment at a time in memory.
+
+    The gradients are those of the whole row, up to rounding. A first pass keeps the state at each border. A second pass
+    goes back from the last segment to the first, computes each again, and carries the gradient of its initial state to
+    the segment before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank goes through
+    the same number of segments, as ZeRO-3's collective operations need.
+
+    Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
+    begins anew gets a State too, that of no sequence; and a State that nothing goes on from gets a gradient too, of
+    zeros. Autograd then enters the same modules in the same order whatever a rank's segments hold.
+    """
+
+    def __init__(self, length: int, bptt: int = 0, together: bool = False) -> None:
+        self.length, self.bptt, self.together = length, bptt, together
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        segments = self.segments(batch)
+        seeds = torch.randint(2**62, (len(segments),)).tolist()  # so a segment draws the same in both passes
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums: list[torch.Tensor] = []
+        total, none = torch.zeros((), device=batch["tokens"].device), of_none(model)
+        state, group = none, self.bptt or len(segments)
+        for first in range(0, len(segments), group):
+            chain, draws = segments[first : first + group], seeds[first : first + group]
+            befores = self.states(model, chain, draws, state, none)
+            gradient: Gradient = ()
+            for position in reversed(range(len(chain))):
+                torch.manual_seed(draws[position])
+                found = go_back(model, chain[position], befores[position], gradient, parameters, count)
+                gradient, total = found.before if chain[position].carries else (), total + found.loss
+                add(sums, found.parameters, parameters)
+                if position == len(chain) - 1:
+                    after = found.after
+            state = following(segments, first + group, after, none)
+        return delivered(total, sums, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        total, none = torch.zeros((), device=batch["tokens"].device), of_none(model)
+        state = none
+        segments = self.segments(batch)
+        for position, segment in enumerate(segments):
+            loss, after = run(model, segment, state, 1)
+            total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)), none)
+        return total
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        return {"segments": [segment.to(device) for segment in segments_of(batch, self.length)]}
+
+    def segments(self, batch: Mapping[str, Any]) -> list[Segment]:
+        """The batch's segments; with `together` also fillers, up to the largest number of segments on any rank."""
+        segments: list[Segment] = batch.get("segments") or segments_of(batch, self.length)
+        if self.together and dist.is_initialized():
+            most = torch.tensor(len(segments), device=batch["tokens"].device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            segments += [filler(segments[0])] * (int(most) - len(segments))
+        return segments
+
+    @torch.no_grad()
+    def states(
+        self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State, none: State
+    ) -> list[State]:
+        """Compute the State before each segment of a chain, from `state` before the first; `none` is that of no
+        sequence."""
+        befores = [state]
+        for position, segment in enumerate(chain[:-1]):
+            torch.manual_seed(draws[position])
+            after = model(segment.tokens, befores[-1], segment.cu_seqlens, head=no_head)[1]
+            befores.append(following(chain, position + 1, kept(segment.state_after(after)), none))
+        return befores
+
+
+def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Stand for the head in passes that need only the state: no logits, but one zero."""
+    return x.new_zeros(())
+
+
+def of_none(model: nn.Module) -> State:
+    """The State of no sequence, from which a LanguageModel begins all sequences anew."""
+    first = next(model.parameters())
+    return State.zeros(cast(ModelConfig, model.config), 0, first.device, first.dtype)
+
+
+def following(segments: Sequence[Segment], position: int, after: State, none: State) -> State:
+    """The State before the segment at `position`: `after`, which the one before it left, or `none` if it begins anew or
+    there is none."""
+    return after if position < len(segments) and segments[position].carries else none
+
+
+def kept(state: State) -> State:
+    """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
+    return State(LayerState(*(tensor.detach().clone() for tensor in layer)) for layer in state)
+
+
+def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
+    head = partial(linear_cross_entropy, targets=segment.targets, counted=segment.counted, count=count)
+    loss, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
+    return loss, after
+
+
+def go_back(
+    model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, count: float
+) -> Gradients:
+    """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
+    it, () if nothing goes on from there."""
+    inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
+    start = State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
+    loss, state = run(model, segment, start, count)
+    after = segment.state_after(state)
+    ends = [tensor for layer in after for tensor in layer]
+    given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
+    pairs = [(loss, None), *zip(ends, given)]
+    outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
+    found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
+    return Gradients(found[: len(parameters)], found[len(parameters) :], loss.detach(), kept(after))
+
+
+def add(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> None:
+    """Add gradients to `sums`, which is [] at first. The sums are float32 at least, because many segments add up."""
+    if not sums:
+        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # whole under ZeRO-3
+        wide = torch.promote_types(torch.float32, parameters[0].dtype)
+        sums += [torch.zeros(shape, dtype=wide, device=parameters[0].device) for shape in shapes]
+    for total, gradient in zip(sums, gradients):
+        if gradient is not None:
+            total += gradient
+
+
+def delivered(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> torch.Tensor:
+    """Return the loss with gradients that are known already. Its backward hands them to the parameters, once for each,
+    as ZeRO's bookkeeping needs."""
+    cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
+    if cut:  # ZeRO-3's shards are gathered, because a gradient needs the whole shape; it shards again after backward
+        cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]
+    result: torch.Tensor = Delivered.apply(loss, gradients, *parameters)
+    return result
+
+
+class Delivered(torch.autograd.Function):
+    """Return the loss as it is; backward gives the parameters gradients that were computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, gradients: Tensors, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [parameter.dtype for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *((total * grad).to(dtype) for total, dtype in zip(ctx.gradients, ctx.dtypes))
