@@ -8,14 +8,15 @@ from pathlib import Path
 from rwkv_peft.children import python_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ("--load_model", ROOT / "demo" / "rwkv6-demo.pth", "--data_file", "data", "--ctx_len", 16, "--bone_r", 16)
+MODEL = ("--load_model", ROOT / "demo" / "rwkv6-demo.pth", "--data_file", "data", "--ctx_len", 16)
 MODEL = (*MODEL, "--accelerator", "cpu", "--val_split", 0.2, "--precision", "fp32")
+RANK = ("--bone_r", 16)
 # each after those before it, whose files it reads; the first training compiles its kernels
 COMMANDS = (
     ("preprocess", "many.txt", "--tokenizer", "bytes", "--split", "line", "--workers", 2, "--output", "many"),
     ("preprocess", "rows.txt", "--tokenizer", "bytes", "--split", "line", "--output", "data"),
-    ("train", *MODEL, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "run"),
-    ("train", *MODEL, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "ranks", "--devices", 2),
+    ("train", *MODEL, *RANK, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "run"),
+    ("train", *MODEL, *RANK, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "ranks", "--devices", 2),
     ("compare", "--methods", "bone", "--rank", 16, "--steps", 2, "--seeds", 1, "--output", "compared", "--", *MODEL),
     ("plot", "run", "loss.png"),
     ("plots", "run", "ranks", "--output", "both.png"),

@@ -39,7 +39,7 @@ def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, tra
         "9",
         code=1,
     )
-    assert "step 1" in err and DIVERGED in err and "step-00000001" in err and "Traceback" not in err
+    assert "at step 2;" in err and DIVERGED in err and "step-00000001" in err and "Traceback" not in err
     assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
 
 

@@ -238,7 +238,7 @@ def test_every_flag_is_read():
 
 
 def test_the_table_of_flags_is_what_the_parser_says():
-    assert (ROOT / "docs" / "train_flags.md").read_text() == table(), (
+    assert (ROOT / "docs" / "reference" / "flags.md").read_text() == table(), (
         "python -m rwkv_peft.training.flags.parser > docs/reference/flags.md"
     )
 
