@@ -352,7 +352,7 @@ def test_long_rows_are_shown_without_their_middle(preprocess, capsys):
 
 
 def test_the_documented_layouts_are_those_of_the_code():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
     for name, text in TEMPLATES.items():
         assert f"| `{name}` | `{text}` |".replace("\n", "⏎") in page
     turns = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]

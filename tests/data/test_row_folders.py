@@ -128,7 +128,7 @@ def test_a_folder_of_parquet(folder, tmp_path):
         ({"main/a.jsonl": "x", "other/a.jsonl": "x"}, "", "several folders of rows; give one of .*main, .*other"),
         (TWO | HELD, "dev", "no split 'dev'; it has test, train, validation"),
         (HELD, "", "no split 'train'; it has test, validation"),
-        ({"a.txt": "x"}, "", "not a folder that datasets.save_to_disk wrote .*a.txt"),
+        ({"a.txt": "x"}, "", "not a folder that datasets.save_to_disk wrote; give .*a.txt"),
     ],
 )
 def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):

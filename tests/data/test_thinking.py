@@ -137,7 +137,7 @@ def test_thinking_that_has_no_place_is_refused(preprocess, row, flags, message):
 
 
 def test_the_documented_ways_are_those_of_the_code():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
     for think in ("", "on", "off"):
         text = marked(segments({"query": "2+2?", "response": "4", "reasoning": "2 and 2."}, think))
         answer = text.removeprefix("User: 2+2?\n\n").replace("\n", "⏎")

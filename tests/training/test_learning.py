@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rwkv_peft.training.flags.request.epochs import with_chosen_epochs
+from rwkv_peft.training.flags.epochs import with_chosen_epochs
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess

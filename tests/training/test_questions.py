@@ -223,7 +223,7 @@ def test_judging_leaves_no_trace(harness, capfd):
 @pytest.mark.parametrize(
     "task, message",
     [
-        ("gone", "the data of gone is not on this disk, .* of your own with --lm_eval_include_path"),
+        ("gone", "the data of gone .*is not on this disk, .* of your own with --lm_eval_include_path"),
         ("beams", "asks for num_beams 4 in its generation_kwargs"),
         ("fickle", "--lm_eval fickle: a task asks other questions each time"),
         ("our_choice", "there is no task our_choice in lm_eval or in .*; is it our_choices"),

@@ -241,7 +241,7 @@ def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files
     for process in processes:
         _, err = finish(process, 1)
         assert "error: nothing has moved for 0.08 minutes (--stall_minutes): " in err and "Traceback" not in err
-        place = r"is at step 4, in training/step/lit.py, line \d+"
+        place = r"is at step 4, in step/lit.py, line \d+"
         assert re.search(rf"rank 0 \(node 0 of 2\) {place} \(ask_ranks\); ", err), err
         assert re.search(rf"rank 1 \(node 1 of 2\) {place} \(training_step\)", err)
         assert "no checkpoint had been saved yet" in err
