@@ -135,6 +135,7 @@ def engine(case, folder, seconds):
 
 def pytest(*arguments):
     """The command of some of the tests."""
+    # gpu_check.py starts it with cwd=ROOT
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
