@@ -114,7 +114,7 @@ def test_early_stop_does_not_go_by_it(train, kept):
 def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, kept, tmp_path):
     with BinidxWriter(tmp_path / "answers", vocab_size=80, mask=True) as writer:
         writer.add(list(range(1, 60)), [False] * 30 + [True] * 29)
-    words = ["--load_model", str(files / "base.pth"), "--bone_r", "16", "--ctx_len", "24"]
+    words = ["--load_model", str(files / "base.pth"), "--bone_r", "16", "--ctx_len", "24", "--dataload", "get"]
 
     def found(data, *more):
         samples, measured = find_samples(parse_run([*words, "--data_file", data, *more]).config)

@@ -127,4 +127,4 @@ def test_a_folder_may_be_named_like_a_pattern(files, train, pattern):
     """Each of them would match another run's, or none."""
     train(f"named {pattern}", "--epoch_count", "1")
     out, _ = train(f"named {pattern}", "--resume")
-    assert "resuming at step 4" in out
+    assert "resuming after step 4" in out

@@ -41,7 +41,7 @@ def test_an_adapter_tells_how_it_came_to_be(trained, capsys, tiny_state):
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert told["base"].startswith("base.pth, fingerprint ") and told["tokenizer"].startswith("bytes (257 tokens, ")
     assert told["data"] == "--data_type binidx --dataload pad --loss_mask none --ctx_len 8"
-    assert told["rate"] == "2e-05, cosine" and told["versions"].startswith("rwkv_peft 0")
+    assert told["rate"] == "0.0013 to 0.00013, cosine" and told["versions"].startswith("rwkv_peft 0")
     save_model(trained / "other.pth", tiny_state(vocab_size=300, seed=1))
     merge = f"merge --base_model {trained}/other.pth --bone_checkpoint {trained}/out --output {trained}/x.pth"
     with pytest.raises(UserError, match="was trained on another base: base.pth, fingerprint"):

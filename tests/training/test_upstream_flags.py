@@ -158,12 +158,13 @@ def test_a_folder_of_data_is_named_as_one(tmp_path, files, kind):
     with pytest.raises(UserError, match=rf"{folder}.*; (name|give) a"):
         build_samples(config(files, *given).data, 65536)
     (tmp_path / "mine.jsonl").touch()
-    with pytest.raises(UserError, match=rf"{folder}.*; give {tmp_path}/mine.jsonl"):
+    found = {"binidx": rf"{folder}.*; give {tmp_path}/mine.jsonl", "sft": "there is no row"}[kind]  # it is read as rows
+    with pytest.raises(UserError, match=found):
         build_samples(config(files, *given).data, 65536)
     for name in ("b.idx", "a.idx", "a.bin"):
         (tmp_path / name).touch()
     pairs = rf"; give one of {tmp_path}/a.idx, {tmp_path}/b.idx$"
-    with pytest.raises(UserError, match=pairs if kind == "binidx" else "mine.jsonl"):
+    with pytest.raises(UserError, match=pairs if kind == "binidx" else found):
         build_samples(config(files, *given).data, 65536)
 
 
