@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fault_processes import REFUSED, hear, started
-from fault_training import is_over, run_command, wait
+from fault_training import LIMIT, is_over, run_command, wait
 
 # what runs start and ask: compilers, children of their own (which they name to children.py), ranks of this machine
 ALLOWED = ("'gcc'", "/gcc'", "'g++'", "/g++'", "/rwkv_peft/children.py'", "('127.0.0.1', ")
 ROOM = 2 << 30  # bytes of address space beyond those of the process that forks
 MEMORY = 2048  # MiB that a process may hold, its packages among them
 SECONDS = 60  # of a processor that a process may take
-LIMIT = 900  # seconds after which it hangs, on a machine that others use
 
 
 class Attack(NamedTuple):

@@ -122,7 +122,7 @@ def change_and_end(training, case, number):
 
 
 def other_mask(folder):
-    overwrite(folder / "data.mask", bytes(5))
+    overwrite(folder / "data.mask", bytes(10))  # of which half counted
 
 
 def other_document(folder):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fault_attacks import LIMIT, Attack
+from fault_attacks import Attack
 from fault_files import BASE, COMPARED, RUN
 from fault_processes import started
 from fault_training import run_command, wait
@@ -29,16 +29,17 @@ CELL = Cell("bone", -6, 7)
 
 
 def prepare(folder):
-    """A base, data, rows, a run of one epoch that can go on, and a comparison of one run."""
+    """A base, data, rows, a run of one epoch that can go on, and a complete comparison."""
     folder.mkdir()
     save_model(folder / "base.pth", make_tiny_state(vocab_size=257))
     with BinidxWriter(folder / "data", vocab_size=257) as writer:
         for first in range(40):
             writer.add([1 + (first + 7 * i) % 79 for i in range(50 + first)] + [0])
     (folder / "rows.jsonl").write_text('{"question": "How many?", "answer": "#### 8"}\n')
-    test_compare.keep(folder / "compared", CELL, 1.0)
+    for rate, loss in ((-7, 2.0), (-6, 1.0), (-5, 2.0)):  # and so the best has neighbours, and nothing is due
+        test_compare.keep(folder / "compared", CELL._replace(rate=rate), loss)
     for words in ((*RUN[:-4], "--epoch_count", 1), (*COMPARED, "base.pth")):
-        assert wait(started(run_in, folder, words), LIMIT) == 0, (folder.parent / "said").read_text()
+        assert wait(started(run_in, folder, words)) == 0, (folder.parent / "said").read_text()
 
 
 def run_in(folder, words):

@@ -17,9 +17,12 @@ it had, and go on so too. A machine that sleeps must lose nothing at all, wherev
 out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the powers of its betas up from step to step,
 and computes them anew, with other roundings, after a break.
 
-Commands that run in a current folder full of modules and settings (--traps 1) must run none of them. Mutants are
-those of tests/fuzz under other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1
-where one of these did not hold.
+Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
+do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run whose files are written
+over meanwhile, whose nodes read other files (--meanwhile 3), or whose disk fills from some block of a save on (--rooms
+10) must end in one message, and a comparison that is killed must take its run along. Commands in a current folder full
+of modules and settings (--traps 1) must run none of them. Mutants are those of tests/fuzz under other seeds; no reader
+may start a program, or take 2 GiB. Prints counts; the exit code is 1 where one of these did not hold.
 """
 
 import argparse
