@@ -103,7 +103,8 @@ def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(
     done = ask(entry, "--help")
     assert done.returncode == 0
     for command in COMMANDS:
-        assert f"  {command.name} " in done.stdout and command.text in done.stdout
+        lines = done.stdout.partition(f"\n\n{command.group}\n")[2].partition("\n\n")[0]  # those of its group
+        assert f"  {command.name} " in lines and command.text in lines
     done = ask(entry, "preproces")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: there is no command preproces; did you mean preprocess?\n"
@@ -114,6 +115,16 @@ def test_what_other_tools_call_a_command_is_told_by_its_meaning(name, meant):
     with pytest.raises(UserError, match=f"there is no command {name}; did you mean {meant}\\?"):
         commands.main([name])
     assert commands.MEANINGS.keys().isdisjoint(command.name for command in COMMANDS)
+
+
+@pytest.mark.parametrize("old, words", commands.RENAMED.items())
+def test_a_name_that_a_command_had_runs_the_new_one_and_says_so(old, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        commands.main([old, "--help"])
+    shown = capsys.readouterr()
+    assert exit_info.value.code == 0 and shown.out.startswith(f"usage: rwkv-peft {words[0]} ")
+    assert shown.err.count("\n") == 1 and f"rwkv-peft {old} is rwkv-peft {' '.join(words)} now" in shown.err
+    assert old not in NAMES and words[0] in NAMES
 
 
 def test_an_unknown_command_like_no_other_points_to_help():
@@ -140,6 +151,6 @@ def test_a_command_without_its_libraries_says_so_in_one_line(name, output, libra
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_mistake_of_ours(monkeypatch):
-    monkeypatch.setattr(commands, "COMMANDS", (commands.Command("lost", "", "nowhere"),))
+    monkeypatch.setattr(commands, "COMMANDS", (commands.Command("", "lost", "", "nowhere"),))
     with pytest.raises(ModuleNotFoundError):
         commands.main(["lost"])
