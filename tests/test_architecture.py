@@ -66,7 +66,7 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
+        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),

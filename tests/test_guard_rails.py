@@ -35,15 +35,11 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_is_a_module_with_main(command):
-    if command.needs:
-        pytest.importorskip("peft")
     assert callable(importlib.import_module(f"rwkv_peft.{command.module}").main)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_helps(command, capsys):
-    if command.needs:
-        pytest.importorskip("peft")
     with pytest.raises(SystemExit) as exit_info:
         commands.main([command.name, "--help"])
     assert exit_info.value.code == 0
@@ -62,7 +58,7 @@ def test_help_needs_no_package_and_shows_what_is_required():
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # no site-packages
     assert done.stderr == "" and done.stdout.count("usage: ") >= len(names)
-    assert {"preprocess", "bone2miss"} <= set(names)
+    assert {"preprocess", "convert"} <= set(names)
     assert "[--output PREFIX]" not in done.stdout and "--output PREFIX" in done.stdout
 
 
@@ -72,8 +68,6 @@ class Asked(Exception):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
-    if command.needs:
-        pytest.importorskip("peft")
 
     def asked(parser, *arguments):
         raise Asked(parser)
@@ -91,8 +85,6 @@ def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_refuses_a_flag_that_it_does_not_have_in_one_message(command, capsys):
-    if command.needs:
-        pytest.importorskip("peft")
     with pytest.raises(UserError):
         commands.main([command.name, "--nosuch", "1"])
     assert capsys.readouterr() == ("", "")
@@ -137,7 +129,6 @@ def test_an_unknown_command_like_no_other_points_to_help():
     [
         ("preprocess", "--output", "numpy", "requirements.txt"),  # missed where the command is imported
         ("plot", "", "matplotlib", "requirements.txt"),  # missed where it works
-        ("bone2miss", "", "peft", "requirements-hf.txt"),
     ],
 )
 def test_a_command_without_its_libraries_says_so_in_one_line(name, output, library, requirements, tmp_path):

@@ -120,18 +120,10 @@ COMMANDS = (
         "release.convert",
         flags="release.flags:convert_flags",
     ),
-    Command(
-        "Release",
-        "bone2miss",
-        "a BONE adapter folder of peft -> a MISS one, and back",
-        "hf.folders",
-        flags="release.flags:bone2miss_flags",
-        needs="requirements-hf.txt",
-    ),
     Command("Machine", "doctor", "tell what this machine can do, what is missing, what mends it", "doctor"),
 )
 # {a name that a command had: the words that took its place}: it works for one more release
-RENAMED = MappingProxyType({"plots": ("plot", "--panels")})
+RENAMED = MappingProxyType({"bone2miss": ("convert",), "plots": ("plot", "--panels")})
 # {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
     {
