@@ -132,7 +132,8 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
     of a run; below them the shares of right answers and the margins of pairs, where there are any.
 
-    metrics_jsonl: a run's metrics.jsonl; output is overwritten, and its ending names the format. Any number of points will do, even none.
+    metrics_jsonl: a run's metrics.jsonl; output is overwritten, and its ending names the format. Any number of points
+    will do, even none.
     """
     import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -176,8 +176,8 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "input",
-        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, the folder of a "
-        "run, or a BONE or MISS folder of peft, of any model",
+        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, the folder of "
+        "a run, or a BONE or MISS folder of peft, of any model",
     )
     parser.add_argument(
         "output",

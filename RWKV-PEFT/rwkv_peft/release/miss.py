@@ -1,6 +1,7 @@
 """Rename the tensors of a BONE adapter folder of peft to those of a MISS one, or back.
 
-MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys. The adapter may be of any model.
+MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys. The adapter may be of any
+model.
 """
 
 import json
@@ -18,13 +19,13 @@ OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})
 
 
 def rename_folder(source: Path, target: Path) -> str:
-    """Write a BONE folder as a MISS folder, or a MISS one as a BONE one; return a line about it. Raises UserError for an
-    adapter of another kind, and for bat-in, which MiSS lacks."""
+    """Write a BONE folder as a MISS folder, or a MISS one as a BONE one; return a line about it. Raises UserError for
+    an adapter of another kind, and for bat-in, which MiSS lacks."""
     config = read_config(source)
-    kind = config.get("peft_type")
+    kind = str(config.get("peft_type"))
     if kind not in OTHER:
         raise UserError(
-            f"{source} holds a {kind or 'nameless'} adapter, and only BONE and MISS ones become a folder; name a .pth "
+            f"{source} holds a {kind} adapter, and only BONE and MISS ones become a folder; name a .pth "
             "(RWKV-PEFT) or a .safetensors for one of an RWKV model"
         )
     if kind == "BONE" and config.get("init_weights") == "bat-in":
