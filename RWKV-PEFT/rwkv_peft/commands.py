@@ -39,7 +39,6 @@ COMMANDS = (
         "data.preprocess",
         flags="data.preprocess_flags:parse_flags",
     ),
-    Command("Data", "tokenize", "print the token ids of a text, as --mask_id takes them", "data.tokenizer"),
     Command(
         "Train",
         "plan",
@@ -123,7 +122,9 @@ COMMANDS = (
     Command("Machine", "doctor", "tell what this machine can do, what is missing, what mends it", "doctor"),
 )
 # {a name that a command had: the words that took its place}: it works for one more release
-RENAMED = MappingProxyType({"bone2miss": ("convert",), "plots": ("plot", "--panels")})
+RENAMED = MappingProxyType(
+    {"bone2miss": ("convert",), "plots": ("plot", "--panels"), "tokenize": ("preprocess", "--ids", "--tokenizer")}
+)
 # {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
     {
@@ -158,8 +159,9 @@ def main(argv: list[str]) -> int:
         print(f"rwkv-peft {__version__}")
         return 0
     if argv[0] in RENAMED:
-        old, argv = argv[0], [*RENAMED[argv[0]], *argv[1:]]
-        print(f"note: rwkv-peft {old} is rwkv-peft {' '.join(RENAMED[old])} now; the old name goes", file=sys.stderr)
+        old, (new, *words) = argv[0], RENAMED[argv[0]]
+        print(f"note: rwkv-peft {old} is rwkv-peft {' '.join([new, *words])} now; the old name goes", file=sys.stderr)
+        argv = [new, "--help"] if {"-h", "--help"} & set(argv) else [new, *words, *argv[1:]]
     known = {command.name: command for command in COMMANDS}
     if argv[0] not in known:
         near = [MEANINGS[argv[0]]] if argv[0] in MEANINGS else difflib.get_close_matches(argv[0], known, 1)
