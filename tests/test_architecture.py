@@ -38,18 +38,7 @@ PARTS = (
         ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
         (),
     ),
-    (
-        "flags",
-        (
-            "files/source_flags",
-            "release/flags",
-            "generate/flags",
-            "generate/settings",
-            "evals/flags",
-            "evals/harness_flags",
-        ),
-        ("base",),
-    ),
+    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),

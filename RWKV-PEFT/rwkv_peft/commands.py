@@ -64,17 +64,9 @@ COMMANDS = (
     Command(
         "Measure",
         "eval",
-        "how well a model answers: gsm8k, math, rows of yours, choices, lambada",
+        "how well a model answers rows of yours, or tasks of the lm-evaluation-harness",
         "evals.command",
         flags="evals.flags:parse_flags",
-        needs="requirements-eval.txt",
-    ),
-    Command(
-        "Measure",
-        "lm_eval",
-        "a model on the tasks of EleutherAI's lm-evaluation-harness",
-        "evals.harness_command",
-        flags="evals.harness_flags:parse_flags",
         needs="requirements-eval.txt",
     ),
     Command(
@@ -123,7 +115,12 @@ COMMANDS = (
 )
 # {a name that a command had: the words that took its place}: it works for one more release
 RENAMED = MappingProxyType(
-    {"bone2miss": ("convert",), "plots": ("plot", "--panels"), "tokenize": ("preprocess", "--ids", "--tokenizer")}
+    {
+        "bone2miss": ("convert",),
+        "lm_eval": ("eval", "--harness"),
+        "plots": ("plot", "--panels"),
+        "tokenize": ("preprocess", "--ids", "--tokenizer"),
+    }
 )
 # {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
