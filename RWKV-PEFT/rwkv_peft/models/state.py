@@ -1,9 +1,9 @@
-"""What a sequence leaves behind, and every layout in which that lies in files and runtimes.
+"""The recurrent state after a sequence, and its layouts in files and runtimes.
 
 In the model a layer's wkv state has the axes that its generation computes with; files hold it as
-`blocks.N.att.time_state` (H, N value, N key), a row a value. A state file has that key for every layer, as state tuning
-makes it; a saved session holds besides `blocks.N.att.shift` and `blocks.N.ffn.shift` (C), the last inputs of the two
-mixes. web-rwkv and Ai00 keep the last two axes the other way round.
+`blocks.N.att.time_state` (H, N value, N key), with a row for each value. A state file has that key for every layer, as
+state tuning makes it; a saved session also holds `blocks.N.att.shift` and `blocks.N.ffn.shift` (C), the last inputs of
+the two mixes. web-rwkv and Ai00 swap the last two axes.
 """
 
 import re
@@ -20,10 +20,10 @@ TIME_STATE = "time_state"
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers between two calls.
+    """The state of one layer between two calls.
 
-    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
-    of values as the generation says (Family.rows_are_keys).
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, whose rows are keys or
+    values, by generation (Family.rows_are_keys).
     """
 
     att_shift: torch.Tensor
@@ -40,7 +40,8 @@ class LayerKeys(NamedTuple):
 
 
 class State(tuple[LayerState, ...]):
-    """One LayerState a layer: all that a sequence leaves behind, of a size that does not grow with its length."""
+    """One LayerState for each layer: all that the model remembers of a sequence, in a size that does not grow with
+    its length."""
 
     @staticmethod
     def zeros(
@@ -52,7 +53,7 @@ class State(tuple[LayerState, ...]):
         return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
 
     def selected(self, rows: torch.Tensor) -> "State":
-        """The State of some of its sequences; rows (m,) int64."""
+        """The State of some sequences, chosen by rows (m,) int64."""
         return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in self)
 
     def repeated(self, n: int) -> "State":
@@ -60,18 +61,18 @@ class State(tuple[LayerState, ...]):
         return State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in self)
 
     def put(self, rows: torch.Tensor, other: "State") -> None:
-        """Replace some of its sequences, rows (m,) int64, by those of another State."""
+        """Replace the sequences of rows (m,) int64 by those of another State."""
         for layer, news in zip(self, other):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
 
     def joined(self, other: "State") -> "State":
-        """The State of the sequences of both."""
+        """The State of the sequences of both, its own first."""
         return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(self, other))
 
 
 def is_time_state(key: str) -> bool:
-    """Whether a key names a layer's wkv state, the part of a state that a model's own file may hold."""
+    """True if a key names a layer's wkv state, the part of a state that a model's own file may hold."""
     return key.endswith(f".att.{TIME_STATE}")
 
 
@@ -156,8 +157,8 @@ def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> 
 
 
 def count_layers(keys: Iterable[str]) -> int:
-    """The number of layers that keys such as blocks.N.… name; 0 where none does. Raises ValueError where there are
-    fewer keys than that: what is made for each layer must not grow with a number that one name holds."""
+    """The number of layers that keys such as blocks.N.… name; 0 if none does. Raises ValueError if there are fewer keys
+    than layers: otherwise one name with a large number would make its reader allocate without limit."""
     names = list(keys)
     numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
     layers = 1 + max(numbers, default=-1)
