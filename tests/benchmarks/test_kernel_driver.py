@@ -26,14 +26,8 @@ def test_nvcc_has_no_complaint(tmp_path, generation):
     except BuildError as error:
         pytest.skip(str(error))
     command = [nvcc, *gpu.NVCC_FLAGS, "-arch=sm_90", "-Werror", "all-warnings", "-fdevice-syntax-only"]
-    command += [
-        f"-DGENERATION={generation}",
-        f"-I{source_directory('cuda')}",
-        "-c",
-        str(DRIVER / "recurrence.cu"),
-        "-o",
-        str(tmp_path / "driver.o"),
-    ]
+    command += [f"-DGENERATION={generation}", f"-I{source_directory('cuda')}"]
+    command += ["-c", str(DRIVER / "recurrence.cu"), "-o", str(tmp_path / "driver.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
