@@ -1,4 +1,4 @@
-"""Small files that claim sizes which they do not hold: of objects, storages, rows, lists and tensors."""
+"""Writes small files that claim to hold gigabytes: objects, storages, rows, lists and tensors."""
 
 import pickle
 import re
@@ -25,14 +25,14 @@ def zipped(path, pickled):
 
 
 def bare(path, *pickles):
-    """A file of the kind that torch wrote before 1.6, with other pickles behind its first three."""
+    """A file in the format of torch before 1.6, with other pickles after its first three."""
     torch.save({}, path, _use_new_zipfile_serialization=False)
     head = path.read_bytes().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps({}, 2))
     path.write_bytes(head + b"".join(pickles))
 
 
 def storages(count, numbers):
-    """A dict of tensors of which each names a storage of its own, of so many numbers."""
+    """A dict of tensors, each of which names its own storage of so many numbers."""
 
     def tensor(key):
         name = b"(" + item("storage") + b"ctorch\nDoubleStorage\n" + item(key) + item("cpu") + item(numbers) + b"NtQ"
@@ -43,7 +43,7 @@ def storages(count, numbers):
 
 
 def parquet_of(path, array, **settings):
-    """A parquet file of one column, text, without the room that statistics take."""
+    """A parquet file with one column, text, and without statistics."""
     import pyarrow
     from pyarrow import parquet
 
@@ -53,14 +53,14 @@ def parquet_of(path, array, **settings):
 
 
 def repeated(text, count):
-    """A text that is stored once and stands in so many places."""
+    """A text that is stored once and referred to in so many places."""
     import pyarrow
 
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
 
 
 def gguf(path, *settings, tensors=0, count=None):
-    """A GGUF of settings, bytes behind their names, and of as many tensors as it announces."""
+    """A GGUF with settings (bytes after their names), which announces so many tensors."""
     head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(settings) if count is None else count)
     path.write_bytes(head + b"".join(settings))
     return path
@@ -87,6 +87,6 @@ GGUFS = {  # a setting, and what is said of it
 
 
 def one_layer_for_all(state):
-    """The state of a model whose layers behind the first share one storage; files of it hold it once."""
+    """The state of a model whose layers after the first share one storage, which a file of it holds once."""
     shared = {key: "blocks.1." + key.split(".", 2)[2] for key in state if re.match(r"blocks\.[1-9]", key)}
     return state | {key: state[other] for key, other in shared.items()}

@@ -1,5 +1,5 @@
-"""What a file claims of its own sizes is not believed: a few bytes that stand for gigabytes end in a message, and take
-no more memory than an honest file."""
+"""A file's claims about its own sizes are not trusted: a few bytes that claim gigabytes end in a message, and take no
+more memory than an honest file."""
 
 import gzip
 import pickle
@@ -32,7 +32,7 @@ HUGE = 6_000_000_000
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """The process may not take ROOM more than it has, where the system can say so."""
+    """Let the process take at most ROOM more than it has, if the system can limit it."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -76,7 +76,7 @@ def test_storages_of_a_bare_pickle_take_no_more_than_their_file(tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "convert"])
 def test_tensors_that_share_their_bytes_are_refused(tmp_path, tiny_state, command):
-    """24 layers that are one: memory and a file of their size are not this file's."""
+    """24 layers are one and the same: their memory, and a file of them, would be larger than this file."""
     torch.save(one_layer_for_all(tiny_state(n_layer=24)), tmp_path / "m.pth")
     model, output = tmp_path / "m.pth", tmp_path / "o.st"
     message = refused(command, *(("--model", model, "--prompt", "a") if command == "generate" else (model, output)))
