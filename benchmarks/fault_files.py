@@ -161,7 +161,7 @@ def announced(setting, path):
 def tokenized(content):
     def make(folder):
         (folder / "vocabulary.txt").write_bytes(content)
-        return ("tokenize", "vocabulary.txt", "a")
+        return ("preprocess", "--ids", "--tokenizer", "vocabulary.txt", "a")
 
     return make
 

@@ -12,7 +12,7 @@ import torch
 from fault_attacks import Attack
 from fault_files import BASE, COMPARED, RUN
 from fault_processes import started
-from fault_training import run_command, wait
+from fault_training import import_libraries, run_command, wait
 
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.data.binidx import BinidxWriter
@@ -30,6 +30,7 @@ CELL = Cell("bone", -6, 7)
 
 def prepare(folder):
     """A base, data, rows, a run of one epoch that can go on, and a complete comparison."""
+    import_libraries()
     folder.mkdir()
     save_model(folder / "base.pth", make_tiny_state(vocab_size=257))
     with BinidxWriter(folder / "data", vocab_size=257) as writer:

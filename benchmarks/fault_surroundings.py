@@ -45,7 +45,7 @@ def shown(folder):
 
 def drawn(name, folder):
     (folder / "run").rename(folder / name)
-    return ("plots", name, "--output", "out.svg")
+    return ("plot", "--panels", name, "out.svg")
 
 
 def nines(folder):
@@ -74,7 +74,7 @@ def told_names():
         Attack("/save over a file", chatting, "there is such a file", 0, typed="Hi\n/save other.pth\n"),
     ]
     return attacks + [
-        Attack(f"plots of a run named {name}", functools.partial(drawn, name), "out.svg", 0)
+        Attack(f"plot of a run named {name}", functools.partial(drawn, name), "out.svg", 0)
         for name in ("$", "$x", "a$x^$b", "$\\frac$")
     ]
 

@@ -184,7 +184,15 @@ def import_libraries():
     """Import what a run would, once for all that are forked from here."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
     for name in (
+        "compare.command",
+        "data.preprocess",
+        "evals.command",
+        "generate.command",
+        "plan.command",
         "plots",
+        "release.check",
+        "release.merge_command",
+        "release.verify",
         "training.engine.callbacks",
         "training.engine.data_module",
         "training.step.lit",

@@ -1,5 +1,5 @@
-"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, a full disk if one can be
-mounted, some broken and hostile files. tests/training covers killed and attacked runs."""
+"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, a full disk if one can
+be mounted, some broken and hostile files. tests/training covers killed and attacked runs."""
 
 import os
 import subprocess
