@@ -28,6 +28,7 @@ TRAIN += ("--epoch_steps", 4, "--bone_r", 8)
 RUN = (*TRAIN, "--load_model", "base.pth", "--proj_dir", "run", "--epoch_count", 2, "--resume", "auto")
 NEW = (*TRAIN, "--epoch_count", 1, "--proj_dir", "new")
 ADAPTER = ("--bone_checkpoint", "hostile.pth", "--bone_mode", "bat-in")
+BEGINS = "run/(config.json|tensorboard/)"  # in which a run that goes on says so before it reads a checkpoint
 BASE = ("--base_model", "base.pth")
 MODEL = ("--model", "base.pth", "--tokenizer", "bytes", "--prompt", "a")
 PROMPTED = ("generate", *MODEL[:4], "--prompt_file", "hostile.jsonl.gz")
@@ -94,7 +95,7 @@ def pickles():
         for form, write in forms.items()
     ]
     return calls + [
-        Attack(f"train --resume, {pattern}", functools.partial(resumed, pattern), "mkdir")
+        Attack(f"train --resume, {pattern}", functools.partial(resumed, pattern), "mkdir", writes=BEGINS)
         for pattern in ("*model_states.pt", "*optim_states.pt")
     ]
 

@@ -28,7 +28,7 @@ from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.training.saving.checkpoints import find_checkpoint
+from rwkv_peft.training.saving.checkpoints import UNSAVED, find_checkpoint
 
 BONE = METHODS["bat-in"]
 ENDLESS = (*BONE, "--epoch_steps", "100000", "--save_every", "5")
@@ -240,8 +240,10 @@ def fill_and_resume(training, steps, share):
         if code == 0:
             return False
         expect_message(training, name, code == REFUSED, "cannot write ")
-        hidden = sorted(path.name for path in folder.rglob(".*"))
-        training.expect(not hidden, name, f"it left {hidden}")
+        hidden = {path.name for path in folder.rglob(".*")}
+        if not files:
+            hidden.discard(UNSAVED)  # which lets --resume auto begin anew
+        training.expect(not hidden, name, f"it left {sorted(hidden)}")
         after = training.newest_checkpoint(name)
         training.expect(after >= before, name, "the checkpoint that it had is gone")
         again = training.start(name, *flags, *AGAIN)
