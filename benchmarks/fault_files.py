@@ -155,6 +155,10 @@ def read_from(name, write, *words):
     return make
 
 
+def emptied(count, path):
+    claims.lists_of_nothing(path, count, 4)
+
+
 def announced(setting, path):
     claims.gguf(path, setting)
 
@@ -196,13 +200,16 @@ def sizes():
         Attack(f"24 layers that are one, {name}", given(READERS[name], one_layer), "share their bytes")
         for name in ("generate", "convert", "train", "verify")
     ]
-    row, rows = "line 2 has more than 67,108,864 bytes", "more than 134,217,728 bytes of rows"
+    row, rows = "line 2 has more than 67,108,864 bytes", "more rows than fit into 268,435,456 bytes"
     attacks += [
         Attack("17 GB of a row, packed", read_from("rows.jsonl.gz", long_row), row),
         Attack("the same, bad rows skipped", read_from("rows.jsonl.gz", long_row, "--skip_bad_rows"), row),
         Attack("500 MB of rows, packed", given(PROMPTED, many_rows, "hostile.jsonl.gz"), rows),
         Attack("the same, in eval", given(EVALUATED, many_rows, "hostile.jsonl.gz"), rows),
     ]
+    for count, said in ((20_000_000, "line 1 has more than 16,777,216 values"), (5_000_000, rows)):
+        make = given(PROMPTED, functools.partial(emptied, count), "hostile.jsonl.gz")
+        attacks.append(Attack(f"rows of {count:,} empty lists, packed", make, said))
     for name, (write, size, count, told) in PARQUETS.items():
         make = read_from("rows.parquet", functools.partial(write, size, count), "--split", "[:2]")
         attacks.append(Attack(name, make, told, 0 if told.endswith("documents") else REFUSED))

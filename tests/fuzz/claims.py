@@ -1,5 +1,6 @@
 """Writes small files that claim to hold gigabytes: objects, storages, rows, lists and tensors."""
 
+import gzip
 import pickle
 import re
 import struct
@@ -40,6 +41,12 @@ def storages(count, numbers):
         return item(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + name + shape + b"tR"
 
     return b"\x80\x02}(" + b"".join(tensor(f"{number}") for number in range(count)) + b"u."
+
+
+def lists_of_nothing(path, count, rows):
+    """A packed .jsonl of equal rows, each with so many empty lists."""
+    row = b'{"prompt": "a", "text": "a", "x": [' + b"[]," * count + b"[]]}\n"
+    path.write_bytes(gzip.compress(row, 1) * rows)
 
 
 def parquet_of(path, array, **settings):

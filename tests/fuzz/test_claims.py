@@ -16,6 +16,7 @@ from fuzz.claims import (
     call,
     gguf,
     listed,
+    lists_of_nothing,
     named,
     one_layer_for_all,
     parquet_of,
@@ -109,7 +110,19 @@ def test_packed_rows_that_are_all_kept_are_bounded(tmp_path, monkeypatch, comman
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a", "question": "b", "answer": "#### 1"}\n' * 30_000))
     words = ["--prompt_file", path] if command == "generate" else ["gsm8k", "--data", path]
-    assert "has more than 1,048,576 bytes of rows" in refused(command, "--model", "absent.pth", *words)
+    assert "has more rows than fit into 1,048,576 bytes" in refused(command, "--model", "absent.pth", *words)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_values_of_a_few_bytes_are_bounded_by_what_they_take(tmp_path, rows):
+    """20 million empty lists take 1.5 GB as a row, 60 MB as text, and 290 kB packed."""
+    path = tmp_path / "rows.jsonl.gz"
+    lists_of_nothing(path, 20_000_000 // rows, rows)
+    one = "line 1 has more than 16,777,216 values"
+    told = one if rows == 1 else "has more rows than fit into 268,435,456 bytes"
+    assert told in refused("generate", "--model", "absent.pth", "--prompt_file", path)
+    if rows == 1:
+        assert one in refused(*preprocess(path, "--skip_bad_rows"))
 
 
 def test_a_text_that_stands_in_many_rows_is_read_a_row_at_a_time(tmp_path):
