@@ -112,7 +112,9 @@ def surroundings():
         Attack("LOCAL_WORLD_SIZE=0", words(*START, "--devices", 2), "a whole number is due", variables=launched),
         Attack("a lock of deep JSON", locked, "resuming after step 4", 0),
         Attack("24 open files, two ranks", words(*START, "--devices", 2), "ulimit -n", within=few_files),
-        Attack("folders in the cache of kernels", functools.partial(cached, os.mkdir), "directory", within=use_cache),
+        Attack(
+            "folders in the cache of kernels", functools.partial(cached, os.mkdir), "directory", 0, within=use_cache
+        ),
         Attack("pipes in the cache of kernels", functools.partial(cached, os.mkfifo), "finished", 0, within=use_cache),
         Attack("a silent server at MASTER_PORT", nodes, "did not come within", variables=meeting),
     ]
