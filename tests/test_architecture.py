@@ -94,7 +94,7 @@ def module_of(path):
 
 
 def part_of(module):
-    """The part that a module path such as ("ops", "cpu") belongs to: that of the longest path which names it."""
+    """The part of a module path such as ("ops", "cpu"): that with the longest matching path."""
     names = {path: name for name, modules, _ in PARTS for path in modules}
     paths = ["/".join(module[:length]) for length in range(len(module), 0, -1)] or [""]
     found = [names[path] for path in paths if path in names]

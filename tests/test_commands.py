@@ -132,7 +132,7 @@ def test_switches_are_shown_as_they_are_written():
 
 
 def test_closed_streams_lead_nowhere(tmp_path):
-    """No file that is opened takes their numbers, and nothing asks a stream that is not there."""
+    """No opened file gets their numbers, and nothing uses a stream that does not exist."""
     code = (
         "import sys; from rwkv_peft.streams import make_patient; make_patient(); file = open(sys.argv[1], 'w');"
         "print('out', flush=True); print('err', file=sys.stderr); assert file.fileno() > 2 and not sys.stdout.isatty()"

@@ -1,4 +1,4 @@
-"""Pictures of several runs: which runs are told apart, what is drawn of them, and what is refused."""
+"""Pictures of several runs: telling runs apart, drawing their curves, and refusing mistakes."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def runs(tmp_path):
 
 
 def texts(svg):
-    """What an SVG of matplotlib says: its texts are drawn as paths, and told in comments beside them."""
+    """The texts of an SVG by matplotlib, which draws them as paths and writes them into comments beside these."""
     return re.findall(r"<!-- (.*?) -->", svg.read_text())
 
 

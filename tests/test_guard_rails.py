@@ -1,4 +1,4 @@
-"""The table of commands holds: each can be imported and asked for help, and what is wrong is said in one line."""
+"""The table of commands is right: each can be imported and asked for help, and reports a mistake in one line."""
 
 import argparse
 import importlib
@@ -63,7 +63,7 @@ def test_help_needs_no_package_and_shows_what_is_required():
 
 
 class Asked(Exception):
-    """A command asks its parser."""
+    """Raised when a command calls its parser."""
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)

@@ -79,12 +79,12 @@ def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path)
 
 
 def height(picture):
-    """In pixels, as the header of a PNG has it."""
+    """The height in pixels, from the header of a PNG."""
     return int.from_bytes(picture.read_bytes()[20:24], "big")
 
 
 def test_each_curve_has_its_colour():
-    """Those of one picture: the loss, what is held out, and all that is drawn below them."""
+    """In one picture: the loss, the curves on held-out data, and all that is drawn below them."""
     used = ["tab:blue", *(color for _, _, color in HELD_OUT), *COLORS]
     assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 3
 

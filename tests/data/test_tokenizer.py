@@ -63,7 +63,7 @@ def greedy(world):
 
 @pytest.fixture
 def without_package(monkeypatch):
-    """As on a Python that pyrwkv-tokenizer has no build for."""
+    """Simulate a Python for which pyrwkv-tokenizer has no build."""
     monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
     say_slow.cache_clear()
 
@@ -267,7 +267,7 @@ def json_file(folder, kind, **model):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_text_without_a_token_is_a_message(tmp_path, kind):
-    """Through the command: rows that such a tokenizer has no token for."""
+    """Through the command: such a tokenizer has no token for the rows."""
     from rwkv_peft import commands
 
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')

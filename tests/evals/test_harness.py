@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """What the command as a user types it printed and wrote: (its output, results, {task: samples})."""
+    """Run the command as a user types it -> (its output, the results it wrote, {task: samples})."""
     pytest.importorskip("lm_eval")
     words = ["eval", *(f"our_{name}" for name in TASKS), "--include_path", str(folder), *MODEL, "--batch", "2"]
     files = ["--output", str(folder / "results.json"), "--samples", str(folder / "samples.jsonl")]
@@ -199,7 +199,7 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
     everything, read = TaskManager.__init__, []
 
     def with_few_defaults(self, include_path, include_defaults):
-        """Those of `folder` stand for lm_eval's own."""
+        """Put the tasks of `folder` in place of lm_eval's own."""
         read.append(include_defaults)
         everything(self, include_path=[str(tmp_path), *[str(folder)] * include_defaults], include_defaults=False)
 

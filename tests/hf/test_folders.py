@@ -151,7 +151,7 @@ def test_a_folder_without_safetensors_is_converted_too(llama, tmp_path):
 
 
 def test_tensors_that_are_views_are_converted_too(llama, tmp_path):
-    """torch.save keeps their strides, and what they share."""
+    """torch.save keeps their strides and shared memory."""
     save(llama, tmp_path / "bone")
     (file := tmp_path / "bone" / "adapter_model.safetensors").rename(tmp_path / "whole.safetensors")
     tensors = load_file(tmp_path / "whole.safetensors")

@@ -20,7 +20,7 @@ KERNELS = sorted(path.relative_to(ROOT) for kind in ("cpu", "cuda") for path in 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the sdist, and the wheel that was built of it: of a copy, so that the repository stays clean."""
+    """The folder with the sdist, and the wheel built from it; built from a copy, so that the repository stays clean."""
     copy, output = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("dist")
     for path in (*BUILT_FROM, *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / path, copy)
@@ -33,7 +33,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The bin folder of an environment that has the wheel, and its requirements from the environment of the tests."""
+    """The bin folder of an environment with the wheel, which borrows its requirements from the tests' environment."""
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
@@ -45,7 +45,7 @@ def installed(built, tmp_path_factory):
 
 
 def run(*command, cwd=None):
-    """A command's output; it must end well, and sees no folder but the one that it is run in."""
+    """A command's output; it must succeed, without PYTHONPATH."""
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -78,7 +78,7 @@ def test_one_version_is_told_everywhere(built, installed):
 
 
 def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
-    """Data, train, merge and check of the demo's model, in a folder with nothing but a base and a file of rows."""
+    """Preprocess, train, merge and check the demo's model, in a folder with only a base and a file of rows."""
     shutil.copy(ROOT / "demo" / "rwkv6-demo.pth", tmp_path / "base.pth")
     run(sys.executable, ROOT / "demo" / "task.py", "finetune", "--documents", 40, "--output", tmp_path / "rows.jsonl")
     command = installed / "rwkv-peft"

@@ -1,12 +1,12 @@
-"""What a sequence leaves behind, and every layout in which that lies in files and runtimes.
+"""The recurrent state after a sequence, and its layouts in files and runtimes.
 
 In the model a layer's wkv state has the axes that its generation computes with; files hold it as
-`blocks.N.att.time_state` (H, N value, N key), a row a value. A state file has that key for every layer, as state tuning
-makes it; a saved session holds the other fields of the layers' states besides, such as `blocks.N.att.shift` (C).
-web-rwkv and Ai00 keep the last two axes the other way round.
+`blocks.N.att.time_state` (H, N value, N key), with a row for each value. A state file has that key for every layer, as
+state tuning makes it; a saved session also holds the other fields of the layers' states, such as `blocks.N.att.shift`
+(C). web-rwkv and Ai00 swap the last two axes.
 
-A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. One of its fields is wkv, which alone
-is float32 in a model of any dtype; its methods keys() and shapes() tell of each field its key in files and its size.
+A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. Its field wkv is float32 in a model of
+any dtype; its methods keys() and shapes() give each field's key in files and its size.
 """
 
 import re
@@ -24,10 +24,10 @@ WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every 
 
 
 class LayerState(NamedTuple):
-    """What a layer of RWKV-6 or RWKV-7 remembers between two calls.
+    """The state of one layer of RWKV-6 or RWKV-7 between two calls.
 
-    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
-    of values as the generation says (Family.rows_are_keys).
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, whose rows are keys or
+    values, by generation (Family.rows_are_keys).
     """
 
     att_shift: torch.Tensor
@@ -46,7 +46,8 @@ class LayerState(NamedTuple):
 
 
 class State(tuple[Any, ...]):
-    """One layer_state a layer: all that a sequence leaves behind, of a size that does not grow with its length."""
+    """One layer_state for each layer: all that the model remembers of a sequence, in a size that does not grow with
+    its length."""
 
     @staticmethod
     def zeros(
@@ -60,7 +61,7 @@ class State(tuple[Any, ...]):
         return State(zeros for _ in range(config.n_layer))
 
     def selected(self, rows: torch.Tensor) -> "State":
-        """The State of some of its sequences; rows (m,) int64."""
+        """The State of some sequences, chosen by rows (m,) int64."""
         return State(layer._make(tensor[rows] for tensor in layer) for layer in self)
 
     def repeated(self, n: int) -> "State":
@@ -68,18 +69,18 @@ class State(tuple[Any, ...]):
         return State(layer._make(tensor.repeat_interleave(n, 0) for tensor in layer) for layer in self)
 
     def put(self, rows: torch.Tensor, other: "State") -> None:
-        """Replace some of its sequences, rows (m,) int64, by those of another State."""
+        """Replace the sequences of rows (m,) int64 by those of another State."""
         for layer, news in zip(self, other):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
 
     def joined(self, other: "State") -> "State":
-        """The State of the sequences of both."""
+        """The State of the sequences of both, its own first."""
         return State(layer._make(map(torch.cat, zip(layer, more))) for layer, more in zip(self, other))
 
 
 def is_time_state(key: str) -> bool:
-    """Whether a key names a layer's wkv state, the part of a state that a model's own file may hold."""
+    """True if a key names a layer's wkv state, the part of a state that a model's own file may hold."""
     return key.endswith(f".{WKV}")
 
 
@@ -172,8 +173,8 @@ def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> 
 
 
 def count_layers(keys: Iterable[str]) -> int:
-    """The number of layers that keys such as blocks.N.… name; 0 where none does. Raises ValueError where there are
-    fewer keys than that: what is made for each layer must not grow with a number that one name holds."""
+    """The number of layers that keys such as blocks.N.… name; 0 if none does. Raises ValueError if there are fewer keys
+    than layers: otherwise one name with a large number would make its reader allocate without limit."""
     names = list(keys)
     numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
     layers = 1 + max(numbers, default=-1)
