@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_blocks_see_tokens():
         model.blocks[1].ffn.deep.weight[tokens[0, 3]] += 1
         changed = (model(tokens)[0] != before).any(-1)[0]
     assert changed.tolist() == [bool(token == tokens[0, 3]) for token in tokens[0]]
+
+
+def test_graphs_which_record_no_tokens_are_refused_before_the_first_step():
+    from rwkv_peft.training.engine.trainer import make_lit
+
+    config = SimpleNamespace(adapter=None, train=SimpleNamespace(cuda_graphs=True))
+    with pytest.raises(UserError, match="--cuda_graphs 1: blocks of RWKV-third see tokens, which no graph records"):
+        make_lit(SimpleNamespace(config=config, plan=None, model=a_model(), family=ThirdFamily()))
 
 
 def test_it_trains_in_segments_with_states_and_parts(files):
