@@ -38,18 +38,7 @@ PARTS = (
         ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
         (),
     ),
-    (
-        "flags",
-        (
-            "files/source_flags",
-            "release/flags",
-            "generate/flags",
-            "generate/settings",
-            "evals/flags",
-            "evals/harness_flags",
-        ),
-        ("base",),
-    ),
+    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),
@@ -66,7 +55,7 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
+        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),

@@ -236,7 +236,7 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gsmk", "--data", "d.jsonl"], "invalid choice: 'gsmk'"),
+        (["gsmk", "--data", "d.jsonl"], "did you mean gsm8k"),
         (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots_data FILE; give both"),
         (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
         (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),

@@ -29,7 +29,7 @@ from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.generate.command import Continuation, show
 from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
-from rwkv_peft.models.state import layer_keys
+from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
@@ -93,7 +93,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         specs = {key: TensorSpec.of(tensor) for key, tensor in named.items()}
         write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
     heads, size = state["blocks.0.att.time_faaaa"].shape
-    save_model(folder / "state.pth", {layer_keys(0).wkv: torch.randn(heads, size, size)})
+    save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
     with BinidxWriter(folder / "data", mask=True) as writer:
         for length in (3, 1, 7):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.models.state import State, is_time_state, layer_keys, state_of
+from rwkv_peft.models.state import State, is_time_state, state_of, time_state_key
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -21,7 +21,7 @@ def shaken(family, head_size=8):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     H = config.n_head
-    tensors = {layer_keys(i).wkv: torch.randn(H, head_size, head_size, dtype=torch.float64) for i in range(2)}
+    tensors = {time_state_key(i): torch.randn(H, head_size, head_size, dtype=torch.float64) for i in range(2)}
     model.tune_states(in_model(family, model, tensors))
     return model, tensors
 

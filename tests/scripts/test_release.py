@@ -1,6 +1,7 @@
 """The released package: an sdist and a wheel that hold everything, and the main job run from the wheel alone."""
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+SCREEN = 50  # lines at most that the notes of a release have
 KERNELS = sorted(path.relative_to(ROOT) for kind in ("cpu", "cuda") for path in (ROOT / kind).rglob("*.*"))
 
 
@@ -64,6 +66,17 @@ def test_the_sdist_holds_what_builds_it_and_no_tests(built):
     assert not [name for name in held if name.startswith("tests")]
 
 
+def test_one_version_is_told_everywhere(built, installed):
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert sorted(path.name for path in built.iterdir()) == [
+        f"rwkv_peft-{version}-py3-none-any.whl",
+        f"rwkv_peft-{version}.tar.gz",
+    ]
+    assert run(installed / "rwkv-peft", "--version") == f"rwkv-peft {version}\n"
+    (page,) = (ROOT / "docs").glob(f"releases/{version}.md")
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= SCREEN
+
+
 def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
     """Preprocess, train, merge and check the demo's model, in a folder with only a base and a file of rows."""
     shutil.copy(ROOT / "demo" / "rwkv6-demo.pth", tmp_path / "base.pth")
@@ -74,8 +87,9 @@ def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
 
     run(command, "preprocess", "rows.jsonl", "--tokenizer", "bytes", "--output", "rows", cwd=tmp_path)
     flags = "--peft bone --bone_mode bat-in --bone_r 32 --dataload pad --ctx_len 192 --micro_bsz 8 --precision fp32"
+    short = "--epoch_steps 5 --epoch_count 1 --answer_rows 0 --lr_init 5e-3 --accelerator cpu"
     paths = "--load_model base.pth --data_file rows --proj_dir out"
-    run(command, "train", *paths.split(), *flags.split(), "--lr_init", "5e-3", "--accelerator", "cpu", cwd=tmp_path)
+    run(command, "train", *paths.split(), *flags.split(), *short.split(), cwd=tmp_path)
     merged = "--base_model base.pth --bone_checkpoint out/adapter.safetensors".split()
     run(command, "merge", *merged, "--output", "merged.pth", cwd=tmp_path)
     told = run(command, "check", *merged, "--merged", "merged.pth", cwd=tmp_path)

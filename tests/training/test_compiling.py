@@ -51,9 +51,7 @@ def all_or_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "adapter",
-    [AdapterConfig(method="lora", rank=4, alpha=2.0), AdapterConfig(rank=8), AdapterConfig(mode="bone", rank=8)],
-    ids=["lora", "bat-in", "bone"],
+    "adapter", [AdapterConfig(method="lora", rank=4, alpha=2.0), AdapterConfig(rank=8)], ids=["lora", "bat-in"]
 )
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
@@ -72,11 +70,11 @@ def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
     assert utils.counters["frames"]["total"] == 2  # the first, and all others
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_pairs_train_and_validate_compiled(family, all_or_error):
-    """The first block, the last and one between, with gradients and without, in training and in validation, with
+def test_pairs_train_and_validate_compiled(all_or_error):
+    """The first block, the last and one between, with a gradient and without, as they train and as they validate, with
     adapters and as the base."""
     torch.manual_seed(0)
+    family = FAMILIES[-1]
     model = family.build(family.new_dimensions(3, 64, 40))
     family.init_weights(model)
     inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)

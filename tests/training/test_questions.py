@@ -23,7 +23,6 @@ from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
-from rwkv_peft.evals.harness_command import main as run_harness
 from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
@@ -178,7 +177,7 @@ def test_the_scores_of_lm_eval_are_logged_and_kept(files, asked):
 def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, asked):
     words = [*TASKS, "--include_path", str(files / "tasks"), "--num_fewshot", "1", "--model", BASE]
     output = files / "results.json"
-    assert run_harness([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
+    assert evaluate([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
     results, last = json.loads(output.read_text()), lines_of(files / "asked" / "lm_eval.jsonl")[-1]
     for name in ("versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks"):
         assert last[name] == results[name]
@@ -351,7 +350,7 @@ def test_bad_questions_are_told_before_the_run_begins(files, train):
         (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
         (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task is about questions of a file"),
         (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot is about tasks of lm_eval"),
-        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft lm_eval"),
+        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft eval"),
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
         (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),

@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .state import TIME_STATE, LayerState, State, swapped
+from .state import TIME_STATE, State, swapped, wkv_shape
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, the head's weight) -> a result for logits
 
@@ -61,7 +60,7 @@ class Head(nn.Linear):
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
-    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, LayerState), and
+    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
     `carried`: the first block's inputs in place of the tensors that blocks pass on besides x.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are empty
@@ -124,8 +123,7 @@ class LanguageModel(nn.Module):
             att = block.att
             assert isinstance(att, Recurrent)
             if start is None:
-                shape = (self.config.n_head, self.config.head_size, self.config.head_size)
-                values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                values = torch.zeros(wkv_shape(self.config), dtype=weight.dtype, device=weight.device)
             else:
                 wkv = start[layer].wkv[0]
                 values = (swapped(wkv) if att.rows_are_keys else wkv).to(weight, copy=True).contiguous()
@@ -146,14 +144,16 @@ class LanguageModel(nn.Module):
         return State(layers)
 
 
-def shifts_begun(state: LayerState, sequences: int) -> LayerState:
-    """Extend the shifts of a LayerState, which is that of the first few sequences, to all `sequences` with zeros,
-    because the others had no token before."""
-    missing = sequences - state.att_shift.shape[0]
+def shifts_begun(state: Any, sequences: int) -> Any:
+    """Extend the fields other than wkv of a layer's state, which is that of the first few sequences, to all
+    `sequences` with zeros, because the others had no token before. Recurrent.begun extends wkv, which may be tuned."""
+    missing = sequences - state.wkv.shape[0]
     if missing <= 0:
         return state
-    att_shift, ffn_shift = (F.pad(shift, (0, 0, 0, missing)) for shift in (state.att_shift, state.ffn_shift))
-    return LayerState(att_shift, state.wkv, ffn_shift)
+    return state._make(
+        tensor if name == "wkv" else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        for name, tensor in zip(state._fields, state)
+    )
 
 
 @torch.no_grad()

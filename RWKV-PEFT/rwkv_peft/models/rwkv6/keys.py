@@ -9,7 +9,7 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...names import STATE
-from ..state import count_layers, is_time_state
+from ..state import LayerState, count_layers, is_time_state
 
 SIGN = "blocks.0.att.time_maa_w1"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
@@ -26,7 +26,7 @@ class RWKV6Config(ModelConfig):
     decay_rank: int = 64
     head_size_divisor: int = 8
 
-    version = "x060"
+    version, layer_state = "x060", LayerState
 
 
 def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:

@@ -12,7 +12,7 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...names import STATE
-from ..state import TIME_STATE, count_layers, is_time_state
+from ..state import TIME_STATE, LayerState, count_layers, is_time_state
 
 SIGN = "blocks.0.att.r_k"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
@@ -43,7 +43,7 @@ class RWKV7Config(ModelConfig):
     gate_rank: int = 128
     first_value: bool = True
 
-    version = "x070"
+    version, layer_state = "x070", LayerState
 
 
 def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
