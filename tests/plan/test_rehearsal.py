@@ -36,7 +36,7 @@ def saved_bytes(model, batch):
 
 def adapter_of(name, family):
     words = {"method": NONE} if name == NONE else words_of(METHODS[name])
-    return AdapterConfig(**words, rank=16, mini_rank=16, targets=family.targets)
+    return AdapterConfig(**words, rank=16, mini_rank=16, entries=16, targets=family.targets)
 
 
 CASES = [(FAMILIES[0], name) for name in (*METHODS, NONE)] + [(FAMILIES[1], name) for name in ("bat-in", "bone", NONE)]

@@ -210,12 +210,12 @@ def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: 
 def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -> Mapping[str, torch.Tensor]:
     """{"<module>.<constant>": tensor} of empty tensors for the factors that a method would compute from the weights."""
     method = method_of(adapter)
-    if method is None or not method.constants:
+    if method is None or method.held is None:
         return {}
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
-            shapes = method.shapes(adapter.rank, adapter.mini_rank, module.out_features, module.in_features)
+            shapes = method.tensors.shapes(adapter, module.out_features, module.in_features)
             found |= {f"{name}.{constant}": torch.empty(shapes[constant]) for constant in method.constants}
     return found
 
