@@ -49,7 +49,7 @@ def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, vari
     assert line.endswith(", the first at [40, 3]")
 
 
-@pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa"])
+@pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa", "vera", "shira"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny_state, variant, quant):
     pytest.importorskip("bitsandbytes")

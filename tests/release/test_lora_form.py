@@ -59,7 +59,7 @@ def far(left, right):
 def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     base = tiny_state()
     adapter = random_adapter(method, base)
-    form = as_lora(adapter, base)
+    form = as_lora(adapter, base, 0 if adapter.metadata.rank else 2 * RANK)  # a method without a rank needs one
     assert bool(form.errors) == (method.name not in EXACT)
     if method.name in EXACT:
         assert far(changes(form.adapter, base), changes(adapter, base)) < 1e-5
@@ -70,6 +70,16 @@ def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     )
     whole = as_lora(adapter, base, rank=64)
     assert far(changes(whole.adapter, base), changes(adapter, base)) < 1e-4
+
+
+def test_a_method_without_a_rank_needs_that_of_the_lora(tmp_path, tiny_state, capsys):
+    base = tiny_state(vocab_size=257)
+    save_model(tmp_path / "base.pth", base)
+    save_adapter(tmp_path / "shira.safetensors", *random_adapter(METHODS["shira"], base))
+    with pytest.raises(UserError, match="shira has no rank that a LoRA could take: give --lora_rank"):
+        convert(tmp_path, "shira.safetensors", "lora.safetensors")
+    convert(tmp_path, "shira.safetensors", "lora.safetensors", "--lora_rank", "4")
+    assert "LoRA of rank 4 of 3 layers, without " in capsys.readouterr().out
 
 
 def test_the_error_of_a_truncation_is_that_of_the_singular_values_left_out(tiny_state):

@@ -23,7 +23,7 @@ from .seeded import SeededSum, rows_of, seed_in, seeded, uniform
 def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
     if config.entries <= in_features:
         return None
-    return Misfit("entries", config.entries, f"is more than {in_features}, all of a row", in_features)
+    return Misfit("entries", config.entries, f"is more than the {in_features} entries of a row", in_features)
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:

@@ -176,6 +176,9 @@ def step_bytes(
     the backward pass at once)."""
     device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            buffer.zero_()  # an index, which must name a place
     fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
