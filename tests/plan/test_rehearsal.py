@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.adapters.methods import METHODS, NONE, words_of
+from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.fused import Setting
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.names import NONE
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.plan.rehearsal import Tracker, build, count, logit_bytes, rehearse, step_bytes
 
