@@ -180,6 +180,10 @@ class Method:
     hf: HfForm | None = None
     saved_as: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
+        """A copied model has the same method."""
+        return self
+
     @property
     def file_name(self) -> str:
         """The method's name in files."""
