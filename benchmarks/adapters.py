@@ -19,11 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_peft.adapters.bat_out import bat_out
+from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config import AdapterConfig, forms
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.names import forms
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = (
@@ -136,9 +135,9 @@ class Plain(nn.Module):
 
     def forward(self, x):
         layer = self.layer
-        if layer.method.scaled:
+        if layer.method.alpha is not None:
             return F.linear(x, layer.weight) + F.linear(F.linear(x, layer.lora_A), layer.lora_B) * layer.scale
-        return F.linear(x, layer.weight + layer.method.delta(layer.weight, {"bone": layer.bone}))
+        return F.linear(x, layer.weight + layer.method.change.delta(layer.weight, {"bone": layer.bone}))
 
 
 def make_step(layer, x, g):

@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 import torch
 
-from rwkv_peft.adapters.bat_in import bat_in
-from rwkv_peft.adapters.bat_out import bat_out
-from rwkv_peft.adapters.bone import bone
-from rwkv_peft.adapters.lora import lora
+from rwkv_peft.adapters.functions.bat_in import bat_in
+from rwkv_peft.adapters.functions.bat_out import bat_out
+from rwkv_peft.adapters.functions.bone import bone
+from rwkv_peft.adapters.functions.lora import lora
 from rwkv_peft.adapters.product import DENSE
 from rwkv_peft.fused.feed_forward import KeyUpToTile, ValueOfSquare
 from rwkv_peft.fused.norm_ddlerp import NormDDLerp

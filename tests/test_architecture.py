@@ -11,6 +11,7 @@ import pytest
 
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of
 
@@ -261,7 +262,7 @@ def test_every_flag_of_train_is_read():
     own = ("request.py", "adapter.py", "upstream.py", "legacy.py")
     read = {name for file in own for name in names_read(PACKAGE / "training" / "flags" / file)}
     read |= {flag_of(field) for cls in (AdapterConfig, DataConfig, TrainConfig) for field in fields(cls)}
-    read |= set(dict(DIMENSIONS))
+    read |= set(dict(DIMENSIONS)) | {flag.name for flag in JSON_FLAGS} | {PEFT_FLAG}
     unread = [
         action.option_strings[0]
         for action in build_parser()._actions

@@ -6,18 +6,19 @@ import sys
 import pytest
 
 from rwkv_peft import names
-from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.sources import SAMPLINGS
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.training.step.schedule import SCHEDULES
 
 
-def test_words_of_peft_are_those_of_the_methods():
-    assert [(m.peft, m.name, m.json_flag) for m in METHODS.values()] == [
-        (word, form, methods.json_flag) for word, methods in names.WORDS.items() for form in methods.forms
-    ]
-    assert tuple(m.name for m in METHODS.values() if m.mini) == names.MINIS
+def test_a_methods_settings_are_told_by_its_word():
+    for name, method in METHODS.items():
+        word = word_of(method)
+        assert method.name == name and all(word.takes(field) for field in method.tensors.size)
+        assert word.takes("alpha") == (method.alpha is not None)
+        assert all(word.takes(field) for _, field in method.rates)
 
 
 def test_generations_samplings_and_schedules():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of, table
@@ -231,6 +232,7 @@ def test_every_flag_is_read():
     flags = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags"
     source = "".join((flags / name).read_text() for name in ("request.py", "adapter.py", "upstream.py", "legacy.py"))
     own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
+    own |= {flag.name for flag in JSON_FLAGS} | {PEFT_FLAG}  # whose keys adapter.py reads off the table of methods
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
             continue

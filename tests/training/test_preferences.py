@@ -22,10 +22,11 @@ from rwkv_peft.training.step.preferences import Preferences, losses_of_documents
 from training.runs import ROOT, finish, metrics, start
 
 VOCABULARY, BETA, NLL = 30, 0.7, 0.3
+OWN = {"pissa": {"svd_niter": 0}, "lora": {"alpha": 16.0}}
 ADAPTERS = {
-    name: AdapterConfig(**words_of(method), rank=8, mini_rank=4 if method.mini else 0, alpha=16.0, svd_niter=0)
+    name: AdapterConfig(**words_of(method), rank=8, mini_rank=4, entries=8, **OWN.get(name, {}))
     for name, method in METHODS.items()
-    if not method.from_gradient
+    if name != "lora-ga"  # which starts from a gradient
 }
 
 

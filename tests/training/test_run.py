@@ -213,7 +213,19 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 
 
 @pytest.mark.parametrize(
-    "method", ["bone-mini", "bone-signed", "bat-in-scaled", "bat-out nf4", "lora-plus", "dora", "pissa", "lora-ga"]
+    "method",
+    [
+        "bone-mini",
+        "bone-signed",
+        "bat-in-scaled",
+        "bat-out nf4",
+        "lora-plus",
+        "dora",
+        "pissa",
+        "lora-ga",
+        "vera",
+        "shira",
+    ],
 )
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """Each in one short run: packed documents, a validation split, the best adapter, and its merge."""
@@ -223,6 +235,8 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
         "bat-in-scaled": ["--bone_mode", "bat-in-scaled", "--bone_r", "16"],
         "bat-out nf4": ["--bone_mode", "bat-out", "--quant", "nf4", "--bone_r", "16"],
         "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
+        "vera": ["--peft", "vera", "--peft_config", '{"r": 32, "vera_seed": 3}'],
+        "shira": ["--peft", "shira", "--peft_config", '{"entries": 8}'],
     }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
     if "nf4" in method:
         pytest.importorskip("bitsandbytes")

@@ -5,8 +5,9 @@ import json
 from dataclasses import dataclass, replace
 
 from ..cli import Parser, count, not_negative, positive, seed
+from ..config import MINI, WORDS, forms
 from ..errors import UserError
-from ..names import MINIS, NONE, STATE, WORDS, forms
+from ..names import NONE, STATE
 from ..training.flags.request import parse_flags as parse_train_flags
 from .rates import grid_rate
 
@@ -153,7 +154,7 @@ def parse_flags(argv: list[str]) -> Comparison:
     for word in train:
         if word.split("=")[0] in OURS:
             raise UserError(f"{word} after --: the comparison sets it for each run; leave it out")
-    if args.methods[0] in (*RANKLESS, *MINIS):
+    if args.methods[0] in (*RANKLESS, MINI):
         raise UserError(
             f"--methods {' '.join(args.methods)}: --rank is that of the first, and a rank does not determine "
             f"{args.methods[0]}; put another method first"
@@ -182,12 +183,11 @@ def parse_flags(argv: list[str]) -> Comparison:
     return comparison
 
 
-def method_flags(method: str, rank: int = 0, mini_rank: int = 0) -> list[str]:
-    """The flags of train.py that choose a method; a rank or mini_rank of 0 is left out."""
+def method_flags(method: str, *sizes: int) -> list[str]:
+    """The flags of train.py that choose a method, with its sizes in the order of its settings; 0 is left out."""
     if method in RANKLESS:
         return ["--peft", NONE, *(("--train_parts", STATE) if method == STATE else ())]
     word = next(word for word in WORDS if method in forms(word))
     settings: dict[str, str | int] = {"bone_mode": method} if len(forms(word)) > 1 else {}
-    settings |= {"r": rank} if rank else {}
-    settings |= {"bone_mini_r": mini_rank} if mini_rank else {}
+    settings |= {key: size for key, size in zip(WORDS[word].sizes, sizes) if size}
     return ["--peft", word, "--peft_config", json.dumps(settings)]

@@ -7,26 +7,32 @@ of train.py, its --help and docs/reference/flags.md are made of these fields (tr
 import json
 from dataclasses import asdict, dataclass
 
-from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
+from .adapter import QUANTIZATIONS, AdapterConfig
 from .data import DATA_TYPES, DataConfig
+from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
     "AIM",
     "BUCKET",
+    "CHOICES",
     "CHUNK_CTX",
     "DATA_TYPES",
-    "MODE_ALIASES",
+    "MINI",
     "MOST_EPOCHS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",
+    "WORDS",
     "AdapterConfig",
     "DataConfig",
     "ModelConfig",
     "RunConfig",
     "TrainConfig",
+    "Word",
+    "forms",
+    "problems",
     "to_json",
 ]
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.methods import NONE, adapter_parameter
+from ..adapters.method import Method, Upstream, UpstreamLayer
+from ..adapters.methods import adapter_parameter
 from ..errors import UserError
 from ..models import FAMILIES
 from ..models.family import Family
+from ..names import NONE
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .pth import read_tensors
@@ -226,8 +228,8 @@ def write_rwkv_peft(
 ) -> list[Path]:
     """Write an Adapter as RWKV-PEFT's flat .pth; return the paths written.
 
-    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.for_rwkv_peft converts
-    a method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
+    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.upstream converts a
+    method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
     exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger needs and that mergers from before 2025-02 do not
     know. Raises UserError for a method that RWKV-PEFT does not have.
     """
@@ -236,7 +238,8 @@ def write_rwkv_peft(
     for module, params in adapter.modules().items():
         assert metadata.method is not None  # the readers refuse tensors of no method
         weight = None if base is None else base.get(f"{module}.weight")
-        converted = metadata.method.for_rwkv_peft(module, params, metadata.scale, weight)
+        layer = UpstreamLayer(module, params, metadata.scale, weight)
+        converted = upstream_form(metadata.method).tensors(layer)
         own |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
     main: dict[str, torch.Tensor] = {}
     initial: dict[str, torch.Tensor] = {}
@@ -259,3 +262,13 @@ def write_rwkv_peft(
         for file, tensors in files.items():
             save_pth(stack.enter_context(atomic_write(file)), tensors)
     return list(files)
+
+
+def upstream_form(method: Method) -> Upstream:
+    """The form of a method in RWKV-PEFT's files. Raises UserError if it has none."""
+    if method.upstream is None:
+        raise UserError(
+            f"RWKV-PEFT has no {method.name}; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
+            "adapter with merge_bone.py instead"
+        )
+    return method.upstream

@@ -85,11 +85,12 @@ class BoneConfig(PeftConfig):
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
-        if method.mini and self.mini_r < 1:
+        mini = "mini_rank" in method.tensors.size
+        if mini and self.mini_r < 1:
             raise UserError(
                 f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is {self.mini_r}"
             )
-        if not method.mini and self.mini_r:
+        if not mini and self.mini_r:
             raise UserError(
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
                 "out, or give init_weights='mini'"
@@ -119,7 +120,9 @@ class BoneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings to save, written as peft 0.14 to 0.18 read them if those have the setting."""
         settings = super().to_dict()
-        settings["init_weights"] = self.method.hf_names[0] if self.init_weights is not False else False
+        form = self.method.hf
+        assert form is not None  # the method was found by it
+        settings["init_weights"] = form.names[0] if self.init_weights is not False else False
         for name, default in LATER_SETTINGS:
             if settings[name] == default:
                 del settings[name]

@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters.functions.tokens import linear
 from ..adapters.methods import METHODS
 from ..adapters.product import Frozen, Product
-from ..adapters.tokens import linear
+from ..config import AdapterConfig
 from ..errors import UserError
 from .config import BoneConfig
 from .offload import device_of, offload, offloaded, onload
@@ -117,7 +118,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}
-        return method.apply(x, Frozen(self.weight, bias, self.product), params, scale=1.0, dropout=0.0)
+        return method.apply(x, Frozen(self.weight, bias, self.product), params, 1.0, 0.0)
 
     def _composed(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Apply several adapters at once, as if they were merged."""
@@ -152,13 +153,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The change of a weight (out, in) by one adapter."""
-        return self.bone_config[name].method.delta(weight, {PARAMETER: self.bone_block[name]})
+        return self.bone_config[name].method.change.delta(weight, {PARAMETER: self.bone_block[name]})
 
     def _removed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Take one merged adapter out of a weight (out, in). Raises UserError if nothing undoes it."""
-        method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name].detach()}
+        change, params = self.bone_config[name].method.change, {PARAMETER: self.bone_block[name].detach()}
         try:
-            return method.removed(weight, method.opposite(params, 1.0), 1.0)
+            return change.removed(weight, change.opposite(params, 1.0), 1.0)
         except UserError as error:
             raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
@@ -289,14 +290,15 @@ def watched(layer: nn.Linear) -> bool:
 
 def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
     """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
-    method, sizes = config.method, (config.r, config.mini_r, out_features, in_features)
-    misfit = method.fit(*sizes)
+    method, sizes = config.method, AdapterConfig(rank=config.r, mini_rank=config.mini_r)
+    misfit = method.tensors.fit(sizes, out_features, in_features)
     if misfit is None:
-        return method.shapes(*sizes)[PARAMETER]
+        return method.tensors.shapes(sizes, out_features, in_features)[PARAMETER]
     setting = "r" if misfit.setting == "rank" else "mini_r"
     advice = f"try {setting}={misfit.nearest}" if misfit.nearest else f"give a smaller {setting}"
-    if misfit.instead:
-        advice += f", or init_weights={METHODS[misfit.instead].hf_names[0]!r}, which fits any width"
+    other = METHODS[misfit.instead].hf if misfit.instead else None
+    if other is not None:
+        advice += f", or init_weights={other.names[0]!r}, which fits any width"
     raise UserError(
         f"{method.name}: {setting}={misfit.value} {misfit.problem} at {name} ({in_features} -> {out_features}); "
         f"{advice}"

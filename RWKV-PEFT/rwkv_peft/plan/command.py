@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..adapters.inject import InjectReport
-from ..adapters.methods import NONE
 from ..cli import counted
 from ..errors import UserError
 from ..files.base import Base
@@ -17,6 +16,7 @@ from ..files.room import room_at
 from ..gpus import count_gpus
 from ..memory import main_memory
 from ..models import family_named
+from ..names import NONE
 from ..training.flags.request import Request, request_of
 from ..training.header import describe_adapter
 from .disk import written

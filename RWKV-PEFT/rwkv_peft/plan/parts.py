@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..adapters.methods import NONE
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
+from ..names import NONE
 from ..training.saving.room import OPTIMIZER
 from ..training.step.gathering import exchanges_gradients, sums_apart
 from ..training.step.loss import chunk_rows

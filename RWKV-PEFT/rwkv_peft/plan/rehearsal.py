@@ -176,6 +176,9 @@ def step_bytes(
     the backward pass at once)."""
     device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            buffer.zero_()  # an index, which must name a place
     fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -210,12 +213,12 @@ def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: 
 def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -> Mapping[str, torch.Tensor]:
     """{"<module>.<constant>": tensor} of empty tensors for the factors that a method would compute from the weights."""
     method = method_of(adapter)
-    if method is None or not method.constants:
+    if method is None or method.held is None:
         return {}
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
-            shapes = method.shapes(adapter.rank, adapter.mini_rank, module.out_features, module.in_features)
+            shapes = method.tensors.shapes(adapter, module.out_features, module.in_features)
             found |= {f"{name}.{constant}": torch.empty(shapes[constant]) for constant in method.constants}
     return found
 

@@ -47,7 +47,7 @@ def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tu
 def check_effect(name: str | Path, adapter: Adapter) -> None:
     """Raise UserError if no tensor of an Adapter changes anything."""
     method = adapter.metadata.method
-    idle = () if method is None else method.idle
+    idle = () if method is None else method.tensors.idle
     effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")

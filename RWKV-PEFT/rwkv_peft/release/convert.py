@@ -31,7 +31,7 @@ from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import read_tensors
-from ..files.rwkv_peft_file import unwrapped, write_rwkv_peft
+from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state, split_time_states
@@ -151,7 +151,7 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
             f"(merge_bone.py --lora_init)\n{kept}"
         )
     method = metadata.method
-    return kept + ("" if method is None else method.remark_for_rwkv_peft(metadata.rank, metadata.scale))
+    return kept + ("" if method is None else upstream_form(method).remark(metadata.rank, metadata.scale))
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:

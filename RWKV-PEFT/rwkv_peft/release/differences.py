@@ -127,11 +127,12 @@ def trained_on(
     """Compute the weight that the adapter was trained on, from rows of the base, in float64 -> [it]. If it was rounded
     after first factors were taken out of it -> [the lowest, the highest] that it may be."""
     method = metadata.method
-    if quant == "none" and not (method and method.residual):
+    residual = method is not None and method.residual is not None
+    if quant == "none" and not residual:
         return [source.double()]
     dtype = metadata.base_dtype() or source.dtype
     kept = [source.to(dtype).double()]
-    if method and method.residual:
+    if residual:
         left = less_first_factors(kept[0], rows, params, metadata.scale)
         loss = lost(kept[0], left)
         kept = [(left - loss).to(dtype).double(), (left + loss).to(dtype).double()]

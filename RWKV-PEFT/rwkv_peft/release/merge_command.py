@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 import torch
 
-from ..adapters.methods import METHODS, NONE, forms
+from ..adapters.methods import METHODS
 from ..cli import counted
+from ..config import forms
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
@@ -24,6 +25,7 @@ from ..files.state_file import write_states
 from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
+from ..names import NONE
 from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
@@ -34,7 +36,7 @@ TYPES = MappingProxyType(
     {
         "bone": forms("bone"),
         "disha": forms("bone"),
-        "lora": tuple(name for name, method in METHODS.items() if method.scaled and not method.constants),
+        "lora": tuple(name for name, method in METHODS.items() if method.alpha is not None and method.held is None),
         "pissa": ("pissa",),
         "state": (NONE,),
     }
@@ -142,7 +144,7 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
     print(f"base     {args.base_model}: {base.family.name}, {layers}, {config.n_embd} channels, {dtypes}")
     for name, adapter in adapters:
         metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
-        parts = [f"{metadata.variant} rank {metadata.rank} on {counted(len(modules), 'layer')}"] if modules else []
+        parts = [f"{metadata.variant} {metadata.size_words} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
         called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"

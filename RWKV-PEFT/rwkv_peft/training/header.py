@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adapters.inject import InjectReport
-from ..adapters.methods import NONE, method_of
+from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..data.samples import Samples
 from ..models.family import Family
-from ..names import SCHEDULES, STATE
+from ..names import NONE, SCHEDULES, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
@@ -121,7 +121,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     """Say in a few words what trains."""
     words, method = ["full model"], method_of(adapter)
     if method is not None:
-        words = [method.label, f"rank {adapter.rank}"]
+        words = [method.label, method.size_words(vars(adapter))]
     elif adapter.states_alone:
         words = ["time states"]
     elif adapter.train_parts:

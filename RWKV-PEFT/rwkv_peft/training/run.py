@@ -295,7 +295,7 @@ def adapt(
     elif adapter.load:
         assert base is not None  # the flags were checked for that
         loaded = start_adapter(adapter, base)
-    elif method is not None and method.from_gradient:
+    elif method is not None and method.held is not None and method.held.from_gradient:
         found = gradients()
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=found, device=device)

@@ -18,8 +18,8 @@ from ops.bone.cases import (
     tiled,
     total,
 )
-from rwkv_peft.adapters.bat_in import bat_in
-from rwkv_peft.adapters.bone import bone as bone_of
+from rwkv_peft.adapters.functions.bat_in import bat_in
+from rwkv_peft.adapters.functions.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
 from rwkv_peft.ops.native import driver
 

@@ -8,8 +8,8 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
-from ...config import AdapterConfig, DataConfig, TrainConfig
-from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from ...config import CHOICES, AdapterConfig, DataConfig, TrainConfig
+from ...names import DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
