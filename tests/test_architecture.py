@@ -11,8 +11,9 @@ import pytest
 
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of
+from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -35,7 +36,20 @@ HEAVY = (
 PARTS = (
     (
         "base",
-        ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
+        (
+            "",
+            "children",
+            "config",
+            "errors",
+            "streams",
+            "refusals",
+            "rules",
+            "cli",
+            "names",
+            "memory",
+            "installing",
+            "gpus",
+        ),
         (),
     ),
     (

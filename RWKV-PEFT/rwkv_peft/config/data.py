@@ -31,7 +31,7 @@ class DataConfig:
         type=alias((("jsonl", "sft"),)),
         choices=DATA_TYPES,
     )
-    tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")
+    tokenizer: str = setting("world", "world, bytes or a tokenizer.json", metavar="NAME")
     sft_field: tuple[str, ...] = setting(
         (),
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
@@ -41,24 +41,22 @@ class DataConfig:
     )
     sft_split: str = setting(
         "",
-        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
+        "rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
         "in a folder of several splits those of the same name (--val_data: those of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(
-        "left",
-        "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",
-        choices=("left", "skip"),
+        "left", "rows longer than --ctx_len lose the front of their prompt, or are left out", choices=("left", "skip")
     )
     sft_think: str = setting(
         "",
-        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
+        "how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
     skip_bad_rows: bool = setting(
         False,
-        "sft, pairs: leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
+        "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
         action="store_true",
     )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)
@@ -78,7 +76,7 @@ class DataConfig:
     )
     mask_id: tuple[int, ...] = setting(
         (),
-        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
+        "token ids that open an answer; or RWKV-PEFT's JSON of two texts, mask1, which "
         "opens what counts, and mask0, which closes it",
         nargs="+",
         metavar="ID",

@@ -1,6 +1,6 @@
 """Fields of the settings that hold the description of their flag."""
 
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -20,3 +20,8 @@ def setting(
     means. Without help the field has no flag."""
     metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
     return field(default=default, metadata=metadata)
+
+
+def flag_of(setting: Field[Any]) -> str | None:
+    """The name of a setting's flag, None if it has none of its own."""
+    return None if setting.metadata.get("help") is None else setting.metadata["flag"] or setting.name

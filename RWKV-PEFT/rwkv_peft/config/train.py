@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, alias, count, not_negative, positive, rate, seed, switch
+from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
 from ..names import SCHEDULES
 from .setting import setting
 from .validation import ValidationConfig
@@ -45,7 +45,7 @@ class TrainConfig(ValidationConfig):
     )
     fresh_optimizer: bool = setting(
         False,
-        "with --resume: keep weights and place in the data, start the optimizer anew; for another number of devices, "
+        "keep weights and place in the data, start the optimizer anew; for another number of devices, "
         "strategy or precision",
         group="run",
         action="store_true",
@@ -182,8 +182,8 @@ class TrainConfig(ValidationConfig):
         group="optimizer",
         type=not_negative,
     )
-    beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
-    beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
+    beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
+    beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
@@ -231,8 +231,7 @@ class TrainConfig(ValidationConfig):
     )
     bptt_segments: int = setting(
         0,
-        "with --train_type infctx: the gradient of the states stops at every so many segments; 0: it goes back to the "
-        "row's first token",
+        "the gradient of the states stops at every so many segments; 0: it goes back to the row's first token",
         group="machine",
         type=count,
     )
@@ -250,7 +249,7 @@ class TrainConfig(ValidationConfig):
     compile: bool = setting(
         False,
         "have torch.compile fuse what each block does between its products and kernels; the first steps take a minute "
-        "or more, and stage 3 does not allow it",
+        "or more",
         group="machine",
         action="store_true",
     )
@@ -259,8 +258,7 @@ class TrainConfig(ValidationConfig):
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
         "small micro batches, whose launches take longer than they do; documents of --dataload pad and only are padded "
         "on to a quarter, half, three quarters or all of --ctx_len, pairs to such parts of what two answers may take, "
-        "packed rows to all of it, these with a graph for each power of 2 of documents that they hold; "
-        "not with stage 3, offload, --grad_cp, --compile and infctx",
+        "packed rows to all of it, these with a graph for each power of 2 of documents that they hold",
         group="machine",
         type=switch,
         metavar="0|1",

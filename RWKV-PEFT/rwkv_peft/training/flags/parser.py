@@ -4,12 +4,15 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 """
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ...config import AdapterConfig, DataConfig, TrainConfig
+from ...config.rules import RULES
+from ...config.setting import flag_of
 from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from ...rules import notes
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
@@ -39,11 +42,6 @@ HEAD = """# Flags of train.py
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
 shows the same. An unknown flag is refused with the nearest that exists.
 """
-
-
-def flag_of(field: Field[Any]) -> str | None:
-    """The name of a setting's flag, None if it has none of its own."""
-    return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
 
 
 def build_parser() -> Parser:
@@ -114,6 +112,8 @@ def build_parser() -> Parser:
             )
     add_upstream_flags(parser)
     add_legacy_flags(parser)
+    for action in parser._actions:
+        action.help = f"{action.help}{notes(RULES, action.dest)}"
     return parser
 
 
@@ -169,14 +169,14 @@ def table() -> str:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if not actions:
             continue
-        lines += [f"## {group.title}", "", "| flag | default | what it does |", "|---|---|---|"]
+        lines += [f"## {group.title}", "", "| flag | values | default | what it does |", "|---|---|---|---|"]
         for action in actions:
             names = ", ".join(f"`{name}`" for name in action.option_strings)
             shown = action.default not in (None, "", False, []) and action.nargs != 0
             default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
-            choices = f" ({', '.join(map(str, action.choices))})" if action.choices and not action.metavar else ""
-            text = f"{action.help}{choices}".replace("|", "\\|")
-            lines.append(f"| {names} | {default} | {text} |")
+            values = ", ".join(map(str, action.choices)) if action.choices and not action.metavar else ""
+            text = str(action.help).replace("|", "\\|")
+            lines.append(f"| {names} | {values} | {default} | {text} |")
         lines.append("")
     return "\n".join(lines)
 
