@@ -1,4 +1,4 @@
-"""The table of rules, by entry: a command that breaks one is refused in its words, and the help of its flags tells it."""
+"""The table of rules, by entry: a command that breaks one is refused in its words, and its flags' help tells it."""
 
 import pytest
 
