@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..cli import alias, count, positive
+from ..names import DATALOADS, LOSS_MASKS
 from .setting import setting
 
 DATA_TYPES = ("binidx", "sft", "pairs")
@@ -66,6 +67,7 @@ class DataConfig:
         "pack: several whole documents a row, none seeing another (default: pad for rows of answers, which are sft and "
         "token files with a PREFIX.mask; pack for pairs; else get)",
         unset=True,
+        choices=DATALOADS,
     )
     loss_mask: str = setting(
         "none",
@@ -73,6 +75,7 @@ class DataConfig:
         "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
         "(default file where there is a PREFIX.mask, else none; sft: file)",
         unset=True,
+        choices=LOSS_MASKS,
     )
     mask_id: tuple[int, ...] = setting(
         (),

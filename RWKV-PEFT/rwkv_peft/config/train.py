@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
-from ..names import SCHEDULES
+from .schedules import SCHEDULES
 from .setting import setting
 from .validation import ValidationConfig
 
@@ -158,13 +158,14 @@ class TrainConfig(ValidationConfig):
     lr_schedule: str = setting(
         "cosine",
         "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
-        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
+        + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
         + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it; rwkv-peft is RWKV-PEFT's cos_decay, "
         "which has no warm-up; its wsd is another, our cosine to a z of 0 (default cosine; with --my_exit_tokens and "
         "--magic_prime rwkv-lm)",
         group="optimizer",
         unset=True,
         type=alias(SCHEDULE_ALIASES),
+        choices=tuple(SCHEDULES),
     )
     warmup_steps: int = setting(
         0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count

@@ -8,9 +8,10 @@ from ..adapters.inject import InjectReport
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
+from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
 from ..models.family import Family
-from ..names import SCHEDULES, STATE
+from ..names import STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
@@ -85,7 +86,7 @@ def describe(
             f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
             "some of them; --strategy deepspeed_stage_2 adds them up in float32"
         )
-    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
+    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     chosen = f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:

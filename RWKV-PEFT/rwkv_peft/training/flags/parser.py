@@ -11,7 +11,7 @@ from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ...config import AdapterConfig, DataConfig, TrainConfig
 from ...config.rules import RULES
 from ...config.setting import flag_of
-from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from ...names import CHOICES, GENERATIONS, TRAIN_TYPES
 from ...rules import notes
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
@@ -20,13 +20,7 @@ from .synonyms import SEVERAL, SYNONYMS, VALUES
 from .upstream import WORDS, add_upstream_flags
 
 Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
-CHOICES_OF = (
-    ("peft", (*CHOICES, *WORDS)),
-    ("dataload", DATALOADS),
-    ("loss_mask", LOSS_MASKS),
-    ("lr_schedule", SCHEDULES),
-)
-TYPES = (("mask_id", marker),)  # argparse types that need more than config/ knows
+OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -138,11 +132,7 @@ def add_settings(
         flag = flag_of(field)
         if flag is None or field.metadata["group"] != group:
             continue
-        options = dict(field.metadata["options"])
-        if flag in dict(TYPES):
-            options["type"] = dict(TYPES)[flag]
-        if flag in dict(CHOICES_OF):
-            options["choices"] = dict(CHOICES_OF)[flag]
+        options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
         if "required" not in options:
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
