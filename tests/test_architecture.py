@@ -218,7 +218,7 @@ def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alo
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "run")]
+    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "model")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():

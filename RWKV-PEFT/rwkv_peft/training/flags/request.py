@@ -6,7 +6,7 @@ before a weight is read; those that the flags show by themselves are refused bef
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -100,8 +100,10 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     data = refusals.attempt(data_config, args)
     train = refusals.attempt(train_config, args, data)
     refusals.gather(contradictions, RULES, flags_given(args, *(each for each in (adapter, data, train) if each)))
-    for check, settings in further_checks(adapter, data, train):
-        refusals.gather(check, *settings)
+    refusals.gather(check_tokens, data)
+    refusals.gather(check_train, train)
+    refusals.gather(check_preferences, train, adapter, data)
+    refusals.gather(check_overwriting, adapter, data, train)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, world, argv, notes)
@@ -116,22 +118,9 @@ def flags_given(args: Namespace, *settings: AdapterConfig | DataConfig | TrainCo
     return found._replace(names={*found.names, *unset})
 
 
-def further_checks(
-    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
-) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
-    """List (a check, its arguments) for settings that may contradict each other in ways that no rule tells."""
-    return (
-        (check_tokens, (data,)),
-        (check_train, (train,)),
-        (check_preferences, (train, adapter, data)),
-        (check_overwriting, (adapter, data, train)),
-    )
-
-
 def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
-    """Tell whether no settings contradict each other, whatever the model is."""
-    further = (check(*settings) for check, settings in further_checks(adapter, data, train))
-    return not any(chain(check_settings(adapter, data, train), *further))
+    """Tell whether no settings contradict each other, whatever the model is and wherever files lie."""
+    return not any(chain(check_settings(adapter, data, train), check_preferences(train, adapter, data)))
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
