@@ -1,15 +1,15 @@
-"""NVIDIA's tools where there is no GPU: what the assembler says of the CUDA kernels, and a driver that records."""
+"""NVIDIA's tools without a GPU: the assembler's reports on the CUDA kernels, and a driver that only records."""
 
 import re
 import subprocess
 
 from rwkv_peft.ops.native import gpu
 
-ARCHITECTURES = ("80", "89", "90", "120")
+ARCHITECTURES = ("80", "120")  # of the widest gap; NVRTC compiles "90" in a test
 
 
 def assembler_reports(source, nvcc, folder):
-    """An architecture -> (status, what ptxas says of `source`), compiled side by side with warnings as errors."""
+    """{architecture: (status, ptxas's report on `source`)}, compiled side by side with warnings as errors."""
     running = {}
     for architecture in ARCHITECTURES:
         (unit,), _, _ = gpu.recipe(source, nvcc, architecture)
@@ -21,11 +21,11 @@ def assembler_reports(source, nvcc, folder):
 
 
 def check_without_spills(status, report, kernels):
-    """That a report is of a compilation without warnings, and that `kernels` use registers alone."""
+    """Assert that a compilation gave no warnings, and that `kernels` keep all values in registers."""
     assert status == 0, report
     for kernel in kernels:
         found = re.search(
-            rf"Function properties for {kernel}\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores", report
+            rf"Function properties for {kernel}\n[\s.ptxas]*?(\d+) bytes stack frame, (\d+) bytes spill stores", report
         )
         assert found, f"no report on {kernel}"
         assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"

@@ -43,7 +43,7 @@ def make(family, adapter=None, grad_checkpoint=False, dtype=torch.float64):
 
 
 def shaken(model):
-    """The same, with an adapter that has trained."""
+    """The same model, with adapter values as after training."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -52,7 +52,7 @@ def shaken(model):
 
 
 def documents(lengths):
-    """Documents of so many targets, of which the last half counts; of none, where a length is below 0."""
+    """Documents with so many targets, whose last half counts; no target counts if a length is negative."""
     generator = torch.Generator().manual_seed(1)
     for length in lengths:
         tokens = torch.randint(VOCABULARY, (abs(length) + 1,), generator=generator)
@@ -161,7 +161,7 @@ def test_dpo_is_found_by_its_name(capsys):
 
 
 def test_a_run_learns_which_answer_is_better(tmp_path, tiny_state, accelerator):
-    """Whatever is asked, the answer in capital letters is the better one."""
+    """Whatever the question, the answer in capital letters is the better one."""
     save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
     rows = [{"query": f"{i}?", "chosen": "YES" * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,7 +24,7 @@ TUNE = "leave --peft out, or give --train_parts state instead to tune them along
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS, NO_PAD = "take --data_type sft or pairs, or leave it out", "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
-MARKER = """rwkv-peft tokenize world 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
+MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
     """'{"mask0":"User:","mask1":"Assistant:"}'"""
 )
 ASK = "take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"

@@ -6,7 +6,7 @@ Both give the loss of a batch, differentiable in the parameters that train, and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ...config import ModelConfig
 from ...models.parts import HeadFunction
-from ...models.state import LayerState, State
+from ...models.state import State
 from .loss import linear_cross_entropy
 from .segments import Segment, filler, segments_of
 
@@ -184,7 +184,7 @@ def following(segments: Sequence[Segment], position: int, after: State, none: St
 
 def kept(state: State) -> State:
     """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
-    return State(LayerState(*(tensor.detach().clone() for tensor in layer)) for layer in state)
+    return State(layer._make(tensor.detach().clone() for tensor in layer) for layer in state)
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
@@ -199,7 +199,8 @@ def go_back(
     """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
     it, () if nothing goes on from there."""
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
-    start = State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
+    rest = iter(inputs)
+    start = State(layer._make(islice(rest, len(layer))) for layer in before)
     loss, state = run(model, segment, start, count)
     after = segment.state_after(state)
     ends = [tensor for layer in after for tensor in layer]
