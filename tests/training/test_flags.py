@@ -4,16 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
-from rwkv_peft.config.setting import flag_of
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
-from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, table
+from rwkv_peft.training.flags.parser import build_parser, table
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.flags.synonyms import VALUES
 from rwkv_peft.training.header import describe_adapter
@@ -225,17 +223,6 @@ def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
     adapter = parse_run(flags(files, "--quant", "nf4", "--train_parts", "time", "ln")).config.adapter
     assert describe_adapter(adapter) == "Bone bat-in, rank 16, --quant nf4, --train_parts time ln"
     assert describe_adapter(replace(adapter, quant="none", train_parts=())) == "Bone bat-in, rank 16"
-
-
-def test_every_flag_is_read():
-    """No flag is parsed and then forgotten."""
-    flags = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags"
-    source = "".join((flags / name).read_text() for name in ("request.py", "adapter.py", "upstream.py", "legacy.py"))
-    own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
-    for action in build_parser()._actions:
-        if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
-            continue
-        assert action.dest in own or f"args.{action.dest}" in source or f'"{action.dest}"' in source, action.dest
 
 
 def test_the_table_of_flags_is_what_the_parser_says():
