@@ -15,6 +15,8 @@ import torch
 
 from ..adapters.methods import NONE, adapter_parameter
 from ..errors import UserError
+from ..models import FAMILIES
+from ..models.family import Family
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .pth import read_tensors
@@ -28,7 +30,6 @@ INITIAL = ("init_lora_A", "init_lora_B")  # parameters that RWKV-PEFT's PiSSA ke
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WRAPPED = re.compile(r"(.+?\.)(?:emb|blocks|ln_out|head)\.")  # a prefix before an official key
 OUTSIDE = ("emb.weight", "head.weight")  # outside the blocks; both may be trained beside an adapter
-WHOLE_MODEL = (*OUTSIDE, "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
 
 def read_rwkv_peft(
@@ -48,7 +49,7 @@ def read_rwkv_peft(
     state = unwrapped(read_tensors(path))
     adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
     modules = adapter.modules()
-    missing = [key for key in WHOLE_MODEL if key not in state]
+    missing = min((absent(state, family) for family in FAMILIES), key=len)
     if not modules and len(missing) > 0 and (len(missing) == 1 or set(missing) <= set(OUTSIDE)):
         raise UserError(
             f"{path} is a model without {' and '.join(missing)}, and no adapter; copy it again, whole, and give it as "
@@ -93,6 +94,12 @@ def read_rwkv_peft(
     else:
         own, metadata = _read_bone(path, modules, kind[0], mode, base, common)
     return Adapter(own | whole, metadata)
+
+
+def absent(state: Mapping[str, torch.Tensor], family: Family) -> list[str]:
+    """The keys that tell a whole model of a generation from an adapter, of those that a state lacks."""
+    matrices = (f"blocks.0.{target}.weight" for target in (family.targets[0], family.targets[-1]))
+    return [key for key in (*OUTSIDE, *matrices) if key not in state]
 
 
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

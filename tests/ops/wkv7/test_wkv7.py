@@ -220,7 +220,7 @@ def test_the_reference_is_the_formula():
 
 
 def test_gradcheck_of_the_reference():
-    inputs, _ = random_inputs(2, 3, 1, 3)
+    inputs, _ = random_inputs(2, 3, 1, 4)
     leaves = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend="reference"), leaves)
     bounds = torch.tensor([0, 1, 3])
