@@ -230,7 +230,7 @@ def check_devices() -> Iterator[Finding]:
             "GPU",
             MISSING,
             f"torch sees one and cannot compute on it: {told(error)}",
-            "end what else uses it, take a build of torch that knows it, or train with --accelerator cpu",
+            "end other programs that use it, take a build of torch that knows it, or train with --accelerator cpu",
         )
         return
     advice = (

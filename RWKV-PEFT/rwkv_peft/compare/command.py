@@ -74,8 +74,8 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
     if request.config.data.data_type == "pairs":
         raise UserError(
-            "--data_type pairs: a comparison goes by the validation loss, which among preferences is lowest where a "
-            "model breaks; compare on answers, or train each by itself and ask the models"
+            "--data_type pairs: a comparison goes by the validation loss, and for preferences a broken model has the "
+            "lowest; compare on answers, or train each method by itself and ask the models"
         )
     base = request.base
     assert base is not None  # parse_run refuses an adapter without one

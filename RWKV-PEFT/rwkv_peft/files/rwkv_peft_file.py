@@ -75,8 +75,8 @@ def read_rwkv_peft(
     kind: tuple[str, ...] = kinds.pop() if kinds else ()
     if kind == INITIAL:
         raise UserError(
-            f"{path} holds what a PiSSA began with, and no adapter; give it as --lora_init (pissa_init of train.py) "
-            "beside the adapter, rwkv-N.pth in its folder"
+            f"{path} holds the initial factors of a PiSSA, and no adapter; give it as --lora_init (pissa_init of "
+            "train.py) beside the adapter, rwkv-N.pth in its folder"
         )
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
         raise UserError(
@@ -175,7 +175,7 @@ def _block_affine_variant(
     if mode in ("bat-in", "bat-out"):
         return mode
     cause = (
-        "nothing in the file tells which; give --base_model, whose layers' shapes may tell, or"
+        "nothing in the file says which; give --base_model, whose layers' shapes may decide it, or"
         if base is None
         else "every layer in it is square, and the two change the model in different ways; give"
     )
@@ -208,8 +208,8 @@ def _read_lora(
     beside = [file for name in INITS if (file := Path(path).with_name(name.format(Path(path).name))).is_file()]
     if beside:
         raise UserError(
-            f"{path} lies beside {beside[0]}, and so is PiSSA, which began with that: give it as --lora_init (to "
-            "train.py with --peft pissa as pissa_init); or, if it is LoRA, move that file away"
+            f"{path} has {beside[0]} beside it, and so seems to be PiSSA: give that file as --lora_init (to train.py "
+            f"with --peft pissa as pissa_init); or, if {path} is LoRA, move that file away"
         )
     if alpha is None:
         raise UserError(
@@ -252,7 +252,7 @@ def write_rwkv_peft(
     for file in list(files)[1:]:
         if file.exists():
             raise UserError(
-                f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
+                f"{file} exists, and PiSSA's initial factors would overwrite it; move it away, or choose another "
                 f"name than {path.name}"
             )
     with ExitStack() as stack:  # both files get their names when both are written, the adapter's own last

@@ -111,9 +111,9 @@ def refused_by_rwkv_simple(config: ModelConfig) -> str:
     """Say why `rwkv-simple` cannot take a model, or "". It takes any head size (4, 8, 12, 16, 32 and 64 were tried with
     0.1.1); its other widths are fixed."""
     if not isinstance(config, RWKV6Config):
-        return "takes RWKV-6 alone"
+        return "takes only RWKV-6"
     if (config.maa_rank, config.decay_rank) != (32, 64):
-        return f"takes low-rank widths 32 and 64 alone, and these are {config.maa_rank} and {config.decay_rank}"
+        return f"takes only low-rank widths 32 and 64, and these are {config.maa_rank} and {config.decay_rank}"
     if config.dim_att != config.n_embd:
         return f"takes as many attention channels as channels, and these are {config.dim_att} and {config.n_embd}"
     return ""

@@ -154,7 +154,7 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         **digests_of_inputs(config, ranks.world, goes_on=checkpoint is not None),
-        **{f"what {name}_loss is of": data["content"] + data["files"] for name, data in inputs.of_measured.items()},
+        **{f"the data of {name}_loss": data["content"] + data["files"] for name, data in inputs.of_measured.items()},
         **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
         "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
