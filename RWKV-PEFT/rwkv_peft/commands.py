@@ -111,7 +111,7 @@ COMMANDS = (
         "release.convert",
         flags="release.flags:convert_flags",
     ),
-    Command("Machine", "doctor", "show what this machine can do, what is missing, and how to mend it", "doctor"),
+    Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "doctor.command"),
 )
 # {a name that a command had: the words that took its place}: it works for one more release
 RENAMED = MappingProxyType(
