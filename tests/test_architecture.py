@@ -12,8 +12,9 @@ import pytest
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of
+from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -36,7 +37,20 @@ HEAVY = (
 PARTS = (
     (
         "base",
-        ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
+        (
+            "",
+            "children",
+            "config",
+            "errors",
+            "streams",
+            "refusals",
+            "rules",
+            "cli",
+            "names",
+            "memory",
+            "installing",
+            "gpus",
+        ),
         (),
     ),
     ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
@@ -194,7 +208,7 @@ def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alo
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "run")]
+    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "model")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():

@@ -10,7 +10,6 @@ from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.sources import SAMPLINGS
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.step.schedule import SCHEDULES
 
 
 def test_a_methods_settings_are_told_by_its_word():
@@ -21,10 +20,9 @@ def test_a_methods_settings_are_told_by_its_word():
         assert all(word.takes(field) for _, field in method.rates)
 
 
-def test_generations_samplings_and_schedules():
+def test_generations_and_samplings():
     assert tuple((family.name, family.version) for family in FAMILIES) == names.GENERATIONS
     assert tuple(SAMPLINGS) == names.DATALOADS
-    assert tuple(SCHEDULES) == tuple(names.SCHEDULES)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.flags], ids=lambda c: c.name)

@@ -205,6 +205,13 @@ def above_zero(text: str) -> float:
     return value
 
 
+def below_one(text: str) -> float:
+    value = not_negative(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be below 1")
+    return value
+
+
 def count(text: str) -> int:
     value = whole(text)
     if value < 0:

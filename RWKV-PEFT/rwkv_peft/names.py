@@ -1,10 +1,8 @@
 """The names that flags take as values, so that flags are checked before torch is imported.
 
-models/__init__.py, data/sources.py, training/step/schedule.py and evals/tasks.py hold the tables of the things
-themselves; tests/test_names.py compares the names with them. Those of adapter methods are in config/methods.py.
+models/__init__.py, data/sources.py and evals/tasks.py hold the tables of the things themselves; tests/test_names.py
+compares the names with them. Those of adapter methods are in config/methods.py.
 """
-
-from types import MappingProxyType
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 METRICS = "metrics.jsonl"  # a line for each step of a run
@@ -19,19 +17,6 @@ LOSS_MASKS = ("none", "pad", "qa", "se", "file")
 QUANTS = (("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")), ("--quant", "--quant int8", ("8bit", "8", "fp8")))
 FINETUNE, INFCTX = "finetune", "infctx"
 TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
-# --lr_schedule -> the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z =
-# lr_final; clip keeps a number within 0 and 1, and W = 0 is no warm-up
-SCHEDULES = MappingProxyType(
-    {
-        "cosine": "min(1, (s + 1) / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - 1 - W)))) / 2)",
-        "linear": "min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))",
-        "constant": "min(1, (s + 1) / W) * a",
-        "wsd": "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))",
-        "exp": "min(1, 0.01 + 0.99 * s / W) * a * (z / a) ** clip((s - W + 1) / (S - W))",
-        "rwkv-lm": "min(1, 0.01 + 0.99 * s / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - W)))) / 2)",
-        "rwkv-peft": "z + (a - z) * (1 + cos(pi * s / S)) / 2",
-    }
-)
 AUTO = "auto"  # value of --lr_init: the rate is chosen
 EVAL_TASKS = ("gsm8k", "math", "jsonl", "choices", "lambada")
 WRITTEN = ("gsm8k", "math", "jsonl")  # the tasks whose answers the model writes

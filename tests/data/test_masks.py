@@ -114,8 +114,6 @@ def test_none_and_pad_count_everything(tmp_path):
     "settings, message",
     [
         (dict(loss_mask="file"), r"data\.mask does not exist"),
-        (dict(loss_mask="qa"), "needs --mask_id"),
-        (dict(loss_mask="se", mask_id=(1,)), "needs --mask_end_id"),
         (dict(loss_mask="qa", mask_id=(2, 1)), "--mask_id 2 1: these token ids never occur"),
         (dict(loss_mask="all"), "one of none, pad, qa, se, file"),
     ],

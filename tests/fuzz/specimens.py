@@ -34,7 +34,7 @@ from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
-from rwkv_peft.training.run import make_plan
+from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
 from rwkv_peft.training.saving.identity import read_run_state

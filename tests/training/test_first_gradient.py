@@ -8,7 +8,7 @@ from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.base import base_of
-from rwkv_peft.training.run import adapt
+from rwkv_peft.training.model import adapt
 from rwkv_peft.training.step.gradients import estimate_gradients
 
 MARKER = 79

@@ -215,11 +215,11 @@ def test_parameters_that_have_moved_are_noticed(recorded):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: stage 3 gathers"),
+        (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: it gathers"),
         (["--strategy", "deepspeed_stage_2_offload"], "--strategy deepspeed_stage_2_offload: a step waits"),
         (["--grad_cp", "1"], "--grad_cp 1: "),
         (["--compile"], "--compile: both take the blocks"),
-        (["--train_type", "infctx"], "--chunk_ctx 512: segments hand states on"),
+        (["--train_type", "infctx"], "--train_type infctx: segments hand states on"),
     ],
 )
 def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):

@@ -347,13 +347,14 @@ def test_bad_questions_are_told_before_the_run_begins(files, train):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
-        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task is about questions of a file"),
-        (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot is about tasks of lm_eval"),
-        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft eval"),
+        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task gsm8k needs --eval_data"),
+        (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot 0 needs --lm_eval"),
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
-        (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),
+        (
+            ("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"),
+            "--eval_task choices: its answers are not written",
+        ),
         (("--eval_data", "q", "--eval_task", "gsmk"), "invalid choice: 'gsmk'"),
         (("--eval_data", "q", "--eval_batch", "0"), "0 is below 1"),
     ],

@@ -107,7 +107,7 @@ def test_other_data_than_before_is_said(files, train, kept):
 
 def test_early_stop_does_not_go_by_it(train, kept):
     _, err = train("refused", "--retain_data", kept, "--early_stop", "1", code=2)
-    assert "--early_stop 1 needs samples to validate on: --val_data or --val_split" in err
+    assert "--early_stop 1 needs --val_data or --val_split: it needs samples to validate on" in err
     assert parse_flags(["--data_file", "x", "--load_model", "y", "--retain_data", "z", "--val_every", "5"])
 
 

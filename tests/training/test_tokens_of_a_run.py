@@ -8,12 +8,12 @@ import pytest
 
 from rwkv_peft import commands
 from rwkv_peft.config import DataConfig
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
-from rwkv_peft.training import run
-from rwkv_peft.training.flags.parser import flag_of
+from rwkv_peft.training import inputs, run
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
 TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
@@ -160,7 +160,7 @@ def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind
     flags = ["--dataload", dataload, "--show_samples", 2, "--data_shuffle", 0]
     if kind == "sft":
         flags += ["--data_file", tmp_path / "chat.jsonl", "--data_type", "sft", "--tokenizer", "bytes"]
-    monkeypatch.setattr(run, "build_model", None)
+    monkeypatch.setattr(run, "make_model", None)
     shown, samples = train(*flags)
     assert samples is None and not (tmp_path / "out").exists()
     first = 10 if dataload == "pack" else 0  # which fills rows with the longest first
@@ -171,7 +171,7 @@ def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind
 @pytest.mark.parametrize("dataload, same", [("get", True), ("pad", False)])
 def test_resuming_refuses_a_change_of_rows_that_changes_the_order(train, monkeypatch, dataload, same):
     seen = []
-    monkeypatch.setattr(run, "find_state", lambda folder, settings, identity: seen.append(identity) or (None, None))
+    monkeypatch.setattr(inputs, "find_state", lambda folder, settings, identity: seen.append(identity) or (None, None))
     for micro_bsz in (1, 2, 4):
         train("--dataload", dataload, "--micro_bsz", micro_bsz)
     alone, two, four = (identity["data"] for identity in seen)

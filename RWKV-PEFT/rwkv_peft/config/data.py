@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..cli import alias, count, positive
+from ..names import DATALOADS, LOSS_MASKS
 from .setting import setting
 
 DATA_TYPES = ("binidx", "sft", "pairs")
@@ -31,7 +32,7 @@ class DataConfig:
         type=alias((("jsonl", "sft"),)),
         choices=DATA_TYPES,
     )
-    tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")
+    tokenizer: str = setting("world", "world, bytes or a tokenizer.json", metavar="NAME")
     sft_field: tuple[str, ...] = setting(
         (),
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
@@ -41,24 +42,22 @@ class DataConfig:
     )
     sft_split: str = setting(
         "",
-        "sft, pairs: rows of --data_file to take, such as train[:1000]; --val_data and --retain_data give all their "
+        "rows of --data_file to take, such as train[:1000]; --val_data and --retain_data give all their "
         "rows, or in a folder of several splits those of the same split (--val_data: of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(
-        "left",
-        "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",
-        choices=("left", "skip"),
+        "left", "rows longer than --ctx_len lose the front of their prompt, or are left out", choices=("left", "skip")
     )
     sft_think: str = setting(
         "",
-        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
+        "how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
     skip_bad_rows: bool = setting(
         False,
-        "sft, pairs: leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
+        "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
         action="store_true",
     )
     ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
@@ -68,6 +67,7 @@ class DataConfig:
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
         "and token files with a PREFIX.mask; pack for pairs; else get)",
         unset=True,
+        choices=DATALOADS,
     )
     loss_mask: str = setting(
         "none",
@@ -75,10 +75,11 @@ class DataConfig:
         "and --mask_end_id, file reads PREFIX.mask, which preprocess writes if only answers count (default file if "
         "there is a PREFIX.mask, else none; sft: file)",
         unset=True,
+        choices=LOSS_MASKS,
     )
     mask_id: tuple[int, ...] = setting(
         (),
-        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts: mask1 opens the "
+        "token ids that open an answer; or RWKV-PEFT's JSON of two texts: mask1 opens the "
         "part that counts, and mask0 closes it",
         nargs="+",
         metavar="ID",

@@ -1,7 +1,7 @@
 """Fields of the settings that hold the description of their flag."""
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
@@ -34,3 +34,8 @@ def setting(
     UserError. rule holds of every value."""
     metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
     return field(default=default, metadata=metadata | {"key": key, "rule": rule, "read": read})
+
+
+def flag_of(setting: Field[Any]) -> str | None:
+    """The name of a setting's flag, None if it has none of its own."""
+    return None if setting.metadata.get("help") is None else setting.metadata["flag"] or setting.name

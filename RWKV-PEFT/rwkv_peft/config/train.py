@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, alias, count, not_negative, positive, rate, seed, switch
-from ..names import SCHEDULES
+from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
+from .schedules import SCHEDULES
 from .setting import setting
 from .validation import ValidationConfig
 
@@ -45,7 +45,7 @@ class TrainConfig(ValidationConfig):
     )
     fresh_optimizer: bool = setting(
         False,
-        "with --resume: keep weights and place in the data, start the optimizer anew; for another number of devices, "
+        "keep weights and place in the data, start the optimizer anew; for another number of devices, "
         "strategy or precision",
         group="run",
         action="store_true",
@@ -158,13 +158,14 @@ class TrainConfig(ValidationConfig):
     lr_schedule: str = setting(
         "cosine",
         "schedule of the learning rate from a = lr_init to z = lr_final, at step s = 0 … S - 1, W of them warm-up: "
-        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
+        + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
         + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
         "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
         "--my_exit_tokens and --magic_prime rwkv-lm)",
         group="optimizer",
         unset=True,
         type=alias(SCHEDULE_ALIASES),
+        choices=tuple(SCHEDULES),
     )
     warmup_steps: int = setting(
         0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
@@ -182,8 +183,8 @@ class TrainConfig(ValidationConfig):
         group="optimizer",
         type=not_negative,
     )
-    beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
-    beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
+    beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
+    beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
@@ -233,8 +234,7 @@ class TrainConfig(ValidationConfig):
     )
     bptt_segments: int = setting(
         0,
-        "with --train_type infctx: stop the gradient of the states at every so many segments; 0: it goes back to the "
-        "row's first token",
+        "stop the gradient of the states at every so many segments; 0: it goes back to the row's first token",
         group="machine",
         type=count,
     )
@@ -252,7 +252,7 @@ class TrainConfig(ValidationConfig):
     compile: bool = setting(
         False,
         "let torch.compile fuse each block's operations between its products and kernels; the first steps take a "
-        "minute or more, and stage 3 does not allow it",
+        "minute or more",
         group="machine",
         action="store_true",
     )
@@ -261,8 +261,7 @@ class TrainConfig(ValidationConfig):
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
         "small micro batches, whose launches take longer than their computation; documents of --dataload pad and only "
         "are padded to a quarter, half, three quarters or all of --ctx_len, pairs to the same parts of the length of "
-        "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row; not "
-        "with stage 3, offload, --grad_cp, --compile and infctx",
+        "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row",
         group="machine",
         type=switch,
         metavar="0|1",

@@ -12,7 +12,6 @@ from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from .binidx import BinidxDataset
-from .mask_kinds import require_markers
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
@@ -59,7 +58,6 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
         return lambda start, stop: stored[start:stop] != 0
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
-    require_markers(config)
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
 
 

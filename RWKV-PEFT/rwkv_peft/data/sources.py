@@ -7,8 +7,10 @@ import numpy as np
 
 from ..cli import counted
 from ..config import DATA_TYPES, DataConfig
+from ..config.rules import check_settings
 from ..errors import UserError
 from ..names import DATALOADS
+from ..refusals import require_none
 from .binidx import BinidxDataset
 from .masks import describe_mask, make_mask
 from .order import Permutation
@@ -18,7 +20,7 @@ from .recorded import find_tokenizer, recorded_of_data, require_within, vocabula
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
 
-# --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
+# --dataload -> how a data set becomes samples
 SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
     {"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples}
 )
@@ -98,4 +100,4 @@ def check_config(config: DataConfig) -> None:
         raise UserError(f"--data_type {config.data_type}: one of {', '.join(DATA_TYPES)}")
     if config.ctx_len < 1:
         raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
-    SAMPLINGS[config.dataload].refuse(config)
+    require_none(check_settings, config)

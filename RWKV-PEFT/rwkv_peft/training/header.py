@@ -1,20 +1,22 @@
 """Print what a run is about to do: what trains, what does not, on what, and where it writes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
+from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
+from ..models import family_named
 from ..models.family import Family
-from ..names import NONE, SCHEDULES, STATE
+from ..names import NONE, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
 from .flags.rates import automatic_rate
+from .inputs import Inputs
 from .measuring.learned import doubts
 from .step.gathering import loses_in_sums
 from .step.plan import Plan
@@ -26,18 +28,12 @@ UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter b
 
 
 def describe(
-    config: RunConfig,
-    family: Family,
-    accelerator: str,
-    samples: Samples,
-    notes: Sequence[str],
-    plan: Plan,
-    report: InjectReport,
-    state: Mapping[str, Any] | None,
-    say: Callable[..., object],
+    inputs: Inputs, accelerator: str, notes: Sequence[str], report: InjectReport, say: Callable[..., object]
 ) -> None:
     """Say in a few lines what is about to happen."""
+    config, samples, plan = inputs.config, inputs.samples, inputs.plan
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
+    family = family_named(model.version)
     say(
         f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, "
         f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
@@ -76,7 +72,7 @@ def describe(
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
     for line in outlook(config, samples, plan):
         say(line)
-    if state:
+    if inputs.state:
         say(f"          resuming after step {plan.first_step:,}")
     for doubt in doubts(config, plan):
         say(f"          note: {doubt}")
@@ -85,11 +81,11 @@ def describe(
             f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
             "some of them; --strategy deepspeed_stage_2 adds them up in float32"
         )
-    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
+    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     chosen = f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
-        why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
+        why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")

@@ -1,4 +1,22 @@
-"""Make Lightning's Trainer for a run, and the module that it trains."""
+"""Make Lightning's Trainer for a run, and the module that it trains.
+
+A step does, in this order, for each of its micro batches:
+
+    Moves.on_train_batch_start              tell the watch of the step
+    Record.on_train_batch_start             look at the clock
+    Save.on_train_batch_start               ask for a save if --save_minutes have passed
+    Lit.on_train_batch_start                set the learning rate, and seed the random draws
+    Lit.training_step                       compute the loss, and start its sum over all ranks
+    DeepSpeedEngine.backward                compute gradients, and add them up
+    Lit.on_after_backward                   read that sum, and stop the run if it is not finite
+    DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, AdamW
+    Moves.on_train_batch_end                tell the watch that the step is done
+    FiniteGradients.on_train_batch_end      stop the run if the gradient norm is not finite
+    BaseGuard.on_train_batch_end            end the run if its base was written over
+    Record.on_train_batch_end               validate, ask questions, write metrics, draw the bar
+    Save.on_train_batch_end                 save, if it is time; stop after the last step
+    Lit.on_train_batch_end                  count the step
+"""
 
 from collections.abc import Callable
 from typing import Any

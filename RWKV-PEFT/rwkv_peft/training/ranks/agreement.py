@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...config import RunConfig
+from ...config.setting import flag_of
 from ...files.adapters import adapter_of_run
 from ...files.digest import digest_below, digest_of
-from ..flags.parser import DIMENSIONS, flag_of
+from ..flags.parser import DIMENSIONS
 from ..flags.world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses

@@ -11,10 +11,10 @@ from torch import nn
 
 from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
+from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
 from ...ops.recurrence.checks import vouch
 from .cpu_adam import cpu_adam
-from .schedule import learning_rate
 from .steps import Step
 
 
