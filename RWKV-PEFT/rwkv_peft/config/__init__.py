@@ -8,8 +8,9 @@ import json
 from dataclasses import asdict, dataclass
 
 from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
-from .data import DATA_TYPES, DataConfig
+from .data import DATA_TYPES, OF_ROWS, DataConfig
 from .model import ModelConfig
+from .objective import Objective
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "DATA_TYPES",
     "MODE_ALIASES",
     "MOST_EPOCHS",
+    "OF_ROWS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",
     "AdapterConfig",
     "DataConfig",
     "ModelConfig",
+    "Objective",
     "RunConfig",
     "TrainConfig",
     "to_json",
@@ -39,6 +42,7 @@ class RunConfig:
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:

@@ -140,6 +140,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
         "data": data_identity(config, samples),
+        "objective": train.objective,
         "strategy": train.strategy,
         "world_size": world.size,
         "precision": train.precision,

@@ -8,15 +8,16 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
-from ...config import AdapterConfig, DataConfig, TrainConfig
+from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from ...objectives import OBJECTIVES
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
 from .upstream import WORDS, add_upstream_flags
 
-Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
+Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 CHOICES_OF = (
     ("peft", (*CHOICES, *WORDS)),
     ("dataload", DATALOADS),
@@ -102,6 +103,16 @@ def build_parser() -> Parser:
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
+    minimized = parser.add_argument_group("objective")
+    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    minimized.add_argument(
+        "--objective",
+        choices=tuple(OBJECTIVES),
+        default=None,
+        help=f"what a step minimizes. {texts} (default next_token; dpo for --data_type pairs, kto for labels)",
+    )
+    for objective in OBJECTIVES.values():
+        add_settings(minimized, objective)
     for name in ("validation", "run", "optimizer", "machine"):
         group = parser.add_argument_group(name)
         add_settings(group, TrainConfig, name)
@@ -131,7 +142,7 @@ def version(text: str) -> str:
 
 
 def add_settings(
-    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig | Objective], group: str = ""
 ) -> None:
     """Add the flags of one group of a settings dataclass to a parser."""
     for field in fields(config):
@@ -147,7 +158,8 @@ def add_settings(
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+        of = f"{config.name}: " if issubclass(config, Objective) else ""
+        parser.add_argument(f"--{flag}", help=f"{of}{field.metadata['help']}", **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:

@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ...config import (
+    CHUNK_CTX,
+    OF_ROWS,
+    STATE_LR,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    TrainConfig,
+)
 from ...data.mask_kinds import default_mask, require_markers
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
@@ -19,9 +29,9 @@ from ...refusals import Refusals, require_none
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .graphs import check_graphs
 from .markers import markers_of
+from .objective import check_objective, check_rules, objective_of
 from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
-from .preferences import check_preferences
 from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
 from .train import check_products, check_train
@@ -60,6 +70,7 @@ class Flags(NamedTuple):
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
     world: World
     argv: tuple[str, ...]
     notes: tuple[str, ...]
@@ -100,32 +111,35 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
     refusals.gather(check_rates, args)
-    train = refusals.attempt(train_config, args, data)
+    objective = objective_of(args)
+    train = refusals.attempt(train_config, args, data, objective)
+    refusals.gather(check_objective, args, objective)
     refusals.gather(check_data, data)
     refusals.attempt(require_markers, data)
-    for check, settings in together(adapter, data, train):
+    for check, settings in together(adapter, data, train, objective):
         refusals.gather(check, *settings)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
-    return Flags(args, adapter, data, train, world, argv, notes)
+    return Flags(args, adapter, data, train, objective, world, argv, notes)
 
 
 def together(
-    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
+    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None, objective: Objective
 ) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
     """List (a check, its arguments) for settings that may contradict each other, whatever the model is."""
     return (
         (check_train, (train,)),
         (check_products, (train, adapter)),
-        (check_preferences, (train, adapter, data)),
+        (check_rules, (objective, adapter, data, train)),
         (check_graphs, (train,)),
         (check_overwriting, (adapter, data, train)),
     )
 
 
-def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
+def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
     """Tell whether no settings contradict each other, whatever the model is."""
-    return not any(message for check, settings in together(adapter, data, train) for message in check(*settings))
+    checks = together(adapter, data, train, objective)
+    return not any(message for check, settings in checks for message in check(*settings))
 
 
 def check_train_type(args: Namespace) -> Iterator[str]:
@@ -166,15 +180,17 @@ def check_rates(args: Namespace) -> Iterator[str]:
         )
 
 
-def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+def train_config(args: Namespace, data: DataConfig, objective: Objective) -> TrainConfig:
     """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
-    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
+    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs, "objective": objective.name}
+    if epochs and args.epoch_save is None:
+        others["epoch_save"] = 0  # short epochs have little to save
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -202,7 +218,7 @@ def request_of(flags: Flags) -> Request:
     from ...models import family_named
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
-    args, adapter, data, train, world, argv, notes = flags
+    args, adapter, data, train, objective, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
     if base is not None:
         require_none(check_base, args, base)
@@ -216,14 +232,14 @@ def request_of(flags: Flags) -> Request:
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
     if train.lr_chosen:
         train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
-    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+    elif args.lr_init is None and follows_rule(adapter, objective) and (rule := known_rate(adapter, model.n_embd)):
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    config = RunConfig(model, adapter, data, train)
+    config = RunConfig(model, adapter, data, train, objective)
     return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
 
 
@@ -262,13 +278,13 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    of_rows = args.data_type != "binidx"
+    of_rows = DataConfig(data_type=args.data_type).of_rows
     loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
-    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
+    kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.documents > 1 else "get"),
         loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
@@ -293,6 +309,6 @@ def check_data(data: DataConfig) -> Iterator[str]:
     for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think", "skip_bad_rows"):
         if not data.of_rows and getattr(data, name) != getattr(plain, name):
             yield (
-                f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "
-                f"made already; add --data_type sft (or pairs), or leave --{name} out"
+                f"--{name} belongs to --data_type {', '.join(OF_ROWS)}, and the data is {data.data_type}, whose tokens "
+                f"are made already; add such a --data_type, or leave --{name} out"
             )

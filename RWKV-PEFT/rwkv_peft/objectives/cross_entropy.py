@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.cross_entropy import cross_entropy_
+from ..ops.cross_entropy import cross_entropy_
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB in bfloat16
