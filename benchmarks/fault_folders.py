@@ -19,7 +19,7 @@ COMMANDS = (
     ("train", *MODEL, *RANK, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "ranks", "--devices", 2),
     ("compare", "--methods", "bone", "--rank", 16, "--steps", 2, "--seeds", 1, "--output", "compared", "--", *MODEL),
     ("plot", "run", "loss.png"),
-    ("plots", "run", "ranks", "--output", "both.png"),
+    ("plot", "run", "ranks", "both.png"),
     ("verify", ROOT / "demo" / "rwkv7-demo.pth"),
 )
 

@@ -18,27 +18,26 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    """What a script starts in the background ignores Ctrl-C, and so do its children, of which tests ask otherwise."""
+    """Restore Ctrl-C: a process that a script starts in the background ignores it, and so would the tests' children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """The long ones first: of two workers one begins with them, the other helps it out once it is done with short
-    ones, and neither waits at the end for one long test of the other."""
+    """Run the long tests first, so that no worker waits at the end for a long test of the other."""
     here = Path(__file__).parent
     items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in LONG)
 
 
 def pytest_collection_finish():
-    """What is there by now stays: no collection of garbage looks through it again, and some code asks for many."""
+    """Freeze the objects that exist now, because some code collects garbage often, and need not look through them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard():
-    """A command that is done ignores Ctrl-C, as its process is about to end; this one goes on, and starts others. A
-    fixture of a whole module may have run one, too."""
+    """Restore Ctrl-C after each command: a finished command ignores it, because its process is about to end, but this
+    process goes on. A fixture of a whole module may have run one, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,13 +45,13 @@ def ctrl_c_is_heard():
 
 @pytest.fixture(scope="session")
 def accelerator(request):
-    """What train.py's --accelerator is given: cpu, unless pytest's --accelerator says otherwise."""
+    """The value for train.py's --accelerator: cpu, unless pytest's --accelerator says otherwise."""
     return request.config.getoption("--accelerator")
 
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data beside the repository; the test is skipped where it is absent."""
+    """The folder of real data beside the repository; without it the test is skipped."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("needs the shared data folder beside the repository")
@@ -61,7 +60,7 @@ def shared_data():
 
 @pytest.fixture
 def ctrl_c_while_writing(monkeypatch):
-    """A Ctrl-C comes as soon as something is to be on the disk."""
+    """Send a Ctrl-C as soon as a file is about to be flushed to the disk."""
 
     def interrupted(file):
         raise KeyboardInterrupt

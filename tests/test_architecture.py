@@ -39,18 +39,7 @@ PARTS = (
         ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
         (),
     ),
-    (
-        "flags",
-        (
-            "files/source_flags",
-            "release/flags",
-            "generate/flags",
-            "generate/settings",
-            "evals/flags",
-            "evals/harness_flags",
-        ),
-        ("base",),
-    ),
+    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
@@ -68,7 +57,7 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
+        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
@@ -107,7 +96,7 @@ def module_of(path):
 
 
 def part_of(module):
-    """The part that a module path such as ("ops", "cpu") belongs to: that of the longest path which names it."""
+    """The part of a module path such as ("ops", "cpu"): that with the longest matching path."""
     names = {path: name for name, modules, _ in PARTS for path in modules}
     paths = ["/".join(module[:length]) for length in range(len(module), 0, -1)] or [""]
     found = [names[path] for path in paths if path in names]

@@ -1,4 +1,4 @@
-"""Nothing of the current folder runs: not in the processes that commands start, nor by what other packages read."""
+"""No code of the current folder runs: not in processes that commands start, nor by the imports of other packages."""
 
 import re
 import shutil
@@ -59,7 +59,7 @@ def test_a_runtime_in_a_process_of_its_own_is_not_either(tmp_path, monkeypatch):
 
 
 def test_workers_of_python_3_10_which_knows_no_safe_path_are_not_either(ran, tmp_path, monkeypatch):
-    """In a process without the variable that later versions read."""
+    """Python 3.10 does not read PYTHONSAFEPATH, so that the process runs without it."""
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "encode_all.py").write_text(
@@ -112,7 +112,7 @@ def test_other_programs_name_a_python_file_or_run_in_the_repositorys_folder(fold
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.sh")), ids=lambda path: path.name)
 def test_scripts_do_too(path):
-    """-I leaves the current folder out, and children.py."""
+    """They call Python with -I, or from the repository's folder."""
     before = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.search(r'"\$\w+"( -\w)* -[mc] ', line) and " -I " not in line:

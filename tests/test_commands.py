@@ -132,7 +132,7 @@ def test_switches_are_shown_as_they_are_written():
 
 
 def test_closed_streams_lead_nowhere(tmp_path):
-    """No file that is opened takes their numbers, and nothing asks a stream that is not there."""
+    """No opened file gets their numbers, and nothing uses a stream that does not exist."""
     code = (
         "import sys; from rwkv_peft.streams import make_patient; make_patient(); file = open(sys.argv[1], 'w');"
         "print('out', flush=True); print('err', file=sys.stderr); assert file.fileno() > 2 and not sys.stdout.isatty()"
@@ -163,7 +163,7 @@ def test_a_value_behind_a_flag_that_takes_none_is_told(argv):
         ("check --base_model b --bone_checkpoint a --merged m --tokens 99999999999999999999", "from 1 to 16,384 are"),
         ("verify m --tokens 99999999999999999999", "--tokens 99999999999999999999: from 1 to 16,384 are compared"),
         ("verify m --tokens 0", "--tokens 0: from 1 to 16,384 are compared"),
-        ("plots run --output=--", "--output=--: -- is no value; a name that is just that is given as ./--"),
+        ("plot run --output=--", "--output=--: -- is no value; a name that is just that is given as ./--"),
         ("compare --output c --steps 99999999999999999999 -- --load_model b", "9999 is above 281,474,976,710,656"),
         (f"compare --output c --steps {'9' * 5000} -- --load_model b", "is not a whole number"),
     ],

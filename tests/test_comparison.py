@@ -1,4 +1,4 @@
-"""Pictures of several runs: which runs are told apart, what is drawn of them, and what is refused."""
+"""Pictures of several runs: telling runs apart, drawing their curves, and refusing mistakes."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import pytest
 from rwkv_peft.commands import main
 from rwkv_peft.comparison import Run, labels, places
 from rwkv_peft.errors import UserError
+from rwkv_peft.plots import plot_loss
 
 
 @pytest.fixture
@@ -26,13 +27,13 @@ def runs(tmp_path):
 
 
 def texts(svg):
-    """What an SVG of matplotlib says: its texts are drawn as paths, and told in comments beside them."""
+    """The texts of an SVG by matplotlib, which draws them as paths and writes them into comments beside these."""
     return re.findall(r"<!-- (.*?) -->", svg.read_text())
 
 
 def test_a_picture_names_its_runs_and_the_units_of_its_axes(runs):
     output = runs / "compare.svg"
-    assert main(["plots", str(runs / "bone"), str(runs / "lora" / "metrics.jsonl"), "--output", str(output)]) == 0
+    assert main(["plot", str(runs / "bone"), str(runs / "lora" / "metrics.jsonl"), "--output", str(output)]) == 0
     for words in (
         "bone", "lora", "step", "loss (nats per token)", "validation loss (nats per token)", "learning rate",
         "gradient norm", "tokens per second", "right answers (share)",
@@ -44,20 +45,20 @@ def test_losses_of_pairs_are_told_as_such(runs):
     pairs = runs / "pairs.jsonl"
     pairs.write_text(json.dumps({"step": 0, "loss": 0.7, "margin": 0.0}) + "\n")
     for others, unit in (((), "pair"), ((str(runs / "bone"),), "pair or token")):
-        assert main(["plots", str(pairs), *others, "--output", str(runs / "p.svg")]) == 0
+        assert main(["plot", "--panels", str(pairs), *others, str(runs / "p.svg")]) == 0
         assert f"loss (nats per {unit})" in texts(runs / "p.svg")
 
 
 def test_what_no_run_recorded_has_no_panel_and_tokens_may_run_along(runs):
     output = runs / "one.svg"
-    assert main(["plots", str(runs / "lora"), "--output", str(output), "--x", "tokens", "--smooth", "0"]) == 0
+    assert main(["plot", str(runs / "lora"), str(output), "--panels", "--x", "tokens", "--smooth", "0"]) == 0
     found = texts(output)
     assert "million tokens" in found and "step" not in found and "validation loss (nats per token)" not in found
 
 
 def test_a_run_without_a_step_makes_a_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    assert main(["plots", str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+    assert main(["plot", "--panels", str(tmp_path), str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -79,13 +80,14 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
         (("bone", "--output", "x.jpg"), "does not end in .png, .svg, .pdf"),
         (("none", "--output", "x.png"), "none: no such file"),
         (("bone", "--output", "x.png", "--smooth", "1"), r"--smooth 1 is not in \[0, 1\)"),
-        (("bone",), "--output is missing"),
+        (("bone",), "runs and one picture are due: rwkv-peft plot RUN loss.png"),
+        (("bone", "x.png", "--x", "tokens"), "--x and --smooth are about panels, .* add --panels for one"),
     ],
 )
 def test_mistakes_are_told(runs, words, message):
     paths = [str(runs / word) if word in ("bone", "none") or "." in word else word for word in words]
     with pytest.raises(UserError, match=message):
-        main(["plots", *paths])
+        main(["plot", *paths])
     assert not (runs / "x.png").exists()
 
 
@@ -93,5 +95,20 @@ def test_mistakes_are_told(runs, words, message):
 def test_a_run_s_name_is_no_formula(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    assert main(["plots", str(tmp_path / name), "--output", str(tmp_path / "out.svg")]) == 0
+    assert main(["plot", "--panels", str(tmp_path / name), "--output", str(tmp_path / "out.svg")]) == 0
     assert name in texts(tmp_path / "out.svg")
+
+
+def test_the_curve_of_one_run_is_that_of_its_loss_png_in_any_format(runs):
+    assert main(["plot", str(runs / "bone"), str(runs / "drawn.png")]) == 0
+    plot_loss(runs / "bone" / "metrics.jsonl", runs / "loss.png")
+    assert (runs / "drawn.png").read_bytes() == (runs / "loss.png").read_bytes()
+    assert main(["plot", str(runs / "bone"), "--output", str(runs / "drawn.svg")]) == 0
+    assert {"loss, smoothed", "learning rate"} <= set(texts(runs / "drawn.svg"))
+
+
+def test_plots_draws_panels_of_a_single_run_too(runs, capsys):
+    for words in (["plots", "--output"], ["plot", "--panels", "--output"]):
+        assert main([words[0], str(runs / "bone"), *words[1:], str(runs / f"{words[0]}.svg")]) == 0
+    assert texts(runs / "plots.svg") == texts(runs / "plot.svg") and "gradient norm" in texts(runs / "plot.svg")
+    assert capsys.readouterr().err == "note: rwkv-peft plots is rwkv-peft plot --panels now; the old name goes\n"

@@ -1,4 +1,4 @@
-"""The doctor names what is missing, tells the command that mends it, and exits by whether training can run."""
+"""The doctor names missing parts, gives the command that mends each, and exits with 0 only if training can run."""
 
 import shutil
 import subprocess

@@ -20,7 +20,7 @@ def prose(path):
 
 
 def anchors(path):
-    """The names by which a link finds the headings of a document: their words in small letters, joined by dashes."""
+    """The anchors of a document's headings: their words in small letters, joined by dashes."""
     words = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in words}
 
@@ -37,7 +37,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_site_is_built(tmp_path):
-    """As people read it: every page stands in the navigation, every link and heading that one names is there."""
+    """Every page is in the navigation, and every link leads to a page and heading that exist."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

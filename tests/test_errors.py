@@ -1,4 +1,4 @@
-"""How a command reports what ends it."""
+"""A command reports the error or signal that ends it."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
 
 
 def test_a_limit_on_open_files_is_told(capsys):
-    """Such as two ranks under ulimit -n 24, whose pipes have no name."""
+    """For example with two ranks under ulimit -n 24, whose pipes have no name."""
 
     def opening(argv):
         least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -44,7 +44,7 @@ def test_a_limit_on_open_files_is_told(capsys):
 
 @pytest.fixture
 def default_signals():
-    """Signals as a shell gives them to a command, whatever the tests run under."""
+    """Reset the signals to those that a shell gives a command, whatever the tests run under."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number, _, _ in ENDS}
     yield
     for number, handler in before.items():
@@ -132,7 +132,7 @@ def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):
 
 
 def test_what_a_file_calls_itself_does_not_reach_the_terminal_as_an_order(tmp_path, capsys):
-    """Through inspect: a tensor whose name clears the screen, in a message and in a table."""
+    """Through inspect: a tensor has a name that would clear the screen, in a message and in a table."""
     name = "\x1b[2J\x1b]0;owned\x07\u202ereversed\r\x9b31m"
     for number, names in enumerate(([name], [name + ".lora_A", name + ".lora_B"])):
         torch.save({key: torch.ones(2, 2) for key in names}, tmp_path / f"{number}.pth")

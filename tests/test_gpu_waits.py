@@ -1,5 +1,5 @@
-"""Nothing that a training step runs waits for the GPU between its forward pass and the end of its backward pass: what
-it is to know of a tensor is found on the CPU, before. Such calls are forbidden by name in the files of a step."""
+"""A training step never waits for the GPU between its forward pass and the end of its backward pass: it finds values
+that it needs on the CPU, before. Calls that wait are forbidden by name in the files of a step."""
 
 import ast
 from pathlib import Path
@@ -40,7 +40,7 @@ ALLOWED = {
 
 
 def waits(file):
-    """(function, name) of the calls in a file that would wait."""
+    """(function, name) of each call in a file that would wait."""
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
@@ -51,5 +51,5 @@ def waits(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_no_call_in_a_step_waits_for_the_gpu(file):
-    """A GPU would have to be waited for: find it on the CPU, before the step."""
+    """If this fails: find the value on the CPU, before the step."""
     assert {(file, *call) for call in waits(file)} == {call for call in ALLOWED if call[0] == file}

@@ -1,5 +1,5 @@
-"""A GPU whose driver is too old for torch's CUDA: torch counts it, and cannot use it. Every command that would use it
-ends with torch's words; those that are told to use the CPU do."""
+"""A GPU whose driver is too old for torch's CUDA: torch counts it, but cannot use it. Every command that would use it
+ends with torch's words; with the flags for the CPU it runs there."""
 
 import sys
 
@@ -28,7 +28,7 @@ def old_driver(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["cudas count", "drivers count"])
 def available(request, monkeypatch):
-    """torch.cuda.is_available asks CUDA, or once Lightning or DeepSpeed are imported the driver alone."""
+    """torch.cuda.is_available asks CUDA, or only the driver once Lightning or DeepSpeed are imported."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
 
 

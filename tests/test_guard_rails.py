@@ -1,4 +1,4 @@
-"""The table of commands holds: each can be imported and asked for help, and what is wrong is said in one line."""
+"""The table of commands is right: each can be imported and asked for help, and reports a mistake in one line."""
 
 import argparse
 import importlib
@@ -35,15 +35,11 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_is_a_module_with_main(command):
-    if command.needs:
-        pytest.importorskip("peft")
     assert callable(importlib.import_module(f"rwkv_peft.{command.module}").main)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_helps(command, capsys):
-    if command.needs:
-        pytest.importorskip("peft")
     with pytest.raises(SystemExit) as exit_info:
         commands.main([command.name, "--help"])
     assert exit_info.value.code == 0
@@ -62,18 +58,16 @@ def test_help_needs_no_package_and_shows_what_is_required():
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # no site-packages
     assert done.stderr == "" and done.stdout.count("usage: ") >= len(names)
-    assert {"preprocess", "bone2miss"} <= set(names)
+    assert {"preprocess", "convert"} <= set(names)
     assert "[--output PREFIX]" not in done.stdout and "--output PREFIX" in done.stdout
 
 
 class Asked(Exception):
-    """A command asks its parser."""
+    """Raised when a command calls its parser."""
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
-    if command.needs:
-        pytest.importorskip("peft")
 
     def asked(parser, *arguments):
         raise Asked(parser)
@@ -91,8 +85,6 @@ def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_refuses_a_flag_that_it_does_not_have_in_one_message(command, capsys):
-    if command.needs:
-        pytest.importorskip("peft")
     with pytest.raises(UserError):
         commands.main([command.name, "--nosuch", "1"])
     assert capsys.readouterr() == ("", "")
@@ -103,7 +95,8 @@ def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(
     done = ask(entry, "--help")
     assert done.returncode == 0
     for command in COMMANDS:
-        assert f"  {command.name} " in done.stdout and command.text in done.stdout
+        lines = done.stdout.partition(f"\n\n{command.group}\n")[2].partition("\n\n")[0]  # those of its group
+        assert f"  {command.name} " in lines and command.text in lines
     done = ask(entry, "preproces")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: there is no command preproces; did you mean preprocess?\n"
@@ -116,6 +109,16 @@ def test_what_other_tools_call_a_command_is_told_by_its_meaning(name, meant):
     assert commands.MEANINGS.keys().isdisjoint(command.name for command in COMMANDS)
 
 
+@pytest.mark.parametrize("old, words", commands.RENAMED.items())
+def test_a_name_that_a_command_had_runs_the_new_one_and_says_so(old, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        commands.main([old, "--help"])
+    shown = capsys.readouterr()
+    assert exit_info.value.code == 0 and shown.out.startswith(f"usage: rwkv-peft {words[0]} ")
+    assert shown.err.count("\n") == 1 and f"rwkv-peft {old} is rwkv-peft {' '.join(words)} now" in shown.err
+    assert old not in NAMES and words[0] in NAMES
+
+
 def test_an_unknown_command_like_no_other_points_to_help():
     with pytest.raises(UserError, match="there is no command xyzzy; see rwkv-peft --help"):
         commands.main(["xyzzy"])
@@ -126,7 +129,6 @@ def test_an_unknown_command_like_no_other_points_to_help():
     [
         ("preprocess", "--output", "numpy", "requirements.txt"),  # missed where the command is imported
         ("plot", "", "matplotlib", "requirements.txt"),  # missed where it works
-        ("bone2miss", "", "peft", "requirements-hf.txt"),
     ],
 )
 def test_a_command_without_its_libraries_says_so_in_one_line(name, output, library, requirements, tmp_path):
@@ -140,6 +142,6 @@ def test_a_command_without_its_libraries_says_so_in_one_line(name, output, libra
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_mistake_of_ours(monkeypatch):
-    monkeypatch.setattr(commands, "COMMANDS", (commands.Command("lost", "", "nowhere"),))
+    monkeypatch.setattr(commands, "COMMANDS", (commands.Command("", "lost", "", "nowhere"),))
     with pytest.raises(ModuleNotFoundError):
         commands.main(["lost"])

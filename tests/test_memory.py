@@ -1,5 +1,5 @@
-"""Freed memory stays with the process: it is handed out again without the kernel's help. What a container may use is
-what counts as main memory."""
+"""Freed memory stays with the process, which reuses it without the kernel's help. A container's limit counts as the
+main memory."""
 
 import platform
 import subprocess
@@ -38,7 +38,7 @@ def test_pages_are_not_made_anew():
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """Writes what /proc/self/cgroup says, and the files of groups, {name: content}, in place of this process's own."""
+    """Writes stand-ins for /proc/self/cgroup and the files of the groups, {name: content}."""
 
     def write(own, files):
         for path, text in ({"own": own} | {f"groups/{name}": text for name, text in files.items()}).items():

@@ -1,4 +1,4 @@
-"""The names that flags are judged by are those of the things that they name; judging needs neither torch nor numpy."""
+"""The names by which flags are judged are those of the things themselves; judging needs neither torch nor numpy."""
 
 import subprocess
 import sys

@@ -5,12 +5,12 @@ import os
 
 import pytest
 
+from rwkv_peft.comparison import main
 from rwkv_peft.errors import UserError
 from rwkv_peft.plots import (
     COLORS,
     DRAWN,
     HELD_OUT,
-    main,
     margins,
     plot_loss,
     read_metrics,
@@ -80,12 +80,12 @@ def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path)
 
 
 def height(picture):
-    """In pixels, as the header of a PNG has it."""
+    """The height in pixels, from the header of a PNG."""
     return int.from_bytes(picture.read_bytes()[20:24], "big")
 
 
 def test_each_curve_has_its_colour():
-    """Those of one picture: the loss, what is held out, and all that is drawn below them."""
+    """In one picture: the loss, the curves on held-out data, and all that is drawn below them."""
     used = ["tab:blue", *(color for _, _, color in HELD_OUT), *COLORS]
     assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 3
 
@@ -135,7 +135,7 @@ def test_the_picture_is_named_once_by_itself_or_by_a_flag(tmp_path):
     run, picture = str(tmp_path), str(tmp_path / "loss.png")
     assert main([run, "--output", picture]) == 0 and (tmp_path / "loss.png").stat().st_size
     for named in ([], [picture, "--output", picture]):
-        with pytest.raises(UserError, match="one .png is due: rwkv-peft plot RUN loss.png"):
+        with pytest.raises(UserError, match="one picture are due: rwkv-peft plot RUN loss.png"):
             main([run, *named])
 
 
@@ -147,7 +147,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "output, words",
     [
-        ("loss.pdf", "does not end in .png"),
+        ("loss.jpg", "does not end in .png, .svg, .pdf"),
         ("metrics.jsonl", "does not end in .png"),
         ("metrics.jsonl/loss.png", "a file stands where"),
         ("folder.png", "is a folder"),

@@ -1,4 +1,4 @@
-"""A current folder that came with somebody's data: modules that would run where Python looks there first."""
+"""A current folder that came with somebody's data: its modules would run if Python looked there first."""
 
 MODULES = (
     *("argparse", "importlib", "json", "linecache", "multiprocessing", "ninja", "pathlib", "re", "runpy", "subprocess"),

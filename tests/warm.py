@@ -1,6 +1,6 @@
-"""Commands in processes that are forked from one which has imported what takes them seconds: torch and the engines.
+"""Runs commands in forks of a process that has already imported torch and the engines, which takes seconds.
 
-Each is what `python FILE argument…` is otherwise: a process with its own memory, variables, signals and exit code.
+Each behaves as `python FILE argument…` does: a process with its own memory, variables, signals and exit code.
 """
 
 import gc
@@ -32,7 +32,7 @@ VARIABLES = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # are read when t
 
 
 class Command:
-    """`python FILE argument…` under way, with what of subprocess.Popen the tests ask."""
+    """A running `python FILE argument…`, with the part of subprocess.Popen's interface that the tests use."""
 
     context = multiprocessing.get_context("forkserver")
 
@@ -77,7 +77,7 @@ class Command:
 
 
 def become(argv, environment, outputs):
-    """Run a file of Python as the interpreter does that is given `argv`."""
+    """Run a Python file as an interpreter with the arguments `argv` would."""
     for path, number in zip(outputs, (1, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

@@ -3,7 +3,7 @@
 import logging
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # GNU OpenMP's threads spin while they wait for each other. If another program uses the same cores, the spinning takes
 # time from the thread that is waited for: two runs side by side slow each other down many times. A short spin costs

@@ -7,6 +7,8 @@ without torch, that is called first, so that a mistake, or --help, is answered b
 import difflib
 import importlib
 import sys
+from itertools import groupby
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
@@ -17,9 +19,11 @@ from .installing import how_to_install
 
 
 class Command(NamedTuple):
-    """A command: text is its line in the usage; module holds its main; flags is "module:function" that checks argv
-    without torch, or ""; needs is the file of requirements that it takes besides requirements.txt, or ""."""
+    """A command: group is the heading of its line in the usage, text the line; module holds its main; flags is
+    "module:function" that checks argv without torch, or ""; needs is the file of requirements that it takes besides
+    requirements.txt, or ""."""
 
+    group: str
     name: str
     text: str
     module: str
@@ -29,90 +33,94 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command(
+        "Data",
         "preprocess",
         "text and chat files -> token files (.bin, .idx, .mask)",
         "data.preprocess",
         flags="data.preprocess_flags:parse_flags",
     ),
-    Command("tokenize", "print the token ids of a text, as --mask_id takes them", "data.tokenizer"),
     Command(
+        "Train",
+        "plan",
+        "tell the memory and disk that a run would take, and whether it fits",
+        "plan.command",
+        flags="plan.flags:parse_flags",
+    ),
+    Command(
+        "Train",
         "train",
         "train an adapter on a model, or the model itself (train.py)",
         "training.run",
         flags="training.flags.request:judge",
     ),
+    Command("Train", "plot", "draw the loss curve of a run, or the curves of several into one picture", "comparison"),
     Command(
-        "plan",
-        "what a run would take in memory and on disk, and whether it fits",
-        "plan.command",
-        flags="plan.flags:parse_flags",
+        "Try",
+        "generate",
+        "continue prompts, or chat, with a model, merged or with adapters",
+        "generate.command",
+        flags="generate.flags:parse_flags",
     ),
     Command(
+        "Measure",
+        "eval",
+        "how well a model answers rows of yours, or tasks of the lm-evaluation-harness",
+        "evals.command",
+        flags="evals.flags:parse_flags",
+        needs="requirements-eval.txt",
+    ),
+    Command(
+        "Measure",
         "compare",
-        "adapter methods on a model and data of yours, each at its best rate",
+        "compare adapter methods on a model and data of yours, each at its best rate",
         "compare.command",
         flags="compare.flags:parse_flags",
     ),
-    Command("plot", "draw the loss curve of a run", "plots"),
-    Command("plots", "draw the curves of several runs into one picture", "comparison"),
     Command(
+        "Release",
         "merge",
         "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
         "release.merge_command",
         flags="release.flags:merge_flags",
     ),
     Command(
+        "Release",
         "check",
-        "a merged model against base + adapter, and in the rwkv package",
+        "compare a merged model with base + adapter, and in the rwkv package",
         "release.check",
         flags="release.flags:check_flags",
     ),
     Command(
+        "Release",
         "verify",
-        "a model in every installed runtime, against float64",
+        "run a model in every installed runtime, against float64",
         "release.verify",
         flags="release.flags:verify_flags",
     ),
     Command(
+        "Release",
         "inspect",
-        "what a file holds, and how far its matrices moved from the base",
+        "tell what a file holds, and how far its matrices moved from the base",
         "release.inspect_command",
         flags="release.flags:inspect_flags",
     ),
     Command(
+        "Release",
         "convert",
         "models, states and adapters to and from other tools' formats",
         "release.convert",
         flags="release.flags:convert_flags",
     ),
-    Command(
-        "generate",
-        "continue prompts with a model, merged or with adapters",
-        "generate.command",
-        flags="generate.flags:parse_flags",
-    ),
-    Command(
-        "eval",
-        "how well a model answers: gsm8k, math, rows of yours, choices, lambada",
-        "evals.command",
-        flags="evals.flags:parse_flags",
-        needs="requirements-eval.txt",
-    ),
-    Command(
-        "lm_eval",
-        "a model on the tasks of EleutherAI's lm-evaluation-harness",
-        "evals.harness_command",
-        flags="evals.harness_flags:parse_flags",
-        needs="requirements-eval.txt",
-    ),
-    Command(
-        "bone2miss",
-        "a BONE adapter folder of peft -> a MISS one, and back",
-        "hf.folders",
-        flags="release.flags:bone2miss_flags",
-        needs="requirements-hf.txt",
-    ),
-    Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
+    Command("Machine", "doctor", "tell what this machine can do, what is missing, what mends it", "doctor"),
+)
+# {a name that a command had: the words that took its place}: it works for one more release
+RENAMED = MappingProxyType(
+    {
+        "bone2miss": ("convert",),
+        "lm_eval": ("eval", "--harness"),
+        "plots": ("plot", "--panels"),
+        "tokenize": ("preprocess", "--ids", "--tokenizer"),
+    }
 )
 # {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
@@ -132,16 +140,11 @@ MEANINGS = MappingProxyType(
 def usage() -> str:
     """The text of `rwkv-peft --help`."""
     width = max(len(command.name) for command in COMMANDS)
-    lines = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
-    return "\n".join(
-        [
-            "usage: rwkv-peft COMMAND [arguments]",
-            "",
-            *lines,
-            "",
-            "rwkv-peft COMMAND --help tells the rest of each; rwkv-peft --version the version.",
-        ]
-    )
+    lines = ["usage: rwkv-peft COMMAND [arguments]"]
+    for group, commands in groupby(COMMANDS, attrgetter("group")):
+        lines += ["", group, *(f"  {command.name:<{width}}  {command.text}" for command in commands)]
+    lines += ["", "rwkv-peft COMMAND --help tells the rest of each; rwkv-peft --version the version."]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -152,6 +155,10 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"rwkv-peft {__version__}")
         return 0
+    if argv[0] in RENAMED:
+        old, (new, *words) = argv[0], RENAMED[argv[0]]
+        print(f"note: rwkv-peft {old} is rwkv-peft {' '.join([new, *words])} now; the old name goes", file=sys.stderr)
+        argv = [new, "--help"] if {"-h", "--help"} & set(argv) else [new, *words, *argv[1:]]
     known = {command.name: command for command in COMMANDS}
     if argv[0] not in known:
         near = [MEANINGS[argv[0]]] if argv[0] in MEANINGS else difflib.get_close_matches(argv[0], known, 1)

@@ -1,6 +1,7 @@
-"""`rwkv-peft plots`: one picture of one run or several: losses, right answers, learning rate, gradient norm and speed.
+"""`rwkv-peft plot`: the loss curve of a run, or the curves of several runs, each of their values in a panel.
 
-rwkv-peft plots out/bone out/lora --output compare.png
+rwkv-peft plot out/bone loss.png
+rwkv-peft plot out/bone out/lora compare.png
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from .plots import (
     LINE_STYLES,
     legend_text,
     metrics_of,
+    plot_loss,
     read_metrics,
     series,
     smooth_drawn,
@@ -136,24 +138,44 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
 
 def main(argv: list[str]) -> int:
     """Draw the runs; -> the exit code."""
-    parser = Parser(prog="rwkv-peft plots", description="Draw the curves of one run or several into one picture.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the .png, .svg or .pdf to write")
-    parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="what runs along (default steps)")
+    parser = Parser(
+        prog="rwkv-peft plot",
+        usage="rwkv-peft plot [-h] RUN [RUN ...] PICTURE [--panels] [--x {steps,tokens}] [--smooth SHARE]",
+        description="Draw the loss curve of a run, as its loss.png, or the curves of several into one picture: losses, "
+        "right answers, learning rate, gradient norm and speed, a panel each.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="RUN … PICTURE",
+        help="runs, by their folder or metrics.jsonl; then the .png, .svg or .pdf to write",
+    )
+    parser.add_argument("--output", metavar="PICTURE", help="the picture, if no PICTURE follows the runs")
+    parser.add_argument("--panels", action="store_true", help="draw a single run in panels too")
+    parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="panels: x axis (default steps)")
     parser.add_argument(
         "--smooth",
         type=finite,
         default=0.9,
         metavar="SHARE",
-        help="of the last mean in the next (default 0.9; 0: none)",
+        help="panels: share of the last mean in the next (default 0.9; 0: none)",
     )
     args = parser.parse_args(argv)
-    if Path(args.output).suffix not in ENDINGS:
-        raise UserError(f"--output {args.output} does not end in {', '.join(ENDINGS)}, which are drawn")
+    runs = [*args.paths]
+    output = Path(args.output or runs.pop())
+    if not runs or any(Path(run).suffix in ENDINGS and not Path(run).is_dir() for run in runs):
+        raise UserError("runs and one picture are due: rwkv-peft plot RUN loss.png")
+    if output.suffix not in ENDINGS:
+        raise UserError(f"{output} does not end in {', '.join(ENDINGS)}, which are drawn; give a name such as loss.png")
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth {args.smooth:g} is not in [0, 1)")
-    runs = read_runs(args.runs)
-    check_output("--output", Path(args.output), [("a run", Path(path)) for path in args.runs])
-    plot_runs(runs, args.output, args.smooth, by_tokens=args.x == "tokens")
-    print(f"wrote {args.output}")
+    panels = args.panels or len(runs) > 1
+    if not panels and (args.x, args.smooth) != (parser.get_default("x"), parser.get_default("smooth")):
+        raise UserError("--x and --smooth are about panels, which several runs have; add --panels for one")
+    check_output("the picture", output, [("a run", Path(run)) for run in runs])
+    if panels:
+        plot_runs(read_runs(runs), output, args.smooth, by_tokens=args.x == "tokens")
+    else:
+        plot_loss(metrics_of(runs[0]), output)
+    print(f"wrote {output}")
     return 0

@@ -34,7 +34,7 @@ OPTIONAL = (
     ("peft", "Bone as a plug-in of Hugging Face peft"),
     ("bitsandbytes", "quantized bases"),
     ("math-verify", "rwkv-peft eval math"),
-    ("lm_eval", "rwkv-peft lm_eval"),
+    ("lm_eval", "rwkv-peft eval, tasks of the harness"),
     ("wandb", "--wandb"),
 )
 

@@ -1,7 +1,4 @@
-"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved.
-
-rwkv-peft plot out/metrics.jsonl out/loss.png
-"""
+"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved."""
 
 import json
 import math
@@ -11,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .children import import_matplotlib
-from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
@@ -139,11 +135,12 @@ def unit_of(records: Iterable[dict[str, Any]]) -> str:
     return max(OBJECTIVES.values(), key=lambda one: sum(figure.name in names for figure in one.figures)).unit
 
 
-def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
+def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
     of a run; below them the shares of right answers and the margins of pairs, where there are any.
 
-    metrics_jsonl: a run's metrics.jsonl; out_png is overwritten. Any number of points will do, even none.
+    metrics_jsonl: a run's metrics.jsonl; output is overwritten, and its ending names the format. Any number of points
+    will do, even none.
     """
     import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -200,8 +197,8 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         right.spines["top"].set_visible(False)
     if shown:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    with atomic_write(out_png) as temporary:
-        figure.savefig(temporary, format="png")
+    with atomic_write(output) as temporary:
+        figure.savefig(temporary, format=Path(output).suffix[1:])
 
 
 def draw_below(
@@ -239,20 +236,3 @@ def plot_heat(
     axes.set(ylabel="layer")
     with atomic_write(out_png) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def main(argv: list[str]) -> int:
-    """Draw one run's curve; -> the exit code."""
-    parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
-    parser.add_argument("output", nargs="?", metavar="PNG", help="the .png to write")
-    parser.add_argument("--output", dest="named", metavar="PNG", help="the same, as other commands have it")
-    args = parser.parse_args(argv)
-    if (args.output is None) == (args.named is None):
-        raise UserError("one .png is due: rwkv-peft plot RUN loss.png")
-    args.output = args.output or args.named
-    if Path(args.output).suffix != ".png":
-        raise UserError(f"{args.output} does not end in .png, which is what is drawn; give a name such as loss.png")
-    plot_loss(metrics_of(args.run), args.output)
-    print(f"wrote {args.output}")
-    return 0

@@ -1,15 +1,15 @@
-// What bone.cpp's C interface is told: a structure an operation, which ops/bone.py mirrors field by field. Pointers
-// whose type is void are to float or bfloat16; rows of tensors with a stride lie that many elements apart, all others
-// side by side.
+// The arguments of bone.cpp's C interface: a structure for each operation, which ops/bone/cpu.py mirrors field by
+// field. void pointers are to float or bfloat16; a tensor with a stride has its rows that many elements apart, all
+// others are contiguous.
 #pragma once
 #include <cstdint>
 
 // Both directions of the affine form; see affine.h.
 struct AffineArguments {
-    const void *x, *bone;  // (tokens, in_features), null where d_bone is; (in_features / rank, rank, rank)
+    const void *x, *bone;  // (tokens, in_features), null if d_bone is; (in_features / rank, rank, rank)
     void *z, *shift;       // forward's results: (tokens, in_features), (tokens, rank)
     void* d;               // backward: (tokens, in_features), the gradient of z, which becomes that of x
-    const void* g;         // (tokens, out_features), the gradient of what the shift was added to
+    const void* g;         // (tokens, out_features), the gradient of the output that the shift was added to
     float* d_bone;         // zeros that bone's gradient is added to, or null
     int64_t x_stride, g_stride, tokens, in_features, out_features, rank;
     float factor;  // of the shift
@@ -19,13 +19,13 @@ struct AffineArguments {
 // w + w B + B by blocks of rows; see merge.h.
 struct MergeArguments {
     const void *w, *bone;  // (count * rank, in_features), (count, rank, rank)
-    void* merged;          // like w; where d_bone is not null, it comes in as its gradient
+    void* merged;          // like w; if d_bone is not null, it holds its own gradient at first
     float* d_bone;         // zeros that bone's gradient is added to, or null
     int64_t count, in_features, rank;
     int bfloat16, threads;
 };
 
-// to (columns, rows) = the transpose of x (rows, columns), for bfloat16 alone.
+// to (columns, rows) = the transpose of x (rows, columns), only for bfloat16.
 struct TransposeArguments {
     const void* x;
     void* to;

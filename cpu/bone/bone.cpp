@@ -1,4 +1,4 @@
-// What Bone's variants compute besides the product with the frozen weight, on CPUs: see affine.h (bat-in), merge.h
+// The operations of Bone's variants beside the product with the frozen weight, on CPUs: see affine.h (bat-in), merge.h
 // (bat-out) and shards.h (bone).
 //
 // Each function passes over its large tensors once. A few rows by one block of columns come into the cache, are
@@ -53,7 +53,7 @@ using MathOf = std::conditional_t<std::is_same<E, Bfloat16>::value, HalfMath, Pl
 
 extern "C" {
 
-// Whether this library may run here. Linux lends the matrix unit's registers to a process that asks.
+// True if this library may run here. Linux lends the matrix unit's registers to a process that asks.
 int bone_start() {
 #if defined(__AMX_BF16__)
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

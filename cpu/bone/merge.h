@@ -7,8 +7,9 @@
 namespace {
 
 // w, merged (count * rank, in), bone (count, rank, rank): merged = w + w B + B for each block of rows and columns.
-// Where d_bone (float, zeros) is not null, merged comes in holding its gradient, from which the gradient of bone is
-// taken first. Blocks of one a share a matrix: their rows, in memory's order, are one (rank * in / rank, rank) matrix.
+// If d_bone (float, zeros) is not null, merged holds its own gradient at first, from which that of bone is computed
+// before it is overwritten. The blocks of one a share a matrix: in memory's order their rows are one matrix
+// (rank * in / rank, rank).
 template <class Math, class E>
 void merge(const E* w, const E* bone, E* merged, float* d_bone, int64_t count, int64_t in, int64_t rank, int threads) {
     using Operand = typename Math::Operand;

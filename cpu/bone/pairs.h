@@ -68,7 +68,7 @@ INLINE void transpose(Bfloat16* to, const Bfloat16* from, int64_t rows, int64_t 
                             reinterpret_cast<const char*>(from) + 4 * (i * columns + j), 4 * columns);
 }
 
-// What products.h multiplies in place of floats.
+// The words that products.h multiplies in place of floats.
 struct PairWords {
     using Word = uint32_t;
     using Vector = Words;

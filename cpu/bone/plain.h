@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kRows = 6;  // that a product has in registers
+constexpr int kRows = 6;  // rows that a product holds in registers
 
 struct Plain {
     using Operand = float;

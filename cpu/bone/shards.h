@@ -1,4 +1,4 @@
-// bone's sums over the shards of a row, and what is added to all of them.
+// bone's sums over the shards of a row, and a tile added to all of them.
 #pragma once
 #include "bone/tile.h"
 #include "common/scratch.h"

@@ -1,4 +1,4 @@
-// What Bone's kernels share: rows of tensors, and tiles of a few of them in the kernels' own memory.
+// Helpers of Bone's kernels: rows of tensors, and tiles of a few of them in the kernels' own memory.
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -4,7 +4,7 @@
 
 namespace {
 
-// call(E{}), E the type of the elements: what a generic lambda takes.
+// call(E{}) of a generic lambda, E being the type of the elements.
 template <class Call>
 auto by_type(int bfloat16, const Call& call) {
     return bfloat16 ? call(Bfloat16{}) : call(float{});

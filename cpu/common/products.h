@@ -14,7 +14,7 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;
 #endif
 
-// What is multiplied: floats here, pairs of bfloat16 in bone/pairs.h.
+// The type that is multiplied: floats here, pairs of bfloat16 in bone/pairs.h.
 struct FloatWords {
     using Word = float;
     using Vector = Vec;
@@ -24,7 +24,7 @@ struct FloatWords {
 };
 
 // out[m][c] (+)= sum_k left(m, k) right[k][c] for k below K and c below `width`: rows m of left are its own rows, or
-// where it is turned its columns. Strides lead from one row to the next.
+// if it is turned its columns. Strides lead from one row to the next.
 template <class Words>
 struct Product {
     float* out;
@@ -35,7 +35,7 @@ struct Product {
     int64_t right_stride, K, width;
 };
 
-// What a product does besides: kAdd to what is in out, kTurned left.
+// A product's options: kAdd adds to out, kTurned takes left transposed.
 template <bool add, bool turned>
 struct Kind {
     static constexpr bool kAdd = add, kTurned = turned;

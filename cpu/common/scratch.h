@@ -42,7 +42,7 @@ class Workspace {
     size_t size_ = 0;
 };
 
-// The calling thread's Work, or null where memory is missing; what it holds is what the last call left.
+// The calling thread's Work, or null if there is no memory for it; its content is that of the last call.
 template <class Work>
 Work* thread_work() {
     static thread_local Workspace workspace;

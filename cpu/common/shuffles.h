@@ -1,4 +1,4 @@
-// Lanes that change places: sums over the lanes of several vectors at once, and transposes.
+// Moves between lanes: sums over the lanes of several vectors at once, and transposes.
 #pragma once
 #include "common/vectors.h"
 

@@ -1,4 +1,4 @@
-// What cross_entropy.cpp's C interface is told; ops/cross_entropy/cpu.py mirrors it field by field.
+// The arguments of cross_entropy.cpp's C interface; ops/cross_entropy/cpu.py mirrors them field by field.
 #pragma once
 #include <cstdint>
 
@@ -8,6 +8,6 @@ struct CrossEntropyArguments {
     float* losses;           // (rows)
     int64_t rows, vocabulary;
     float scale, pull;
-    int gradient;  // whether the gradient takes the logits' place
+    int gradient;  // true: the gradient overwrites the logits
     int bfloat16, threads;
 };

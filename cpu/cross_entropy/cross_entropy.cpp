@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // logits whose floats are added up in one sum
 
-// Each row of logits gives its loss; where `gradient`, it becomes scale times the loss's gradient, plus scale * pull *
+// Computes each row's loss; if `gradient`, replaces the row by scale times the loss's gradient, plus scale * pull *
 // (its largest logit) at its largest logit.
 template <class E>
 void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale,

@@ -1,5 +1,5 @@
-// What mix.cpp's C interface is told: a structure an operation, for both directions, which ops/mix/cpu.py mirrors field
-// by field. Pointers whose type is void are to float or bfloat16; gradients carry the name of what they belong to.
+// The arguments of mix.cpp's C interface: a structure for each operation and both its directions, which ops/mix/cpu.py
+// mirrors field by field. void pointers are to float or bfloat16; gx is the gradient of x.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,9 @@
-// RWKV-7's keys (arXiv 2503.14456, section 4): what its delta rule writes at, and what it takes away, of one key k:
+// RWKV-7's keys (arXiv 2503.14456, section 4): those that its delta rule writes at and removes, made from one key k:
 //
 //     rate = sigmoid(a0 + low),  n = k k_k / max(|k k_k|, 1e-12) within each head
 //     key = k (1 + (rate - 1) k_a),  a = -n,  b = n rate
 //
-// Backward, with gn = gb rate - ga and u = k k_k: gu = (gn - n (n . gn)) / |u|, or gn / 1e-12 where |u| is less.
+// Backward, with gn = gb rate - ga and u = k k_k: gu = (gn - n (n . gn)) / |u|, or gn / 1e-12 if |u| is smaller.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -56,7 +56,7 @@ struct DeltaKeys {
         });
     }
 
-    // Where the gradients go; those of the parameters are float, and all null or none.
+    // Places for the gradients; those of the parameters are float, and all null or none.
     struct Gradients {
         E *k, *low;
         float *a0, *k_k, *k_a;

@@ -3,14 +3,13 @@
 //     m_i[t] = maa_i + low_i[t] up_i          low_i[t] (rank,), up_i (rank, channels); rank 0: maa_i alone
 //
 // depend on the token through a product of low rank (RWKV-6, arXiv 2404.05892, eq. 12 to 14). That product is computed
-// where it is used, a tile of rows at a time, forward and again backward: as a tensor it would be n times x, written
-// and read twice.
+// a tile of rows at a time, right before its use, in forward and again in backward: as a tensor it would be n times as
+// large as x, and be written and read twice.
 //
 // Backward, with e_i = g_i (previous - x):
 //     gx[t] = sum_i g_i[t] (1 - m_i[t]) + sum_i g_i[t + 1] m_i[t + 1]      the latter only within a sequence
 //     gmaa_i = sum_t e_i[t],   glow_i[t] = e_i[t] up_i^T,   gup_i = sum_t low_i[t]^T e_i[t]
-// Rows run from the last to the first, so that what a row gives to the one before it is at hand when that one's turn
-// comes.
+// Backward walks from the last row to the first, so that a row's gradient for the row before it is at hand in time.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -99,7 +98,7 @@ struct Lerp {
         });
     }
 
-    // Where the gradients go; maa's and up's are float. Any may be null; those of low and up need rank above 0.
+    // Places for the gradients; maa's and up's are float. Any may be null; those of low and up need rank above 0.
     struct Gradients {
         E *x, *last;
         float* maa;
@@ -124,7 +123,7 @@ struct Lerp {
     // A tile of rows on its way back.
     class Tile {
       public:
-        // maa_sum (n, channels) and up_sum (n, rank, channels) gather those gradients; null where not wanted.
+        // maa_sum (n, channels) and up_sum (n, rank, channels) gather those gradients; null if not wanted.
         Tile(const Lerp& lerp, float* maa_sum, float* up_sum)
             : lerp_(lerp),
               maa_sum_(maa_sum),
@@ -136,7 +135,7 @@ struct Lerp {
               e_(whole_),
               carried_(lerp.channels) {}
 
-        // Only what row t, another thread's, gives to the row before it.
+        // Only the gradient that row t, another thread's, gives to the row before it.
         void look_at(const E* const* grads, int64_t t) {
             gather(grads, t, 1, false);
             std::copy_n(shifted_.begin(), lerp_.channels, carried_.begin());
@@ -159,8 +158,7 @@ struct Lerp {
         }
 
       private:
-        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; where `sums`, all that follows from e_i
-        // too.
+        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; if `sums`, also the sums over e_i.
         void gather(const E* const* grads, int64_t t, int64_t rows, bool sums, E* low = nullptr) {
             const int64_t C = lerp_.channels;
             std::fill_n(whole_.begin(), rows * C, 0.0f);

@@ -1,21 +1,21 @@
-// What the models compute between their matrix products, on CPUs: forward and backward, each in one pass over memory.
+// The models' operations between their matrix products, on CPUs: forward and backward, each in one pass over memory.
 //
 //     lerp             out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)
 //     relu_square      out = max(x, 0)^2
 //
-// RWKV-6 alone:
+// Only RWKV-6:
 //
 //     norm_gate        out = (normalized y * weight + bias) silu(g)
 //     sigmoid_gate     out = sigmoid(r) v
 //
-// RWKV-7 alone:
+// Only RWKV-7:
 //
 //     delta_keys       key = k (1 + (rate - 1) k_a),  a = -n,  b = n rate
 //                      rate = sigmoid(a0 + low),  n = k k_k, made of length 1
 //     value_residual   out = v + (first - v) sigmoid(v0 + low)
 //     norm_bonus_gate  out = (normalized y * weight + bias + s v) g,  s = sum of r k r_k
 //
-// What stands before a sequence's first token is given; norms, lengths and s are each head's own.
+// The row before a sequence's first token is an argument; norms, lengths and s are each head's own.
 //
 // Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are
 // plain, for the compiler to vectorize, or over vectors where that is faster; the library is compiled for one
@@ -34,7 +34,7 @@
 
 namespace {
 
-// A tensor's elements as floats: where they lie, if they are floats already, else converted into `copy`.
+// A tensor's elements as floats: themselves, if they are floats, else converted into `copy`.
 const float* as_floats(const float* p, int64_t, std::vector<float>&) { return p; }
 const float* as_floats(const Bfloat16* p, int64_t count, std::vector<float>& copy) {
     copy.resize(count);

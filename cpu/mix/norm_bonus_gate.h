@@ -1,4 +1,4 @@
-// What follows RWKV-7's recurrence: its reads, normalized within each head, a bonus for the current token, a gate:
+// The steps after RWKV-7's recurrence: normalize its reads within each head, add the current token's bonus, and gate:
 //
 //     out = (normalized y * weight + bias + s v) g,    s = sum over the head of r k r_k
 #pragma once
@@ -50,7 +50,7 @@ struct NormBonusGate {
         });
     }
 
-    // Where the gradients go; those of the parameters are float, and all null or none.
+    // Places for the gradients; those of the parameters are float, and all null or none.
     struct Gradients {
         E *y, *r, *k, *v, *g;
         float *r_k, *weight, *bias;

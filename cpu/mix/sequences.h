@@ -5,12 +5,12 @@
 
 namespace {
 
-// Where each row's sequence begins: sequences of `length` rows, or those that cu_seqlens bounds.
+// The start of each row's sequence: sequences have `length` rows, or the bounds cu_seqlens.
 struct Sequences {
     int64_t tokens, length, count;
     const int64_t* cu_seqlens;
 
-    // Bounds that make no sense are refused elsewhere; here they must only not lead out of the tensors.
+    // Wrong bounds are refused elsewhere; here they only must not lead out of the tensors.
     int64_t of(int64_t t) const {
         if (!cu_seqlens) return t / length;
         const int64_t above = std::upper_bound(cu_seqlens, cu_seqlens + count, t) - cu_seqlens;

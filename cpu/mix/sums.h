@@ -1,4 +1,4 @@
-// Sums that threads take apart and add up.
+// Sums over tokens, of which each thread takes a part.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace {
 // Adds the first n lanes.
 INLINE void add_some(float* sum, Vec x, int64_t n) { store_some(sum, load_some(sum, n) + x, n); }
 
-// The gradient of `width` parameters, a sum over tokens: a row of zeros for each thread. Null is not wanted.
+// The gradient of `width` parameters, a sum over tokens: a row of zeros for each thread. Null means not wanted.
 class Sums {
   public:
     Sums(float* to, int64_t width, int threads)
         : to_(to), width_(width), rows_(to ? width * std::max(1, threads) : 0, 0.0f) {}
 
-    // A thread's row, from parameter `first` on; null where not wanted.
+    // A thread's row, from parameter `first` on; null if not wanted.
     float* of(int thread, int64_t first = 0) { return to_ ? rows_.data() + thread * width_ + first : nullptr; }
 
     // Writes the sum of the rows.

@@ -14,7 +14,7 @@ struct ValueResidual {
     const E *v, *first, *low, *v0;
     int64_t tokens, channels;
 
-    // What kLanes channels at position p take of `first`, and how far that is.
+    // The weight of `first` in kLanes channels at position p, and first - v.
     Vec share(int64_t p, int64_t c, int64_t left) const {
         return sigmoid(load_some(v0 + c, left) + load_some(low + p + c, left));
     }

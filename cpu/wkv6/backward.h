@@ -1,4 +1,4 @@
-// Backward of one head of one sequence: the passes over the state and its gradient, and what happens inside chunks.
+// Backward of one head of one sequence: the passes over the state and its gradient, and the gradients inside chunks.
 #pragma once
 #include <initializer_list>
 
@@ -23,7 +23,7 @@ INLINE void store_row_sums(float* gv, const Vec quads[kHalf][kRows / 4]) {
 // D's blocks are as wide as registers allow beside four rows: gv needs sums over lanes, which are taken in fours.
 constexpr int gradient_vectors(int N) { return N / kLanes < kAccumulators / 4 ? N / kLanes : kAccumulators / 4; }
 
-// Floats from the state at one chunk to the state at the next, where these are kept.
+// The distance, in floats, between the saved states of two chunks.
 template <int N>
 constexpr int kHistoryStride = N * N + 17 * 16;
 
@@ -38,8 +38,8 @@ struct BackwardWork {
     alignas(64) float history[kChunks * kHistoryStride<N>];  // S before each chunk
 };
 
-// S^T through a tile: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk. S ends in
-// registers: what it is after the tile, the next tile's checkpoint tells.
+// S^T through a tile: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk. S after the tile
+// is not stored, because the next tile's checkpoint holds it.
 template <int N>
 void state_pass(BackwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
     using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
@@ -119,7 +119,7 @@ INLINE void start_chunk(BackwardWork<N>& q, int m, const Element* r, const Eleme
     copy_rows<N>(q.gy + chunk, gy, stride);
 }
 
-// Where a chunk's gradients go: kChunk rows of N numbers each.
+// Places for a chunk's gradients: kChunk rows of N numbers each.
 template <class Element, class Gradient>
 struct ChunkGradients {
     Gradient *r, *k, *w;
@@ -128,7 +128,7 @@ struct ChunkGradients {
     int64_t v_stride;
 };
 
-// What finish_half reads of a half's rows, and where it writes: pointers to the first row's lanes.
+// The inputs and outputs of finish_half: pointers to the first row's lanes of a half.
 template <class Gradient>
 struct HalfRows {
     const float *r, *k, *d, *e;
@@ -137,8 +137,8 @@ struct HalfRows {
     int64_t stride;
 };
 
-// Gradients of a half, kLanes channels. P, Q: what its reads and writes meet outside of it; through: dL / d log d by
-// what is written before and read after it; gu advances.
+// Gradients of a half, kLanes channels. P, Q: the terms of its reads and writes with the state outside of it; through:
+// dL / d log d by writes before and reads after it; gu advances.
 template <int N, class Gradient>
 INLINE void finish_half(const HalfRows<Gradient>& at, const Vec P[kHalf], const Vec Q[kHalf], Vec through, Vec bonus,
                         Vec& gu) {
@@ -183,7 +183,7 @@ INLINE void finish_half(const HalfRows<Gradient>& at, const Vec P[kHalf], const 
     }
 }
 
-// The gradients of chunk m, from P and Q of the passes and from what happens inside the chunk; gu advances.
+// The gradients of chunk m, from P and Q of the passes and from the pairs inside the chunk; gu advances.
 template <int N, class Element, class Gradient>
 void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<Element, Gradient>& to) {
     constexpr int kSecond = kHalf * N;  // from a row of the first half to the same of the second
@@ -217,7 +217,7 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<
         const Vec R[kHalf] = {load(r_second), load(r_second + N) * d4, load(r_second + 2 * N) * d45,
                               load(r_second + 3 * N) * d456};
 
-        // What each half meets outside of it: the state beyond the chunk, and the other half.
+        // Each half's terms with the outside: the state beyond the chunk, and the other half.
         Vec P0[kHalf], Q0[kHalf], P1[kHalf], Q1[kHalf];
         const Vec SD = load(q.SD + m * N + c);
         Vec read = W1 * SD, written = W0 * SD;  // <S, D> at the first half's end and at the second half's beginning

@@ -82,7 +82,7 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
     store_rows<N>(y, q.y, 0, 1, {begin, end});
 }
 
-// Chunk m of a span from rows of N elements: v in floats, what the pass needs, and y as far as it stays in the chunk.
+// Chunk m of a span from rows of N elements: v in floats, the pass's operands, and y's terms within the chunk.
 template <int N, class Element>
 INLINE void start_chunk(ForwardWork<N>& q, Range values, int m, const Element* r, const Element* k, const Element* v,
                         const Element* w, int64_t stride) {

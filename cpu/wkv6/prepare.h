@@ -1,4 +1,4 @@
-// What a chunk needs before the passes over the state: decays, R, K, W and A of wkv6.cpp's head comment.
+// A chunk's operands for the passes over the state: decays, R, K, W and A of wkv6.cpp's head comment.
 #pragma once
 #include "common/exp.h"
 #include "common/shuffles.h"
@@ -46,7 +46,7 @@ INLINE void pair_sums(float* A, const float* x, const float* y, Range lanes) {
     store_pairs(A, a);
 }
 
-// All of it: where prepare leaves what the passes need (rows of N floats), and with kKeepDecays d and e for the end of
+// The results of prepare: the passes' operands (rows of N floats), and with kKeepDecays d and e for the end of
 // backward.
 struct Prepared {
     float *R, *K, *W, *A, *d, *e;

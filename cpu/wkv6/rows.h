@@ -25,7 +25,7 @@ constexpr int kSpanChunks = kSpan / kChunk;
 constexpr int kSmallestValueBlock = 16;  // columns of S that are worth a task of their own
 constexpr float kNoDecay = -87.0f;       // w of a step past the end: d is exactly 1, its gradient about 0
 
-// Where a sequence's head lies in the tensors, and which of its value columns this task computes.
+// The place of a sequence's head in the tensors, and the value columns of it that this task computes.
 struct Task {
     int64_t length;      // steps
     int64_t stride;      // elements from one step to the next
@@ -44,8 +44,8 @@ struct StepRows {
     operator float*() { return at; }
 };
 
-// `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; what lies beyond is `filler` in time, 0
-// in channels.
+// `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; missing steps are `filler`, missing
+// channels 0.
 template <int N, class Element>
 void pad_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
     for (int t = 0; t < kChunk; t++) {

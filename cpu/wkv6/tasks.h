@@ -1,4 +1,4 @@
-// How a call is split into tasks for threads.
+// Splits a call into tasks for threads.
 #pragma once
 #include "wkv6/arguments.h"
 #include "wkv6/rows.h"

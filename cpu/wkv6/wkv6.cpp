@@ -1,7 +1,7 @@
 // The RWKV-6 recurrence on CPUs, forward and backward.
 //
-// What it computes (Peng et al. 2024, arXiv 2404.05892, eq. 19), for each sequence and head, S a matrix of head_size
-// rows (keys) and head_size columns (values), d_t = exp(-exp(w_t)) the decay:
+// It computes (Peng et al. 2024, arXiv 2404.05892, eq. 19) for each sequence and head, with S a matrix of head_size
+// rows (keys) and head_size columns (values), and d_t = exp(-exp(w_t)) the decay:
 //
 //     y_t = S_{t-1}^T r_t + (sum_i r_t[i] u[i] k_t[i]) v_t
 //     S_t = diag(d_t) S_{t-1} + k_t v_t^T
@@ -27,23 +27,23 @@
 //        D_{t-1} = diag(d_t) D_t + r_t gy_t^T
 //    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part
 //    of r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span from
-//    the last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
-//    happens inside a chunk (finish_chunk).
+//    the last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with the
+//    terms inside a chunk (finish_chunk).
 // 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
-//    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is W <S, D> for
-//    each key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take
-//    that product where D lies in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting what is
-//    written and adding what is read, would be cheaper and lose a digit: a strong decay leaves a small difference of
-//    large sums.) Of a chunk's halves, the first is also passed by what the second reads of the state before the chunk,
-//    the second by what the first writes for later chunks; finish_chunk adds these, and never subtracts.
+//    and reads in the chunk of t these are P, Q and A's gradient; those across the whole chunk give W <S, D> for each
+//    key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take that
+//    product while D is in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting writes and adding
+//    reads, would be cheaper and lose a digit: a strong decay leaves a small difference of large sums.) The second
+//    half's reads of the state before the chunk also pass through the first half, and the first half's writes for later
+//    chunks through the second; finish_chunk adds these, and never subtracts.
 //
-// Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
-// not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
+// Parallel over sequences, heads and, if these are fewer than the threads, blocks of value columns: columns of S do not
+// interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
 //
 // Head sizes are padded with zeros to 16, 32, 64 or 128.
 //
-// Where to find it: rows.h rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in
-// registers; forward.h and backward.h one head of one sequence; tasks.h what threads share out; here, all heads of all
+// Files: rows.h has rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in registers;
+// forward.h and backward.h one head of one sequence; tasks.h the split among threads; this file all heads of all
 // sequences, and the C interface.
 #include <cstdlib>
 #include <type_traits>
@@ -160,7 +160,7 @@ bool by_head_size(int64_t head_size, const Call& call) {
 
 extern "C" {
 
-// Both return 0, or 1 where memory for work buffers is missing.
+// Both return 0, or 1 if there is no memory for work buffers.
 int wkv6_cpu_forward(const Arguments* a) {
     return !by_type(a->bfloat16, [=](auto element) {
         return by_head_size(a->head_size, [=](auto size) { return forward_all<size, decltype(element)>(*a); });

@@ -1,11 +1,11 @@
-// What wkv7.cpp's C interface is told.
+// The arguments of wkv7.cpp's C interface.
 #pragma once
 #include <cstdint>
 
 // One structure for both directions; ops/wkv7/cpu.py mirrors it field by field. Tensors are contiguous. r w k v a b y
 // and their gradients: (tokens, heads, head_size), float or bfloat16; states: (sequences, heads, head_size, head_size),
 // rows the value dimension; checkpoints: (tokens / 64, heads, head_size, head_size), rows the key dimension. Null:
-// state, gy and gfinal for zeros, checkpoints where no backward will follow.
+// state, gy and gfinal for zeros, checkpoints if no backward will follow.
 struct Arguments {
     const void *r, *w, *k, *v, *a, *b;
     const float* state;

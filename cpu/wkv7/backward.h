@@ -8,7 +8,7 @@ namespace {
 struct BackwardWork {
     Matrix D, after;                  // the state's gradient and the state after a sequence, N x W
     Matrix xg, turned_xg, turned_uv;  // X, then y's gradients, kStack x W; it and a chunk's uv turned
-    Matrix through;                   // what the state after the chunk brings to uv, kStack x W
+    Matrix through;                   // uv's gradient through the state after the chunk, kStack x W
     Matrix turned;                    // a stack before it is turned, N x kStack
     Gradients gradients;
     Parts chunks;
@@ -28,9 +28,9 @@ struct BackwardWork {
     }
 };
 
-// The gradient of the state before a chunk. What all decays before bring, `later`, are the products of its elements
-// with the state's, summed over the values. Then, unless there is no chunk before in the tile, that one's decays fade
-// it.
+// Changes made to the gradient of the state before a chunk. `later`, the gradient of the logarithms of all earlier
+// decays, is the product of its elements with the state's, summed over the values. Then it is faded by the decays of
+// the chunk before, if the tile has one.
 struct Faded : Added {
     const Matrix S;
     float* later;
@@ -56,7 +56,7 @@ struct Faded : Added {
     }
 };
 
-// `later` at a sequence's end, by the state there.
+// `later` at a sequence's end, from the state there.
 inline void sum_later(float* later, const Matrix& S, const Matrix& D, int64_t N, int64_t W) {
     for (int64_t m = 0; m < N; m++) {
         Vec sum = zero();
@@ -70,8 +70,8 @@ inline void fade_rows(const Matrix& D, const Matrix& fade, int64_t N, int64_t W)
         for (int64_t m = 0; m < N; m++) store(D.at(m, c), load(D.at(m, c)) * broadcast(*fade.at(0, m)));
 }
 
-// before: the chunk before in the tile, or null. Products with S and D turned are turned themselves, for stacks are the
-// smaller to turn.
+// before: the chunk before in the tile, or null. Instead of S and D, the products with them are turned, because stacks
+// are smaller.
 template <class E, class Gradient>
 void backward_chunk(const BackwardWork& q, const Chunk& chunk, const Task& task, const E* gy,
                     const Rows<Gradient>& to, int64_t steps, const Chunk* before, Ahead& ahead) {

@@ -15,8 +15,8 @@ constexpr int kStack = 2 * kChunk;              // rows of two arrays that share
 constexpr int64_t kSecond = kChunk * kPanel;    // from a row of the first to that of the second
 constexpr float kDecayScale = -0.60653065971f;  // -e^(-1/2): log decay = kDecayScale sigmoid(w)
 
-// Hands out parts of a piece of memory. The gap after each keeps arrays that are walked in step from lying a multiple
-// of 4 KB apart, where a processor takes loads for dependent on earlier stores.
+// Hands out parts of a piece of memory. The gap after each keeps arrays that are walked in step from being a multiple
+// of 4 KB apart, because a processor would take loads for dependent on earlier stores there.
 class Parts {
   public:
     explicit Parts(float* memory) : memory_(memory) {}
@@ -31,17 +31,18 @@ class Parts {
     float* memory_;
 };
 
-// Some values of a head, all of them where threads are few: `count` from `first` on, in rows of W floats.
+// Some values of a head, or all of them if threads are few: `count` from `first` on, in rows of W floats.
 struct Values { int64_t first, count, W; };
 
 constexpr int64_t kApart = 4;  // spare rows of a state, lest its panels begin a multiple of 4 KB apart
 
-// Of N columns, uv and S of W, zeros past the head size. With c the product of the decays since the chunk's start:
+// Matrices of N columns (uv and S: W), zeros past the head size. With c the product of the decays since the chunk's
+// start:
 struct Chunk {
     Matrix left;   // a c_{t-1}, then r c_t
     Matrix right;  // b / c_t, then k / c_t
     Matrix uv;     // S_{t-1} a_t, then v
-    Matrix incl;   // c_t; where no backward follows, of the last step alone
+    Matrix incl;   // c_t; only that of the last step if no backward follows
     Matrix slope;  // derivative of a step's log decay by w, for backward
     Matrix pairs;  // left right^T
     Matrix S;      // the state before the chunk, rows keys
@@ -114,7 +115,7 @@ INLINE void prepare_lanes(const Chunk& q, const Rows<const E>& rows, int64_t ste
     UNROLL for (int v = 0; v < V; v++) before[v] = broadcast(1.0f);
     for (int t = 0; t < kChunk; t++) {
         float *left = q.left.at(t, c), *right = q.right.at(t, c), *incl = q.incl.at(t, c), *slope = q.slope.at(t, c);
-        if (t >= steps) {  // past the sequence's end, which leaves the state alone
+        if (t >= steps) {  // past the sequence's end: the state must not change
             UNROLL for (int v = 0; v < V; v++) {
                 for (float* row : {left, left + kSecond, right, right + kSecond}) store(row + v * kNext, zero());
                 if (kept) store(incl + v * kNextSingle, before[v]);
@@ -141,8 +142,7 @@ INLINE void prepare_lanes(const Chunk& q, const Rows<const E>& rows, int64_t ste
         UNROLL for (int v = 0; v < V; v++) store(q.fade().at(0, c + v * kLanes), before[v]);
 }
 
-// Steps of a tensor's rows, the values' channels, to the second rows of a stack; past `steps` and where there are none,
-// zeros.
+// Copies the values' channels of a tensor's rows to the second rows of a stack; zeros past `steps`, or for null.
 template <class E>
 void load_second(const Matrix& stack, const E* rows, int64_t stride, int64_t steps, const Values& values) {
     for (int t = 0; t < kChunk; t++)

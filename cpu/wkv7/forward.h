@@ -7,8 +7,8 @@
 
 namespace {
 
-// A sequence's head, or some of its values: its steps, its head size with and without padding, how far apart its saved
-// states lie.
+// A sequence's head, or some of its values: its steps, its head size with and without padding, and the distance between
+// its saved states.
 struct Task {
     int64_t length, n, N, checkpoint;
     Values values;

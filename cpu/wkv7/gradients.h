@@ -1,19 +1,18 @@
-// The gradients that leave a chunk.
+// Computes the gradients of a chunk's inputs.
 #pragma once
 #include "wkv7/triangles.h"
 
 namespace {
 
-// What is known of a chunk's gradients: those of left and right but for what passes between its steps, and those of the
+// A chunk's gradients before this step: those of left and right without the terms between its steps, and those of the
 // pairs.
 struct Gradients {
     Matrix reads, writes, pairs;  // kStack x N twice; kStack x kStack
-    float* later;                 // N: gradient of a decay's logarithm by all that comes after
+    float* later;                 // N: gradient of a decay's logarithm by all later steps
 };
 
-// Those of a chunk in kLanes channels from c on: from left's and right's to those of r, k, a, b, and by all that a
-// decay fades to w's. Of all but v they are sums over the values, linear in reads and writes, so that those of some
-// values add up to them.
+// The gradients of r, k, a, b and w of a chunk, in kLanes channels from c on, from those of left and right. They are
+// sums over the values, linear in reads and writes, so that parts of the values add up.
 template <bool whole, class Gradient>
 INLINE void store_channels(const Gradients& q, const Chunk& chunk, const Rows<Gradient>& to, int64_t steps, int64_t c,
                            int64_t n) {
@@ -60,7 +59,7 @@ INLINE void store_channels(const Gradients& q, const Chunk& chunk, const Rows<Gr
     }
 }
 
-// Those of the chunk's `steps` steps.
+// The same for all channels of the chunk's `steps` steps.
 template <class Gradient>
 void store_gradients(const Gradients& q, const Chunk& chunk, const Rows<Gradient>& to, int64_t steps, int64_t n,
                      int64_t N) {

@@ -25,7 +25,7 @@ struct Matrix {
     INLINE int64_t next_vector() const { return kLanes < kPanel ? kLanes : rows * kPanel; }
 };
 
-// What becomes of the sums of a product: stored, or first added to what is there.
+// The use of a product's sums: stored, or added to the present values.
 struct Stored {
     static constexpr bool kAdd = false;
     template <int M, int V>
@@ -62,8 +62,7 @@ void multiply(const Matrix& out, const Matrix& left, const Matrix& right, int64_
         UNROLL for (int i = 0; i < M; i++) store(to + v * out_next + i * kPanel, sum[v][i]);
 }
 
-// `rows` rows and `width` columns of out = left right, M rows at a time, after which `steps` rows are fetched of what
-// is asked for.
+// `rows` rows and `width` columns of out = left right, M rows at a time; after each, `steps` rows are prefetched.
 template <bool turned, int M = 4, class Then>
 void product(const Matrix& out, const Matrix& left, const Matrix& right, int64_t rows, int64_t K, int64_t width,
              Ahead& ahead, int steps, const Then& then) {

@@ -1,4 +1,4 @@
-// States between memory, where rows are values, and the kernel, whose rows are keys; products with them.
+// Copies states between memory, where rows are values, and the kernel, where rows are keys; products with them.
 #pragma once
 #include <cstring>
 
@@ -47,7 +47,7 @@ inline void pair_products(const Chunk& q, const Matrix& turned, int64_t N, Ahead
     product<false, kTall>(q.pairs, q.left, turned, kStack, N, kStack, ahead, 3, Stored());
 }
 
-// What is written to a state, added to it and faded.
+// Adds the writes to a state, and fades it.
 struct Advanced : Stored {
     const Matrix S, fade;
     Advanced(const Matrix& S, const Matrix& fade) : S(S), fade(fade) {}

@@ -1,4 +1,4 @@
-// What happens between the steps of a chunk: triangular sums and solves, a few vectors of channels at a time.
+// The terms between the steps of a chunk: triangular sums and solves, a few vectors of channels at a time.
 //
 // Of the kStack x kStack pairs, rows are readers and columns writers: row i of the first half belongs to a_i, of
 // the second to r_i; column j of the first half to b_j, of the second to k_j.
@@ -66,7 +66,7 @@ struct Sums {
     }
 };
 
-// each(c, Sums) for all vectors c of W channels, as many at once as leave the registers room.
+// each(c, Sums) for all vectors c of W channels, as many at once as fit in registers.
 template <class Each>
 INLINE void each_lanes(int64_t W, const Each& each) {
     constexpr int kWide = kLanes == 16 ? 2 : 1;
@@ -75,7 +75,7 @@ INLINE void each_lanes(int64_t W, const Each& each) {
     if (kWide > 1 && c < W) each(c, Sums<1>());
 }
 
-// V vectors from channel c on of steps' rows in a tensor, of what Sums holds.
+// Stores V vectors from channel c on of Sums to the steps' rows in a tensor.
 template <int V, class E>
 INLINE void store_steps(E* rows, int64_t stride, const Sums<V>& x, int64_t steps, int64_t c, const Values& values) {
     rows += values.first;
@@ -114,8 +114,8 @@ void finish_forward(const Chunk& q, const Matrix& reads, E* rows, int64_t stride
     });
 }
 
-// From xg's second rows, y's gradients, and what reaches U and V by way of the state after the chunk (through): xg's
-// first rows, X = (I - ab)^-T (qb^T dY + through), and V's gradient.
+// From xg's second rows, y's gradients, and from the gradients of U and V through the state after the chunk (through):
+// xg's first rows, X = (I - ab)^-T (qb^T dY + through), and V's gradient.
 template <class E>
 void solve_backward(const Chunk& q, const Matrix& xg, const Matrix& through, E* gv, int64_t stride, int64_t steps,
                     const Values& values) {

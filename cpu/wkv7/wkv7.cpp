@@ -1,30 +1,29 @@
 // The RWKV-7 recurrence on CPUs, forward and backward.
 //
-// What it computes ("Goose", Peng et al. 2025, arXiv 2503.14456), for each sequence and head, S a matrix of head_size
-// rows (values) and columns (keys), d_t = exp(-e^(-1/2) sigmoid(w_t)) the decay:
+// It computes ("Goose", Peng et al. 2025, arXiv 2503.14456) for each sequence and head, with S a matrix of head_size
+// rows (values) and columns (keys), and d_t = exp(-e^(-1/2) sigmoid(w_t)) the decay:
 //
 //     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
 //     y_t = S_t r_t
 //
-// 1. Chunks of 8 steps (chunk.h): what every step costs by way of the state does not depend on their length, what
-//    passes between the steps grows with it. With c_t the product of the decays since the chunk's start, the chunk's
-//    reads are left = [a_t c_{t-1}; r_t c_t] and its writes right = [b_t / c_t; k_t / c_t]: what the read at i takes of
-//    the write at j is left_i . right_j, and of the state before the chunk S left_i. No decay is below 0.545, so 1 / c
-//    stays below 130. The values written with b, u_t = S_{t-1} a_t, depend on each other: a unit triangular system
-//    (triangles.h).
+// 1. Chunks of 8 steps (chunk.h): a step's cost for the state does not depend on the chunk's length, but its cost for
+//    the other steps grows with it. With c_t the product of the decays since the chunk's start, the chunk's reads are
+//    left = [a_t c_{t-1}; r_t c_t] and its writes right = [b_t / c_t; k_t / c_t]: the read at i takes the write at j
+//    times left_i . right_j, and S left_i of the state before the chunk. No decay is below 0.545, so 1 / c stays below
+//    130. The values written with b, u_t = S_{t-1} a_t, depend on each other: a unit triangular system (triangles.h).
 // 2. All else is products of 16 rows with a matrix of head_size (panels.h), inside the kernel with rows of S and of its
 //    gradient the keys: reads = left S, then S <- diag(c) (S + right^T [u; v]).
 // 3. Backward, in tiles of 64 steps (backward.h): forward saves S at the start of each, backward recomputes S and u
 //    chunk by chunk, never stepping a state back, which would divide errors by decays. With D the gradient of S, faded
 //    by the chunk's decays, the gradients of u and v are right D and triangular sums, with a transposed solve; those
 //    of left [x; gy] S^T and of right [u; v] D^T, and triangular sums again; then D <- D + left^T [x; gy].
-// 4. A decay's logarithm takes part in c from its step on: its gradient is a sum over later reads, less later writes,
-//    and what passes the chunk's end, the products of S's elements there with D's, summed over the values.
-// 5. A head's rows lie too far apart for the processor to foresee them: products fetch the next chunk's, or, backward,
-//    those where the tile's gradients go and the inputs of the tile before.
+// 4. A decay's logarithm is part of c from its step on: its gradient is a sum over later reads, less later writes, plus
+//    the products of S's elements at the chunk's end with D's, summed over the values.
+// 5. A head's rows are too far apart for the processor to prefetch them: products prefetch the next chunk's, or, in
+//    backward, the places of the tile's gradients and the inputs of the tile before.
 //
-// Parallel over sequences and heads, and where threads are more, over the values of a head. Head sizes are padded with
-// zeros to multiples of 16.
+// Parallel over sequences and heads, and if there are more threads, over the values of a head. Head sizes are padded
+// with zeros to multiples of 16.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -44,7 +43,7 @@ T* offset(const void* base, int64_t elements) {
     return base ? static_cast<T*>(const_cast<void*>(base)) + elements : nullptr;
 }
 
-// What a call is split into: head after head, sequence after sequence; a head into `parts` parts by its values.
+// The split of a call: head after head, sequence after sequence; a head into `parts` parts by its values.
 struct Place {
     Task task;
     int64_t first, index, saved;  // elements into r (and its like), the states, the checkpoints
@@ -68,8 +67,8 @@ Place place(const Arguments& a, int64_t number, int parts) {
             part};
 }
 
-// How many parts a head is cut into: one, unless threads would have no head of their own. Each repeats what the values
-// have in common.
+// The number of parts of a head: one, unless there are more threads than heads. Each part repeats the work that the
+// values share.
 int parts_of_a_head(const Arguments& a) {
     const int64_t heads = a.sequences * a.heads, work = a.tokens * a.heads * a.head_size * a.head_size;
     if (work < kStepsForThreads) return 1;
@@ -82,8 +81,8 @@ Rows<const E> inputs(const Arguments& a, int64_t first) {
             in<E>(a.a) + first, in<E>(a.b) + first, a.heads * a.head_size};
 }
 
-// run(memory, place) for each part of each head of each sequence, with `floats` floats of a thread's own; whether there
-// was memory.
+// run(memory, place) for each part of each head of each sequence, with `floats` floats for each thread -> false if
+// there is no memory for them.
 template <class Run>
 bool for_each_part(const Arguments& a, int parts, int64_t floats, const Run& run) {
     const int64_t tasks = a.sequences * a.heads * parts, work = a.tokens * a.heads * a.head_size * a.head_size;
@@ -109,7 +108,7 @@ bool forward_all(const Arguments& a) {
     });
 }
 
-// to(part): where that part's gradients go.
+// to(part): the place of that part's gradients.
 template <class E, class To>
 bool backward_parts(const Arguments& a, int parts, const To& to) {
     const int64_t floats = BackwardWork::floats(round_up(a.head_size, 16));
@@ -128,7 +127,7 @@ bool backward_all(const Arguments& a) {
     const int64_t stride = a.heads * a.head_size, size = a.tokens * stride;
     const Rows<E> result{out<E>(a.gr), out<E>(a.gw), out<E>(a.gk), out<E>(a.gv), out<E>(a.ga), out<E>(a.gb), stride};
     if (parts == 1) return backward_parts<E>(a, parts, [&](int) { return result; });
-    // v's gradient is each value's own; of the others each part has a share, which are added up here.
+    // Each part has its own values of v's gradient; the other gradients are sums over the parts, added up here.
     const std::unique_ptr<float[]> shares(new (std::nothrow) float[size * (5 * parts + 1)]);
     if (!shares) return false;
     float* const gv = shares.get() + size * 5 * parts;
@@ -153,7 +152,7 @@ bool backward_all(const Arguments& a) {
 
 extern "C" {
 
-// Both return 0, or 1 where memory for work buffers is missing.
+// Both return 0, or 1 if there is no memory for work buffers.
 int wkv7_cpu_forward(const Arguments* a) {
     return !by_type(a->bfloat16, [=](auto element) { return forward_all<decltype(element)>(*a); });
 }

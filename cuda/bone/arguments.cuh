@@ -1,21 +1,21 @@
-// What a launch of a bone kernel is told.
+// The arguments of bone's kernels.
 #pragma once
 #include "common/device.cuh"
 
-// One structure for all; ops/bone/cuda.py mirrors it field by field. Elements are float32 or bf16, by the kernel's
-// name. Tensors are contiguous and aligned to 16 bytes; shards are columns b rank to (b + 1) rank of a row.
+// One structure for all kernels; ops/bone/cuda.py mirrors it field by field. Elements are float32 or bf16, by the
+// kernel's name. Tensors are contiguous and aligned to 16 bytes; shard b is columns b rank to (b + 1) rank of a row.
 struct BoneArguments {
     const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone;
                        // or the weight that merges, (blocks rank, width)
     const void* bone;  // (shards, rank, rank)
-    const void* left;  // (tokens, rank): what the squared kernels add to each shard of x
+    const void* left;  // (tokens, rank): the squared kernels add it to each shard of x
     void* z;           // (tokens, width)
     void* shift;       // (groups, tokens, rank): each group's part of the sum over shards
     const void* d;     // (tokens, width): the gradient of z
-    void* dx;          // (tokens, width): that of x; may be d
+    void* dx;          // (tokens, width): the gradient of x; may be d
     const void* g;     // (tokens, rank): the gradient of the shift
-    float* parts;      // (strips, shards, rank, rank): that of bone, a strip's tokens' part
-    const void* tile;  // (groups, tokens, rank): what is added up
+    float* parts;      // (strips, shards, rank, rank): each strip's part of bone's gradient
+    const void* tile;  // (groups, tokens, rank): the parts of a tile, to be added up
     void* tiled;       // (tokens, width): the tiles, repeated along the rows
     void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
     index_t tokens, count;

@@ -38,7 +38,7 @@ __device__ void plain_forward(const BoneArguments& a) {
     #pragma unroll
     for (int m = 0; m < mine.count; m++) sums[m] = 0.f;
     for (int b = first; b < last; b++) {
-        __syncthreads();  // nobody reads the shard before any more
+        __syncthreads();  // nobody reads the previous shard any more
         for (int at = threadIdx.x; at < rank * rank; at += PLAIN_THREADS)
             shared.bone[at % rank][at / rank] = load_at<E>(a.bone, (index_t)b * rank * rank + at);
         #pragma unroll
@@ -71,8 +71,7 @@ __device__ void plain_forward(const BoneArguments& a) {
             store((E*)a.shift + (group * a.tokens + t0 + mine.token(m)) * rank + mine.i, a.factor * sums[m]);
 }
 
-// A block has a shard and a strip of tokens; of dB a thread has the rows i and the columns j that are its own
-// modulo 16.
+// A block has a shard and a strip of tokens; a thread has the rows and the columns of dB that equal its own modulo 16.
 template <class E>
 __device__ void plain_backward(const BoneArguments& a) {
     constexpr int SIDE = MOST / 16;
@@ -88,7 +87,7 @@ __device__ void plain_backward(const BoneArguments& a) {
         shared.bone[at / rank][at % rank] = load_at<E>(a.bone, (index_t)b * rank * rank + at);
     for (index_t t0 = begin; t0 < end; t0 += PLAIN_TOKENS) {
         float d[mine.count], u[mine.count];
-        __syncthreads();  // nobody reads the tile before any more
+        __syncthreads();  // nobody reads the previous tile any more
         #pragma unroll
         for (int m = 0; m < mine.count; m++) {
             const int t = mine.token(m);

@@ -25,7 +25,7 @@ struct Products {
         for (int k = 0; k < tiles; k++) rows[k] = load_tile(from + k * 16, stride);
     }
 
-    // c += 16 columns, from `column` on, of what these rows give times B or, TURNED, times Bᵀ.
+    // c += 16 columns, from `column` on, of these rows times B, or times Bᵀ if TURNED.
     template <bool TURNED>
     static __device__ __forceinline__ void multiply_rows(Accumulator& c, const Tile (&rows)[tiles], const Matrix& B,
                                                          int column) {
@@ -130,12 +130,12 @@ __device__ void products_forward(const BoneArguments& a) {
     }
 }
 
-// A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, where x is given, the strip's
-// part of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + left, 0) is its gradient.
+// A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, if x is given, the strip's part
+// of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + left, 0) is its gradient.
 template <int R, bool SQUARED>
 __device__ void products_backward(const BoneArguments& a) {
     using P = BackwardProducts<R>;
-    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // tiles of dB that a warp has, below another
+    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // a warp's tiles of dB, one below another
     static_assert(P::warps % P::tiles == 0, "a warp's tiles have not the same columns");
     auto& shared = *(BackwardShared<R, SQUARED>*)dynamic_shared();
     const int shards = a.width / R, b = blockIdx.x % shards, strip = blockIdx.x / shards;
@@ -218,8 +218,8 @@ struct MergeShared {
     typename ForwardProducts<R>::Matrix bone;
 };
 
-// bat-out's merged weight, z = x + x B_a + B_a for the output blocks a of x: (a R, width), that is R width / R rows of
-// R for each block, of which a block of threads has `strip`. B_a is added to each shard.
+// bat-out's merged weight, z = x + x B_a + B_a for the output blocks a of x: (a R, width). Each has R width / R rows of
+// R elements, and a block of threads takes `strip` of them. B_a is added to each shard.
 template <int R>
 __device__ void products_merge(const BoneArguments& a) {
     using P = ForwardProducts<R>;

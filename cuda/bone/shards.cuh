@@ -1,5 +1,5 @@
-// Sums over shards, what each shard of a result begins as, and sums of parts. Rows may be of any width: the last shard
-// is cut where the row ends.
+// Sums over shards, the tile that each shard of a result starts from, and sums of parts. Rows may have any width: the
+// last shard ends with the row.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/vector.cuh"
@@ -46,7 +46,7 @@ __device__ void tiled_by(const BoneArguments& a) {
     });
 }
 
-// Sixteen bytes at once where shards and rows consist of them, pairs where they are even, else single elements.
+// Takes 16 bytes at once if shards and rows are multiples of them, pairs if they are even, else single elements.
 template <class E>
 __device__ __forceinline__ int width_of(const BoneArguments& a) {
     if (a.rank % WIDEST<E> == 0 && a.width % WIDEST<E> == 0) return WIDEST<E>;

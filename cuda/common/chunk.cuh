@@ -1,5 +1,4 @@
-// A chunk of 16 tokens in shared memory, and a head's state in registers: what the chunked kernels of the recurrences
-// have in common.
+// A chunk of 16 tokens in shared memory, and a head's state in registers, for the chunked kernels of the recurrences.
 #pragma once
 #include "common/tile.cuh"
 
@@ -22,13 +21,13 @@ __device__ __forceinline__ bf16* own(typename Shape<N>::Rows& rows, unsigned thr
     return &rows[thread / (N / 8)][thread % (N / 8) * 8];
 }
 
-// Starts the copy of them from `at` in a tensor, zeros where not `valid`.
+// Starts the copy of them from `at` in a tensor; zeros if not `valid`.
 template <int N>
 __device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, index_t at, bool valid) {
     cp_async_16(own<N>(rows), (const bf16*)tensor + (valid ? at : 0), valid);
 }
 
-// The same of the chunk that begins at token t0, zeros past the sequence's end.
+// The same for the chunk that begins at token t0, zeros past the sequence's end.
 template <int N, class Sequence>
 __device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0,
                                       unsigned thread = threadIdx.x) {
@@ -38,7 +37,7 @@ __device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void*
     cp_async_16(own<N>(rows, thread), source, valid);
 }
 
-// A head's state in global memory to a warp's 16 rows of accumulators: rows row0 + 0..15 of S, or of Sᵀ where
+// Loads a head's state from global memory into a warp's 16 rows of accumulators: rows row0 + 0..15 of S, or of Sᵀ if
 // `transposed`. A null source is zeros.
 template <int N>
 __device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float* source, int row0, bool transposed) {
@@ -56,7 +55,7 @@ __device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float
         }
 }
 
-// The same, back.
+// Stores them.
 template <int N>
 __device__ __forceinline__ void store_state(float* target, const Accumulator (&S)[N / 16], int row0, bool transposed) {
     const int lane = lane_id();

@@ -1,6 +1,6 @@
-// What stands around a kernel that takes one structure by value: its threads a block in NAME_threads, and, in a
-// library, NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x, y) threads and returns
-// CUDA's error code, 0 for success; in a module, its bytes of dynamic shared memory in NAME_shared.
+// Defines a kernel that takes one structure by value, with its threads per block in NAME_threads, and in a library
+// NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x, y) threads and returns CUDA's error
+// code, 0 for success; in a module, its bytes of dynamic shared memory in NAME_shared.
 #pragma once
 #include "common/device.cuh"
 
@@ -21,8 +21,8 @@
     }
 #endif
 
-// A kernel whose code is code(arguments), and its launch. threads: that its block has, or at most where the launcher
-// says how many; resident: blocks that should fit a multiprocessor's registers; shared: bytes of dynamic shared memory.
+// A kernel whose code is code(arguments), and its launch. threads: those of a block, or the most if the launcher gives
+// the number; resident: blocks that should fit a multiprocessor's registers; shared: bytes of dynamic shared memory.
 #define KERNEL(Arguments, name, code, threads, resident, shared)                                         \
     static_assert((shared) <= MOST_SHARED, #name " needs too much shared memory");                       \
     extern "C" __global__ void __launch_bounds__(threads, resident) name(const Arguments a) { code(a); } \

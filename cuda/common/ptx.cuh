@@ -37,13 +37,13 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
     return y;
 }
 
-// 16 bytes from global to shared memory, behind the thread's back; zeros where not `valid`.
+// Copies 16 bytes from global to shared memory asynchronously; zeros if not `valid`.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 }
-// The same of 4 bytes.
+// The same for 4 bytes.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(valid ? 4 : 0)

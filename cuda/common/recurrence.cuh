@@ -1,12 +1,12 @@
-// What the kernels of the recurrences have in common: how a block finds its sequence, and how a kernel is made known.
+// Shared by the kernels of the recurrences: finding a block's sequence, and defining a kernel.
 #pragma once
 #include "common/kernel.cuh"
 
-// The tokens that a block walks, of one head: a sequence or, where time is split, a group of it. Block g * heads + h
-// works on head h of group g: one dimension of the grid, since the others end at 65,535.
+// The tokens of one head that a block walks: a sequence or, if time is split, a group of it. Block g * heads + h works
+// on head h of group g, in one dimension of the grid, because the others end at 65,535.
 template <int SEGMENT>
 struct SequenceOf {
-    int length;          // of the tokens; negative where no group has the place
+    int length;          // of the tokens; negative if no group has the place
     index_t stride;      // elements from one token to the next
     index_t token;       // the first
     index_t elements;    // of its head
@@ -42,8 +42,8 @@ struct SequenceOf {
         return a.bounds ? (int)(a.bounds[n + 1] - a.bounds[n]) : a.length;
     }
 
-    // The place of a sequence's first group. Like slots, places lie between, so that nobody needs to count the groups;
-    // a sequence without tokens has one, which hands its state on.
+    // The place of a sequence's first group. As with slots, some places stay empty, so that nobody needs to count the
+    // groups; a sequence without tokens has one place, which passes its state on.
     template <class Arguments>
     static __device__ int first_group(const Arguments& a, int n) {
         if (!a.group) return n;
@@ -63,5 +63,5 @@ struct SequenceOf {
     }
 };
 
-// A recurrence's kernel, as common/kernel.cuh has it.
+// A recurrence's kernel, in the sense of common/kernel.cuh.
 #define RECURRENCE_KERNEL(...) KERNEL(Arguments, __VA_ARGS__)

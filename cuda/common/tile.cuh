@@ -4,9 +4,9 @@
 // eight elements (row, column) =
 //     0: (g, q)    1: (g, q+1)    2: (g+8, q)    3: (g+8, q+1)
 //     4: (g, q+8)  5: (g, q+9)    6: (g+8, q+8)  7: (g+8, q+9)
-// as floats in an Accumulator, or as bf16 pairs in a Tile. That is where m16n8k16 leaves its result, where it
-// wants its first operand, and (rows read as columns) where it wants its second one. So multiply() computes
-// c += a bᵀ, and a result becomes an operand by rounding, without a shuffle or a trip to shared memory.
+// as floats in an Accumulator, or as bf16 pairs in a Tile. This is the layout of m16n8k16's result, of its first
+// operand, and (rows read as columns) of its second one. So multiply() computes c += a bᵀ, and a result becomes an
+// operand by rounding, without a shuffle or a trip to shared memory.
 #pragma once
 #include "common/device.cuh"
 
@@ -51,8 +51,8 @@ __device__ __forceinline__ Accumulator widened(const Tile& t) {
 __device__ __forceinline__ Tile load_eight(const bf16* p) { return *(const Tile*)p; }
 __device__ __forceinline__ void store_eight(bf16* p, const Tile& x) { *(Tile*)p = x; }
 
-// A tile as a product's second operand: in the order in which the instruction takes the registers, so that none has to
-// be moved to bring a pair side by side.
+// A tile as a product's second operand: in the order in which the instruction takes the registers, so that no register
+// has to be moved.
 struct Right { uint32_t x[4]; };
 
 __device__ __forceinline__ Right right(const Accumulator& a) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ Tile load_transposed(const bf16* p, int stride) {
     return t;
 }
 
-// The same two as second operands.
+// The same two for second operands.
 __device__ __forceinline__ Right load_right(const bf16* p, int stride) {
     const int lane = lane_id();
     Right t;

@@ -1,4 +1,4 @@
-// What a launch of a cross-entropy kernel is told.
+// The arguments of the cross-entropy kernels.
 #pragma once
 #include "common/device.cuh"
 

@@ -1,14 +1,14 @@
-// A row of logits, which one block has: its loss, log sum exp(logits) - logits[target], and its gradient in the logits'
-// place. The row comes from memory once: sums and the largest logit are found in one pass (Milakov and Gimelshein 2018,
+// A block takes a row of logits: its loss, log sum exp(logits) - logits[target], and its gradient, which overwrites the
+// logits. The row is read from memory once: one pass finds the sum and the largest logit (Milakov and Gimelshein 2018,
 // arXiv 1805.02867), and the pass that writes the gradient finds the row in the cache.
 #pragma once
 #include "common/vector.cuh"
 #include "cross_entropy/arguments.cuh"
 
 constexpr int ROW_THREADS = 512;
-constexpr float LOWEST = -3.402823466e38f;  // what no finite logit is below
+constexpr float LOWEST = -3.402823466e38f;  // no finite logit is below it
 
-// The largest of some logits, the first place where it is, and the sum of exp(logit - largest).
+// The largest of some logits, its first place, and the sum of exp(logit - largest).
 struct Softmax {
     float largest, sum;
     index_t where;

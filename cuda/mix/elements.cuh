@@ -1,5 +1,5 @@
-// Operations of single elements: max(x, 0)^2, sigmoid(r) v, RWKV-7's residual of values, and tanh of sums whose parts
-// low_rank.cuh gives.
+// Elementwise operations: max(x, 0)^2, sigmoid(r) v, RWKV-7's value residual, and tanh of sums whose parts come from
+// low_rank.cuh.
 #pragma once
 #include "mix/rows.cuh"
 

@@ -1,4 +1,4 @@
-// Operations within heads, which are the groups: norms with their gates, and RWKV-7's keys. cpu/mix has the formulas.
+// Operations within heads, each a group: norms with their gates, and RWKV-7's keys. cpu/mix has the formulas.
 #pragma once
 #include "mix/rows.cuh"
 
@@ -40,7 +40,7 @@ struct NormGateBackward : Operation<E> {  // y, g, grad; weight, bias -> gy, gg;
 
 constexpr float LEAST_NORM = 1e-12f;
 
-// What both directions of RWKV-7's keys begin with.
+// The common start of both directions of RWKV-7's keys.
 template <class E>
 struct DeltaKeys : Operation<E> {
     const Values a0, k_k, k_a;
@@ -97,7 +97,7 @@ struct DeltaKeysBackward : DeltaKeys<E> {  // k, low, gkey, ga, gb; a0, k_k, k_a
     }
 };
 
-// What both directions of RWKV-7's norm with a bonus begin with.
+// The common start of both directions of RWKV-7's norm with a bonus.
 template <class E>
 struct NormBonusGate : Operation<E> {
     const Values r_k, weight, bias;

@@ -1,12 +1,13 @@
-// Token shift with interpolation: out_i = x + (previous - x) m_i, m_i = maa_i + offset_i, where `previous` is the token
-// before, and the offsets, of each token and channel, are null where maa is all there is. cpu/mix/lerp.h has the
-// formulas; here the offsets' low-rank product is a matrix product outside, but where low_rank.cuh has it inside.
+// Token shift with interpolation: out_i = x + (previous - x) m_i, m_i = maa_i + offset_i. `previous` is the token
+// before; the offsets, one for each token and channel, are null if the weights do not depend on the token.
+// cpu/mix/lerp.h has the formulas; here the offsets are the result of a matrix product outside (low_rank.cuh has it
+// inside).
 #pragma once
 #include "mix/rows.cuh"
 
 constexpr int MOST_POINTS = 6;
 
-// The sequence of a token, and whether it is its first.
+// The sequence of a token, and true if the token is its first.
 struct Place {
     int sequence;
     bool first;
@@ -70,7 +71,7 @@ struct LerpBackward
     __device__ void row(index_t t) {
         const auto& a = this->a;
         const Place place = place_of(a, t);
-        Values x = zero_values(), before = zero_values();  // wanted for the gradients of the weights alone
+        Values x = zero_values(), before = zero_values();  // only for the gradients of the weights
         if (a.inputs[0]) x = this->in(0, t), before = this->previous(t, place);
         const bool passes_on = t + 1 < a.tokens && !place_of(a, t + 1).first;
         Values gx = zero_values(), glast = zero_values();

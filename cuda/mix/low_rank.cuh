@@ -1,11 +1,11 @@
-// Token shift with interpolation whose weights have their product of low rank inside, in bf16 on tensor cores:
+// Token shift with interpolation that computes its weights' low-rank product itself, in bf16 on tensor cores:
 // out_i = x + (previous - x) m_i, m_i = maa_i + low_i up_i, for the five points of RWKV-6, low (tokens, 5 K) and up
 // (5, K, channels). Backward is for a frozen `up`, whose gradient would need the gradients of m_i in memory.
 //
-// Where a norm's `stats` are given, x is what they normalize, here and not in memory; low is taken before its tanh; and
-// the first point, the decay's, is not written either: its product with `down` (channels, 2 K) is all that is wanted of
-// it. A block has a group of `size` channels, so that a group's part of that product, or of low's gradient, is written
-// once; steps of channels have their `up` and `down` from the L2 cache, for 64 tokens at once.
+// If a norm's `stats` are given, the kernel normalizes x itself, without writing it to memory; low is taken before its
+// tanh; and the first point, the decay's, is not written either, but only its product with `down` (channels, 2 K). A
+// block has a group of `size` channels, so that a group's part of that product, or of low's gradient, is written once;
+// steps of channels read their `up` and `down` from the L2 cache, for 64 tokens at once.
 #pragma once
 #include "common/fetch.cuh"
 #include "mix/lerp.cuh"
@@ -16,7 +16,7 @@ constexpr int LOW_POINTS = 5;
 constexpr int LOW_THREADS = 128;
 constexpr int NARROW = 32;  // channels of a step in backward
 
-// Channels `at` + tile_column of p, as each row of a tile has them.
+// Channels `at` + tile_column of p, the same in each row of a tile.
 __device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
     const bf16* from = element(p, at + tile_column(lane_id(), 0));
     Accumulator m;
@@ -27,7 +27,7 @@ __device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
     return m;
 }
 
-// What a lane's two rows of a tile are.
+// The tokens of a lane's two rows of a tile.
 struct LowRows {
     int token;      // of the first; that of the second is 8 more
     bool first[2];  // of a sequence
@@ -36,7 +36,7 @@ struct LowRows {
         #pragma unroll
         for (int h = 0; h < 2; h++) first[h] = token + 8 * h < a.tokens && place_of(a, token + 8 * h).first;
     }
-    // Where a first token's row of a tensor (sequences, channels) begins.
+    // The start of a first token's row in a tensor (sequences, channels).
     __device__ index_t sequence_at(const MixArguments& a, int h) const {
         return (index_t)place_of(a, token + 8 * h).sequence * a.channels;
     }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void normalize_tile(const MixArguments& a, const LowR
     }
     x = widened(rounded(x));
 }
-// Makes of a tile of x, and of the tile of rows before, what is mixed: normalized, and with what precedes sequences.
+// Prepares a tile of x and that of the rows before for mixing: normalizes them, and puts `last` before sequences.
 __device__ __forceinline__ void settle(const MixArguments& a, const LowRows& rows, int column, Accumulator& x,
                                        Accumulator& previous) {
     if (a.inputs[3]) {
@@ -74,13 +74,13 @@ __device__ __forceinline__ void settle(const MixArguments& a, const LowRows& row
     }
 }
 
-// Starts the copy of a tile's rows of low, and waits for it where their tanh is still to be taken.
+// Starts the copy of a tile's rows of low, and waits for it if their tanh is still to be taken.
 template <int WIDTH>
 __device__ __forceinline__ void fetch_low(const MixArguments& a, const TilePart& part, bf16 (*low)[WIDTH + PADDING]) {
     fetch_rows<WIDTH>(low, element(a.inputs[1], (index_t)part.t0 * WIDTH), WIDTH, TILE_TOKENS, part.valid);
     if (!a.inputs[3]) return;
     cp_async_wait_all();
-    for (int i = threadIdx.x; i < TILE_TOKENS * (WIDTH / 8); i += blockDim.x) {  // each thread what it has brought
+    for (int i = threadIdx.x; i < TILE_TOKENS * (WIDTH / 8); i += blockDim.x) {  // each thread its own copies
         bf16* at = &low[i / (WIDTH / 8)][i % (WIDTH / 8) * 8];
         float x[8];
         load_vector<bf16, 8>(x, at);
@@ -100,8 +100,8 @@ struct LowForwardShared {
     } steps[2];
 };
 
-// x, low, up, stats and down or null; maa, weight and bias where stats are -> five points, or the last four of them and
-// a group's part of the first one's product with `down`, float (groups, tokens, 2 K).
+// x, low, up, stats and down or null; maa, and with stats weight and bias -> five points, or with stats the last four
+// of them and a group's part of the first one's product with `down`, float (groups, tokens, 2 K).
 template <int K>
 __device__ void low_forward(const MixArguments& a) {
     using Shared = LowForwardShared<K>;
@@ -124,7 +124,7 @@ __device__ void low_forward(const MixArguments& a) {
     for (int d = 0; d < 2 * K / 16; d++) product[d] = zeros();
     for (int c0 = part.begin; c0 < part.end; c0 += STEP) {
         cp_async_wait_all();
-        __syncthreads();  // the step has arrived, and nobody reads the one before any more
+        __syncthreads();  // the step has arrived, and nobody reads the previous one any more
         if (c0 + STEP < part.end) fetch(c0 + STEP);
         const auto& step = shared.steps[(c0 - part.begin) / STEP % 2];
         #pragma unroll 1
@@ -165,7 +165,7 @@ __device__ void low_forward(const MixArguments& a) {
         }
 }
 
-// In backward a warp has 16 tokens and 32 columns of their low: where K is more, several do the same for the rest.
+// In backward a warp has 16 tokens and 32 columns of their low; if K is larger, further warps take the rest.
 template <int K>
 constexpr int LOW_SPLITS = K / 32;
 
@@ -177,11 +177,11 @@ struct LowBackwardShared {
         bf16 first[TILE_TOKENS][NARROW + PADDING], down[NARROW][2 * K + PADDING];
     };
     bf16 grads[LOW_POINTS - 1][TILE_TOKENS][NARROW + PADDING];
-    float passed[TILE_TOKENS][16 + 2];  // the gradient of what precedes a token
+    float passed[TILE_TOKENS][16 + 2];  // a token's gradient for the one before it
 };
 
-// Columns `column` + tile_column of the gradient of the decay's factor before its tanh, for a lane's two rows; zeros
-// where it is not given.
+// Columns `column` + tile_column of the gradient of the decay's factor before its tanh, for a lane's two rows; zeros if
+// it is not given.
 template <int D>
 __device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const TilePart& part, int row0, int column) {
     Accumulator before = zeros();
@@ -199,10 +199,10 @@ __device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const Tile
     return rounded(before);
 }
 
-// x, low, up, stats and down or null, five grads, or the last four of them and the decay's factor with its gradient
-// (tokens, 2 K); maa, weight and bias where stats are -> the gradient of what is mixed, glast, and that of low's tanh
-// by a group's channels, (groups, tokens, 5 K). A tile's last token is the next one's first: its gradient of what
-// precedes it is all that is wanted of it here.
+// x, low, up, stats and down or null, five grads, or with stats the last four of them and the decay's factor with its
+// gradient (tokens, 2 K); maa, and with stats weight and bias -> the gradient of the (normalized) input, glast, and
+// that of low's tanh by a group's channels, (groups, tokens, 5 K). A tile's last token is the next tile's first: here
+// only its gradient for the token before it is computed.
 template <int K>
 __device__ void low_backward(const MixArguments& a) {
     auto& shared = *(LowBackwardShared<K>*)dynamic_shared();
@@ -213,7 +213,7 @@ __device__ void low_backward(const MixArguments& a) {
     const int part = warp % LOW_SPLITS<K> * PART;
     fetch_low<width>(a, block, shared.low);
     const LowRows rows(a, t0 + row0);
-    bool passes_on[2];  // whether the token after is of the same sequence
+    bool passes_on[2];  // true if the next token is in the same sequence
     #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int row = row0 + tile_row(lane, 2 * h);
@@ -287,7 +287,7 @@ __device__ void low_backward(const MixArguments& a) {
                     store_pair((bf16*)a.glast + rows.sequence_at(a, e / 2 % 2) + column + tile_column(0, e),
                                passed.c + e);
             }
-            __syncthreads();  // a row's gradient is there for the row before
+            __syncthreads();  // each row's gradient for the row before is written
             #pragma unroll
             for (int e = 0; e < 8; e += 2) {
                 if (!passes_on[e / 2 % 2]) continue;

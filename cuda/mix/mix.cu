@@ -1,7 +1,7 @@
-// What stands between a block's matrix products, on NVIDIA GPUs, forward and backward: token shift with interpolation,
-// gates, norms of heads, keys. Each reads what it needs once and writes what it gives once.
+// The operations between a block's matrix products, on NVIDIA GPUs, forward and backward: token shift with
+// interpolation, gates, norms of heads, keys. Each reads its inputs once and writes its results once.
 //
-// nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
+// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
 // compiler, with tests/cuda_shim, into a library that runs on the CPU.
 #include "common/kernel.cuh"
 #include "mix/elements.cuh"
@@ -33,7 +33,7 @@ MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 MIX_OPERATION(bonus_gate_forward, BonusGateForward)
 MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
 
-// Those whose blocks have whole tokens; `resident` of them to a multiprocessor's registers.
+// Kernels whose blocks take whole tokens; `resident` blocks should fit a multiprocessor's registers.
 #define MIX_TOKENS(name, resident, floats)                                                                  \
     KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, resident, floats * sizeof(float)) \
     KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, resident, floats * sizeof(float))

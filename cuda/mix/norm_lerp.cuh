@@ -1,12 +1,12 @@
-// Layer norm and token shift with interpolation in one, for norms and points that are frozen: the normalized input is
-// not read back to be mixed. A block has a strip of tokens; forward normalizes the token before it once more, backward
-// reads the gradients of the token after it once more. norm_rows.cuh and lerp.cuh have the formulas.
+// Layer norm and token shift with interpolation in one pass, for frozen norms and weights: the normalized input is not
+// read back from memory. A block has a strip of tokens; forward normalizes the token before the strip again, backward
+// reads the gradients of the token after it again. norm_rows.cuh and lerp.cuh have the formulas.
 #pragma once
 #include "mix/lerp.cuh"
 #include "mix/norm_rows.cuh"
 
 constexpr int MOST_MIXED = 4096;  // channels
-// Forward's blocks to a multiprocessor: four, but on Blackwell, for which the compiler would spill registers.
+// Forward's blocks on a multiprocessor: four, but fewer on Blackwell, for which the compiler would spill registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int NORM_LERP_BLOCKS = 3;
 #else
@@ -18,7 +18,7 @@ struct Strip {
     __device__ explicit Strip(const MixArguments& a)
         : begin((index_t)blockIdx.x * a.strip), end(min(begin + a.strip, a.tokens)) {}
 };
-// Whether token t, which may be the one after all, begins a sequence or ends them.
+// True if token t begins a sequence, or is past the last one.
 __device__ __forceinline__ bool begins(const MixArguments& a, index_t t) {
     return t == a.tokens || place_of(a, t).first;
 }
@@ -60,7 +60,7 @@ __device__ void norm_lerp_forward_by(const MixArguments& a) {
     }
 }
 
-// Adds up what token t's gradients of the points give to itself and to the token before it.
+// Adds up token t's gradients of the points, for itself and for the token before it.
 template <class E, int V>
 __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int c, float (&own)[V],
                                           float (&passed)[V]) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int 
 // grads of points; weight, maa -> the gradient of x; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
-    float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back
+    float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: the gradient from the next token
     const Strip strip(a);
     if (!begins(a, strip.end))
         each_own<V>(a, [&](int c) {

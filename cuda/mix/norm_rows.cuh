@@ -1,6 +1,6 @@
-// What kernels share that normalize whole tokens, out = (x - mean) scale weight + bias over all channels of a token,
-// which a block has, or take the gradient, to which that of the residual, x's second user, is added. Mean and scale,
-// 1 / standard deviation, are kept for backward.
+// Shared by kernels that normalize whole tokens, out = (x - mean) scale weight + bias over all channels of a block's
+// token, or compute its gradient and add that of the residual, x's second user. Mean and scale, 1 / standard deviation,
+// are saved for backward.
 #pragma once
 #include "common/vector.cuh"
 #include "mix/rows.cuh"
@@ -21,13 +21,13 @@ __device__ __forceinline__ float block_total(float x) {
     return sum;
 }
 
-// f(c) for each V neighbours c, c + 1, … that a thread has of the channels.
+// f(c) for each V neighbours c, c + 1, … among a thread's channels.
 template <int V, class F>
 __device__ __forceinline__ void each_own(const MixArguments& a, F f) {
     for (int c = threadIdx.x * V; c < a.channels; c += NORM_THREADS * V) f(c);
 }
 
-// x as an E has it.
+// x rounded to an E.
 template <class E>
 __device__ __forceinline__ float rounded(float x) {
     E e;
@@ -41,7 +41,7 @@ __device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
     return RowStats{((const float*)a.inputs[3])[2 * t], ((const float*)a.inputs[3])[2 * t + 1]};
 }
 
-// row = token t of x; where it is the block's own, its stats are written.
+// row = token t of x; its stats are written if the token is the block's own.
 template <class E, int V>
 __device__ RowStats read_row(const MixArguments& a, index_t t, float* row, bool own) {
     float sum = 0.f;
@@ -71,8 +71,8 @@ __device__ __forceinline__ void normalize_row(const MixArguments& a, const RowSt
     for (int e = 0; e < V; e++) out[e] += (row[c + e] - stats.mean) * stats.scale * weight[e];
 }
 
-// row = the gradient of the normalized values, from that of the norm's result; sum and along add up, for this thread,
-// it and its product with those values.
+// row = the gradient of the normalized values, from that of the norm's result; sum and along gather this thread's part
+// of its sum and of its product with those values.
 template <class E, int V>
 __device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats& stats, index_t t, int c,
                                            const float (&grad)[V], float* row, float& sum, float& along) {

@@ -1,6 +1,6 @@
-// What the mix kernels share: a warp has one group of channels of one token in registers, four a lane, and a block the
-// same group of a strip of tokens. Sums over channels are shuffles; sums over tokens stay in registers until the strip
-// ends, and the strips' are added up outside.
+// Shared by the mix kernels: a warp has one group of a token's channels in registers, four in each lane, and a block
+// takes the same group of a strip of tokens. Sums over channels are shuffles; sums over tokens stay in registers until
+// the strip ends, and the strips' sums are added up outside.
 #pragma once
 #include "common/tile.cuh"
 #include "mix/arguments.cuh"
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_pair(const bf16* p, float* x) {
 __device__ __forceinline__ void store_pair(float* p, const float* x) { *(Pair*)p = Pair{{x[0], x[1]}}; }
 __device__ __forceinline__ void store_pair(bf16* p, const float* x) { *(uint32_t*)p = pack_bf16(x[0], x[1]); }
 
-// The group's channels from element `at` of p on, of which there are `size`.
+// Loads the group's `size` channels from element `at` of p on.
 template <class E>
 __device__ __forceinline__ Values load(const void* p, index_t at, int size) {
     Values v = zero_values();
@@ -94,8 +94,8 @@ struct Part {
     }
 };
 
-// An operation over a block's part: Op(arguments, part) holds what belongs to its channels, row(t) does a token, and
-// sums, SUMS of them, gather what is summed over tokens.
+// Runs an operation over a block's part: Op(arguments, part) holds the values of its channels, row(t) computes a token,
+// and `sums`, SUMS of them, gather sums over tokens.
 template <class Op>
 __device__ void run_rows(const MixArguments& a) {
     const Part part(a);
@@ -119,7 +119,7 @@ __device__ void run_rows(const MixArguments& a) {
     }
 }
 
-// What every operation holds.
+// The members of every operation.
 template <class E>
 struct Operation {
     const MixArguments& a;

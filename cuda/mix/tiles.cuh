@@ -1,5 +1,5 @@
-// What the mix kernels on tensor cores share: a block has a group of channels, which it takes in steps, of a tile of
-// tokens, 16 of which are a warp's; what it gives of a group's channels is a part, to be added up.
+// Shared by the mix kernels on tensor cores: a block has a tile of tokens, 16 of which are a warp's, and a group of
+// channels, which it takes in steps; its sums over the group's channels are parts, to be added up.
 #pragma once
 #include "common/tile.cuh"
 #include "mix/arguments.cuh"
@@ -8,7 +8,7 @@ constexpr int TILE_TOKENS = 64;
 
 __device__ __forceinline__ const bf16* element(const void* p, index_t at) { return (const bf16*)p + at; }
 
-// A block's group and tile; a tile has `own` tokens that the next one has not.
+// A block's group and tile; `own` tokens of a tile are not in the next one.
 struct TilePart {
     int group, begin, end, valid, t0;
 

@@ -1,4 +1,4 @@
-// What a launch is told.
+// The arguments of wkv6's kernels.
 #pragma once
 #include "common/recurrence.cuh"
 
@@ -6,25 +6,25 @@
 constexpr int SEGMENT = 64;
 
 // One structure for both directions; ops/recurrence/cuda.py mirrors it field by field. Tensors are contiguous;
-// "elements" are float32 or bf16, as the kernel says, 16-byte aligned; a null pointer marks what the caller does not
-// have or want.
+// "elements" are float32 or bf16, by the kernel, 16-byte aligned; a null pointer marks a tensor that the caller does
+// not have or want.
 struct Arguments {
     const void *r, *k, *v, *w;  // elements (tokens, heads, head_size)
     const float* u;             // (heads, head_size)
     const float* state;         // (sequences, heads, K, V), or null for zeros
-    const index_t* bounds;      // (sequences + 1): sequence n is tokens bounds[n] to bounds[n + 1]; or null where
+    const index_t* bounds;      // (sequences + 1): sequence n is tokens bounds[n] to bounds[n + 1]; or null if
                                 // each sequence is `length` tokens
     void* y;                    // elements (tokens, heads, head_size)
     float* final_state;         // (sequences, heads, K, V)
     float* checkpoints;   // (tokens / SEGMENT + sequences, heads, K, V), or as chunk.cuh's Checkpoint has it; null
                           // in a forward without backward
-    const void* gy;       // gradients, named after what they belong to
+    const void* gy;       // gradients: gy is that of y
     const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;
     float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
     float* gstate;       // or null
-    float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds; then as gstate
-    float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
+    float* parts;        // if time is split: (groups, heads, K, V), states at the groups' bounds; then like gstate
+    float* transitions;  // and (groups, heads, K), the scale of a state from a group's start to its end
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };

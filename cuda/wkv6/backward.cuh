@@ -54,7 +54,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     Operands<N>& o = shared.made.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
-    if (s.length < 0) {  // no group has the place
+    if (s.length < 0) {  // no group has this place
         if (tid < N) a.gu[s.channels + tid] = 0.f;
         return;
     }
@@ -80,8 +80,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         stage ^= 1;
     };
 
-    // The states inside a segment wait where nobody has written yet: where the gradients of the chunk before will be,
-    // once nobody reads them any more. Tile b of the thread, of the state after the chunk that begins at token t0.
+    // The states inside a segment are stored in memory that is still unused: the place of the gradients of the chunk
+    // before, which are written after the last read. Tile b of the thread, of the state after the chunk at token t0.
     static_assert(tiles <= 4, "a gradient for each tile");
     const auto waiting = [&](int t0, int b) -> Tile& {
         void* const room = b == 0 ? a.gr : b == 1 ? a.gk : b == 2 ? a.gv : a.gw;
@@ -153,7 +153,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             decays.keep(factor, shared.made.write);
             __syncthreads();  // the operands are complete
 
-            // The state before the chunk comes from far: it is asked for at once.
+            // The state before the chunk comes from global memory: start its copy early.
             Tile states[tiles];
             #pragma unroll
             for (int b = 0; b < tiles; b++) states[b] = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);

@@ -1,5 +1,5 @@
-// What the two chunked kernels share: a chunk of 16 tokens in shared memory, and its decays. The head comment of
-// wkv6.cu explains the names.
+// Shared by the two chunked kernels: a chunk of 16 tokens in shared memory, and its decays. The head comment of wkv6.cu
+// explains the names.
 #pragma once
 #include "common/chunk.cuh"
 #include "wkv6/arguments.cuh"
@@ -54,7 +54,7 @@ struct Decays {
         o.quarter[part][c / 2] = product;
     }
 
-    // Takes the halves' products from the quarters, which all threads must have written, and shares them.
+    // Computes the halves' products from the quarters, which all threads must have written, and shares them.
     __device__ __forceinline__ void halves(Products<N>& o) {
         #pragma unroll
         for (int i = 0; i < 4; i++) quarter[i] = o.quarter[i][c / 2];
@@ -89,7 +89,7 @@ struct Decays {
         }
     }
 
-    // The factors below take one reciprocal whichever the part is, so that no thread branches.
+    // The factors below take one reciprocal in every part, so that no thread branches.
 
     // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
     // the middle.
@@ -161,14 +161,14 @@ struct Decays {
         }
     }
 
-    // Keeps the factors where the epilogue finds them: at [t + i][c + j].
+    // Stores the factors for the epilogue at [t + i][c + j].
     __device__ __forceinline__ void keep(const Pair (&factor)[4], float (*out)[N + 4]) const {
         #pragma unroll
         for (int i = 0; i < 4; i++) *(Pair*)&out[t + i][c] = factor[i];
     }
 };
 
-// The state before token t of a block, as the chunked kernels keep it: in bf16, tile by tile of S, (K / 16, V / 16),
+// The state before token t of a block, as the chunked kernels store it: in bf16, tile by tile of S, (K / 16, V / 16),
 // each spread over a warp's lanes.
 template <int N>
 struct Checkpoint {
@@ -187,7 +187,7 @@ __device__ __forceinline__ float row_sum(float x) {
     return x;
 }
 
-// The dot product of eight elements of two rows, each product scaled by `factor`, 16-byte aligned, where SCALED, summed
+// The dot product of eight elements of two rows, 16-byte aligned, each product scaled by `factor` if SCALED, summed
 // over the threads that share the rows.
 template <int N, bool SCALED>
 __device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const float* factor = nullptr) {
@@ -201,8 +201,8 @@ __device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const flo
     return row_sum<N>(sum);
 }
 
-// Sets a chunk's (16, 16) scores to zero except below the diagonal (above it where `above`), and the diagonal to
-// `diagonal` where there is one.
+// Sets a chunk's (16, 16) scores to zero except below the diagonal (above it if `above`), and the diagonal to
+// `diagonal` if there is one.
 __device__ __forceinline__ void mask(Accumulator& scores, bool above, const float* diagonal) {
     const int lane = lane_id();
     float own[2] = {0.f, 0.f};  // the diagonal's elements in the lane's two rows, read without a branch

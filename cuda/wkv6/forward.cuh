@@ -20,7 +20,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
     const int own_row = threadIdx.x / (N / 8), own_column = threadIdx.x % (N / 8) * 8;
 
-    // Where a thread's eight elements lie of the chunk that is fetched next.
+    // The place of a thread's eight elements of the chunk that is fetched next.
     const index_t step = CHUNK * s.stride;
     index_t fetched = s.elements + own_row * s.stride + own_column;
     const auto start_fetch = [&](int t0) {

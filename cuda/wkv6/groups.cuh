@@ -1,9 +1,10 @@
-// Time split into groups of tokens, which different blocks walk at once: where there are few heads, they alone leave
-// most of a GPU idle. What a group makes of the state S before it is
+// Time split into groups of tokens, which different blocks walk at once, because a block for each of few heads leaves
+// most of a GPU idle. A group turns the state S before it into
 //     S_end = diag(transition) S + local
-// with transition the product of its tokens' decays, and local what it makes of zeros. So a pass over all groups at
-// once, by states alone, finds both; a scan finds the states that the groups start with; and then each is as good as a
-// sequence of its own. Backward is the same from the end, with dS the gradient of the state after a group:
+// with transition the product of its tokens' decays, and local its result for a state of zeros. So one pass over all
+// groups at once, which computes only states, finds both; a scan finds the states that the groups start with; and then
+// each is like a sequence of its own. Backward is the same from the end, with dS the gradient of the state after a
+// group:
 //     dS_start = diag(transition) dS + local
 #pragma once
 #include "wkv6/chunk.cuh"
@@ -72,8 +73,9 @@ struct alignas(16) Quad { float x[4]; };
 
 constexpr int SCAN_THREADS = 128;
 
-// From the groups' local states to those that they start with, in their place, and the final state; backward, to the
-// gradients of those that they end with, and that of the initial state. A thread takes four neighbours of a row.
+// Replaces the groups' local states by those that they start with, and gives the final state; in backward, by the
+// gradients of the states that they end with, and gives that of the initial state. A thread takes four neighbours of a
+// row.
 template <bool BACKWARD>
 __device__ __forceinline__ void scan_groups(const Arguments& a) {
     const int N = a.head_size, blocks = N * N / (4 * SCAN_THREADS);  // of a head

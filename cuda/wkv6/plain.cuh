@@ -10,7 +10,7 @@ constexpr int STRIP = 16;
 constexpr int MAX_HEAD_SIZE = 128;
 constexpr int MAX_STRIPS = MAX_HEAD_SIZE / STRIP;
 
-// Past this exp(w), a decay and its derivative are zero as far as float32 can tell.
+// Past this exp(w), a decay and its derivative are zero in float32.
 constexpr float NO_GRADIENT = 20.0f;
 
 // One token's inputs and u, zeros past the head size.
@@ -49,7 +49,7 @@ __device__ __forceinline__ float strip_sum(const float (*partial)[MAX_HEAD_SIZE]
     return sum;
 }
 
-// A strip of a state in global memory: of row x, or of column x where `transposed`. A null source is zeros.
+// A strip of a state in global memory: of row x, or of column x if `transposed`. A null source is zeros.
 __device__ __forceinline__ void load_strip(float* strip, const float* source, int N, bool transposed) {
     #pragma unroll
     for (int i = 0; i < STRIP; i++) {

@@ -14,26 +14,26 @@
 //     scores(t, s) = sum over c of r_t k_s (product of d_x, s < x < t)
 // The product between s and t is start(t) end(s) / whole. To make it out of two factors that bf16 can hold, both are
 // taken relative to the chunk's middle (first and second are the products of the two halves, whole = first second):
-//     r_middle = r start(t) / first     k_middle = k end(s) / second     scores = r_middle k_middleᵀ, where s < t
+//     r_middle = r start(t) / first     k_middle = k end(s) / second     scores = r_middle k_middleᵀ, for s < t
 //     r_start  = r start(t)             k_end    = k end(s)
 // The largest factor is the reciprocal of eight decays, hence the cap on a decay (DECAY_CAP); scores that are not
 // below the diagonal may overflow, and are never used.
 //
 // Products run on tensor cores in bf16 with float32 sums (common/tile.cuh). The state is float32; its transpose is
-// kept in the layout of a product's result, so that it serves as an operand where it lies.
+// kept in the layout of a product's result, so that it serves as an operand without moving.
 //
 // Backward needs the states in reverse. Forward stores one every 64 tokens (SEGMENT), in bf16; backward rebuilds the
 // three between, and carries dS = dL/dS from the last token to the first:
 //     dS_start = diag(whole) dS + sum over t of (r_t start(t)) gy_tᵀ
 //     gr_t = start(t) S gy_t + read factor * (gscores k_middle)_t + u k_t (gy_t . v_t)
 //     gk_s = end(s) dS v_s + write factor * (gscoresᵀ r_middle)_s + u r_s (gy_s . v_s)
-//     gv_s = (k_s end(s)) dS + (scoresᵀ gy)_s,    gscores = gy vᵀ, where s < t
-// A token's decay d_x touches four things: the state that passes through the whole chunk; the reads after x, through
+//     gv_s = (k_s end(s)) dS + (scoresᵀ gy)_s,    gscores = gy vᵀ, for s < t
+// A token's decay d_x affects four things: the state that passes through the whole chunk; the reads after x, through
 // start; the writes before x, through end; and the scores that span x. So, per channel, its log has the gradient
 //     whole <S, dS> + sum over t > x of r_t gr_t(across) + sum over s < x of k_s gk_s(across)
 //                   + sum over t > x of r_t gr_t(inside) - sum over s >= x of k_s gk_s(inside)
-// (across: the first terms of gr and gk above; inside: the second), which is a difference only within the chunk, and
-// there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
+// (across: the first terms of gr and gk above; inside: the second). Only the terms inside the chunk are subtracted, and
+// those are the same rounded numbers on both sides. gw_x is -exp(w_x) times that gradient.
 //
 // Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
 // kernels, one token at a time (plain.cuh). ops/wkv6/cuda.py chooses.

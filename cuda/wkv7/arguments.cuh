@@ -1,4 +1,4 @@
-// What a launch is told.
+// The arguments of wkv7's kernels.
 #pragma once
 #include "common/recurrence.cuh"
 
@@ -10,25 +10,24 @@ constexpr int SEGMENT = 32;
 constexpr float DECAY_RATE = -0.60653065971263342f;
 
 // One structure for both directions; ops/recurrence/cuda.py mirrors it field by field. Tensors are contiguous;
-// "elements" are float32 or bf16, as the kernel says, 16-byte aligned; states have the value dimension in rows; a null
-// pointer marks what the caller does not have or want.
+// "elements" are float32 or bf16, by the kernel, 16-byte aligned; states have the value dimension in rows; a null
+// pointer marks a tensor that the caller does not have or want.
 struct Arguments {
     const void *r, *w, *k, *v, *a, *b;  // elements (tokens, heads, head_size)
     const float* state;                 // (sequences, heads, V, K), or null for zeros
     const index_t* bounds;              // (sequences + 1): sequence n is tokens bounds[n] to bounds[n + 1]; or null
-                                        // where each sequence is `length` tokens
+                                        // if each sequence is `length` tokens
     void* y;                            // elements (tokens, heads, head_size)
     float* final_state;                 // (sequences, heads, V, K)
     float* checkpoints;                 // (tokens / SEGMENT + sequences, heads, V, K); null without backward
-    const void* gy;                     // gradients, named after what they belong to
+    const void* gy;                     // gradients: gy is that of y
     const float* gfinal;                // or null for zeros
     void *gr, *gw, *gk, *gv, *ga, *gb;
     float* gstate;       // or null
-    float* parts;        // where time is split: (groups, heads, V, K), states at the groups' bounds
-    float* transitions;  // and (groups, heads, K, K), what becomes of a state from a group's start to its end
-    // Where the kernels make the keys (keys.cuh): `low` is elements as k is, the parameters are (heads, head_size), and
-    // what forward tells of a token's heads, bonuses and 1 / lengths, (tokens, heads), as are the bonuses' gradients,
-    // or null for zeros.
+    float* parts;        // if time is split: (groups, heads, V, K), states at the groups' bounds
+    float* transitions;  // and (groups, heads, K, K), the map of a state from a group's start to its end
+    // If the kernels make the keys (keys.cuh): `low` is elements like k, the parameters are (heads, head_size), and
+    // forward's bonuses and 1 / lengths, and the bonuses' gradients (null for zeros), are (tokens, heads).
     const void *low, *a0, *k_k, *k_a, *r_k;
     float *bonus, *scales;
     const float* gbonus;

@@ -55,7 +55,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
     const int lane = lane_id();
     const Operands<N>& o = shared.operands;
     Accumulator gr = zeros(), ga = zeros(), gk = zeros(), gb = zeros();  // of the operands
-    float through[2] = {0.f, 0.f};  // of the log decays, by what passes through the whole chunk or goes on after it
+    float through[2] = {0.f, 0.f};  // of the log decays, through the state across the whole chunk or after it
     #pragma unroll
     for (int b = 0; b < tiles; b++) {
         const Tile state = load_transposed(&shared.state[b * 16][c0], stride);  // (k, v)

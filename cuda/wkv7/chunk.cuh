@@ -1,4 +1,4 @@
-// What the two chunked kernels share: a chunk's operands, and what its tokens read of one another's writes. The head
+// Shared by the two chunked kernels: a chunk's operands, and its tokens' reads of one another's writes. The head
 // comment of wkv7.cu explains the names.
 #pragma once
 #include "wkv7/keys.cuh"
@@ -65,7 +65,7 @@ struct Decays {
         }
     }
 
-    // Keeps the products of the decays before each token where the epilogue finds them, those of all in the last row.
+    // Stores the products of the decays before each token for the epilogue, that of all decays in the last row.
     __device__ __forceinline__ void keep(float (*products)[N + 4]) const {
         Pair product = before;
         #pragma unroll
@@ -87,14 +87,14 @@ struct Decays {
 using PairMatrix = bf16[CHUNK][CHUNK + 8];
 enum PairName { A_B, A_K, R_B, R_K, PAIRS };
 
-// What the chunk's tokens read of one another's writes, a's only of earlier ones, r's of their own too. In the place
-// of a's of b stands the inverse of I less it, turned, (writer, reader), in two parts that add up.
+// The chunk's matrices of token pairs: a reads only earlier tokens' writes, r also its own token's. In place of a's
+// reads of b stands the inverse of I minus them, turned, (writer, reader), in two parts that add up.
 struct PairMatrices {
     PairMatrix of[PAIRS], low;
-    float lower[CHUNK][CHUNK];  // a's of b in float32, writers in rows, for the inversion
+    float lower[CHUNK][CHUNK];  // a's reads of b in float32, writers in rows, for the inversion
 };
 
-// Zeros what matrix number `name` has above the diagonal, and on it where a reads.
+// Zeros matrix number `name` above the diagonal, and, if a reads, on it.
 __device__ __forceinline__ void keep_earlier(int name, Accumulator& pairs) {
     const bool diagonal = name == R_B || name == R_K;
     const int lane = lane_id();
@@ -105,8 +105,8 @@ __device__ __forceinline__ void keep_earlier(int name, Accumulator& pairs) {
     }
 }
 
-// (I - lower)⁻¹ by one warp: a column of it a lane, by forward substitution in float32. In bf16, or as a product of
-// powers, tokens that take away each other's writes would drown it in roundings.
+// (I - lower)⁻¹ by one warp: each lane takes a column, by forward substitution in float32. In bf16, or as a product of
+// powers, tokens that remove each other's writes would drown it in rounding errors.
 __device__ __forceinline__ void invert(PairMatrices& pairs) {
     const int lane = lane_id(), column = lane % CHUNK;
     float x[CHUNK];
@@ -116,7 +116,7 @@ __device__ __forceinline__ void invert(PairMatrices& pairs) {
     for (int j = 0; j < CHUNK - 1; j++)
         #pragma unroll
         for (int i = j + 1; i < CHUNK; i++) x[i] += pairs.lower[j][i] * x[j];
-    // Of the two lanes that have a column, the second has what rounding takes from the first.
+    // Two lanes have a column: the second stores the rounding error of the first.
     const uint32_t all_of_second = lane < CHUNK ? 0 : ~0u;
     bf16* row = lane >= CHUNK ? pairs.low[column] : pairs.of[A_B][column];
     #pragma unroll
@@ -174,8 +174,8 @@ __device__ __forceinline__ void multiply_finely(Accumulator& c, const Accumulato
     multiply(c, high, b);
 }
 
-// removed of a chunk, (v, t) of a warp's 16 values: of what a's reads find, (v, t) too, the inverse undoes what the
-// chunk's own tokens take away.
+// removed of a chunk, (v, t) of a warp's 16 values: the inverse, applied to a's reads (v, t), accounts for the removals
+// by the chunk's own tokens.
 __device__ __forceinline__ Accumulator solve(const Accumulator& read, const PairMatrices& pairs) {
     Accumulator removed = zeros();
     multiply_finely(removed, read, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
@@ -183,7 +183,7 @@ __device__ __forceinline__ Accumulator solve(const Accumulator& read, const Pair
     return removed;
 }
 
-// gremoved of a chunk, (v, t) of a warp's 16 values, from what reaches removed by way of r's reads and of dS.
+// gremoved of a chunk, (v, t) of a warp's 16 values, from removed's gradients through r's reads and through dS.
 __device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, const PairMatrices& pairs) {
     Accumulator gremoved = zeros();
     multiply_finely(gremoved, given, load_tile(&pairs.of[A_B][0][0], CHUNK + 8),
@@ -191,8 +191,8 @@ __device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, co
     return gremoved;
 }
 
-// The first chunk's share of what half of a block's warps, the makers, do ahead of the others, which measure keys still
-// further ahead. `next` leads from a chunk to the one after, in what these steps count in.
+// The makers' work on the first chunk: half of a block's warps make a chunk's operands ahead of the other half, which
+// measures keys still further ahead. `next` is the step from a chunk to the next, in the units of these functions.
 template <class Fetch, class Make, class Pair, class Start, class Measure>
 __device__ __forceinline__ void begin_walk(bool maker, int next, const Fetch& start_fetch, const Make& make_operands,
                                            const Pair& make_pairs_and_fetch, const Start& start_measure,

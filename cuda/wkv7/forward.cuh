@@ -1,7 +1,7 @@
-// The chunked forward kernel. Half of a block's warps make operands and pairs of the next chunk while the other half
-// takes the state through this one: alone, either would wait for its own results most of the time. Warp i of the
-// latter owns rows v = 16 i .. 16 i + 15 of S, in registers from the first token to the last. The head comment of
-// wkv7.cu explains the algorithm.
+// The chunked forward kernel. Half of a block's warps, the makers, make operands and pairs of the next chunk while the
+// other half takes the state through this one: without the other, either would wait for its own results most of the
+// time. Warp i of the latter owns rows v = 16 i .. 16 i + 15 of S, in registers from the first token to the last. The
+// head comment of wkv7.cu explains the algorithm.
 #pragma once
 #include "wkv7/chunk.cuh"
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         make_pairs<N>(warp, made.pairs, made.operands);
         cp_async_wait_all();
     };
-    // The others'.
+    // The other warps' steps.
     const int thread = threadIdx.x % Shape<N>::threads;
     const auto start_measure = [&](int t0) { shared.chunk[t0 / CHUNK % 2].keys.start_measure(a, s, t0, thread); };
     const auto measure = [&](int t0) {

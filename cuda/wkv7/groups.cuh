@@ -1,10 +1,10 @@
-// Time split into groups of tokens, which different blocks walk at once: where there are few heads, they alone leave
-// most of a GPU idle. What a group makes of the state S before it is linear,
+// Time split into groups of tokens, which different blocks walk at once, because a block for each of few heads leaves
+// most of a GPU idle. A group's effect on the state S before it is linear,
 //     S_end = S transition + local
-// with transition the product of its tokens' diag(d) + a bᵀ, and local what it makes of zeros. So a pass over all
-// groups at once, by states alone, finds both, transition as what becomes of the identity where no token writes; a scan
-// finds the states that the groups start with; and then each is as good as a sequence of its own. Backward is the same
-// from the end, with dS the gradient of the state after a group:
+// with transition the product of its tokens' diag(d) + a bᵀ, and local its result for a state of zeros. So one pass
+// over all groups at once, which computes only states, finds both, transition by starting from the identity without
+// writes; a scan finds the states that the groups start with; and then each is like a sequence of its own. Backward is
+// the same from the end, with dS the gradient of the state after a group:
 //     dS_start = dS transitionᵀ + local
 // The passes keep states in float32, as all kernels do, and the scan multiplies in float32.
 #pragma once
@@ -14,7 +14,7 @@ template <class Keys>
 struct GroupShared {
     static constexpr int N = Keys::SIZE;
     struct {
-        typename Shape<N>::Rows r, w, x;  // r backward alone
+        typename Shape<N>::Rows r, w, x;  // r only in backward
         Keys keys;
     } chunk[2];  // one in use, one arriving
     struct Made {
@@ -24,8 +24,8 @@ struct GroupShared {
     typename Keys::Parameters parameters;
 };
 
-// A group's local state, and forward its transition; backward has that one from forward. What drives the state from
-// outside is v by way of k, backward gy by way of r. Half of the warps are makers, as in chunked_forward.
+// A group's local state, and in forward its transition, which backward takes from forward. The state's inputs are v,
+// through k, or in backward gy, through r. Half of the warps are makers, as in chunked_forward.
 template <class Keys, bool BACKWARD>
 __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride, states = BACKWARD ? 1 : 2;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         const auto& in = shared.chunk[i % 2];
         Operands<N>& o = shared.made[i % 2].operands;
         const Decays<N> decays(in.w, s.length - start(i), o);
-        // Twice, as states leave few registers.
+        // Twice, because states leave few registers.
         const auto share = [&] { return typename Keys::Share(in.keys, shared.parameters, decays.t, decays.c); };
         decays.template reads<BACKWARD>(load_four<N>(in.r, decays.t, decays.c), share().a, o);
         const auto keys = share();
@@ -67,7 +67,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (warp == 1) make_pairs<N>(driven, made.pairs, made.operands);
         cp_async_wait_all();
     };
-    // The others', forward.
+    // The other warps' steps in forward.
     const int thread = threadIdx.x % Shape<N>::threads;
     const auto start_measure = [&](int i) {
         if (!BACKWARD && !is_past(i)) shared.chunk[i % 2].keys.start_measure(a, s, start(i), thread);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         const auto& reads = BACKWARD ? o.b : o.a;
         const auto& writes = BACKWARD ? o.a : o.b;
         const auto& driver = BACKWARD ? o.r : o.k;
-        Accumulator read[states];  // what a chunk's tokens find, (v, t)
+        Accumulator read[states];  // the chunk's tokens' reads, (v, t)
         __syncthreads();  // this chunk's pairs are complete, the next has arrived, and nobody reads the previous one
         if (maker) {
             make_operands(i + 1);
@@ -143,9 +143,9 @@ struct ScanShared {
     float transition[N][N + 1];  // padded, as it is read by rows or by columns
 };
 
-// From the groups' local states to those that they start with, in their place, and the final state; backward, to the
-// gradients of those that they end with, and that of the initial state. A block takes 16 rows of a sequence's head: no
-// row of a state depends on another.
+// Replaces the groups' local states by those that they start with, and gives the final state; in backward, by the
+// gradients of the states that they end with, and gives that of the initial state. A block takes 16 rows of a
+// sequence's head, because no row of a state depends on another.
 template <int N, bool BACKWARD>
 __device__ __forceinline__ void scan_groups(const Arguments& a) {
     constexpr int rows = 4, columns = N / 32;  // of a thread
@@ -174,7 +174,7 @@ __device__ __forceinline__ void scan_groups(const Arguments& a) {
                 next[i][j] = part;
                 part = S[i][j];
             }
-        __syncthreads();  // nobody reads the group before
+        __syncthreads();  // nobody reads the previous group any more
         #pragma unroll
         for (int i = 0; i < rows; i++)
             #pragma unroll

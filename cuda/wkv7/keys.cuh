@@ -1,7 +1,7 @@
-// Where the chunked kernels have k, a and b from, called a token's keys: given, or made, as ops/mix/op.py's delta_keys
-// has it, of a k and of `low`, the input of an in-context learning rate. With n the direction of k k_k in a head, and
-// rate = sigmoid(a0 + low), they are k (1 + (rate - 1) k_a), -n and n rate. Where they are made, each token has a
-// bonus, too: the sum of r k r_k over its head, which a norm after the recurrence adds to y.
+// The keys of a token, k, a and b, for the chunked kernels: given, or made as in delta_keys of ops/mix/op.py from a k
+// and from `low`, the input of an in-context learning rate. With n the direction of k k_k in a head, and
+// rate = sigmoid(a0 + low), they are k (1 + (rate - 1) k_a), -n and n rate. If they are made, each token also has a
+// bonus: the sum of r k r_k over its head, which a norm after the recurrence adds to y.
 #pragma once
 #include "common/chunk.cuh"
 #include "wkv7/arguments.cuh"
@@ -28,7 +28,7 @@ struct Operands {
     float whole[N];  // the product of all decays
 };
 
-// A chunk's, given.
+// A chunk's keys if they are given.
 template <int N>
 struct GivenKeys {
     static constexpr int SIZE = N;
@@ -44,7 +44,7 @@ struct GivenKeys {
         fetch<N>(a, from.a, s, t0);
         fetch<N>(b, from.b, s, t0);
     }
-    // There are no directions to be measured.
+    // There are no lengths to measure.
     __device__ __forceinline__ void start_measure(const Arguments&, const Sequence&, int, int) {}
     template <bool STORE>
     __device__ __forceinline__ void measure(const Arguments&, const Sequence&, const Parameters&, int, int) {}
@@ -56,7 +56,7 @@ struct GivenKeys {
             : k(load_four<N>(keys.k, t, c)), a(load_four<N>(keys.a, t, c)), b(load_four<N>(keys.b, t, c)) {}
     };
 
-    struct Bonuses {  // nor are there bonuses
+    struct Bonuses {  // there are no bonuses
         __device__ __forceinline__ void gather(const Operands<N>&, const Parameters&, int) {}
         __device__ __forceinline__ void store(const Arguments&, const Sequence&, int, int) {}
     };
@@ -73,10 +73,10 @@ struct GivenKeys {
     }
 };
 
-// A direction is divided by its length, and by this at the least.
+// A direction is divided by its length, but at least by this.
 constexpr float LEAST_LENGTH = 1e-12f;
 
-// A chunk's, made.
+// A chunk's keys if they are made.
 template <int N>
 struct MadeKeys {
     static constexpr int SIZE = N;
@@ -92,7 +92,7 @@ struct MadeKeys {
                 k_a[c] = element(a.k_a);
                 r_k[c] = element(a.r_k);
             }
-            __syncthreads();  // they are there
+            __syncthreads();  // they are complete
         }
     };
     static __device__ __forceinline__ float rate_of(float shift, float low) {
@@ -102,7 +102,7 @@ struct MadeKeys {
     float scale[CHUNK];                 // 1 / the length of k k_k
     float gbonus[CHUNK], along[CHUNK];  // backward
 
-    // Starts the copies: forward but for k, which the threads that measure the directions copy themselves.
+    // Starts the copies; in forward without k, which the threads that measure the lengths copy themselves.
     template <bool BACKWARD, bool WITH_K = true>
     __device__ __forceinline__ void start_fetch(const Arguments& from, const Sequence& s, int t0) {
         fetch<N>(low, from.low, s, t0);
@@ -165,7 +165,7 @@ struct MadeKeys {
         }
     };
 
-    // Forward: a chunk's bonuses, each warp's 16 channels of them apart.
+    // Forward: a chunk's bonuses, a separate part for each warp's 16 channels.
     struct Bonuses {
         float parts[N / 16][CHUNK];
 
@@ -182,7 +182,7 @@ struct MadeKeys {
                 if (lane % 4 == 0) parts[c0 / 16][lane / 4 + 8 * half] = sum;
             }
         }
-        // After a barrier, by those that have gathered; `thread` counts them.
+        // After a barrier, by the threads that have gathered; `thread` is their number.
         __device__ __forceinline__ void store(const Arguments& a, const Sequence& s, int t0, int thread) {
             if (thread >= CHUNK || t0 + thread >= s.length) return;
             float sum = 0.f;
@@ -203,9 +203,9 @@ struct MadeKeys {
             gk.c[e] += share * r.c[e];
         }
     }
-    // What n's gradient has along n, times 1 / the length; none where that is below the least. Of a's and of b's
-    // gradients it is, sums over channels, a ga and b gb: both are the sum over values of removed gremoved, which is a
-    // token's own gradient in the pairs of a with b.
+    // The part of n's gradient along n, times 1 / the length; 0 if the length is below the least. From the gradients of
+    // a and b it is the sums over channels of a ga and of b gb: both are the sum over values of removed gremoved, which
+    // is a token's own gradient in the pairs of a with b.
     __device__ __forceinline__ void keep_along(const Accumulator& gpairs) {
         const int lane = lane_id();
         #pragma unroll
@@ -215,7 +215,7 @@ struct MadeKeys {
                 along[t] = scale[t] < 0.999f / LEAST_LENGTH ? 2.f * gpairs.c[e] * scale[t] : 0.f;
         }
     }
-    // Those of k and low, of the keys' by rows of channels from c0 on, (k, t).
+    // The gradients of k and low, from those of the keys, by rows of channels from c0 on, (k, t).
     __device__ __forceinline__ void store_gradients(const Arguments& to, const Parameters& p, int c0, index_t at,
                                                     index_t row, int valid, Accumulator gk, const Accumulator& ga,
                                                     const Accumulator& gb) const {

@@ -1,11 +1,12 @@
 // The plain kernels: any head size up to 128 that is a multiple of 4, float32 or bf16, all arithmetic in float32.
 //
-// Rows of the state, one a value, depend on one another in neither direction: row(S) needs its own removed = row . a
-// alone, and so does the gradient's row. Thread (x, y) of a head's block owns a strip of row y, columns 16 x ..
-// 16 x + 15 (a head size that 16 does not divide is padded with zeros); sums over a row are shuffles among neighbouring
-// lanes. The gradients of r, w, k, a, b are sums over columns: for them the thread then owns column y, rows 16 x .. .
+// Rows of the state, one for each value, do not depend on each other, forward or backward: row(S) needs only its own
+// removed = row . a, and so does the gradient's row. Thread (x, y) of a head's block owns a strip of row y, columns
+// 16 x .. 16 x + 15 (a head size that 16 does not divide is padded with zeros); sums over a row are shuffles among
+// neighbouring lanes. The gradients of r, w, k, a, b are sums over columns: for them the thread then owns column y,
+// rows 16 x .. .
 //
-// No state is stepped back: a chunk's states are made anew from the one before it, for each token in turn.
+// No state is stepped back: a chunk's states are computed again from the one before it, for each token in turn.
 #pragma once
 #include "common/chunk.cuh"
 #include "wkv7/arguments.cuh"
@@ -25,7 +26,7 @@ template <class T>
 __device__ void load_tokens(PlainShared& shared, const Arguments& a, const Sequence& s, int t0, int valid) {
     const auto element = [&](const void* tensor, index_t at) { return to_float(((const T*)tensor)[at]); };
     const int threads = blockDim.x * blockDim.y;
-    __syncthreads();  // nobody reads the tokens before
+    __syncthreads();  // nobody reads the previous tokens any more
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < valid * MAX_HEAD_SIZE; i += threads) {
         const int t = i / MAX_HEAD_SIZE, c = i % MAX_HEAD_SIZE;
         const index_t at = s.elements + (t0 + t) * s.stride + c;
@@ -40,10 +41,10 @@ __device__ void load_tokens(PlainShared& shared, const Arguments& a, const Seque
         shared.removed[t][c] = 0.f;
         shared.gremoved[t][c] = 0.f;
     }
-    __syncthreads();  // the tokens are there
+    __syncthreads();  // the tokens have arrived
 }
 
-// A strip of a state in global memory: of row y, or of column y where `column`. A null source is zeros.
+// A strip of a state in global memory: of row y, or of column y if `column`. A null source is zeros.
 __device__ __forceinline__ void load_strip(float* strip, const float* source, int N, bool column) {
     #pragma unroll
     for (int i = 0; i < STRIP; i++) {
@@ -60,7 +61,7 @@ __device__ __forceinline__ void store_row(float* target, const float* strip, int
     }
 }
 
-// The dot product of a row or a column with x: its strips are with neighbouring lanes.
+// The dot product of a row or a column with x: its strips are in neighbouring lanes.
 __device__ __forceinline__ float whole_dot(const float* strip, const float* x) {
     float sum = 0.f;
     #pragma unroll
@@ -69,7 +70,7 @@ __device__ __forceinline__ float whole_dot(const float* strip, const float* x) {
     return sum;
 }
 
-// A row of the state goes from before to after token t; -> removed.
+// Advances a row of the state from before to after token t -> removed.
 __device__ __forceinline__ float step_row(float* S, const PlainShared& in, int t) {
     const int c0 = threadIdx.x * STRIP;
     const float removed = whole_dot(S, &in.a[t][c0]), v = in.v[t][threadIdx.y];
@@ -78,7 +79,7 @@ __device__ __forceinline__ float step_row(float* S, const PlainShared& in, int t
     return removed;
 }
 
-// A column does, in.removed being known.
+// The same for a column, given in.removed.
 __device__ __forceinline__ void step_column(float* S, const PlainShared& in, int t) {
     const int v0 = threadIdx.x * STRIP, c = threadIdx.y;
     const float decay = in.decay[t][c], b = in.b[t][c], k = in.k[t][c];
@@ -107,8 +108,8 @@ __device__ void plain_forward(const Arguments& a) {
     if (a.final_state) store_row(a.final_state + s.state, S, N);
 }
 
-// The gradients of r, w, k, a and b over some tokens, with a column of the state before them and of the gradient dS
-// after them, which goes to before them.
+// The gradients of r, w, k, a and b over some tokens, from a column of the state before them and of the gradient dS
+// after them, which becomes that before them.
 template <class T>
 __device__ void column_gradients(const Arguments& a, const Sequence& s, const PlainShared& in, int t0, int valid,
                                  const float* start, float* dS) {

@@ -7,39 +7,39 @@
 //     dS_t = (dS_{t+1} diag(d_{t+1}) + gremoved_{t+1} a_{t+1}ᵀ) + gy_t r_tᵀ
 //     gr = S_tᵀ gy    gk = dSᵀ v    gv = dS k    gb = dSᵀ removed    gremoved = dS b    ga = S_{t-1}ᵀ gremoved
 //     gradient of d = for each column the sum of dS S_{t-1}
-// The states are made anew from those that forward has kept, never stepped back in time, which would divide their
+// The states are computed again from those that forward has saved, never stepped back in time, which would divide their
 // errors by the decays.
 //
 // The chunked kernels: bf16, head size 64. One thread block walks one head of one sequence in chunks of 16 tokens; the
-// sequence may be any length, and its state (or that one's gradient) stays in registers throughout. As in other
+// sequence may have any length, and its state (or its gradient) stays in registers throughout. As in other
 // recurrences with a delta rule (Yang et al. 2024, arXiv 2406.06484), a chunk unrolls into matrix products. With c_t
 // the product of the decays from the chunk's start to token t, per channel, and S the state at the chunk's start, the
 // operands (rows of tokens)
 //     r_t c_t    a_t c_{t-1}    k_t / c_t    b_t / c_t
-// make matrices of token pairs, a's of earlier tokens and r's of the own one too, e.g. a_k(t, s) = (a_t c_{t-1}) .
+// give matrices of token pairs (a reads only earlier tokens, r also its own), e.g. a_k(t, s) = (a_t c_{t-1}) .
 // (k_s / c_s), and with whole = c of the last token and the rows of removed, V, Y being tokens:
 //     removed = (I - a_b)⁻¹ (a Sᵀ + a_k V)
 //     Y       = r Sᵀ + r_k V + r_b removed
 //     S_end   = (S + removedᵀ b + Vᵀ k) diag(whole)
 // No decay is below 0.545, so 1 / c stays below 2e4: neither bf16 nor float32 needs more care. Products run on tensor
 // cores in bf16 with float32 sums (common/tile.cuh); but the triangular system is inverted in float32, and applied in
-// twice bf16's digits: its entries may cancel where tokens take away what others of the chunk have written.
+// twice bf16's digits: its entries may cancel if tokens remove writes of others in the chunk.
 //
-// Forward keeps the state before each chunk, in bf16, as backward reads it in products alone. With dS the gradient of
-// S_end times whole, and g before a name for a gradient, its chunk is
+// Forward saves the state before each chunk in bf16, because backward reads it only in products. With dS the gradient
+// of S_end times whole, and g before a name for a gradient, backward computes for each chunk
 //     gremoved = (I - a_b)⁻ᵀ (r_bᵀ gY + b dSᵀ)
 //     gV       = r_kᵀ gY + a_kᵀ gremoved + k dSᵀ
 //     ga_b, ga_k, gr_b, gr_k = gremoved removedᵀ, gremoved Vᵀ, gY removedᵀ, gY Vᵀ, masked as the pairs are
 //     gr = gY S + gr_k k + gr_b b                  ga = gremoved S + ga_k k + ga_b b    (of the operands)
 //     gk = V dS + gr_kᵀ r + ga_kᵀ a                gb = removed dS + gr_bᵀ r + ga_bᵀ a
 //     dS_start = dS + gYᵀ r + gremovedᵀ a
-// and the log of a token's decay has, per channel, what passes through the whole chunk or is read after it, and the
-// operands that have it as a factor or a divisor:
+// and the gradient of the log of a token's decay has, per channel, the terms across the whole chunk, and those of the
+// operands that contain the decay as a factor or a divisor:
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
-// where all terms that cancel are the same rounded numbers. Where there are few heads, groups of tokens take a
-// sequence's place (groups.cuh). k, a and b are given, or made of less inside the kernels
-// (keys.cuh). All else goes through the plain kernels (plain.cuh); ops/wkv7/cuda.py chooses.
+// All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
+// (groups.cuh). k, a and b are given, or made inside the kernels from smaller inputs (keys.cuh). All else goes through
+// the plain kernels (plain.cuh); ops/wkv7/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -50,7 +50,7 @@
 #include "wkv7/groups.cuh"
 #include "wkv7/plain.cuh"
 
-// Blocks that registers should suffice for: at compute capability 12, shared memory has room for one alone.
+// Blocks that registers should suffice for: at compute capability 12, shared memory has room for only one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int GROUPS_RESIDENT = 1;
 #else

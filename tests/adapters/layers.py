@@ -1,8 +1,8 @@
-"""What tests ask of an adapter layer."""
+"""Reads an adapter layer for the tests."""
 
 
 def tensors_of(layer):
-    """What an adapter file holds of a layer: name -> tensor."""
+    """{name: tensor} of a layer as an adapter file holds them."""
     return {name: getattr(layer, name) for name in (*layer.method.parameters, *layer.method.constants)}
 
 

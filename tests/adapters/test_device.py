@@ -1,5 +1,5 @@
-"""Where a layer is made: on the device that trains it if that is work, one layer at a time. Moves are recorded, not
-done, since no GPU is here."""
+"""Layers are made on the device that trains them if making them takes computation, one layer at a time. Moves are
+recorded, not done, because there is no GPU here."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GPU = torch.device("cuda", 1)
 
 
 def recorded(monkeypatch, events):
-    """Moves, singular values and quantizations are noted, and are done where the layer is."""
+    """Record moves, singular values and quantizations, and compute the latter two where the layer is."""
 
     def noted(name, function):
         return lambda *given, **named: events.append(name) or function(*given, **named)

@@ -1,4 +1,4 @@
-"""How far the first step of Adam moves a weight, by method: the formulas of docs/guides/learning-rates.md."""
+"""The distance by which Adam's first step moves a weight, by method: the formulas of docs/guides/learning-rates.md."""
 
 import math
 

@@ -121,7 +121,7 @@ def test_no_bias_an_empty_batch_and_a_transposed_batch(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_many_chunks_equal_one(name, monkeypatch):
-    """Loops over tokens and over output blocks, here of one to a few steps, leave the result alone."""
+    """Loops over tokens and over output blocks, here of one to a few steps, do not change the result."""
     monkeypatch.setattr(bat_out, "CHUNK_ELEMENTS", 2 * RANK * 24)
     monkeypatch.setattr(bone_op, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
     inputs = tensors(name)
@@ -152,7 +152,7 @@ def test_bfloat16_errs_no_more_than_twice_plain_bfloat16(name, std):
 
 
 def saved_tensors(function):
-    """What autograd keeps between forward and backward, one entry for each storage."""
+    """The tensors that autograd keeps between forward and backward, one for each storage."""
     saved = {}
 
     def pack(tensor):

@@ -1,4 +1,4 @@
-"""Optimizer groups: who decays, and who learns faster."""
+"""Optimizer groups: which parameters have weight decay, and which learn faster."""
 
 import pytest
 import torch

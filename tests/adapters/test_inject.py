@@ -1,4 +1,5 @@
-"""Adapter layers in a model: what is replaced, what trains, what is refused; and the laws of every layer."""
+"""Adapter layers in a model: which layers are replaced, what trains, which mistakes are refused; and the laws of every
+layer."""
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, s
 @pytest.mark.parametrize("variant", RESIDUAL)
 @pytest.mark.parametrize("shape", [(4,), (1, 16), (3, 16), (4, 17)])
 def test_first_factors_of_another_shape_are_refused(model, variant, shape):
-    """One row would be repeated where more are due."""
+    """Broadcasting would repeat one row."""
     initial = {"blocks.0.att.key.init_lora_A": torch.ones(shape), "blocks.0.att.key.init_lora_B": torch.ones(16, 4)}
     config = AdapterConfig(method=METHODS[variant].peft, rank=4, targets=("att.key",))
     with pytest.raises(UserError, match=r"has blocks.0.att.key.init_lora_A of shape .*, and \(4, 16\) is due"):

@@ -1,4 +1,4 @@
-"""How the LoRA family starts, against the formulas of its papers."""
+"""The start of each method of the LoRA family, against the formulas of its paper."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_lora_ga_without_gradients_is_refused(adapter_config):
 
 
 def test_a_residual_adapter_goes_on_from_the_factors_of_a_file(adapter_config):
-    """The base is rebuilt from the file's factors, whatever a decomposition gives here."""
+    """The base is rebuilt from the file's factors, because a decomposition here may give others."""
     base = nn.Linear(12, 20, bias=False)
     shared = base.weight.detach()
     original = shared.clone()

@@ -1,7 +1,7 @@
 """A GPU's driver on a CPU, for the programs of scripts/gpu_check.sh: a CPU's tensors take the GPU's code path, and each
-launch of a kernel is recorded, runs through the shim, or does what a test wants of it: fail, hang, find no memory.
+launch of a kernel is recorded, runs through the shim, or fails, hangs or finds no memory if a test asks for that.
 
-The programs run in forks, so that none imports torch again; each is told to be small.
+The programs run in forks, so that none imports torch again, and with small sizes.
 """
 
 import functools
@@ -28,9 +28,9 @@ ILLEGAL_ADDRESS = 700  # of CUDA's errors
 
 
 class Driver:
-    """Records launches, a line of the file `log` each, and runs them through the shim if `real`, else not at all.
+    """Records each launch as a line of the file `log`, and runs it through the shim if `real`, else not at all.
 
-    faults maps a part of a kernel's name to "fail", "hang", "out of memory" or "drop": not run, and nobody is told."""
+    faults maps a part of a kernel's name to "fail", "hang", "out of memory" or "drop" (silently not run)."""
 
     def __init__(self, log, faults, real):
         self.log, self.faults, self.real = log, faults, real
@@ -57,7 +57,7 @@ def kernels_of(name):
 
 @contextmanager
 def on_gpu_path(driver, launched):
-    """Within it a CPU's tensors take a GPU's code path, as in gpu_host; names of kernels are put into `launched`."""
+    """A context in which a CPU's tensors take a GPU's code path, as in gpu_host; `launched` gets the kernels' names."""
 
     def run(_, name, *launch):
         launched.add(name)
@@ -69,7 +69,7 @@ def on_gpu_path(driver, launched):
 
 
 class Process:
-    """Stands for subprocess.Popen: a fork that runs a program of benchmarks/ as the command says, but small."""
+    """Stands in for subprocess.Popen: a fork that runs the command's program of benchmarks/, with small sizes."""
 
     def __init__(self, command, driver):
         read, write = os.pipe()
@@ -96,7 +96,7 @@ class Process:
 
 
 def perform(name, arguments, driver):
-    """The exit code of a program."""
+    """Run a program -> its exit code."""
     if arguments[:1] in (["card"], ["ready"]):
         print(json.dumps({"emulated": True}))
         return 0

@@ -1,4 +1,4 @@
-"""What a block moves and launches on a GPU's code path does not grow unseen, and that its fusions pay."""
+"""A block's bytes and launches on a GPU's code path do not grow unseen, and its fusions pay."""
 
 import importlib.util
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_block_stays_within_its_budget(budget, version, method):
 @pytest.mark.parametrize("channels", (2048, 4096))
 @pytest.mark.parametrize("version, method", [(version, method) for version in ("x060", "x070") for method in LAW])
 def test_fused_blocks_save_3_percent_of_a_step(budget, version, method, channels):
-    """At every official size, else fused/ had better not be there."""
+    """At every official size; otherwise fused/ is not worth its code."""
     fused, plain = (budget.figures(family_named(version), channels, 2 * channels, method, way) for way in (True, False))
     assert fused["one_row"] <= 0.97 * plain["one_row"]
 

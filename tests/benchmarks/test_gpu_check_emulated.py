@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def check(tmp_path, monkeypatch, capsys):
     """check(*only, faults, real, short, minutes, without) -> (exit code, {step: (outcome, why)}, results, output).
 
-    short: the step that has only six seconds."""
+    short: a step whose limit is six seconds."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     emulated, program = importlib.import_module("gpu_emulated"), importlib.import_module("gpu_check")
     list_of_steps = importlib.import_module("gpu_check_steps")
@@ -64,7 +64,7 @@ def test_smoke_tells_a_launch_that_failed(check):
     "fault, why", [("fail", "exit code 1"), ("out of memory", "out of memory"), ("hang", "stopped after 6 s")]
 )
 def test_a_step_that_breaks_costs_no_other(check, fault, why):
-    """Those of RWKV-6 come after those of RWKV-7, whose kernels break."""
+    """RWKV-7's kernels break, and RWKV-6's steps, which come after them, still run."""
     names = "step x070 bat-in", "step x070 lora", "step x060 bat-in"
     names = (names[0], names[2]) if fault == "hang" else names
     code, outcomes, results, out = check(*names, faults={"wkv7_backward": fault}, short=names[0] * (fault == "hang"))
@@ -91,7 +91,7 @@ def test_decoding_is_measured_where_the_engine_is_missing(check):
 
 
 def test_what_comes_after_the_last_minute_is_left_out(check):
-    """A step takes all of the time; those before it stand, those after it are told."""
+    """One step takes all of the time: results of earlier steps stay, and later ones are listed as left out."""
     code, outcomes, _, out = check("card", "step x070 bat-in", "decode", faults={"wkv7_forward": "hang"}, minutes=0.15)
     assert code == 1
     assert outcomes["card"] == ("measured", "") and outcomes["step x070 bat-in"][1].startswith("stopped after")

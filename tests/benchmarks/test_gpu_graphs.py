@@ -1,4 +1,4 @@
-"""benchmarks/gpu_graphs.py, which waits for a GPU, on graphs that a CPU emulates: what it prints, and when it fails."""
+"""benchmarks/gpu_graphs.py, which needs a GPU, on graphs that a CPU emulates: its output, and its failures."""
 
 import importlib
 import json

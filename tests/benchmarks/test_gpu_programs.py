@@ -1,4 +1,4 @@
-"""Programs of scripts/gpu_check.sh that wait for a GPU, on a CPU: what they tell, and when they fail."""
+"""The programs of scripts/gpu_check.sh, which need a GPU, on a CPU: their output, and their failures."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def test_an_operation_that_loses_its_last_row_is_wrong(program, capsys, monkeypa
 
 
 def wraps_around(function):
-    """A function of rows whose last, among others, is that of zeros."""
+    """Make a function of rows wrong: some of its rows, the last among them, are computed from zeros."""
     return lambda x: function(x * torch.ones_like(x).index_fill(0, torch.tensor(len(x) - 1), float(len(x) == 1)))
 
 
@@ -56,7 +56,7 @@ def test_lines_that_wait_for_the_gpu_are_told(program, monkeypatch):
 
 
 def test_every_setting_of_the_engine_is_one_that_train_takes(program):
-    """By plan, which reads the same flags, for a GPU."""
+    """Checked by plan, which reads the same flags, for a GPU."""
     engine = program("gpu_engine")
     planned = {
         name: engine.planned_gib(["--load_model", engine.DEMO["x070"], *engine.SHORT, *engine.STEPS, 1, *flags])

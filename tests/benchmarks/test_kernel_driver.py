@@ -1,5 +1,5 @@
-"""The programs that scripts/gpu_check.sh runs under compute-sanitizer: what nvcc says of them, and what the address
-sanitizer says of their kernels on a CPU."""
+"""The programs that scripts/gpu_check.sh runs under compute-sanitizer: nvcc compiles them without complaint, and the
+address sanitizer finds no fault in their kernels on a CPU."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ PROGRAMS = (("recurrence", "-DGENERATION=6"), ("recurrence", "-DGENERATION=7"), 
 
 @pytest.mark.parametrize("name, flags", [(name, flags) for name, *flags in PROGRAMS])
 def test_nvcc_has_no_complaint(tmp_path, name, flags):
-    """Of the host's code and the device's syntax: the kernels' own tests compile these to the end."""
+    """Checks the host's code and the device's syntax; the kernels' own tests compile the device's code fully."""
     try:
         nvcc = find_nvcc()
     except BuildError as error:
@@ -34,8 +34,8 @@ def test_nvcc_has_no_complaint(tmp_path, name, flags):
 
 @pytest.mark.parametrize("name", ["mix", "bone", "cross_entropy"])
 def test_every_kernel_stays_inside_its_tensors(tmp_path, name):
-    """Each tensor of a case has memory of its very size, and all results are written. The recurrences' programs take
-    longer; tests/ops shows of those kernels that they read nothing before it is written."""
+    """Each tensor of a case has memory of exactly its size, and all results are written. The recurrences' programs take
+    too long here; tests/ops shows that their kernels read nothing before it is written."""
     source, program = DRIVER / f"{name}.cu", tmp_path / name
     flags = ("-std=c++17", "-O1", "-fsanitize=address", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-pthread")
     folders = (f"-I{Path(shim.__file__).parent}", f"-I{source_directory('cuda')}")
@@ -55,7 +55,7 @@ def test_every_kernel_stays_inside_its_tensors(tmp_path, name):
 
 @pytest.mark.parametrize("family", ["mix", "bone", "cross_entropy"])
 def test_a_program_launches_every_kernel_of_its_family(family):
-    """By the names that its source has, or puts together: NAME_float32 and NAME_bfloat16, or NAME_RANK."""
+    """Compared by the names in its source, or those that it composes: NAME_float32 and NAME_bfloat16, or NAME_RANK."""
     source = (DRIVER / f"{family}.cu").read_text(encoding="utf-8")
     for kernel in importlib.import_module(f"rwkv_peft.ops.{family}.cuda").KERNELS:
         name = re.sub(r"_(float32|bfloat16|\d+)$", "", kernel)

@@ -1,4 +1,4 @@
-"""What benchmarks/mix.py times is the same computation both ways."""
+"""benchmarks/mix.py times two ways to compute the same."""
 
 import importlib.util
 from pathlib import Path

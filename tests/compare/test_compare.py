@@ -1,4 +1,4 @@
-"""The command as a user types it: runs that are there are kept, what is due is run, and mistakes are told first."""
+"""The command as a user types it: existing runs are kept, missing ones are run, and mistakes are reported first."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def there(files, monkeypatch):
 
 
 def keep(folder, cell, loss):
-    """A complete run, as one before left it."""
+    """Write a complete run, as an earlier command left it."""
     path = folder / "runs" / cell.folder
     path.mkdir(parents=True)
     (path / "metrics.jsonl").write_bytes(metrics(val_loss=loss))
@@ -182,7 +182,7 @@ def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch)
 
 @pytest.mark.parametrize("rows", ["data", "held_out", "kept"])
 def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows):
-    """All of one name and size; what was validated on and what is to be retained count as well."""
+    """All files have one name and size; the validation's data and --retain_data count as well."""
 
     def write(first):
         for name in ("data", "held_out", "kept"):
@@ -259,7 +259,7 @@ def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
 @pytest.mark.parametrize("parts", [(), ("ln",), ("time", "state"), ("emb", "head", "ln", "time", "state")])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_is_told_to_train_is_what_does(files, family, parts, capsys):
-    """Parts of the model and its states, along with adapters."""
+    """Parts of the model and its states train along with adapters."""
     shapes = family.shapes(family.new_dimensions(2, 64, 80, head_size=16))
     torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, files / f"{family.version}.pth")
     train = [*TRAIN, "--load_model", f"{family.version}.pth", *(("--train_parts", *parts) if parts else ())]
@@ -299,7 +299,7 @@ def sleeping(comparison, cell, size, folder):
 
 
 class Clock:
-    """A clock that goes on while it is waited for alone."""
+    """A clock that goes on only while somebody waits."""
 
     def __init__(self):
         self.now = 0.0

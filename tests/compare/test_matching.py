@@ -1,4 +1,4 @@
-"""Which runs are due: every sweep ends with its best rate between two that are worse, and all methods alike."""
+"""The choice of runs: every sweep ends with its best rate between two worse ones, for all methods alike."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from rwkv_peft.compare.rates import HIGHEST, LOWEST, grid_rate, rate_of
 
 
 def finish_all(methods, rates, seeds, loss):
-    """Do whatever is due, by loss(cell) -> {cell: loss}, and how many rounds it took."""
+    """Run whatever is due, with loss(cell) as its result -> ({cell: loss}, the number of rounds)."""
     losses, rounds = {}, 0
     while cells := next_cells(methods, rates, seeds, losses):
         assert len(set(cells)) == len(cells) and not losses.keys() & set(cells)

@@ -1,4 +1,4 @@
-"""The table tells each method's best rate, and what it tells beside it follows from the runs."""
+"""The table shows each method's best rate, and all its other numbers follow from the runs."""
 
 import json
 import math

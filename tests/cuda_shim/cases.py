@@ -52,8 +52,8 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
 
 
 def run(kernels, case, group=0):
-    """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
-    where time is split."""
+    """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
+    if time is split."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
     gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
@@ -109,8 +109,8 @@ def error(x, true):
 
 
 def check_empty_ends(raised, results):
-    """The results {name: tensor} of a case whose last sequences have no tokens are, bit for bit, those without these,
-    whose states are handed on."""
+    """Assert that empty sequences at the end of a case change no bit of the results {name: tensor} of the others, and
+    pass on their states."""
     kept = int((raised.cu_seqlens.diff() > 0).sum())
     case = replace(
         raised, state=raised.state[:kept], gfinal=raised.gfinal[:kept], cu_seqlens=raised.cu_seqlens[: kept + 1]

@@ -1,5 +1,5 @@
-"""What the CUDA kernels besides the recurrences' make of some random inputs: mix, bone and cross_entropy(kernels), on
-the shim, each give all results; every tile, strip and group that they have more than one of is there."""
+"""Results of the CUDA kernels other than the recurrences' for random inputs: mix, bone and cross_entropy(kernels) give
+all results on the shim. The sizes are such that every kernel has more than one tile, strip and group."""
 
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from rwkv_peft.ops.mix import gpu_lerp, heads
 
 
 def draws(dtype, seed=0):
-    """randn of a seed: shape -> a tensor in dtype."""
+    """A function: shape -> a random normal tensor in dtype, drawn by a seed."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
 

@@ -1,10 +1,10 @@
 """Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
-rest for the CPU, and compares its results under several orders of the threads with those of the whole.
+rest for the CPU, and compares its results under several orders of the threads with those of the intact source.
 
     python tests/cuda_shim/mutate.py [wkv6] [wkv7] [mix] [bone] [cross_entropy]
 
-Prints a line a mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 where the whole
-differs between orders, or a mutation went unnoticed.
+Prints a line for each mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 if the intact
+source differs between orders, or a mutation went unnoticed.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ def recurrence(cases):
 
 
 def wkv7(kernels):
-    """The same of wkv7's, and those of the kernels that make their keys."""
+    """The same for wkv7, with the results of the kernels that make their keys."""
     made = wkv7_cases.make_keys_case(1, 129, 1, lengths=LENGTHS)
     of_keys = [x for group in (0, 64) for x in wkv7_cases.run_keys(kernels, made, group)]
     return recurrence(wkv7_cases)(kernels) + of_keys
@@ -92,7 +92,7 @@ def describe(sources, family, site):
 
 
 def examine(sources, work, family, site):
-    """One letter an order: X where the results are wrong, or there are none."""
+    """A letter for each order: X if the results are wrong or missing, else a dot."""
     folder = Path(tempfile.mkdtemp(dir=work))
     shutil.copytree(sources, folder, dirs_exist_ok=True)
     if site is not None:
@@ -107,7 +107,7 @@ def examine(sources, work, family, site):
 
 
 def run_alone(family, folder, orders):
-    """The letters of as many orders as one process lives through: a mutated kernel may abort or hang."""
+    """The letters of as many orders as one process survives: a mutated kernel may abort or hang."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=compare, args=(family, folder, orders, sender))

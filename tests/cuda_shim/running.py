@@ -1,4 +1,4 @@
-"""Where a recurrence's cases run: through the shim, and on a GPU where there is one."""
+"""Runs a recurrence's cases through the shim, and on a GPU if there is one."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
 
 
 def shim_kernels(family):
-    """A family's kernels on the CPU, or skips where there is no compiler."""
+    """A family's kernels on the CPU; skips the test without a compiler."""
     try:
         kernels = shim.build(FAMILIES[family][0].FAMILY)
     except BuildError as error:
@@ -27,7 +27,7 @@ def shim_kernels(family):
 
 
 def runner(family, device):
-    """case, and what else the cases' `run` takes -> the kernels' results on one of DEVICES."""
+    """A function: a case, and further arguments of the cases' `run` -> the kernels' results on one of DEVICES."""
     module, cases = FAMILIES[family]
     if device == "shim":
         kernels = shim_kernels(family)
@@ -42,7 +42,7 @@ def _on_gpu(case):
 
 @contextmanager
 def one_torch_thread():
-    """The references' many small operations gain nothing from more, and crawl on a busy machine."""
+    """One thread, because the references' many small operations gain nothing from more, and crawl on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -13,7 +13,7 @@ ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps desce
 
 
 class Shim:
-    """The kernels on the CPU: what a CudaFamily's library has, and the order in which a block's threads take turns."""
+    """The kernels on the CPU: a CudaFamily's library, with a choice of the order in which a block's threads run."""
 
     def __init__(self, family, path):
         self._library = family.library(path)
@@ -27,8 +27,8 @@ class Shim:
 
 
 def build(family=WKV6, sources=None, cache=None, source=None):
-    """A Shim of the kernels of `family`, a CudaFamily, in the folder `sources`, which is like cuda/, or of `source`,
-    which includes files from there; BuildError where there is no C++ compiler."""
+    """Build a Shim of the kernels of `family`, a CudaFamily, in the folder `sources`, which is like cuda/, or of
+    `source`, which includes files from there. Raises BuildError without a C++ compiler."""
     sources = source_directory("cuda") if sources is None else Path(sources)
     source = sources / family.source if source is None else Path(source)
     shim = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""NVIDIA's tools where there is no GPU: what the assembler says of the CUDA kernels, and a driver that records."""
+"""NVIDIA's tools without a GPU: the assembler's reports on the CUDA kernels, and a driver that only records."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ ARCHITECTURES = ("80", "89", "90", "120")
 
 
 def assembler_reports(source, nvcc, folder):
-    """An architecture -> (status, what ptxas says of `source`), compiled side by side with warnings as errors."""
+    """{architecture: (status, ptxas's report on `source`)}, compiled side by side with warnings as errors."""
     running = {}
     for architecture in ARCHITECTURES:
         (unit,), _, _ = gpu.recipe(source, nvcc, architecture)
@@ -21,7 +21,7 @@ def assembler_reports(source, nvcc, folder):
 
 
 def check_without_spills(status, report, kernels):
-    """That a report is of a compilation without warnings, and that `kernels` use registers alone."""
+    """Assert that a compilation gave no warnings, and that `kernels` keep all values in registers."""
     assert status == 0, report
     for kernel in kernels:
         found = re.search(

@@ -33,10 +33,10 @@ class Case:
 
 
 def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None, repeated=False, seed=0):
-    """A random case, a and b as the model makes them: a direction taken away, and put back at a learning rate.
+    """A random case, with a and b as the model makes them: a direction to remove, and the same times a learning rate.
 
     lengths, whose sum is T, packs that many sequences into one row. repeated: all tokens share one direction and a
-    learning rate of 1, so that each takes away what the one before has written.
+    learning rate of 1, so that each removes what the one before has written.
     """
     g = torch.Generator().manual_seed(seed)
     low, high = DECAYS[decay]
@@ -53,8 +53,8 @@ def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None
 
 
 def run(kernels, case, group=0):
-    """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
-    where time is split."""
+    """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
+    if time is split."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
     gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
@@ -63,8 +63,8 @@ def run(kernels, case, group=0):
 
 @dataclass(frozen=True)
 class KeysCase:
-    """A case whose keys are made, of its k and of low (B, T, H, N) by parameters (H, N), and the gradient of the
-    bonuses (B, T, H) float32 or None."""
+    """A case whose kernels make the keys from its k and from low (B, T, H, N), with parameters (H, N), and the gradient
+    of the bonuses (B, T, H) float32 or None."""
 
     case: Case
     low: torch.Tensor
@@ -84,7 +84,7 @@ class KeysCase:
 
 
 def make_keys_case(B, T, H, *, with_bonus=True, **kinds):
-    """A random one in bfloat16, of head size 64; kinds: as make_case takes them."""
+    """A random KeysCase in bfloat16, with head size 64; kinds: as in make_case."""
     g = torch.Generator().manual_seed(1 + kinds.get("seed", 0))
     low, a0, k_k, k_a, r_k = (torch.randn(*shape, generator=g) for shape in ((B, T, H, 64), *4 * [(H, 64)]))
     tensors = (x.bfloat16() for x in (3 * low, a0, 0.8 + 0.2 * k_k, 1 + 0.2 * k_a, 0.3 * r_k))
@@ -93,7 +93,7 @@ def make_keys_case(B, T, H, *, with_bonus=True, **kinds):
 
 
 def run_keys(kernels, made, group=0):
-    """The results of the kernels that make their keys, in the order of KEYS_RESULTS, as run gives them."""
+    """`run` for the kernels that make their keys: results in the order of KEYS_RESULTS."""
     case = made.case
     bonus, scales = (case.r.new_empty(case.r.shape[:3], dtype=torch.float32) for _ in range(2))
     given, further = (*made.inputs, case.state, case.cu_seqlens), made.parameters | dict(scales=scales)

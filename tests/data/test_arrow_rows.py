@@ -1,4 +1,4 @@
-"""Parquet files and folders of the datasets library: text comes as it is, and nothing else is decoded."""
+"""Parquet files and folders of the datasets library: text is read unchanged, and nothing else is decoded."""
 
 import contextlib
 import json

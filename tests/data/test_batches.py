@@ -15,7 +15,7 @@ from rwkv_peft.data.batches import TrainBatches, collate, read_ahead
 
 
 class Numbered:
-    """`size` samples a epoch; sample n holds n + 1, in a row of a length of its own."""
+    """`size` samples in an epoch; sample n holds n + 1, and each row has its own length."""
 
     dataset = SimpleNamespace(require_unchanged=lambda: None)
 
@@ -38,7 +38,7 @@ def rows_of(batch):
 
 
 def step(samples, micro_bsz, world_size, accumulate, cursor=0):
-    """The samples of one optimizer step, by reading it on every rank, and each micro batch's step_count."""
+    """Read one optimizer step on every rank -> its samples, and each micro batch's step_count."""
     rows, counts, counted = [], set(), 0
     for rank in range(world_size):
         batches = TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=cursor)

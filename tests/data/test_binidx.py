@@ -1,4 +1,4 @@
-"""binidx files: written as the format says, read back, and refused where they are damaged."""
+"""binidx files: written as the format says, read back, and refused if they are damaged."""
 
 import os
 import random
@@ -137,8 +137,8 @@ def test_a_mask_of_the_wrong_length_is_named(tmp_path):
 
 
 def test_five_hundred_damaged_pairs_never_mislead(tmp_path):
-    """Each random damage gives a UserError, or leaves the documents as they were (a boundary that we
-    do not read), or changes tokens within the file alone (a .bin of the right length)."""
+    """Each random damage gives a UserError, or does not change the documents (a boundary that we
+    do not read), or only changes tokens within the file (a .bin of the right length)."""
     with BinidxWriter(tmp_path / "data") as writer:
         for length in (3, 1, 4, 1, 5):
             writer.add([1 + (length * 31 + i) % 250 for i in range(length)])

@@ -1,4 +1,4 @@
-"""What a step learns does not depend on how its samples are split, nor on what they are packed with."""
+"""A step's gradient does not depend on how its samples are split, nor on what they are packed with."""
 
 from itertools import islice
 

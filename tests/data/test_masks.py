@@ -27,7 +27,7 @@ def config(**settings):
 
 
 def by_hand(document, begin, end, end_counts):
-    """The rule, one token at a time."""
+    """The mask by its rule, one token at a time."""
     counted, on = [], False
     for i in range(len(document)):
         before = document[:i]
@@ -63,7 +63,7 @@ def test_marker_masks_follow_the_rule_from_any_start(tmp_path_factory, documents
 
 
 def test_a_window_of_a_long_document_reads_no_more_than_its_surroundings(tmp_path, monkeypatch):
-    """One document may be all of the data: what windows read adds up to the data, not to its square."""
+    """If one document is all of the data, its windows together read about the data once, not its square."""
     dataset = dataset_of(tmp_path, [[9, *[5] * 97, 8, 7] * 1000])
     mask = make_mask(dataset, config(loss_mask="qa", mask_id=(9,), mask_end_id=(8, 7)))
     whole, read = mask(0, 100_000), []

@@ -1,4 +1,4 @@
-"""What opens an answer is told by the data itself, however its rows were laid out."""
+"""The marker that opens an answer is read from the data itself, whatever its layout."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The order of samples: a bijection for every size, drawn by its key alone."""
+"""The order of samples: a bijection for every size, which depends only on its key."""
 
 import pytest
 

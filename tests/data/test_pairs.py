@@ -1,4 +1,4 @@
-"""Rows of two answers: their layouts, what of them counts, and what is left out."""
+"""Rows of two answers: their layouts, which tokens count, and which rows are left out."""
 
 import json
 
@@ -135,7 +135,7 @@ def test_rows_that_are_no_pairs(row, words):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """data(rows, **settings) -> a DataConfig over a file of them; the cache is the test's own."""
+    """data(rows, **settings) -> a DataConfig over a file of rows, with the test's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def write(rows, **settings):

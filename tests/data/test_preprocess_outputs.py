@@ -1,4 +1,4 @@
-"""What preprocess leaves where a disk refuses, a signal ends it, or names are taken: a whole set of files, or none."""
+"""preprocess leaves a whole set of files, or none, if a disk refuses, a signal ends it, or names are taken."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def test_an_interrupt_leaves_no_folder(tmp_path, flags):
 
 @pytest.fixture
 def endless(tmp_path):
-    """preprocess under way in two workers, in a session of its own, on rows that do not end."""
+    """A running preprocess with two workers, in a session of its own, on rows that do not end."""
     rows, output = tmp_path / "in.jsonl", tmp_path / "data"
     os.mkfifo(rows)
     argv = [sys.executable, "-m", "rwkv_peft", "preprocess", rows, "--output", output, "--tokenizer", "bytes"]
@@ -128,7 +128,7 @@ def test_a_link_that_was_planted_is_not_written_through(tmp_path):
 
 @pytest.mark.parametrize("killed", [".bin", ".json", ".idx"])
 def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypatch, killed):
-    """Over an older set of the same sizes, which the new index would fit."""
+    """There is an older set of the same sizes, which the new index would fit."""
     rows(tmp_path, word="older")
     command(tmp_path)
     rows(tmp_path, word="newer")

@@ -139,7 +139,7 @@ def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
 
 @pytest.fixture
 def header(tmp_path, tiny_state, monkeypatch):
-    """header(*flags) -> what a run says of its data, whose samples are found and not trained on."""
+    """header(*flags) -> a run's header lines on its data, without training."""
     from rwkv_peft.training.flags.request import parse_run
     from rwkv_peft.training.inputs import find_samples
 

@@ -1,4 +1,4 @@
-"""Rows as data sets of today have them: roles, contents in parts, turns that call tools, turns without words."""
+"""Rows of recent data sets: roles, contents in parts, turns that call tools, turns without words."""
 
 import json
 
@@ -149,7 +149,7 @@ def test_one_bad_row_and_many_kinds(preprocess, capsys):
 @pytest.mark.parametrize("name", ["data", "held"])
 @pytest.mark.parametrize("kind", ["sft", "pairs"])
 def test_a_run_leaves_bad_rows_out_on_request(tmp_path, monkeypatch, capsys, tiny_state, kind, name):
-    """Of the data that it trains on, and of that on which it validates."""
+    """From the data that it trains on, and from that on which it validates."""
     from rwkv_peft import commands
     from rwkv_peft.files.base import save_model
 

@@ -1,4 +1,4 @@
-"""Rows of questions and answers train directly; they are tokenized once, and answers alone count."""
+"""Rows of questions and answers train directly; they are tokenized once, and only answers count."""
 
 import errno
 import json

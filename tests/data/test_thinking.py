@@ -1,4 +1,4 @@
-"""Chats with thinking: opened as RWKV-7 G1 is asked, with the tokens of a prompt, or refused."""
+"""Chats with thinking: an answer opens as in RWKV-7 G1's prompts, with the same tokens, or the flags are refused."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from rwkv_peft.errors import UserError
 
 @pytest.fixture
 def preprocess(tmp_path):
-    """preprocess(rows, *flags) -> the text of each document, [[ ]] around what counts, byte tokens."""
+    """preprocess(rows, *flags) -> the text of each document in byte tokens, with [[ ]] around the parts that count."""
 
     def run(rows, *flags):
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,14 +39,14 @@ def preprocess(tmp_path):
 
 
 def marked(parts):
-    """The text of segments, [[ ]] around each run of what counts."""
+    """The text of segments, with [[ ]] around each part that counts."""
     runs = groupby(parts, key=lambda part: part[1])
     texts = [("".join(text for text, _ in run), counts) for counts, run in runs]
     return "".join(f"[[{text}]]" if counts else text for text, counts in texts)
 
 
 def turns(*contents):
-    """A row of turns that a user and an assistant take in turn."""
+    """A row of turns, the user's and the assistant's in turn."""
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
 
 

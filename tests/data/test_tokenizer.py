@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.commands import main
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.show import plain_text
 from rwkv_peft.data.tokenizer import BytesTokenizer, GreedyEncoder, load_tokenizer, say_slow, world_vocabulary
@@ -62,7 +63,7 @@ def greedy(world):
 
 @pytest.fixture
 def without_package(monkeypatch):
-    """As on a Python that pyrwkv-tokenizer has no build for."""
+    """Simulate a Python for which pyrwkv-tokenizer has no build."""
     monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
     say_slow.cache_clear()
 
@@ -132,7 +133,7 @@ def without_the_package(*command):
 
 
 def test_the_commands_work_without_the_package(world, tmp_path):
-    done = without_the_package("tokenize", "world", MIXED[5])
+    done = without_the_package("preprocess", "--ids", MIXED[5])
     assert done.returncode == 0 and done.stdout.split() == [str(token) for token in world.encode(MIXED[5])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} {MIXED[4]}"}) + "\n" for i in range(3000)))
     output = str(tmp_path / "data")
@@ -266,7 +267,7 @@ def json_file(folder, kind, **model):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_text_without_a_token_is_a_message(tmp_path, kind):
-    """Through the command: rows that such a tokenizer has no token for."""
+    """Through the command: such a tokenizer has no token for the rows."""
     from rwkv_peft import commands
 
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -304,10 +305,24 @@ def test_real_world_vocabulary(shared_data, world):
 
 
 def test_the_command_prints_ids_as_mask_id_takes_them(capsys):
-    from rwkv_peft.data.tokenizer import main
+    for words in (["preprocess", "--ids", "ab", "--tokenizer", "bytes"], ["tokenize", "bytes", "ab"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == "98 99\n"
+    assert main(["preprocess", "--ids", "--tokenizer", "bytes", "a", "b"]) == 0
+    assert capsys.readouterr().out == "98\n99\n"
 
-    assert main(["bytes", "ab"]) == 0
-    assert capsys.readouterr().out == "98 99\n"
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ids", "ab", "--output", "x"], "--ids prints the token ids of a text and writes nothing; leave --output"),
+        (["--ids", "ab", "--repeat", "2"], "leave --repeat out"),
+        (["ab"], "--output is missing"),
+    ],
+)
+def test_flags_that_go_with_files_do_not_go_with_a_text(words, message):
+    with pytest.raises(UserError, match=message):
+        main(["preprocess", *words])
 
 
 def test_special_tokens_are_shown_by_their_names(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that exist and may not be read are not called missing, whatever reads them."""
+"""Files that exist but may not be read are not called missing, by any reader."""
 
 import os
 import sys
@@ -19,8 +19,8 @@ from rwkv_peft.plots import read_metrics
 
 @pytest.fixture
 def unreadable():
-    """unreadable(name) -> the path of a file that exists and may not be read, or in a folder "shut" that may not be
-    entered; for root, as another user."""
+    """unreadable(name) -> the path of a file that exists but may not be read, or is in a folder "shut" that may not be
+    entered; root becomes another user for the test."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
 

@@ -1,4 +1,4 @@
-"""Held-out questions: both runtimes give the same answers, and the score counts exact ones alone."""
+"""Held-out questions: both runtimes give the same answers, and the score counts only exact ones."""
 
 import fcntl
 import json
@@ -191,7 +191,7 @@ def test_flags_are_judged_before_the_work(evaluate, model, tiny_state, tmp_path,
 
 
 def test_the_rwkv7_has_the_widths_that_rwkv_lm_s_classes_fix():
-    """They take a channel count and a number of layers alone, so that a model of other widths does not load there."""
+    """Those classes take only a channel count and a number of layers, so that a model of other widths does not load."""
     tensors = open_base(Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth").tensors
     C = tensors["emb.weight"].shape[1]
     low = {name: max(32, round(factor * C**0.5 / 32) * 32) for name, factor in zip("wavg", (2.5, 2.5, 1.7, 5.0))}

@@ -1,4 +1,4 @@
-"""The demo's documents: the same for the same seed, and nothing that is asked in the end was ever told before."""
+"""The demo's documents: the same for the same seed, and no final question has its answer in the training data."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_every_held_out_question_is_about_a_held_out_fact(task):
 
 
 def stories(task, count):
-    """(fact, lines behind the story) of base documents that tell one."""
+    """(fact, lines after the story) of the base documents that contain a story."""
     for document in task.documents("base", count, 1):
         story, *rest = document["text"].splitlines()
         if told := facts(task, story):

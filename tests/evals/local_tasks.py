@@ -51,8 +51,8 @@ DATA = {"choices": CHOICES, "lambada": PASSAGES, "rolling": PASSAGES, "gsm8k": N
 
 
 def write_tasks(folder):
-    """our_choices, our_lambada, the group ours of both, our_rolling and our_gsm8k in a folder; three that cannot serve:
-    gone, beams, fickle."""
+    """Write our_choices, our_lambada, the group ours of both, our_rolling and our_gsm8k into a folder, and three that
+    cannot be used: gone, beams, fickle."""
     for name, text in TASKS.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in DATA[name]))

@@ -35,7 +35,7 @@ def model():
 
 
 def alone(model, context, continuation):
-    """The log-probability of a continuation, and whether it is the greedy one, of the whole read at once."""
+    """(log-probability of a continuation, True if it is the greedy one), by reading the whole text at once."""
     logits, _ = model(torch.tensor([context + continuation]))
     rows, tokens = logits[0, len(context) - 1 : -1].log_softmax(-1), torch.tensor(continuation, dtype=torch.long)
     return rows.gather(1, tokens[:, None]).sum().item(), bool((rows.argmax(-1) == tokens).all())

@@ -1,4 +1,4 @@
-"""Formulas: what is the final one, and do two of them mean the same?"""
+"""Formulas: finding the final one in an answer, and deciding if two of them mean the same."""
 
 import importlib.util
 

@@ -79,7 +79,8 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
 
 
 def test_no_old_answers_stand_for_those_of_what_changed_since(run, tmp_path):
-    """The words of a template, the adapter in peft's folder, which it writes over in place, and what is told of one."""
+    """Changes of a template's words, of the adapter in a peft folder, which peft overwrites in place, and of its
+    settings."""
     base, folder, output = open_base(MODEL[1]).tensors, tmp_path / "lora", tmp_path / "answers.jsonl"
     layout = tmp_path / "layout"
 
@@ -235,7 +236,7 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gsmk", "--data", "d.jsonl"], "invalid choice: 'gsmk'"),
+        (["gsmk", "--data", "d.jsonl"], "did you mean gsm8k"),
         (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots_data FILE; give both"),
         (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
         (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),

@@ -13,7 +13,7 @@ import pytest
 from evals.local_tasks import PASSAGES, TASKS, write_tasks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals import command, harness_command, harness_flags
+from rwkv_peft.evals import command, flags
 from rwkv_peft.evals.requests import (
     ROLLING,
     SCORED,
@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """What the command as a user types it printed and wrote: (its output, results, {task: samples})."""
+    """Run the command as a user types it -> (its output, the results it wrote, {task: samples})."""
     pytest.importorskip("lm_eval")
-    words = ["lm_eval", *(f"our_{name}" for name in TASKS), "--include_path", str(folder), *MODEL, "--batch", "2"]
+    words = ["eval", *(f"our_{name}" for name in TASKS), "--include_path", str(folder), *MODEL, "--batch", "2"]
     files = ["--output", str(folder / "results.json"), "--samples", str(folder / "samples.jsonl")]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     done = subprocess.run(
@@ -137,7 +137,7 @@ def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, cas
     text = (folder / f"{task}.yaml").read_text().replace(f"task: our_{task}", "task: broken")
     (tmp_path / "broken.yaml").write_text(re.sub(old, new, text))
     with pytest.raises(UserError, match=re.escape(f"broken ({tmp_path / 'broken.yaml'}) ") + message):
-        harness_command.main(["broken", "--include_path", str(tmp_path), *MODEL, "--limit", "1"])
+        command.main(["broken", "--include_path", str(tmp_path), *MODEL, "--limit", "1"])
 
 
 def test_requests_that_are_no_texts_are_told():
@@ -183,7 +183,7 @@ def test_tasks_that_cannot_serve_are_told(folder, monkeypatch, arguments, messag
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message):
-        harness_command.main([*arguments, *MODEL])
+        command.main([*arguments, *MODEL])
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
     everything, read = TaskManager.__init__, []
 
     def with_few_defaults(self, include_path, include_defaults):
-        """Those of `folder` stand for lm_eval's own."""
+        """Put the tasks of `folder` in place of lm_eval's own."""
         read.append(include_defaults)
         everything(self, include_path=[str(tmp_path), *[str(folder)] * include_defaults], include_defaults=False)
 
@@ -223,8 +223,19 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
         (["x", "--limit", "0"], "0 is below 1"),
         (["x", "--include_path", "absent"], "--include_path absent is no folder"),
         (["x", "--fewshot", "2"], "did you mean --num_fewshot"),
+        (["gsm", "--data", "d"], "--data is for gsm8k, .* and gsm is a task of the lm-ev.*; did you mean gsm8k?"),
+        (["gsm8k", "--harness", "--stop", "x"], "--stop is for gsm8k, math, .*; leave it out"),
+        (["gsm8k", "--data", "d", "--limit", "2"], "--limit is for tasks of the lm-ev.*, and gsm8k is ours; leave"),
+        (["gsm8k", "arc_easy"], "gsm8k arc_easy: gsm8k is a task of ours, which is asked alone"),
+        (["gsm8k"], "--data is missing: the file whose rows gsm8k asks; --harness takes"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):
     with pytest.raises(UserError, match=message):
-        harness_flags.parse_flags([*arguments, *MODEL])
+        flags.parse_flags([*arguments, *MODEL])
+
+
+def test_without_the_harness_its_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="arc_easy: .* whose package lm_eval this Python lacks; .*-r requirements-eval"):
+        flags.parse_flags(["arc_easy", *MODEL])

@@ -1,4 +1,4 @@
-"""A number is read alike however it is written, and only where the measure says that it may stand."""
+"""A number is read the same however it is written, and only from the places that the measure allows."""
 
 from fractions import Fraction
 
@@ -60,7 +60,7 @@ def test_strict_is_the_last_marker_and_flexible_the_last_number():
 
 @pytest.mark.parametrize("text", ["9" * 5000, "-1," + "000," * 3000 + "000", "0." + "3" * 5000, "1/" + "7" * 5000])
 def test_a_number_without_end_is_one_that_no_answer_is(text):
-    """A model that repeats a digit for ever is wrong, and ends nothing."""
+    """A model that repeats a digit for ever is wrong, and does not end the evaluation."""
     from rwkv_peft.evals.gsm8k import Gsm8k
 
     task = Gsm8k()

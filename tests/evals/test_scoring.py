@@ -17,7 +17,7 @@ CONTINUATIONS = [[[4], [4, 9, 2]], [[1, 2, 3, 4, 5]], [[8, 8], [3], [70, 1, 2, 5
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def model(request):
-    """A random float64 model; what starts at zero is filled too."""
+    """A random float64 model; tensors that start at zero are filled, too."""
     family = request.param
     torch.manual_seed(2)
     model = family.build(family.new_dimensions(2, 64, 80, head_size=16))

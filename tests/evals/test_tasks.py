@@ -1,4 +1,4 @@
-"""Rows become problems in every form that data sets have, and what is no problem is refused."""
+"""Rows become problems in every form that data sets have, and rows that are no problems are refused."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_choices_rows(row):
 
 @pytest.mark.parametrize("answer, right", [(1, 1), ("1", 0), (2, 2), (3, 0), ("3", 0), ("B", 1)])
 def test_numbers_to_choose_from_are_told_from_places(answer, right):
-    """A number of JSON is a place where there is one, a word is a text where one of the choices is that."""
+    """A JSON number is a choice's place if that place exists; a word is a choice's text if one of them is that text."""
     choices = ["1", "2", "0"] if answer in (1, "1", 2) else ["3", "1", "2"]
     row = {"question": "1 + 0?", "choices": choices, "answer": answer}
     assert TASKS["choices"].problem(row, LAYOUTS["question"]).right == right

@@ -1,4 +1,4 @@
-"""Adapter files: they carry what they are, and what is wrong with one is refused in words."""
+"""Adapter files: they carry their own description, and a faulty one is refused with a message."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Base checkpoints: what is read is right, what is wrong is refused in words."""
+"""Base checkpoints: right ones are read exactly, wrong ones are refused with a message."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def base(tmp_path, tiny_state):
 
 
 class Code:
-    """Pickles as a call of os.mkdir: loading it unsafely would leave a folder behind."""
+    """Pickles as a call of os.mkdir: unsafe loading would leave a folder behind."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Digests of whole files: equal where the contents are, made once, and made anew when a file is another."""
+"""Digests of whole files: equal for equal contents, computed once, and computed anew if a file changes."""
 
 import os
 
@@ -10,7 +10,7 @@ from rwkv_peft.files.digest import digest_below, digest_of
 
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
-    """The files that were read whole, in order; every file counts as large, and none as new."""
+    """The files that were read whole, in order; every file is treated as large, and none as new."""
     read, real = [], digest.read_whole
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(digest, "KEPT", 1)

@@ -1,4 +1,4 @@
-"""A held file: against every other process, by name, and for no longer than its process lives."""
+"""A held file: it locks out every other process, by name, until its own process ends."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a .pth says of its own sizes, where its two tables of contents disagree."""
+"""A .pth whose two tables of contents disagree on sizes."""
 
 import io
 import resource
@@ -13,7 +13,7 @@ from rwkv_peft.files.pth_writer import save_pth
 
 
 def rewritten(path, change):
-    """The archive at `path` again, each record as change(name, content) says."""
+    """Rewrite the archive at `path`, each record as change(name, content) returns it."""
     target = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w") as copy:
         for name in archive.namelist():

@@ -1,4 +1,4 @@
-"""Writing files: all of one or nothing of it, and what keeps one from being written is told in words."""
+"""Writing files: a whole file or none, and a message that says what prevented it."""
 
 import errno
 import os
@@ -95,7 +95,7 @@ def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(t
 
 
 def test_a_folder_that_another_command_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
-    """Both look whether they can write in a new folder, and leave none."""
+    """Both commands try if they can write in a new folder, and remove it again."""
     others, touch = [tmp_path / "new" / "deeper", tmp_path / "new"], Path.touch
 
     def touch_a_moment_too_late(path, **options):
@@ -210,7 +210,7 @@ def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path
 
 
 def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
-    """--output=~/m.pth comes as it is typed, and would make a folder called ~."""
+    """A shell does not expand --output=~/m.pth, which would make a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for read_or_written in (

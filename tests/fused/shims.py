@@ -1,5 +1,5 @@
-"""Models whose blocks are fused as on a GPU, on the CPU: small ones, a step on them, and the CUDA kernels of
-tests/cuda_shim in place of a GPU's."""
+"""Small models whose blocks are fused as on a GPU, on the CPU: a step on them, and the CUDA kernels of tests/cuda_shim
+in place of a GPU's."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def model_of(family, method, checkpoint=False, channels=64, rank=16, quant="none
 
 @torch.no_grad()
 def draw(model):
-    """Fill all that trains, with numbers that a model of any history would have."""
+    """Fill all trainable tensors with random numbers, so that none is still at its start."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -56,7 +56,7 @@ def states_of(model, sequences, seed=1):
 
 
 def step(model, tokens, cu_seqlens=None, state=None):
-    """Logits, what the states hold, and the gradient of every parameter and state that has one."""
+    """Logits, the states' tensors, and the gradient of every parameter and state that has one."""
     y, after = model(tokens, state, cu_seqlens)
     kept = [x for layer in after for x in layer]
     given = [] if state is None else [x for layer in state for x in layer]

@@ -1,5 +1,5 @@
-"""The law of fused/: a fused block computes what the plain one does, forward and every gradient, for every entry of its
-table and every method; and which blocks are fused, as `fuse` decides and says."""
+"""The law of fused/: a fused block computes the same as the plain one, forward and every gradient, for every entry of
+its table and every method; and `fuse` chooses the right blocks and says so."""
 
 import copy
 from dataclasses import replace
@@ -25,7 +25,7 @@ per_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fami
 
 
 def both(model, monkeypatch, tokens, bounds=None, sequences=0):
-    """What a fused model gives, what the plain one does, and what that one gives in float64."""
+    """The results of a step on the fused model, on the plain one, and on the plain one in float64."""
     fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     assert fuse(fused, GPU).startswith("2 of 2 blocks: ")
 
@@ -40,7 +40,7 @@ def both(model, monkeypatch, tokens, bounds=None, sequences=0):
 
 
 def assert_as_near(found, plain, true):
-    """In the mean as near to float64 as the plain model, and each result about as near."""
+    """Assert that fused results are on average as near to float64 as the plain ones, and each about as near."""
     errors = [
         [(x.double() - exact).norm() / exact.norm() for x, exact in zip(results, true, strict=True)]
         for results in (found, plain)
@@ -65,7 +65,7 @@ def test_a_fused_step_is_the_plain_one(family, method, monkeypatch):
 @pytest.mark.parametrize("lengths", [(26,), (3, 1, 22), (17, 9)])
 @pytest.mark.parametrize("begun", (False, True), ids=("zeros", "states"))
 def test_packed_sequences_and_states(family, lengths, begun, monkeypatch):
-    """With gradients of the states that sequences begin with, and through those that they end with."""
+    """With gradients of the states that sequences begin with, and through those that they end with, too."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     model = model_of(family, "bat-in")
     assert_as_near(*both(model, monkeypatch, TOKENS[None], bounds, len(lengths) if begun else 0))
@@ -101,7 +101,7 @@ def test_without_gradients_the_results_are_the_same(family, monkeypatch):
 @per_family
 @pytest.mark.parametrize("method", ("frozen", *METHODS))
 def test_a_chain_is_of_methods_that_have_a_block_term(family, method):
-    """Of ranks that the kernels have."""
+    """And only with ranks that the kernels have."""
     for rank in (16, 8):
         model = model_of(family, method, rank=rank)
         assert (CHAIN in fuse(model, GPU)) == (method in CHAINED and rank == 16)
@@ -173,7 +173,7 @@ def test_sizes_that_no_released_model_has_run_plain():
 
 @per_family
 def test_a_base_that_is_asked_too_keeps_its_layers(family):
-    """As a preference step does, which switches adapters off."""
+    """A preference step asks the base, by switching adapters off."""
     model = model_of(family, "bat-in")
     told = fuse(model, replace(GPU, asks_base=True))
     assert told.startswith("2 of 2 blocks: ") and CHAIN not in told
@@ -193,7 +193,7 @@ def test_tuned_states_are_fused_too(family, monkeypatch):
 
 @per_family
 def test_parameters_that_are_swapped_in_are_used(family, monkeypatch):
-    """As CUDA graphs swap stand-ins for the trained ones into the blocks that they record."""
+    """CUDA graphs put stand-ins in place of the trained parameters of the blocks that they record."""
     model = model_of(family, "bat-in")
     fuse(model, GPU)
     on_shims(monkeypatch)

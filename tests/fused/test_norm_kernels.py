@@ -1,5 +1,5 @@
-"""Norm and token shift in one pass, by the CUDA kernels on the CPU (tests/cuda_shim): against norm and points by
-themselves in float64, every gradient, over odd lengths, states and packing."""
+"""Norm and token shift in one pass, by the CUDA kernels on the CPU (tests/cuda_shim): against separate norm and points
+in float64, with every gradient, over odd lengths, states and packing."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def built():
 
 @pytest.fixture
 def kernels(built, monkeypatch):
-    """What the fused operations launch runs on the CPU; what is to be filled begins as NaN."""
+    """Run the fused operations' kernels on the CPU; tensors that they should fill begin as NaN."""
     built.set_order("ascending")
 
     def call(name, like, tensors, **sizes):
@@ -61,7 +61,7 @@ def plain_ddlerp(norm, x, last, factors, bounds):
 
 
 def results(function, inputs, dtype, bounds=None, used=None):
-    """What a function gives, and the gradients of x and last; `used` are the numbers of the outputs with gradients."""
+    """A function's results, and the gradients of x and last; `used` are the indices of the outputs with gradients."""
     x, last, weight, bias, *rest = (one if one is None else one.to(dtype, copy=True) for one in inputs)
     leaves = [one.requires_grad_() for one in (x, last) if one is not None]
     rest = rest if len(rest) == 1 else [tuple(rest)]
@@ -80,14 +80,14 @@ def assert_near(found, plain, true):
 
 
 def lerp_inputs(shape, points, sequences=None):
-    """What norm_lerp takes, in bfloat16."""
+    """Arguments of norm_lerp, in bfloat16."""
     last = None if sequences is None else randn(sequences, shape[2], seed=2)
     inputs = [randn(*shape) + 0.5, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
     return [x if x is None else x.bfloat16() for x in inputs]
 
 
 def ddlerp_inputs(B, T, C, rank, sequences=None):
-    """What norm_ddlerp takes, in bfloat16."""
+    """Arguments of norm_ddlerp, in bfloat16."""
     w1, decay_w1 = randn(C, 5 * rank) / C**0.5, randn(C, 2 * rank) / C**0.5
     parameters = [*randn(2, C), randn(1, C), w1, randn(5, C), randn(5, rank, C) / rank**0.5, decay_w1]
     inputs = [randn(B, T, C) + 0.5, None if sequences is None else randn(sequences, C), *parameters]
@@ -105,7 +105,7 @@ def ddlerp_inputs(B, T, C, rank, sequences=None):
     ],
 )
 def test_norm_and_points(kernels, shape, lengths, with_last, points, monkeypatch):
-    """Sequences that begin and end within strips and with them; of any width."""
+    """Sequences begin and end inside strips and at their borders; any width."""
     monkeypatch.setattr(lerp_module, "STRIPS", 4)
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     sequences = shape[0] if lengths is None else len(lengths)
@@ -117,7 +117,7 @@ def test_norm_and_points(kernels, shape, lengths, with_last, points, monkeypatch
 @pytest.mark.parametrize("rank, lengths", [(32, None), (64, None), (32, (1, 62, 1, 1, 65)), (64, (64, 63))])
 @pytest.mark.parametrize("with_last, groups", [(False, 1), (True, 3)])
 def test_norm_and_points_that_depend_on_the_token(kernels, rank, lengths, with_last, groups, monkeypatch):
-    """Rows and sequences that end in, at and after a tile of tokens; channels in one group and in several."""
+    """Rows and sequences end inside a tile of tokens, at its end and after it; channels in one group and in several."""
     monkeypatch.setattr(gpu_lerp, "MOST_GROUPS", groups)
     monkeypatch.setattr(lerp_module, "STRIPS", 4)
     B, T, bounds = 2, 65, None
@@ -131,7 +131,7 @@ def test_norm_and_points_that_depend_on_the_token(kernels, rank, lengths, with_l
 
 @pytest.mark.parametrize("function", (norm_lerp, norm_ddlerp))
 def test_empty_sequences_at_the_end_change_nothing_of_the_others(kernels, function):
-    """What an empty one's last token is, none of the others says."""
+    """The last token of an empty sequence is not defined."""
     bounds = torch.tensor([0, 1, 63, 64, 65, 130])
     raised = torch.cat([bounds, torch.tensor([130, 130, 130])])
     inputs = lerp_inputs((1, 130, 64), 2) if function is norm_lerp else ddlerp_inputs(1, 130, 64, 32)
@@ -164,7 +164,7 @@ def test_gradients_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch
 
 @pytest.mark.parametrize("order", shim.ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
-    """Nor does how many tokens a block has."""
+    """Nor does the number of tokens that a block takes."""
 
     def both():
         mixed = results(norm_lerp, lerp_inputs((1, 9, 300), 2, 1), torch.bfloat16)
@@ -190,7 +190,7 @@ def test_a_shift_of_the_wrong_shape_is_refused():
 
 
 def test_the_kernels_are_launched_where_the_tensors_are(monkeypatch):
-    """`call` chooses by the device: here a CPU's, which has no such kernel."""
+    """`call` chooses by the device: here the CPU, which has no such kernel."""
     asked = []
     monkeypatch.setattr(cpu, "call", lambda name, *rest, **sizes: asked.append(name))
     assert lerp_module.call is functions.call

@@ -27,8 +27,8 @@ def quiet_torch():
 
 @pytest.fixture
 def on_shim(monkeypatch):
-    """CPU tensors go through the CUDA kernels; what is to be filled begins as NaN. Gives the names of mix's kernels
-    as they are launched."""
+    """Send CPU tensors through the CUDA kernels; tensors that they should fill begin as NaN -> the names of mix's
+    kernels in the order of their launches."""
     try:
         mix = shim.build(mix_cuda.FAMILY)
     except BuildError as error:
@@ -66,7 +66,7 @@ def fused(rows, keys, g, r_k, weight, bias, state, cu_seqlens):
 
 
 def apply(function, leaves, state=None, cu_seqlens=None):
-    """function, which is called as `fused` is, of tensors that inputs_of orders."""
+    """Call a function, which takes the arguments of `fused`, with tensors in inputs_of's order."""
     *rows, g, a0, k_k, k_a, r_k, weight, bias = leaves
     return function(tuple(rows), (a0, k_k, k_a), g, r_k, weight, bias, state, cu_seqlens)
 
@@ -91,7 +91,7 @@ def results(case, dtype, function):
 
 
 def plainly(rows, keys, g, r_k, weight, bias, state, cu_seqlens):
-    """The same in plain torch, all of it in the rows' dtype."""
+    """The same in plain torch, entirely in the rows' dtype."""
     r, w, k, v, low = rows
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in keys)
     rate, n = torch.sigmoid(a0 + low), torch.nn.functional.normalize(k * k_k, dim=-1)
@@ -122,7 +122,7 @@ def test_every_result_is_as_exact_as_plain_torch(on_shim, monkeypatch, B, T, len
 
 @pytest.mark.parametrize("group", [0, 64])
 def test_empty_sequences_at_the_end_change_no_bit_of_the_others(on_shim, monkeypatch, group):
-    """As a recorded step has them, whose bounds nobody reads."""
+    """A recorded step has such sequences, because nobody can read its bounds."""
     monkeypatch.setattr(checks, "_has_values", lambda x: False)
     monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
     raised = wkv7_cases.make_case(1, 147, 2, 64, torch.bfloat16, lengths=[1, 130, 16, 0, 0], seed=2)
@@ -130,7 +130,7 @@ def test_empty_sequences_at_the_end_change_no_bit_of_the_others(on_shim, monkeyp
 
 
 def test_the_bonus_is_in_the_gradients(on_shim):
-    """Of one token, whose recurrence has none for r but through y: the bonus's are a large part of them."""
+    """With a single token r has no gradient through the state, so that the bonus's part is large."""
     case = wkv7_cases.make_case(1, 1, 2, 64, torch.bfloat16, with_state=False)
     inputs = inputs_of(case)
     inputs[GIVEN + 3] = torch.zeros_like(inputs[GIVEN + 3])  # r_k
@@ -144,7 +144,7 @@ def test_the_bonus_is_in_the_gradients(on_shim):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_the_results_alone(on_shim, which):
-    """The final state's gradient needs no gate; without it, that of zeros is taken."""
+    """The final state's gradient needs no gate; without it, zeros are taken for it."""
     case = wkv7_cases.make_case(1, 5, 1, 64, torch.bfloat16)
     leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
     apply(fused, leaves, case.state)[which].sum().backward()

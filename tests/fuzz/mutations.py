@@ -1,6 +1,6 @@
-"""Ways in which a file comes to be broken: what a bad disk, a bad copy or a bad program makes of its bytes.
+"""Mutations that break a file's bytes as a bad disk, a bad copy or a bad program does.
 
-Each mutation takes a file's content and a random.Random, and gives another content.
+Each mutation takes a file's content and a random.Random, and returns another content.
 """
 
 import io
@@ -48,12 +48,12 @@ def truncated(content: bytes, rng: random.Random) -> bytes:
 
 
 def cut_short(content: bytes, rng: random.Random) -> bytes:
-    """Only a little is missing."""
+    """Cut a little off the end."""
     return content[: -rng.randint(1, 64)]
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
-    """Some bytes anywhere are others."""
+    """Change some bytes anywhere."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
@@ -68,7 +68,7 @@ def flipped_head(content: bytes, rng: random.Random) -> bytes:
 
 
 def extreme_number(content: bytes, rng: random.Random) -> bytes:
-    """Some bytes together are a number of the kind that sizes are not meant to be."""
+    """Overwrite some bytes with a number that no size should be."""
     number = rng.choice((b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\x00" * 8, b"\xff" * 4, b"\x00" * 4, b"\x80\xff"))
     start = rng.randrange(max(1, min(len(content), rng.choice((32, 512, 1 << 30))) - len(number)))
     return content[:start] + number + content[start + len(number) :]
@@ -86,7 +86,7 @@ def with_a_part_twice(content: bytes, rng: random.Random) -> bytes:
 
 
 def zeroed(content: bytes, rng: random.Random) -> bytes:
-    """A block that the disk never wrote."""
+    """Zero a block, as if the disk had never written it."""
     start = rng.randrange(len(content))
     size = min(rng.choice((16, 512, 4096)), len(content) - start)
     return content[:start] + bytes(size) + content[start + size :]
@@ -115,7 +115,7 @@ BYTES: tuple[Mutation, ...] = (
 
 
 def other_value(content: bytes, rng: random.Random) -> bytes:
-    """JSON, of which one value anywhere is another."""
+    """Replace one value anywhere in JSON."""
     marks: list[str] = []
 
     def places(value: object) -> int:
@@ -141,7 +141,7 @@ def other_value(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_key(content: bytes, rng: random.Random) -> bytes:
-    """A JSON object, of which one key is missing or another."""
+    """Remove or rename one key of a JSON object."""
     value = json.loads(content)
     if not isinstance(value, dict) or not value:
         return b"{}"
@@ -156,13 +156,13 @@ JSON: tuple[Mutation, ...] = (other_value, other_key)
 
 
 def named(change: Mutation, mutation: Mutation) -> Mutation:
-    """`change` under the name of the mutation that it applies to a part of a file."""
+    """`change` under the name of the mutation that it applies to one part of a file."""
     change.__qualname__ = change.__qualname__.split(".")[0] + " " + mutation.__qualname__
     return change
 
 
 def in_one_line(mutation: Mutation) -> Mutation:
-    """The mutation of a line of a file."""
+    """Apply a mutation to one line of a file."""
 
     def change(content: bytes, rng: random.Random) -> bytes:
         lines = content.split(b"\n")
@@ -174,7 +174,7 @@ def in_one_line(mutation: Mutation) -> Mutation:
 
 
 def in_safetensors_header(mutation: Mutation) -> Mutation:
-    """The mutation of the JSON header of a .safetensors, under a length that fits."""
+    """Apply a mutation to the JSON header of a .safetensors, and correct its length."""
 
     def change(content: bytes, rng: random.Random) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
@@ -185,7 +185,7 @@ def in_safetensors_header(mutation: Mutation) -> Mutation:
 
 
 def in_metadata(key: str, mutation: Mutation) -> Mutation:
-    """The mutation of the JSON that an entry of a .safetensors file's metadata holds as text."""
+    """Apply a mutation to the JSON text in an entry of a .safetensors file's metadata."""
 
     def of_header(header: bytes, rng: random.Random) -> bytes:
         values = json.loads(header)
@@ -197,7 +197,7 @@ def in_metadata(key: str, mutation: Mutation) -> Mutation:
 
 
 def other_dtype(content: bytes, rng: random.Random) -> bytes:
-    """A tensor's dtype in a .safetensors is another one of the same width."""
+    """Change a tensor's dtype in a .safetensors to another of the same width."""
     names = {b'"F32"': (b'"U32"', b'"I32"'), b'"F16"': (b'"U16"', b'"I16"', b'"BF16"')}
     old = next(name for name in names if name in content)
     start = rng.choice([place for place in range(len(content)) if content.startswith(old, place)])
@@ -205,7 +205,7 @@ def other_dtype(content: bytes, rng: random.Random) -> bytes:
 
 
 def in_pickle(mutation: Mutation) -> Mutation:
-    """The mutation of the pickle in a .pth, in an archive whose checksums hold."""
+    """Apply a mutation to the pickle in a .pth, and correct the archive's checksums."""
 
     def change(content: bytes, rng: random.Random) -> bytes:
         target = io.BytesIO()
@@ -219,7 +219,7 @@ def in_pickle(mutation: Mutation) -> Mutation:
 
 
 def without_a_record(content: bytes, rng: random.Random) -> bytes:
-    """A .pth that lacks one record, or has another in its place."""
+    """Remove one record of a .pth, or put another in its place."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(target, "w") as copy:
         names = archive.namelist()
@@ -233,7 +233,7 @@ def without_a_record(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_opcode(content: bytes, rng: random.Random) -> bytes:
-    """A pickle, of which one instruction is missing, doubled, or another."""
+    """Remove, double or replace one instruction of a pickle."""
     starts = [position for _, _, position in pickletools.genops(content)]
     number = rng.randrange(len(starts))
     start, stop = starts[number], (starts + [len(content)])[number + 1]
@@ -245,7 +245,7 @@ def other_opcode(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_number(content: bytes, rng: random.Random) -> bytes:
-    """A pickle, of which one number (a size, a stride, an offset) is another."""
+    """Replace one number of a pickle (a size, a stride, an offset)."""
     numbers = [
         (op, arg, pos) for op, arg, pos in pickletools.genops(content) if op.name in ("BININT", "BININT1", "BININT2")
     ]
@@ -256,7 +256,7 @@ def other_number(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_storage(content: bytes, rng: random.Random) -> bytes:
-    """A pickle, of which one name (of a storage's type, a function, a device) is another."""
+    """Replace one name in a pickle (of a storage's type, a function, a device)."""
     for old, new in (
         (b"FloatStorage", rng.choice((b"IntStorage", b"HalfStorage", b"UntypedStorage", b"ComplexFloatStorage"))),
         (b"BFloat16Storage", rng.choice((b"ShortStorage", b"HalfStorage", b"UntypedStorage", b"BoolStorage"))),
@@ -269,7 +269,7 @@ def other_storage(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_tensor(content: bytes, rng: random.Random) -> bytes:
-    """A .pth, of which one tensor has another shape, dtype, layout or name."""
+    """Give one tensor of a .pth another shape, dtype, layout or name."""
     tensors = torch.load(io.BytesIO(content), weights_only=True)
     key = rng.choice(list(tensors))
     tensor, other = tensors[key], rng.choice(list(tensors))
@@ -311,7 +311,7 @@ def other_tensor(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_entry(content: bytes, rng: random.Random) -> bytes:
-    """What torch.save wrote, of which one entry anywhere is missing, has another name, or is of another kind."""
+    """Remove or rename one entry anywhere in a file of torch.save, or make it one of another kind."""
     spots: list[tuple[object, object]] = []
 
     def look(value: object) -> None:
@@ -348,14 +348,14 @@ def deep_pickle(content: bytes, rng: random.Random) -> bytes:
 
 
 def call_for_memory(content: bytes, rng: random.Random) -> bytes:
-    """A pickle that makes, and drops, something of a size that it names."""
+    """A pickle that allocates, and drops, an object of a size that it names."""
     name = rng.choice((b"builtins\nbytearray", b"torch\nFloatTensor", b"torch\nFloatStorage", b"torch\nTensor"))
     size = pickle.dumps(rng.choice((1 << 33, 1 << 40, 1 << 62)), protocol=2)[2:-1]
     return content[:2] + b"c" + name + b"\n" + size + b"\x85R0" + content[2:]
 
 
 def odd_literal(content: bytes, rng: random.Random) -> bytes:
-    """A line of a vocabulary whose token is an expression, or a text that says much of itself."""
+    """A line of a vocabulary whose token is an expression or an odd text, and whose number or length may be absurd."""
     many = rng.choice((10, 10_000, 200_000))
     literal = rng.choice(
         (

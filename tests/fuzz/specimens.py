@@ -1,4 +1,4 @@
-"""Whole files of every kind that a user gives, and the command or reader that each is given to."""
+"""Whole files of every kind that a user may give, each with the command or reader that it is for."""
 
 import datetime
 import gzip
@@ -29,7 +29,7 @@ from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.generate.command import Continuation, show
 from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
-from rwkv_peft.models.state import layer_keys
+from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
@@ -58,8 +58,8 @@ MODEL_STATES, OPTIMIZER_STATES = (f"{CHECKPOINT}/zero/rank_0_{name}_states.pt" f
 
 @dataclass(frozen=True)
 class Specimen:
-    """file is the one that is broken, of those that write_all wrote; use(folder) gives it to whom it is for; mutations
-    are those that its format allows, besides what may happen to any bytes."""
+    """file: the one to break, among those that write_all wrote; use(folder): passes it to its command or reader;
+    mutations: those of its format, besides those of any bytes."""
 
     file: str
     use: Callable[[Path], object]
@@ -93,7 +93,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         specs = {key: TensorSpec.of(tensor) for key, tensor in named.items()}
         write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
     heads, size = state["blocks.0.att.time_faaaa"].shape
-    save_model(folder / "state.pth", {layer_keys(0).wkv: torch.randn(heads, size, size)})
+    save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
     with BinidxWriter(folder / "data", mask=True) as writer:
         for length in (3, 1, 7):
@@ -144,14 +144,14 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def model_states() -> dict[str, object]:
-    """What DeepSpeed writes of a run that trains two tensors."""
+    """The content of DeepSpeed's file of model states for a run that trains two tensors."""
     module = {"a.bone": torch.ones(2, 3, dtype=torch.bfloat16), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
     numbers = {"global_steps": 3, "global_samples": 3, "skipped_steps": 0, "dp_world_size": 1, "mp_world_size": 1}
     return {"module": module, **numbers}
 
 
 def optimizer_states() -> dict[str, object]:
-    """What DeepSpeed's ZeRO optimizer writes of it, behind a step."""
+    """The content of ZeRO's file of optimizer states for it, after a step."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -262,7 +262,7 @@ def metrics_read(folder):
 
 
 def outcome_read(folder):
-    """As the table of a comparison has it."""
+    """Read an outcome as the table of a comparison does."""
     outcome = read_outcome(folder / COMPARED)
     rows = rows_of(["bone"], [outcome.cell.seed], {"bone": Size(8, 0, 100)}, {outcome.cell: outcome})
     return table(rows, outcome.cell.seed, {outcome.cell: outcome})
@@ -273,7 +273,7 @@ def curve_drawn(folder):
 
 
 def checkpoint_read(folder):
-    """As a run does that goes on."""
+    """Read a checkpoint as a resumed run does."""
     now = RUN | {"validated_from": 0}
     state = read_run_state(list_checkpoints(folder)[0], now)
     train = with_first_rates(TrainConfig(lr_init=0.1, lr_final=0.1, lr_chosen=("lr_init", "lr_final")), state)

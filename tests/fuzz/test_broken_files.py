@@ -1,7 +1,7 @@
-"""Whatever is wrong with a file, a command ends in one message about it: no traceback, no code run, no memory asked for
-that the file does not fill.
+"""Whatever is wrong with a file, a command ends in one message about it, without a traceback, without running code, and
+without asking for more memory than the file fills.
 
-The seed is fixed, so that a failure comes back; its name tells which file, which mutation and which number.
+The seed is fixed, so that a failure repeats; a case's name tells the file, the mutation and its number.
 """
 
 import random
@@ -33,7 +33,7 @@ def folder(tmp_path_factory, tiny_state):
 
 @pytest.fixture
 def bounded():
-    """The process may not take MEMORY more than it has, where the system can say so."""
+    """Let the process take at most MEMORY more than it has, if the system can limit it."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -47,7 +47,7 @@ def bounded():
 
 
 def broken(specimen, number, others):
-    """(what was done, the content) of the number-th mutant of a specimen; others are contents of other files."""
+    """(description, content) of the number-th mutant of a specimen; others are contents of other files."""
     content, rng = others[specimen.file], random.Random(f"{SEED} {specimen.file} {number}")
     if number % SWAPPED == 0:
         name = rng.choice(sorted(others))

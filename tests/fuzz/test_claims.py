@@ -1,5 +1,5 @@
-"""What a file claims of its own sizes is not believed: a few bytes that stand for gigabytes end in a message, and take
-no more memory than an honest file."""
+"""A file's claims about its own sizes are not trusted: a few bytes that claim gigabytes end in a message, and take no
+more memory than an honest file."""
 
 import gzip
 import pickle
@@ -20,7 +20,7 @@ HUGE = 6_000_000_000
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """The process may not take ROOM more than it has, where the system can say so."""
+    """Let the process take at most ROOM more than it has, if the system can limit it."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -57,14 +57,14 @@ def zipped(path, pickled):
 
 
 def bare(path, *pickles):
-    """A file of the kind that torch wrote before 1.6, with other pickles behind its first three."""
+    """A file in the format of torch before 1.6, with other pickles after its first three."""
     torch.save({}, path, _use_new_zipfile_serialization=False)
     head = path.read_bytes().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps({}, 2))
     path.write_bytes(head + b"".join(pickles))
 
 
 def storages(count, numbers):
-    """A dict of tensors of which each names a storage of its own, of so many numbers."""
+    """A dict of tensors, each of which names its own storage of so many numbers."""
 
     def tensor(key):
         name = b"(" + item("storage") + b"ctorch\nDoubleStorage\n" + item(key) + item("cpu") + item(numbers) + b"NtQ"
@@ -98,7 +98,7 @@ def test_storages_of_a_bare_pickle_take_no_more_than_their_file(tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "convert"])
 def test_tensors_that_share_their_bytes_are_refused(tmp_path, tiny_state, command):
-    """24 layers that are one: memory and a file of their size are not this file's."""
+    """24 layers are one and the same: their memory, and a file of them, would be larger than this file."""
     state = tiny_state(n_layer=24)
     for key in state:
         if key.startswith("blocks.") and not key.startswith("blocks.0."):
@@ -139,7 +139,7 @@ def test_packed_rows_that_are_all_kept_are_bounded(tmp_path, monkeypatch, comman
 
 
 def parquet_of(path, array, **settings):
-    """A parquet file of one column, text, without the room that statistics take."""
+    """A parquet file with one column, text, and without statistics."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -149,7 +149,7 @@ def parquet_of(path, array, **settings):
 
 
 def repeated(pyarrow, text, count):
-    """A text that is stored once and stands in so many places."""
+    """A text that is stored once and referred to in so many places."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
 
 
@@ -189,7 +189,7 @@ def test_a_row_that_is_a_list_of_countless_nothings_is_refused(tmp_path, monkeyp
 
 
 def gguf(path, *settings, tensors=0, count=None):
-    """A GGUF of settings, bytes behind their names, and of as many tensors as it announces."""
+    """A GGUF with settings (bytes after their names), which announces so many tensors."""
     head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(settings) if count is None else count)
     path.write_bytes(head + b"".join(settings))
     return path

@@ -1,4 +1,4 @@
-"""The chat: the layout of the training data, a memory that is the state alone, and an end for every way out."""
+"""The chat: the layout of the training data, a memory that is only the state, and an end for every way out."""
 
 import io
 import os
@@ -38,8 +38,8 @@ def model(tmp_path_factory, tiny_state):
 
 @pytest.fixture
 def chat(model, monkeypatch, capsys):
-    """chat(lines, *flags, says=texts) -> (stdout, stderr, the logits of every draw), the lines as a pipe would bring
-    them; with says the model draws these texts, one an answer (END, where a text ends in "|"; an int interrupts)."""
+    """chat(lines, *flags, says=texts) -> (stdout, stderr, the logits of every draw), with the lines coming from a pipe.
+    says: the texts that the model draws, one for each answer ("|" at the end stands for END; an int interrupts)."""
 
     def run(lines, *flags, says=None):
         logits, drawn = [], iter([token for text in says or () for token in tokens_of(text)])
@@ -67,7 +67,7 @@ def tokens_of(text):
 
 
 def trained(*turns, think=""):
-    """The tokens that the data path makes of a conversation, its end token left out."""
+    """The tokens of a conversation in training data, without its end token."""
     messages = [{"role": role, "content": words} for role, words in turns]
     encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think)).encode(
         Chunk("x", 1, ({"messages": messages},))
@@ -209,7 +209,7 @@ def test_a_name_that_no_system_takes_is_told(chat):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """terminal(lines): a person types them."""
+    """terminal(lines): a person types the lines."""
 
     def typed(lines):
         lines = iter([*lines, "/exit"])

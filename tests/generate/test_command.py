@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, and what it says when something is wrong."""
+"""The command: its output, its files, and its messages when something is wrong."""
 
 import gzip
 import io
@@ -164,7 +164,7 @@ def test_prompts_of_every_kind_of_json(run, tmp_path, name):
 
 
 def test_lines_that_were_written_are_prompts_again(run, tmp_path):
-    """Their continuation is made anew; a row's own field of such a name would be lost, and is refused
+    """Their continuation is made anew; a row's own field of that name would be lost, and is refused
     (test_prompt_files_that_cannot_be_read_are_named)."""
     (tmp_path / "p.jsonl").write_text(run("--prompt", "a", "b", "--max_tokens", 2))
     rows = [json.loads(line) for line in run("--prompt_file", tmp_path / "p.jsonl", "--max_tokens", 3).splitlines()]
@@ -368,8 +368,8 @@ def prompts_in(path):
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatch):
-    """Whatever ends the process then; at the end all stand in the order of the prompts. What was there before gives way
-    to the first line."""
+    """So that it survives whatever ends the process; at the end all lines are in the order of the prompts. The first
+    line replaces earlier content."""
     output, seen = tmp_path / "out.jsonl", []
     output.write_text('{"prompt": "before"}\n')
 

@@ -147,7 +147,7 @@ def test_a_time_state_is_the_transpose_of_what_the_model_computes_with(model, tm
 
 
 def broken_states(model):
-    """(what a file holds, what the refusal says)."""
+    """(content of a file, words of the refusal)."""
     _, state = prefill(model, [[1]])
     good = {f"blocks.{i}.att.time_state": layer.wkv[0] for i, layer in enumerate(state)}
     first = "blocks.0.att.time_state"

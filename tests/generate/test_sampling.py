@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution that its settings define, and each row alone decides its token."""
+"""Sampling draws from the distribution that its settings define, and a row's token depends only on that row."""
 
 import random
 

@@ -12,7 +12,7 @@ MIXED = "naïve 你好 🙂 — end"
 
 
 class SpacedTokenizer:
-    """Decodes as sentencepiece does: the first word loses the space before it; one byte a token otherwise."""
+    """Decodes as sentencepiece does: the first word loses the space before it; otherwise each byte is a token."""
 
     special: dict[str, int] = {}
 
@@ -22,7 +22,7 @@ class SpacedTokenizer:
 
 @pytest.fixture(scope="module")
 def straddling(tmp_path_factory):
-    """A tokenizer.json of bytes, and of tokens that end one letter and begin another, as GPT-2's has them."""
+    """A tokenizer.json of bytes, and of tokens that end one letter and begin another, like GPT-2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,10 +1,10 @@
-"""What the tests of Bone on Hugging Face models share beside fixtures."""
+"""Helpers of the tests of Bone on Hugging Face models."""
 
 import torch
 
 
 def fill(model, std=0.02, seed=0):
-    """Give every Bone block random values, so that an adapter does something."""
+    """Give every Bone block random values, so that an adapter has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A small LLaMA, the real one where the shared data is there, and its tokenizer."""
+"""A small LLaMA, the real one if the shared data is present, and its tokenizer."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "llama_stories2
 
 @pytest.fixture(scope="session", autouse=True)
 def _ours():
-    """Where the installed peft has a Bone of its own, the tests are about ours."""
+    """If the installed peft has a Bone of its own, put ours in its place, which the tests are about."""
     register(replace=True)
 
 

@@ -1,4 +1,4 @@
-"""The command of demo/bone_finetuning.py on what scripts/bone_llama.sh makes, and what a run of it left."""
+"""Runs the command of demo/bone_finetuning.py on files of scripts/bone_llama.sh, and reads a run's results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checks that peft's own Bone (0.14 to 0.18) gives the logits that adapter folders name as golden.
+"""Checks that peft's own Bone (0.14 to 0.18) gives the golden logits stored in adapter folders.
 
     python own_bone.py BASE_FOLDER ADAPTER_FOLDER…
 

@@ -1,4 +1,4 @@
-"""What a base layer may be, and what of it Bone leaves as it is: its hooks, its precision, its kind."""
+"""Base layers that Bone takes, and their hooks, precision and kind, which it keeps."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ FORMS = (True, "bat-in", "bat-out", "mini")
 
 
 class Scaled(nn.Linear):
-    """A layer that is not the product with its weight."""
+    """A layer that computes more than the product with its weight."""
 
     def forward(self, x):
         return 2 * super().forward(x)

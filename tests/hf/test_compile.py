@@ -1,4 +1,4 @@
-"""torch.compile takes models with Bone whole, as it does models with peft's own layers, and computes the same.
+"""torch.compile captures models with Bone as a whole, as it does models with peft's own layers, and computes the same.
 
 The graph is captured and differentiated as for any backend ("aot_eager" then runs it by plain kernels, which
 needs no compiler).

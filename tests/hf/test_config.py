@@ -1,4 +1,4 @@
-"""BoneConfig: its forms, its targets, its refusals, and what it writes."""
+"""BoneConfig: its forms, its targets, its refusals, and its file."""
 
 import json
 

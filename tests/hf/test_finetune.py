@@ -1,4 +1,4 @@
-"""What the command of demo/bone_finetuning.py trains, keeps and goes on from; and the quick start in Python."""
+"""The command of demo/bone_finetuning.py: training, saving and resuming; and the quick start in Python."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Chats as rows: what the command learns of them, and what it says of those that it cannot take."""
+"""Chats as rows: the tokens that the command trains on, and its messages on rows that it cannot take."""
 
 import json
 

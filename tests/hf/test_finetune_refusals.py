@@ -1,4 +1,5 @@
-"""Mistakes of a command of demo/bone_finetuning.py, and what machine, hub and folder refuse: told before the work."""
+"""Mistakes in a command of demo/bone_finetuning.py, and refusals by machine, hub and folder, are reported before work
+starts."""
 
 import json
 import shutil

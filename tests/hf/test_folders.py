@@ -12,14 +12,18 @@ from bone_blocks import fill
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from rwkv_peft.commands import main
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, folders, installed
-from rwkv_peft.hf.folders import bone_to_miss, miss_to_bone
+from rwkv_peft.hf import BoneConfig, installed
 
 
 def logits(model, ids):
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
+
+
+def convert(source, target, *more):
+    return main(["convert", str(source), str(target), *more])
 
 
 def save(model, folder, **settings):
@@ -50,7 +54,7 @@ def test_an_interrupt_leaves_no_folder(llama, tmp_path, request):
     save(llama, tmp_path / "bone")
     request.getfixturevalue("ctrl_c_while_writing")
     with pytest.raises(KeyboardInterrupt):
-        folders.main([str(tmp_path / "bone"), str(tmp_path / "new" / "miss")])
+        convert(tmp_path / "bone", tmp_path / "new" / "miss")
     assert os.listdir(tmp_path) == ["bone"]
 
 
@@ -126,33 +130,33 @@ def test_a_pre_release_folder_says_true_and_holds_block_affine_tensors(llama, id
 @pytest.mark.parametrize("settings", [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 4}])
 def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
     expected = logits(save(copy.deepcopy(llama), tmp_path / "bone", **settings), ids)
-    bone_to_miss(tmp_path / "bone", tmp_path / "miss")
+    convert(tmp_path / "bone", tmp_path / "miss")
     theirs = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "miss")
     assert isinstance(theirs.peft_config["default"], peft.MissConfig)
     torch.testing.assert_close(logits(theirs, ids), expected, atol=1e-4, rtol=1e-4)
-    assert folders.main([str(tmp_path / "miss"), str(tmp_path / "back")]) == 0
+    assert main(["bone2miss", str(tmp_path / "miss"), str(tmp_path / "back")]) == 0  # the name that it had
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)
 
 
 def test_a_folder_without_safetensors_is_converted_too(llama, tmp_path):
     save(llama, tmp_path / "bone").save_pretrained(tmp_path / "bin", safe_serialization=False)
     assert (tmp_path / "bin" / "adapter_model.bin").is_file()
-    assert folders.main([str(tmp_path / "bin"), str(tmp_path / "miss")]) == 0
-    bone_to_miss(tmp_path / "bone", tmp_path / "due")
+    assert convert(tmp_path / "bin", tmp_path / "miss") == 0
+    convert(tmp_path / "bone", tmp_path / "due")
     found, due = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("miss", "due"))
     assert found.keys() == due.keys() and all(torch.equal(found[key], due[key]) for key in due)
     (tmp_path / "bin" / "adapter_model.bin").unlink()
     with pytest.raises(UserError, match="has no adapter_model.safetensors .nor adapter_model.bin."):
-        folders.main([str(tmp_path / "bin"), str(tmp_path / "miss")])
+        convert(tmp_path / "bin", tmp_path / "miss")
 
 
 def test_tensors_that_are_views_are_converted_too(llama, tmp_path):
-    """torch.save keeps their strides, and what they share."""
+    """torch.save keeps their strides and shared memory."""
     save(llama, tmp_path / "bone")
     (file := tmp_path / "bone" / "adapter_model.safetensors").rename(tmp_path / "whole.safetensors")
     tensors = load_file(tmp_path / "whole.safetensors")
     torch.save({key: tensor.mT.contiguous().mT for key, tensor in tensors.items()}, file.with_name("adapter_model.bin"))
-    assert folders.main([str(tmp_path / "bone"), str(tmp_path / "miss")]) == 0
+    assert convert(tmp_path / "bone", tmp_path / "miss") == 0
     found = load_file(tmp_path / "miss" / "adapter_model.safetensors")
     assert all(torch.equal(found[key.replace("bone", "miss")], tensors[key]) for key in tensors)
 
@@ -160,11 +164,14 @@ def test_tensors_that_are_views_are_converted_too(llama, tmp_path):
 def test_what_cannot_be_converted_is_refused(llama, tmp_path):
     save(llama, tmp_path / "bone", init_weights="bat-in")
     with pytest.raises(UserError, match="bat-in adapter, and MiSS has"):
-        bone_to_miss(tmp_path / "bone", tmp_path / "miss")
-    with pytest.raises(UserError, match="holds a BONE adapter, and MISS is due"):
-        miss_to_bone(tmp_path / "bone", tmp_path / "miss")
-    with pytest.raises(UserError, match="has no adapter_config.json"):
-        folders.main([str(tmp_path), str(tmp_path / "out")])
+        convert(tmp_path / "bone", tmp_path / "miss")
+    config = tmp_path / "bone" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LORA"}))
+    with pytest.raises(UserError, match="holds a LORA adapter, and only BONE and MISS ones become a folder"):
+        convert(tmp_path / "bone", tmp_path / "miss")
+    with pytest.raises(UserError, match="base.pth would change nothing of .*miss: a BONE or MISS folder tells it"):
+        convert(tmp_path / "bone", tmp_path / "miss", "--base_model", "base.pth")
+    assert not (tmp_path / "miss").exists()
 
 
 def test_a_missing_tensor_is_noticed(llama, tmp_path):

@@ -1,6 +1,6 @@
 """Registration: BONE becomes a method of the installed peft, once, and only of a peft that is known.
 
-Where that peft has a Bone of its own (0.14 to 0.18), ours takes its place if asked, and never otherwise;
+If that peft has a Bone of its own (0.14 to 0.18), ours takes its place only if asked;
 versions.sh runs these tests under each version.
 """
 
@@ -68,7 +68,7 @@ def test_a_configuration_of_the_replaced_bone_is_refused(llama):
 
 @pytest.mark.skipif(not PEFT_HAS_BONE, reason="the installed peft has no Bone of its own")
 def test_left_alone_pefts_own_bone_loads_what_is_saved_here(llama, llama_folder, ids, tmp_path):
-    """In a process where importing rwkv_peft.hf changed nothing, so that peft's own layers do the work."""
+    """In this process importing rwkv_peft.hf changes nothing, so that peft's own layers are used."""
     for form in (True, "bat"):
         model = fill(
             peft.get_peft_model(copy.deepcopy(llama), BoneConfig(r=4, init_weights=form, target_modules="all-linear"))

@@ -84,7 +84,7 @@ def test_two_active_adapters_act_as_merging_both(llama, ids):
 
 
 def test_all_linear_is_never_the_inside_of_an_adapter(llama):
-    """peft 0.14 takes it so for a second adapter."""
+    """peft 0.14 takes the layers inside the first adapter as targets of a second one."""
     model, config = adapted(llama, True), BoneConfig(r=4, target_modules="all-linear")
     before = sum(isinstance(module, BoneLinear) for module in model.modules())
     if installed.version() < (0, 15):

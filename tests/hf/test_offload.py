@@ -1,4 +1,4 @@
-"""A base model that accelerate keeps partly on disk: Bone reads each weight when it is there, and merges into it."""
+"""A base model that accelerate keeps partly on disk: Bone reads each weight while it is loaded, and merges into it."""
 
 import copy
 
@@ -71,7 +71,7 @@ def test_an_adapter_is_loaded_onto_a_base_that_is_partly_on_disk(offloaded, llam
 
 
 def test_loading_where_peft_would_lose_the_adapter_is_refused(offloaded, llama, tmp_path):
-    """peft writes adapters beside a base on disk for LoRA alone, and silently loses those of other methods."""
+    """peft writes adapters beside a base on disk only for LoRA, and silently loses those of other methods."""
     adapted(llama, True).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="no memory to be loaded into.* set_peft_model_state_dict"):
         PeftModel.from_pretrained(offloaded, tmp_path / "adapter", offload_folder=tmp_path / "more")

@@ -1,4 +1,4 @@
-"""Bone under DeepSpeed's ZeRO-3, where a layer's weight is there only while it is in use."""
+"""Bone under DeepSpeed's ZeRO-3, which gathers a layer's weight only while it is in use."""
 
 import json
 import subprocess

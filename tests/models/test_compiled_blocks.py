@@ -1,4 +1,4 @@
-"""Compiled blocks compute what they do otherwise."""
+"""Compiled blocks compute the same as plain ones."""
 
 import pytest
 import torch

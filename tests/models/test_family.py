@@ -1,4 +1,4 @@
-"""What every generation must say of itself, by parameter: a new one joins by its line in FAMILIES."""
+"""The interface that every generation must implement, by parameter: a new one joins by its line in FAMILIES."""
 
 import weakref
 
@@ -112,7 +112,7 @@ def test_gguf_takes_every_value_once(family, config, model):
 
 
 def test_a_state_keeps_no_more_than_its_own_numbers(family, model):
-    """Of a block's inputs, its shifts are the last token alone: where blocks are checkpointed, nothing else of them
+    """The shifts hold only the last token of a block's inputs: if blocks are checkpointed, nothing else of the inputs
     stays."""
     _, state = model(torch.arange(9)[None])
     for layer in state:

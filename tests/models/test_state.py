@@ -1,4 +1,4 @@
-"""States in files: each layout leads back, and what is no state of the model is told."""
+"""States in files: each layout converts back, and a file that is no state of the model is refused."""
 
 import pytest
 import torch

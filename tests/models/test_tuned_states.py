@@ -1,17 +1,17 @@
-"""Tuned time states in the model of every generation: where sequences begin, and the gradient that reaches the states,
-against float64 and the state that is passed by hand."""
+"""Tuned time states in the model of every generation: sequences begin from them, and their gradients are right, against
+float64 and a state that is passed by hand."""
 
 import pytest
 import torch
 
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.models.state import State, is_time_state, layer_keys, state_of
+from rwkv_peft.models.state import State, is_time_state, state_of, time_state_key
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 def shaken(family, head_size=8):
-    """A float64 model of which nothing is zero, with random time states; and the states as a file has them."""
+    """A float64 model without zeros in its tensors, with random time states; and the states as in a file."""
     config = family.new_dimensions(n_layer=2, n_embd=24, vocab_size=30, head_size=head_size)
     torch.manual_seed(0)
     model = family.build(config)
@@ -21,7 +21,7 @@ def shaken(family, head_size=8):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     H = config.n_head
-    tensors = {layer_keys(i).wkv: torch.randn(H, head_size, head_size, dtype=torch.float64) for i in range(2)}
+    tensors = {time_state_key(i): torch.randn(H, head_size, head_size, dtype=torch.float64) for i in range(2)}
     model.tune_states(in_model(family, model, tensors))
     return model, tensors
 
@@ -34,7 +34,7 @@ def in_model(family, model, tensors):
 
 
 def loss_of(model, tokens, state=None, cu_seqlens=None):
-    """A number that depends on every logit, by weights that do not repeat."""
+    """A number that depends on every logit with a different weight."""
     logits = model(tokens, state, cu_seqlens)[0].double()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (logits * weights).mean()

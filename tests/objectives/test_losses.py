@@ -48,7 +48,7 @@ def make(family, adapter=None, grad_checkpoint=False, dtype=torch.float64):
 
 
 def shaken(model):
-    """The same, with an adapter that has trained."""
+    """The same model, with adapter values as after training."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -57,7 +57,8 @@ def shaken(model):
 
 
 def documents(lengths, labels=None):
-    """Documents of so many targets, the last half of which counts; masks tell labels, if they are given."""
+    """Documents with so many targets, whose last half counts; no target counts if a length is negative. Masks tell
+    labels, if they are given."""
     generator = torch.Generator().manual_seed(1)
     for place, length in enumerate(lengths):
         tokens = torch.randint(VOCABULARY, (abs(length) + 1,), generator=generator)

@@ -1,5 +1,4 @@
-"""Functions are marked for torch.compile as torch itself marks them, and nobody pays for the compiler before it is
-used."""
+"""Functions are marked for torch.compile as torch itself marks them, without importing the compiler."""
 
 import subprocess
 import sys

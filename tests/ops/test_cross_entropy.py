@@ -19,7 +19,7 @@ def built():
 
 @pytest.fixture
 def on_shim(request, monkeypatch):
-    """CPU tensors go through the CUDA kernel; the losses that it is to fill begin as NaN."""
+    """Send CPU tensors through the CUDA kernel; the losses that it should fill begin as NaN."""
     if cpu.FAMILY.unavailable():
         pytest.skip("no C++ compiler")
     built = request.getfixturevalue("built")

@@ -1,4 +1,4 @@
-"""What NVIDIA's compilers make of every family of CUDA kernels, and what a cached build depends on."""
+"""NVIDIA's compilers take every family of CUDA kernels, and a cached build depends on all that decides it."""
 
 import re
 

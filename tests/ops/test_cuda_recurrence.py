@@ -1,6 +1,6 @@
-"""What holds for the CUDA kernels of every recurrence: sequences, states and gradients handed on, memory and the order
-of threads. Run on the CPU through tests/cuda_shim, and on a GPU where there is one; each family's own test has its
-results against float64."""
+"""Laws of every recurrence's CUDA kernels: sequences, states and gradients passed on, memory and the order of threads.
+Run on the CPU through tests/cuda_shim, and on a GPU if there is one; each family's own test compares its results with
+float64."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ WAYS = [(20, 0), (64, 0), (64, 64)]
 
 
 def chunked(cuda):
-    """The names of a family's kernels that are not plain."""
+    """The names of a family's chunked kernels."""
     return [name for name in cuda.RECURRENCE.names if name not in cuda.PLAIN]
 
 
@@ -99,8 +99,8 @@ def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases
 
 @pytest.mark.parametrize("N, group", WAYS)
 def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
-    """Results, checkpoints and what lies between kernels begin as NaN in torch's deterministic mode, shared memory does
-    in the shim. One sequence has no tokens, and some places no group."""
+    """Results, checkpoints and tensors between kernels begin as NaN in torch's deterministic mode, shared memory in the
+    shim. One sequence has no tokens, and some places have no group."""
     if group and N not in cuda.SPLITS:
         pytest.skip("time is not split at this head size")
     case = cases.make_case(1, 135, 2, N, torch.bfloat16, lengths=[1, 0, 130, 4])
@@ -232,7 +232,7 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
-    """And blocks no larger than they are compiled for."""
+    """And no more threads per block than the kernels are compiled for."""
     source = (source_directory("cuda") / cuda.FAMILY.source).read_text(encoding="utf-8")
     bounds = dict(toolchain.kernels_of(source))
     assert bounds.keys() == {*chunked(cuda), *cuda.PLAIN}

@@ -1,4 +1,4 @@
-"""The recurrences where a block is recomputed in the backward pass: the same gradients as where it is kept."""
+"""Recurrences in blocks that the backward pass recomputes: the same gradients as in blocks that are kept."""
 
 import pytest
 import torch

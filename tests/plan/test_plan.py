@@ -1,4 +1,4 @@
-"""`rwkv-peft plan`: what it prints agrees with what a run has, with its own limits, and with what ZeRO shares."""
+"""`rwkv-peft plan`: its numbers agree with a run's, with its own limits, and with ZeRO's sharding."""
 
 import re
 from dataclasses import replace
@@ -102,7 +102,7 @@ COMBINATIONS = (
 
 @pytest.mark.parametrize("one", COMBINATIONS[0])
 def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(one, monkeypatch):
-    """Every change, over every combination of flags that train.py takes; what they take does not matter."""
+    """Every change, over every combination of flags that train.py takes; the sizes do not matter."""
     monkeypatch.setattr("rwkv_peft.plan.fits.largest_rows", lambda *_: 0)
     told = asked = 0
     for more in product(*COMBINATIONS[1:]):
@@ -173,7 +173,7 @@ def test_files_are_counted_with_their_copies():
 
 
 def test_what_is_saved_is_counted_without_a_list_of_it():
-    """As a list of it has it, and where there is room for none."""
+    """The count is that of a list, and works for runs whose list would not fit into memory."""
     for first, last, save, steps, every in product(range(3), range(7), range(4), range(4), range(6)):
         train = SimpleNamespace(
             epoch_begin=first,

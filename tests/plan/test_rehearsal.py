@@ -1,4 +1,4 @@
-"""What a rehearsal of three blocks tells is what a whole model keeps for its backward pass, for every method."""
+"""A rehearsal of three blocks predicts the bytes that a whole model keeps for its backward pass, for every method."""
 
 import weakref
 from dataclasses import replace
@@ -20,7 +20,7 @@ PLAIN_GPU = replace(GPU, wanted=False)
 
 
 def saved_bytes(model, batch):
-    """Bytes of the tensors that autograd keeps of a real step on a real model, parameters aside."""
+    """Bytes of the tensors that autograd keeps in a real step on a real model, without parameters."""
     storages = {}
 
     def keep(tensor):
@@ -76,7 +76,7 @@ def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_a_large_model_needs_at_once_on_a_gpu(family):
-    """A few tokens would be outweighed by what its wide layers need."""
+    """With few tokens the needs of its wide layers would dominate."""
     adapter, config = adapter_of("bat-in", family), family.new_dimensions(3, 2048, 80)
     *_, work = step_bytes(family, config, adapter, torch.bfloat16, GPU, True, 14, 1024)
     told = rehearse(family, config, adapter, torch.bfloat16, GPU, True).work

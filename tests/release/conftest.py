@@ -1,4 +1,4 @@
-"""What the tests of merging and of conversions share."""
+"""Fixtures of the tests of merging and of conversions."""
 
 import pytest
 import torch

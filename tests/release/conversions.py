@@ -1,4 +1,4 @@
-"""What the tests of conversions share."""
+"""Helpers of the tests of conversions."""
 
 import torch
 

@@ -18,7 +18,7 @@ RANK = 8
 
 
 def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
-    """Random tensors of one adapted layer; constants that its weight tells are what they are."""
+    """Random tensors of one adapted layer; constants that follow from its weight keep their values."""
     method, generator = METHODS[variant], torch.Generator().manual_seed(seed)
     shapes = method.shapes(rank, 4, *weight.shape)
     params = {

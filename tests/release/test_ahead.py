@@ -1,4 +1,4 @@
-"""Work done ahead in threads: order and errors as without threads, and never more of it than the bound."""
+"""Work done ahead in threads: order and errors as without threads, and never more work ahead than the bound."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""The check tells a merged model that says what base plus adapter say from one that does not."""
+"""The check passes a merged model that computes what base plus adapter compute, and fails any other."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ pytest.importorskip("rwkv")
 
 
 def make_files(folder, state, size=0.05, **settings):
-    """A base, an adapter of random values of a size on it, and the two merged; the paths of the three files."""
+    """Write a base, an adapter with random values of a given size, and the two merged -> the paths of the three."""
     config = AdapterConfig(rank=8, **settings)
     model = RWKV6(base_of(state).config)
     model.load_state_dict(state)
@@ -63,7 +63,7 @@ def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, cap
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_adapter_that_changes_little_is_looked_for_all_the_same(tmp_path, tiny_state, capsys, dtype):
-    """The logits of the base are then as near to those of the merge as a cast to bfloat16 may take them."""
+    """The base's logits are then as near to those of the merge as a rounding to bfloat16."""
     base, adapter, merged = make_files(tmp_path, tiny_state(dtype=dtype), size=1e-4)
     assert check(base, adapter, merged) == 0
     assert "MORE THAN" not in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
-    """In the words of the merge, and taken where that would take it."""
+    """With the merge's words, and accepted if the merge would accept it."""
     base, adapter, merged = make_files(tmp_path, tiny_state())
     mine = read_adapter(adapter)
     save_adapter(adapter, mine.tensors, replace(mine.metadata, base_fingerprint="0" * 32, origin=Origin("base-7b.pth")))
@@ -137,7 +137,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_its_name(tmp_path, tiny_state):
-    """Also where the base is made anew for it, as for PiSSA."""
+    """Also if the base is rebuilt for it, as for PiSSA."""
     base, adapter, merged = make_files(tmp_path, tiny_state(), method="pissa", targets=("att.key",))
     mine = read_adapter(adapter)
     states = {f"blocks.{n}.att.time_state": torch.ones(1, 2, 3) for n in range(2)}

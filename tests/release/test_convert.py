@@ -1,4 +1,4 @@
-"""Conversions: round trips are bitwise, layouts are what each format wants, nothing is lost in silence."""
+"""Conversions: round trips are bitwise, layouts are those of each format, nothing is lost silently."""
 
 import os
 
@@ -43,7 +43,7 @@ def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
 @pytest.mark.parametrize("name", ["there.st", "there.safetensors", "there"])
 @pytest.mark.parametrize("version", ["x060", "x070"])
 def test_the_order_of_the_keys_comes_back(tmp_path, version, name):
-    """Released models and those that RWKV-LM trains have two orders; a file that sorts by names has RWKV-LM's."""
+    """Released models and RWKV-LM's own have different orders; from a file sorted by name comes RWKV-LM's."""
     family = family_named(version)
     config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257)
     official = {key: torch.randn(shape).half() for key, shape in family.shapes(config).items()}

@@ -1,4 +1,5 @@
-"""Folders in flash-linear-attention's layout of RWKV-7: every tensor is the official one, and no other model passes."""
+"""Folders in flash-linear-attention's layout of RWKV-7: every tensor is converted exactly, and other models are
+refused."""
 
 import json
 
@@ -77,7 +78,7 @@ def in_fla(state, value_in_first=False):
 
 
 def stacked(tensors, axes):
-    """The same as older versions saved it: the token shift's amounts of a layer in one tensor, of axes dimensions."""
+    """The same as older versions saved it: a layer's token-shift amounts in one tensor, with `axes` dimensions."""
     found = {key: tensor for key, tensor in tensors.items() if ".attn.x_" not in key}
     for i in range(LAYERS):
         rows = [tensors[f"model.layers.{i}.attn.x_{name}"] for name in ("r", "w", "k", "v", "a", "g")]
@@ -86,7 +87,7 @@ def stacked(tensors, axes):
 
 
 def write(folder, tensors, settings=None):
-    """A folder of two shards; settings stand beside those of SETTINGS."""
+    """Write a folder of two shards, with `settings` besides SETTINGS."""
     folder.mkdir()
     keys = list(tensors)
     for number, part in enumerate((keys[::2], keys[1::2])):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: there and back, written as a whole, and told from those of two models or of another layout."""
+"""Hugging Face folders: there and back, written as a whole, and refused if they hold two models or another layout."""
 
 import json
 

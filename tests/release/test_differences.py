@@ -1,4 +1,4 @@
-"""Each tensor of a merged file is compared with what base and adapter make of it, apart from the code that merges."""
+"""Each tensor of a merged file is compared with the result of base and adapter, without the code that merges."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
-    """So that tiny weights are compared in several bands, too."""
+    """Make bands small, so that even tiny weights are compared in several."""
     monkeypatch.setattr(module, "BAND", 2048)
 
 
 def of_method(state, variant, **metadata):
-    """A Base, and the Adapter of a method on it."""
+    """A Base, and an Adapter of a method on it."""
     return base_of(state), Adapter(*adapter_of(variant, state, **metadata))
 
 
@@ -63,7 +63,7 @@ def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny
 
 
 def test_the_definitions_do_not_ask_the_code_that_merges(tiny_state, monkeypatch):
-    """A mistake there is found."""
+    """So that they find a mistake there."""
     base, adapter = of_method(tiny_state(), "bat-in")
     whole = type(adapter.metadata.method).merged_with
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def altered(state, key, where, change):
 
 
 def exchanged(state, one, other):
-    """The same tensors with two keys in each other's place."""
+    """The same tensors with two keys swapped."""
     keys = {one: other, other: one}
     return {keys.get(key, key): state[keys.get(key, key)] for key in state}
 

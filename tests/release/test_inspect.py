@@ -1,4 +1,4 @@
-"""`rwkv-peft inspect`: every kind of file is named for what it is, and changes are those that were made."""
+"""`rwkv-peft inspect`: every kind of file is named correctly, and the changes shown are those that were made."""
 
 import json
 
@@ -163,7 +163,7 @@ def test_a_matrix_of_a_new_model_that_was_zero_is_told(folder, tmp_path, capsys,
 
 @pytest.mark.parametrize("others", [0.0, 0.1])
 def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
-    """In the picture it is as white as what did not move."""
+    """The picture shows it as white as an unchanged matrix."""
     state = torch.load(folder / "base.pth")
     state["blocks.0.att.output.weight"] = state["blocks.0.att.output.weight"].clone()
     state["blocks.0.att.output.weight"][3, 5] = float("nan")

@@ -1,4 +1,4 @@
-"""Adapters as plain LoRA: the same change, exactly or with the error that is told, and in the tools that read it."""
+"""Adapters as plain LoRA: the same change, exactly or with the reported error, also in the tools that read it."""
 
 import os
 import re
@@ -207,7 +207,7 @@ def test_a_gguf_names_layers_as_llama_cpp_does(files):
 
 
 def log_probabilities(path, lora=None):
-    """llama.cpp's, of the token after a few, with a LoRA or without."""
+    """llama.cpp's log-probabilities of the token after a few others, with or without a LoRA."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -1,4 +1,4 @@
-"""Files of RWKV-PEFT merge into what they were trained as, and adapters become such files."""
+"""Files of RWKV-PEFT merge into the model that was trained, and adapters convert to such files."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_the_prefix_of_a_wrapper_is_taken_off(folder, prefix):
 
 
 def on_blocks(base, blocks, also=()):
-    """A flat file's bone tensors on some blocks, and whole tensors of the base, changed."""
+    """A flat file's bone tensors on some blocks, and whole tensors of the base, which it changed."""
     tensors, _ = adapter_of("bone", base)
     own = {key: tensor for key, tensor in tensors.items() if int(key.split(".")[1]) in blocks}
     return own | {key: base[key] + 1 for key in also}
@@ -111,13 +111,13 @@ def on_blocks(base, blocks, also=()):
 
 @pytest.fixture
 def deep(tiny_state, tmp_path):
-    """A folder with a base of four blocks -> {key: tensor} of it."""
+    """Write a base of four blocks -> {key: tensor}."""
     torch.save(tiny_state(n_layer=4), tmp_path / "base.pth")
     return open_base(tmp_path / "base.pth").tensors
 
 
 def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(deep, tmp_path):
-    """Two models of one width may differ in depth alone."""
+    """Two models of one width may differ only in depth."""
     torch.save(on_blocks(deep, (0, 1), ["blocks.1.ln1.weight"]), tmp_path / "a.pth")
     with pytest.raises(UserError, match="a.pth changes the first 2 of the 4 blocks of .*base.pth.* a smaller model"):
         run(tmp_path, adapter="a.pth")
@@ -137,7 +137,7 @@ def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(deep, tmp_path):
     ],
 )
 def test_an_adapter_on_chosen_blocks_merges_and_says_which(deep, tmp_path, blocks, also, told, capsys):
-    """Which no smaller model's has: those have no gaps, and end before the base's last block."""
+    """A smaller model's adapter would have no gaps, and end before the base's last block."""
     torch.save(on_blocks(deep, blocks, also), tmp_path / "a.pth")
     merged = run(tmp_path, adapter="a.pth")
     changed = {key for key, tensor in deep.items() if not torch.equal(tensor, merged[key])}

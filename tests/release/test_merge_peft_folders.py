@@ -1,4 +1,4 @@
-"""Folders of Hugging Face peft merge into what peft makes of them, or are refused."""
+"""Folders of Hugging Face peft merge as peft merges them, or are refused."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, officia
 
 
 def write_hf_folder(folder, tensors, config, official=True):
-    """A folder hf as peft saves it; config is added to what every one here says."""
+    """Write a folder hf as peft saves it; config is added to the settings that all of them have here."""
     kind, peft = config["peft_type"], {}
     for key, tensor in tensors.items():
         key = (

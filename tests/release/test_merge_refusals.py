@@ -1,4 +1,4 @@
-"""What cannot be merged is refused in words, and leaves every file as it was."""
+"""An adapter that cannot be merged is refused with a message, and every file stays as it was."""
 
 import os
 import subprocess

@@ -93,7 +93,7 @@ def drawn(base, kind):
 
 
 def check(base, merged, kind, adapter, whole=None):
-    """Whether merged is the formula's result, computed in float64, and the base elsewhere."""
+    """Assert that merged is the formula's result, computed in float64, and the base elsewhere."""
     assert list(merged) == list(base)
     for key, tensor in merged.items():
         expected = (whole or {}).get(key, base[key]).double()

@@ -21,7 +21,7 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def official(tiny_state, **changes):
-    """A small model of the head size and low-rank widths of official ones, which every runtime takes."""
+    """A small model with official ones' head size and low-rank widths, which every runtime takes."""
     return tiny_state(
         **{
             "n_layer": 2,
@@ -37,7 +37,7 @@ def official(tiny_state, **changes):
 
 
 def ask(runtime, form, state, folder, length=50):
-    """Largest difference of a runtime's logits from the reference; skips where it is not installed."""
+    """The largest difference of a runtime's logits from the reference; skips the test if it is not installed."""
     if runtime.missing() or (form != "fp32" and not installed("gguf")):
         pytest.skip(runtime.missing() or "pip install gguf")
     model = base_of(state)
@@ -109,7 +109,7 @@ def test_a_time_state_is_where_the_runtime_starts(tmp_path, tiny_state, name):
 
 
 def asked_alone(monkeypatch, *names):
-    """Have `verify` ask these runtimes and no others."""
+    """Make `verify` ask only these runtimes."""
     runtimes = tuple(runtime for runtime in all_runtimes() if runtime.name in names)
     monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes)
 

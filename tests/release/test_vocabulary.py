@@ -1,4 +1,4 @@
-"""Conversions carry the vocabulary that the model was trained with, say what they wrote, and guess nothing."""
+"""Conversions carry the vocabulary that the model was trained with, say so, and guess nothing."""
 
 import json
 
@@ -26,7 +26,7 @@ TURNS = [
 
 @pytest.fixture
 def bpe(tmp_path):
-    """Path of a byte-level BPE as GPT-NeoX has it, of fewer than SIZE tokens, whose end token is 0."""
+    """Path of a byte-level BPE like GPT-NeoX's, with fewer than SIZE tokens, whose end token is 0."""
     tokenizers = pytest.importorskip("tokenizers")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -115,7 +115,7 @@ def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, llama_cpp, b
 
 
 def laid_out(turns):
-    """The prompt that asks for the next answer."""
+    """A chat's prompt for the next answer."""
     return "".join(text for text, _ in chat([*turns, {"role": "assistant", "content": ""}])).rstrip()
 
 

@@ -1,4 +1,4 @@
-"""scripts/bone_llama.sh: with no arguments on a model and data of its own, and half of a user's input refused."""
+"""scripts/bone_llama.sh: it runs without arguments on its own model and data, and refuses half of a user's input."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def test_a_users_model_is_not_trained_with_the_demos_settings(tmp_path):
 
 
 def test_a_users_flags_stand_for_the_scripts(tmp_path):
-    """The last of a flag's values counts."""
+    """The last value of a flag counts."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "bone_llama.sh", tmp_path / "scripts")
     python = tmp_path / "python"

@@ -1,5 +1,5 @@
-"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, and a full disk where
-one can be mounted. What becomes of runs that are killed, tests/training tells."""
+"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, and a full disk if one
+can be mounted. tests/training covers killed runs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh with stand-ins for what it runs: which steps run, what is written, and when."""
+"""scripts/gpu_check.sh with stand-ins for its programs: which steps run, and what it writes when."""
 
 import json
 import os

@@ -28,7 +28,7 @@ def script(variables, *flags, root=ROOT, generation=6):
 
 
 def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
-    """Either script takes either generation: an RWKV-6 here, and RWKV-7 by the same commands in tests/training."""
+    """Either script takes either generation: RWKV-6 here, and RWKV-7 by the same commands in tests/training."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [f"line {i}: " + "to be or not to be " * 3 for i in range(20)]
     (tmp_path / "data.csv").write_text("\n".join(["text", *rows]))
@@ -68,8 +68,8 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
 
 
 def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator):
-    """What is merged is what was trained: --proj_dir goes before PROJ_DIR, where another run's adapter lies. Rows of
-    --data_type sft stay rows, and what learned to chat is tried by a chat."""
+    """The trained adapter is merged: --proj_dir overrides PROJ_DIR, which has another run's adapter. Rows of
+    --data_type sft stay rows, and a model that learned to chat is tried in a chat."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "who?", "response": "you"}) + "\n")
     (tmp_path / "old").mkdir()
@@ -103,7 +103,7 @@ def copy_scripts(root):
 
 
 def in_a_fresh_shell(lines, folder, typed=""):
-    """Run lines as a user does who opens a terminal somewhere, and types something there."""
+    """Run lines as a user does who opens a terminal somewhere and types them."""
     shell = ["sh", "-ec", lines]
     return subprocess.run(shell, cwd=folder, env={"PATH": os.defpath}, input=typed, text=True, capture_output=True)
 
@@ -119,8 +119,8 @@ WORDS = (
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """The scripts in a folder of their own with a python that writes down the commands of the package in told, and does
-    nothing else; stand_in(variables, *flags, opening=) runs one of them on a model and data."""
+    """Scripts in a folder of their own, with a python that only records the package's commands in told;
+    stand_in(variables, *flags, opening=) runs one of them on a model and data."""
     copy_scripts(tmp_path)
     (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={tmp_path / 'python'}\n{WORDS}\n")
     (tmp_path / "out").mkdir()

@@ -1,4 +1,4 @@
-"""The README's recipe with 100 short chats: the merged model answers its rows, stops where they do, and the run tells
+"""The README's recipe with 100 short chats: the merged model answers its rows and stops where they do, and the run says
 so."""
 
 import itertools

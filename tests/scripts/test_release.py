@@ -1,6 +1,7 @@
 """The released package: an sdist and a wheel that hold everything, and the main job run from the wheel alone."""
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -13,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+SCREEN = 50  # lines at most that the notes of a release have
 KERNELS = sorted(path.relative_to(ROOT) for kind in ("cpu", "cuda") for path in (ROOT / kind).rglob("*.*"))
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the sdist, and the wheel that was built of it: of a copy, so that the repository stays clean."""
+    """The folder with the sdist, and the wheel built from it; built from a copy, so that the repository stays clean."""
     copy, output = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("dist")
     for path in (*BUILT_FROM, *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / path, copy)
@@ -31,7 +33,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The bin folder of an environment that has the wheel, and its requirements from the environment of the tests."""
+    """The bin folder of an environment with the wheel, which borrows its requirements from the tests' environment."""
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
@@ -43,7 +45,7 @@ def installed(built, tmp_path_factory):
 
 
 def run(*command, cwd=None):
-    """A command's output; it must end well, and sees no folder but the one that it is run in."""
+    """A command's output; it must succeed, without PYTHONPATH."""
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,8 +66,19 @@ def test_the_sdist_holds_what_builds_it_and_no_tests(built):
     assert not [name for name in held if name.startswith("tests")]
 
 
+def test_one_version_is_told_everywhere(built, installed):
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert sorted(path.name for path in built.iterdir()) == [
+        f"rwkv_peft-{version}-py3-none-any.whl",
+        f"rwkv_peft-{version}.tar.gz",
+    ]
+    assert run(installed / "rwkv-peft", "--version") == f"rwkv-peft {version}\n"
+    (page,) = (ROOT / "docs").glob(f"releases/{version}.md")
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= SCREEN
+
+
 def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
-    """Data, train, merge and check of the demo's model, in a folder with nothing but a base and a file of rows."""
+    """Preprocess, train, merge and check the demo's model, in a folder with only a base and a file of rows."""
     shutil.copy(ROOT / "demo" / "rwkv6-demo.pth", tmp_path / "base.pth")
     run(sys.executable, ROOT / "demo" / "task.py", "finetune", "--documents", 40, "--output", tmp_path / "rows.jsonl")
     command = installed / "rwkv-peft"
@@ -74,8 +87,9 @@ def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
 
     run(command, "preprocess", "rows.jsonl", "--tokenizer", "bytes", "--output", "rows", cwd=tmp_path)
     flags = "--peft bone --bone_mode bat-in --bone_r 32 --dataload pad --ctx_len 192 --micro_bsz 8 --precision fp32"
+    short = "--epoch_steps 5 --epoch_count 1 --answer_rows 0 --lr_init 5e-3 --accelerator cpu"
     paths = "--load_model base.pth --data_file rows --proj_dir out"
-    run(command, "train", *paths.split(), *flags.split(), "--lr_init", "5e-3", "--accelerator", "cpu", cwd=tmp_path)
+    run(command, "train", *paths.split(), *flags.split(), *short.split(), cwd=tmp_path)
     merged = "--base_model base.pth --bone_checkpoint out/adapter.safetensors".split()
     run(command, "merge", *merged, "--output", "merged.pth", cwd=tmp_path)
     told = run(command, "check", *merged, "--merged", "merged.pth", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""scripts/setup.sh takes the right Python, or says which one is missing and how to get it."""
+"""scripts/setup.sh chooses the right Python, or says which one is missing and how to get it."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def add_python(folder, name, **answers):
 
 
 def start(machine, **environment):
-    """A setup under way, in a session of its own."""
+    """Start a setup in a session of its own."""
     return subprocess.Popen(
         [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")],
         env={"PATH": str(machine / "bin"), "HOME": str(machine), **environment},

@@ -1,4 +1,4 @@
-"""The example for Slurm: its command is one that train.py takes, and it is queued again where that helps."""
+"""The example for Slurm: train.py takes its command, and the job is queued again if that helps."""
 
 import os
 import subprocess

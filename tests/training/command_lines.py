@@ -1,4 +1,4 @@
-"""Command lines of train.py on small files, and what it says of one that it refuses."""
+"""Command lines of train.py on small files, and its message on one that it refuses."""
 
 import sys
 

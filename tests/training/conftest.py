@@ -22,7 +22,7 @@ def files(tmp_path_factory, tiny_state):
 
 @pytest.fixture(scope="module")
 def command(files, accelerator):
-    """(name of the run's folder, flags) -> the command that trains there; skips where there are too few GPUs for it."""
+    """(name of the run's folder, flags) -> the command that trains there; skips the test if there are too few GPUs."""
 
     def build(name, *more):
         devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
@@ -60,7 +60,7 @@ def command(files, accelerator):
 
 @pytest.fixture(scope="module")
 def train(command):
-    """Trains by `command` to the end, on all its ranks; -> what the first printed on stdout and stderr."""
+    """Train by `command` to the end, on all its ranks -> stdout and stderr of the first."""
 
     def run(name, *more, code=0, **named):
         ranks = start_ranks(command(name, *more))

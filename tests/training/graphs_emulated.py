@@ -1,9 +1,9 @@
 """CUDA graphs on a CPU: torch's operations are recorded, and replayed into the memory that they wrote when recorded.
 
-As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on nor made
-of the host's numbers, and a replay reads its inputs where they lay and overwrites what it left before. What is no
-operation of torch's, as our kernels are not, is not repeated: `emulate` also has the blocks take plain torch, which
-finds packed sequences without reading where they lie, as the kernels do.
+As on a GPU, recording computes nothing (its results are NaN afterwards), and may neither read tensors nor use the
+host's numbers; a replay reads its inputs from the recorded memory and overwrites the last replay's results. Only
+torch's operations are replayed, and our kernels are none: `emulate` makes the blocks take plain torch, which finds
+packed sequences without reading their bounds, as the kernels do.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -18,7 +18,7 @@ REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh"
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph, and records while it is entered. replays: how many there were of all."""
+    """Stands in for torch.cuda.CUDAGraph, and records while it is entered. replays: the number of all replays."""
 
     replays = 0
 
@@ -35,7 +35,7 @@ class Graph(TorchDispatchMode):
         return out
 
     def results(self, func, out):
-        """The tensors of a call's result that it made itself, in order."""
+        """The tensors in a call's result that the call made, in order."""
         made = [result.alias_info is None for result in func._schema.returns]
         if not made:
             return []
@@ -59,7 +59,7 @@ class Graph(TorchDispatchMode):
 
 @contextmanager
 def record(graph, pool, capture_error_mode):
-    """Stands for torch.cuda.graph."""
+    """Stands in for torch.cuda.graph."""
     assert pool == "pool" and capture_error_mode == "thread_local" and not graph.calls
     with graph:
         yield
@@ -68,8 +68,8 @@ def record(graph, pool, capture_error_mode):
 
 
 def walked(recurrence, rows):
-    """A recurrence in plain torch, with so many inputs (B, T, H, N): packed sequences are walked token by token, each
-    from the state that its own has by then."""
+    """A recurrence in plain torch, with so many inputs (B, T, H, N): it walks packed sequences token by token, each
+    from the state of its own sequence."""
 
     def walk(*tensors):
         *inputs, state, bounds = tensors
@@ -89,7 +89,7 @@ def walked(recurrence, rows):
 
 
 def emulate(patch):
-    """patch(owner, name, value) -> there are CUDA graphs."""
+    """Put the emulation in place of CUDA graphs, by patch(owner, name, value)."""
     from rwkv_peft.ops.bone import op as bone
     from rwkv_peft.ops.mix import cpu
     from rwkv_peft.ops.recurrence import checks

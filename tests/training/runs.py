@@ -1,4 +1,4 @@
-"""Running train.py as a process of its own, and reading what it wrote."""
+"""Runs train.py as a process of its own, and reads its files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(argv, cold=False, **variables):
-    """A command under way; cold: in an interpreter that begins with it, and with pipes."""
+    """Start a command; cold: in a new interpreter, and with pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     if cold or "gpu" in argv:  # what is forked cannot use a GPU that was looked at before
         return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -20,8 +20,8 @@ def start(argv, cold=False, **variables):
 
 
 def start_ranks(argv):
-    """The ranks of a command on one machine, which torchrun would start; those that a command starts itself begin with
-    seconds of imports, and tests/training/test_ranks.py is about them."""
+    """Start the ranks of a command on one machine as torchrun would. A command's own ranks begin with seconds of
+    imports; tests/training/test_ranks.py is about those."""
     devices = int(argv[argv.index("--devices") + 1]) if "--devices" in argv else 1
     if devices == 1 or "gpu" in argv:
         return [start(argv)]
@@ -31,8 +31,8 @@ def start_ranks(argv):
 
 
 def free_port():
-    """A port that whoever asks for it by its number can have; the system gives it to nobody else for a minute, as a
-    connection there has just ended."""
+    """A free port. A connection there has just ended, so that for a minute the system gives the port only to those who
+    ask for it by number."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         with socket.create_connection(server.getsockname()), server.accept()[0]:
             pass
@@ -40,7 +40,7 @@ def free_port():
 
 
 def finish(process, code=0, timeout=1800):
-    """timeout in seconds: the first to offload compiles, which takes minutes beside other work."""
+    """timeout in seconds: the first test that offloads compiles, which takes minutes beside other work."""
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
@@ -51,7 +51,7 @@ def metrics(files, name):
 
 
 class Planted:
-    """What makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -1,4 +1,4 @@
-"""What ranks compare before a run: every setting that steers it, by its flag; where files lie is their own."""
+"""Ranks compare every setting that affects a run, by its flag; paths of files may differ."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""Bases, token files and masks that cannot serve are named in one message, before any work."""
+"""Unusable bases, token files and masks are named in one message, before any work."""
 
 import math
 import pickle
@@ -73,8 +73,8 @@ def test_a_base_that_is_not_finite_is_named_before_any_step(files, tiny_state, m
 @pytest.mark.parametrize("more", [[], ["--dataload", "pad"], ["--dataload", "pack"], ["--val_split", "0.2"]])
 @pytest.mark.parametrize("counts", [False, True])
 def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, capsys, more, counts):
-    """Where it counts no token, and where it counts those alone that are never read: the first, and with --dataload
-    pad those behind --ctx_len."""
+    """A mask that counts no token, or only tokens that are never targets: the first, and with --dataload pad those
+    beyond --ctx_len."""
     mask = bytearray(300)
     mask[0] = counts
     if "--dataload" in more:

@@ -1,4 +1,4 @@
-"""A base that is written over while a run reads it ends the run in words, before anything foreign is saved."""
+"""A base that is overwritten while a run reads it ends the run with a message, before foreign weights are saved."""
 
 import shutil
 import signal
@@ -11,7 +11,7 @@ from training.runs import finish, metrics, start
 
 
 def begun(files, command, tiny_state, name, *more):
-    """(a run under way that has taken some steps, its base)."""
+    """(a run that has taken some steps and goes on, its base)."""
     base = files / f"{name}.pth"
     torch.save(tiny_state(dtype=torch.bfloat16), base)
     flags = ("--load_model", str(base), "--epoch_steps", "100000", "--save_every", "5", *more)
@@ -34,7 +34,7 @@ def test_a_base_that_becomes_shorter_is_told_and_not_by_a_signal_alone(files, co
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_foreign_weights_of_the_same_size_are_told_where_they_are_read(files, command, tiny_state, precision):
-    """A run in another dtype than that of the file has read it by then, and goes on."""
+    """A run in another dtype than the file's has read the whole file by then, and goes on."""
     name = f"foreign-{precision}"
     process, base = begun(files, command, tiny_state, name, "--precision", precision)
     other = files / "other" / base.name  # which stands in the file, too

@@ -1,4 +1,4 @@
-"""A chat that was trained stops: data, training and generation by the commands that a user types."""
+"""A model trained on chats stops after its answer: data, training and generation by the commands that a user types."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""--compile takes every block, whatever the batches hold: torch compiles none so often that it goes on without."""
+"""--compile compiles every block for any batches: torch never recompiles one so often that it gives up."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ LIMIT = "recompile_limit"  # torch's word where it gives up
 
 @pytest.fixture(scope="module")
 def uneven(files, tiny_state):
-    """A base of three blocks, as all that are between the first and the last are one to torch; documents of 3 to 30
-    tokens -> flags."""
+    """Flags for documents of 3 to 30 tokens and a base of three blocks, because torch compiles all blocks between the
+    first and the last as one."""
     torch.save(tiny_state(n_layer=3, n_embd=32), files / "deep.pth")
     with BinidxWriter(files / "uneven", vocab_size=80) as writer:
         for start in range(60):
@@ -42,7 +42,7 @@ def test_packed_rows_and_validations_leave_no_block_uncompiled(files, train, une
 
 @pytest.fixture
 def all_or_error(monkeypatch):
-    """torch.compile without the minutes of its backend; it raises where it would leave a block as it is."""
+    """torch.compile without its slow backend; it raises if it would leave a block uncompiled."""
     whole = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block, **how: whole(block, backend="eager", **how))
     torch.compiler.reset()
@@ -58,7 +58,7 @@ def all_or_error(monkeypatch):
 )
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
-    """Over batches of other lengths and numbers of documents, with others without gradients between them."""
+    """Over batches with different lengths and numbers of documents, and some without gradients between them."""
     utils.counters.clear()
     model = family.build(family.new_dimensions(3, 64, 40)).requires_grad_(False)
     family.init_weights(model)
@@ -75,7 +75,7 @@ def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_pairs_train_and_validate_compiled(family, all_or_error):
-    """The first block, the last and one between, with a gradient and without, as they train and as they validate, with
+    """The first block, the last and one between, with gradients and without, in training and in validation, with
     adapters and as the base."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(3, 64, 40))

@@ -1,5 +1,5 @@
-"""Going on from an adapter (bone_load, lora_load, pissa_load): what must agree, and RWKV-PEFT's files, which say
-less."""
+"""Continuing from an adapter (bone_load, lora_load, pissa_load): what must agree, also for RWKV-PEFT's files, which
+say less."""
 
 from dataclasses import replace
 
@@ -125,7 +125,7 @@ def test_tensors_of_the_base_that_trained_along_train_along_again(base, tmp_path
 
 @pytest.mark.parametrize("method", ["pissa", "lora-ga"])
 def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, method):
-    """They depend on the machine, and lora-ga's on the first batch."""
+    """The factors depend on the machine, and lora-ga's also on the first batch."""
     torch.manual_seed(1)
     adapter = trained(base, PISSA)[1]
     tensors = {key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in adapter.tensors.items()}

@@ -1,5 +1,5 @@
-"""Building DeepSpeed's Adam: what keeps it from that is told; the lock of a build that was killed is removed, that of
-one that goes on is not."""
+"""Building DeepSpeed's Adam: a failure's reason is reported; the lock of a killed build is removed, and that of a
+running build is not."""
 
 import pytest
 

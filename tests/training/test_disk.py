@@ -1,4 +1,4 @@
-"""What a disk refuses a run is told, and what lies there stays."""
+"""A run reports what a disk refuses, and files that exist there stay."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A loss, a gradient or a tensor that is not finite ends a run in words, and nothing of its step is saved."""
+"""A loss, a gradient or a tensor that is not finite ends a run with a message, and nothing of its step is saved."""
 
 import math
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, tra
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(files, train):
-    """The loss alone would not tell: lora_B begins at 0, and only its gradient is multiplied by the scale."""
+    """The loss would not show it: lora_B begins at 0, and only its gradient is multiplied by the scale."""
     _, err = train(
         "infinite",
         "--precision",

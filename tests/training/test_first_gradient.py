@@ -1,4 +1,4 @@
-"""What LoRA-GA starts from: the gradient on samples that the loss counts."""
+"""LoRA-GA starts from the gradient on samples that the loss counts."""
 
 import torch
 

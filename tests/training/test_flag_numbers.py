@@ -1,4 +1,4 @@
-"""Numbers that flags take, alone and in the JSON forms: finite, and within bounds."""
+"""Numbers that flags take, by themselves and in JSON values: finite, and within bounds."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def files(tmp_path, tiny_state):
 
 
 def lora(files, method, settings, *more):
-    """The flags of a method that has a JSON value."""
+    """The flags of a method whose settings are a JSON value."""
     name = "pissa_config" if method == "pissa" else "lora_config"
     argv = flags(files, "--peft", method, f"--{name}", settings, *more)
     del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]

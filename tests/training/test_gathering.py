@@ -1,4 +1,4 @@
-"""Sums of gradients that bfloat16 cannot hold, which the header of a run tells."""
+"""Sums of gradients that bfloat16 cannot hold: a run's header says so."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""RWKV-7 by the commands that a user types: a new model, an adapter on it, resumed, merged, checked."""
+"""RWKV-7 by the commands that a user types: making a model, training an adapter on it, resuming, merging, checking."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ SIZES = ("--n_layer", "2", "--n_embd", "64", "--vocab_size", "80")
 
 @pytest.fixture(scope="module")
 def base(files, train):
-    """A new RWKV-7 of a few steps: its matrices that start at zero have left it."""
+    """A new RWKV-7 after a few steps, so that the matrices that start at zero have moved."""
     train("new", *NEW, *SIZES, "--lr_init", "1e-4", "--lr_final", "1e-4")
     return files / "new" / "rwkv.pth"
 
@@ -59,7 +59,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, base, train):
 
 @pytest.fixture(scope="module")
 def wrong(files, base, train):
-    """Files that no command takes for an RWKV-7, and an adapter of an RWKV-6."""
+    """Files that every command refuses as an RWKV-7, and an adapter of an RWKV-6."""
     train("six", "--epoch_count", "1", "--epoch_steps", "1")
     adapter = read_adapter(files / "six" / "adapter.safetensors")
     shared = {key: tensor for key, tensor in adapter.tensors.items() if ".att.key." in key}  # RWKV-7 has them, too

@@ -1,6 +1,6 @@
 """--cuda_graphs: blocks that are recorded once and replayed give the losses and gradients of blocks that run.
 
-graphs_emulated.py stands for CUDA's graphs.
+graphs_emulated.py stands in for CUDA's graphs.
 """
 
 import json
@@ -34,7 +34,7 @@ def graphs(monkeypatch):
 
 
 def make(family, trains, quant="none"):
-    """A model of which nothing is zero; what trains: "bat-in", "lora", which drops inputs, "all" with tuned states, or
+    """A model without zeros in its tensors; what trains: "bat-in", "lora" (with dropout), "all" with tuned states, or
     "ln_out"."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
@@ -60,13 +60,13 @@ def a_batch(seed, rows=2, tokens=T):
 
 
 def packed(seed, lengths):
-    """A batch of documents of so many targets."""
+    """A batch of documents with so many targets each."""
     torch.manual_seed(seed)
     return collate([[(torch.randint(VOCABULARY, (T + 1,)), torch.arange(T) % 3 > 0) for T in lengths]])
 
 
 def trained(model, way, batches):
-    """What an optimizer step for every two micro batches leaves: losses, parameters, and the last gradients."""
+    """Take an optimizer step for every two micro batches -> losses, parameters, and the last gradients."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses, step = torch.optim.AdamW(parameters, lr=1e-2), [], Whole(way=way)
     for seed, batch in enumerate(batches):
@@ -117,7 +117,7 @@ PACKED = (  # the lengths of the documents in each of a run's rows, of 9 targets
 @pytest.mark.parametrize("rows", PACKED)
 @pytest.mark.parametrize("family, trains", [(one, trains) for one in FAMILIES for trains in ("all", "bat-in")])
 def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family, trains, rows):
-    """One row after another is of more sequences than the one before, and of fewer."""
+    """Rows follow each other with more sequences than the row before, and with fewer."""
     graphed = Graphed([Form(9, most) for most in (6, 4, 2)])
     batches = [packed(seed, lengths) for seed, lengths in enumerate(rows)]
     runs = [trained(make(family, trains), way, batches) for way in (graphed, straight)]
@@ -141,7 +141,7 @@ def test_the_last_sequence_goes_on_to_the_end_of_rows_that_are_not_full(family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_pairs_train_as_they_do_and_their_base_stays_the_base(family):
-    """Recorded with adapters that have moved already, of which the base's graphs have nothing."""
+    """Recorded with adapters that have already moved, so that the base's graphs would show a trace of them."""
     forms, results = [Form(9, 4), Form(6, 4)], []
     for ways in ((Graphed(forms), Graphed(forms, gradients=False)), ()):
         model, step = make(family, "bat-in"), Whole(DPO(0.7, 0.3), *ways)
@@ -231,8 +231,8 @@ def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
 
 @pytest.fixture(scope="module")
 def data(files, tiny_state):
-    """Flags by a kind of rows: "pack" of documents that fill rows of 24 targets, 1 to 8 in each; "pairs" of answers, on
-    a base whose tokens are bytes; for others, none."""
+    """Flags for a kind of rows: "pack" packs 1 to 8 documents into rows of 24 targets; "pairs" has pairs of answers, on
+    a base whose tokens are bytes; other kinds need no flags."""
     with BinidxWriter(files / "documents", vocab_size=80) as writer:
         for number, size in enumerate([24, 12, 12, 6, 6, 6, 6, *[3] * 8] * 4):
             writer.add([1 + (number + 7 * i) % 79 for i in range(size)] + [0])
@@ -261,7 +261,7 @@ ROWS = {
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_run_is_the_same_replayed(files, data, command, rows):
-    """Under the engine, which moves parameters, hooks their gradients and adds up those of micro batches."""
+    """Under the engine, which moves parameters, hooks gradients and accumulates them over micro batches."""
     if "quantized" in rows:
         pytest.importorskip("bitsandbytes")
     more, close = ROWS[rows]

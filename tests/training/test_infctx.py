@@ -21,7 +21,7 @@ def whole(files, train):
 
 @pytest.fixture(scope="module")
 def packed(files, train):
-    """Of packed rows in segments: the metrics."""
+    """The metrics of a run over packed rows in segments."""
     out, _ = train("packed", *PACKED, *CUT)
     assert "computed in segments of 7 tokens, the state carried over" in out
     return metrics(files, "packed")
@@ -54,7 +54,7 @@ def test_segments_train_as_whole_rows_do(files, train, whole, more):
 
 
 def test_ranks_whose_documents_take_other_numbers_of_segments_keep_step_under_stage_3(files, train):
-    """The metrics of stage 2, whose ranks need not keep step; what hangs is ended."""
+    """They give the metrics of stage 2, whose ranks need not keep step; a run that hangs is ended."""
     more = (*PLAIN, *CUT[:2], "--chunk_ctx", "16", "--dataload", "only", "--ctx_len", "96", "--bone_mode", "bone")
     more += ("--devices", "2", "--epoch_steps", "6")
     for stage in ("2", "3"):

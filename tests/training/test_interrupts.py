@@ -1,4 +1,4 @@
-"""Ctrl-C at either end of a run, in an interpreter that begins with it."""
+"""Ctrl-C at the start and at the end of a run, in a new interpreter."""
 
 import signal
 import time
@@ -43,7 +43,7 @@ def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monk
 
 
 def interrupt(argv, word, delay):
-    """A command that gets a Ctrl-C so many seconds after it printed a line that begins with a word."""
+    """Run a command, and send it a Ctrl-C so many seconds after it printed a line that begins with a word."""
     process = start(argv, cold=True)
     while not process.stdout.readline().startswith(word):
         assert process.poll() is None

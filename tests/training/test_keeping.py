@@ -1,4 +1,4 @@
-"""What stays of a run's saves: the newest, whole, wherever the removal of older ones is broken off; and saving by the
+"""Keeping a run's saves: the newest stays whole wherever the removal of older ones is broken off; and saving by the
 clock."""
 
 import errno
@@ -29,7 +29,7 @@ OTHERS = ["adapter.safetensors", "adapter-best.safetensors", "state.pth", "my-ad
 
 
 def a_run(folder, steps=(2, 9, 10)):
-    """A folder as a run leaves it, its checkpoints after so many steps of one sample."""
+    """A folder as a run leaves it, with checkpoints after so many steps of one sample."""
     for step in steps:
         for name in FILES:
             file = folder / "checkpoints" / f"step-{step:08d}" / name
@@ -41,7 +41,7 @@ def a_run(folder, steps=(2, 9, 10)):
 
 
 def found(folder):
-    """(the steps of its checkpoints, the names of its other files)."""
+    """(the steps of a folder's checkpoints, the names of its other files)."""
     steps = [int(path.name[5:]) for path in list_checkpoints(folder)]
     return steps, {path.name for path in folder.iterdir() if path.is_file()}
 
@@ -91,7 +91,7 @@ def test_what_a_loggers_thread_is_refused_is_told_by_who_writes_next(tmp_path, m
 
 
 def killed(folder, operation):
-    """Whether a process that keeps one of the run's saves kills itself before its `operation`-th change."""
+    """Let a process that keeps only one save kill itself before its `operation`-th change -> True if it got so far."""
     process = os.fork()
     if process == 0:
         count = itertools.count(1)

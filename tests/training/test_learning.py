@@ -1,5 +1,5 @@
-"""Whether a run learns, told before it begins and after it has ended: what it reads and how often, a few rows answered
-before and after, and a note if nothing was learned."""
+"""A run says if it can learn, before it begins, and if it has learned, after it ends: its data and how often it reads
+them, answers to a few rows before and after, and a note if nothing was learned."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ TALK = [("user", "Hi"), ("assistant", "Yo."), ("user", "Bye"), ("assistant", "Se
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_state):
-    """Chats, as rows and as token files; the same as a stream of which all counts; and a base."""
+    """Chats, as rows and as token files; the same as a stream in which every token counts; and a base."""
     folder = tmp_path_factory.mktemp("learning")
     write(folder / "chats.jsonl", CHATS)
     write(folder / "talk.jsonl", [{"messages": [{"role": role, "content": text} for role, text in TALK]}])
@@ -153,7 +153,7 @@ def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
 
 
 def test_the_last_answer_of_a_row_is_what_is_asked(folder):
-    """Of a chat of two answers, and of rows that are packed; a stream, and rows of which all counts, have none."""
+    """In a chat of two answers, and in packed rows; a stream, and rows in which every token counts, have none."""
     talk = config(folder, "talk", "--ctx_len", "96").data
     exam = RowsExam(rows_of("training", build_samples(talk, 257), 4), load_tokenizer("bytes"), 8)
     assert exam.prompts == ["User: Hi\n\nAssistant: Yo.\n\nUser: Bye\n\nAssistant:"]
@@ -211,8 +211,8 @@ def test_without_a_known_tokenizer_no_row_is_answered(folder):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Two runs that differ in --answer_rows alone; the one with it ends after an epoch and goes on. -> {name: what they
-    printed}."""
+    """Two runs that differ only in --answer_rows; the one with it stops after an epoch and is resumed ->
+    {name: output}, and that one's records before it was resumed."""
 
     def train(name, *more):
         flags = ["--load_model", str(folder / "base.pth"), "--data_file", str(folder / "chats"), "--ctx_len", "32"]

@@ -1,4 +1,4 @@
-"""Loggers: a missing login is told before any work, and the whole config is logged."""
+"""Loggers: a missing login is reported before any work, and the whole config is logged."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""How ranks meet, within one process: nodes that count themselves wrongly, and one that is done for."""
+"""Ranks meet, here within one process: nodes that count themselves wrongly, and one that has died."""
 
 import socket
 
@@ -25,7 +25,7 @@ def first():
 
 
 def other(first, world):
-    """A rank that has come to it."""
+    """A rank that has joined it."""
     ranks = Ranks(world, [], 0.02, silent)
     ranks.connect(call(LOOPBACK, first.server.port))
     return ranks

@@ -29,5 +29,5 @@ def test_the_norm_of_several_and_one_that_is_not_finite(monkeypatch):
 
 @pytest.mark.parametrize("name", ["get_grad_norm_direct", "reduce_independent_p_g_buckets_and_remove_grads"])
 def test_the_engine_has_what_the_strategy_replaces(name):
-    """Else the strategy would give a name to nothing, and say nothing."""
+    """Otherwise the strategy would replace nothing, silently."""
     assert callable(getattr(DeepSpeedZeroOptimizer, name))

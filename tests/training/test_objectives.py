@@ -19,7 +19,7 @@ NUMBER, STEPS = 40, 16  # rows, of which 32 are trained on, and steps: 2 epochs 
 
 
 def row(data_type, i):
-    """Whatever is asked, an answer in capital letters is the better one."""
+    """Whatever the question, the answer in capital letters is the better one."""
     good, bad = "YES" * (1 + i % 3), "no" * (1 + i % 4)
     answers = {
         "sft": {"response": good},

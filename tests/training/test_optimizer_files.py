@@ -1,4 +1,4 @@
-"""DeepSpeed's files of a checkpoint: what they hold besides tensors is not run."""
+"""DeepSpeed's files of a checkpoint: code in them is not run."""
 
 import pytest
 import torch

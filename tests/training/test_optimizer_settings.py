@@ -1,4 +1,4 @@
-"""The optimizer's settings when a run resumes: those of its flags now, or a refusal in words."""
+"""The optimizer's settings when a run resumes: those of the new flags, or a refusal with a message."""
 
 import shutil
 

@@ -1,5 +1,5 @@
-"""What a run leaves for others: the model that trained whole has its base's keys, order and dtypes; the merged model
-stands beside the adapter on request."""
+"""A run's files for others: a model that trained whole has its base's keys, order and dtypes; the merged model is
+written beside the adapter on request."""
 
 import torch
 
@@ -34,13 +34,13 @@ def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
 
 
 def planned(command, name, *flags):
-    """What the plan says of the files of a run on a CPU."""
+    """The plan's list of the files of a run on a CPU."""
     request = request_of(parse_flags(command(name, *flags)[2:]))
     return written(estimate_of(request, "cpu"), request.base)
 
 
 def test_the_plan_counts_what_lies_there(files, train, command):
-    """Files by their contents, and the sizes of models in the dtype of their base."""
+    """The number of different files, and the sizes of models in their base's dtype."""
     for name, flags in (("two", ()), ("whole-two", FULL)):
         train(name, *flags)
         trained, checkpoints = planned(command, name, *flags)

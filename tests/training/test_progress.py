@@ -1,4 +1,4 @@
-"""What a run shows while it trains: the first step, in which kernels are loaded and compiled, counts in no ETA."""
+"""A run's progress line: the ETA leaves out the first step, in which kernels are loaded and compiled."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from rwkv_peft.training.step.plan import Plan
 
 
 class Clock:
-    """A stand-in for the module time: `now` is what it says."""
+    """A stand-in for the module time, whose clock shows `now`."""
 
     now = 0.0
 
@@ -26,7 +26,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("first", [0, 50])
 def test_the_eta_is_that_of_the_steps_after_the_first(clock, capsys, first):
-    """600 seconds for the first step of a process, and 2 for each other, of a run that begins or goes on."""
+    """In a new or resumed run the first step of the process takes 600 seconds, and each other one 2."""
     shown = Progress(Plan(8, 100, 100, first, 8 * first))
     for step, seconds in enumerate([600.0, 2.0, 2.0], start=first + 1):
         clock.now += seconds

@@ -1,4 +1,4 @@
-"""Questions while training: asked of the model as it is, scored as `rwkv-peft eval` scores, without a trace in the run.
+"""Questions while training: the current model answers them, scored as by `rwkv-peft eval`, without changing the run.
 
 The base is the demo's, which answers questions about little stories.
 """
@@ -23,7 +23,6 @@ from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
-from rwkv_peft.evals.harness_command import main as run_harness
 from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
@@ -70,7 +69,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(files):
-    """(name of the run's folder, flags) -> what train.py printed on stdout and stderr; with dropout."""
+    """(name of the run's folder, flags) -> train.py's stdout and stderr; with dropout."""
 
     def run(name, *more, code=0):
         words = {
@@ -98,7 +97,7 @@ def train(files):
 
 @pytest.fixture(scope="module")
 def asked(files, train):
-    """A run of six steps that is asked every second one, and ended after three and went on: what it printed."""
+    """The output of a run of six steps with questions after every second one, stopped after three and resumed."""
     questions = ("--eval_data", str(files / "questions.jsonl"), *ASK, *lm_eval_flags(files))
     train("asked", *questions, "--epoch_count", "1")
     assert sorted({answer["step"] for answer in answers(files, "asked")}) == [1, 2]  # the last step ended that run
@@ -113,7 +112,7 @@ def asked(files, train):
 
 
 def lm_eval_flags(files):
-    """--lm_eval, where its package is there."""
+    """--lm_eval, if its package is installed."""
     folder = str(files / "tasks")
     return ("--lm_eval", *TASKS, "--lm_eval_include_path", folder, "--lm_eval_num_fewshot", "1") if LM_EVAL else ()
 
@@ -178,7 +177,7 @@ def test_the_scores_of_lm_eval_are_logged_and_kept(files, asked):
 def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, asked):
     words = [*TASKS, "--include_path", str(files / "tasks"), "--num_fewshot", "1", "--model", BASE]
     output = files / "results.json"
-    assert run_harness([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
+    assert evaluate([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
     results, last = json.loads(output.read_text()), lines_of(files / "asked" / "lm_eval.jsonl")[-1]
     for name in ("versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks"):
         assert last[name] == results[name]
@@ -192,7 +191,7 @@ def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, as
 
 @pytest.fixture(scope="module")
 def harness(files):
-    """The tasks of lm_eval, as a run asks them."""
+    """lm_eval's tasks as questions of a run."""
     flags = ["--data_file", "x", "--load_model", "y", "--eval_batch", "2", *lm_eval_flags(files)]
     return HarnessExam(parse_flags(flags).train, load_tokenizer("bytes"))
 
@@ -252,7 +251,7 @@ def test_lm_eval_without_its_package_is_told(monkeypatch):
 
 
 def test_what_the_run_computes_does_not_change(files, train, asked):
-    """With dropout, whose draws asking must leave alone."""
+    """With dropout, whose random draws the questions must not change."""
     train("silent")
     assert numbers(files, "silent") == numbers(files, "asked")
     silent, other = (load_file(files / name / "adapter.safetensors") for name in ("silent", "asked"))
@@ -278,7 +277,7 @@ def test_the_model_answers_from_the_states_that_it_tunes(tmp_path):
 
 
 def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatch):
-    """Two ranks one after the other; what one gathers stands for both."""
+    """Two ranks run in turn; a stand-in gathers the answers of both."""
     train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS), eval_max_tokens=2, eval_every=1)
     model, _ = load_model(BASE)
     examiner = Examiner(
@@ -323,7 +322,7 @@ def test_bad_questions_are_told(tmp_path, rows, more, message):
 
 
 def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
-    """Data without a record of it, and a vocabulary of no usual size."""
+    """The data has no record of it, and the vocabulary has no usual size."""
     train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS))
     samples = SimpleNamespace(vocabulary=None, notes=[])
 
@@ -351,7 +350,7 @@ def test_bad_questions_are_told_before_the_run_begins(files, train):
         (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
         (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task is about questions of a file"),
         (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot is about tasks of lm_eval"),
-        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft lm_eval"),
+        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft eval"),
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
         (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),

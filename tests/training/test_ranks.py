@@ -37,7 +37,7 @@ def two_nodes(first, second):
 
 
 def children(process, count):
-    """The further processes that a run has started, once there are `count`."""
+    """The child processes of a run, once there are `count`."""
     while len(found := psutil.Process(process.pid).children()) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -45,7 +45,7 @@ def children(process, count):
 
 
 def is_over(process, seconds=60):
-    """Whether a process ends within so long, be it that nobody asks for its exit code."""
+    """True if a process ends within so many seconds; it counts as ended even if nobody has read its exit code."""
     deadline = time.monotonic() + seconds
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
@@ -67,7 +67,7 @@ def history(files, name):
 
 @pytest.fixture(scope="module")
 def unbroken(files, command):
-    """The losses of a run on two nodes, which any other way to run two ranks repeats, with or without interruptions."""
+    """The losses of a run on two nodes; any other way to run two ranks, even with interruptions, gives the same."""
     argv = command("nodes", *LONG)
     for process in two_nodes(argv, argv):
         finish(process)
@@ -189,8 +189,8 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
 
 
 def test_one_command_goes_on_through_restarts(files, command, unbroken):
-    """A rank is killed before the first checkpoint, and the same command is started again; then by torchrun, which
-    starts it once more when a rank is killed after a checkpoint."""
+    """A rank is killed before the first checkpoint, and the same command is started again; then torchrun starts it, and
+    restarts it after a rank is killed after a checkpoint."""
     argv = command("restarts", *PAIR, "--resume", "auto")
     first, second = start_ranks(argv)
     wait_for_steps(files, "restarts", 1, first)
@@ -230,7 +230,7 @@ run("train")
 
 
 def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files, command):
-    """Three steps of nearly half the limit each, and one without end."""
+    """Three steps take nearly half the limit each, and one never ends."""
     argv, port, processes = command("hanging", *LONG, "--stall_minutes", "0.08")[2:], free_port(), []
     for number, pauses in enumerate(([], [2, 2, 2, 1e6])):
         script = files / f"hanging-{number}.py"

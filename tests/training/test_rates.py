@@ -46,7 +46,7 @@ def test_the_rate_is_the_formulas_to_two_digits(flags, rate):
 
 
 def test_the_rate_falls_with_the_width_and_meets_both_ends_of_what_is_known():
-    """1e-3 was best at 64 channels, and 2e-5 is usual at 4096: RWKV-6 7B's, whose LoRA has 2e-4 to 4e-4."""
+    """1e-3 was best at 64 channels, and 2e-5 is usual at 4096 channels (RWKV-6 7B), with 2e-4 to 4e-4 for LoRA."""
     assert pytest.approx(1e-3, rel=0.3) == ANCHOR / 64 and pytest.approx(2e-5, rel=0.05) == ANCHOR / 4096
     new = ("--n_layer", "1", "--n_embd", "4096", "--vocab_size", "80")
     with pytest.raises(UserError, match="no rule for the model itself"):

@@ -1,4 +1,4 @@
-"""Runs that stop and go on, through the command that a user types: the same bits, or a refusal in words.
+"""Runs that stop and are resumed, through the command that a user types: the same bits, or a refusal with a message.
 
 Each run is a process of its own, because the engine keeps global state.
 """
@@ -170,7 +170,7 @@ def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, meth
 
 
 def test_larger_steps_forget_nothing_of_those_before(files, train):
-    """Neither the lines of smaller steps, which are more, nor the lowest validation loss, whose adapter stays."""
+    """Neither the metrics of smaller steps, though they have more lines, nor the best adapter and its loss."""
     flags = ("--precision", "fp32", "--val_data", str(files / "data"), "--val_every", "2", "--micro_bsz")
     train("larger", *flags, "1", "--epoch_count", "2")
     before, best = metrics(files, "larger"), (files / "larger" / "adapter-best.safetensors").read_bytes()
@@ -185,7 +185,7 @@ def test_larger_steps_forget_nothing_of_those_before(files, train):
 
 
 def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
-    """On other validation data losses say nothing of those before, nor does a patience that these have used up."""
+    """With other validation data, earlier losses do not count, nor does the patience that they have used up."""
     with BinidxWriter(files / "held-out", vocab_size=80) as writer:
         writer.add([79 - i % 79 for i in range(60)])
     rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0", "--precision", "fp32")

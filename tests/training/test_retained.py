@@ -1,4 +1,4 @@
-"""What a run forgets (--retain_data): measured before the first step and with each validation, without a trace in the
+"""--retain_data measures what a run forgets: before the first step and with each validation, without changing the
 run."""
 
 import pytest
@@ -19,7 +19,7 @@ DROPOUT = ("--peft", "lora", "--lora_config", '{"lora_r":4,"lora_dropout":0.2}',
 
 @pytest.fixture(scope="module")
 def kept(files):
-    """Text of other successors than the data's."""
+    """Text in which other tokens follow each other than in the data."""
     with BinidxWriter(files / "kept", vocab_size=80) as writer:
         for start in range(5):
             writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
@@ -32,7 +32,7 @@ def losses(lines, name):
 
 @pytest.fixture(scope="module")
 def measured(files, train, kept):
-    """A run of 8 steps that is measured every third one, ended after 4 and went on: what it printed."""
+    """The output of a run of 8 steps that is measured after every third one, stopped after 4 and resumed."""
     flags = (*DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--retain_data", kept)
     first, _ = train("measured", *flags, "--epoch_count", "1")
     second, _ = train("measured", *flags, "--resume")
@@ -71,7 +71,7 @@ def test_first_it_is_the_bases_own_loss_and_last_that_of_what_is_saved(files, me
 
 
 def test_what_the_run_computes_does_not_change(files, train, measured):
-    """With dropout, whose draws measuring must leave alone."""
+    """With dropout, whose random draws the measurement must not change."""
     train("unmeasured", *DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--epoch_count", "1")
     train("unmeasured", *DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--resume")
 
@@ -96,7 +96,7 @@ def test_it_needs_no_validation_and_decides_nothing(files, train, kept, more):
 
 
 def test_other_data_than_before_is_said(files, train, kept):
-    """Whose loss is no measure of what the run forgot since its first step."""
+    """Their loss does not measure what the run forgot since its first step."""
     flags = ("--precision", "fp32", "--epoch_steps", "1", "--epoch_count")
     first, _ = train("other", *flags, "1", "--retain_data", kept)
     same, _ = train("other", *flags, "2", "--retain_data", kept, "--resume")

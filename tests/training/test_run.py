@@ -1,4 +1,4 @@
-"""train.py as a user runs it: what a run leaves and says, and that ZeRO stages, ranks and methods train.
+"""train.py as a user runs it: a run's files and output, and training under all ZeRO stages, ranks and methods.
 
 Each case is a process of its own, because the engine keeps global state.
 """
@@ -24,7 +24,7 @@ from training.runs import ROOT, finish, metrics, start
 
 @pytest.fixture(scope="module")
 def one_process(train):
-    """The run that the others are held against: stage 1, one process, four samples a step."""
+    """The run that others are compared with: stage 1, one process, four samples in a step."""
     out, _ = train("one", "--precision", "fp32", "--micro_bsz", "4")
     return out
 
@@ -122,7 +122,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
 
 
 def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
-    """Documents of 10 and of 20 tokens, in the order of the file: a rank has the short ones, the other the long."""
+    """Documents have 10 and 20 tokens in turn: one rank gets the short ones, the other the long ones."""
     with BinidxWriter(files / "unequal", vocab_size=80) as writer:
         for number in range(8):
             writer.add(list(range(10 + 10 * (number % 2))))
@@ -152,7 +152,7 @@ def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, 
 
 
 def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(files, command, one_process):
-    """Its message says where they are; --resume auto, which begins anew, is not to remove them."""
+    """The run's message names their path; --resume auto, which begins anew, must not remove them."""
     size = (files / "one" / "adapter.safetensors").stat().st_size
     argv = command("refused", "--resume", "auto")
     process = start(argv)
@@ -216,7 +216,7 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     "method", ["bone-mini", "bone-signed", "bat-in-scaled", "bat-out nf4", "lora-plus", "dora", "pissa", "lora-ga"]
 )
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
-    """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
+    """Each in one short run: packed documents, a validation split, the best adapter, and its merge."""
     flags = {
         "bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
         "bone-signed": ["--bone_mode", "bone-signed", "--bone_r", "16"],

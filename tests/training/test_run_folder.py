@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes there, and nothing of an earlier one is lost."""
+"""A run's folder: one run at a time writes there, and nothing of an earlier run is lost."""
 
 import os
 
@@ -107,7 +107,7 @@ def test_a_file_named_like_a_folder_of_a_run_is_told_before_any_work(files, monk
 
 
 def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):
-    """Another rank tries whether it can be written, and removes it again."""
+    """Another rank makes the folder to try if it can be written, and removes it again."""
     folder, listdir = files / "out", os.listdir
     folder.mkdir()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its files, and each way in which one is no longer so."""
+"""A checkpoint records its files, and every way in which one may differ from its record is found."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""State tuning by the commands that a user types: trained, resumed, merged, checked, converted, generated from; alone
-and along with an adapter; for every generation."""
+"""State tuning by the commands that a user types: training, resuming, merging, checking, converting and generating;
+with and without an adapter; for every generation."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ BY_VERSION = pytest.mark.parametrize("version", [family.version for family in FA
 
 @pytest.fixture(scope="module")
 def bases(files):
-    """{version: path of a base of 257 tokens, of which nothing is zero}."""
+    """{version: path of a base of 257 tokens, without zeros in its tensors}."""
     paths = {}
     for family in FAMILIES:
         config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257, head_size=16)
@@ -41,7 +41,7 @@ def bases(files):
 
 @pytest.fixture(scope="module")
 def tuned(files, train, bases):
-    """{version: folder of a run that tuned states alone}, and what the runs printed under "out"."""
+    """{version: folder of a run that tuned only states}, and the runs' output under "out"."""
     folders = {"out": ""}
     for version, base in bases.items():
         folders["out"] += train(f"alone-{version}", "--load_model", str(base), *ALONE)[0]
@@ -50,7 +50,7 @@ def tuned(files, train, bases):
 
 
 def memory(folder, model, *more):
-    """What `generate` remembers of a prompt: {key: tensor} of --save_state."""
+    """{key: tensor} of the state that `generate --save_state` writes after a prompt."""
     words = ("--prompt", "abc", "--temperature", "0", "--max_tokens", "1", "--save_state", str(folder / "session.pth"))
     assert generate(["--model", model, *more, *words]) == 0
     return read_tensors(folder / "session.pth")

@@ -18,7 +18,7 @@ VOCABULARY = 30
 
 
 def shaken(family, dtype=torch.float64, adapter=None, grad_checkpoint=False):
-    """A model of which nothing is zero, with tuned states; all of it trains, or an adapter and the states."""
+    """A model without zeros in its tensors, with tuned states; all of it trains, or an adapter and the states."""
     config = family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8)
     torch.manual_seed(0)
     model = family.build(config, grad_checkpoint)
@@ -35,7 +35,7 @@ def shaken(family, dtype=torch.float64, adapter=None, grad_checkpoint=False):
 
 
 def a_batch(packed, T=23):
-    """A batch of three documents of up to T tokens, of which some count, and none in the last ones."""
+    """A batch of three documents of up to T tokens, some of which count, but none at the end."""
     generator = torch.Generator().manual_seed(1)
     sizes = (T // 2, 1, T - T // 2 - 1) if packed else (T, T - 4, 1)
     documents = []
@@ -47,7 +47,7 @@ def a_batch(packed, T=23):
 
 
 def count(batch, mask):
-    """Have the targets of a mask count."""
+    """Let the targets of a mask count."""
     batch.update(mask=mask, counted=positions(mask))
 
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_whole_rows(family, packed, length, adapter):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("step", [Whole(), Segments(4), Segments(4, 1)], ids=["whole", "segments", "cut"])
 def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed, step, monkeypatch):
-    """On the meta device, where there are none; a GPU would have to be waited for."""
+    """On the meta device, which has no values; on a GPU, reading one would wait."""
     monkeypatch.setattr(segments, "sent", lambda x, device: x.to(device))  # no memory is pinned without a GPU
     model, batch, meta = shaken(family, torch.float32, AdapterConfig(rank=8)).to("meta"), a_batch(packed), "meta"
     batch = {name: tensor.to(meta) for name, tensor in batch.items()} | step.sent(batch, torch.device(meta))
@@ -123,7 +123,7 @@ def test_kernels_lose_no_more_than_in_whole_rows(family):
 
 
 class Noted(torch.autograd.Function):
-    """A tensor as it is, on whose way back `note` is called."""
+    """Returns a tensor unchanged, and calls `note` in its backward."""
 
     @staticmethod
     def forward(ctx, tensor, note):
@@ -137,7 +137,7 @@ class Noted(torch.autograd.Function):
 
 
 def noted(value, note):
-    """A module's arguments or results with those tensors Noted that require a gradient."""
+    """A module's arguments or results, with Noted applied to the tensors that require a gradient."""
     if isinstance(value, tuple):
         parts = [noted(part, note) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -148,8 +148,8 @@ def noted(value, note):
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("bptt", [1, 2, 0])
 def test_autograd_enters_the_same_modules_whatever_a_segment_holds(family, packed, tuned, bptt, monkeypatch):
-    """The first, one that goes on, one that begins anew, the last, one that fills up: under ZeRO-3 each rank gathers
-    what a module needs when autograd comes to it."""
+    """The first, one that continues a row, one that begins a row, the last, and a filler: under ZeRO-3 each rank
+    gathers a module's parameters when autograd comes to it."""
     model, batch, seen = shaken(family, adapter=AdapterConfig(rank=8)), a_batch(packed), []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *call, name=name: noted(call[-1], lambda: seen[-1].append(name)))

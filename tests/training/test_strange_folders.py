@@ -1,4 +1,4 @@
-"""A run's folder in which entries are missing or others: --resume says so, in words, before anything is trained."""
+"""A run's folder with missing or wrong entries: --resume says so before anything is trained."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from rwkv_peft.training.saving.saved_files import record_of
 
 @pytest.fixture(scope="module")
 def begun(files, train):
-    """{ZeRO stage: the folder of a run that goes on from its one checkpoint}."""
+    """{ZeRO stage: the folder of a run with one checkpoint to resume from}."""
     for stage in (1, 3):
         train(f"begun-{stage}", *flags(stage), "--epoch_count", "1")
     return {stage: files / f"begun-{stage}" for stage in (1, 3)}
@@ -25,7 +25,7 @@ def flags(stage):
 
 
 def edited(run, name, pattern, change):
-    """A copy of a run in which `change` was made in the object of a file of DeepSpeed's, and recorded as its own."""
+    """A copy of a run, with `change` applied to the object in one of DeepSpeed's files, and the record updated."""
     folder = run.with_name(name)
     shutil.copytree(run, folder)
     checkpoint = next(folder.glob("checkpoints/step-*"))
@@ -96,7 +96,7 @@ def test_what_does_not_hold_the_runs_state_is_told_by_its_place(files, train, be
 
 
 def test_what_is_there_besides_is_not_loaded(files, train, begun):
-    """A frozen weight among those that train would replace the base's."""
+    """A frozen weight among the trained ones would replace the base's."""
 
     def add(content):
         content["module"]["head.weight"] = torch.zeros(80, 64, dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def test_a_place_in_the_data_that_was_edited_is_refused(files, train, begun):
 
 @pytest.mark.parametrize("pattern", ["[ab]", "a*?b["])
 def test_a_folder_may_be_named_like_a_pattern(files, train, pattern):
-    """Each of them would match another run's, or none."""
+    """As a pattern, each name would match another run's folder, or none."""
     train(f"named {pattern}", "--epoch_count", "1")
     out, _ = train(f"named {pattern}", "--resume")
     assert "resuming after step 4" in out

@@ -1,4 +1,4 @@
-"""The tokenizer is recorded by preprocess and goes with the run, so that nobody retypes it; another one is said."""
+"""preprocess records the tokenizer, and it goes with the run, so that nobody retypes it; another one is reported."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from training.runs import ROOT, finish, start
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_state):
-    """A folder with base.pth, whose 300 tokens tell no tokenizer, data of bytes, and the run out/ over it, merged."""
+    """A folder with base.pth, whose 300 tokens identify no tokenizer, data of bytes, and out/, a merged run on them."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_model(folder / "base.pth", tiny_state(vocab_size=300))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} birds"}) + "\n" for i in range(8)))

@@ -1,4 +1,4 @@
-"""From rows to a run by the commands that a user types: which tokens count is said, and is what trains."""
+"""From rows to a run by the commands that a user types: the tokens that are said to count are those that train."""
 
 import json
 import re
@@ -22,8 +22,8 @@ ANSWERS = sum(len(f" {i}!") + 1 for i in range(20))
 
 @pytest.fixture
 def train(tmp_path, tiny_state, monkeypatch, capsys):
-    """train(*flags) -> (what is printed, the samples that the engine would be given); the engine is left out. The
-    data is that of ROWS, preprocessed."""
+    """train(*flags) -> (output, the samples that the engine would get), without the engine. The data is that of ROWS,
+    preprocessed."""
     save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     given = []
@@ -55,7 +55,8 @@ def counted(samples):
 
 @pytest.mark.parametrize("dataload", ["pad", "pack"])
 def test_answers_that_are_cut_off_are_said(train, dataload):
-    """With 27 tokens a row, questions of one digit keep one token of four, of two digits none of five."""
+    """With 27 tokens a row, answers to questions of one digit keep one token of four, to those of two digits none of
+    five."""
     header, samples = train("--dataload", dataload, "--ctx_len", 26)
     assert counted(samples) == 10 and ANSWERS == 90
     assert (

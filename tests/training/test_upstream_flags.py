@@ -1,5 +1,5 @@
-"""Flags as people of RWKV-LM, RWKV-PEFT and the Hugging Face world type them: taken where they say what happens anyway,
-else told by their meaning."""
+"""Flags as users of RWKV-LM, RWKV-PEFT and Hugging Face type them: accepted if they ask for what happens anyway, else
+refused with our flag of the same meaning."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""Scripts of RWKV-LM and RWKV-PEFT run as they are, on files, a package and a machine that stand in for theirs, or are
-told all that keeps them from it."""
+"""Scripts of RWKV-LM and RWKV-PEFT run unchanged, on files, a package and a machine that stand in for theirs, or get
+all their mistakes in one message."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """A folder with data, and a model of each generation that stage 1 made: {version: path}."""
+    """A folder with data, and a model of each generation made by stage 1: {version: path}."""
     folder = tmp_path_factory.mktemp("upstream")
     with BinidxWriter(folder / "data", vocab_size=80) as writer:
         for start in range(30):
@@ -52,7 +52,7 @@ def stand_ins(tmp_path_factory):
 
 @pytest.fixture
 def logged_in(tmp_path, monkeypatch):
-    """wandb is there, and asks for no login."""
+    """Stand in for an installed wandb that asks for no login."""
     (tmp_path / "wandb.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -1,4 +1,4 @@
-"""Ranks compare the whole of what they read, not samples of it: one byte that differs is told before any step."""
+"""Ranks compare whole files, not samples of them: one different byte is reported before any step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)
 
 @pytest.fixture
 def node(tmp_path):
-    """(name of a node, how its files differ) -> its passport; they begin as equal files in folders of each node."""
+    """(name of a node, how its files differ) -> its passport; the nodes' folders begin with equal files."""
 
     def write(name, change=lambda folder: None):
         folder = tmp_path / name
@@ -68,7 +68,7 @@ def other_byte(name, place=-1):
 
 
 def other_document(folder):
-    """One that no sample of the identity is, by a token that stays in the vocabulary."""
+    """Change a document outside the identity's samples, by a token that stays in the vocabulary."""
     tokens = np.memmap(folder / "data.bin", dtype="<u2", mode="r+")
     tokens[20 * 7 + 3] ^= 1
 

@@ -1,4 +1,4 @@
-"""Which process of a run this one is: what the flags and a launcher's variables say together, and what they may not."""
+"""This process's place in a run, from the flags and a launcher's variables, and the combinations that are refused."""
 
 import pytest
 

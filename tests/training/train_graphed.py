@@ -1,5 +1,5 @@
 """train.py on a machine that has CUDA graphs and no GPU: `python tests/training/train_graphed.py --cuda_graphs 1 …`.
-Tells at last how many graphs were replayed."""
+Prints at the end how many graphs were replayed."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The flags of the scripts that RWKV-LM and RWKV-PEFT train with, version by version: {script: {flag: value}}; a flag
-that takes no value has True, one that takes several a tuple. Paths and widths are those of the test's files."""
+"""The flags of RWKV-LM's and RWKV-PEFT's training scripts, version by version: {script: {flag: value}}; a flag without
+a value has True, one with several a tuple. Paths and widths are those of the test's files."""
 
 RWKV_LM = {
     "ctx_len": 512,

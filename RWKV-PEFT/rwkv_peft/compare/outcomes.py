@@ -1,4 +1,4 @@
-"""What a complete run of a comparison left in its folder: its result.json and its metrics."""
+"""Reads the results of a comparison's complete runs from their folders: result.json and the metrics."""
 
 import math
 import statistics
@@ -15,14 +15,14 @@ from .plan import Cell
 from .rates import HIGHEST, LOWEST
 
 RESULT = "result.json"
-LARGEST = 1e30  # of what is measured: sums and squares of such numbers are still numbers
+LARGEST = 1e30  # of a measured number: sums and squares of such numbers stay finite
 REMEDY = "remove the folder of that run, which the same command then runs again"
 
 
 class Outcome(NamedTuple):
-    """A complete run: loss is the last validation's, infinite where it diverged; validations are (steps done, seconds
-    of training, loss); step_ms is the median of a step, peak_mb the largest resident memory of the process (10^6
-    bytes); retained the losses on --retain_data, before the first step and at each of validations, () without it."""
+    """A complete run: loss is the last validation's, infinite if the run diverged; validations are (steps done, seconds
+    of training, loss); step_ms is the median time of a step; peak_mb the largest resident memory of the process (10^6
+    bytes); retained the losses on --retain_data, before the first step and at each validation, () without the flag."""
 
     cell: Cell
     loss: float
@@ -33,11 +33,11 @@ class Outcome(NamedTuple):
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """The Outcome of the complete run in a folder. Raises UserError where its files are damaged."""
+    """The Outcome of the complete run in a folder. Raises UserError if its files are damaged."""
     cell, diverged, peak_mb = read_result(folder)
     path = metrics_of(folder)
     records = read_metrics(path) if path.is_file() else []
-    # 0.1: it is rounded so
+    # tokens_per_s is rounded to 0.1 and may read 0
     seconds = [number(record, "tokens", path) / max(number(record, "tokens_per_s", path), 0.1) for record in records]
     validations = tuple(
         (record["step"] + 1, spent, number(record, "val_loss", path))
@@ -71,7 +71,8 @@ def read_result(folder: Path) -> tuple[Cell, bool, float]:
 
 
 def number(record: Mapping[str, Any], name: str, path: Path) -> float:
-    """What a record has under a name: a number that can be added and squared, or NaN or infinity."""
+    """A record's number under a name: small enough to be added and squared, or NaN or infinite. Raises UserError for
+    any other value."""
     value = record.get(name)
     if not is_number(value) or math.isfinite(value) and abs(value) > LARGEST:
         raise UserError(f"{path}: {name} is {short(repr(value))}, where a number is due; {REMEDY}")

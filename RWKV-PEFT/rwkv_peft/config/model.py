@@ -1,14 +1,14 @@
 """The dimensions of a model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The dimensions that every generation has: n_layer blocks over n_embd (C) channels; dim_att (A) = heads x
-    head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds further dimensions
-    and its `version`."""
+    head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds further dimensions,
+    its `version`, and `layer_state`, the NamedTuple of what a layer remembers (models/state.py)."""
 
     n_layer: int
     n_embd: int
@@ -17,6 +17,7 @@ class ModelConfig:
     dim_ffn: int
     head_size: int = 64
     version: ClassVar[str]
+    layer_state: ClassVar[Any]
 
     @property
     def n_head(self) -> int:

@@ -93,11 +93,11 @@ class ValidationConfig:
         metavar="TASK",
     )
     lm_eval_include_path: str = setting(
-        "", "a folder with tasks of your own, as --include_path of rwkv-peft lm_eval", group="validation", metavar="DIR"
+        "", "a folder with tasks of your own, as --include_path of rwkv-peft eval", group="validation", metavar="DIR"
     )
     lm_eval_num_fewshot: int | None = setting(
         None,
-        "solved examples before each question, as --num_fewshot of rwkv-peft lm_eval (default: the task's)",
+        "solved examples before each question, as --shots of rwkv-peft eval (default: the task's)",
         group="validation",
         type=count,
         metavar="N",

@@ -18,12 +18,12 @@ from .binidx import dtype_code
 from .labels import label_of, labelled
 from .masks import UNDESIRABLE
 from .pairs import pair
+from .pieces import Piece, length, shorten
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
 
-Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 Documents = list[list[Segment]]  # the documents of one row
 
 
@@ -277,34 +277,6 @@ def has_empty_turn(document: list[Segment]) -> bool:
     """Return whether a turn before an answer of a document has no words."""
     turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
     return EMPTY_TURN.search("".join(turns)) is not None
-
-
-def length(pieces: list[Piece]) -> int:
-    """The number of tokens of a document."""
-    return sum(len(ids) for ids, _ in pieces)
-
-
-def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
-    """Remove `excess` tokens from the front of the prompt, but not its last, and then from the end those beyond
-    `limit`."""
-    prompt = 0
-    for ids, counts in pieces:
-        if counts:
-            break
-        prompt += len(ids)
-    front = min(excess, max(prompt - 1, 0))
-    back = max(0, length(pieces) - front - limit)
-    shorter = []
-    for ids, counts in pieces:
-        cut = min(front, len(ids))
-        front -= cut
-        shorter.append((ids[cut:], counts))
-    for index in reversed(range(len(shorter))):
-        ids, counts = shorter[index]
-        cut = min(back, len(ids))
-        back -= cut
-        shorter[index] = (ids[: len(ids) - cut], counts)
-    return shorter
 
 
 def parse(item: object) -> Any:

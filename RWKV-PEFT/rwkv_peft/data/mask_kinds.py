@@ -17,8 +17,9 @@ def require_markers(config: DataConfig) -> None:
     kind = config.loss_mask
     if kind in ("qa", "se") and not config.mask_id:
         raise UserError(
-            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer, which rwkv-peft tokenize world "
-            """'Assistant:' prints; what RWKV-PEFT's qa takes is --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""
+            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer, which rwkv-peft preprocess "
+            "--ids 'Assistant:' prints; what RWKV-PEFT's qa takes is "
+            """--mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""
         )
     if kind == "se" and not config.mask_end_id:
         raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")

@@ -6,6 +6,8 @@ INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised)
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
 datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
 loss, and PREFIX.json, which names the tokenizer.
+
+    rwkv-peft preprocess --ids "Assistant:"    prints the token ids of a text
 """
 
 import sys
@@ -30,6 +32,7 @@ from .rows import read_chunks
 from .show import marks_for, show_documents
 from .templates import read_template
 from .thinking import FIELDS
+from .tokenizer import load_tokenizer
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
@@ -38,6 +41,11 @@ SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 
 def main(argv: list[str]) -> int:
     options = parse_flags(argv)
+    if options.ids:
+        tokenizer = load_tokenizer(options.tokenizer)
+        for text in options.input:
+            print(*tokenizer.encode(text))
+        return 0
     settings = EncodeSettings(
         options.tokenizer,
         options.append_eod,

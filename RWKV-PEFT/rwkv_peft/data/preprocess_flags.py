@@ -5,6 +5,7 @@ import os
 from types import MappingProxyType
 
 from ..cli import Parser, count, positive, whole
+from ..errors import UserError
 from .rows import KINDS
 from .templates import TEMPLATES
 from .thinking import OPENINGS
@@ -25,8 +26,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft preprocess", synonyms=SYNONYMS, description="Text files to token files (.bin and .idx)."
     )
+    ids = "--ids" in argv
     parser.add_argument("input", nargs="+", help=KINDS)
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--output", required=not ids, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--ids",
+        action="store_true",
+        help="take INPUT for a text itself, and only print its token ids, as train.py --mask_id takes them",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -86,4 +93,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        if ids and name not in ("input", "ids", "tokenizer") and value != parser.get_default(name):
+            raise UserError(f"--ids prints the token ids of a text and writes nothing; leave --{name} out")
+    return options

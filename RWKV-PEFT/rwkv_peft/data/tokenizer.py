@@ -7,8 +7,6 @@ Every tokenizer has
 - cuts_at_lines: whether a text that is cut where a line begins with a visible character keeps its tokens
 - special: {text: id} of the tokens that encode reads in a text and decode leaves out
 - content() -> bytes that tell its tokens from any other tokenizer's
-
-    rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
 import importlib.util
@@ -21,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
-from ..cli import Parser
 from ..errors import UserError, told
 from ..files.readable import require_readable
 from .world_vocabulary import parse_world_vocabulary
@@ -265,12 +262,3 @@ def guarded(failed: str, function: Callable[..., Result], *arguments: object, **
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{failed} ({told(error)})") from error
-
-
-def main(argv: list[str]) -> int:
-    parser = Parser(prog="rwkv-peft tokenize", description="Print the token ids of a text.")
-    parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
-    parser.add_argument("text", help="the text itself, as it stands")
-    options = parser.parse_args(argv)
-    print(*load_tokenizer(options.tokenizer).encode(options.text))
-    return 0

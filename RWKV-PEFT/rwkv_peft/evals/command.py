@@ -17,6 +17,7 @@ from ..streams import bar_seconds
 from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .flags import parse_flags
+from .harness_command import ask_harness
 from .layouts import LAYOUTS, example
 from .problems import layout_of, read_problems
 from .records import Records
@@ -30,9 +31,14 @@ SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them: a file of answers is co
 
 
 def main(argv: list[str]) -> int:
-    """Run the command -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after Ctrl-C or
-    Ended, else 0. Raises UserError for mistakes in flags and files."""
+    """Run the command -> the exit code. Raises UserError for mistakes in flags, files and tasks."""
     args = parse_flags(argv)
+    return ask_harness(args) if args.harness else ask_rows(args)
+
+
+def ask_rows(args: Any) -> int:
+    """Ask the rows of --data -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after
+    Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
     task = TASKS[args.task]
     if args.task == "math":
         require_math_verify()

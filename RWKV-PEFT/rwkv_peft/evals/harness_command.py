@@ -1,5 +1,4 @@
-"""Run tasks of the lm-evaluation-harness, and write its table and its JSON: `rwkv-peft lm_eval` (harness_flags.py has
-its flags)."""
+"""Ask a model tasks of the lm-evaluation-harness, and write its table and its JSON: `rwkv-peft eval arc_easy …`."""
 
 import json
 import os
@@ -10,22 +9,20 @@ from typing import Any
 from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from ..generate.loading import load_subject
-from .harness_flags import parse_flags
 
 INTERRUPTED = 130
 INPUTS = ("model", "state", "tokenizer", "include_path")
 
 
-def main(argv: list[str]) -> int:
-    """Run the command -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in flags, files and tasks."""
-    args = parse_flags(argv)
+def ask_harness(args: Any) -> int:
+    """Ask the tasks -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in files and tasks."""
     check_outputs(args)
     from .harness import evaluate, load_tasks, plain, tables
 
     try:
         tasks, names = load_tasks(args.tasks, args.include_path)
         subject = load_subject(args, lambda text: print(text, file=sys.stderr))
-        results = evaluate(subject, tasks, names, args.batch, args.num_fewshot, args.limit)
+        results = evaluate(subject, tasks, names, args.batch, args.shots, args.limit)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED

@@ -30,7 +30,7 @@ OTHER_FORMATS = (
 )
 
 AS_ADAPTER = (
-    "as --adapter of generate, eval and lm_eval, as --bone_checkpoint of merge and check, or as --bone_load "
+    "as --adapter of generate and eval, as --bone_checkpoint of merge and check, or as --bone_load "
     "(lora_load, pissa_load) of train.py"
 )
 

@@ -1,4 +1,4 @@
-"""How the models' blocks are computed in fewer passes on a GPU: one forward a generation over the parameters of a plain
+"""Computes the models' blocks in fewer passes on a GPU: one forward per generation, over the parameters of a plain
 block, and `fuse`, which decides once which blocks take it."""
 
 from .fuse import Setting, fuse

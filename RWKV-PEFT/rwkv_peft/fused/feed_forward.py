@@ -1,9 +1,9 @@
 """The feed-forward's key, squared relu and value: layer by layer, or as one chain if both layers have a BlockTerm
 (bat-in) and frozen weights.
 
-In the chain key leaves what it adds to each block of its outputs, a tile that all blocks share; value's kernels add
-that tile, square, and make their own term of the square in the same pass, forward and backward. Of the wide tensors the
-result W (x + u) of key is the only one that is kept, and neither the square nor its input is ever in memory.
+In the chain, key does not add the tile that all blocks of its outputs share, but passes it on; value's kernels add the
+tile, square, and make their own term of the square in one pass, forward and backward. The only wide tensor that is kept
+is the result W (x + u) of key; neither the square nor its input is ever in memory.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def layer_by_layer(key: nn.Module, value: nn.Module, x: Tensor) -> Tensor:
 
 
 def chains(key: nn.Module, value: nn.Module) -> bool:
-    """Whether two layers can be a chain."""
+    """True if two layers can be computed as a chain."""
     return all([isinstance(layer, AdapterLinear) and _links(layer) for layer in (key, value)])
 
 
@@ -39,7 +39,7 @@ def _links(layer: AdapterLinear) -> bool:
 
 
 def chained(key: nn.Module, value: nn.Module, x: Tensor) -> Tensor:
-    """The same of two layers that can be a chain."""
+    """layer_by_layer's result, for two layers that can be a chain."""
     assert isinstance(key, AdapterLinear) and isinstance(value, AdapterLinear)
     opened, closing = key.term(), value.term()
     assert opened is not None and closing is not None
@@ -49,8 +49,8 @@ def chained(key: nn.Module, value: nn.Module, x: Tensor) -> Tensor:
 
 
 class KeyUpToTile(Function):
-    """x (T, in), a Frozen layer, a BlockTerm -> W (x + u) + bias (T, out), and the tile factor Σ_b u_b (T, r) that is
-    still to be added to each block of it."""
+    """x (T, in), a Frozen layer, a BlockTerm -> W (x + u) + bias (T, out), and the tile factor Σ_b u_b (T, r), not yet
+    added to each block of it."""
 
     @staticmethod
     def forward(
@@ -65,13 +65,13 @@ class KeyUpToTile(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, g_tile: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrices = ctx.saved_tensors
-        dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx
+        dx = ctx.product.backward(g, weight)  # dz now, dx after the next line
         d_matrices = affine_backward_(dx, g_tile, x, matrices, ctx.factor)
         return dx if ctx.needs_input_grad[0] else None, None, None, None, d_matrices, None
 
 
 class ValueOfSquare(Function):
-    """k (T, in), tile (T, r), a Frozen layer, a BlockTerm -> the layer with the term of s = max(k + tile, 0)²:
+    """k (T, in), tile (T, r), a Frozen layer, a BlockTerm -> the layer with its term, of s = max(k + tile, 0)²:
     W (s + u) + bias + factor Σ_b u_b (T, out)."""
 
     @staticmethod
@@ -94,6 +94,6 @@ class ValueOfSquare(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         k, tile, weight, matrices = ctx.saved_tensors
-        dk = ctx.product.backward(g, weight)  # holds the gradient of z, and becomes that of k
+        dk = ctx.product.backward(g, weight)  # dz now, dk after the next line
         d_matrices = affine_backward_(dk, g, k, matrices, ctx.factor, tile)
         return dk, shard_sum(dk, matrices.shape[-1]), None, None, None, d_matrices, None

@@ -1,5 +1,5 @@
-"""Gives the blocks of a model their fused forward, or leaves them plain: decided once, after adapters are in and before
-the engine, and told in one line."""
+"""Gives the blocks of a model their fused forward, or leaves them plain: decides once, after the adapters are in and
+before the engine starts, and says so in one line."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ from .feed_forward import chained, chains, layer_by_layer
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run says that decides about fusions: wanted is --fused; device is where the model will be, its index told,
-    or meta, which stands for a GPU; compiled: torch.compile takes the blocks; cut: ZeRO-3 holds parts of parameters;
-    asks_base: steps also run the model without its adapters."""
+    """A run's settings that decide about fusions. wanted: --fused; device: the model's, with its index, or meta, which
+    stands for a GPU; compiled: torch.compile takes the blocks; cut: ZeRO-3 shards the parameters; asks_base: steps also
+    run the model without its adapters."""
 
     device: torch.device
     wanted: bool = True
@@ -36,15 +36,15 @@ class Setting:
 
     @classmethod
     def of(cls, config: RunConfig, device: torch.device) -> "Setting":
-        """That of a run on a device."""
+        """The Setting of a run on a device."""
         train = config.train
         return cls(device, train.fused, train.compile, train.stage == 3, BASE in config.objective.needs)
 
 
 class Fusion(NamedTuple):
-    """A generation's: what it does in one pass, in words; the starts of the names of parameters that must be frozen;
-    its kernels; why they do not take a block's sizes, or ""; its forward, called with a FeedForward, a block and the
-    block's inputs."""
+    """A generation's fused form. passes: the operations that share a pass, in words; frozen: prefixes of the parameters
+    that must be frozen; kernels: those it needs; misfit(block): why they do not take the block's sizes, or "";
+    forward(FeedForward, block, *the block's inputs): the fused forward."""
 
     passes: str
     frozen: tuple[str, ...]
@@ -75,14 +75,15 @@ CHAIN = "bat-in with the squared relu"
 
 
 def fuse(model: LanguageModel, setting: Setting) -> str:
-    """Give each block of a model its fused forward if it can have one -> what was done, and why not all, in a line."""
+    """Give each block of a model its fused forward if it can have one -> a line that says how many took it, and why the
+    others did not."""
     fusion = TABLE.get(type(model.blocks[0]))
     if fusion is None:
         return "all blocks plain: this generation has no fused form"
     refused = _refusal(setting, fusion)
     done: Counter[str] = Counter()
     left: Counter[str] = Counter()
-    block: Any  # of a generation
+    block: Any  # a Block of whichever generation
     for block in model.blocks:
         if reason := refused or _obstacle(block, fusion):
             left[reason] += 1
@@ -105,7 +106,7 @@ def _refusal(setting: Setting, fusion: Fusion) -> str:
         return "--compile fuses by itself"
     if setting.cut:
         return "stage 3 has no parameter whole outside its module"
-    if setting.device.type == "meta":  # for which nothing is launched
+    if setting.device.type == "meta":  # nothing is launched there
         return ""
     return next(filter(None, [kernels.unavailable(setting.device.index) for kernels in fusion.kernels]), "")
 

@@ -1,8 +1,8 @@
-"""Layer norm and RWKV-6's token shift, whose weights depend on the token: an autograd Function over
-cuda/mix/norm_lerp.cuh and low_rank.cuh, for parameters that are frozen.
+"""Layer norm and RWKV-6's data-dependent token shift: an autograd Function over cuda/mix/norm_lerp.cuh and
+low_rank.cuh, for frozen parameters.
 
-Neither the normalized input nor the decay's point is ever in memory: the norm's kernel gives the point that makes the
-weights' factor, and the kernel of the other points normalizes again, by the same statistics.
+Neither the normalized input nor the decay's point is ever in memory: the norm's kernel gives the point that the
+weights depend on, and the kernel of the other points normalizes again with the same statistics.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ def norm_ddlerp(
     norm: nn.LayerNorm, x: Tensor, last: Tensor | None, factors: tuple[Tensor, ...], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """RWKV-6's token shift of norm(x) (Peng et al. 2024, arXiv 2404.05892, eq. 12 to 14): five `lerp` points, whose
-    weights have the factor tanh(p w1), p being the point of maa_x. The first of the five makes the decay's factor,
-    tanh(first decay_w1).
+    weights have the low-rank factor tanh(p w1), p being the point of maa_x. The first point is returned only as the
+    decay's low-rank factor, tanh(first decay_w1).
 
     x (B, T, C), last and cu_seqlens as in lerp; factors: maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C), decay_w1
     (C, 2 K) -> x for the residual, the last normalized token of each sequence (B, C), the decay's factor (B, T, 2 K),
@@ -66,7 +66,7 @@ class NormDDLerp(Function):
         tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | numbered("out", points, 1)
         call("lerp_low_forward", x, tensors, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
-        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
+        ctx.set_materialize_grads(False)  # only a carried state gives `ends` a gradient
         ctx.save_for_backward(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay)
         return x, ends, decay, *points
 
@@ -98,5 +98,5 @@ def _low_sizes(x: Tensor, maa: Tensor, w2: Tensor, cu_seqlens: Tensor | None) ->
 
 
 def _rows_of(parts: Tensor) -> dict[str, int]:
-    """What a launch is told of parts (n, B, T, …)."""
+    """The sizes of parts (n, B, T, …) that a launch needs."""
     return dict(n=len(parts), tokens=parts[0, ..., 0].numel(), channels=parts.shape[-1])

@@ -1,5 +1,5 @@
 """Layer norm and token shift with interpolation in one pass: an autograd Function over cuda/mix/norm_lerp.cuh, for
-parameters that are frozen. It gives its input once more, for the residual, so that backward need not add up gradients.
+frozen parameters. It returns its input too, for the residual, so that its kernel adds both gradients in backward.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ..ops.mix.gpu_lerp import sizes_of
 from ..ops.mix.shift import check_shift
 from ..ops.native.launch import aligned
 
-STRIPS, MOST_STRIP = 1024, 8  # blocks that a GPU has enough of, whichever; tokens that one has at most
+STRIPS, MOST_STRIP = 1024, 8  # blocks that fill any GPU; most tokens of one block
 
 
 def norm_lerp(
@@ -56,7 +56,7 @@ class NormLerp(Function):
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = [torch.empty_like(x) for _ in maa]
         ctx.save_for_backward(x, last, weight, maa, stats, cu_seqlens)
-        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
+        ctx.set_materialize_grads(False)  # only a carried state gives `ends` a gradient
         tensors = dict(x=x, ends=ends, stats=stats, weight=weight, bias=bias, maa=maa) | numbered("out", outs)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **sizes)
         return x, ends, *outs
@@ -76,5 +76,5 @@ class NormLerp(Function):
 
 
 def strip_of(tokens: int) -> int:
-    """Tokens of a block."""
+    """The number of tokens that one block takes."""
     return max(1, min(MOST_STRIP, tokens // STRIPS))

@@ -1,5 +1,5 @@
-"""RWKV-6's block in fewer passes: norm and token shift are one, the normalized input and the decay's point are never
-in memory, and the feed-forward may be one chain."""
+"""RWKV-6's block in fewer passes: norm and token shift share a pass, the normalized input and the decay's point are
+never in memory, and the feed-forward may be one chain."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from .feed_forward import FeedForward
 from .norm_ddlerp import norm_ddlerp
 from .norm_lerp import norm_lerp
 
-FROZEN = ("ln1", "ln2", "att.time_maa", "att.time_decay_w1", "ffn.time_maa")  # starts of the names of parameters
+FROZEN = ("ln1", "ln2", "att.time_maa", "att.time_decay_w1", "ffn.time_maa")  # prefixes of parameters' names
 
 
 def misfit(block: Block) -> str:
@@ -31,7 +31,7 @@ def forward(
     state: LayerState | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, LayerState]:
-    """The block's forward."""
+    """The fused forward of a block; arguments and results are Block.forward's."""
     att, ffn = block.att, block.ffn
     att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
     if block.first:

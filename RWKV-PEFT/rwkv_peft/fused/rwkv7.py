@@ -1,4 +1,4 @@
-"""RWKV-7's block in fewer passes: norm and token shift are one, the recurrence makes its own keys and measures the
+"""RWKV-7's block in fewer passes: norm and token shift share a pass, the recurrence makes its own keys and measures the
 bonus, and the feed-forward may be one chain."""
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from .feed_forward import FeedForward
 from .norm_lerp import norm_lerp
 from .wkv7_keys import wkv7_with_keys
 
-FROZEN = ("ln1", "ln2", "att.ln_x", "att.x_", "att.a0", "att.k_", "att.r_k", "ffn.x_k")  # starts of parameters' names
+FROZEN = ("ln1", "ln2", "att.ln_x", "att.x_", "att.a0", "att.k_", "att.r_k", "ffn.x_k")  # prefixes of parameters' names
 
 
 def misfit(block: Block) -> str:
@@ -31,7 +31,7 @@ def forward(
     state: LayerState | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LayerState]:
-    """The block's forward."""
+    """The fused forward of a block; arguments and results are Block.forward's."""
     att, ffn = block.att, block.ffn
     att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
     if block.first:

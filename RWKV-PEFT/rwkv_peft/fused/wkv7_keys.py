@@ -1,9 +1,9 @@
 """wkv7 with the keys before it and with each head's norm, the current token's bonus and the gate after it: one autograd
-Function over CUDA kernels, for parameters that are frozen.
+Function over CUDA kernels, for frozen parameters.
 
-The recurrence's kernels make their keys from the inputs of delta_keys, so that these keys are neither written nor read.
-The bonus reads r, k and v, as the recurrence does: its forward kernel gives one number a token and head, and its
-backward kernel makes the gradients of r and k whole, from the gradient of that number.
+The recurrence's kernels compute the keys from the inputs of delta_keys, so that the keys are never written or read.
+They also compute the bonus, because it reads r, k and v as the recurrence does: the forward kernel gives one number for
+each token and head, and the backward kernel adds the bonus's part of the gradients of r and k, given that number's.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def wkv7_with_keys(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """norm_bonus_gate of the result of wkv7 for the keys of delta_keys, and the final state.
+    """norm_bonus_gate of wkv7's result with the keys of delta_keys, and the final state.
 
-    rows: r w k v low (B, T, H, N), k and low as delta_keys takes them, keys its parameters a0 k_k k_a (1, 1, H N);
-    state and cu_seqlens as wkv7 takes them; g (B, T, H N), r_k (H, N), norm of H heads
+    rows: r w k v low (B, T, H, N), k and low as in delta_keys; keys: its parameters a0 k_k k_a (1, 1, H N); state and
+    cu_seqlens as in wkv7; g (B, T, H N), r_k (H, N), norm of H heads
     -> (B, T, H N), (B, H, N, N) float32.
     """
     check(WITH_KEYS.signature, rows, state, cu_seqlens)
@@ -43,8 +43,8 @@ def wkv7_with_keys(
 
 
 class WKV7WithKeys(Function):
-    """Whether backward may come, eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r w k v low
-    (B, T, H, N), g (B, T, H N), a0, k_k, k_a, r_k, weight and bias of H N elements, bfloat16 -> (B, T, H N), final
+    """save (True if backward may follow), eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r w k v
+    low (B, T, H, N), g (B, T, H N), a0, k_k, k_a, r_k, weight and bias of H N elements, bfloat16 -> (B, T, H N), final
     state."""
 
     @staticmethod

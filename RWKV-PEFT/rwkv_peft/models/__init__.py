@@ -1,4 +1,4 @@
-"""The models: a folder for each generation, and what every generation says of itself (family.py)."""
+"""The models: a folder for each generation; family.py has the interface that all of them implement."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from .rwkv6.family import RWKV6Family
 from .rwkv7.family import RWKV7Family
 
 FAMILIES: tuple[Family, ...] = (RWKV6Family(), RWKV7Family())
-# (a key that checkpoints of another kind alone have, what they are)
+# (a key that only checkpoints of another kind have, a description of that kind)
 OTHERS = (
     ("blocks.0.att.x_r", "an RWKV-7 model without r_k, which no release has"),
     ("blocks.0.att.time_mix_x", "an RWKV-6 model under web-rwkv's names"),
@@ -29,16 +29,16 @@ def family_named(version: str) -> Family:
 
 
 def official_key(key: str) -> str:
-    """A key, or the start of one, of any generation's Hugging Face model as official files spell it; official ones
-    stay."""
+    """Spell a key, or the start of one, of any generation's Hugging Face model as official files do. Official keys
+    stay as they are."""
     for family in FAMILIES:
         key = family.from_hf(key)
     return key
 
 
 def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Family:
-    """The Family of {key: tensor}, by its sign. Raises UserError for other generations and other naming, by what is
-    typical of each."""
+    """The Family of {key: tensor}, recognized by its sign. Raises UserError for other generations and other naming,
+    and says which they are."""
     if "emb.weight" not in tensors:
         prefixed = next((key for key in tensors if key.endswith(".emb.weight")), None)
         if prefixed:

@@ -1,7 +1,7 @@
-"""What a generation of RWKV says of itself, so that everything else works on any generation.
+"""The interface of a generation of RWKV, through which everything else works on any generation.
 
-A generation is a folder with one subclass of Family in it, and a line in FAMILIES (models/__init__.py). Whatever holds
-for one generation alone (keys, shapes, names in other formats, initialization) stands in its folder and nowhere else.
+A generation is a folder with one subclass of Family in it, and a line in FAMILIES (models/__init__.py). Everything that
+holds only for one generation (keys, shapes, names in other formats, initialization) is in its folder.
 """
 
 from abc import ABC, abstractmethod
@@ -19,16 +19,16 @@ from .state import split_time_states, time_state_shapes
 WEIGHTS = "bfloat16, float16 or float32"
 Config = TypeVar("Config", bound=ModelConfig)
 Model = TypeVar("Model", bound=nn.Module)
-# name in the file, shape, what makes the float tensor, whether it is one of the large matrices
+# (name in the file, shape, function that makes the float tensor, True for a large matrix)
 GgufTensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor], bool]
 
 
 class Family(ABC, Generic[Config, Model]):
-    """One generation, over its own ModelConfig and model. name is what a user calls it, version what --model_version
-    does; sign is a key that its checkpoints alone have; targets are the linear layers of a block that take adapters,
-    as ends of their names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the
-    axes of a wkv state in the model (state.py), states_in_model whether the `rwkv` package looks for time states in a
-    model's file.
+    """One generation, over its own ModelConfig and model. name is for users, version for --model_version; sign is a
+    key that only its checkpoints have; targets are the linear layers of a block that take adapters, as ends of their
+    names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
+    state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
+    file.
     """
 
     name: str
@@ -38,20 +38,21 @@ class Family(ABC, Generic[Config, Model]):
     parts: tuple[str, ...]
     rows_are_keys: bool
     states_in_model: bool
-    kernel: str  # the name of its recurrence, as people see it
+    kernel: str  # the name of its recurrence, for messages
     gguf_architecture: str
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders
 
     @abstractmethod
     def dimensions(self, tensors: Mapping[str, torch.Tensor]) -> Config:
-        """{key: tensor} (anything with a shape) -> the generation's ModelConfig. Raises KeyError with the key that is
-        missing, ValueError or IndexError where a shape tells no dimension."""
+        """{key: tensor} (anything with a shape) -> the generation's ModelConfig. Raises KeyError with a missing key,
+        ValueError or IndexError if a shape does not fit."""
 
     @abstractmethod
     def new_dimensions(
         self, n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
     ) -> Config:
-        """ModelConfig of a new model; 0 stands for what follows from the others. Raises UserError."""
+        """ModelConfig of a new model; 0 stands for the generation's default, which follows from the other sizes. Raises
+        UserError."""
 
     @abstractmethod
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
@@ -67,15 +68,16 @@ class Family(ABC, Generic[Config, Model]):
 
     @abstractmethod
     def part_of(self, key: str) -> str | None:
-        """The member of `parts` that a parameter belongs to, None for one of none."""
+        """The member of `parts` that a parameter belongs to, or None."""
 
     @abstractmethod
     def learning_rate(self, key: str) -> tuple[float, bool]:
-        """(what multiplies a parameter's learning rate, whether it may decay) by RWKV-LM's rule for this generation."""
+        """(factor of a parameter's learning rate, True if it may have weight decay) by RWKV-LM's rule for this
+        generation."""
 
     @abstractmethod
     def kernels(self) -> Mapping[str, str | None]:
-        """Every backend's name -> None where its recurrence can run here, else the reason and the remedy."""
+        """Every backend's name -> None if its recurrence can run here, else the reason and the remedy."""
 
     @abstractmethod
     def to_hf(self, key: str) -> str:
@@ -88,10 +90,9 @@ class Family(ABC, Generic[Config, Model]):
     def from_fla(
         self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
     ) -> dict[str, torch.Tensor] | None:
-        """{official key: tensor, a view} of {key: tensor} in the layout that flash-linear-attention has for this
-        generation, with the settings of config.json; None where they are in another, or none is read. name is the
-        folder's. Raises UserError for a tensor that is missing or unexpected, and a setting with which the model is not
-        this generation's."""
+        """{official key: tensor, a view} of {key: tensor} in flash-linear-attention's layout for this generation; None
+        for another layout, or if this generation reads none. settings are those of config.json, name is the folder's.
+        Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
         return None
 
     @abstractmethod
@@ -108,19 +109,19 @@ class Family(ABC, Generic[Config, Model]):
 
     @abstractmethod
     def swapped_in_web(self, key: str) -> bool:
-        """Whether web-rwkv keeps the last two axes of this (official) tensor the other way round."""
+        """True if web-rwkv keeps the last two axes of this (official) tensor the other way round."""
 
     @abstractmethod
     def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
-        """(GGUF name, shape, function that makes the float tensor, whether it is one of the large matrices) of each
-        tensor of llama.cpp's form of a state dict, in order."""
+        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order."""
 
     @abstractmethod
     def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
         """(name of a method of gguf.GGUFWriter, its argument) of each setting of this architecture."""
 
     def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
-        """ModelConfig read from the shapes of {key: tensor}. Raises UserError where one is unreadable."""
+        """ModelConfig read from the shapes of {key: tensor}. Raises UserError if a tensor is missing or its shape does
+        not fit."""
         try:
             return self.dimensions(tensors)
         except KeyError as error:
@@ -153,7 +154,7 @@ class Family(ABC, Generic[Config, Model]):
         return config
 
     def load(self, tensors: Mapping[str, torch.Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
-        """The model over {key: tensor}, which it shares; time states among them are no parameters and are left out."""
+        """The model over {key: tensor}, whose memory it shares; time states are not parameters, and are left out."""
         with torch.device("meta"):
             model = self.build(config, grad_checkpoint)
         model.load_state_dict(split_time_states(tensors)[0], strict=True, assign=True)
@@ -161,8 +162,8 @@ class Family(ABC, Generic[Config, Model]):
 
 
 def differences(due: Iterable[str], found: Iterable[str]) -> str:
-    """ "2 missing tensors (a, b); 1 unexpected tensors (c)": how the keys found differ from those due; "" where they do
-    not."""
+    """Describe how found keys differ from due ones: "2 missing tensors (a, b); 1 unexpected tensors (c)"; "" if they
+    are the same."""
     due, found = dict.fromkeys(due), dict.fromkeys(found)
     missing, unexpected = [key for key in due if key not in found], [key for key in found if key not in due]
     return "; ".join(

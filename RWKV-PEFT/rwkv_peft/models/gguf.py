@@ -1,4 +1,4 @@
-"""What llama.cpp's forms of all generations share: how a tensor is told, and the tensors around time-mix."""
+"""The part of llama.cpp's form that all generations share: describing a tensor, and the tensors around time-mix."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,13 +14,13 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gguf_module(module: str) -> str:
-    """The name of a layer that takes adapters: blocks.0.att.key -> blk.0.time_mix_key, ffn -> channel_mix."""
+    """llama.cpp's name of a layer that takes adapters: blocks.0.att.key -> blk.0.time_mix_key, ffn -> channel_mix."""
     _, block, part, name = module.split(".")
     return f"blk.{block}.{'time' if part == 'att' else 'channel'}_mix_{name}"
 
 
 class GgufTensors:
-    """Tells tensors of a state dict as Family.gguf_tensors does, each made when it is asked for."""
+    """Describes tensors of a state dict as Family.gguf_tensors yields them; each is made only when it is asked for."""
 
     def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
         self.base = base
@@ -36,7 +36,7 @@ class GgufTensors:
         return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
 
     def stacked(self, name: str, keys: Sequence[str]) -> GgufTensor:
-        """Tensors of one shape on top of each other."""
+        """Tensors of one shape, stacked along a new first axis."""
         base = self.base
         return name, (len(keys), *base[keys[0]].shape), lambda: torch.stack([base[key] for key in keys]), False
 
@@ -46,7 +46,7 @@ class GgufTensors:
             yield self.entry(f"{name}.{part}", f"{key}.{part}")
 
     def embedding(self) -> Iterator[GgufTensor]:
-        """What stands before the blocks."""
+        """The tensors before the blocks."""
         yield self.entry("token_embd.weight", "emb.weight", large=True)
         yield from self.affine("token_embd_norm", "blocks.0.ln0")
 
@@ -57,6 +57,6 @@ class GgufTensors:
         yield from self.affine(f"blk.{i}.time_mix_ln", f"blocks.{i}.att.ln_x")
 
     def head(self) -> Iterator[GgufTensor]:
-        """What stands after the blocks."""
+        """The tensors after the blocks."""
         yield from self.affine("output_norm", "ln_out")
         yield self.entry("output.weight", "head.weight", large=True)

@@ -1,23 +1,22 @@
-"""Parts of a model that every generation has: what stands around its blocks, and how that starts."""
+"""The parts of a model that all generations share: embedding, final norm, head, tuned states, and how they start."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .state import TIME_STATE, LayerState, State, swapped
+from .state import TIME_STATE, State, swapped, wkv_shape
 
-HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
+HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, the head's weight) -> a result for logits
 
 
 class Recurrent(nn.Module):
-    """A time mix whose wkv state before the first token may be tuned: time_state (H, N value, N key), as files have it;
-    None stands for zeros. rows_are_keys tells the axes of the state that it computes with (Family.rows_are_keys).
+    """A time mix whose wkv state before the first token may be tuned: time_state (H, N value, N key), as in files, or
+    None for zeros. rows_are_keys tells the axes of the states that it computes with (Family.rows_are_keys).
     """
 
     rows_are_keys: bool
@@ -28,8 +27,8 @@ class Recurrent(nn.Module):
         self.register_parameter(TIME_STATE, None)
 
     def begun(self, carried: torch.Tensor | None, sequences: int) -> torch.Tensor | None:
-        """The wkv states (sequences, H, N, N) to begin with, None for zeros: carried (m, H, N, N), those of the first m
-        sequences, or None; the others begin from time_state."""
+        """The wkv states (sequences, H, N, N) before the first token, or None for zeros. carried (m, H, N, N) or None
+        are those of the first m sequences; the others begin from time_state."""
         missing = sequences - (0 if carried is None else carried.shape[0])
         if missing == 0 or (carried is None and self.time_state is None):
             return carried
@@ -37,21 +36,21 @@ class Recurrent(nn.Module):
             assert carried is not None
             return torch.cat([carried, carried.new_zeros(missing, *carried.shape[1:])])
         start = swapped(self.time_state) if self.rows_are_keys else self.time_state
-        # summed over the sequences in float32 on the way back, also for a bfloat16 model
+        # so that backward sums over the sequences in float32, also for a bfloat16 model
         fresh = start.to(torch.promote_types(start.dtype, torch.float32)).expand(missing, -1, -1, -1)
         return fresh if carried is None else torch.cat([carried, fresh])
 
 
 def count_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """How many sequences x (B, T, …) holds: B, or as many as cu_seqlens (n + 1,) packs."""
+    """The number of sequences in x (B, T, …): B, or the n that cu_seqlens (n + 1,) packs."""
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 class Head(nn.Linear):
     """The output projection, which can hand its weight to a function instead of forming the logits.
 
-    A loss that walks the vocabulary in chunks needs the weight itself; reaching it through the module's forward
-    keeps ZeRO-3's gathering hooks in the path.
+    A loss that walks the vocabulary in chunks needs the weight itself. It gets it through the module's forward, so that
+    ZeRO-3's hooks gather the weight first.
     """
 
     def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
@@ -60,9 +59,9 @@ class Head(nn.Linear):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation says what its blocks are:
-    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, LayerState); carried is
-    what the first block is given in place of the tensors that blocks hand on besides x.
+    """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
+    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
+    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are empty
     until `init_weights` or `load_state_dict` fills them.
@@ -88,11 +87,11 @@ class LanguageModel(nn.Module):
         head: HeadFunction | None = None,
         keep: bool = True,
     ) -> tuple[torch.Tensor, State]:
-        """tokens (B, T) int64, state State or None -> logits (B, T, V), State, which is empty unless it is to `keep`.
+        """tokens (B, T) int64, state State or None -> logits (B, T, V), State (empty unless `keep`).
 
-        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. The
-        state is of n sequences, or of the first of them, and the others begin where tuned time states or zeros let
-        them. `head(x, weight)`, where given, takes the place of the logits (see Head).
+        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. state
+        is that of all n sequences, or of the first few; the others begin from the tuned time states, or from zeros.
+        If `head` is given, head(x, weight) takes the place of the logits (see Head).
         """
         x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep)
         return self.head(self.ln_out(x), head), after
@@ -100,8 +99,8 @@ class LanguageModel(nn.Module):
     def through_blocks(
         self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None, keep: bool = True
     ) -> tuple[torch.Tensor, State]:
-        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. Of many packed sequences
-        the states are large, all layers' at once more so."""
+        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. The states of many packed
+        sequences are large: without `keep`, each layer's is dropped at once."""
         carried: Sequence[torch.Tensor | None] = self.carried
         sequences = count_sequences(x, cu_seqlens)
         states = []
@@ -118,21 +117,20 @@ class LanguageModel(nn.Module):
         return x, State(states)
 
     def tune_states(self, start: State | None = None) -> None:
-        """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""
+        """Give every layer a trainable time_state that starts at the State of one sequence, or at zeros."""
         weight = self.emb.weight
         for layer, block in enumerate(self.blocks):
             att = block.att
             assert isinstance(att, Recurrent)
             if start is None:
-                shape = (self.config.n_head, self.config.head_size, self.config.head_size)
-                values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                values = torch.zeros(wkv_shape(self.config), dtype=weight.dtype, device=weight.device)
             else:
                 wkv = start[layer].wkv[0]
                 values = (swapped(wkv) if att.rows_are_keys else wkv).to(weight, copy=True).contiguous()
             att.time_state = nn.Parameter(values)
 
     def tuned_states(self) -> State | None:
-        """The State of one sequence that the tuned time states make, without gradients; None where there are none."""
+        """The tuned time states as the State of one sequence, without gradients; None if there are none."""
         layers = []
         for zeros, block in zip(
             State.zeros(self.config, 1, self.emb.weight.device, self.emb.weight.dtype), self.blocks
@@ -146,19 +144,22 @@ class LanguageModel(nn.Module):
         return State(layers)
 
 
-def shifts_begun(state: LayerState, sequences: int) -> LayerState:
-    """A LayerState of the first of some sequences with shifts for all of them: the others had no token before."""
-    missing = sequences - state.att_shift.shape[0]
+def shifts_begun(state: Any, sequences: int) -> Any:
+    """Extend the fields other than wkv of a layer's state, which is that of the first few sequences, to all
+    `sequences` with zeros, because the others had no token before. Recurrent.begun extends wkv, which may be tuned."""
+    missing = sequences - state.wkv.shape[0]
     if missing <= 0:
         return state
-    att_shift, ffn_shift = (F.pad(shift, (0, 0, 0, missing)) for shift in (state.att_shift, state.ffn_shift))
-    return LayerState(att_shift, state.wkv, ffn_shift)
+    return state._make(
+        tensor if name == "wkv" else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        for name, tensor in zip(state._fields, state)
+    )
 
 
 @torch.no_grad()
 def init_around_blocks(model: LanguageModel) -> None:
-    """Start the embedding tiny, so that ln0 makes its direction, not its size, what matters; the head orthogonal; and
-    every norm as the identity. Draws from torch's global generator."""
+    """Start the embedding tiny, so that after ln0 only its direction matters; the head orthogonal; and every norm as
+    the identity. Draws from torch's global generator."""
     config = model.config
     nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
     nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(config.vocab_size / config.n_embd, 1)))

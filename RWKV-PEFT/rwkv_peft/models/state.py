@@ -1,15 +1,18 @@
-"""What a sequence leaves behind, and every layout in which that lies in files and runtimes.
+"""The recurrent state after a sequence, and its layouts in files and runtimes.
 
 In the model a layer's wkv state has the axes that its generation computes with; files hold it as
-`blocks.N.att.time_state` (H, N value, N key), a row a value. A state file has that key for every layer, as state tuning
-makes it; a saved session holds besides `blocks.N.att.shift` and `blocks.N.ffn.shift` (C), the last inputs of the two
-mixes. web-rwkv and Ai00 keep the last two axes the other way round.
+`blocks.N.att.time_state` (H, N value, N key), with a row for each value. A state file has that key for every layer, as
+state tuning makes it; a saved session also holds the other fields of the layers' states, such as `blocks.N.att.shift`
+(C). web-rwkv and Ai00 swap the last two axes.
+
+A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. Its field wkv is float32 in a model of
+any dtype; its methods keys() and shapes() give each field's key in files and its size.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,73 +20,88 @@ from ..config import ModelConfig
 from ..errors import UserError
 
 TIME_STATE = "time_state"
+WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers between two calls.
+    """The state of one layer of RWKV-6 or RWKV-7 between two calls.
 
-    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
-    of values as the generation says (Family.rows_are_keys).
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, whose rows are keys or
+    values, by generation (Family.rows_are_keys).
     """
 
     att_shift: torch.Tensor
     wkv: torch.Tensor
     ffn_shift: torch.Tensor
 
+    @staticmethod
+    def keys() -> tuple[str, ...]:
+        """The ends of the fields' keys in a file."""
+        return "att.shift", WKV, "ffn.shift"
 
-class LayerKeys(NamedTuple):
-    """The keys under which a file holds a LayerState."""
-
-    att_shift: str
-    wkv: str
-    ffn_shift: str
+    @staticmethod
+    def shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        """The fields' shapes for one sequence."""
+        return (config.n_embd,), wkv_shape(config), (config.n_embd,)
 
 
-class State(tuple[LayerState, ...]):
-    """One LayerState a layer: all that a sequence leaves behind, of a size that does not grow with its length."""
+class State(tuple[Any, ...]):
+    """One layer_state for each layer: all that the model remembers of a sequence, in a size that does not grow with
+    its length."""
 
     @staticmethod
     def zeros(
         config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "State":
         """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's."""
-        shift = torch.zeros(batch, config.n_embd, device=device, dtype=dtype)
-        wkv = torch.zeros(batch, config.n_head, config.head_size, config.head_size, device=device)
-        return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
+        kind = config.layer_state
+        dtypes = [torch.float32 if name == "wkv" else dtype for name in kind._fields]
+        shapes = [(batch, *shape) for shape in kind.shapes(config)]
+        zeros = kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in zip(shapes, dtypes))
+        return State(zeros for _ in range(config.n_layer))
 
     def selected(self, rows: torch.Tensor) -> "State":
-        """The State of some of its sequences; rows (m,) int64."""
-        return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in self)
+        """The State of some sequences, chosen by rows (m,) int64."""
+        return State(layer._make(tensor[rows] for tensor in layer) for layer in self)
 
     def repeated(self, n: int) -> "State":
         """The State of n copies of each of its sequences, side by side."""
-        return State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in self)
+        return State(layer._make(tensor.repeat_interleave(n, 0) for tensor in layer) for layer in self)
 
     def put(self, rows: torch.Tensor, other: "State") -> None:
-        """Replace some of its sequences, rows (m,) int64, by those of another State."""
+        """Replace the sequences of rows (m,) int64 by those of another State."""
         for layer, news in zip(self, other):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
 
     def joined(self, other: "State") -> "State":
-        """The State of the sequences of both."""
-        return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(self, other))
+        """The State of the sequences of both, its own first."""
+        return State(layer._make(map(torch.cat, zip(layer, more))) for layer, more in zip(self, other))
 
 
 def is_time_state(key: str) -> bool:
-    """Whether a key names a layer's wkv state, the part of a state that a model's own file may hold."""
-    return key.endswith(f".att.{TIME_STATE}")
+    """True if a key names a layer's wkv state, the part of a state that a model's own file may hold."""
+    return key.endswith(f".{WKV}")
 
 
-def layer_keys(i: int) -> LayerKeys:
-    """The keys of layer i's LayerState in a file."""
-    return LayerKeys(f"blocks.{i}.att.shift", f"blocks.{i}.att.{TIME_STATE}", f"blocks.{i}.ffn.shift")
+def time_state_key(i: int) -> str:
+    """The key of layer i's wkv state in a file."""
+    return f"blocks.{i}.{WKV}"
+
+
+def wkv_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """The shape (H, N, N) of a layer's wkv state of one sequence."""
+    return config.n_head, config.head_size, config.head_size
+
+
+def keyed(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key in a file, tensor) of each field of each layer."""
+    return ((f"blocks.{i}.{end}", tensor) for i, layer in enumerate(state) for end, tensor in zip(layer.keys(), layer))
 
 
 def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the time states, which a file has for every layer or for none."""
-    shape = (config.n_head, config.head_size, config.head_size)
-    return {layer_keys(i).wkv: shape for i in range(config.n_layer)}
+    return {time_state_key(i): wkv_shape(config) for i in range(config.n_layer)}
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,12 +112,12 @@ def swapped(tensor: torch.Tensor) -> torch.Tensor:
 
 def state_tensors(state: State, rows_are_keys: bool) -> dict[str, torch.Tensor]:
     """A State of one sequence -> {key: float32 tensor} of a saved session."""
-    tensors: dict[str, torch.Tensor] = {}
-    for i, layer in enumerate(state):
-        wkv = swapped(layer.wkv[0]) if rows_are_keys else layer.wkv[0]
-        rows = LayerState(layer.att_shift[0], wkv, layer.ffn_shift[0])
-        tensors |= {key: row.float().cpu().contiguous() for key, row in zip(layer_keys(i), rows)}
-    return tensors
+    return {key: turned(key, tensor[0], rows_are_keys).float().cpu().contiguous() for key, tensor in keyed(state)}
+
+
+def turned(key: str, tensor: torch.Tensor, rows_are_keys: bool) -> torch.Tensor:
+    """A field of a state with a file's axes for the model's, and back."""
+    return swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
 
 
 def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
@@ -108,8 +126,8 @@ def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: b
 
     A file without shifts starts as from no token before. Raises UserError for anything else than one of the two kinds.
     """
-    due = {key: tensor[0] for i, layer in enumerate(zeros) for key, tensor in zip(layer_keys(i), layer)}
-    session = any(key.endswith(".shift") for key in tensors)
+    due = {key: tensor[0] for key, tensor in keyed(zeros)}
+    session = not all(map(is_time_state, tensors))
     unexpected = [key for key in tensors if key not in due]
     missing = [key for key in due if key not in tensors and (session or is_time_state(key))]
     if unexpected or missing:
@@ -126,10 +144,9 @@ def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: b
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
-    for key, tensor in tensors.items():
-        turned = swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
-        due[key] = turned.to(due[key])
-    return State(LayerState(*(due[key][None].contiguous() for key in layer_keys(i))) for i in range(len(zeros)))
+    due |= {key: turned(key, tensor, rows_are_keys).to(due[key]) for key, tensor in tensors.items()}
+    rows = iter(due.values())
+    return State(layer._make(next(rows)[None].contiguous() for _ in layer) for layer in zeros)
 
 
 def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -140,7 +157,7 @@ def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, to
 
 def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
     """Raise UserError unless {key: tensor} is one time state (H, N, N) for each layer from 0 on."""
-    missing = [key for key in (layer_keys(i).wkv for i in range(len(tensors))) if key not in tensors]
+    missing = [key for key in map(time_state_key, range(len(tensors))) if key not in tensors]
     if missing:
         raise UserError(
             f"{name} holds {len(tensors)} time states and no {missing[0]}; a state file has one for every layer of the "
@@ -156,8 +173,8 @@ def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> 
 
 
 def count_layers(keys: Iterable[str]) -> int:
-    """The number of layers that keys such as blocks.N.… name; 0 where none does. Raises ValueError where there are
-    fewer keys than that: what is made for each layer must not grow with a number that one name holds."""
+    """The number of layers that keys such as blocks.N.… name; 0 if none does. Raises ValueError if there are fewer keys
+    than layers: otherwise one name with a large number would make its reader allocate without limit."""
     names = list(keys)
     numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
     layers = 1 + max(numbers, default=-1)

@@ -1,4 +1,5 @@
-"""What the model and the adapters compute beside matrix products: a folder or a file for each family of operations.
+"""Operations of the models and the adapters that are more than one matrix product: a folder for each family.
 
-Each has a form in plain torch and kernels for some devices behind one signature; native/ compiles and loads these.
+Each operation has one signature over a form in plain torch and kernels for some devices, which native/ compiles and
+loads.
 """

@@ -1,4 +1,4 @@
-"""What torch.compile is told of functions, without importing it."""
+"""Marks functions for torch.compile without importing it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -152,7 +152,7 @@ def rehearse(
 
 
 def require_memory(family: Family, shallow: ModelConfig, dtype: torch.dtype) -> None:
-    """Raise UserError where the weights of so few blocks are more than the machine's memory."""
+    """Raise UserError if the weights of so few blocks are more than the machine's memory."""
     size = sum(map(math.prod, family.shapes(shallow).values())) * dtype.itemsize
     room, _ = main_memory()
     if size > room:

@@ -9,6 +9,7 @@ INPUT's content and OUTPUT's ending say what is converted:
   time states -> the same
 - with --to lora, an adapter -> plain LoRA (lora.py)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
+- a BONE folder of peft, of any model -> a MISS folder, and back (miss.py)
 
 INPUT may also be the folder of a run of train.py: the model or adapter in it is converted.
 """
@@ -36,7 +37,8 @@ from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import GGUF_TYPE, Wanted, format_of
-from .lora import as_lora, describe_errors, lora_files, write_lora
+from .lora import adapter_files, as_lora, describe_errors, write_lora
+from .miss import rename_folder
 from .vocabulary import Tokenizer
 
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
@@ -49,12 +51,11 @@ def main(argv: list[str]) -> int:
     source, target = product_of_run(args.input), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
-    form = format_of(target)
+    form, adapted = format_of(target), is_adapter(source)
     files = [target] if form is None else form.files(target)
-    for file in lora_files(target) if args.to else files:
+    for file in adapter_files(target) if adapted else files:
         check_output("the output", file, inputs)
     refuse_inside(target, Path(args.input))
-    adapted = is_adapter(source)
     if args.to and not adapted:
         raise UserError(f"{source} holds no adapter, which alone has a form as LoRA; leave --to {args.to} out")
     refuse_unread(args, target, adapted)
@@ -75,11 +76,14 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
     """Raise UserError for a flag that has no effect on this output; adapted is True if the input is an adapter."""
     form, gguf = format_of(target), target.suffix == ".gguf"
     kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
+    renamed = adapted and not args.to and not target.suffix
+    told = ("base_model", "bone_mode", "lora_alpha", "lora_init")
     for name, is_read, why in (
         ("dtype", not adapted and not gguf or args.dtype == "keep", kept),
         ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
         ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
         ("bone_parameter", adapted and not args.to and target.suffix == ".pth", "that is for an adapter's .pth"),
+        *((name, not renamed, "a BONE or MISS folder tells it, and has its tensors renamed alone") for name in told),
     ):
         if not is_read and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value} would change nothing of {target}: {why}; leave it out")
@@ -99,6 +103,8 @@ def is_adapter(path: Path) -> bool:
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
     """Write an adapter in the target's format; return the paths written, or lines about them. Raises UserError if that
     format cannot hold it."""
+    if source.is_dir() and not target.suffix and not args.to:
+        return [rename_folder(source, target)]
     model = open_base(args.base_model) if args.base_model else None
     base = None if model is None else model.tensors
     adapter = source_of(args, source).read(base)
@@ -112,8 +118,8 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
         save_adapter(target, adapter.tensors, adapter.metadata)
         return [target]
     raise UserError(
-        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
-        ".safetensors; for other formats merge it with merge_bone.py first"
+        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT), a .safetensors, or for a "
+        "BONE or MISS folder of peft a folder; for other formats merge it with merge_bone.py first"
     )
 
 

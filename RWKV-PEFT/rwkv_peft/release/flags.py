@@ -1,4 +1,4 @@
-"""The flags of merge, check, verify, inspect, convert and bone2miss: argv -> the parsed flags, or UserError.
+"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError.
 
 They are judged before torch is imported, so that a mistake is told at once.
 """
@@ -176,10 +176,14 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "input",
-        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, or the folder "
-        "of a run",
+        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, the folder of "
+        "a run, or a BONE or MISS folder of peft, of any model",
     )
-    parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
+    parser.add_argument(
+        "output",
+        help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder: BONE "
+        "folders become MISS ones, and MISS ones BONE",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -220,10 +224,3 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     if args.lora_rank and not args.to:
         raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
     return args
-
-
-def bone2miss_flags(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
-    parser.add_argument("source", help="a folder that save_pretrained wrote")
-    parser.add_argument("target", help="the folder to write")
-    return parser.parse_args(argv)

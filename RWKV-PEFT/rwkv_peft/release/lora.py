@@ -193,8 +193,8 @@ def relative_error(change: torch.Tensor, factors: Params) -> float:
     return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
 
 
-def lora_files(path: Path) -> list[Path]:
-    """The paths that write_lora may write."""
+def adapter_files(path: Path) -> list[Path]:
+    """The paths that an adapter may be written to: a file, or those in a folder of peft."""
     return [path] if path.suffix else [path / CONFIG, path / TENSORS]
 
 

@@ -47,13 +47,13 @@ def low_rank(B, T, C, m, rank):
 
 
 def keys_inputs(B, T, H, N):
-    """What delta_keys takes."""
+    """Arguments of delta_keys."""
     k, low = randn(B, T, H, N), 2 * randn(B, T, H, N, seed=1)
     return [k, low, *(randn(1, 1, H * N, seed=seed) for seed in (2, 3, 4))]
 
 
 def reads_inputs(B, T, H, N):
-    """What norm_bonus_gate takes, but for eps."""
+    """Arguments of norm_bonus_gate, without eps."""
     y, r, k, v = (randn(B, T, H, N, seed=seed) + 0.5 for seed in range(4))
     weight, bias = randn(H * N, seed=6), randn(H * N, seed=7)
     return [y, r, k, v, randn(B, T, H * N, seed=4), randn(H, N, seed=5), weight, bias]

@@ -24,7 +24,7 @@ def on_shim(request, monkeypatch):
     kernels.set_order("ascending")
 
     def call(name, like, tensors, **sizes):
-        """What is to be filled begins as NaN."""
+        """Tensors that a kernel should fill begin as NaN."""
         layout = {**cuda.LAYOUTS, **cuda.TILED}[name]
         for x in (tensors.get(name) for name in (*layout.outputs, *layout.sums)):
             if x is not None:

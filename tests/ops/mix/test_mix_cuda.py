@@ -97,7 +97,7 @@ def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernels", "plain"))
 def test_empty_sequences_at_the_end_change_nothing_of_the_others(kernels, dtype, kernel, monkeypatch):
-    """Which tokens are mixed with which; what an empty one's last token is, none of them says."""
+    """The others' tokens are mixed with the same predecessors. The last token of an empty sequence is not defined."""
     monkeypatch.setattr(op, "fused", op.fused if kernel else lambda *_: False)
     bounds = torch.tensor([0, 1, 63, 64, 65, 130])
     raised = torch.cat([bounds, torch.tensor([130, 130, 130])])

@@ -1,4 +1,4 @@
-"""Which NVRTC is taken, and what its code is kept by. The libraries are stand-ins."""
+"""The choice of an NVRTC, and the key under which its code is cached. The libraries are stand-ins."""
 
 import ctypes
 from pathlib import Path

@@ -108,7 +108,7 @@ def test_a_key_without_length_is_divided_by_the_least(kernels, length, largest):
 
 
 def test_a_gradient_has_nothing_along_its_key(kernels):
-    """What is normalized does not change with its length: where k has no other user, k gk sums to next to nothing."""
+    """A normalized key does not depend on k's length: if k has no other use, k gk sums to almost nothing."""
     made = made_of(1, 33, dict(with_bonus=False))
     made = dataclasses.replace(made, k_k=torch.ones_like(made.k_k))
     made = replaced(made, v=torch.zeros_like(made.case.v))

@@ -135,7 +135,7 @@ def test_threads_change_nothing(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, bounds", [(64, None), (40, (0, 1, 70, 290)), (128, None)])
 def test_threads_share_the_values_of_a_head(N, bounds, dtype):
-    """Where they are more than heads; gradients that sum over the values may round otherwise."""
+    """If there are more threads than heads; gradients that sum over the values may round differently."""
     sequences = None if bounds is None else len(bounds) - 1
     inputs, gradients = random_inputs(1, 290, 1, N, dtype, sequences=sequences)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)

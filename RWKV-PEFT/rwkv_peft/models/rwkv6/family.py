@@ -1,4 +1,4 @@
-"""What RWKV-6 says of itself: its parts of models/rwkv6 under the names that every generation has."""
+"""RWKV-6's Family: puts the functions of models/rwkv6 behind the interface of all generations."""
 
 from ...ops.wkv6 import backends
 from ..family import Family

@@ -16,8 +16,7 @@ MATRICES = ("receptance", "key", "value", "gate", "output")  # of time-mix; chan
 
 
 def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[GgufTensor]:
-    """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
-    order."""
+    """See Family.gguf_tensors."""
     told = GgufTensors(base)
     entry = told.entry
     yield from told.embedding()
@@ -42,7 +41,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[G
 
 
 def settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:
-    """(method of gguf.GGUFWriter, its argument) of each setting."""
+    """See Family.gguf_settings."""
     return (
         ("add_context_length", CONTEXT),
         ("add_embedding_length", config.n_embd),
@@ -53,5 +52,5 @@ def settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:
         ("add_time_mix_extra_dim", config.maa_rank),
         ("add_time_decay_extra_dim", config.decay_rank),
         ("add_feed_forward_length", config.dim_ffn),
-        ("add_head_count", 0),  # none in the sense of attention
+        ("add_head_count", 0),  # there are no attention heads
     )

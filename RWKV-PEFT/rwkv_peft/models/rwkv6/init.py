@@ -11,9 +11,9 @@ from .model import RWKV6, Block
 def init_weights(model: RWKV6) -> None:
     """Fill every parameter in place by RWKV-LM's x060 recipe; draws from torch's global generator.
 
-    The embedding starts tiny, so that ln0 makes its direction, not its size, what matters; every block starts as
-    the identity, because output, ffn.receptance and ffn.value start at zero. ffn.time_maa_k and ffn.time_maa_r start
-    as the recipe had them until 2024-11, at 1 - channel**height.
+    The embedding starts tiny, so that after ln0 only its direction matters; every block starts as the identity, because
+    output, ffn.receptance and ffn.value start at zero. ffn.time_maa_k and ffn.time_maa_r start at 1 - channel**height,
+    as in the recipe until 2024-11.
     """
     config = model.config
     C, A, L = config.n_embd, config.dim_att, config.n_layer

@@ -1,4 +1,4 @@
-"""The keys of an RWKV-6 checkpoint, their shapes in official order, and what can be read from them."""
+"""The keys of an RWKV-6 checkpoint, their shapes in official order, and the dimensions read from them."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...names import STATE
-from ..state import count_layers, is_time_state
+from ..state import LayerState, count_layers, is_time_state
 
 SIGN = "blocks.0.att.time_maa_w1"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
@@ -26,7 +26,7 @@ class RWKV6Config(ModelConfig):
     decay_rank: int = 64
     head_size_divisor: int = 8
 
-    version = "x060"
+    version, layer_state = "x060", LayerState
 
 
 def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
@@ -59,7 +59,7 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
 def new_dimensions(
     n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
 ) -> RWKV6Config:
-    """RWKV6Config of a new model with upstream's defaults where 0 is given; see Family.new_dimensions."""
+    """RWKV6Config of a new model; 0 stands for upstream's default. See Family.new_dimensions."""
     dim_att, head_size = dim_att or n_embd, head_size or 64
     if dim_att % head_size or head_size % 4 or head_size > LARGEST_HEAD:
         raise UserError(
@@ -113,7 +113,7 @@ def shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
 
 
 def part_of(key: str) -> str | None:
-    """The member of PARTS that a parameter belongs to, STATE for a time state, None for one of none."""
+    """The member of PARTS that a parameter belongs to, STATE for a time state, or None."""
     if is_time_state(key):
         return STATE
     components = key.split(".")
@@ -121,6 +121,6 @@ def part_of(key: str) -> str | None:
 
 
 def learning_rate(key: str) -> tuple[float, bool]:
-    """RWKV-LM's rule: time_decay learns at twice the rate, and no parameter named time_* decays."""
+    """RWKV-LM's rule: time_decay learns at twice the rate, and no parameter named time_* has weight decay."""
     leaf = key.rpartition(".")[2]
     return 2.0 if leaf == "time_decay" else 1.0, not leaf.startswith("time_")

@@ -64,7 +64,7 @@ class TimeMix(Recurrent):
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token, wkv state (B, H, N, N)."""
         (point,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         last = last_token(x, cu_seqlens)
-        low = torch.tanh(point @ self.time_maa_w1)  # (B, T, 5 rank): each of the five has a part
+        low = torch.tanh(point @ self.time_maa_w1)  # (B, T, 5 rank): a part for each of the five
         xw, xk, xv, xr, xg = lerp(x, shift, self.maa(), low, self.time_maa_w2, cu_seqlens)  # eq. 12 to 14
         k, v, r, g = self.key(xk), self.value(xv), self.receptance(xr), self.gate(xg)
         w = self.decay(torch.tanh(xw @ self.time_decay_w1))
@@ -72,7 +72,7 @@ class TimeMix(Recurrent):
         return self.output(self.ln_x(y, g)), last, wkv_state
 
     def maa(self) -> torch.Tensor:
-        """How far each of the five points is moved where the token does not tell: (5, C), as time_maa_w2."""
+        """The five interpolation weights apart from their data-dependent term: (5, C), in time_maa_w2's order."""
         return torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)
 
     def decay(self, low: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class ChannelMix(nn.Module):
         return sigmoid_gate(self.receptance(xr), y), last_token(x, cu_seqlens)
 
     def maa(self) -> torch.Tensor:
-        """How far the two points are moved: (2, C)."""
+        """The two interpolation weights: (2, C)."""
         return torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1)
 
 

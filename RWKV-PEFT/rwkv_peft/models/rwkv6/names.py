@@ -1,4 +1,4 @@
-"""How other formats spell the keys of an RWKV-6 checkpoint."""
+"""The keys of an RWKV-6 checkpoint as other formats spell them."""
 
 import re
 from typing import Any
@@ -42,7 +42,7 @@ def from_web(key: str) -> str:
 
 
 def swapped_in_web(key: str) -> bool:
-    """Whether web-rwkv keeps the last two dimensions of this (official) tensor the other way round."""
+    """True if web-rwkv keeps the last two dimensions of this (official) tensor the other way round."""
     return key.endswith(("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"))
 
 

@@ -1,4 +1,4 @@
-"""What RWKV-7 says of itself: its parts of models/rwkv7 under the names that every generation has."""
+"""RWKV-7's Family: puts the functions of models/rwkv7 behind the interface of all generations."""
 
 from ...ops.wkv7 import backends
 from ..family import Family

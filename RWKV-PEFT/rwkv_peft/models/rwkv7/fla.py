@@ -19,8 +19,8 @@ from .keys import LOW_RANK, SHIFTS
 LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 SIGN = re.compile(r"model\.layers\.[0-9]+\.attn\.[wavg]_lora\.lora\.")
 STACKED = ".attn.x_x"
-HEAD_SIZE = 64  # the one at which the eps of the norm after the recurrence, head size x norm_eps there, is RWKV-7's
-# (key or start of a key there, of the official one)
+HEAD_SIZE = 64  # the eps of the norm after the recurrence is head size x norm_eps there: RWKV-7's only at this size
+# (key there, or its start, the official one)
 OUTSIDE = (
     ("model.embeddings.weight", "emb.weight"),
     ("model.norm.weight", "ln_out.weight"),
@@ -36,7 +36,7 @@ MATRICES = (
     ("ffn.key", "ffn.key"),
     ("ffn.value", "ffn.value"),
 )
-# (setting of config.json, what it is where it is not told, and must be)
+# (setting of config.json, the value that it must have, and has by default)
 SETTINGS: tuple[tuple[str, Any], ...] = (
     ("hidden_act", "sqrelu"),
     ("norm_eps", 1e-5),
@@ -74,7 +74,7 @@ def from_fla(
 
 
 def _unstacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with the six tensors that stand for one of six rows, where a layer has it in place of them."""
+    """Split each tensor of six token-shift amounts, as older folders have it, into six tensors."""
     found: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         each = [f"{key.removesuffix('x')}{shift}" for shift in SHIFTS] if key.endswith(STACKED) else []
@@ -84,7 +84,7 @@ def _unstacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """{key there: official key} of all that a model of as many layers as the keys name has."""
+    """{key there: official key} of a whole model, of as many layers as the keys name."""
     layers = {match[1] for match in map(LAYER.match, tensors) if match}
     found = dict(OUTSIDE)
     for i in range(len(layers)):
@@ -95,7 +95,7 @@ def _names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _block(first: bool, value: bool) -> dict[str, str]:
-    """_names of one block, behind its prefix; first: it has ln0, value: it has the value residual."""
+    """_names of one block, without its prefix; first: it has ln0; value: it has the value residual."""
     norms = NORMS + ((("pre_norm", "ln0"),) if first else ())
     found = {f"{key}.{kind}": f"{official}.{kind}" for key, official in norms for kind in ("weight", "bias")}
     found |= {f"{key}.weight": f"{official}.weight" for key, official in MATRICES}
@@ -108,8 +108,8 @@ def _block(first: bool, value: bool) -> dict[str, str]:
 
 
 def _official(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor from there as the official key has it, a view: factors (D, C) -> (C, D) or back, vectors (C,) ->
-    (1, 1, C); norms stay, and what has an unexpected number of axes."""
+    """A view of a tensor from there in the shape of its official key: factors (D, C) -> (C, D) or back, vectors (C,) ->
+    (1, 1, C). Norms stay as they are, and so do tensors with an unexpected number of axes."""
     if key.rpartition(".")[2] in LOW_RANK:
         return tensor.mT if tensor.ndim == 2 else tensor
     flat = tensor.ndim == 1 and not key.endswith((".weight", ".bias"))

@@ -1,8 +1,8 @@
 """RWKV-7 as llama.cpp has it (architecture rwkv7).
 
-Low-rank factors are transposed, the six token-shift amounts stacked, the other vectors flat. Layer 0 must have a value
-residual there, though it uses none, as wide as its in-context learning rate's: copies of that one stand in, whether the
-file has one or not.
+Low-rank factors are transposed, the six token-shift amounts stacked, the other vectors flat. llama.cpp wants a value
+residual in layer 0 too, though that layer uses none, as wide as the in-context learning rate's: copies of the latter
+stand in, even if the file has a value residual there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,8 +16,7 @@ from .keys import SHIFTS, RWKV7Config
 
 
 def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
-    """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
-    order."""
+    """See Family.gguf_tensors."""
     told = GgufTensors(base)
     entry = told.entry
     yield from told.embedding()
@@ -43,7 +42,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[G
 
 
 def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
-    """(method of gguf.GGUFWriter, its argument) of each setting."""
+    """See Family.gguf_settings."""
     return (
         ("add_context_length", CONTEXT),
         ("add_embedding_length", config.n_embd),
@@ -55,5 +54,5 @@ def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
         ("add_value_residual_mix_lora_rank", config.value_rank),
         ("add_gate_lora_rank", config.gate_rank),
         ("add_feed_forward_length", config.dim_ffn),
-        ("add_head_count", 0),  # none in the sense of attention
+        ("add_head_count", 0),  # there are no attention heads
     )

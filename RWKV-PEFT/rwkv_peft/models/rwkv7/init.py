@@ -8,7 +8,7 @@ from torch import nn
 from ..parts import init_around_blocks
 from .model import RWKV7, Block
 
-# name of a token-shift amount -> (power of the channel, whether that is times the height of the layer)
+# (name of a token-shift amount, its power of the channel in the first block)
 SHIFT_POWERS = (("x_r", 0.2), ("x_w", 0.9), ("x_k", 0.7), ("x_v", 0.7), ("x_a", 0.9), ("x_g", 0.2))
 
 
@@ -16,8 +16,8 @@ SHIFT_POWERS = (("x_r", 0.2), ("x_w", 0.9), ("x_k", 0.7), ("x_v", 0.7), ("x_a", 
 def init_weights(model: RWKV7) -> None:
     """Fill every parameter in place; draws from torch's global generator.
 
-    The embedding starts tiny, so that ln0 makes its direction, not its size, what matters; every block starts as
-    the identity, because output and ffn.value start at zero, and so do the first factors of all low-rank projections.
+    The embedding starts tiny, so that after ln0 only its direction matters; every block starts as the identity, because
+    output and ffn.value start at zero. The first factors of all low-rank projections start at zero, too.
     """
     config = model.config
     C, N, L = config.n_embd, config.head_size, config.n_layer

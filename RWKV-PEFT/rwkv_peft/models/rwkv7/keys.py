@@ -1,7 +1,7 @@
-"""The keys of an RWKV-7 checkpoint, their shapes, and what can be read from them.
+"""The keys of an RWKV-7 checkpoint, their shapes, and the dimensions read from them.
 
-Low-rank widths differ from size to size by no one formula, so that they are always read from the file. The value
-residual of layer 0 (v0, v1, v2) is never used, and stands in some files and not in others: it stays as the base has it.
+Low-rank widths follow no one formula over the model sizes, so that they are always read from the file. Layer 0 never
+uses its value residual (v0, v1, v2), and only some files have it: it stays as in the base.
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...names import STATE
-from ..state import TIME_STATE, count_layers, is_time_state
+from ..state import TIME_STATE, LayerState, count_layers, is_time_state
 
 SIGN = "blocks.0.att.r_k"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 PARTS = ("time", "ln", "emb", "head")  # the mixes' own parameters; ln0, ln1, ln2, ln_x, ln_out; emb; head
-SHIFTS = "rwkvag"  # the inputs that token shift makes, in the order in which they are stacked
+SHIFTS = "rwkvag"  # the results of token shift, in the order in which they are stacked
 LOW_RANK = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
 TIME = (*(f"x_{name}" for name in SHIFTS), "w0", "a0", "v0", *LOW_RANK, "k_k", "k_a", "r_k")
 NORMS = ("ln0", "ln1", "ln2", "ln_x", "ln_out")
 LARGEST_HEAD = 128
-# (what keys of another architecture hold, its name)
+# (a part of the keys of another architecture, its name)
 VARIANTS = (
     ("ffn.s_emb", "RWKV-7 with DeepEmbed (v7a), an embedding for each layer"),
     ("qkv.", "RWKV-7 with DeepEmbed attention (v7b)"),
@@ -34,7 +34,7 @@ VARIANTS = (
 @dataclass(frozen=True)
 class RWKV7Config(ModelConfig):
     """Dimensions of an RWKV-7 (x070) model: the widths of the low-rank projections of decay (w), in-context learning
-    rate (a), value residual (v) and gate (g); first_value: whether layer 0 has the value residual that it does not
+    rate (a), value residual (v) and gate (g); first_value is True if layer 0 has the value residual that it does not
     use."""
 
     decay_rank: int = 64
@@ -43,7 +43,7 @@ class RWKV7Config(ModelConfig):
     gate_rank: int = 128
     first_value: bool = True
 
-    version = "x070"
+    version, layer_state = "x070", LayerState
 
 
 def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
@@ -58,7 +58,7 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
             f"{tuple(embedding)} and {tuple(bonus)}"
         )
     n_layer = count_layers(tensors)
-    layer = 1 if n_layer > 1 else 0  # the first that surely has a value residual
+    layer = 1 if n_layer > 1 else 0  # in layer 0 some files have no value residual
     return RWKV7Config(
         n_layer=n_layer,
         n_embd=embedding[1],
@@ -107,13 +107,13 @@ def new_dimensions(
 
 
 def _width(factor: float, n_embd: int) -> int:
-    """A low-rank width: factor times the root of the channels, to a multiple of 32."""
+    """A low-rank width: factor times the square root of n_embd, rounded to a multiple of 32."""
     return max(32, round(factor * n_embd**0.5 / 32) * 32)
 
 
 def shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
-    """Every key of a checkpoint with its shape, in the order in which RWKV-LM saves; released models have another one,
-    which a base keeps."""
+    """Every key of a checkpoint with its shape, in RWKV-LM's order. Released models have another order, and a merged
+    model keeps its base's."""
     C, F, H, N = config.n_embd, config.dim_ffn, config.n_head, config.head_size
     ranks = {"w": config.decay_rank, "a": config.iclr_rank, "v": config.value_rank}
     found: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
@@ -146,7 +146,7 @@ def shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
 
 
 def part_of(key: str) -> str | None:
-    """The member of PARTS that a parameter belongs to, STATE for a time state, None for one of none."""
+    """The member of PARTS that a parameter belongs to, STATE for a time state, or None."""
     if is_time_state(key):
         return STATE
     components = key.split(".")
@@ -158,7 +158,7 @@ def part_of(key: str) -> str | None:
 
 
 def learning_rate(key: str) -> tuple[float, bool]:
-    """RWKV-LM's rule: w0 learns at twice the rate, and of the model's own parameters only matrices named weight
+    """RWKV-LM's rule: w0 learns at twice the rate; the mixes' own parameters (TIME) and time states have no weight
     decay."""
     leaf = key.rpartition(".")[2]
     return 2.0 if leaf == "w0" else 1.0, leaf not in (*TIME, TIME_STATE)

@@ -35,8 +35,8 @@ class TimeMix(Recurrent):
     recurrence, a bonus for the current token, a gate."""
 
     rows_are_keys = False
-    x_r: nn.Parameter  # (1, 1, C), and x_w to x_g: the points
-    w0: nn.Parameter  # (1, 1, C), as the other vectors: one 0, two factors 1 (C, rank) and 2 (rank, C) each
+    x_r: nn.Parameter  # (1, 1, C), as x_w to x_g: the interpolation weights
+    w0: nn.Parameter  # (1, 1, C), the vector beside the factors w1 (C, rank) and w2 (rank, C); a, v and g likewise
     w1: nn.Parameter
     w2: nn.Parameter
     a0: nn.Parameter
@@ -92,12 +92,12 @@ class TimeMix(Recurrent):
         return self.output(y), v_first, last_token(x, cu_seqlens), wkv_state
 
     def amounts(self) -> torch.Tensor:
-        """How far each of the six points is moved towards the token before: (6, C)."""
+        """The six interpolation weights, from each token (0) to the one before (1): (6, C)."""
         return torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)
 
     def projected(self, points: Sequence[torch.Tensor], v_first: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Six points and the values of layer 0, or None there -> r, the decay w before its sigmoid, k, v, the
-        in-context learning rate a before its sigmoid and without a0, the gate g, the values of layer 0; (B, T, C)."""
+        """Six shifted inputs and v_first, the values of layer 0 (None in layer 0) -> r, the decay w before its sigmoid,
+        k, v, the in-context learning rate a before its sigmoid and without a0, the gate g, v_first; (B, T, C)."""
         xr, xw, xk, xv, xa, xg = points
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())

@@ -1,4 +1,4 @@
-"""How other formats spell the keys of an RWKV-7 checkpoint: as it does, but for a prefix."""
+"""The keys of an RWKV-7 checkpoint as other formats spell them: the same, but for a prefix."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def from_hf(key: str) -> str:
 
 
 def to_web(key: str) -> str:
-    """web-rwkv and Ai00 have lower case, which official keys are in already."""
+    """web-rwkv and Ai00 spell keys in lower case, as official files do."""
     return key.lower()
 
 
@@ -31,7 +31,7 @@ def from_web(key: str) -> str:
 
 
 def swapped_in_web(key: str) -> bool:
-    """Whether web-rwkv keeps the last two dimensions of this tensor the other way round."""
+    """True if web-rwkv keeps the last two dimensions of this tensor the other way round."""
     return key.rpartition(".")[2] in LOW_RANK
 
 

@@ -1,4 +1,4 @@
-"""What Bone's forms do besides their product with the weight."""
+"""The operations of Bone's forms beside their product with the weight."""
 
 from .op import affine, affine_backward_, merge, merge_backward_, plus_tiled, rows_by_block, shard_sum, split_shards
 

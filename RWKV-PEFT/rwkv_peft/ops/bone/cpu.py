@@ -1,8 +1,8 @@
 """Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
 calls it through its C interface.
 
-float32 and bfloat16 tensors; where `takes` says no, plain torch serves (op.py). Rows of tensors that are only read may
-lie apart; the others are contiguous.
+Takes float32 and bfloat16 tensors; if `takes` refuses some, op.py computes in plain torch. Rows of read-only tensors
+may have gaps between them; the other tensors are contiguous.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ from ..native.arguments import fields, fill
 from ..native.cpu import cpu_library
 from ..native.errors import BuildError
 
-# Instruction sets, fastest first: for bfloat16 the matrix unit of recent Xeons, then those of every kernel.
+# Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
 LEVELS = ("amx", *levels.LEVELS)
 
 
 class AffineArguments(ctypes.Structure):
-    """cpu/bone/arguments.h's structure of the same name, as are the others."""
+    """The structure of the same name in cpu/bone/arguments.h. The next ones likewise."""
 
     _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank", "factor")
 
@@ -56,7 +56,7 @@ AMX_FUNCTIONS = (("bone_transpose", None, TransposeArguments),)
 
 
 def takes(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these tensors, or None, and can be built here."""
+    """True if the kernels take these tensors, or None, and can be built here."""
     return arguments.takes(first, *others) and best_level() is not None
 
 
@@ -97,8 +97,8 @@ def merge(rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
-    """Turn d (a r, in), contiguous, the gradient of merge(rows, bone), into that matrix itself; -> the gradient of
-    bone."""
+    """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by merge(rows, bone) itself -> the gradient
+    of bone."""
     d_bone = torch.zeros(bone.shape)
     _merge(rows, bone, d, d_bone, level)
     return d_bone.to(bone.dtype)
@@ -115,8 +115,7 @@ def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, le
 
 
 def transposed(x: Tensor, level: str | None = None) -> Tensor:
-    """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on
-    AMX)."""
+    """x (T, n) -> (n, T): a view, but for bfloat16 on AMX a copy, whose products take half the time."""
     if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
         return x.t()
     x = _rows(x)
@@ -136,14 +135,14 @@ def shard_sum(x: Tensor, rank: int, level: str | None = None) -> Tensor:
 
 
 def add_tiled_(y: Tensor, tile: Tensor, level: str | None = None) -> None:
-    """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
+    """y (T, n), contiguous, += tile (T, r) repeated along the channels, cut at n."""
     sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
     tensors = dict(y=y, tile=tile.contiguous())
     _kernels(level).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
 
 
 def _kernels(level: str | None) -> ctypes.CDLL:
-    """The library of a level, by default of the best one. Raises BuildError where none can be built."""
+    """The library of a level, by default of the best one. Raises BuildError if it cannot be built."""
     level = level or best_level()
     if level is None:
         raise BuildError("no kernels of cpu/bone can be built here; install a C++ compiler (apt install g++)")
@@ -152,7 +151,7 @@ def _kernels(level: str | None) -> ctypes.CDLL:
 
 @functools.cache
 def best_level() -> str | None:
-    """The fastest of LEVELS that works here; None where no compiler is."""
+    """The fastest of LEVELS that works here; None without a compiler."""
     best = levels.best_level()
     for level in ("amx", best) if best == "avx512bf16" else (best,):
         if available(level):
@@ -162,7 +161,7 @@ def best_level() -> str | None:
 
 @functools.cache
 def available(level: str) -> bool:
-    """Whether this processor has one of LEVELS and its kernels can be built."""
+    """True if this processor has one of LEVELS and its kernels can be built."""
     if not (levels.best_level() == "avx512bf16" if level == "amx" else levels.is_here(level)):
         return False
     try:
@@ -182,8 +181,8 @@ def level_flags() -> dict[str, tuple[str, ...]]:
 
 
 def build(level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()) -> ctypes.CDLL:
-    """A level's kernels as a loaded library, `name` and `flags` added to its own; built anew where one of `headers`
-    changes. Raises BuildError where that fails."""
+    """A level's kernels as a loaded library, with `name` and `flags` added to its own; built anew if one of `headers`
+    changes. Raises BuildError if that fails."""
     functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
     flags = (*level_flags()[level], *flags)
     return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
@@ -195,5 +194,5 @@ def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with whole rows, which may lie apart."""
+    """x with contiguous rows, which may have gaps between them."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -1,8 +1,8 @@
-"""cuda/bone as Python sees it: bat-in's affine form, of a squared relu, too, bat-out's merged weight, sums over shards
-and what the shards of a result begin as, on NVIDIA GPUs.
+"""Calls cuda/bone: bat-in's affine form, also of a squared relu, bat-out's merged weight, sums over shards, and the
+tile that each shard of a result starts from, on NVIDIA GPUs.
 
-The functions are those of cpu.py, for float32 and bfloat16 tensors of one GPU; on tensors without data they allocate
-what they would.
+The functions are those of cpu.py, for float32 and bfloat16 tensors on one GPU. For tensors without data they only
+allocate.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from ..native.launch import aligned, stream
 
-PRODUCT_RANKS = (16, 32, 64, 128)  # whose products run on tensor cores, in bfloat16
-MOST_RANK = 64  # of the kernels for any rank
-TOKENS, PLAIN_TOKENS = 64, 16  # of a block's tile; products.cuh has 32 for rank 128
-BLOCKS = 256  # that fill a GPU; the same on every one, so that results are
-MOST_GROUPS = 8  # parts of a sum over shards
-SHARD_THREADS = 128  # cuda/bone/shards.cuh's
+PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
+MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
+TOKENS, PLAIN_TOKENS = 64, 16  # tokens of a block's tile with tensor cores (32 at rank 128) and without
+BLOCKS = 256  # blocks to fill a GPU with; the same on every GPU, so that results are the same
+MOST_GROUPS = 8  # the most parts of a sum over shards
+SHARD_THREADS = 128  # threads of a block in cuda/bone/shards.cuh
 OF_RANK = ("affine_forward", "affine_backward", "squared_forward", "squared_backward", "merge")
 OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "tiled", "sum_parts")
 KERNELS = (
@@ -31,7 +31,7 @@ KERNELS = (
 
 
 class BoneArguments(ctypes.Structure):
-    """cuda/bone/arguments.cuh's structure of the same name."""
+    """The structure of the same name in cuda/bone/arguments.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile tiled total".split()),
@@ -42,8 +42,8 @@ class BoneArguments(ctypes.Structure):
 
 
 def affine(x: Tensor, bone: Tensor, factor: float = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """z = x + u and the parts of factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which `tiled` adds up. left (T, r) as op.affine has it, where `has_products`."""
+    """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
+    (groups, T, r), which `tiled` adds up. left (T, r) is as in op.affine, and needs `has_products`."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
@@ -60,7 +60,7 @@ def affine_backward_(
 ) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
-    x (T, in) or None; bone (in/r, r, r); left (T, r) as `affine` has it, or None -> the gradient of bone, summed in
+    x (T, in) or None; bone (in/r, r, r); left (T, r) as in `affine`, or None -> the gradient of bone, summed in
     float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
@@ -91,7 +91,7 @@ def merge(rows: Tensor, bone: Tensor) -> Tensor:
 
 
 def shard_sum(x: Tensor, rank: int) -> Tensor:
-    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r); x itself where it is one shard."""
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r); x itself if it is one shard."""
     x = _whole(x)
     if x.shape[1] == rank:
         return x
@@ -101,7 +101,7 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
 
 
 def tiled(tile: Tensor, width: int) -> Tensor:
-    """tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at `width`: -> (T, width)."""
+    """tile (T, r), or the sum of (groups, T, r), repeated along the channels, cut at `width`: -> (T, width)."""
     tile = _whole(tile)
     groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
     to = tile.new_empty(tokens, width)
@@ -111,14 +111,14 @@ def tiled(tile: Tensor, width: int) -> Tensor:
 
 
 def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
-    """Whether the kernels take these tensors, or None, and products of a rank: any up to MOST_RANK, those on tensor
-    cores beyond it too."""
+    """True if the kernels take these tensors (None: not given), and products of `rank`: any rank up to MOST_RANK, and
+    larger ones on tensor cores."""
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
 def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
-    """Enqueue a kernel on the GPU of `like`: its name in KERNELS without bone_, and the dtype where that is all that it
-    lacks; tensors and sizes by the names of BoneArguments. Where tensors have no data there is nothing to do."""
+    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
+    is one kernel for each; tensors and sizes by the names of BoneArguments. Does nothing for tensors without data."""
     if like.is_meta:
         return
     with torch.cuda.device(like.device):
@@ -143,7 +143,7 @@ def launch(
 
 
 def has_products(like: Tensor, rank: int) -> bool:
-    """Whether products of a rank run on tensor cores."""
+    """True if products of a rank run on tensor cores."""
     return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
 
 
@@ -154,14 +154,14 @@ def _affine_kernel(way: str, like: Tensor, rank: int, left: Tensor | None) -> st
 
 
 def _tile(like: Tensor, rank: int) -> int:
-    """Tokens of a block's tile."""
+    """The number of tokens in a block's tile."""
     if not has_products(like, rank):
         return PLAIN_TOKENS
     return TOKENS if rank < PRODUCT_RANKS[-1] else TOKENS // 2
 
 
 def _blocks(tile: Tensor) -> int:
-    """Blocks for one element of a (T, r) each thread: more than the kernels need, which walk over their share."""
+    """The number of blocks that gives each thread one element of a tile (T, r)."""
     return -(-tile.shape[-1] * tile.shape[-2] // SHARD_THREADS)
 
 
@@ -174,7 +174,7 @@ def _whole(x: None) -> None: ...
 
 
 def _whole(x: Tensor | None) -> Tensor | None:
-    """x contiguous, where copies of 16 bytes can read it."""
+    """x contiguous and aligned, so that copies of 16 bytes can read it."""
     return None if x is None else aligned(x.contiguous())
 
 

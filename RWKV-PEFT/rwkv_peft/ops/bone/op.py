@@ -1,10 +1,9 @@
-"""What Bone's forms do besides their product with the weight: bat-in's affine form of the activations, bat-out's merged
-weight, sums over shards, what is added to each shard.
+"""The operations of Bone's forms beside their product with the weight: bat-in's affine form of the activations,
+bat-out's merged weight, sums over shards, and a tile added to each shard.
 
 Each operation is written out in plain torch, which takes any device and dtype and is what torch.compile sees. float32
-and bfloat16 tensors go through the kernels of cpu.py and cuda.py where those can be built. No operation is
-differentiable: the autograd Functions are in adapters/. A factor is a number, or, under torch.compile, a tensor of one
-element and no dimension.
+and bfloat16 tensors go through the kernels of cpu.py and cuda.py if those can be built. No operation is differentiable:
+the autograd Functions are in adapters/. A factor is a number, or, under torch.compile, a tensor without dimensions.
 """
 
 from collections.abc import Callable
@@ -19,17 +18,17 @@ CACHED_ELEMENTS = 1 << 18  # elements of merged rows that a CPU's cache holds wh
 
 
 def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType | None:
-    """cpu or cuda, whose kernels take tensors, or None, and products of a rank; None where plain torch does: the one
-    place that decides."""
+    """The module (cpu or cuda) whose kernels take these tensors (None: not given) and products of a rank, or None for
+    plain torch: the one place that decides."""
     if first.is_cpu:
         return cpu if cpu.takes(first, *others) else None
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 
 def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """z = x + u and s = factor Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what
-    plus_tiled takes for s. With left (T, r) all is of max(x + left, 0)² in x's place, left being added to each shard:
-    on a GPU in the same pass."""
+    """z = x + u and s = factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> z (T, in), and s in a form
+    that plus_tiled takes. left (T, r) puts max(x + left, 0)² in x's place, left being added to each shard; a GPU does
+    that in the same pass."""
     kernels, rank = backend(x, bone, left, rank=bone.shape[-1]), bone.shape[-1]
     if left is not None and kernels is cuda and cuda.has_products(x, rank):
         return kernels.affine(x, bone, factor, left)
@@ -51,10 +50,9 @@ def affine_backward_(
     dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0, left: Tensor | None = None
 ) -> Tensor | None:
     """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to;
-    -> the gradient of bone where x (T, in) is given, else None. With left (T, r), as `affine` has it, x is given.
+    -> the gradient of bone if x (T, in) is given, else None. left (T, r), as in `affine`, needs x.
 
-    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b; of max(x + left, 0)² in x's place: this
-    dx times 2 max(x + left, 0).
+    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b; with left, dx is times 2 max(x + left, 0).
     """
     kernels, rank = backend(dz, g, x, bone, left, rank=bone.shape[-1]), bone.shape[-1]
     if left is not None:
@@ -94,8 +92,8 @@ def merge(rows: Tensor, bone: Tensor) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """merge(rows, bone), and the gradient of bone, given d (a r, in), that of the merged rows, whose memory the first
-    may take."""
+    """merge(rows, bone), which may take the memory of d, and the gradient of bone, given d (a r, in), the gradient of
+    the merged rows."""
     if backend(d, rows, bone) is cpu and d.is_contiguous():
         d_bone = cpu.merge_backward_(d, rows, bone)
         return d, d_bone
@@ -105,7 +103,7 @@ def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tens
 
 
 def rows_by_block(rows: Tensor, bone: Tensor) -> Tensor:
-    """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
+    """View rows of a weight (a r, in) as (a, r in/r, r), so that B_a multiplies from the right."""
     return rows.view(bone.shape[0], -1, bone.shape[-1])
 
 
@@ -125,10 +123,10 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
 def plus_tiled(
     tile: Tensor, width: int, product: Callable[[], Tensor], add_product_: Callable[[Tensor], None]
 ) -> Tensor:
-    """A product (T, width) plus tile (T, r), or what `affine` gives, repeated along the channels, cut at width.
+    """A product (T, width) plus tile (T, r), or s of `affine`, repeated along the channels, cut at width.
 
-    product() makes the product, add_product_(y) adds it to y: on a GPU it reads the tiles while it computes, and no
-    pass over its result is left; a CPU takes that pass while the result is in its cache.
+    product() makes the product, add_product_(y) adds it to y. A GPU starts from the tiles and adds the product to them,
+    which saves a pass over the result; a CPU adds the tiles while the result is in its cache.
     """
     if backend(tile) is cuda:
         y = cuda.tiled(tile, width)
@@ -162,8 +160,8 @@ def split_shards(x: Tensor, rank: int) -> Tensor:
 
 
 def _token_chunks(x: Tensor) -> list[slice]:
-    """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU); one of all
-    for torch.compile, which has loops of its own, and to which their number would make T a constant."""
+    """Slices of tokens so short that the work on x (T, in) stays in the cache (CPU) or in memory (GPU). torch.compile,
+    which makes its own loops, gets one slice of all tokens, because a number of slices would fix T."""
     if torch.compiler.is_compiling():
         return [slice(None)]
     elements = 1 << 18 if x.device.type == "cpu" else 1 << 26
@@ -172,7 +170,7 @@ def _token_chunks(x: Tensor) -> list[slice]:
 
 
 def _accumulate_bmm(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, where total may have a wider dtype."""
+    """total += left right; total may have a wider dtype."""
     if total.dtype == left.dtype:
         total.baddbmm_(left, right)
     else:

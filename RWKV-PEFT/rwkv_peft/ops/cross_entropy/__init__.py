@@ -1,4 +1,4 @@
-"""Cross-entropy of given logits together with its gradient, which takes the logits' place."""
+"""Cross-entropy of given logits together with its gradient, which overwrites the logits."""
 
 from .op import cross_entropy_
 

@@ -1,4 +1,4 @@
-"""cpu/cross_entropy as Python sees it, built on first use."""
+"""Calls cpu/cross_entropy, which is built on first use."""
 
 import ctypes
 
@@ -10,7 +10,7 @@ from ..native.cpu import CpuFamily
 
 
 class CrossEntropyArguments(ctypes.Structure):
-    """cpu/cross_entropy/arguments.h's structure of the same name."""
+    """The structure of the same name in cpu/cross_entropy/arguments.h."""
 
     _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
 
@@ -19,13 +19,13 @@ FAMILY = CpuFamily("cross_entropy", (("cross_entropy", None, CrossEntropyArgumen
 
 
 def takes(logits: Tensor) -> bool:
-    """Whether the kernel takes these logits, and can be built here."""
+    """True if the kernel takes these logits, and can be built here."""
     return FAMILY.takes(logits)
 
 
 def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient: bool) -> Tensor:
-    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
-    float32. Raises IndexError for a target outside the vocabulary."""
+    """logits (n, V), replaced by scale times their gradient if `gradient`; targets (n,) int64 -> losses (n,) float32.
+    Raises IndexError for a target outside the vocabulary."""
     check_range(targets, logits.shape[1])
     losses = torch.empty(logits.shape[0])
     tensors = dict(logits=logits, targets=targets, losses=losses)
@@ -36,7 +36,7 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
 
 
 def check_range(targets: Tensor, vocabulary: int) -> None:
-    """The kernel reads logits at these positions."""
+    """Raise IndexError for a target outside the vocabulary, because the kernel reads the logits there."""
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(
             f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "

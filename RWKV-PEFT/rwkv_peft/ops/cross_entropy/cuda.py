@@ -1,4 +1,4 @@
-"""cuda/cross_entropy as Python sees it: one kernel, a block a row of logits."""
+"""Calls cuda/cross_entropy: one kernel, a block for each row of logits."""
 
 import ctypes
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 
 
 class CrossEntropyArguments(ctypes.Structure):
-    """cuda/cross_entropy/arguments.cuh's structure of the same name."""
+    """The structure of the same name in cuda/cross_entropy/arguments.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "gradient", "targets", "losses")),
@@ -25,13 +25,13 @@ class CrossEntropyArguments(ctypes.Structure):
 
 
 def takes(logits: Tensor) -> bool:
-    """Whether the kernel takes these logits: where 16 bytes of them can be read at once."""
+    """True if the kernel takes these logits: it reads 16 bytes of them at once."""
     return FAMILY.takes(logits) and (logits.is_meta or logits.data_ptr() % 16 == 0)
 
 
 def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient: bool) -> Tensor:
-    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
-    float32: NaN for a target outside the vocabulary, since a message would have to wait for the GPU."""
+    """logits (n, V), replaced by scale times their gradient if `gradient`; targets (n,) int64 -> losses (n,) float32.
+    A target outside the vocabulary gives NaN, because an error would have to wait for the GPU."""
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     tensors = dict(logits=logits, gradient=logits if gradient else None, targets=targets, losses=losses)
     call(logits, tensors, vocabulary=logits.shape[1], scale=scale, pull=pull)
@@ -39,8 +39,8 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
 
 
 def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
-    """Enqueue the kernel on the GPU of the logits; tensors, or None, and numbers by the names of CrossEntropyArguments.
-    Where tensors have no data there is nothing to do."""
+    """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
+    CrossEntropyArguments. Does nothing for tensors without data."""
     if logits.is_meta:
         return
     with torch.cuda.device(logits.device):

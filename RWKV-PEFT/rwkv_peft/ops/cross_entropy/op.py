@@ -1,5 +1,5 @@
-"""Cross-entropy of given logits together with its gradient, which takes the logits' place: plain torch for any device
-and dtype, kernels for float32 and bfloat16 where they can be built."""
+"""Cross-entropy of given logits together with its gradient, which overwrites the logits: plain torch for any device and
+dtype, kernels for float32 and bfloat16 if they can be built."""
 
 from types import ModuleType
 
@@ -14,10 +14,10 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor | None]:
     """The losses of some tokens, scaled and added up, and the gradient of that sum.
 
-    logits (n, V), of which nothing is left afterwards; targets (n,) int64; scale a number, or a 0-dim tensor. pull adds
-    pull · (largest logit) to the unscaled gradient of each row's largest logit. -> (scale · Σ losses, a scalar of
-    float32, or float64 for float64 logits, or the losses (n,) themselves where `each` is asked for; the gradient (n, V)
-    in logits' dtype, or None where not `gradient`).
+    logits (n, V), which are overwritten; targets (n,) int64; scale: a number or a 0-dim tensor; pull adds
+    pull · (largest logit) to the unscaled gradient of each row's largest logit. -> (scale · Σ losses, in float32, or in
+    float64 for float64 logits, or with `each` the losses (n,) themselves; the gradient (n, V) in the logits' dtype, or
+    None without `gradient`).
     """
     kernels = backend(logits)
     if kernels is not None:
@@ -41,6 +41,6 @@ def cross_entropy_(
 
 
 def backend(logits: Tensor) -> ModuleType | None:
-    """cpu or cuda, whose kernel takes the logits; None where plain torch does: the one place that decides."""
+    """The module (cpu or cuda) whose kernel takes the logits, or None for plain torch: the one place that decides."""
     kernels = cpu if logits.is_cpu else cuda
     return kernels if logits.is_contiguous() and kernels.takes(logits) else None

@@ -1,5 +1,5 @@
-"""What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
-heads."""
+"""The models' operations between their matrix products: token shift with interpolation, gates, keys, the normalization
+of heads."""
 
 from .op import delta_keys, lerp, norm_bonus_gate, norm_gate, relu_square, sigmoid_gate, value_residual
 from .shift import last_token, token_shift

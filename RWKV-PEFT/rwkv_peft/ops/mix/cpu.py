@@ -1,4 +1,4 @@
-"""cpu/mix as Python sees it: built on first use, and its structures."""
+"""Calls cpu/mix, which is built on first use, through its structures."""
 
 import ctypes
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..native.cpu import CpuFamily
 
 
 class LerpArguments(ctypes.Structure):
-    """cpu/mix/arguments.h's structure of the same name, as are the others."""
+    """The structure of the same name in cpu/mix/arguments.h. The next ones likewise."""
 
     _fields_ = fields(
         "x last maa low up outs grads gx glast gmaa glow gup cu_seqlens", "n tokens channels rank sequences"
@@ -64,8 +64,8 @@ FAMILY = CpuFamily("mix", FUNCTIONS)
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: float) -> None:
-    """Run an operation, "relu_square_forward" or the like: tensors by name, or None, and the rest of its structure.
-    Where they have no data there is nothing to do."""
+    """Run an operation, such as "relu_square_forward", given tensors by name (None: not given) and the rest of its
+    structure. Does nothing for tensors without data."""
     if like.is_meta:
         return
     structure = STRUCTURES[name.rpartition("_")[0]]

@@ -1,4 +1,4 @@
-"""Token shift with interpolation on the CPU, the weights' product of low rank inside: an autograd Function over
+"""Token shift with interpolation on the CPU, including the weights' low-rank product: an autograd Function over
 cpu/mix/lerp.h.
 
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
@@ -16,7 +16,7 @@ from .functions import call, differentiable_once, rounded
 
 
 def _table(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """A table of tensors' addresses."""
+    """A C array of the tensors' addresses."""
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 

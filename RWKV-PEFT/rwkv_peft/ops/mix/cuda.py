@@ -1,4 +1,4 @@
-"""cuda/mix as Python sees it: built on first use, by nvcc or NVRTC, and launched on torch's stream."""
+"""Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
 
 import ctypes
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from ..native.launch import stream
 
-WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
-MOST_SIZE = 128  # channels of a group, which one warp has of a token
-MOST_POINTS = 6  # of a lerp
-MOST_MIXED = 4096  # channels of a norm with token shift
-FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
-LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
-LOW_POINTS = 5  # that such a lerp has
-TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
+WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
+MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
+MOST_POINTS = 6  # the most points of a lerp
+MOST_MIXED = 4096  # the most channels of a norm with token shift
+FEW_TOKENS = 8192  # up to here strips are short, so that there are blocks enough to fill a GPU
+LOW_RANKS = (32, 64)  # ranks of a lerp whose kernel includes the low-rank product, in bfloat16
+LOW_POINTS = 5  # the number of points of such a lerp
+TILE_TOKENS, LOW_CHANNELS = 64, 32  # tokens of its tiles (in backward one is the next tile's, too), channels of a step
 
 
 class Layout(NamedTuple):
-    """In which order an operation's tensors stand in MixArguments."""
+    """The order of an operation's tensors in MixArguments."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -61,7 +61,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
     }
 )
-# Those whose blocks have tiles: a lerp with its product of low rank inside, a kernel a rank, and norms of whole tokens
+# Operations whose blocks take tiles: lerps with their low-rank product (a kernel a rank), and norms of whole tokens
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
@@ -81,7 +81,7 @@ _NUMBERS = "channels size strip n length sequences"
 
 
 class MixArguments(ctypes.Structure):
-    """cuda/mix/arguments.cuh's structure of the same name."""
+    """The structure of the same name in cuda/mix/arguments.cuh."""
 
     _fields_ = [
         ("inputs", ctypes.c_void_p * 12),
@@ -97,8 +97,8 @@ class MixArguments(ctypes.Structure):
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout, or None, and sizes as
-    `launch` or `launch_tiled` takes them."""
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), sizes as
+    in `launch` or `launch_tiled`."""
     index = like.device.index
     with torch.cuda.device(index):
         enqueue = launch_tiled if name in TILED else launch
@@ -118,9 +118,9 @@ def launch(
     count: int = 0,
     **others: Any,
 ) -> None:
-    """`call` with given kernels, on a given stream. tokens of `channels`, or of `heads` of `size` channels; `count` of
-    elements that are all alike lie as rows of `like`. others: further fields of MixArguments; tensors become addresses.
-    """
+    """`call` with given kernels, on a given stream. The work is `tokens` of `channels`, or of `heads` of `size`
+    channels; for elementwise operations, `count` elements in rows as long as `like`'s. others: further fields of
+    MixArguments; tensors become addresses."""
     layout = LAYOUTS[name]
     if count:
         channels = like.shape[-1]
@@ -151,15 +151,15 @@ def launch_tiled(
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels; strip: tokens of
-    another's block."""
+    """`launch` for an operation of TILED. rank: that of a low-rank product, whose blocks take `size` channels, or 0 for
+    a norm, whose blocks take `strip` tokens."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
     if rank:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
         blocks = -(-tokens // tile) * -(-channels // size)
         return FAMILY.run(built, f"mix_{name}_{rank}", arguments, blocks, on)
-    widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
+    widest = 16 // like.element_size()  # elements that a thread reads at once, if aligned
     addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]
     arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest
     FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, -(-tokens // strip), on)
@@ -184,7 +184,8 @@ def _arguments(
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether tensors, or None, are what the kernels take: CudaFamily.takes' with an even number of channels."""
+    """True if the kernels take these tensors (None: not given): those of CudaFamily.takes with an even number of
+    channels."""
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 

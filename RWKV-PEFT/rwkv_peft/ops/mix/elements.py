@@ -1,4 +1,4 @@
-"""The mix operations of single elements: autograd Functions over cpu/mix and cuda/mix.
+"""The elementwise mix operations: autograd Functions over cpu/mix and cuda/mix.
 
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
@@ -13,7 +13,7 @@ from .functions import call, differentiable_once, rounded, sums_like
 
 
 class ReluSquare(Function):
-    """x -> max(x, 0)². Backward needs the result alone, which a linear layer after it may keep in any case."""
+    """x -> max(x, 0)². Backward needs only the result, which a linear layer after it may keep in any case."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

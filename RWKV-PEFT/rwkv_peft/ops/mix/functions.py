@@ -1,4 +1,4 @@
-"""What the autograd Functions of the mix operations share, whatever the device."""
+"""Helpers of the mix operations' autograd Functions on any device."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,28 +14,28 @@ Item = TypeVar("Item")
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Run an operation, "relu_square_forward" or the like, where the tensor `like` is: tensors by name, or None, and
-    sizes."""
+    """Run an operation, such as "relu_square_forward", on the device of `like`, given tensors by name (None: not given)
+    and sizes."""
     (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
 
 
 class _NoGradient:
-    """Stands for an autograd context where nothing will be differentiated."""
+    """Stands in for an autograd context if nothing will be differentiated."""
 
     needs_input_grad: tuple[bool, ...] = ()
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        """Nothing is saved."""
+        """Save nothing."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Nor is anything told of gradients."""
+        """Ignore the setting."""
 
     def mark_non_differentiable(self, *outs: torch.Tensor) -> None:
-        """Nothing is differentiable."""
+        """Ignore the mark."""
 
 
 def run(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several
+    """function.apply(*arguments), without autograd if gradients are off: on one token its bookkeeping costs several
     times the kernel."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
@@ -43,7 +43,7 @@ def run(function: type[Function], *arguments: Any) -> Any:
 
 
 def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """A backward that refuses create_graph=True, which would take its result for a constant."""
+    """Make a backward refuse create_graph=True, which would take its result for a constant."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
@@ -57,25 +57,26 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of tensors like `like`, zeros for those that nobody gives."""
+    """Gradients of tensors like `like`, with zeros in place of None."""
     return [torch.zeros_like(like) if grad is None else grad for grad in grads]
 
 
 def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, Item]:
-    """Tensors by the names that layouts give several of a kind: out0, out1, … from `first` on."""
+    """Name several tensors of a kind as layouts do: out0, out1, … from `first` on."""
     return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
 
 
 def room_like(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Room for another such tensor; None for None."""
+    """An empty tensor like x; None for None."""
     return None if x is None else torch.empty_like(x)
 
 
 def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:
-    """Room for the gradients of parameters, sums over tokens: float32; None each where not wanted."""
+    """Empty float32 tensors for the gradients of parameters, which are sums over tokens; None for each if not
+    wanted."""
     return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
 
 
 def rounded(sums: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """Those gradients in the parameters' dtype."""
+    """Convert such sums to the parameters' dtype; None stays."""
     return [None if x is None else x.to(dtype) for x in sums]

@@ -1,7 +1,7 @@
 """Token shift with interpolation on a GPU: an autograd Function like cpu_lerp.Lerp.
 
-The weights' product of low rank is inside the kernels of cuda/mix/low_rank.cuh where those take it, and in backward
-where `up` and maa are frozen, too. Else it is a matrix product outside the kernels of cuda/mix/lerp.cuh.
+The kernels of cuda/mix/low_rank.cuh include the weights' low-rank product; they serve if they take the tensors, and in
+backward if `up` and maa are also frozen. Otherwise it is a matrix product beside the kernels of cuda/mix/lerp.cuh.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.autograd import Function
 from . import cuda
 from .functions import call, differentiable_once, numbered, room_like, rounded
 
-BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill a GPU, whichever; parts of a sum over channels
+BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a sum over channels
 
 
 class Lerp(Function):
@@ -70,7 +70,8 @@ class Lerp(Function):
 def has_product_inside(
     x: Tensor, last: Tensor | None, maa: Tensor, low: Tensor | None, up: Tensor | None, *grads: Tensor
 ) -> bool:
-    """Whether kernels have the product of low rank inside: their tiles are whole, and 16 bytes can be read at once."""
+    """True if the kernels with the low-rank product inside take these tensors: tiles are whole, and 16 bytes can be
+    read at once."""
     return (
         up is not None
         and x.dtype == torch.bfloat16
@@ -82,31 +83,31 @@ def has_product_inside(
 
 
 def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
-    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks of a tile of tokens each
-    fill a GPU, and as many as that allows, since their parts of sums over channels have to be added up."""
+    """The number of channels of x (…, C) in one block, a multiple of `step`: few enough that the blocks fill a GPU, and
+    no fewer, because each block adds a part to the sums over channels."""
     tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
     groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
     return -(-channels // (groups * step)) * step
 
 
 def parts_like(whole: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for a tensor (B, T, …) by groups of x's channels: (groups, B, T, …), in its dtype or another."""
+    """An empty tensor for the parts of `whole` (B, T, …) by groups of x's channels: (groups, B, T, …)."""
     return whole.new_empty(-(-x.shape[2] // group_size(x)), *whole.shape, dtype=dtype)
 
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:
-    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B T, C); None where they are."""
+    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B T, C); None if they are None."""
     return None if low is None or up is None else _by_point(low, up) @ up
 
 
 def _by_point(low: Tensor, up: Tensor) -> Tensor:
-    """low as (m, B T, K)."""
+    """low (B, T, m K) -> (m, B T, K)."""
     m, K, _ = up.shape
     return low.reshape(-1, m, K).transpose(0, 1)
 
 
 def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    """What a launch is told of x (B, T, C), points maa (m, C) and packed sequences."""
+    """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a launch needs."""
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences, bounds=cu_seqlens)

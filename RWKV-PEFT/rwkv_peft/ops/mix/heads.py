@@ -93,6 +93,6 @@ class NormBonusGate(Function):
 
 
 def head_sizes(like: Tensor) -> dict[str, int]:
-    """What kernels are told of a tensor (B, T, H, N)."""
+    """The sizes of a tensor (B, T, H, N) that a launch needs."""
     B, T, H, N = like.shape
     return dict(tokens=B * T, heads=H, size=N)

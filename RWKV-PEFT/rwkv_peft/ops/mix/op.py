@@ -1,9 +1,9 @@
-"""What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
-heads.
+"""The models' operations between their matrix products: token shift with interpolation, gates, keys, the normalization
+of heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
-torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and one backward instead (elements.py,
-heads.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
+torch.compile sees. If the kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward
+instead (elements.py, heads.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .shift import check_shift, fit, offsets_of, token_shift
 
 
 def fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether tensors, or None, go through a kernel: the one place that decides."""
+    """True if tensors (None: not given) go through a kernel: the one place that decides."""
     return cpu.FAMILY.takes(first, *others) if first.is_cpu else cuda.takes(first, *others)
 
 
@@ -32,8 +32,8 @@ def lerp(
 ) -> tuple[Tensor, ...]:
     """Points between each token and its predecessor p: x + (p - x) m_i, where m_i = maa_i + low_i up_i, for each i.
 
-    x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make
-    the weights depend on the token, both None: they do not -> m tensors (B, T, C).
+    x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), point by point, and up (m, K, C)
+    make the weights depend on the token; without them (None) they do not -> m tensors (B, T, C).
     """
     check_shift(x, last, cu_seqlens)
     if not fit(low, up):
@@ -74,11 +74,11 @@ def relu_square(x: Tensor) -> Tensor:
 
 
 def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys of RWKV-7's delta rule (Peng et al. 2025, arXiv 2503.14456, section 4): of a key k and an in-context
-    learning rate, sigmoid(a0 + low), what is written at, what is taken away, and that times the rate.
+    """The keys of RWKV-7's delta rule (Peng et al. 2025, arXiv 2503.14456, section 4), given a key k and an in-context
+    learning rate, sigmoid(a0 + low): the key to write at, the key to remove, and the latter times the rate.
 
     k, low (B, T, H, N); a0, k_k, k_a (1, 1, H N) -> key, a, b (B, T, H, N): k · (1 + (rate - 1) k_a), -n and n · rate,
-    n being k · k_k, in each head divided by its length (by 1e-12 at the least).
+    n being k · k_k divided by its length in each head (or by 1e-12 if it is shorter).
     """
     if fused(k, low, a0, k_k, k_a):
         return run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))

@@ -1,1 +1,1 @@
-"""What the kernels of every family need: instruction levels, compilers, builds, loading, NVRTC and the driver."""
+"""Builds and loads the kernels of every family: instruction levels, compilers, a cache, NVRTC and the driver."""

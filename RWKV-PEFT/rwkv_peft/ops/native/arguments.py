@@ -1,4 +1,4 @@
-"""What a CPU kernel is given: which tensors it takes, and the structure in which they reach it."""
+"""The arguments of CPU kernels: which tensors they take, and the structure that passes them."""
 
 import ctypes
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Structure = TypeVar("Structure", bound=ctypes.Structure)
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether tensors, or None, are what the kernels take: real, on the CPU, of one dtype, float32 or bfloat16."""
+    """True if the kernels take these tensors (None: not given): real ones on the CPU, all float32 or all bfloat16."""
     return (
         first.is_cpu
         and first.dtype in (torch.float32, torch.bfloat16)
@@ -32,7 +32,7 @@ def fields(
 def fill(
     structure: type[Structure], like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **others: float
 ) -> Structure:
-    """A structure of fields, given the tensors by name, or None, and the `others`; of the kind of the tensor `like`."""
+    """A structure of `fields` for the dtype of `like`, given tensors by name (None: not given) and the `others`."""
     return structure(
         bfloat16=like.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),

@@ -1,8 +1,8 @@
 """Compile native sources into a shared library, once: cached by content, safe when several processes build at once.
 
-A library's file name carries two hashes of all that decides its content: of its recipe (sources and flags), and of the
-compilers and their versions. A change of either builds anew, so that nothing stale is loaded; where a machine has no
-compiler, a library that one made of the same recipe serves (kept_library).
+A library's file name carries two hashes: of its recipe (sources and flags), and of the compilers and their versions. If
+either changes, it is built anew, so that nothing stale is loaded. If the machine has no compiler, a library that was
+made earlier by the same recipe serves (kept_library).
 """
 
 import errno
@@ -38,7 +38,7 @@ def build_library(
     """Compile `units`, link their objects with `link_command` (linker and flags), and return the library's path.
 
     headers: files whose content matters besides the units' sources. cache: a folder, by default cache_directory().
-    Raises BuildError with the compiler's own words where it fails; a failure leaves nothing behind.
+    Raises BuildError with the compiler's own words if it fails; a failure leaves nothing behind.
     """
     missing = [str(path) for path in (*(unit.source for unit in units), *headers) if not Path(path).is_file()]
     if missing:
@@ -62,15 +62,15 @@ def kept_library(
     headers: Sequence[str | Path] = (),
     cache: str | Path | None = None,
 ) -> Path | None:
-    """The library that a compiler, whichever, made of this recipe earlier, or None; arguments as in build_library."""
+    """The library that any compiler made earlier by this recipe, or None; arguments as in build_library."""
     cache = Path(cache) if cache is not None else cache_directory()
     found = cache.glob(f"{name}-{_recipe(units, link_command, headers)}-*.so")
     return next(filter(is_whole, sorted(found)), None)
 
 
 def _recipe(units: Sequence[Unit], link_command: Sequence[str], headers: Sequence[str | Path]) -> str:
-    """A hash of what is compiled and how, whatever the compilers and wherever the sources lie: the headers' content
-    counts, and not the folder (-I) that holds them, so that another checkout's build serves."""
+    """A hash of sources, headers and flags, without the compilers and without the folders (-I), so that another
+    checkout's build serves."""
     digest = hashlib.sha256()
     for unit in units:
         flags = [flag for flag in unit.command[1:] if not flag.startswith("-I")]
@@ -97,8 +97,8 @@ def _version(program: str) -> bytes:
 
 
 def _compile(work: Path, units: Sequence[Unit], link_command: Sequence[str]) -> Path:
-    """Run the whole build in the folder `work`; the path of the linked library. Raises BuildError with the compiler's
-    words, OSError where they tell of a full disk, which may be that of its temporary files."""
+    """Run the whole build in the folder `work` -> the path of the linked library. Raises BuildError with the compiler's
+    words, or OSError if they say that the disk is full, which may be that of temporary files."""
     lines = ["rule run", "  command = $command", "  description = $out"]
     objects = []
     for number, unit in enumerate(units):
@@ -107,7 +107,7 @@ def _compile(work: Path, units: Sequence[Unit], link_command: Sequence[str]) -> 
         lines += _edge(output, [unit.source], [*unit.command, "-c", unit.source, "-o", output])
     lines += _edge("library.so", objects, [*link_command, *objects, "-o", "library.so"])
     (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    environment = os.environ | {"LC_ALL": "C"}  # in which they are looked for words
+    environment = os.environ | {"LC_ALL": "C"}  # the message that is looked for below is English
     done = subprocess.run([*_ninja(), "-C", str(work)], capture_output=True, text=True, env=environment)
     if done.returncode != 0 and "No space left on device" in done.stdout:
         raise OSError(errno.ENOSPC, "the disk is full, there or in TMPDIR")

@@ -1,4 +1,4 @@
-"""The compilers of this machine: where they are, what they take, and what a GPU takes of them."""
+"""The compilers of this machine: finds them, asks for their flags and architectures, and chooses one for a GPU."""
 
 import shutil
 import subprocess
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from .errors import BuildError
 
-JETSON = ("87", "101")  # architectures whose code no other GPU of their major version runs, nor they theirs
+JETSON = ("87", "101")  # they do not run the code of other GPUs of their major version, nor do those run theirs
 
 
 def find_program(*names: str, remedy: str) -> str:
-    """The path of the first of `names` that the system has; BuildError with `remedy` where it has none."""
+    """The path of the first of `names` that the system has; BuildError with `remedy` if it has none."""
     for name in names:
         path = shutil.which(name)
         if path:
@@ -19,13 +19,13 @@ def find_program(*names: str, remedy: str) -> str:
 
 
 def find_compiler() -> str:
-    """The path of a C++ compiler; BuildError where there is none."""
+    """The path of a C++ compiler; BuildError if there is none."""
     remedy = "install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
     return find_program("g++", "clang++", remedy=remedy)
 
 
 def find_nvcc() -> str:
-    """nvcc's path; BuildError where there is none."""
+    """nvcc's path; BuildError if there is none."""
     return find_program(
         *("nvcc", "/usr/local/cuda/bin/nvcc"),
         remedy="install the CUDA toolkit and put its bin folder on PATH, or pip install nvidia-cuda-nvrtc",
@@ -33,7 +33,7 @@ def find_nvcc() -> str:
 
 
 def compiler_knows(flags: Sequence[str]) -> bool:
-    """Whether the C++ compiler takes these flags; where there is none, a library may be kept that another made."""
+    """True if the C++ compiler takes these flags, or if there is none, because a library may be in the cache."""
     try:
         command = [find_compiler(), *flags, "-E", "-x", "c++", "/dev/null"]
     except BuildError:
@@ -50,8 +50,8 @@ def nvcc_architectures(nvcc: str) -> list[str]:
 
 
 def architecture_for(capability: tuple[int, int], known: Sequence[str], compiler: str) -> str:
-    """Which architecture among those `known` to a compiler to compile for, for a GPU of a compute capability: its own,
-    or else the latest before it of the same major version, whose code it runs too. BuildError if there is none."""
+    """The architecture, among those `known` to a compiler, to compile for on a GPU of a compute capability: its own, or
+    the latest older one of the same major version, whose code it runs too. BuildError if there is none."""
     major, minor = capability
     own = f"{major}{minor}"
     older = [f"{major}{n}" for n in reversed(range(minor)) if f"{major}{n}" not in JETSON and own not in JETSON]

@@ -1,4 +1,4 @@
-"""From a family's C++ source to its loaded library, one for each instruction set that is used."""
+"""Compiles and loads a family's C++ source: one library for each instruction set that is used."""
 
 import ctypes
 import functools
@@ -21,8 +21,8 @@ def cpu_library(
     name: str, source: str, flags: Sequence[str], functions: Iterable[Declaration], headers: Sequence[str | Path] = ()
 ) -> ctypes.CDLL:
     """The library `name` of `source`, a path below cpu/, compiled with FLAGS and `flags`, its `functions` declared as
-    `load` takes them; built anew also where one of `headers` changes. One that was built earlier serves where no
-    compiler works. Raises BuildError where there is neither."""
+    in `load`; built anew if one of `headers` changes, too. If no compiler works, one that was built earlier serves.
+    Raises BuildError if there is neither."""
     root = source_directory("cpu")
     file = root / source
     headers = [*included_files(file, root), *headers]
@@ -41,7 +41,7 @@ def cpu_library(
 
 
 class CpuFamily:
-    """The functions of cpu/OP/OP.cpp, compiled on first use for an instruction set, with one verdict each. `level` is
+    """The functions of cpu/OP/OP.cpp, compiled on first use for an instruction set, and tried once for each. `level` is
     one of LEVELS, or "" for the best that this processor has."""
 
     def __init__(self, op: str, functions: Sequence[Declaration]) -> None:
@@ -49,7 +49,7 @@ class CpuFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
-        """The loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
+        """The loaded library; BuildError if it cannot be built or loaded (not cached, so that a mended setup
         works)."""
         level = level or levels.best_level()
         flags = levels.level_flags()[level]
@@ -57,7 +57,7 @@ class CpuFamily:
 
     @functools.cache  # noqa: B019
     def unavailable(self, level: str = "") -> str | None:
-        """None where they work here, else why they do not and what would help."""
+        """None if they work here, else the reason and the remedy."""
         if level and not levels.is_here(level):
             return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
         try:
@@ -67,5 +67,5 @@ class CpuFamily:
         return None
 
     def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-        """Whether tensors, or None, are what the kernels take (arguments.takes), and can be built here."""
+        """True if the kernels take these tensors (arguments.takes), and can be built here."""
         return arguments.takes(first, *others) and self.unavailable() is None

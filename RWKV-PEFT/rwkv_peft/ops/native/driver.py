@@ -1,4 +1,4 @@
-"""A module of CUDA kernels, loaded and launched through the driver: what a library that nvcc links does by itself."""
+"""A module of CUDA kernels, loaded and launched through the driver; a library that nvcc linked does so by itself."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED
 
 
 class Module:
-    """Kernels that NVRTC compiled, on one GPU: NAME, its threads a block in NAME_threads, and the bytes of dynamic
-    shared memory that a block asks for in NAME_shared."""
+    """Kernels that NVRTC compiled, on one GPU. The kernel NAME has its threads per block in NAME_threads, and a block's
+    bytes of dynamic shared memory in NAME_shared."""
 
     def __init__(self, names: Sequence[str], image: bytes) -> None:
-        """image: a cubin for the GPU whose context is the current one."""
+        """image: a cubin for the GPU of the current context."""
         try:
             self._driver = ctypes.CDLL("libcuda.so.1")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What goes wrong between a kernel's source and its first call."""
+"""The error of building or loading a kernel."""
 
 
 class BuildError(RuntimeError):

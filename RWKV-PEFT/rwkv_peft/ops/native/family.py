@@ -1,4 +1,4 @@
-"""The CUDA kernels of one source, which take one structure by value: built on first use, with one verdict a GPU."""
+"""The CUDA kernels of one source, which take one structure by value: built on first use, and tried once on each GPU."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ from .driver import Module
 from .errors import BuildError
 from .kernels import Block, Kernels, Library
 
-DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as kernels' names have them
+DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 
 
 class CudaFamily:
@@ -33,7 +33,8 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """Those for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
+        """The kernels for GPU number `device`, built on first use. Raises BuildError if that fails, which is not
+        cached."""
 
         def trial(built: Kernels) -> None:
             with torch.cuda.device(device):
@@ -44,11 +45,11 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019
     def available(self, device: int) -> bool:
-        """Whether they work on GPU number `device`."""
+        """True if they work on GPU number `device`."""
         return self.unavailable(device) is None
 
     def unavailable(self, device: int | None = None) -> str | None:
-        """None where they work on a GPU, by default the current one, else why they do not and what would help."""
+        """None if they work on a GPU, by default the current one, else the reason and the remedy."""
         reason = gpu.unavailable(device)
         if reason is not None:
             return reason
@@ -59,8 +60,8 @@ class CudaFamily:
         return None
 
     def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-        """Whether tensors, or None, are what the kernels take: real, on one GPU, of one dtype, float32 or bfloat16.
-        Tensors without data, by which a GPU's memory is planned, do as a GPU's would."""
+        """True if the kernels take these tensors (None: not given): real ones on one GPU, all float32 or all bfloat16.
+        Tensors without data, with which a GPU's memory is planned, are taken like a GPU's."""
         if (
             first.dtype not in DTYPES
             or first.numel() == 0
@@ -80,7 +81,7 @@ class CudaFamily:
         stream: int | None,
         block: Block | None = None,
     ) -> None:
-        """Enqueue a kernel over `blocks` blocks of `block` threads, None for its own; RuntimeError where that fails."""
+        """Enqueue a kernel over `blocks` blocks of `block` threads, None for its own; RuntimeError if that fails."""
         status = built.run(name, arguments, blocks, block, stream)
         if status != 0:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")

@@ -1,4 +1,4 @@
-"""From a family's CUDA source to kernels on a GPU: a library by nvcc where it works, else a module by NVRTC."""
+"""Compiles and loads a family's CUDA source for a GPU: a library by nvcc if that works, else a module by NVRTC."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 
 def unavailable(device: int | None = None) -> str | None:
-    """None if the kernels are written for a GPU, by its number or the current one, else why not and what would help."""
+    """None if the kernels are written for a GPU (its number, or the current one), else the reason and the remedy."""
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
     if torch.version.cuda is None:
@@ -48,9 +48,9 @@ def build_kernels(
 ) -> Built:
     """The kernels of `source`, a path below cuda/, for GPU number `device`.
 
-    from_library(path) where nvcc compiles them, else from_image(cubin) of one NVRTC after another, with the GPU's
-    context current. trial(kernels) launches one and raises RuntimeError if that fails. Raises BuildError, with the
-    reason of each compiler, if none works.
+    from_library(path) loads nvcc's result; if nvcc does not work, from_image(cubin) loads that of one NVRTC after
+    another, with the GPU's context current. trial(kernels) launches one and raises RuntimeError if that fails. Raises
+    BuildError, with the reason of each compiler, if none works.
     """
     reasons = []
     try:
@@ -76,14 +76,14 @@ def nvcc_for(device: int) -> tuple[str, str]:
 
 
 def nvrtc_architecture(device: int, compiler: nvrtc.Nvrtc) -> str:
-    """The architecture for which an NVRTC is to compile, "sm_90", ..., for GPU number `device`. Raises BuildError."""
+    """The architecture, "sm_90", ..., that an NVRTC should compile for on GPU number `device`. Raises BuildError."""
     capability = torch.cuda.get_device_capability(device)
     return "sm_" + architecture_for(capability, compiler.architectures, f"NVRTC {compiler.version}")
 
 
 def _module(name: str, source: str, device: int, compiler: nvrtc.Nvrtc, from_image: Callable[[bytes], Built]) -> Built:
-    """from_image of what one NVRTC makes of `source`. Code that does not load is compiled anew once: what is in the
-    cache may be of another release with the same version."""
+    """from_image(cubin of `source` by one NVRTC). Code that does not load is compiled anew once, because the cache may
+    hold that of another release with the same version."""
     given = name, source, nvrtc_architecture(device, compiler), compiler
     image = nvrtc.cubin(*given)
     try:
@@ -93,7 +93,7 @@ def _module(name: str, source: str, device: int, compiler: nvrtc.Nvrtc, from_ima
 
 
 def _tried(kernels: Built, trial: Callable[[Built], object], whose: str) -> Built:
-    """kernels, after a launch that worked."""
+    """Return the kernels after a trial launch. Raises BuildError if it fails."""
     try:
         trial(kernels)
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def _tried(kernels: Built, trial: Callable[[Built], object], whose: str) -> Buil
 
 def recipe(source: str | Path, nvcc: str, architecture: str) -> tuple[list[Unit], tuple[str, ...], list[Path]]:
     """(units, link command, headers) of a library for one architecture: "80", "90", ...; source: a path below cuda/, or
-    a whole one."""
+    an absolute one."""
     root = source_directory("cuda")
     target = (nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
     unit = Unit(root / source, (*target, *NVCC_FLAGS, f"-I{root}"))

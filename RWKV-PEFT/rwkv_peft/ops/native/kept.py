@@ -1,8 +1,8 @@
-"""Files that are made once and kept in the user's cache, and used only where they are whole.
+"""Files that are made once and kept in the user's cache, and used only if they are whole.
 
-Each ends in a seal, the SHA-256 of what stands before it: a library that a full disk or a copy has cut short would
-otherwise end the process when its missing pages are touched. The loaders of libraries look at what their headers name,
-and not behind it.
+Each file ends in a seal, the SHA-256 of the rest: otherwise a library that a full disk or a copy has cut short would be
+loaded, and end the process when a missing page is touched. Loaders of libraries ignore bytes after the parts that the
+header names, such as the seal.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from filelock import FileLock
 
 from .errors import BuildError
 
-COMPILING = logging.getLogger("rwkv_peft.compiling")  # hears of what is made, in words for the user
+COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user
 SEAL = hashlib.sha256().digest_size  # bytes
 
 
 def cache_directory() -> Path:
-    """Where they are kept: rwkv_peft under the user's cache folder (XDG base directory rules). Raises BuildError for a
-    user without a home folder, as containers have them."""
+    """The folder of these files: rwkv_peft in the user's cache folder (XDG base directory rules). Raises BuildError for
+    a user without a home folder, as in some containers."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
@@ -31,11 +31,11 @@ def cache_directory() -> Path:
 
 
 def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
-    """Have the file `path` made where it is missing or not whole, sealed, and appear at once; make(folder) makes it in
-    an empty folder and returns where.
+    """Make the file `path`, sealed, if it is missing or not whole; it appears only when it is complete. make(folder)
+    makes it in an empty folder and returns its path.
 
-    Of the processes that want a file called `name` in that cache one makes it, and the others wait. What one left that
-    was killed meanwhile is removed. Raises OSError where the cache cannot be written.
+    If several processes want a file called `name` in that cache, one makes it, and the others wait. Remains of a killed
+    process are removed. Raises OSError if the cache cannot be written.
     """
     if is_whole(path):
         return
@@ -44,7 +44,7 @@ def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
         if is_whole(path):  # another process has made it while this one waited
             return
         COMPILING.info("compiling %s, once for this machine", name)
-        work = path.parent / f"{name}.build"  # of whoever holds the lock
+        work = path.parent / f"{name}.build"  # for the holder of the lock
         if work.exists():
             shutil.rmtree(work)
         work.mkdir()
@@ -60,8 +60,8 @@ def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a file at `path`, and it is as it was made."""
-    if not path.is_file():  # a pipe would be waited for
+    """True if there is a file at `path`, unchanged since it was sealed."""
+    if not path.is_file():  # reading a pipe would block
         return False
     content = path.read_bytes()
     return content[-SEAL:] == _seal(content[:-SEAL])

@@ -1,5 +1,5 @@
-"""Built CUDA kernels that share a structure of arguments, each launched by its name: those of a library that nvcc
-linked, where driver.py has those of a module."""
+"""Built CUDA kernels that share a structure of arguments, each launched by its name: here from a library that nvcc
+linked, in driver.py from a module."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ Block = tuple[int, int]  # a block's (x, y) threads
 
 
 class Kernels(Protocol):
-    """What can be launched."""
+    """A set of kernels that can be launched."""
 
     def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
-        """Enqueue the kernel `name` over `blocks` blocks of `block` threads, None for as many as it says itself; ->
-        CUDA's error code."""
+        """Enqueue the kernel `name` over `blocks` blocks of `block` threads (None: the kernel's own number) -> CUDA's
+        error code."""
 
 
 class Library:

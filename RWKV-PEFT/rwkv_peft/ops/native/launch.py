@@ -1,4 +1,4 @@
-"""From tensors to a launch of a CUDA kernel: alignment, and torch's stream."""
+"""Prepares a launch of a CUDA kernel: alignment of tensors, and torch's stream."""
 
 from typing import overload
 
@@ -15,7 +15,7 @@ def aligned(x: None) -> None: ...
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """x where the kernels' copies of 8 and 16 bytes can read it, else a copy of it."""
+    """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
 
 

@@ -1,6 +1,6 @@
 """The instruction sets that CPU kernels are compiled for, and which of them this processor has.
 
-Each is a library of its own, so that the first use compiles only the one that this processor takes.
+Each has a library of its own, so that the first use compiles only one of them.
 """
 
 import functools
@@ -19,7 +19,7 @@ X86 = ("x86_64", "AMD64")
 
 @functools.cache
 def best_level() -> str:
-    """The fastest of LEVELS that this processor has; of those for bfloat16 also that the compiler knows."""
+    """The fastest of LEVELS that this processor has; avx512bf16 only if the compiler knows it."""
     found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
     if found not in level_flags():
         return "portable"
@@ -28,7 +28,7 @@ def best_level() -> str:
 
 
 def is_here(level: str) -> bool:
-    """Whether this processor has one of LEVELS."""
+    """True if this processor has the given one of LEVELS."""
     return LEVELS.index(level) >= LEVELS.index(best_level())
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from .errors import BuildError
 
-Declaration = tuple[Any, ...]  # of a C function, as `load` takes it
+Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
 
 
 def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
-    """The library at `path`, its C functions declared: each of `functions` is (name, result type or None, *argument
-    types), where a structure's class stands for a pointer to it. Raises BuildError where it cannot be loaded."""
+    """Load the library at `path` and declare its C functions, each a Declaration, in which a structure's class stands
+    for a pointer to it. Raises BuildError if it cannot be loaded."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

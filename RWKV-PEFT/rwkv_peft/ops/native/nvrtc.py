@@ -37,8 +37,8 @@ class Nvrtc:
 def compilers() -> Iterator[Nvrtc]:
     """Every NVRTC of this machine, from the nvidia wheels and the system, each version once.
 
-    Those of the major version of torch's own CUDA come first: the driver that runs torch takes their code, and may be
-    too old for that of a newer one.
+    Those with the major version of torch's CUDA come first: the driver runs torch, and so takes their code, but may be
+    too old for a newer compiler's.
     """
     of_torch = f".so.{(torch.version.cuda or '').partition('.')[0]}"
     seen = set()
@@ -50,8 +50,8 @@ def compilers() -> Iterator[Nvrtc]:
 
 
 def _load(path: str) -> Nvrtc | None:
-    """The library at a path, or of a bare name that the system knows; None if it cannot be loaded, or is older than
-    CUDA 11.2, which does not say what it compiles for."""
+    """The NVRTC at a path, or by a bare name that the system finds; None if it cannot be loaded, or is older than CUDA
+    11.2 and so cannot list its architectures."""
     try:
         for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
             ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
@@ -67,10 +67,10 @@ def _wheel_libraries() -> list[Path]:
 
 
 def cubin(name: str, source: str, architecture: str, compiler: Nvrtc, anew: bool = False) -> bytes:
-    """`source`, a path below cuda/, compiled by one NVRTC for one architecture ("sm_90", ...), as bytes.
+    """Compile `source`, a path below cuda/, by one NVRTC for one architecture ("sm_90", ...) -> the cubin's bytes.
 
-    Cached under `name` by content and by the compiler's version, since a driver may refuse the code of a newer one;
-    anew: compiled even if it is there.
+    Cached under `name` by content and by the compiler's version, because a driver may refuse a newer compiler's code;
+    anew: compile even if it is in the cache.
     """
     root = source_directory("cuda")
     file = root / source

@@ -1,4 +1,4 @@
-"""Where the kernels' sources are, and which files a source includes."""
+"""Finds the kernels' sources, and the files that a source includes."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,9 @@ def source_directory(kind: str) -> Path:
 
 
 def included_files(source: str | Path, root: str | Path) -> list[Path]:
-    """Every file that `source` includes in quotes, directly or by way of others, each named from the folder `root`.
+    """Every file that `source` includes in quotes, directly or through others; names are relative to the folder `root`.
 
-    Includes in branches that a compiler would skip count too. Raises BuildError where a file is missing.
+    Includes in branches that a compiler would skip count too. Raises BuildError if a file is missing.
     """
     found: set[Path] = set()
     waiting = [Path(source)]

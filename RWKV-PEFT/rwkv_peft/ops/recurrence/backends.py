@@ -1,4 +1,4 @@
-"""A recurrence's backends by name, and which of them a call takes."""
+"""A recurrence's backends by name, and the choice among them for a call."""
 
 import functools
 import logging
@@ -13,19 +13,20 @@ from torch import Tensor
 from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
 
-KERNELS = ("cpu", "cuda")  # backends that are for one type of device, that of their name; others are for any
+KERNELS = ("cpu", "cuda")  # backends for the type of device that they are named after; others are for any device
 
 
 class Backend(Protocol):
-    """A form of a recurrence with a backward of its own. level: the instruction set of a CPU kernel, or ""."""
+    """One way to compute a recurrence, with its own backward. level: the instruction set of a CPU kernel, or ""."""
 
     @property
     def unavailable(self) -> Callable[[str], str | None]:
-        """(level) -> None, or why it cannot be used and what would help."""
+        """(level) -> None if it can be used, else the reason and the remedy."""
 
     @property
     def checkpoint_count(self) -> Callable[[Tensor, int], int]:
-        """(one of the tensors (B, T, H, N), sequences) -> how many states (H, N, N) forward keeps for backward."""
+        """(one of the tensors (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for
+        backward."""
 
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -37,28 +38,28 @@ class Backend(Protocol):
 
 
 class Backends:
-    """The backends of an operation besides "reference", which is plain torch, differentiated by autograd."""
+    """The backends of an operation other than "reference", which is plain torch, differentiated by autograd."""
 
     def __init__(self, op: str, table: Mapping[str, Backend], fallback: str) -> None:
-        """fallback: what "auto" takes where there is no kernel."""
+        """fallback: the backend that "auto" takes if there is no kernel."""
         self.op, self.table, self.fallback = op, table, fallback
 
-        @constant_when_compiled  # which takes no methods
+        @constant_when_compiled  # does not work on methods
         def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
             return self._resolve(backend, device_type, index, dtype)
 
         self.choose = choose
 
     def __getitem__(self, chosen: str) -> tuple[Backend, str]:
-        """What `choose` has chosen, and its level."""
+        """The Backend that `choose` has chosen, and its level."""
         name, _, level = chosen.partition(":")
         return self.table[name], level
 
     def reasons(self) -> dict[str, str | None]:
-        """Every name -> None where it can be used here, else the reason and the remedy. May compile them."""
+        """Every name -> None if it can be used here, else the reason and the remedy. May compile them."""
         return {"reference": None, **{name: backend.unavailable("") for name, backend in self.table.items()}}
 
-    @functools.cache  # noqa: B019 - they live as long as their modules
+    @functools.cache  # noqa: B019 - a Backends lives as long as its module
     def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
         """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
         with _current_gpu(device_type, index):
@@ -95,7 +96,7 @@ class Backends:
         if dtype == torch.float64:
             return "reference"
         if device_type == "meta":
-            return "cuda"  # what is counted without data is counted for GPUs
+            return "cuda"  # tensors without data stand for a GPU's
         reason: str | None = f"there is no kernel for {device_type}"
         if device_type in KERNELS:
             reason = self.table[device_type].unavailable("")
@@ -111,5 +112,5 @@ class Backends:
 
 
 def _current_gpu(device_type: str, index: int | None) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, which is what backends are asked about; nothing for other devices."""
+    """A context in which a GPU is the current one, which backends are asked about; does nothing for other devices."""
     return torch.cuda.device(index) if device_type == "cuda" and index is not None else nullcontext()

@@ -1,4 +1,4 @@
-"""What a recurrence accepts: each rule is checked once, here, before any backend sees a tensor."""
+"""Checks the arguments of a recurrence: each rule once, here, before any backend sees a tensor."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ MAX_HEAD_SIZE = 128
 def check(
     signature: Signature, inputs: Sequence[torch.Tensor], state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
-    """v, which tells shape, device and dtype. Raises ValueError, with the value, the rule and the remedy, where the
-    arguments do not fit together."""
+    """Check the arguments -> v, whose shape, device and dtype are the call's. Raises ValueError, with the value, the
+    rule and the remedy, if the arguments do not fit together."""
     op, rows = signature.op, signature.rows
     v = inputs[rows.index("v")]
     shape, device = v.shape, v.device
@@ -73,7 +73,7 @@ def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, B: int, T: int) -> int:
 
 
 def _has_values(x: torch.Tensor) -> bool:
-    """Whether x is a real tensor rather than a fake or meta one."""
+    """True if x is a real tensor rather than a fake or meta one."""
     return type(x) is torch.Tensor and x.device.type != "meta"
 
 
@@ -95,14 +95,16 @@ def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
 
 
 def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
-    """Spare a GPU's copy of cu_seqlens, which lies on the CPU, the reading of check_bounds. Raises its ValueError."""
+    """Check cu_seqlens on the CPU for its copy on a GPU, so that check_bounds need not read the copy. Raises
+    check_bounds' ValueError."""
     check_bounds("packing", cu_seqlens, T)
     _remember(copy, cu_seqlens.tolist())
 
 
 def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
-    """The values of a tensor that passed, for which a GPU need not be waited for a second time. A CUDA graph that is
-    being recorded may not depend on them, and so has to read them, which fails."""
+    """The values of a tensor that passed, without waiting for a GPU a second time. While a CUDA graph is recorded the
+    remembered values are not used, because the graph must not depend on them: reading the tensor fails, as it should.
+    """
     known: list[int] = getattr(cu_seqlens, "_bounds", [])
     recorded = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
     if known and not recorded and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, known[-1]):
@@ -111,7 +113,7 @@ def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
 
 
 def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
-    """cu_seqlens as the kernels take it; a converted copy of a tensor that passed has passed, too."""
+    """cu_seqlens as the kernels take it; the copy of a tensor that passed counts as passed, too."""
     plain = cu_seqlens.to(torch.int64).contiguous()
     converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
     if converted and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
@@ -121,12 +123,12 @@ def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def _remember(cu_seqlens: torch.Tensor, bounds: list[int]) -> None:
-    """Let a GPU's tensor remember that it passed, and its values."""
+    """Store on a GPU's tensor that it passed, and its values."""
     if cu_seqlens.device.type != "cpu":
         cu_seqlens._checked_bounds = _mark(cu_seqlens, bounds[-1])  # type: ignore[attr-defined]
         cu_seqlens._bounds = bounds  # type: ignore[attr-defined]
 
 
 def _mark(cu_seqlens: torch.Tensor, T: int) -> tuple[int, int]:
-    """What a tensor that bounds sequences of T tokens remembers, as long as nobody writes to it."""
+    """The mark of a tensor that passed for T tokens; it differs once the tensor has been written to."""
     return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version

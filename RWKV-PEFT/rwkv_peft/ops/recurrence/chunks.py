@@ -1,4 +1,4 @@
-"""How the chunked forms lay out their steps: sequences padded to whole chunks, and where each begins and ends."""
+"""The layout of steps in the chunked forms: sequences padded to whole chunks, and where each begins and ends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from .checks import bounds_on_host
 
-CHUNK = 16  # steps; in wkv7, 1 / (product of their decays) stays below 2e4, so float32 holds all factors without care
-SEGMENT = 16  # chunks whose products are taken at once, and that share one saved state, unless a form has its own
+CHUNK = 16  # steps of a chunk; in wkv7, 1 / (product of their decays) stays below 2e4, so float32 holds all factors
+SEGMENT = 16  # chunks whose products are taken at once and share one saved state, unless a form has its own number
 
 
 @dataclass(frozen=True)
 class Span:
-    """Some of a call's states, and the chunks of the padded row that belong to them."""
+    """Some of a call's states, and the first and last of their chunks in the padded row."""
 
     states: slice
     first: int
@@ -22,8 +22,8 @@ class Span:
 
 
 class Layout:
-    """The chunks of a call: of every row alike, or, where one row is packed, of one sequence after another, so that
-    sequences of any length cost no more than their own chunks."""
+    """The chunks of a call: the same for every row, or for one packed row those of one sequence after another, so that
+    a sequence costs only its own chunks."""
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None):
         """shape: (B, T, H, N); cu_seqlens (n + 1,) or None."""
@@ -70,13 +70,13 @@ class Layout:
 
 
 def segment_count(B: int, T: int, sequences: int, segment: int = SEGMENT) -> int:
-    """States that the chunked form keeps for backward, at most: one for each row and segment."""
-    packed = 0 if sequences == B else sequences  # a packed sequence may add one chunk that is not full
+    """The most states that the chunked form saves for backward: one for each row and segment."""
+    packed = 0 if sequences == B else sequences  # each packed sequence may add one chunk that is not full
     return B * -(-(-(-T // CHUNK) + packed) // segment)
 
 
 def indices(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Where each of T packed tokens lies in the padded row (T,), found without waiting for a GPU."""
+    """The position (T,) of each of T packed tokens in the padded row, computed without waiting for a GPU."""
     steps = torch.arange(T, device=cu_seqlens.device)
     padded = (cu_seqlens.diff() + CHUNK - 1).div(CHUNK, rounding_mode="floor") * CHUNK
     shifts = padded.cumsum(0) - padded - cu_seqlens[:-1]
@@ -94,8 +94,8 @@ class Call:
         cu_seqlens: Tensor | None,
         segment: int = SEGMENT,
     ) -> None:
-        """rows: tensors (B, T, H, N) of one dtype, and what fills each past a sequence's end, where a step is to leave
-        the state alone; segment: the chunks of one."""
+        """rows: tensors (B, T, H, N) of one dtype; fillers: a value for each past a sequence's end, so that such steps
+        do not change the state; segment: the number of chunks in a segment."""
         r, self.segment = rows[0], segment
         self.layout = Layout(r.shape, cu_seqlens)
         self.dtype = torch.promote_types(r.dtype, torch.float32)
@@ -103,13 +103,13 @@ class Call:
         self.initial = self.states(state, r)
 
     def states(self, state: Tensor | None, like: Tensor) -> Tensor:
-        """`state`, or zeros, in the dtype of the computation."""
+        """`state`, or zeros for None, in the dtype of the computation."""
         at = self.layout
         shape = (at.states, at.H, at.N, at.N)
         return like.new_zeros(shape, dtype=self.dtype) if state is None else state.to(self.dtype)
 
     def parts(self, states: Tensor, chunks: Mapping[int, slice]) -> dict[int, Tensor]:
-        """A sequence's first or last chunk -> its states, (B H, N, N)."""
+        """The states (B H, N, N) of each sequence, by its first or last chunk."""
         return {chunk: states[at].flatten(0, 1) for chunk, at in chunks.items()}
 
     def segments(self) -> list[tuple[int, int]]:
@@ -118,19 +118,19 @@ class Call:
         return [(first, min(first + step, chunks)) for first in range(0, chunks, step)]
 
     def take(self, x: Tensor, first: int, after: int) -> Tensor:
-        """Chunks of a padded tensor as (B H, n, C, N)."""
+        """Chunks `first` up to `after` of a padded tensor as (B H, n, C, N)."""
         return x[:, :, first:after].flatten(0, 1).to(self.dtype)
 
     def taken(self, first: int, after: int) -> list[Tensor]:
-        """The chunks of all rows."""
+        """The same chunks of all rows."""
         return [self.take(x, first, after) for x in self.rows]
 
     def empty(self, like: Tensor) -> Tensor:
-        """Room for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
+        """An empty tensor for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
         at = self.layout
         return like.new_empty(at.B, at.chunks * CHUNK, at.H, at.N)
 
     def put(self, to: Tensor, first: int, after: int, x: Tensor) -> None:
-        """x (B H, n, C, N) goes to its chunks' place."""
+        """Write x (B H, n, C, N) to its chunks' place in `to`."""
         at = self.layout
         to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)

@@ -15,28 +15,28 @@ class CpuRecurrence:
     """The kernel of cpu/OP."""
 
     def __init__(self, signature: Signature, tile: int) -> None:
-        """tile: steps between two saved states, its kTile."""
+        """tile: steps between two saved states, the kernel's kTile."""
         self.op, self.inputs, self.tile = signature.op, signature.inputs, tile
         self.gradients = (*signature.gradients, "gstate")
         pointers = (*self.inputs, "state checkpoints y final_state gy gfinal", *self.gradients, "cu_seqlens")
         members = {"_fields_": fields(" ".join(pointers), "sequences tokens heads head_size")}
-        # cpu/OP/arguments.h's structure of the same name
+        # the structure of the same name in cpu/OP/arguments.h
         self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), members)
         functions = [(f"{self.op}_cpu_{way}", ctypes.c_int, self.Arguments) for way in ("forward", "backward")]
         self.family = CpuFamily(self.op, functions)
 
     def unavailable(self, level: str = "") -> str | None:
-        """None where the kernel works here (at `level`, or at any), else why it does not and what would help."""
+        """None if the kernel works here (at `level`, or at any), else the reason and the remedy."""
         return self.family.unavailable(level)
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
-        """States kept for backward: one at each tile's start, except a sequence's first (that one is the input)."""
+        """The states saved for backward: one at each tile's start, but a sequence's first, whose state is the input."""
         return r.shape[0] * r.shape[1] // self.tile
 
     def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs, those (B, T, H, N) float32 or bfloat16, the others float32; state (n, H, N, N) float32 or None;
-        cu_seqlens (n + 1,) int64 or None; all contiguous -> y, final state, checkpoints (float32, empty unless `save`).
-        """
+        """tensors: the inputs, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state (n, H, N, N)
+        float32 or None; cu_seqlens (n + 1,) int64 or None; all contiguous -> y, final state, checkpoints (float32,
+        empty unless `save`)."""
         *inputs, state, cu_seqlens = tensors
         r = inputs[0]
         B, T, H, N = r.shape
@@ -50,7 +50,7 @@ class CpuRecurrence:
         return y, final_state, checkpoints
 
     def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
-        """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state."""
         *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
         r = inputs[0]

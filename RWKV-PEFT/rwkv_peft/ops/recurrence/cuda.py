@@ -19,12 +19,12 @@ from .signature import Signature, sequences_of
 
 INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
 
-# (direction, head size, dtype) -> the kernels to launch, one after the other, each with its block, None for its own.
+# (direction, head size, dtype) -> the kernels to launch in turn, each with its threads per block (None: its own).
 Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, Block | None]]]
 
 
 def structure(signature: Signature) -> type[ctypes.Structure]:
-    """cuda/OP/arguments.cuh's Arguments."""
+    """The structure Arguments in cuda/OP/arguments.cuh."""
     given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
     pointers = (*given, *signature.gradients, "gstate", "parts", "transitions", *signature.further)
     kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int))
@@ -44,9 +44,9 @@ class CudaRecurrence:
         splits: Mapping[int, Split] = MappingProxyType({}),
         halved: Sequence[int] = (),
     ) -> None:
-        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that
-        `plan` plans. splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16
-        keeps two slots in the room of one."""
+        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: those of the kernels
+        in `plan`. splits: by head size, the kernels that split time. halved: head sizes at which bfloat16 stores two
+        slots in the room of one."""
         self.segment, self.plan, self.splits, self.halved = segment, plan, splits, halved
         op, self.signature = signature.op, signature
         self.Arguments = structure(signature)
@@ -54,25 +54,25 @@ class CudaRecurrence:
         self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
     def variant(self, rows: Sequence[str], plan: Plan, splits: Mapping[int, Split]) -> "CudaRecurrence":
-        """That of other inputs (B, T, H, N), for kernels among those of this one."""
+        """A recurrence over other inputs (B, T, H, N), with kernels of the same source."""
         other = copy.copy(self)
         other.signature = dataclasses.replace(self.signature, rows=tuple(rows))
         other.plan, other.splits = plan, splits
         return other
 
     def unavailable(self, level: str = "") -> str | None:
-        """None where the kernels work on the current GPU, else why they do not and what would help."""
+        """None if the kernels work on the current GPU, else the reason and the remedy."""
         del level  # the CPU kernel's instruction set
         return self.family.unavailable()
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
-        """Room for states that backward needs, each (H, N, N) in float32: a slot for each segment of a sequence, and a
-        gap of at most one; and, where time is split, the groups' transitions."""
+        """The number of float32 states (H, N, N) in the checkpoints: a slot for each segment of a sequence, and at most
+        one unused; and the groups' transitions if time is split."""
         B, T = r.shape[:2]
         return self._slots(r, sequences) + places(B, T, sequences, self.group_of(r, sequences))
 
     def group_of(self, r: Tensor, sequences: int) -> int:
-        """The tokens of a group where time is split, else 0."""
+        """The tokens of a group if time is split, else 0."""
         split = self.splits.get(r.shape[3])
         return 0 if split is None else group_of(r, sequences, split)
 
@@ -81,27 +81,27 @@ class CudaRecurrence:
         return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
     def forward(self, *tensors: Any, save: bool, level: str = "", **further: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
-        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`).
-        further: what the signature names so."""
+        """tensors: the inputs, contiguous, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state
+        (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
+        `save`). further: the tensors of Signature.further."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
         return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, **further)
 
     def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
-        """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state. further: as in forward."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
         return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
 
     def _kernels(self, r: Tensor) -> Kernels | None:
-        """Those for r's GPU; None where r has no data, and nothing will be launched."""
+        """The kernels for r's GPU; None if r has no data, because nothing will be launched."""
         return None if r.is_meta else self.family.kernels(r.device.index)
 
     def run_forward(
         self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
-        ValueError for a group that the kernels do not take."""
+        """`forward` with the given kernels. group: the tokens of a group, a multiple of 64, or 0 if time is not split.
+        Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         self._check_group(r, group)
@@ -119,7 +119,7 @@ class CudaRecurrence:
     def run_backward(
         self, kernels: Kernels | None, *tensors: Any, group: int = 0, **further: Any
     ) -> tuple[Tensor, ...]:
-        """backward, on the given kernels, with forward's `group`. Raises ValueError as run_forward does."""
+        """`backward` with the given kernels, and forward's `group`. Raises ValueError as run_forward does."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
         self._check_group(r, group)
@@ -130,7 +130,7 @@ class CudaRecurrence:
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
         groups = places(B, T, sequences, group)
-        shape = (groups or sequences, H, N)  # of what blocks sum by themselves
+        shape = (groups or sequences, H, N)  # each block's own sum
         of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.signature.shared}
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
@@ -139,7 +139,7 @@ class CudaRecurrence:
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _check_group(self, r: Tensor, group: int) -> None:
-        """Raise ValueError for a group of which the kernels would read past their tensors."""
+        """Raise ValueError for a group with which the kernels would read past their tensors."""
         if group and (r.dtype != torch.bfloat16 or r.shape[3] not in self.splits or group % GRAIN or group < 0):
             op, sizes = self.signature.op, " or ".join(map(str, self.splits)) or "none"
             raise ValueError(
@@ -159,7 +159,7 @@ class CudaRecurrence:
         group: int,
         given: Mapping[str, Tensor | float | None],
     ) -> None:
-        """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
+        """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError if that fails."""
         B, T, H, N = r.shape
         if kernels is None or sequences == 0 or H == 0:
             return

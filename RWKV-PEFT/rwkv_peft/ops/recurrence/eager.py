@@ -1,4 +1,4 @@
-"""A recurrence's backends under autograd, past torch's operators, whose dispatch costs more than a small call does.
+"""A recurrence's backends under autograd, without torch's operators, whose dispatch costs more than a small call.
 
 torch.compile and FakeTensor need the operators (operators.py); nothing else does.
 """
@@ -24,7 +24,7 @@ class Differentiable(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # read once: where blocks are recomputed, a second reading is an error
+        saved = ctx.saved_tensors  # read once: a second reading is an error if blocks are recomputed
         if all([x is None for x in gradients]):
             return (None,) * (2 + len(saved))
         gy, gfinal = (None if x is None else x.contiguous() for x in gradients)
@@ -34,7 +34,7 @@ class Differentiable(Function):
 
 
 class _Gradients(Function):
-    """The gradients as a Function of their own, so that a second derivative is refused in words."""
+    """Backward as a Function of its own, so that a second derivative raises a clear error."""
 
     @staticmethod
     def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: torch.Tensor | None) -> Any:
@@ -47,7 +47,7 @@ class _Gradients(Function):
 
 
 def second_derivative(op: str) -> RuntimeError:
-    """The error of a second derivative through the kernels of `op`."""
+    """The error for a second derivative through the kernels of `op`."""
     return RuntimeError(
         f"{op}'s kernels have no second derivative; differentiate twice with {op}(..., backend='reference')"
     )

@@ -1,4 +1,4 @@
-"""A recurrence as an operation: its arguments are checked, made what the kernels take, and handed to a backend."""
+"""A recurrence as an operation: checks its arguments, converts them for the kernels, and calls a backend."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +23,7 @@ class Recurrence:
         backends: Mapping[str, Backend],
         fallback: str = "reference",
     ) -> None:
-        """reference: the operation in plain torch; backends and fallback as Backends has them."""
+        """reference: the operation in plain torch; backends and fallback as in Backends."""
         self.signature, self.reference, self.row_count = signature, reference, len(signature.rows)
         self.backends = Backends(signature.op, backends, fallback)
         self.operators = Operators(signature, self.backends)
@@ -31,8 +31,8 @@ class Recurrence:
     def compute(
         self, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """y in v's dtype, and the final state. Raises ValueError where arguments do not fit, RuntimeError where a named
-        backend is unusable, NotImplementedError for forward-mode differentiation of another than "reference"."""
+        """y in v's dtype, and the final state. Raises ValueError if arguments do not fit, RuntimeError if a named
+        backend is unusable, NotImplementedError for forward-mode differentiation of any backend but "reference"."""
         v = check(self.signature, inputs, state, cu_seqlens)
         rows, shared = inputs[: self.row_count], inputs[self.row_count :]
         dtype, device = _common_dtype(rows), v.device
@@ -59,12 +59,12 @@ class Recurrence:
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as the kernels take it."""
+    """x in a dtype, contiguous, as the kernels take it."""
     return x.to(dtype).contiguous()
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that holds all: under autocast the decay is float32 beside bfloat16 projections."""
+    """The dtype that all tensors are converted to: under autocast the decay is float32, the projections bfloat16."""
     dtype = tensors[0].dtype
     for x in tensors:
         if x.dtype != dtype:
@@ -73,14 +73,13 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether x stands for a tensor under torch.compile, FakeTensor or the meta device: the operator must be seen.
-    Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
-    """
+    """True if x stands for a tensor under torch.compile, FakeTensor or the meta device, which must see the operator.
+    Other calls go straight to the kernel, because on a single step of generation the operator costs as much again."""
     return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
 
 
 def _refuse_tangents(op: str, inputs: Sequence[Tensor], backend: str) -> None:
-    """Raise NotImplementedError where an input carries a tangent, which the kernels would drop."""
+    """Raise NotImplementedError if an input carries a tangent, which the kernels would drop."""
     if getattr(forward_ad, "_current_level", -1) < 0 or torch.compiler.is_compiling():
         return
     if any([forward_ad.unpack_dual(x).tangent is not None for x in inputs]):

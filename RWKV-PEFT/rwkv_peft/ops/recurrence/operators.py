@@ -1,5 +1,5 @@
-"""A recurrence's backends as torch.library operators, with fake kernels and an autograd formula: torch.compile and
-FakeTensor memory planning see them as single operations."""
+"""A recurrence's backends as torch.library operators, with fake kernels and an autograd formula, so that torch.compile
+and FakeTensor memory planning see single operations."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 class Operators:
     """rwkv_peft::OP_forward(*inputs, state, cu_seqlens, save, backend) -> y, final state, checkpoints and
     rwkv_peft::OP_backward(*inputs, state, cu_seqlens, checkpoints, gy, gfinal, backend) -> the gradients of the inputs
-    and the state. `backend` is one that Backends has chosen, "reference" aside."""
+    and the state. `backend` is one that Backends has chosen, but not "reference"."""
 
     def __init__(self, signature: Signature, backends: Backends) -> None:
         self._op, self._backends, self._count = signature.op, backends, len(signature.inputs)
@@ -41,7 +41,7 @@ class Operators:
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, save, chosen = arguments
         r, cu_seqlens = tensors[0], tensors[-1]
-        if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
+        if cu_seqlens is not None:  # in a compiled graph, nobody has checked the values yet
             check_bounds(self._op, cu_seqlens, r.shape[1])
         backend, level = self._backends[chosen]
         return backend.forward(*tensors, save=save, level=level)

@@ -13,9 +13,9 @@ def one_by_one(
     state: Tensor | None,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y (1, T, H, N) and the final states of recurrence(*rows, *shared, state) over each sequence in turn.
+    """y (1, T, H, N) and the final states of recurrence(*rows, *shared, state), run over one sequence after another.
 
-    rows: tensors (1, T, H, N) of n sequences that cu_seqlens (n + 1,) bounds; state (n, H, N, N) or None.
+    rows: tensors (1, T, H, N) of n sequences with the bounds cu_seqlens (n + 1,); state (n, H, N, N) or None.
     """
     bounds = cu_seqlens.tolist()
     ys, finals = [], []

@@ -1,4 +1,4 @@
-"""Which tensors a recurrence takes: what checks, operators and kernels are made of."""
+"""The tensors that a recurrence takes; checks, operators and kernels' arguments follow from it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,17 +8,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Signature:
-    """An operation's inputs in the order of its arguments, after which come a state and cu_seqlens."""
+    """An operation's inputs in the order of its arguments; a state and cu_seqlens follow them."""
 
     op: str
-    rows: tuple[str, ...]  # the names of those (B, T, H, N), "v" among them
-    shared: tuple[str, ...]  # of those (H, N), which follow, float32 for the kernels
-    state_rows: str  # which dimension the rows of a state (H, N, N) are, "key" or "value"
-    further: tuple[str, ...] = ()  # what else its CUDA kernels may be given
+    rows: tuple[str, ...]  # the names of the inputs (B, T, H, N), "v" among them
+    shared: tuple[str, ...]  # the names of the inputs (H, N), which follow; float32 for the kernels
+    state_rows: str  # the dimension that the rows of a state (H, N, N) stand for, "key" or "value"
+    further: tuple[str, ...] = ()  # further tensors that its CUDA kernels may take
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """All."""
+        """The names of all inputs."""
         return self.rows + self.shared
 
     @cached_property
@@ -28,5 +28,5 @@ class Signature:
 
 
 def sequences_of(rows: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many sequences a call has, given one of its (B, T, H, N)."""
+    """The number of sequences in a call, given one of its tensors (B, T, H, N)."""
     return rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,14 +1,14 @@
 """The chunked form of wkv6 in plain torch as a backend, for any device: products of matrices instead of single steps.
 
-What a step t reads of an earlier step s of its chunk is r_t · (d_{s+1} … d_{t-1} k_s), with d the decays. A chunk is
-halved again and again, until each such pair lies on both sides of one middle: there the decays split into those from s
-to the middle, which k takes, and those from the middle to t, which r takes, and a product of matrices gives all pairs
+A step t reads an earlier step s of its chunk by the weight r_t · (d_{s+1} … d_{t-1} k_s), with d the decays. A chunk is
+halved again and again, until each such pair lies on both sides of one middle. There the decays split into those from s
+to the middle, which go to k, and those from the middle to t, which go to r, and a product of matrices gives all pairs
 of a middle. All factors are products of decays, at most 1: nothing overflows, nothing is divided, and a decay of 0 does
-no harm. What passes through the state S is a product with it. Its backward is derived by hand, and takes the states
-between chunks from a second pass forward over a segment.
+no harm. Earlier chunks are read by a product with the state S. The backward is derived by hand, and takes the states
+between chunks from a second forward pass over a segment.
 
 Chunkwise forms of gated linear attention: Yang et al. 2023, arXiv 2312.06635; RWKV-6: Peng et al. 2024, arXiv
-2404.05892. Computes in float64 where the tensors are float64, else in float32.
+2404.05892. Computes in float64 if the tensors are float64, else in float32.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from torch import Tensor
 from ..recurrence.chunks import CHUNK, Call, segment_count
 from .reference import LARGEST_W
 
-FILLERS = (0.0, 0.0, 0.0, -torch.inf)  # such a step leaves the state alone
+FILLERS = (0.0, 0.0, 0.0, -torch.inf)  # r k v w of a step that does not change the state
 HALVES = tuple(2**n for n in range(CHUNK.bit_length() - 1))  # steps on each side of a middle
-MOST_CHUNKS, LEAST_CHUNKS = 64, 8  # of a segment: with few rows launches cost most of the time, with many memory does
+MOST_CHUNKS, LEAST_CHUNKS = 64, 8  # of a segment: with few rows launches cost most of the time, with many rows memory
 
 
 def unavailable(level: str = "") -> None:
@@ -31,27 +31,27 @@ def unavailable(level: str = "") -> None:
 
 
 def checkpoint_count(r: Tensor, sequences: int) -> int:
-    """States kept for backward, at most."""
+    """The most states saved for backward."""
     return segment_count(r.shape[0], r.shape[1], sequences, _segment(r.shape[0]))
 
 
 def _segment(B: int) -> int:
-    """The chunks of a segment of B rows."""
+    """The number of chunks in a segment of B rows."""
     return max(LEAST_CHUNKS, MOST_CHUNKS // B)
 
 
 def _before(x: Tensor) -> Tensor:
-    """The sums of x (..., C, N) over all steps before each."""
+    """For each step, the sum of x (..., C, N) over all steps before it."""
     return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
 def _behind(x: Tensor) -> Tensor:
-    """The sums of x (..., C, N) over all steps behind each."""
+    """For each step, the sum of x (..., C, N) over all steps after it."""
     return _before(x.flip(-2)).flip(-2)
 
 
 class Sides(NamedTuple):
-    """What lies on both sides of every middle: r with the decays since it, k with those up to it, (..., half, N)."""
+    """The factors on both sides of every middle: r with the decays since it, k with those up to it, (..., half, N)."""
 
     since: Tensor
     r: Tensor
@@ -62,19 +62,19 @@ class Sides(NamedTuple):
 class Products(NamedTuple):
     """Some chunks' operands: G = B H heads, n chunks of C steps."""
 
-    r: Tensor  # (G, n, C, N), as are the next three
+    r: Tensor  # (G, n, C, N), like the next three
     k: Tensor
     v: Tensor
-    logs: Tensor  # of the decays
+    logs: Tensor  # the decays' logarithms
     u: Tensor  # (G, 1, 1, N)
-    own: Tensor  # (G, n, C, C), what a step reads of its chunk's writes
-    halves: tuple[Sides, ...]  # by HALVES
+    own: Tensor  # (G, n, C, C), the weights by which a step reads its chunk's writes
+    halves: tuple[Sides, ...]  # one for each of HALVES
     whole: Sides  # r with the decays since the chunk's first step, k with those up to its last, (G, n, C, N)
-    kept: Tensor  # (G, n, N, 1), what a chunk leaves of the state
+    kept: Tensor  # (G, n, N, 1), the share of the state that is left after a chunk
 
 
 def _split(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """x (..., C, N) before and behind each middle, (..., C / 2 half, half, N)."""
+    """x (..., C, N) before and after each middle, (..., C / 2 half, half, N)."""
     before, behind = x.unflatten(-2, (-1, 2, half)).unbind(-3)
     return before, behind
 
@@ -105,8 +105,8 @@ def _prepare(u: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Products:
 def _states(
     p: Products, first: int, S: Tensor, starts: Mapping[int, Tensor], ends: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(states before each chunk, the state after the last), from chunk number `first` on. starts: a chunk -> the state
-    that it begins with; ends: a chunk -> where the state after it goes."""
+    """(states before each chunk, the state after the last), from chunk number `first` on, S before it. starts: a chunk
+    -> the state that it begins with; ends: a chunk -> the tensor that gets the state after it."""
     written = p.whole.k.mT @ p.v
     states = []
     for c in range(p.v.shape[1]):
@@ -125,8 +125,8 @@ def _bonus(u: Tensor, call: Call) -> Tensor:
 
 
 def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
-    """r k v w (B, T, H, N) of one dtype, u (H, N); state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
-    -> y, final state, the states that the segments begin with (none unless `save`)."""
+    """tensors: r k v w (B, T, H, N) of one dtype, u (H, N); state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or
+    None -> y, final state, the states that the segments begin with (none unless `save`)."""
     *rows, u, state, cu_seqlens = tensors
     call, r = Call(rows, FILLERS, state, cu_seqlens, _segment(rows[0].shape[0])), rows[0]
     at = call.layout
@@ -146,7 +146,7 @@ def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor,
 
 
 def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
-    """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+    """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
     gradients of r k v w u and state."""
     *rows, u, state, cu_seqlens, checkpoints, gy, gfinal = tensors
     call, r = Call(rows, FILLERS, state, cu_seqlens, _segment(rows[0].shape[0])), rows[0]
@@ -177,8 +177,8 @@ def _state_gradients(
     p: Products, dY: Tensor, dS: Tensor, first: int, begun: Mapping[int, Tensor], ended: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(gradients of the states after each chunk, that of the state before the segment). dS: gradient of the state after
-    the segment; begun: a chunk -> where the gradient of the state before it goes; ended: a chunk -> the gradient of the
-    state after it."""
+    the segment; begun: a chunk -> the tensor that gets the gradient of the state before it; ended: a chunk -> the
+    gradient of the state after it."""
     read = p.whole.r.mT @ dY
     after = []
     for c in reversed(range(dY.shape[1])):
@@ -204,12 +204,11 @@ def _gradients(p: Products, states: Tensor, D: Tensor, dY: Tensor) -> tuple[Tens
         pairs = _pairs(down, half)
         (first_dk, last_dr), (first, last) = (_split(dk, half)[0], _split(dr, half)[1]), _split(dlogs, half)
         _add_sides(sides, pairs @ sides.k, pairs.mT @ sides.r, (last_dr, first_dk, last, first))
-    return dr, dk, dv, dlogs * p.logs, du  # a w above LARGEST_W has a decay of 0, and so no gradient
+    return dr, dk, dv, dlogs * p.logs, du  # w above LARGEST_W: the decay is 0, and so is the gradient
 
 
 def _add_sides(sides: Sides, d_r: Tensor, d_k: Tensor, into: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Add the gradients of the sides' r and k to those of the plain r and k, and of the logarithms of the decays since
-    and until."""
+    """Add the gradients of the sides' r and k to those of the plain r and k, and to that of the decays' logarithms."""
     dr, dk, since, until = into
     dr.addcmul_(d_r, sides.since)
     dk.addcmul_(d_k, sides.until)

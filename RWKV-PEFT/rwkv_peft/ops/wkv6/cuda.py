@@ -1,4 +1,4 @@
-"""The CUDA kernels as a wkv6 backend: cuda/wkv6, and which of its kernels serves what."""
+"""The CUDA kernels as a wkv6 backend: cuda/wkv6, and which kernel serves which head size and dtype."""
 
 from types import MappingProxyType
 
@@ -9,7 +9,7 @@ from ..recurrence.cuda import CudaRecurrence
 from ..recurrence.groups import Split
 from .signature import SIGNATURE
 
-STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
+STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv6/plain.cuh
 CHUNKED = ("wkv6_forward_64", "wkv6_backward_64")
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLITS = MappingProxyType(
@@ -19,7 +19,7 @@ PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for
 
 
 def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
-    """The kernel of a direction, "forward" or "backward", and its block."""
+    """The kernel of a direction, "forward" or "backward", and its threads per block."""
     chunked = f"wkv6_{direction}_{head_size}"
     if dtype == torch.bfloat16 and chunked in CHUNKED:
         return [(chunked, None)]

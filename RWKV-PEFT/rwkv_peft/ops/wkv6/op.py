@@ -29,11 +29,11 @@ def wkv6(
     for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens (n + 1,), int32 or
     int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
-    Kernels compute in float32, but for one case that is much less work: on a GPU, where r k v w are all bfloat16 and N
-    is 32, 64 or 128, products take bfloat16 operands, with float32 sums and state.
+    Kernels compute in float32, with one much faster exception: on a GPU, if r k v w are all bfloat16 and N is 64,
+    products take bfloat16 operands, with float32 sums and state.
 
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
-    device ("cpu", "cuda") where it can be used, else "chunked", products of matrices in plain torch on any device, and
+    device ("cpu", "cuda") if it can be used, else "chunked", products of matrices in plain torch on any device, and
     says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
     the CPU kernel's instruction set. float64 needs "reference", which "auto" takes for it, and so does forward-mode
     differentiation. Raises ValueError if arguments do not fit, RuntimeError if a named backend is unusable,
@@ -43,5 +43,5 @@ def wkv6(
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
+    """Every backend's name -> None if it can be used here, else the reason and the remedy. May compile them."""
     return WKV6.backends.reasons()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..recurrence.packed import one_by_one
 
-LARGEST_W = 80.0  # that counts: the decay is 0 long before, and exp(w) and its gradient stay finite
+LARGEST_W = 80.0  # w is cut here: the decay is 0 long before, and exp(w) and its gradient stay finite
 
 
 def wkv6(
@@ -19,7 +19,7 @@ def wkv6(
 
     r k v w (B, T, H, N), u (H, N), state (B, H, N, N) or None for zeros -> y (B, T, H, N) in v's dtype, final state
     (B, H, N, N). With cu_seqlens (n + 1,), B is 1, the row holds n sequences and the states are (n, H, N, N).
-    Computes in float64 where v is float64, else in float32.
+    Computes in float64 if v is float64, else in float32.
     """
     if cu_seqlens is not None:
         return one_by_one(wkv6, (r, k, v, w), (u,), state, cu_seqlens)

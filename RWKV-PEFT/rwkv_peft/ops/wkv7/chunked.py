@@ -1,13 +1,13 @@
 """The chunked form of wkv7 in plain torch as a backend, for any device: products of matrices instead of single steps.
 
-With c the sums of the decays' logarithms from a chunk's start, the factors exp(c) and 1 / exp(c) turn all that happens
-between a chunk's steps into triangular matrices (C, C), and what passes through the state S into products with it. The
-rows of U are S_{t-1} a_t, which depend on each other: a unit triangular system. Its backward is derived by hand, and
-takes the states between chunks from a second pass forward over a segment, never by stepping a state back, which would
-lose accuracy with each division by a decay.
+With c the sums of the decays' logarithms from a chunk's start, the factors exp(c) and 1 / exp(c) turn the effects of a
+chunk's steps on each other into triangular matrices (C, C), and those of earlier chunks into products with the state S.
+The rows of U are S_{t-1} a_t, which depend on each other: a unit triangular system. The backward is derived by hand,
+and takes the states between chunks from a second forward pass over a segment, never by stepping a state back, which
+would lose accuracy with each division by a decay.
 
 Chunkwise forms of the delta rule: Yang et al. 2024, arXiv 2406.06484; RWKV-7: Peng et al. 2025, arXiv 2503.14456.
-Computes in float64 where the tensors are float64, else in float32.
+Computes in float64 if the tensors are float64, else in float32.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def unavailable(level: str = "") -> None:
 
 
 def checkpoint_count(r: Tensor, sequences: int) -> int:
-    """States kept for backward, at most."""
+    """The most states saved for backward."""
     return segment_count(r.shape[0], r.shape[1], sequences)
 
 
@@ -34,15 +34,15 @@ def checkpoint_count(r: Tensor, sequences: int) -> int:
 class Products:
     """Some chunks' operands: G = B H heads, n chunks of C steps."""
 
-    v: Tensor  # (G, n, C, N), as are the next six
+    v: Tensor  # (G, n, C, N), like the next six
     incl: Tensor  # product of the decays up to a step, itself included
-    excl: Tensor  # and without itself
+    excl: Tensor  # the same without itself
     wq: Tensor  # r incl
     wa: Tensor  # a excl
     kwi: Tensor  # k / incl
     bwi: Tensor  # b / incl
     fw: Tensor  # (G, n, 1, N), incl of the last step
-    ab: Tensor  # (G, n, C, C), as are the next four: what a step reads of an earlier one's write
+    ab: Tensor  # (G, n, C, C), like the next four: the weights by which a step reads earlier steps' writes
     ak: Tensor
     qk: Tensor
     qb: Tensor
@@ -64,8 +64,8 @@ def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -
 def _states(
     p: Products, first: int, S: Tensor, starts: dict[int, Tensor], ends: dict[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(states before each chunk, U, the state after the last), from chunk number `first` on. starts: a chunk -> the
-    state that it begins with; ends: a chunk -> where the state after it goes."""
+    """(states before each chunk, U, the state after the last), from chunk number `first` on, S before it. starts: a
+    chunk -> the state that it begins with; ends: a chunk -> the tensor that gets the state after it."""
     own, through = p.inverse @ (p.ak @ p.v), p.inverse @ p.wa  # U = own + through Sᵀ
     bf, written = p.bwi * p.fw, p.v.mT @ (p.kwi * p.fw)
     states, us = [], []
@@ -80,11 +80,11 @@ def _states(
     return torch.stack(states, 1), torch.stack(us, 1), S
 
 
-FILLERS = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # such a step leaves the state alone
+FILLERS = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # r w k v a b of a step that does not change the state
 
 
 def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
-    """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
+    """tensors: r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
     -> y, final state, the states that the segments begin with (none unless `save`)."""
     *inputs, state, cu_seqlens = tensors
     call, r = Call(inputs, FILLERS, state, cu_seqlens), inputs[0]
@@ -105,7 +105,7 @@ def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor,
 
 
 def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
-    """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+    """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
     gradients of r w k v a b and state."""
     *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
     call, r = Call(inputs, FILLERS, state, cu_seqlens), inputs[0]
@@ -142,8 +142,8 @@ def _backward_segment(
     ended: Mapping[int, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(gradient of the state before the segment, gradients of r, log decay, k, v, a, b). states: S before each chunk;
-    dS: gradient of the state after the segment; begun: a chunk -> where the gradient of the state before it goes;
-    ended: a chunk -> the gradient of the state after it."""
+    dS: gradient of the state after the segment; begun: a chunk -> the tensor that gets the gradient of the state before
+    it; ended: a chunk -> the gradient of the state after it."""
     bf, kf = p.bwi * p.fw, p.kwi * p.fw
     own, through = p.inverse.mT @ (p.qb.mT @ dY), p.inverse.mT @ bf  # X = own + through dSᵀ
     read = dY.mT @ p.wq
@@ -167,7 +167,7 @@ def _backward_segment(
     dkwi = dqk.mT @ p.wq + dak.mT @ p.wa + vs
     dbwi = dqb.mT @ p.wq + dab.mT @ p.wa + us
 
-    # A decay's logarithm takes part in incl from its step on, in excl from the next.
+    # A decay's logarithm is part of incl from its own step on, and of excl from the next.
     g, h = dwq * p.wq - dkwi * p.kwi - dbwi * p.bwi, dwa * p.wa
     g[..., -1:, :] += (states * D).sum(-2, keepdim=True) * p.fw + (p.kwi * vs + p.bwi * us).sum(-2, keepdim=True)
     dl = (g + h).flip(-2).cumsum(-2).flip(-2) - h

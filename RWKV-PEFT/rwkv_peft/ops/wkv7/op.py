@@ -31,17 +31,17 @@ def wkv7(
     (n + 1,), int32 or int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
     Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes the kernel of the tensors'
-    device ("cpu", "cuda") where it can be used, else "chunked", products of matrices in plain torch on any device, and
+    device ("cpu", "cuda") if it can be used, else "chunked", products of matrices in plain torch on any device, and
     says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
-    the CPU kernel's instruction set. All compute in float32, but for one case that is much less work: on a GPU, where
-    r w k v a b are all bfloat16 and N is 64, products take bfloat16 operands, with float32 sums and state. float64
-    needs "reference", one step at a time, which "auto" takes for it, and so does forward-mode differentiation. Raises
-    ValueError where arguments do not fit, RuntimeError where a named backend is unusable, NotImplementedError for
+    the CPU kernel's instruction set. All compute in float32, with one much faster exception: on a GPU, if r w k v a b
+    are all bfloat16 and N is 64, products take bfloat16 operands, with float32 sums and state. float64 needs
+    "reference", one step at a time, which "auto" takes for it, and so does forward-mode differentiation. Raises
+    ValueError if arguments do not fit, RuntimeError if a named backend is unusable, NotImplementedError for
     forward mode of another backend than "reference".
     """
     return WKV7.compute((r, w, k, v, a, b), state, cu_seqlens, backend)
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
+    """Every backend's name -> None if it can be used here, else the reason and the remedy. May compile them."""
     return WKV7.backends.reasons()

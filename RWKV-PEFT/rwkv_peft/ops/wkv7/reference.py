@@ -29,7 +29,7 @@ def wkv7(
 
     r w k v a b (B, T, H, N), state (B, H, N, N) or None for zeros -> y (B, T, H, N) in v's dtype, final state
     (B, H, N, N). With cu_seqlens (n + 1,), B is 1, the row holds n sequences and the states are (n, H, N, N).
-    Computes in float64 where v is float64, else in float32.
+    Computes in float64 if v is float64, else in float32.
     """
     if cu_seqlens is not None:
         return one_by_one(wkv7, (r, w, k, v, a, b), (), state, cu_seqlens)

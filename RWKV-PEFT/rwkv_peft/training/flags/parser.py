@@ -109,7 +109,7 @@ def build_parser() -> Parser:
         "--objective",
         choices=tuple(OBJECTIVES),
         default=None,
-        help=f"what a step minimizes. {texts} (default next_token; dpo for --data_type pairs, kto for labels)",
+        help=f"what a step minimizes. {texts} (default: the first that learns from the --data_type)",
     )
     for objective in OBJECTIVES.values():
         add_settings(minimized, objective)

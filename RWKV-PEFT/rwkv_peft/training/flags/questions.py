@@ -17,10 +17,10 @@ def check_questions(train: TrainConfig) -> Iterator[str]:
         if getattr(train, field.name) != field.default:
             yield from check_asked(train, field.name)
     if train.stage == 3 and (train.eval_data or train.lm_eval):
-        flag, command = ("--eval_data", "eval") if train.eval_data else ("--lm_eval", "lm_eval")
+        flag = "--eval_data" if train.eval_data else "--lm_eval"
         yield (
             f"{flag} and --strategy {train.strategy}: each rank holds a part of every layer and could not answer "
-            f"by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft {command}"
+            f"by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"
         )
     if train.eval_data:
         yield from check_answers(train)

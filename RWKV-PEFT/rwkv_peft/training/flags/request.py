@@ -11,17 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...config import (
-    CHUNK_CTX,
-    OF_ROWS,
-    STATE_LR,
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    Objective,
-    RunConfig,
-    TrainConfig,
-)
+from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
+from ...config.data import OF_ROWS
 from ...data.mask_kinds import default_mask, require_markers
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
@@ -34,7 +25,7 @@ from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
 from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
-from .train import check_products, check_train
+from .train import check_products, check_train, check_train_type
 from .upstream import PLACEHOLDER, adopt, check_stage
 from .world import World, find_world
 
@@ -140,21 +131,6 @@ def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, 
     """Tell whether no settings contradict each other, whatever the model is."""
     checks = together(adapter, data, train, objective)
     return not any(message for check, settings in checks for message in check(*settings))
-
-
-def check_train_type(args: Namespace) -> Iterator[str]:
-    """Yield refusals of a --train_type that contradicts what trains."""
-    if args.train_type not in (FINETUNE, STATE):
-        return
-    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
-    if args.peft != NONE:
-        yield (
-            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
-            + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
-        )
-    others = [part for part in parts_of(args) if part != STATE]
-    if args.train_type == STATE and others:
-        yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
@@ -278,8 +254,7 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    of_rows = DataConfig(data_type=args.data_type).of_rows
-    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
+    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else default_mask(args.data_file))
     kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
     return settings_of(
         args,

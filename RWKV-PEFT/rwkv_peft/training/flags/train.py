@@ -1,12 +1,30 @@
 """Find every contradiction among the settings of how a run trains and writes."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...config import AdapterConfig, TrainConfig
 from ...files.readable import home_meant
+from ...names import FINETUNE, NONE, STATE
 from ..saving.loggers import check_wandb
+from .adapter import parts_of
 from .questions import check_questions
+
+
+def check_train_type(args: Namespace) -> Iterator[str]:
+    """Yield refusals of a --train_type that contradicts what trains."""
+    if args.train_type not in (FINETUNE, STATE):
+        return
+    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
+    if args.peft != NONE:
+        yield (
+            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
+            + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
+        )
+    others = [part for part in parts_of(args) if part != STATE]
+    if args.train_type == STATE and others:
+        yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
 
 
 def check_products(train: TrainConfig, adapter: AdapterConfig) -> Iterator[str]:

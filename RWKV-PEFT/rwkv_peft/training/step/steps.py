@@ -7,7 +7,7 @@ Both give the loss of a batch, differentiable in the parameters that train, and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from ...adapters.layer import untrained
 from ...config import ModelConfig, Objective
 from ...config.objective import Passes
 from ...models.parts import HeadFunction
-from ...models.state import LayerState, State
+from ...models.state import State
 from ...objectives.next_token import NextToken
 from .segments import Segment, filler, segments_of
 
@@ -192,7 +192,7 @@ def following(segments: Sequence[Segment], position: int, after: State, none: St
 
 def kept(state: State) -> State:
     """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
-    return State(LayerState(*(tensor.detach().clone() for tensor in layer)) for layer in state)
+    return State(layer._make(tensor.detach().clone() for tensor in layer) for layer in state)
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, head: HeadFunction) -> tuple[torch.Tensor, State]:
@@ -206,7 +206,8 @@ def go_back(
     """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
     it, () if nothing goes on from there."""
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
-    start = State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
+    rest = iter(inputs)
+    start = State(layer._make(islice(rest, len(layer))) for layer in before)
     loss, state = run(model, segment, start, head)
     after = segment.state_after(state)
     ends = [tensor for layer in after for tensor in layer]
