@@ -12,6 +12,7 @@ import pytest
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
+from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of, table
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.flags.synonyms import VALUES
@@ -229,8 +230,10 @@ def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
     flags = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags"
-    source = "".join((flags / name).read_text() for name in ("request.py", "adapter.py", "upstream.py", "legacy.py"))
-    own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
+    files = ("request.py", "adapter.py", "objective.py", "upstream.py", "legacy.py")
+    source = "".join((flags / name).read_text() for name in files)
+    settings = (AdapterConfig, DataConfig, TrainConfig, *OBJECTIVES.values())
+    own = {flag_of(field) for config in settings for field in fields(config)}
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
             continue

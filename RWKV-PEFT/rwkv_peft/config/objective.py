@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from ..names import NONE
 from .adapter import AdapterConfig
 from .data import DataConfig
 from .train import TrainConfig
@@ -80,6 +81,6 @@ class Objective(ABC):
         if BASE not in self.needs:
             return
         before = "answers are compared with what the base says of them, and"
-        yield adapter.method == "none", "--peft none", f"{before} this trains the base itself"
+        yield adapter.method == NONE, "--peft none", f"{before} this trains the base itself"
         yield bool(adapter.train_parts), "--train_parts", f"{before} these are parts of it that train"
         yield bool(adapter.load), f"an adapter to start from ({adapter.load})", f"{before} not of it; merge it first"

@@ -76,7 +76,7 @@ VALUE_MEANINGS = (
     ("--train_type", "--data_type pairs", ("rlhf", "preference")),
     ("--data_type", "--data_type pairs", ("preference", "preferences", "ranking")),
     *(
-        (flag, f"--data_type {' or '.join(objective.rows)} with --objective {name}", (name,))
+        (flag, f"--data_type {objective.rows[-1]} --objective {name}", (name,))
         for flag in ("--train_type", "--data_type")
         for name, objective in OBJECTIVES.items()
     ),
