@@ -5,7 +5,7 @@ import subprocess
 
 from rwkv_peft.ops.native import gpu
 
-ARCHITECTURES = ("80", "89", "90", "120")
+ARCHITECTURES = ("80",)  # the oldest with bfloat16; NVRTC compiles "90" in a test
 
 
 def assembler_reports(source, nvcc, folder):
@@ -25,7 +25,7 @@ def check_without_spills(status, report, kernels):
     assert status == 0, report
     for kernel in kernels:
         found = re.search(
-            rf"Function properties for {kernel}\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores", report
+            rf"Function properties for {kernel}\n[\s.ptxas]*?(\d+) bytes stack frame, (\d+) bytes spill stores", report
         )
         assert found, f"no report on {kernel}"
         assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"

@@ -143,6 +143,12 @@ def test_one_row_has_no_other_beside_it(data):
         split_samples(data(rows(4)), 257, 0.25)
 
 
+def test_a_split_keeps_its_notes(data):
+    train, held_out = split_samples(data(rows(6)), 257, 0.5)
+    assert len(train) == len(held_out) == 3 and any("tokens (answers)" in note for note in train.notes)
+    assert "6 labelled answers an epoch" in train.notes and not any("document" in note for note in train.notes)
+
+
 def test_undesirable_answers_are_no_rows_to_compare_with(data):
     found = rows_of("training", build_samples(data(rows(4), seed=None), 257), 4)
     assert [BytesTokenizer().decode(list(row.answer[:-1])) for row in found] == ["y", "yyy"]

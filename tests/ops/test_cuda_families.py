@@ -47,13 +47,22 @@ def test_nvcc_compiles_without_warnings_or_spills(family, nvcc, tmp_path):
         toolchain.check_without_spills(status, report, [name for name in kernels if name not in seldom])
 
 
-def test_nvrtc_compiles_every_kernel(family, tmp_path, monkeypatch):
+def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatch):
     compiler = next(nvrtc_compiler.compilers(), None)
     if compiler is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc_compiler, "OPTIONS", (*nvrtc_compiler.OPTIONS, "--ptxas-options=-v"))
+    text, logs = nvrtc_compiler._text, []
+
+    def logged(nvrtc, program, what):
+        logs.append(text(nvrtc, program, "ProgramLog").decode())
+        return text(nvrtc, program, what)
+
+    monkeypatch.setattr(nvrtc_compiler, "_text", logged)
+    kernels, seldom = FAMILIES[family]
     image = nvrtc_compiler.cubin(family.op, family.source, "sm_90", compiler)
-    kernels, _ = FAMILIES[family]
+    toolchain.check_without_spills(0, logs[0], [name for name in kernels if name not in seldom])
     for name in kernels:  # and what a launch asks of it
         assert name.encode() in image and f"{name}_threads".encode() in image and f"{name}_shared".encode() in image
     monkeypatch.setattr(nvrtc_compiler, "_compile", None)  # the second time from the cache

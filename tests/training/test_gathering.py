@@ -32,11 +32,7 @@ def test_what_loses_is_told_from_what_does_not(other):
     assert not loses_in_sums(replace(LOSING, **other))
 
 
-@pytest.mark.parametrize("stage, told", [("1", True), ("2", False)])
-def test_the_header_names_the_stage_that_adds_up_in_float32(files, train, stage, told):
-    out, _ = train(
-        f"sums-{stage}",
-        *("--strategy", f"deepspeed_stage_{stage}", "--accumulate_grad_batches", str(MANY)),
-        *("--epoch_steps", "1", "--epoch_count", "1"),
-    )
-    assert ("--strategy deepspeed_stage_2 adds them up in float32" in out) == told
+def test_the_header_names_the_stage_that_adds_up_in_float32(train):
+    flags = "--strategy", "deepspeed_stage_1", "--accumulate_grad_batches", str(MANY)
+    out, _ = train("sums", *flags, "--epoch_steps", "1", "--epoch_count", "1")
+    assert "--strategy deepspeed_stage_2 adds them up in float32" in out

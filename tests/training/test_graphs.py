@@ -252,8 +252,7 @@ ROWS = {
     "get, quantized": (("--quant", "nf4"), SAME),
     "get, dropping": (("--peft", "lora", "--lora_config", '{"lora_r": 8, "lora_dropout": 0.2}'), SAME),
     "pad": (("--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"), CLOSE),
-    "pack": ((), SAME),
-    "pack, another seed": (("--random_seed", "1"), SAME),
+    "pack": (("--random_seed", "1"), SAME),
     "pack, with states": (("--random_seed", "2", "--train_parts", "state"), SAME),
     "pairs": (("--ctx_len", "64", "--precision", "fp32"), CLOSE),
 }

@@ -35,7 +35,7 @@ def test_a_run_leaves_what_it_says(files, one_process):
         assert (folder / name).stat().st_size > 0, name
     assert any((folder / "tensorboard").iterdir())
     assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
-    assert "2 epochs of 4 steps, 4 samples a step" in one_process
+    assert "2 epochs of 4 steps, 4 windows a step" in one_process
     assert "\nfused     2 of 2 blocks plain: fusions are for GPUs\n" in one_process
     lines = metrics(files, "one")
     assert [line["step"] for line in lines] == list(range(8))

@@ -5,16 +5,22 @@ import torch
 
 from ..cli import counted
 from ..errors import UserError
+from .binidx import BinidxDataset
+from .masks import Mask
 from .samples import Document, DocumentSamples, Units
 
 
 class LabelSamples(DocumentSamples):
     """Sample n is a list of two documents, (tokens (T + 1,), mask (T,)) each: row n, and its prompt with the answer of
     the row that comes next in the epoch, from which the model's distance to the base is estimated. It counts as one
-    target, because the loss is that of answers. Masks are uint8, and where they count an
-    undesirable answer UNDESIRABLE (masks.py)."""
+    target, because the loss is that of answers. A mask is uint8: 1 or, in an undesirable answer, UNDESIRABLE (masks.py)
+    for targets that count."""
 
     kind = counted = "answer"
+
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
+        super().__init__(dataset, ctx_len, seed, mask)
+        self.notes = [f"{counted(len(self), 'labelled answer')} an epoch"]
 
     def _choose(self, units: Units) -> None:
         super()._choose(units)
@@ -23,7 +29,6 @@ class LabelSamples(DocumentSamples):
                 f"{self.dataset.prefix}: labelled answers are learned beside those of other rows, and there is only "
                 f"{counted(len(units), 'row')} here; take 2 or more"
             )
-        self.notes = [f"{counted(len(units), 'labelled answer')} an epoch"]
 
     def __getitem__(self, n: int) -> list[Document]:
         epoch, position = divmod(n, len(self))
