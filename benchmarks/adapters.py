@@ -3,11 +3,11 @@
     python benchmarks/adapters.py                                         (every shape, T and dtype: long)
     python benchmarks/adapters.py --shapes 2048x7168 7168x2048 --tokens 2048 --threads 1
 
-Shapes are INxOUT. Each method runs once a round, in turn, so that a machine's drift meets all of them;
-medians are printed. "plain" rows are what autograd makes of the definition: a merged weight for Bone, three
-linear layers for LoRA. LoRA's rank gives it the parameters of bat-in (and "lora, bone's" those of bone).
-Saved is what autograd keeps for backward besides weight and parameters; peak is the most that is allocated at
-one time in forward and backward besides what was there before.
+Shapes are INxOUT. Each method runs once in each round, in turn, so that a machine's drift affects all of them;
+medians are printed. "plain" rows are the definition under autograd: a merged weight for Bone, three linear
+layers for LoRA. LoRA's rank gives it as many parameters as bat-in has (and "lora, bone's" as bone has).
+Saved are the bytes that autograd keeps for backward besides weight and parameters; peak is the most memory that
+forward and backward allocate at one time.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def make_layer(method, base, rank):
 
 
 class Plain(nn.Module):
-    """The definition of an adapter layer, left to autograd."""
+    """The definition of an adapter layer, under autograd."""
 
     def __init__(self, layer):
         super().__init__()
@@ -165,7 +165,7 @@ def synchronize(device):
 
 
 def saved_bytes(layer, x):
-    """What autograd keeps for backward, less what the layer owns."""
+    """Bytes that autograd keeps for backward, without the layer's own tensors."""
     saved = {}
 
     def pack(tensor):

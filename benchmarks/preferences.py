@@ -1,9 +1,9 @@
-"""What a step of preference training costs beside a plain step over the same rows.
+"""The time of a step of preference training beside a plain step over the same rows.
 
     python benchmarks/preferences.py [--generations x060 x070] [--methods bat-in bone lora] [--rounds 7]
 
-Pairs of answers lie packed in one row; the plain step takes the loss of the same tokens. Forward and backward, both in
-turns in one process: medians, and the median of the ratios within a round.
+Pairs of answers are packed into one row; the plain step takes the loss of the same tokens. Forward and backward, both
+in turns in one process: medians, and the median of the ratios within a round.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def measure(family, method, args):
 
 
 def seconds(step, model, batch):
-    """Of one forward and backward."""
+    """The seconds of one forward and backward."""
     start = time.perf_counter()
     step.loss(model, batch, 1).backward()
     return time.perf_counter() - start

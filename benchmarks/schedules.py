@@ -15,7 +15,7 @@ STEPS, WARM_UP, FIRST, LAST = 200, 20, 1e-3, 1e-4
 
 
 def by_formula(name, step):
-    """The learning rate at a step as the formula of a schedule says it: Python, but for definitions behind a comma."""
+    """The learning rate at a step by a schedule's formula, which is Python but for definitions after a comma."""
     formula, *definitions = SCHEDULES[name].split(", D = ")
     known = {"s": step, "S": STEPS, "W": WARM_UP, "a": FIRST, "z": LAST, "pi": math.pi, "cos": math.cos}
     known |= {"min": min, "max": max, "ceil": math.ceil, "clip": lambda x: min(1.0, max(0.0, x))}

@@ -29,7 +29,7 @@ for argument in "$@"; do
     --*=*) name="${argument%%=*}" value="${argument#*=}" previous="" path="" ;;
     -*) name="$argument" value="" previous="$argument" path="" ;;
     *)
-        [ -z "$path" ] || fail "$path takes one path, and $argument stands behind it; several files of rows are one" \
+        [ -z "$path" ] || fail "$path takes one path, and $argument follows it; several files of rows are one" \
             "input if they lie in a folder, and the folder is given"
         name="$previous" value="$argument" previous=""
         ;;

@@ -73,4 +73,4 @@ def words_with(json_flag: str) -> tuple[str, ...]:
 
 def called(value: str, ours: str) -> str:
     """The note on a value that has another name in other tools."""
-    return f"what others call {value} is {ours} here"
+    return f"{value} of other tools is {ours} here"

@@ -101,12 +101,12 @@ def replaced(offset, value):
         (IDX[:20], BIN, "20 bytes, shorter"),
         (IDX[:-1], BIN, r"81 bytes, but 2 documents \(count\).*take 82"),
         (IDX + b"x", BIN, "83 bytes"),
-        (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "magic"),
+        (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "an MMIDIDX index begins"),
         (replaced(9, struct.pack("<Q", 2)), BIN, "version 2"),
         (replaced(17, b"\x06"), BIN, "dtype code 6"),
         (replaced(18, struct.pack("<Q", 1 << 60)), BIN, "count"),
         (replaced(34, struct.pack("<i", -3)), BIN, r"sizes\[0\] = -3 is negative"),
-        (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6 where the documents before it end at byte 4"),
+        (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6, and the documents before it end at byte 4"),
         (replaced(42, struct.pack("<q", -2)), BIN, r"pointers\[0\] = -2"),
         (replaced(66, struct.pack("<q", 9)), BIN, "doc_idx"),
         (IDX, b"", r"data\.bin: 0 bytes, but the sizes in .*data\.idx add up to 8"),
@@ -218,7 +218,7 @@ def test_a_file_that_is_written_over_while_it_is_read_is_told(tmp_path, end, con
     next(reading)
     file.with_suffix(".old").write_bytes(content)
     os.replace(file.with_suffix(".old"), file)
-    with pytest.raises(UserError, match=f"data{end} was written over while it is read: it has {len(content)} bytes"):
+    with pytest.raises(UserError, match=f"data{end} was overwritten while it is read: it has {len(content)} bytes"):
         next(reading)
 
 
@@ -227,7 +227,7 @@ def test_a_file_of_the_same_length_that_is_written_over_is_warned_of_once(tmp_pa
     os.utime(f"{prefix}.bin", (1e9, 1e9))  # long before: the clock of a disk goes in steps
     dataset = BinidxDataset(prefix)
     Path(f"{prefix}.bin").write_bytes(b"12345678")
-    with pytest.warns(UserWarning, match="data.bin was touched or written over while it is read, at 20"):
+    with pytest.warns(UserWarning, match="data.bin was touched or overwritten while it is read, at 20"):
         dataset.require_unchanged()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -243,7 +243,7 @@ def test_a_file_that_is_written_over_is_judged_anew(tmp_path, end, words):
     dataset = BinidxDataset(tmp_path / "data")
     dataset.check_vocab(300)
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.warns(UserWarning, match="written over"), pytest.raises(UserError, match=words):
+    with pytest.warns(UserWarning, match="overwritten"), pytest.raises(UserError, match=words):
         dataset.require_unchanged()
 
 

@@ -95,7 +95,7 @@ def test_a_mask_that_is_there_is_used_unless_another_is_named(tmp_path):
     assert default_mask(tmp_path / "other") == "none"
     assert describe_mask(dataset, config(loss_mask="file")) == "loss on 3 of 5 tokens (answers)"
     assert "all 5 tokens: --loss_mask none leaves" in describe_mask(dataset, config())
-    assert "behind --mask_id 7 (--loss_mask qa)" in describe_mask(dataset, config(loss_mask="qa", mask_id=(7,)))
+    assert "after --mask_id 7 (--loss_mask qa)" in describe_mask(dataset, config(loss_mask="qa", mask_id=(7,)))
 
 
 def test_a_mask_that_counts_nothing_is_refused(tmp_path):

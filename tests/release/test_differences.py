@@ -93,10 +93,10 @@ MUTATIONS = {
     "blocks.0.ffn.key.weight: 1 of 4,096 values": lambda s: altered(
         s, "blocks.0.ffn.key.weight", (100, 2), lambda x: 1.01 * x
     ),
-    "the order of the keys: head.weight stands where the base has ln_out.bias": lambda s: exchanged(
+    "the order of the keys: head.weight is in the place of the base's ln_out.bias": lambda s: exchanged(
         s, "head.weight", "ln_out.bias"
     ),
-    "ln_out.weight: float32, where the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
+    "ln_out.weight: float32, and the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
 }
 
 

@@ -271,11 +271,11 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "4"), "which is exact"),
         (
             ("bat-in.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "65"),
-            "--lora_rank 65 is more than blocks.0.ffn.key has, whose weight is (96, 64); give --lora_rank, at most 64",
+            "--lora_rank 65 is more than the weight (96, 64) of blocks.0.ffn.key allows; give --lora_rank, at most 64",
         ),
         (
             ("wide.safetensors", "x", "--to", "lora", "--base_model", "base.pth"),
-            "would be 128, twice the adapter's, which is more than blocks.0.att.key has, whose weight is (64, 64); "
+            "would be 128, twice the adapter's, which is more than the weight (64, 64) of blocks.0.att.key allows; "
             "give --lora_rank, at most 64",
         ),
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "another model than the adapter"),
@@ -328,11 +328,11 @@ def test_a_run_s_folder_does_not_get_a_second_adapter(tmp_path, tiny_state):
     run = tmp_path / "run"
     save_adapter(run / "adapter.safetensors", adapter.tensors, adapter.metadata)
     for output in (run, run / "lora", run / "a.pth"):
-        with pytest.raises(UserError, match=f"the output {output} lies in the input {run}"):
+        with pytest.raises(UserError, match=f"the output {output} is inside the input {run}"):
             main([str(run), str(output), "--to", "lora"])
     assert [path.name for path in run.iterdir()] == ["adapter.safetensors"]
     (tmp_path / "link").symlink_to(run)
-    with pytest.raises(UserError, match="lies in the input"):
+    with pytest.raises(UserError, match="is inside the input"):
         main([str(tmp_path / "link"), str(run / "lora"), "--to", "lora"])
     assert main([str(run), str(tmp_path / "lora"), "--to", "lora"]) == 0
 

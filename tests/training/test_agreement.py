@@ -46,7 +46,7 @@ def test_every_setting_that_differs_is_named_with_both_values(part, field):
 def test_data_base_and_checkpoint_are_compared_and_a_long_list_is_cut():
     other = {"base": "abd", "data": {"content": "4567", "counted": "cd", "files": "ef", "samples": 41}}
     told = compare(CONFIG, other)
-    assert "what counts of the data is '89' and 'cd'; the files of the data is 'ab' and 'ef'" in told
+    assert "the tokens of the data that count is '89' and 'cd'; the files of the data is 'ab' and 'ef'" in told
     assert "the data is '0123 (40 samples)' and '4567 (41 samples)'" in told
     assert "the base's fingerprint is 'abc' and 'abd'" in told
     assert "the checkpoint is None and 'step-00000004'" in compare(CONFIG, **{"the checkpoint": "step-00000004"})

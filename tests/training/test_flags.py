@@ -150,7 +150,7 @@ def test_rows_in_the_order_of_the_file(files):
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
         (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
         (["--lr_schedule", "cosin"], "did you mean cosine?"),
-        (["--peft", "MiSS"], "what others call MiSS is --peft miss here"),
+        (["--peft", "MiSS"], "MiSS of other tools is --peft miss here"),
         (["--peft", "bat"], "is --peft bone --bone_mode bat-in here"),
         (["--data_type", "json"], "is --data_type sft here"),
         (["--data_type", "utf-8"], "is binidx, which `rwkv-peft preprocess` makes of a text, here"),
@@ -197,7 +197,7 @@ def test_what_ends_the_reading_is_told_with_the_rest(files):
 def test_what_was_refused_contradicts_nothing(files):
     with pytest.raises(UserError) as refusal:
         parse_run(flags(files, "--data_type", "text", "--sft_field", "query"))
-    assert "what others call text" in str(refusal.value) and "--sft_field" not in str(refusal.value)
+    assert "text of other tools" in str(refusal.value) and "--sft_field" not in str(refusal.value)
 
 
 def test_all_that_contradicts_the_base_is_told_at_once(files):
@@ -274,7 +274,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--loss_mask", "qa"], "--mask_id"),
         (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
         (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
-        (["--accelerator", "cpu", "--cuda_graphs", "1"], "--cuda_graphs 1 records what a GPU is told to do, and this"),
+        (["--accelerator", "cpu", "--cuda_graphs", "1"], "--cuda_graphs 1 records launches on a GPU, and this"),
         (["--mask_id", "5"], "--mask_id belongs to --loss_mask qa or se, and the mask is none"),
         (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "--mask_end_id belongs to"),
         (["--tokenizer", "bytes"], "--tokenizer belongs to --data_type sft"),
@@ -282,20 +282,17 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--sft_split", "train[:10]"], "--sft_split belongs to --data_type sft"),
         (["--sft_long", "skip"], "--sft_long belongs to --data_type sft"),
         (["--skip_bad_rows"], "--skip_bad_rows belongs to --data_type sft"),
-        (
-            ["--val_data", "a.jsonl", "b.jsonl"],
-            "--val_data takes one value, and a.jsonl b.jsonl stand behind it; `rwkv-",
-        ),
+        (["--val_data", "a.jsonl", "b.jsonl"], "--val_data takes one value, and a.jsonl b.jsonl follow it; `rwkv-"),
         (
             ["--data_file", "a.jsonl", "b.jsonl"],
             "and a folder that holds files of rows is one input of --data_type sft",
         ),
-        (["--eval_data", "a", "b", "--ctx_len", "8"], "--eval_data takes one value, and a b stand behind it; write"),
-        (["--ctx_len", "8", "16"], "--ctx_len takes one value, and 8 16 stand behind it; leave all but one out"),
+        (["--eval_data", "a", "b", "--ctx_len", "8"], "--eval_data takes one value, and a b follow it; write"),
+        (["--ctx_len", "8", "16"], "--ctx_len takes one value, and 8 16 follow it; leave all but one out"),
         (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
         (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
         (["--proj_dir", ""], "--proj_dir is empty"),
-        (["--proj_dir", "~/out"], "left it as it is here; give"),
+        (["--proj_dir", "~/out"], "and so not here; give"),
     ],
 )
 def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):

@@ -329,7 +329,7 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
     def config(size):
         return SimpleNamespace(train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d"))
 
-    with pytest.raises(UserError, match="a vocabulary of 80 tokens does not either; make the data with rwkv-peft"):
+    with pytest.raises(UserError, match="no known tokenizer has 80 tokens; make the data with rwkv-peft"):
         find_exams(config(80), samples)
     assert len(find_exams(config(257), samples)["answers.jsonl"]) == 5 and "5 questions of " in samples.notes[0]
     samples.vocabulary = vocabulary_of(load_tokenizer("bytes"))

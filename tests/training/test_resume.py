@@ -135,7 +135,7 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     whole = optimizer.read_bytes()
     for content, what in (
         (whole[:1000], "is missing or not of the"),
-        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "is not what was saved: its checksum is another"),
+        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "differs from the file that was saved: its checksum"),
     ):
         optimizer.write_bytes(content)
         _, err = train("damaged", *more, code=2)
@@ -151,7 +151,7 @@ def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroke
     state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
     write_state(checkpoint / "state.json", {name: value for name, value in state.items() if name != "crc32"})
     _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
-    assert f"{optimizer.name} holds code or objects besides tensors" in err and "Traceback" not in err
+    assert f"{optimizer.name} holds code or objects (" in err and "Traceback" not in err
     assert not (files / "ran").exists()
 
 

@@ -48,7 +48,7 @@ def test_it_is_measured_before_the_first_step_and_with_each_validation(files, me
     assert f"before the first step: retained loss {lines[0]['retain_start']:.4f}\n" in first
     assert "before the first step" not in second
     assert f", perplexity {lines[5]['val_ppl']:.2f}, retained loss {retained[5]:.4f}\n" in second
-    assert f"what is retained of 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
+    assert f"forgetting is measured on 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
 
 
 def test_first_it_is_the_bases_own_loss_and_last_that_of_what_is_saved(files, measured, kept):
@@ -101,7 +101,7 @@ def test_other_data_than_before_is_said(files, train, kept):
     first, _ = train("other", *flags, "1", "--retain_data", kept)
     same, _ = train("other", *flags, "2", "--retain_data", kept, "--resume")
     other, _ = train("other", *flags, "3", "--retain_data", str(files / "data"), "--resume")
-    note = "--retain_data is not what it was before"
+    note = "--retain_data is another than before"
     assert note not in first + same and note in other
 
 

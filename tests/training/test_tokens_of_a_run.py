@@ -108,7 +108,7 @@ def test_the_rows_that_train_are_chosen_and_those_that_validate_are_all(train, t
         *("--sft_split", split, "--val_data", few, "--retain_data", few),
     )
     assert len(samples) == rows
-    assert "validation on 8 samples" in header and "retained of 8 samples" in header
+    assert "validation on 8 samples" in header and "measured on 8 samples" in header
 
 
 def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
@@ -203,9 +203,7 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(train, tmp_p
     (tmp_path / "own.txt").write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
     argv = ("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "own", "--tokenizer", tmp_path / "own.txt")
     assert commands.main([str(word) for word in argv]) == 0
-    said = (
-        r"note: the data was made with .*own.txt \(512 tokens, .*, and the model has 65,536 tokens, most of which that"
-    )
+    said = r"note: the data was made with .*own.txt \(512 tokens, .*, and it lacks most of the model's 65,536 tokens"
     for vocab_size, told in ((65536, True), (1024, True), (1000, False)):
         save_model(tmp_path / "other.pth", tiny_state(vocab_size=vocab_size, n_layer=1, n_embd=16))
         header, _ = train("--load_model", tmp_path / "other.pth", "--data_file", tmp_path / "own", "--dataload", "pad")

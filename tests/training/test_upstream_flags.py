@@ -154,7 +154,7 @@ def test_markers_are_texts_of_the_data_s_own_tokenizer(tmp_path, files):
 @pytest.mark.parametrize("kind", ["binidx", "sft"])
 def test_a_folder_of_data_is_named_as_one(tmp_path, files, kind):
     given = ["--bone_r", "16", "--data_type", kind, "--data_file", str(tmp_path)]
-    folder = {"binidx": "a folder, where the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
+    folder = {"binidx": "is a folder, and the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
     with pytest.raises(UserError, match=rf"{folder}.*; (name|give) a"):
         build_samples(config(files, *given).data, 65536)
     (tmp_path / "mine.jsonl").touch()

@@ -75,8 +75,8 @@ class AdapterConfig:
     )
     train_parts: tuple[str, ...] = setting(
         (),
-        "what trains along: some of time ln emb head, parameters of the base, and state, the wkv states before the "
-        "first token, which start at zero or from --state_load",
+        "also train these: time ln emb head are parameters of the base; state is the wkv states before the first "
+        "token, which start at zero or from --state_load",
         nargs="*",
         type=names,
         metavar="PART",

@@ -62,8 +62,8 @@ class DataConfig:
     )
     sft_split: str = setting(
         "",
-        "rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
-        "in a folder of several splits those of the same name (--val_data: those of its validation or test split)",
+        "rows of --data_file to take, such as train[:1000]; --val_data and --retain_data give all their "
+        "rows, or in a folder of several splits those of the same split (--val_data: of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(
@@ -80,25 +80,25 @@ class DataConfig:
         "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
         action="store_true",
     )
-    ctx_len: int = setting(1024, "tokens a sample", type=positive)
+    ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
     dataload: str = setting(
         "get",
-        "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
-        "pack: several whole documents a row, none seeing another (default: pad for rows of answers, which are sft and "
-        "token files with a PREFIX.mask; pack for pairs and labels; else get)",
+        "get: windows of the token stream; pad: one document in a row, padded; only: one document without padding; "
+        "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
+        "and token files with a PREFIX.mask; pack for pairs and labels; else get)",
         unset=True,
     )
     loss_mask: str = setting(
         "none",
-        "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
-        "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
-        "(default file where there is a PREFIX.mask, else none; of rows: file)",
+        "tokens that count: none and pad count all but padding, qa those after --mask_id, se those between --mask_id "
+        "and --mask_end_id, file reads PREFIX.mask, which preprocess writes if only answers count (default file if "
+        "there is a PREFIX.mask, else none; of rows: file)",
         unset=True,
     )
     mask_id: tuple[int, ...] = setting(
         (),
-        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
-        "opens what counts, and mask0, which closes it",
+        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts: mask1 opens the "
+        "part that counts, and mask0 closes it",
         nargs="+",
         metavar="ID",
     )
@@ -107,7 +107,7 @@ class DataConfig:
     )
     seed: int | None = setting(42)
     micro_bsz: int = setting(
-        1, "samples a device and forward pass; a pair of answers is one, and so is a labelled answer", type=positive
+        1, "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer", type=positive
     )
 
     @property
@@ -117,7 +117,7 @@ class DataConfig:
 
     @property
     def of_answers(self) -> bool:
-        """Whether it is rows of which the answers count: they are read one by one, and so often that they are learned,
+        """True if only the answers in rows count: such rows are read one by one, and as often as learning them takes,
         unless the flags say otherwise."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 

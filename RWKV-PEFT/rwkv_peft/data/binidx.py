@@ -78,13 +78,13 @@ class BinidxDataset:
                     continue
                 if now.st_size != before.st_size:
                     raise UserError(
-                        f"{path} was written over while it is read: it has {now.st_size:,} bytes, and had "
-                        f"{before.st_size:,}; put back what it was, and go on from the last save with --resume"
+                        f"{path} was overwritten while it is read: it has {now.st_size:,} bytes, and had "
+                        f"{before.st_size:,}; put the old file back, and go on from the last save with --resume"
                     )
                 if now.st_mtime_ns != before.st_mtime_ns:
                     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
                     warnings.warn(
-                        f"{path} was touched or written over while it is read, at {when}: from here on the tokens are "
+                        f"{path} was touched or overwritten while it is read, at {when}: from here on the tokens are "
                         "those that it holds now",
                         stacklevel=2,
                     )
@@ -130,16 +130,16 @@ class BinidxDataset:
     def _read_index(self) -> None:
         path = self.idx_path
         if os.path.isdir(self.prefix) and not os.path.isfile(path):
-            folder = f"{self.prefix}: a folder, where the PREFIX of PREFIX.bin and PREFIX.idx is meant"
+            folder = f"{self.prefix} is a folder, and the PREFIX of PREFIX.bin and PREFIX.idx is due"
             if pairs := choice_in(self.prefix, ".idx"):
                 raise UserError(folder + pairs)
             rows = choice_in(self.prefix, *ENDINGS) or "; give a text"
-            raise UserError(f"{folder}, and it holds no .idx{rows} to rwkv-peft preprocess, which makes them")
+            raise UserError(f"{folder}; the folder holds no .idx{rows} to rwkv-peft preprocess, which makes them")
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
-                f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
-                "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen "
-                "and a rejected answer"
+                f"{self.prefix} is a file of rows or text, and the PREFIX of PREFIX.bin and PREFIX.idx is due; "
+                "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
+                "rejected answer"
             )
         missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # a missing file of rows, in place of a PREFIX
         require_readable(
@@ -154,9 +154,7 @@ class BinidxDataset:
             )
         magic, version, code, count, boundaries = HEADER.unpack(header)
         if magic != MAGIC:
-            raise UserError(
-                f"{path}: magic {magic!r} where an index begins with {MAGIC!r}; it is no MMIDIDX index; {REMEDY}"
-            )
+            raise UserError(f"{path}: it begins with {magic!r}, and an MMIDIDX index begins with {MAGIC!r}; {REMEDY}")
         if version != 1:
             raise UserError(f"{path}: version {version}; only version 1 is read; {REMEDY}")
         if code not in TOKEN_TYPES:
@@ -191,7 +189,7 @@ class BinidxDataset:
             if len(wrong):
                 index = int(wrong[0])
                 raise UserError(
-                    f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]} where the "
+                    f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]}, and the "
                     f"documents before it end at byte {begins[index]}; the index is damaged; {REMEDY}"
                 )
             expected = int(ends[-1])
@@ -298,7 +296,7 @@ class BinidxWriter:
         With continues=True the first of them continues the document before.
         """
         if (mask is not None) != self.with_mask:
-            raise ValueError("a mask is given exactly where the writer was made with mask=True")
+            raise ValueError("a mask is due if, and only if, the writer was made with mask=True")
         if mask is not None and len(mask) * self.dtype.itemsize != len(tokens):
             raise ValueError(f"{len(mask)} mask bytes for {len(tokens) // self.dtype.itemsize} tokens")
         self._files[".bin"].write(tokens)

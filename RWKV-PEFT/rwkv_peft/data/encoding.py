@@ -165,8 +165,8 @@ class Encoder:
             raise UserError("--template and --fields both say which fields are read; give one of them")
         if settings.template and settings.think:
             raise UserError(
-                "--template and --think both say what opens an answer; write it into the template, as the templates "
-                "think and no-think do"
+                "--template and --think both set the opening of an answer; write it into the template, as in the "
+                "templates think and no-think"
             )
         self.layout: Callable[[object, str], Documents]
         if settings.pairs:

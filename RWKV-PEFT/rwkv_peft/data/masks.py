@@ -25,7 +25,7 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
     UserError if it counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
-        return f"loss on what stands behind --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
+        return f"loss on the tokens after --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
     if dataset.mask is None:
         return f"loss on all {total:,} tokens"
     if kind != "file":
@@ -72,8 +72,8 @@ class MarkerMask:
         if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
             raise UserError(
                 f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
-                f"{dataset.bin_path}, so nothing would count; tokenize the marker as it stands in the "
-                "text (the World tokenizer merges it with what precedes and follows)"
+                f"{dataset.bin_path}, so nothing would count; tokenize the marker together with the text "
+                "around it (the World tokenizer merges it with that text)"
             )
 
     def __call__(self, start: int, stop: int) -> np.ndarray:

@@ -125,7 +125,8 @@ def write(
         if settings.think == "on" and not totals.thinking:
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "
-                f"words nor a field {' or '.join(FIELDS)}; name the field so, or take off for answers at once"
+                f"words nor a field {' or '.join(FIELDS)}; name the field so, or give --think off for answers without "
+                "thinking"
             )
     return totals
 

@@ -89,8 +89,8 @@ def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
         size += sum(len(item if isinstance(item, bytes) else repr(item)) for item in chunk.items) if packed else 0
         if size > HELD_BYTES:
             raise UserError(
-                f"{path} has more than {HELD_BYTES:,} bytes of rows, all of which would be kept in memory; give a part "
-                "of it, or unpack it to a .jsonl"
+                f"{path} has more than {HELD_BYTES:,} bytes of rows, which would all be kept in memory; give a part of "
+                "it, or unpack it to a .jsonl"
             )
         yield chunk
 

@@ -90,8 +90,8 @@ def require_counted(samples: Samples, config: DataConfig) -> None:
     if not any(samples.count(n) for n in range(len(samples))):
         raise UserError(
             f"{config.path}: the loss counts no token of {counted(len(samples), 'sample')} of up to --ctx_len "
-            f"{config.ctx_len}, so that there is nothing to learn; what counts may lie behind what is read of a "
-            "document (a longer --ctx_len), or take --loss_mask none"
+            f"{config.ctx_len}, so that there is nothing to learn; give a longer --ctx_len if the tokens that count "
+            "come later in the documents, or --loss_mask none"
         )
 
 

@@ -82,7 +82,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
     own = {}
     for module, params in modules.items():
         if set(params) != {parameter}:
-            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has {parameter} alone")
+            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has only {parameter}")
         own[f"{module}.bone"] = params[parameter]
     rank = _number(folder, config, "r", int)
     variant = _bone_variant(folder, config, own)

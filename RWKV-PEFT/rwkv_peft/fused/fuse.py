@@ -105,7 +105,7 @@ def _refusal(setting: Setting, fusion: Fusion) -> str:
     if setting.compiled:
         return "--compile fuses by itself"
     if setting.cut:
-        return "stage 3 has no parameter whole outside its module"
+        return "under stage 3 a parameter is whole only inside its module"
     if setting.device.type == "meta":  # nothing is launched there
         return ""
     return next(filter(None, [kernels.unavailable(setting.device.index) for kernels in fusion.kernels]), "")
@@ -117,5 +117,5 @@ def _obstacle(block: nn.Module, fusion: Fusion) -> str:
     if trained := [name for name, parameter in needed if parameter.requires_grad]:
         return f"{trained[0]} trains"
     if others := [parameter.dtype for _, parameter in needed if parameter.dtype != torch.bfloat16]:
-        return f"the kernels take bfloat16, and not {others[0]}"
+        return f"the kernels take only bfloat16, not {others[0]}"
     return fusion.misfit(block)

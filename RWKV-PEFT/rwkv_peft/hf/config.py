@@ -39,7 +39,7 @@ class BoneConfig(PeftConfig):
     init_weights: bool | str = field(
         default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."}
     )
-    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update where init_weights is 'mini'."})
+    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update if init_weights is 'mini'."})
     bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
@@ -105,8 +105,8 @@ class BoneConfig(PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise UserError(
-                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
-                "give layers_to_transform too, or leave both out"
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, whose layers it names; give "
+                "layers_to_transform too, or leave both out"
             )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):

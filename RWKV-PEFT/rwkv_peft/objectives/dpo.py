@@ -32,13 +32,13 @@ class DPO(OfAnswers):
     figures = (ACCURACY, MARGIN, CHOSEN)
     beta: float = setting(
         0.1,
-        "how much a margin between two answers weighs; the higher, the nearer the model stays to its base",
+        "weight of the margin between two answers; the higher, the nearer the model stays to its base",
         flag="dpo_beta",
         type=above_zero,
     )
     nll: float = setting(
         0.0,
-        "add so many times the chosen answers' own loss, which keeps them likely",
+        "also add the chosen answers' own loss, times this, which keeps them likely",
         flag="dpo_nll",
         type=not_negative,
     )

@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
         )
     if states:
         foreign = "" if states.keys() <= base.tensors.keys() | adapter.tensors.keys() else NEITHERS
-        print(f"time states: those of {args.state or args.merged} are where the merged model starts{foreign}")
+        print(f"time states: the merged model starts from those of {args.state or args.merged}{foreign}")
         if not merged.family.states_in_model:
             print(NOT_LOOKED_FOR.format(merged.family.name))
     ours = reference_logits(merged, tokens, torch.float32)

@@ -42,7 +42,7 @@ def odd_order(merged: Base, base: Base) -> Iterator[str]:
     """Yield a line about the first key that is not at the base's place, if any; time states may lie anywhere."""
     own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
     if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
-        yield f"the order of the keys: {place[0]} stands where the base has {place[1]}"
+        yield f"the order of the keys: {place[0]} is in the place of the base's {place[1]}"
 
 
 def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
@@ -51,7 +51,7 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
     if len(set(weights.values())) > 1:
         for key, dtype in weights.items():
             if dtype != base.tensors[key].dtype:
-                yield f"{key}: {dtype_name(dtype)}, where the base has {dtype_name(base.tensors[key].dtype)}"
+                yield f"{key}: {dtype_name(dtype)}, and the base has {dtype_name(base.tensors[key].dtype)}"
 
 
 def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:

@@ -53,7 +53,7 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     """
     metadata, method = adapter.metadata, adapter.metadata.method
     if method is None:
-        raise UserError("there is no adapted layer in it, which alone LoRA can hold; merge it with merge_bone.py")
+        raise UserError("it has no adapted layer, and LoRA holds nothing else; merge it with merge_bone.py")
     if method.residual and metadata.quant != "none":
         raise UserError(
             f"{method.label} on a base that was quantized after factors were taken out of it is no LoRA on any base; "
@@ -174,7 +174,7 @@ def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> N
     if (given or 2 * own) > most:
         what = f"--lora_rank {given}" if given else f"the LoRA's rank would be {2 * own}, twice the adapter's, which"
         raise UserError(
-            f"{what} is more than {narrowest} has, whose weight is {shapes[narrowest]}; give --lora_rank, at most "
+            f"{what} is more than the weight {shapes[narrowest]} of {narrowest} allows; give --lora_rank, at most "
             f"{most}"
         )
 

@@ -148,23 +148,20 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
-            print(
-                f"blocks   {spans(blocks)} of 0-{config.n_layer - 1} are what it changes; the others stay as they are"
-            )
+            print(f"blocks   it changes {spans(blocks)} of 0-{config.n_layer - 1}; the others stay as they are")
         if metadata.quant != "none" and args.quant != "none":
             print(
-                f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none "
-                "takes the original"
+                f"quant    onto the base quantized by {metadata.quant}, as in training; --quant none takes the original"
             )
     if args.quant == "none" and (lost := quantization_error(base, adapters)):
         print(
-            "quant    onto the original base, as --quant none says; the base that was trained on differs from it by "
+            "quant    onto the original base, as --quant none says; the base of the training differs from it by "
             f"{lost:.2%}"
         )
     if args.unmerge:
         print(
-            f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and "
-            "with which --scale: what comes out is the base only if it was"
+            f"unmerge  these files do not say if this adapter was merged into {args.base_model}, and with which "
+            "--scale; the result is the base only if it was, with this one"
         )
 
 
@@ -254,4 +251,4 @@ def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping
                 "do not use this file"
             )
     name = open_base(output).family.name
-    print(f"verified {output}: every tensor reads back as it is computed anew, and the file is a complete {name} model")
+    print(f"verified {output}: every tensor reads back as computed, and the file is a complete {name} model")

@@ -33,8 +33,8 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
         if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
             samples.notes.append(
-                f"note: --val_data {named} holds what is trained on, so that its loss tells nothing of other text; "
-                "--val_split 0.01 keeps samples back for it"
+                f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
+                "--val_split 0.01 keeps samples back for validation"
             )
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
@@ -42,7 +42,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             other = replace(other, loss_mask=default_mask(other.path))
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
-        samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
+        samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
     for flag, path, name in (
         ("--val_data", train.val_data, VALIDATION),
         ("--retain_data", train.retain_data, RETAINED),

@@ -174,7 +174,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         **digests_of_inputs(config, world, goes_on=checkpoint is not None),
-        **{f"what {name}_loss is of": data["content"] + data["files"] for name, data in of_measured.items()},
+        **{f"the data of {name}_loss": data["content"] + data["files"] for name, data in of_measured.items()},
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
         "the rows to answer": "" if rows is None else rows.digest,
     }

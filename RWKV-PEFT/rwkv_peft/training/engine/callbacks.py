@@ -66,7 +66,7 @@ class Moves(pl.Callback):
         self.watch.moved(f"step {lit.step + 1}")
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"what follows step {lit.step + 1}")
+        self.watch.moved(f"the end of step {lit.step + 1}")
 
 
 class FiniteGradients(StepCallback):

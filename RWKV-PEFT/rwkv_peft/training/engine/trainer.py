@@ -9,6 +9,7 @@ from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
 from ...config import RunConfig
 from ...data.samples import Samples
+from ...errors import UserError
 from ...models.state import TIME_STATE
 from ...names import STATE
 from ...objectives.next_token import NextToken
@@ -38,6 +39,10 @@ def step_of(config: RunConfig, samples: Samples) -> Step:
 
 def make_lit(run: Prepared) -> Lit:
     adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    if train.cuda_graphs and run.model.sees_tokens:
+        raise UserError(
+            f"--cuda_graphs 1: blocks of {run.family.name} see tokens, which no graph records; leave it out"
+        )
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)

@@ -29,8 +29,8 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
     if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
         given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
         raise UserError(
-            f"{given}: no record beside {config.data.path} tells its tokenizer, and a vocabulary of {vocab_size} "
-            "tokens does not either; make the data with rwkv-peft preprocess, which records it"
+            f"{given}: no record beside {config.data.path} names its tokenizer, and no known tokenizer has "
+            f"{vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
         )
     tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
     exams: dict[str, Exam | HarnessExam] = {}

@@ -49,7 +49,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
     data = identity["data"]
     found |= {
         "the data": f"{data['content']} ({data['samples']:,} samples)",
-        "what counts of the data": data["counted"],
+        "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],
         "the base's fingerprint": identity["base"],
         "the code of rwkv_peft": digest_of_code(),
