@@ -74,8 +74,8 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
     if not request.config.objective.of_tokens:
         raise UserError(
-            f"--objective {request.config.objective.name}: a comparison goes by the validation loss, and for preferences "
-            "a broken model has the lowest; compare on answers, or train each method by itself and ask the models"
+            f"--objective {request.config.objective.name}: a comparison goes by the validation loss, and for "
+            "preferences a broken model has the lowest; compare on answers, or train each method by itself and ask the models"
         )
     base = request.base
     assert base is not None  # parse_run refuses an adapter without one
