@@ -96,7 +96,7 @@ def compare(version, method, rows, args, device):
     for name, way in (("eager", straight), ("graphs", graphed)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found[name] = run(Whole(way), *made(family, config, weights, method, args.rank), rows, args, device)
+        found[name] = run(Whole(way=way), *made(family, config, weights, method, args.rank), rows, args, device)
     (eager, eager_ms), (graphs, graphs_ms) = found.values()
     difference = ((eager - graphs).abs() / eager.abs()).max().item()
     entry = {"generation": family.name, "method": method, "rows": rows, "shape": args.shape, "tokens": args.tokens}

@@ -15,7 +15,7 @@ import torch
 
 from rwkv_peft.data.batches import collate
 from rwkv_peft.models import family_named
-from rwkv_peft.training.step.preferences import Preferences
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.steps import Whole
 
 SHAPE = "768x2688x4"
@@ -46,7 +46,7 @@ def measure(family, method, args):
     budget.adapt(model, method, 64, family)
     mask = torch.arange(args.tokens) >= args.tokens // 2
     row = [(torch.randint(args.vocab, (args.tokens + 1,)), mask) for _ in range(2 * args.pairs)]
-    steps, times = (Whole(), Preferences(0.1)), []
+    steps, times = (Whole(), Whole(DPO())), []
     for _ in range(args.rounds + 1):  # the first builds kernels
         times.append([seconds(step, model, collate([row])) for step in steps])
     plain, pairs = (1e3 * statistics.median(column) for column in zip(*times[1:]))

@@ -28,7 +28,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.models import FAMILIES, family_named
-from rwkv_peft.training.step.loss import linear_cross_entropy
+from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")

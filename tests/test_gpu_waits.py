@@ -10,7 +10,8 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "loss", "preferences", "graphs")),
+    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "graphs")),
+    *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),

@@ -220,7 +220,7 @@ def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows)
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
         (
             ["--rank", "8", "--", *TRAIN, "--data_type", "pairs"],
-            "--data_type pairs: a comparison goes by the validation loss",
+            "--objective dpo: a comparison goes by the validation loss",
         ),
     ],
 )

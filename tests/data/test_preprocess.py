@@ -13,8 +13,9 @@ import pytest
 from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings, shorten
+from rwkv_peft.data.encoding import EncodeSettings
 from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.pieces import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks

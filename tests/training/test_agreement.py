@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.flags.parser import flag_of
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import FREE, disagreement, passport
@@ -15,10 +16,13 @@ CONFIG = RunConfig(
     AdapterConfig(),
     DataConfig("data"),
     TrainConfig(),
+    DPO(),
 )
 DATA = {"content": "0123", "counted": "89", "files": "ab", "samples": 40}
 IDENTITY = {"base": "abc", "data": DATA}
-SETTINGS = [(part, field) for part in ("adapter", "data", "train") for field in fields(getattr(CONFIG, part))]
+SETTINGS = [
+    (part, field) for part in ("adapter", "data", "train", "objective") for field in fields(getattr(CONFIG, part))
+]
 
 
 def compare(config, identity=IDENTITY, **others):

@@ -9,8 +9,9 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import collate
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.compiling import compiled, uncompiled
-from rwkv_peft.training.step.preferences import Preferences
+from rwkv_peft.training.step.steps import Whole
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_pairs_train_and_validate_compiled(all_or_error):
     model = family.build(family.new_dimensions(3, 64, 40))
     family.init_weights(model)
     inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)
-    step = Preferences(beta=0.1)
+    step = Whole(DPO(0.1))
     with compiled(model, DataConfig(path="", data_type="pairs")):
         for sizes in ((9, 12), (3, 5)):
             batch = collate([[(torch.arange(size), torch.ones(size - 1, dtype=torch.bool)) for size in sizes]])

@@ -8,9 +8,10 @@ import json
 from dataclasses import asdict, dataclass
 
 from .adapter import QUANTIZATIONS, AdapterConfig
-from .data import DATA_TYPES, DataConfig
+from .data import DATA_TYPES, OF_ROWS, DataConfig
 from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
+from .objective import Objective
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DATA_TYPES",
     "MINI",
     "MOST_EPOCHS",
+    "OF_ROWS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",
@@ -28,6 +30,7 @@ __all__ = [
     "AdapterConfig",
     "DataConfig",
     "ModelConfig",
+    "Objective",
     "RunConfig",
     "TrainConfig",
     "Word",
@@ -45,6 +48,7 @@ class RunConfig:
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:

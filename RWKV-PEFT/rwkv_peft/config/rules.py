@@ -22,7 +22,7 @@ OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 # remedies
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
-ROWS, NO_PAD = "take --data_type sft or pairs, or leave it out", "take --loss_mask none, or --dataload pad"
+ROWS, NO_PAD = "take --data_type sft, pairs or labels, or leave it out", "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
     """'{"mask0":"User:","mask1":"Assistant:"}'"""

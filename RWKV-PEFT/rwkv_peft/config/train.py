@@ -21,8 +21,8 @@ class TrainConfig(ValidationConfig):
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
-    epochs_chosen says the same of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx
-    tokens if that is not 0.
+    epochs_chosen says the same of epoch_count. epoch_save counts epochs. objective is the name of the RunConfig's. Rows
+    are computed in segments of chunk_ctx tokens if that is not 0.
     """
 
     load_model: str = setting(
@@ -129,11 +129,12 @@ class TrainConfig(ValidationConfig):
         group="run",
         metavar="FILE",
     )
+    objective: str = setting("next_token")
     lr_init: float = setting(
         2e-5,
         f"learning rate after warm-up (default: auto if docs/guides/learning-rates.md has a rule, else 2e-5; "
-        f"{STATE_LR:g} if only states train, 2e-5 for pairs); auto: chosen by the method, its rank and the model's "
-        "width",
+        f"{STATE_LR:g} if only states train, 2e-5 for pairs and labels); auto: chosen by the method, its rank and "
+        "the model's width",
         group="optimizer",
         unset=True,
         type=rate,
@@ -169,19 +170,6 @@ class TrainConfig(ValidationConfig):
     )
     warmup_steps: int = setting(
         0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
-    )
-    dpo_beta: float = setting(
-        0.1,
-        "with --data_type pairs: weight of the margin between two answers; the higher, the nearer the model stays to "
-        "its base",
-        group="optimizer",
-        type=above_zero,
-    )
-    dpo_nll: float = setting(
-        0.0,
-        "with --data_type pairs: also add the chosen answers' own loss, times this, which keeps them likely",
-        group="optimizer",
-        type=not_negative,
     )
     beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
     beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)

@@ -4,7 +4,8 @@
 "MMIDIDX\\0\\0", version (u64, 1), the token type's code (u8), the number of documents n (u64), the
 number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in bytes into .bin), and m
 boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
-does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in the loss.
+does). An optional PREFIX.mask holds a byte a token: 1 if the token counts in the loss, 2 if it counts
+in an answer labelled undesirable.
 """
 
 import os

@@ -15,6 +15,7 @@ from .binidx import BinidxDataset
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
+UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 

@@ -53,7 +53,7 @@ def left_out(totals: Encoded) -> list[str]:
         (totals.too_long, "rows too long, left out"),
         (totals.shortened, "rows too long, shortened"),
         (totals.equal, "pairs of equal answers left out"),
-        (totals.bare, "pairs left out that lack a prompt or one of the answers"),
+        (totals.bare, "rows left out that lack a prompt or an answer"),
     ):
         if count:
             lines.append(f"{count} {what}")

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..names import DATALOADS
 from ..refusals import require_none
 from .binidx import BinidxDataset
+from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
@@ -24,13 +25,17 @@ from .sft import prepare_sft
 SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
     {"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples}
 )
+# --data_type -> the samples of data that no --dataload cuts otherwise
+OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
+    {"pairs": PairSamples, "labels": LabelSamples}
+)
 
 
 def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """Build the samples that a DataConfig names, over tokens checked to be below the model's vocab_size; their
     `vocabulary` is the Vocabulary that made the tokens, None if it is unknown.
 
-    data_type "sft" and "pairs" tokenize config.path first, once (sft.py). Raises UserError for files that are
+    Data of rows tokenizes config.path first, once (sft.py). Raises UserError for files that are
     missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
@@ -48,7 +53,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         mask = None  # every token of these rows counts
     else:
         mask = make_mask(dataset, config)
-    sampling = PairSamples if config.data_type == "pairs" else SAMPLINGS[config.dataload]
+    sampling = OF_TYPES.get(config.data_type, SAMPLINGS[config.dataload])
     samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary

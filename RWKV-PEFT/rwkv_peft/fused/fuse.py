@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import RunConfig
+from ..config.objective import BASE
 from ..models.parts import LanguageModel
 from ..ops.bone import cuda as bone
 from ..ops.mix import cuda as mix
@@ -37,7 +38,7 @@ class Setting:
     def of(cls, config: RunConfig, device: torch.device) -> "Setting":
         """The Setting of a run on a device."""
         train = config.train
-        return cls(device, train.fused, train.compile, train.stage == 3, config.data.data_type == "pairs")
+        return cls(device, train.fused, train.compile, train.stage == 3, BASE in config.objective.needs)
 
 
 class Fusion(NamedTuple):

@@ -109,6 +109,8 @@ def head(request: Request, estimate: Estimate) -> Iterator[str]:
     )
     report = InjectReport(request.layers, counts.trains, counts.total)
     yield f"training  {describe_adapter(estimate.config.adapter)}: {report}"
+    if words := estimate.config.objective.describe():
+        yield f"objective {words}"
     yield (
         f"batch     {data.micro_bsz} x {data.ctx_len} tokens a device, {train.num_nodes} x {train.devices} "
         f"{estimate.accelerator}, {train.strategy}, {train.precision}, --grad_cp {int(train.grad_cp)}"

@@ -75,7 +75,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
 def trains(config: RunConfig) -> bool:
     """Return whether train.py takes these settings together."""
     family = family_named(config.model.version)
-    if not goes_together(config.adapter, config.data, config.train):
+    if not goes_together(config.adapter, config.data, config.train, config.objective):
         return False
     try:
         check_adapter(config.adapter, linear_shapes(family.shapes(config.model)), family.parts)

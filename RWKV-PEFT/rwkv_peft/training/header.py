@@ -7,6 +7,7 @@ from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
+from ..config.objective import BASE
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
 from ..models import family_named
@@ -40,7 +41,7 @@ def describe(
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
-    may_train = adapter.method != NONE and data.data_type != "pairs"  # DPO needs the base as it is
+    may_train = adapter.method != NONE and BASE not in config.objective.needs  # which needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
@@ -64,9 +65,8 @@ def describe(
     say(f"data      {data.path}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
-    if data.data_type == "pairs":
-        nll = f", and {train.dpo_nll:g} times the loss of the chosen one" if train.dpo_nll else ""
-        say(f"          DPO: the chosen answer above the rejected, by the base's measure, beta {train.dpo_beta:g}{nll}")
+    if words := config.objective.describe():
+        say(f"objective {words}")
     if train.chunk_ctx:
         cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")

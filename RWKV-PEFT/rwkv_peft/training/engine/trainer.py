@@ -30,11 +30,11 @@ from ...data.samples import Samples
 from ...errors import UserError
 from ...models.state import TIME_STATE
 from ...names import STATE
+from ...objectives.next_token import NextToken
 from ..ranks.base_guard import BaseGuard
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
-from ..step.preferences import Preferences
 from ..step.steps import Segments, Step, Way, Whole, straight
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
@@ -42,18 +42,17 @@ from .strategy import make_strategy
 
 
 def step_of(config: RunConfig, samples: Samples) -> Step:
-    """Choose the Step for batches of `samples`: over whole rows, segments of them, or pairs of answers."""
-    train, data = config.train, config.data
+    """Choose the Step for batches of `samples`: over whole rows, or segments of them."""
+    train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
     if train.cuda_graphs:
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
-    if data.data_type == "pairs":
-        return Preferences(train.dpo_beta, train.dpo_nll, way, base_way)
     if not train.chunk_ctx:
-        return Whole(way)
-    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
+        return Whole(objective, way, base_way)
+    assert isinstance(objective, NextToken)  # the rules of the others refuse segments
+    return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
 
 def make_lit(run: Prepared) -> Lit:
@@ -92,7 +91,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             Moves(run.watch),
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
-            Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
+            Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),
         ],

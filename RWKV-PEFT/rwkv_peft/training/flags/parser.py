@@ -8,10 +8,11 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
-from ...config import CHOICES, AdapterConfig, DataConfig, TrainConfig
+from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
 from ...config.rules import RULES
 from ...config.setting import flag_of
 from ...names import GENERATIONS, TRAIN_TYPES
+from ...objectives import OBJECTIVES
 from ...rules import notes
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
@@ -19,7 +20,7 @@ from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
 from .upstream import WORDS, add_upstream_flags
 
-Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
+Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
 DIMENSIONS = (
     ("n_layer", "blocks"),
@@ -94,6 +95,16 @@ def build_parser() -> Parser:
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
+    minimized = parser.add_argument_group("objective")
+    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    minimized.add_argument(
+        "--objective",
+        choices=tuple(OBJECTIVES),
+        default=None,
+        help=f"what a step minimizes. {texts} (default: the first that learns from the --data_type)",
+    )
+    for objective in OBJECTIVES.values():
+        add_settings(minimized, objective)
     for name in ("validation", "run", "optimizer", "machine"):
         group = parser.add_argument_group(name)
         add_settings(group, TrainConfig, name)
@@ -125,7 +136,7 @@ def version(text: str) -> str:
 
 
 def add_settings(
-    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig | Objective], group: str = ""
 ) -> None:
     """Add the flags of one group of a settings dataclass to a parser."""
     for field in fields(config):
@@ -137,7 +148,8 @@ def add_settings(
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+        of = f"{config.name}: " if issubclass(config, Objective) else ""
+        parser.add_argument(f"--{flag}", help=f"{of}{field.metadata['help']}", **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:

@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
+from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, RULES, check_settings, given, values_of
 from ...data.mask_kinds import default_mask
 from ...errors import UserError
@@ -21,9 +22,9 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .markers import markers_of
+from .objective import check_objective, check_rules, objective_of
 from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
-from .preferences import check_preferences
 from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
 from .train import check_tokens, check_train
@@ -60,6 +61,7 @@ class Flags(NamedTuple):
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
     world: World
     argv: tuple[str, ...]
     notes: tuple[str, ...]
@@ -98,15 +100,17 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(check_adapter_flags, args)
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
-    train = refusals.attempt(train_config, args, data)
+    objective = objective_of(args)
+    train = refusals.attempt(train_config, args, data, objective)
     refusals.gather(contradictions, RULES, flags_given(args, *(each for each in (adapter, data, train) if each)))
+    refusals.gather(check_objective, args, objective)
+    refusals.gather(check_rules, objective, adapter, data, train)
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
-    refusals.gather(check_preferences, train, adapter, data)
     refusals.gather(check_overwriting, adapter, data, train)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
-    return Flags(args, adapter, data, train, world, argv, notes)
+    return Flags(args, adapter, data, train, objective, world, argv, notes)
 
 
 def flags_given(args: Namespace, *settings: AdapterConfig | DataConfig | TrainConfig) -> Given:
@@ -118,9 +122,9 @@ def flags_given(args: Namespace, *settings: AdapterConfig | DataConfig | TrainCo
     return found._replace(names={*found.names, *unset})
 
 
-def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
+def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
     """Tell whether no settings contradict each other, whatever the model is and wherever files lie."""
-    return not any(chain(check_settings(adapter, data, train), check_preferences(train, adapter, data)))
+    return not any(chain(check_settings(adapter, data, train), check_rules(objective, adapter, data, train)))
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
@@ -128,15 +132,17 @@ def rates_left(args: Namespace) -> tuple[str, ...]:
     return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
-def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+def train_config(args: Namespace, data: DataConfig, objective: Objective) -> TrainConfig:
     """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
-    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
+    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs, "objective": objective.name}
+    if epochs and args.epoch_save is None:
+        others["epoch_save"] = 0  # short epochs have little to save
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -164,7 +170,7 @@ def request_of(flags: Flags) -> Request:
     from ...models import family_named
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
-    args, adapter, data, train, world, argv, notes = flags
+    args, adapter, data, train, objective, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
     if base is not None:
         require_none(check_base, args, base)
@@ -178,14 +184,14 @@ def request_of(flags: Flags) -> Request:
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
     if train.lr_chosen:
         train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
-    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+    elif args.lr_init is None and follows_rule(adapter, objective) and (rule := known_rate(adapter, model.n_embd)):
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    config = RunConfig(model, adapter, data, train)
+    config = RunConfig(model, adapter, data, train, objective)
     return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
 
 
@@ -224,13 +230,12 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    of_rows = args.data_type != "binidx"
-    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
-    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
+    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else default_mask(args.data_file))
+    kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.documents > 1 else "get"),
         loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),

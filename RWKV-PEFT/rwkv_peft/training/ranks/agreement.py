@@ -41,7 +41,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
     """Collect {what is compared: its value} of this process. identity is what a resumed run must share with the first
     (identity.py); others are further values."""
     found = {}
-    for settings in (config.model, config.adapter, config.data, config.train):
+    for settings in (config.model, config.adapter, config.data, config.train, config.objective):
         for field in fields(settings):
             if field.name not in FREE:
                 flag = flag_of(field)
