@@ -20,7 +20,7 @@ import torch
 from fault_processes import drop_privileges, ended, started
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named

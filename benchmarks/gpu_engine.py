@@ -22,7 +22,7 @@ from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import exit_on_user_error
 
 SHORT = ("--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")

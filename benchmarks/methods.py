@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from rwkv_peft.compare.command import main as compare
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import Template, read_template, segments

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.models import family_named
 from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable

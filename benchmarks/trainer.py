@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.training import run

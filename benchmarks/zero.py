@@ -28,7 +28,7 @@ from fault_training import import_libraries, train
 from safetensors.torch import load_file
 
 from rwkv_peft.config import STRATEGIES
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.models import family_named

@@ -21,7 +21,7 @@ from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.compare.sizes import Size
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES

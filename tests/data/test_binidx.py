@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.prefix import binidx_prefix
 from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.errors import UserError
@@ -193,6 +194,13 @@ def test_a_new_data_set_does_not_keep_an_old_mask(tmp_path):
     with BinidxWriter(tmp_path / "data") as writer:
         writer.add([1, 2])
     assert not (tmp_path / "data.mask").exists()
+
+
+def test_a_mask_of_ones_says_nothing_and_labels_do(tmp_path):
+    for mask, stays in (([1, 1], False), ([2, 2], True)):
+        with BinidxWriter(tmp_path / "data", mask=True) as writer:
+            writer.add([1, 2], mask)
+        assert (tmp_path / "data.mask").exists() == stays
 
 
 def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import masks
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.mask_kinds import default_mask
 from rwkv_peft.data.masks import describe_mask, find, make_mask
 from rwkv_peft.errors import UserError

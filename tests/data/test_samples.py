@@ -8,7 +8,7 @@ import torch
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import samples as module
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 

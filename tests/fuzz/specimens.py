@@ -18,7 +18,8 @@ from rwkv_peft.compare.report import rows_of, table
 from rwkv_peft.compare.sizes import Size
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data import preprocess
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.third import Third, ThirdConfig, ThirdFamily
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from training.runs import finish, metrics, start
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rwkv_peft.config import AdapterConfig, to_json
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.generate.loading import load_model

@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import open_base
 from training.runs import ROOT, finish, metrics, start
 

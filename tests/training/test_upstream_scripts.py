@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from rwkv_peft.training.flags.request import parse_run

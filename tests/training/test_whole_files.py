@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config

@@ -21,7 +21,8 @@ from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
-from .binidx import BinidxDataset, BinidxWriter
+from .binidx import BinidxDataset
+from .binidx_writer import BinidxWriter
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
 from .prefix import binidx_prefix

@@ -14,15 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters.functions.tokens import linear
-from ..adapters.methods import METHODS
 from ..adapters.product import Frozen, Product
-from ..config import AdapterConfig
 from ..errors import UserError
 from .config import BoneConfig
 from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, check_parameter, product_for
-
-PARAMETER = "bone"  # the methods' name for bone_block
+from .shapes import PARAMETER, block_shape
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -286,20 +283,3 @@ def watched(layer: nn.Linear) -> bool:
     not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")
-
-
-def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
-    """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
-    method, sizes = config.method, AdapterConfig(rank=config.r, mini_rank=config.mini_r)
-    misfit = method.tensors.fit(sizes, out_features, in_features)
-    if misfit is None:
-        return method.tensors.shapes(sizes, out_features, in_features)[PARAMETER]
-    setting = "r" if misfit.setting == "rank" else "mini_r"
-    advice = f"try {setting}={misfit.nearest}" if misfit.nearest else f"give a smaller {setting}"
-    other = METHODS[misfit.instead].hf if misfit.instead else None
-    if other is not None:
-        advice += f", or init_weights={other.names[0]!r}, which fits any width"
-    raise UserError(
-        f"{method.name}: {setting}={misfit.value} {misfit.problem} at {name} ({in_features} -> {out_features}); "
-        f"{advice}"
-    )
