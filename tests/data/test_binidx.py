@@ -210,7 +210,7 @@ def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
 
 def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"rows\.jsonl: a file of rows or text.*--data_type sft"):
+    with pytest.raises(UserError, match=r"rows\.jsonl is a file of rows or text.*--data_type sft"):
         BinidxDataset(tmp_path / "rows.jsonl")
 
 
