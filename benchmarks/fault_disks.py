@@ -25,13 +25,14 @@ class Case(NamedTuple):
     disk: bool = False
 
 
-def fill(folder):
+def fill(folder, room=0):
+    """Fill a disk but for so many bytes."""
     with open(folder / "filler", "wb", buffering=0) as file:
-        while True:
-            try:
+        try:
+            while True:
                 file.write(bytes(4096))
-            except OSError:  # it is full
-                return
+        except OSError:  # it is full
+            file.truncate(max(0, file.tell() - room))
 
 
 def close(folder):

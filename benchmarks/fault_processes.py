@@ -14,6 +14,8 @@ from rwkv_peft.errors import UserError
 
 REFUSED, FAILED = 2, 3  # exit codes of a process: a UserError, anything else
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn")
+REACHES = (*PROGRAMS, "socket.connect", "socket.getaddrinfo", "urllib.Request")
 CAPABILITIES = (0x20080522, 0), (0,) * 6  # of Linux: this version, this process; and none
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -48,6 +50,16 @@ def die_before(operation, folder):
         changes = event in CHANGES or (event == "open" and arguments[2] & TO_WRITE)
         if changes and is_below(arguments[0], place) and next(count) == operation:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def hear(tell):
+    """Let tell(what) be called with each program that this process starts, and each address that it asks, from now."""
+
+    def look(event, arguments):
+        if event in REACHES:
+            tell(f"{event} {arguments}")
 
     sys.addaudithook(look)
 

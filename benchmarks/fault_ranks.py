@@ -70,12 +70,17 @@ def start_nodes(training, case, *more, action=None):
     """The first processes of a run's nodes; action as in Training.start."""
     if case.nodes == 1:
         return [training.start(case.name, *FLAGS, *AGAIN, *more, "--devices", "2", action=action)]
+    return start_pair(training, case.name, *[(*FLAGS, *AGAIN, *more)] * 2, action=action)
+
+
+def start_pair(training, name, *flags, action=None):
+    """The processes of two nodes, each with flags of its own."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    flags, meeting = (*FLAGS, *AGAIN, *more, "--num_nodes", "2"), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        training.start(case.name, *flags, node=place, action=action, NODE_RANK=str(place), **meeting)
-        for place in range(2)
+        training.start(name, *own, "--num_nodes", "2", node=place, action=action, NODE_RANK=str(place), **meeting)
+        for place, own in enumerate(flags)
     ]
 
 

@@ -45,7 +45,7 @@ SAVING = 0.05  # or up to so many seconds later
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 AGAIN = ("--resume", "auto")
 NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
-LIMIT = 240  # seconds that a run may take
+LIMIT = 900  # seconds that a run may take, on a machine that others use
 
 
 class Outcome(NamedTuple):
@@ -98,6 +98,7 @@ class Training:
         if not holds:
             said = self.log(name).read_text().strip().splitlines()
             self.faults.append(f"training, {name}: {what}" + f"; it said last: {said[-1]}" * bool(said))
+            print(self.faults[-1], file=sys.stderr, flush=True)
 
     def whole(self, name, *flags):
         """The Outcome of an unbroken run, which runs only once."""
@@ -183,7 +184,15 @@ def import_libraries():
     """Import a run's libraries, once for all processes that are forked from here."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
     for name in (
+        "compare.command",
+        "data.preprocess",
+        "evals.command",
+        "generate.command",
+        "plan.command",
         "plots",
+        "release.check",
+        "release.merge_command",
+        "release.verify",
         "training.engine.callbacks",
         "training.engine.data_module",
         "training.step.lit",
@@ -193,14 +202,19 @@ def import_libraries():
 
 
 def train(argv, log, variables):
-    """Run train.py in this process, with its output in the file `log` -> its exit code."""
+    """Run train.py in this process, as run_command does."""
+    return run_command(["train", *argv], log, variables)
+
+
+def run_command(words, log, variables):
+    """Run a command of rwkv-peft in this process, with its output in the file `log` -> its exit code."""
     os.environ.update(variables)
-    sys.argv = ["train.py", *argv]
+    sys.argv = ["rwkv-peft", *words]
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 1)  # for the processes that it starts
         os.dup2(file.fileno(), 2)
         try:
-            commands.run("train")
+            commands.run()
         except SystemExit as end:
             return end.code
 

@@ -17,9 +17,12 @@ and resume in the same way. A machine that sleeps must lose nothing, wherever it
 because it is not bitwise by design: DeepSpeed's Adam for CPUs multiplies up the powers of its betas from step to step,
 and computes them anew, with other roundings, after a break.
 
-Commands in a current folder full of modules and settings (--traps 1) must run none of them. Mutants are those of
-tests/fuzz under other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1 if an
-expectation failed.
+Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
+do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run must end in one message
+if its files are written over meanwhile, if its nodes read other files (--meanwhile 3), or if its disk fills at some
+block of a save (--rooms 10); a comparison that is killed must take its run along. Commands in a current folder full of
+modules and settings (--traps 1) must run none of them. Mutants are those of tests/fuzz under other seeds; no reader may
+start a program, or take 2 GiB. Prints counts; the exit code is 1 if an expectation failed.
 """
 
 import argparse
@@ -35,12 +38,18 @@ import warnings
 from pathlib import Path
 
 import torch
+from fault_attacks import try_attacks
 from fault_disks import CASES as DISKS
 from fault_disks import lose_and_resume
+from fault_files import pickles, rows, sizes
 from fault_folders import run_among_traps
+from fault_meanwhile import CHANGES, DIFFERENCES, change_and_end, fill_and_resume, kill_comparison, start_otherwise
+from fault_processes import hear
 from fault_ranks import CASES, end_and_resume
+from fault_run_folders import adapters, comparisons, edits, folders_of_runs, prepare
 from fault_sleep import CASES as SLEEPS
 from fault_sleep import sleep_and_wake
+from fault_surroundings import plans, surroundings, told_names
 from fault_training import STOPPED, Training, configurations
 from fault_writers import WRITERS, Trials, make_inputs, mounted
 
@@ -49,19 +58,24 @@ from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_MEMORY = 2048  # MiB of a process that reads broken files, torch and pyarrow among them
+EDITS = 100  # single bits of a state.json
 SLOWEST = 20  # seconds of a processor that a reader may take over a broken file
 
 
-def programs_started():
-    """A list that gets the name of each program that this process starts from now on."""
-    started = []
-
-    def hear(event, arguments):
-        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"):
-            started.append(f"{event} {arguments[0]}")
-
-    sys.addaudithook(hear)
-    return started
+def groups(seed):
+    """{title: list of Attacks}, all that there are."""
+    return {
+        "pickles that run code": pickles(),
+        "sizes that a file claims": sizes(),
+        "rows and tokenizers": rows(),
+        "folders of runs": folders_of_runs(),
+        "a bit of state.json": edits(seed, EDITS),
+        "folders of adapters": adapters(),
+        "damaged comparisons": comparisons(),
+        "plans of huge models": plans(),
+        "names and answers": told_names(),
+        "surroundings of a run": surroundings(),
+    }
 
 
 def try_mutants(count, seed, folder):
@@ -76,7 +90,8 @@ def try_mutants(count, seed, folder):
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}
-    faults, tried, slowest, started = [], 0, (0.0, ""), programs_started()
+    faults, tried, slowest, started = [], 0, (0.0, ""), []
+    hear(started.append)
     for specimen in here:
         for number in range(seed * count, seed * count + count // len(here)):
             what, data = broken(specimen, number, others)
@@ -144,6 +159,14 @@ def try_training(args, folder, rng):
         row(case.name, (lose_and_resume(training, chosen) for chosen in [case]))
     for case in CASES[: args.ends]:
         row(case.name, (end_and_resume(training, chosen) for chosen in [case]))
+    for case in CHANGES if args.meanwhile else ():
+        row(case.name, (change_and_end(training, case, number) for number in range(args.meanwhile)))
+    if args.meanwhile:
+        row("a node reads other files", (start_otherwise(training, name) for name in DIFFERENCES))
+        row("kill -9 of a comparison", (kill_comparison(training, number) for number in range(args.meanwhile)))
+    for steps in (2, 7) if args.rooms else ():
+        shares = [number / args.rooms for number in range(args.rooms)]
+        row(f"full disk, {steps} steps", (fill_and_resume(training, steps, share) for share in shares))
     for case in SLEEPS[: args.sleeps]:
         row(case.name, (sleep_and_wake(training, chosen) for chosen in [case]))
     return training.faults
@@ -157,11 +180,14 @@ def main():
     )
     parser.add_argument("--races", type=int, default=40, help="over all writers")
     parser.add_argument("--mutants", type=int, default=0, help="over all readers")
+    parser.add_argument("--attacks", type=int, default=0, help="try each N-th hostile file, folder and word; 0: none")
     parser.add_argument("--traps", type=int, default=0, help="1: commands in a folder that came with somebody's data")
     parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
     parser.add_argument("--ends", type=int, default=len(CASES), help="ways to kill one of several ranks or nodes")
+    parser.add_argument("--meanwhile", type=int, default=0, help="times that each input of a run is written over")
+    parser.add_argument("--rooms", type=int, default=0, help="parts of a first and of a later save at which disks fill")
     parser.add_argument("--sleeps", type=int, default=len(SLEEPS), help="ways to let the machine sleep")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -169,8 +195,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), random.Random(args.seed)
         faults = try_writers(args, folder, rng)
-        if args.saves or args.resumes or args.disks or args.ends or args.sleeps:
+        if args.saves or args.resumes or args.disks or args.ends or args.sleeps or args.meanwhile or args.rooms:
             faults += try_training(args, folder / "training", rng)
+        if args.attacks:
+            prepare(folder / "inputs")
+            faults += try_attacks(groups(args.seed), args.attacks, folder / "inputs", folder)
         if args.traps:
             tried = list(run_among_traps(folder / "traps"))
             found = [fault for _, fault in tried if fault]

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from fuzz.foreign import save_folder
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.errors import UserError
@@ -19,17 +20,6 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 def rows_of(path, split=""):
     return [row for chunk in read_chunks(path, split) for row in chunk.items]
-
-
-def save_folder(folder, table, **state):
-    """A folder as datasets.save_to_disk writes it."""
-    folder.mkdir(parents=True)
-    with ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
-        stream.write_table(table)
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "a", "_split": "train"} | state
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}, "splits": {}}))
-    return folder
 
 
 def written(kind, tmp_path, table):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzz.foreign import MODELS, json_file
 from rwkv_peft.commands import main
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.show import plain_text
@@ -242,27 +243,6 @@ def test_bad_tokenizer_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
     with pytest.raises(UserError, match="not a tokenizer.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
-
-
-MODELS = {
-    "WordLevel": {"vocab": {"a": 0}, "unk_token": "[UNK]"},
-    "WordPiece": {
-        "vocab": {"a": 0},
-        "unk_token": "[UNK]",
-        "continuing_subword_prefix": "##",
-        "max_input_chars_per_word": 100,
-    },
-    "Unigram": {"vocab": [["a", -1.0]], "unk_id": None, "byte_fallback": False},
-    "BPE": {"vocab": {"a": 0}, "merges": [], "unk_token": "x"},
-}
-
-
-def json_file(folder, kind, **model):
-    """A tokenizer.json over one kind of model."""
-    rest = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    content = {"version": "1.0", "added_tokens": [], "model": {"type": kind} | MODELS[kind] | model, **rest}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return str(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("kind", MODELS)

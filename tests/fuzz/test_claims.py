@@ -5,12 +5,25 @@ import gzip
 import pickle
 import struct
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from fuzz.claims import (
+    GGUFS,
+    bare,
+    call,
+    gguf,
+    listed,
+    lists_of_nothing,
+    named,
+    one_layer_for_all,
+    parquet_of,
+    repeated,
+    storages,
+    zipped,
+)
 from rwkv_peft import commands
 from rwkv_peft.errors import UserError
 
@@ -40,40 +53,6 @@ def refused(*words):
     return str(error.value)
 
 
-def item(value):
-    """The instructions of a pickle that make a value."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def call(name, argument):
-    """A pickle that calls a function."""
-    return b"\x80\x02c" + name.replace(".", "\n").encode() + b"\n" + item(argument) + b"\x85R."
-
-
-def zipped(path, pickled):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/version", "3\n")
-
-
-def bare(path, *pickles):
-    """A file in the format of torch before 1.6, with other pickles after its first three."""
-    torch.save({}, path, _use_new_zipfile_serialization=False)
-    head = path.read_bytes().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps({}, 2))
-    path.write_bytes(head + b"".join(pickles))
-
-
-def storages(count, numbers):
-    """A dict of tensors, each of which names its own storage of so many numbers."""
-
-    def tensor(key):
-        name = b"(" + item("storage") + b"ctorch\nDoubleStorage\n" + item(key) + item("cpu") + item(numbers) + b"NtQ"
-        shape = item(0) + item((1,)) + item((1,)) + b"\x89ccollections\nOrderedDict\n)R"
-        return item(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + name + shape + b"tR"
-
-    return b"\x80\x02}(" + b"".join(tensor(f"{number}") for number in range(count)) + b"u."
-
-
 @pytest.mark.parametrize("name", ["builtins.bytearray", "torch.FloatTensor", "torch.DoubleStorage"])
 @pytest.mark.parametrize("place", ["zip", "fourth", "fifth"])
 def test_a_pickle_that_calls_for_memory_is_refused_by_name(tmp_path, name, place):
@@ -99,11 +78,7 @@ def test_storages_of_a_bare_pickle_take_no_more_than_their_file(tmp_path):
 @pytest.mark.parametrize("command", ["generate", "convert"])
 def test_tensors_that_share_their_bytes_are_refused(tmp_path, tiny_state, command):
     """24 layers are one and the same: their memory, and a file of them, would be larger than this file."""
-    state = tiny_state(n_layer=24)
-    for key in state:
-        if key.startswith("blocks.") and not key.startswith("blocks.0."):
-            state[key] = state["blocks.1." + key.split(".", 2)[2]]
-    torch.save(state, tmp_path / "m.pth")
+    torch.save(one_layer_for_all(tiny_state(n_layer=24)), tmp_path / "m.pth")
     model, output = tmp_path / "m.pth", tmp_path / "o.st"
     message = refused(command, *(("--model", model, "--prompt", "a") if command == "generate" else (model, output)))
     assert "share their bytes" in message and "tensor.clone()" in message and not output.exists()
@@ -135,48 +110,45 @@ def test_packed_rows_that_are_all_kept_are_bounded(tmp_path, monkeypatch, comman
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a", "question": "b", "answer": "#### 1"}\n' * 30_000))
     words = ["--prompt_file", path] if command == "generate" else ["gsm8k", "--data", path]
-    assert "has more than 1,048,576 bytes of rows" in refused(command, "--model", "absent.pth", *words)
+    assert "has more rows than fit into 1,048,576 bytes" in refused(command, "--model", "absent.pth", *words)
 
 
-def parquet_of(path, array, **settings):
-    """A parquet file with one column, text, and without statistics."""
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    settings = {"compression": "zstd", "store_schema": False, "write_statistics": False} | settings
-    parquet.write_table(pyarrow.table({"text": array}), path, dictionary_pagesize_limit=1 << 30, **settings)
-    return path
-
-
-def repeated(pyarrow, text, count):
-    """A text that is stored once and referred to in so many places."""
-    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_values_of_a_few_bytes_are_bounded_by_what_they_take(tmp_path, rows):
+    """20 million empty lists take 1.5 GB as a row, 60 MB as text, and 290 kB packed."""
+    path = tmp_path / "rows.jsonl.gz"
+    lists_of_nothing(path, 20_000_000 // rows, rows)
+    one = "line 1 has more than 16,777,216 values"
+    told = one if rows == 1 else "has more rows than fit into 268,435,456 bytes"
+    assert told in refused("generate", "--model", "absent.pth", "--prompt_file", path)
+    if rows == 1:
+        assert one in refused(*preprocess(path, "--skip_bad_rows"))
 
 
 def test_a_text_that_stands_in_many_rows_is_read_a_row_at_a_time(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (4 << 20), 1000))
+    pytest.importorskip("pyarrow")
+    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (4 << 20), 1000))
     assert path.stat().st_size < 1000
     assert commands.main([str(word) for word in preprocess(path, "--split", "[:2]")]) == 0
     assert (tmp_path / "out.bin").stat().st_size == 2 * 2 * ((4 << 20) + 1)
 
 
 def test_a_text_beyond_what_a_row_may_have_is_refused(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (100 << 20), 1000))
+    pytest.importorskip("pyarrow")
+    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (100 << 20), 1000))
     assert path.stat().st_size < 10_000 and "a row takes 104,857," in refused(*preprocess(path))
 
 
 def test_a_page_beyond_what_is_unpacked_at_once_is_refused(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     monkeypatch.setattr("rwkv_peft.data.parquet_pages.MOST_BYTES", 1 << 20)
-    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (1 << 20), 10))
+    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (1 << 20), 10))
     assert "a page of its column text takes 1,048,580 bytes, and at most 1,048,576" in refused(*preprocess(path))
 
 
 def test_a_row_that_is_a_list_of_one_text_many_times_is_refused(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    texts = pyarrow.ListArray.from_arrays([0, 4000], repeated(pyarrow, "a" * (1 << 20), 4000))
+    texts = pyarrow.ListArray.from_arrays([0, 4000], repeated("a" * (1 << 20), 4000))
     assert "a row takes 4,194,3" in refused(*preprocess(parquet_of(tmp_path / "rows.parquet", texts)))
 
 
@@ -188,36 +160,9 @@ def test_a_row_that_is_a_list_of_countless_nothings_is_refused(tmp_path, monkeyp
     assert "hold 65,537 values in one group of rows, and at most 65,536" in refused(*preprocess(path))
 
 
-def gguf(path, *settings, tensors=0, count=None):
-    """A GGUF with settings (bytes after their names), which announces so many tensors."""
-    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(settings) if count is None else count)
-    path.write_bytes(head + b"".join(settings))
-    return path
-
-
-def named(name, kind, value):
-    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
-
-
-def listed(kind, count):
-    return struct.pack("<IQ", kind, count)
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        (named(b"a", 9, listed(0, 1 << 40)), "it ends within"),
-        (named(b"a", 9, listed(4, (1 << 64) - 1)), "it ends within"),
-        (named(b"a", 9, listed(8, 1 << 40)), "it ends within"),
-        (named(b"a", 9, listed(9, 1) * 50_000), "a list of lists"),
-        (named(b"a", 77, b""), "the unknown type 77"),
-        (named(b"a", 8, struct.pack("<Q", 2) + b"\xff\xfe"), "codec can't decode"),
-        (named(b"\xff\xfe", 4, b"\0\0\0\0"), "codec can't decode"),
-        (named(b"a", 8, struct.pack("<Q", 1 << 62)), "it ends within"),
-    ],
-    ids=["numbers", "many", "texts", "lists", "kind", "value", "name", "length"],
-)
-def test_a_gguf_is_not_believed_beyond_its_end(tmp_path, setting, message):
+@pytest.mark.parametrize("claim", GGUFS)
+def test_a_gguf_is_not_believed_beyond_its_end(tmp_path, claim):
+    setting, message = GGUFS[claim]
     assert message in refused("inspect", gguf(tmp_path / "m.gguf", setting))
     assert "no readable GGUF" in refused("inspect", gguf(tmp_path / "m.gguf", setting, tensors=1 << 60))
 

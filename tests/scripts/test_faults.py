@@ -1,5 +1,5 @@
-"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, and a full disk if one
-can be mounted. tests/training covers killed runs."""
+"""benchmarks/faults.py in small: writers killed at random and at file operations, two at once, a full disk if one can
+be mounted, some broken and hostile files. tests/training covers killed and attacked runs."""
 
 import os
 import subprocess
@@ -10,11 +10,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "faults.py"
 
 
 def test_killed_racing_and_refused_writers_leave_what_they_should():
-    counts = ("--kills", "6", "--operations", "12", "--races", "6", "--mutants", "35", "--seed", "3")
+    counts = ("--kills", "6", "--operations", "12", "--races", "6", "--mutants", "35", "--attacks", "25", "--seed", "3")
     command = [sys.executable, SCRIPT, *counts, "--saves", "0", "--resumes", "0", "--disks", "0", "--ends", "0"]
     command += ["--sleeps", "0"]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.endswith("| 0 |")]
-    assert len(rows) == 6 and "broken files, 0 faults" in done.stdout
-    assert all(int(row.split("|")[3]) for row in rows)  # each was killed at an operation
+    assert len(rows) == 6 + 10 and "broken files, 0 faults" in done.stdout
+    assert all(int(row.split("|")[3]) for row in rows[:6])  # each was killed at an operation
+    assert all(int(row.split("|")[2]) for row in rows[6:])  # and of each kind of attack some was tried

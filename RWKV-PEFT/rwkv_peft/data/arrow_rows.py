@@ -18,7 +18,7 @@ from .parquet_pages import largest_page
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows
 ROW_BYTES = 1 << 26  # the most that a row may take
-BATCH_BYTES = 1 << 29  # the most that may be unpacked at once
+BATCH_BYTES = 1 << 28  # the most that may be unpacked at once
 VALUE = 16  # bytes that a value takes besides its own
 HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
 Row = dict[str, Any]

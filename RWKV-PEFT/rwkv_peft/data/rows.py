@@ -19,7 +19,9 @@ from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-HELD_BYTES = 1 << 27  # the most bytes of rows of a compressed file or a folder that are kept in memory
+HELD_BYTES = 1 << 28  # the most bytes of rows of a compressed file or a folder that are kept in memory
+ROW_VALUES = 1 << 24  # the most values that a row may have, because a value of three bytes, [], takes 70 in memory
+VALUE_BYTES = 64  # bytes that a value takes in memory beside its text
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
     "that datasets.save_to_disk wrote"
@@ -86,13 +88,24 @@ def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
     compressed file or a folder with more than HELD_BYTES, because a megabyte may become a thousand."""
     packed, size = Path(path).suffix in (".gz", ".parquet") or Path(path).is_dir(), 0
     for chunk in read_chunks(path, split):
-        size += sum(len(item if isinstance(item, bytes) else repr(item)) for item in chunk.items) if packed else 0
+        size += sum(map(held_bytes, chunk.items)) if packed else 0
         if size > HELD_BYTES:
             raise UserError(
-                f"{path} has more than {HELD_BYTES:,} bytes of rows, which would all be kept in memory; give a part of "
-                "it, or unpack it to a .jsonl"
+                f"{path} has more rows than fit into {HELD_BYTES:,} bytes, and all would be kept in memory; give a "
+                "part of it, or unpack it to a .jsonl"
             )
         yield chunk
+
+
+def held_bytes(item: object) -> int:
+    """The bytes that an item of a Chunk takes about, once it is a row."""
+    text = item if isinstance(item, bytes) else repr(item).encode(errors="replace")
+    return len(text) + VALUE_BYTES * values_in(text)
+
+
+def values_in(text: bytes) -> int:
+    """The number of values in a row of JSON, or more where its texts have commas."""
+    return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def line_chunks(path: Path) -> Iterator[Chunk]:
@@ -106,17 +119,20 @@ def line_chunks(path: Path) -> Iterator[Chunk]:
 
 def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
     """Read the next lines of an open file, about a megabyte of them; first is the number of the first one. Raises
-    UserError for a damaged file, and for a line beyond ROW_BYTES, because a compressed file may hold one of a thousand
-    times its size."""
+    UserError for a damaged file, and for a line beyond ROW_BYTES or ROW_VALUES, because a compressed file may hold one
+    of a thousand times its size."""
     lines: list[bytes] = []
     size = 0
     try:
         while size < CHUNK_BYTES and (line := file.readline(ROW_BYTES + 1)):
+            place = f"{path}, line {first + len(lines)}"
             if len(line) > ROW_BYTES:
                 raise UserError(
-                    f"{path}, line {first + len(lines)} has more than {ROW_BYTES:,} bytes, which no row may have; "
-                    "split it, or give a long text as a .txt"
+                    f"{place} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or give a long text "
+                    "as a .txt"
                 )
+            if len(line) > ROW_VALUES and values_in(line) > ROW_VALUES:
+                raise UserError(f"{place} has more than {ROW_VALUES:,} values, which no row may have; split it")
             lines.append(line)
             size += len(line)
     except (OSError, EOFError, zlib.error) as error:  # gzip raises another type for each place of damage

@@ -1,0 +1,99 @@
+"""Writes small files that claim to hold gigabytes: objects, storages, rows, lists and tensors."""
+
+import gzip
+import pickle
+import re
+import struct
+import zipfile
+
+import torch
+
+
+def item(value):
+    """The instructions of a pickle that make a value."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def call(name, argument):
+    """A pickle that calls a function."""
+    return b"\x80\x02c" + name.replace(".", "\n").encode() + b"\n" + item(argument) + b"\x85R."
+
+
+def zipped(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+
+
+def bare(path, *pickles):
+    """A file in the format of torch before 1.6, with other pickles after its first three."""
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    head = path.read_bytes().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps({}, 2))
+    path.write_bytes(head + b"".join(pickles))
+
+
+def storages(count, numbers):
+    """A dict of tensors, each of which names its own storage of so many numbers."""
+
+    def tensor(key):
+        name = b"(" + item("storage") + b"ctorch\nDoubleStorage\n" + item(key) + item("cpu") + item(numbers) + b"NtQ"
+        shape = item(0) + item((1,)) + item((1,)) + b"\x89ccollections\nOrderedDict\n)R"
+        return item(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + name + shape + b"tR"
+
+    return b"\x80\x02}(" + b"".join(tensor(f"{number}") for number in range(count)) + b"u."
+
+
+def lists_of_nothing(path, count, rows):
+    """A packed .jsonl of equal rows, each with so many empty lists."""
+    row = b'{"prompt": "a", "text": "a", "x": [' + b"[]," * count + b"[]]}\n"
+    path.write_bytes(gzip.compress(row, 1) * rows)
+
+
+def parquet_of(path, array, **settings):
+    """A parquet file with one column, text, and without statistics."""
+    import pyarrow
+    from pyarrow import parquet
+
+    settings = {"compression": "zstd", "store_schema": False, "write_statistics": False} | settings
+    parquet.write_table(pyarrow.table({"text": array}), path, dictionary_pagesize_limit=1 << 30, **settings)
+    return path
+
+
+def repeated(text, count):
+    """A text that is stored once and referred to in so many places."""
+    import pyarrow
+
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+
+
+def gguf(path, *settings, tensors=0, count=None):
+    """A GGUF with settings (bytes after their names), which announces so many tensors."""
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(settings) if count is None else count)
+    path.write_bytes(head + b"".join(settings))
+    return path
+
+
+def named(name, kind, value):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def listed(kind, count):
+    return struct.pack("<IQ", kind, count)
+
+
+GGUFS = {  # a setting, and what is said of it
+    "numbers": (named(b"a", 9, listed(0, 1 << 40)), "it ends within"),
+    "many": (named(b"a", 9, listed(4, (1 << 64) - 1)), "it ends within"),
+    "texts": (named(b"a", 9, listed(8, 1 << 40)), "it ends within"),
+    "lists": (named(b"a", 9, listed(9, 1) * 50_000), "a list of lists"),
+    "kind": (named(b"a", 77, b""), "the unknown type 77"),
+    "value": (named(b"a", 8, struct.pack("<Q", 2) + b"\xff\xfe"), "codec can't decode"),
+    "name": (named(b"\xff\xfe", 4, b"\0\0\0\0"), "codec can't decode"),
+    "length": (named(b"a", 8, struct.pack("<Q", 1 << 62)), "it ends within"),
+}
+
+
+def one_layer_for_all(state):
+    """The state of a model whose layers after the first share one storage, which a file of it holds once."""
+    shared = {key: "blocks.1." + key.split(".", 2)[2] for key in state if re.match(r"blocks\.[1-9]", key)}
+    return state | {key: state[other] for key, other in shared.items()}
