@@ -3,11 +3,11 @@
     python benchmarks/adapters.py                                         (every shape, T and dtype: long)
     python benchmarks/adapters.py --shapes 2048x7168 7168x2048 --tokens 2048 --threads 1
 
-Shapes are INxOUT. Each method runs once a round, in turn, so that a machine's drift meets all of them;
-medians are printed. "plain" rows are what autograd makes of the definition: a merged weight for Bone, three
-linear layers for LoRA. LoRA's rank gives it the parameters of bat-in (and "lora, bone's" those of bone).
-Saved is what autograd keeps for backward besides weight and parameters; peak is the most that is allocated at
-one time in forward and backward besides what was there before.
+Shapes are INxOUT. Each method runs once in each round, in turn, so that a machine's drift affects all of them;
+medians are printed. "plain" rows are the definition under autograd: a merged weight for Bone, three linear
+layers for LoRA. LoRA's rank gives it as many parameters as bat-in has (and "lora, bone's" as bone has).
+Saved are the bytes that autograd keeps for backward besides weight and parameters; peak is the most memory that
+forward and backward allocate at one time.
 """
 
 import argparse
@@ -19,11 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_peft.adapters.bat_out import bat_out
+from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config import AdapterConfig, forms
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.names import forms
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = (
@@ -128,7 +127,7 @@ def make_layer(method, base, rank):
 
 
 class Plain(nn.Module):
-    """The definition of an adapter layer, left to autograd."""
+    """The definition of an adapter layer, under autograd."""
 
     def __init__(self, layer):
         super().__init__()
@@ -136,9 +135,9 @@ class Plain(nn.Module):
 
     def forward(self, x):
         layer = self.layer
-        if layer.method.scaled:
+        if layer.method.alpha is not None:
             return F.linear(x, layer.weight) + F.linear(F.linear(x, layer.lora_A), layer.lora_B) * layer.scale
-        return F.linear(x, layer.weight + layer.method.delta(layer.weight, {"bone": layer.bone}))
+        return F.linear(x, layer.weight + layer.method.change.delta(layer.weight, {"bone": layer.bone}))
 
 
 def make_step(layer, x, g):
@@ -165,7 +164,7 @@ def synchronize(device):
 
 
 def saved_bytes(layer, x):
-    """What autograd keeps for backward, less what the layer owns."""
+    """Bytes that autograd keeps for backward, without the layer's own tensors."""
     saved = {}
 
     def pack(tensor):

@@ -1,5 +1,5 @@
-"""A run of train.py under whose feet the disk fills or the folder loses its permission, for faults.py: it must end with
-one message and the checkpoint that it had, and go on to where an unbroken run ends once it may write again."""
+"""A run of train.py whose disk fills or whose folder loses its permission, for faults.py: it must end with one message
+and the checkpoint that it had, and once it may write again, resume and end like an unbroken run."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ CASES = (
 
 
 def lose_and_resume(training, case):
-    """Take the disk away as the case says, and go on; -> whether that met the run at work."""
+    """Take the disk away as the case says, and resume -> True if the run was still at work then."""
     name, folder, flags = case.name, training.folder / case.name, (*METHODS["bat-in"], *case.flags)
     unbroken = training.whole(f"{name}, unbroken", *flags)
     if case.disk and not mounted(folder):

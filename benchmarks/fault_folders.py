@@ -1,4 +1,4 @@
-"""Commands in a current folder that came with somebody's data, full of modules and settings which would run there."""
+"""Commands in a current folder that came with somebody's data, full of modules and settings that must not run."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ COMMANDS = (
 
 
 def run_among_traps(folder):
-    """For each command: whether it ended, and the fault, or ""."""
+    """For each command: (True if it ended, the fault or "")."""
     sys.path.insert(0, str(ROOT / "tests"))
     from traps import set_traps
 

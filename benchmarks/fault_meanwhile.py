@@ -21,7 +21,7 @@ from fault_training import AGAIN, LONG, METHODS, is_over, run_command, train_unp
 from fault_training import trained_files as trained
 from fault_writers import mounted
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import save_adapter
 from rwkv_peft.files.adapters import read_adapter

@@ -1,4 +1,4 @@
-"""Processes forked to be killed, and the files that they leave: what faults.py and the files beside it share."""
+"""Shared by faults.py and the files beside it: processes forked to be killed, and the files that they leave."""
 
 import contextlib
 import ctypes
@@ -21,8 +21,8 @@ TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def started(action, *arguments, operation=0, folder=None):
-    """The process, forked from this one, that calls action(*arguments), whose result is its exit code; it kills itself
-    before its `operation`-th file operation in `folder`, counted from 1, where that is not 0."""
+    """Fork a process that calls action(*arguments), whose result is its exit code, and if `operation` is not 0 kills
+    itself before its `operation`-th file operation in `folder`, counted from 1."""
     process = os.fork()
     if process:
         return process
@@ -42,8 +42,8 @@ def started(action, *arguments, operation=0, folder=None):
 
 def die_before(operation, folder):
     """Let this process kill itself before so many of Python's changes to the files of a folder: opening one to write,
-    renaming, removing, linking, making folders. Writing itself, and the files that libraries open by themselves, it
-    does not see: those lie between two operations, and kills at random moments meet them."""
+    renaming, removing, linking, making folders. It does not see writing itself, nor files that libraries open by
+    themselves: those are between two operations, and kills at random moments cover them."""
     count, place = itertools.count(1), os.path.realpath(folder)
 
     def look(event, arguments):
@@ -65,14 +65,14 @@ def hear(tell):
 
 
 def drop_privileges():
-    """Let the permissions of files mean to root what they mean to others."""
+    """Let permissions of files bind root as they bind others."""
     versions, none = ((ctypes.c_uint32 * len(values))(*values) for values in CAPABILITIES)
     if ctypes.CDLL(None).capset(versions, none):
         raise OSError("this system keeps root's privileges")
 
 
 def is_below(path, place):
-    """Whether a path, a name within an open folder, or an open file's number is of the folder `place`."""
+    """True if a path, a name within an open folder, or an open file's number is in the folder `place`."""
     if isinstance(path, int):
         return False
     path = os.fsdecode(path)
@@ -80,12 +80,12 @@ def is_below(path, place):
 
 
 def ended(process):
-    """The exit code of a process; below 0 the signal that ended it."""
+    """The exit code of a process, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def content(folder):
-    """{name: bytes} of a folder's files, hidden ones among them."""
+    """{name: bytes} of a folder's files, including hidden ones."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

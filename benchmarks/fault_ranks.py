@@ -1,5 +1,5 @@
-"""One of several ranks or nodes, killed for faults.py: the others must end within a minute, each node with one message
-and no process left, and the same command must go on to where an unbroken run ends."""
+"""Kills one of several ranks or nodes, for faults.py: the others must end within a minute, each node with one message
+and no process left, and the same command must resume and end like an unbroken run."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ FLAGS = (*METHODS["bat-in"], *LONG, "--strategy", "deepspeed_stage_2")
 
 
 class Case(NamedTuple):
-    """Kill the first process of node `node` of `nodes` of a run of two ranks, or that which this one started, when
+    """Kill the first process of node `node` of `nodes` in a run of two ranks, or the process that it started, when
     `steps` steps are done: before the first checkpoint, or after it."""
 
     name: str
@@ -39,7 +39,7 @@ CASES = (
 
 
 def end_and_resume(training, case):
-    """Kill as the case says, and go on; -> whether that met the run at work."""
+    """Kill as the case says, and resume -> True if the run was still at work then."""
     unbroken = training.whole("two ranks, unbroken", *FLAGS, "--devices", "2")
     name, folder = case.name, training.folder / case.name
     nodes = start_nodes(training, case)
@@ -85,7 +85,7 @@ def start_pair(training, name, *flags, action=None):
 
 
 def gone(process, deadline):
-    """Whether a process ends before the deadline, be it that nobody asks for its exit code."""
+    """True if a process ends before the deadline; it counts as ended even if nobody has read its exit code."""
     try:
         while process.status() != psutil.STATUS_ZOMBIE:
             if time.monotonic() > deadline:

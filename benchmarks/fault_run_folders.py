@@ -15,7 +15,7 @@ from fault_processes import started
 from fault_training import import_libraries, run_command, wait
 
 from rwkv_peft.compare.plan import Cell
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.adapter_file import save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import save_model
@@ -120,7 +120,7 @@ def too_large(folder):
 
 def adapters():
     attacks = [
-        Attack(f"convert run {output} --to lora", functools.partial(converted, output), "lies in the input")
+        Attack(f"convert run {output} --to lora", functools.partial(converted, output), "is inside the input")
         for output in ("run", "run/lora", "run/a.pth", "./run/../run")
     ]
     readers = {

@@ -1,6 +1,6 @@
-"""A machine that sleeps under a run of two nodes, for faults.py: every process stops for longer than the ranks' silence
-and --stall_minutes allow, and when they wake the clock on the wall, which Python's time() reads, has jumped. The run
-must go on to where an unbroken one ends, and speak of no error."""
+"""A machine that sleeps during a run of two nodes, for faults.py: every process stops for longer than the ranks'
+silence and --stall_minutes allow, and when they wake, the wall clock that Python's time() reads has jumped. The run
+must continue and end like an unbroken one, without an error message."""
 
 import mmap
 import os
@@ -35,7 +35,7 @@ CASES = (
 
 
 def sleep_and_wake(training, case):
-    """Let a run sleep and wake as a Sleep says; -> whether that met the run at work."""
+    """Let a run sleep and wake as a Sleep says -> True if the run was still at work then."""
     unbroken = training.whole("two ranks, unbroken", *FLAGS, "--devices", "2")
     clock = mmap.mmap(-1, 8)  # by how much the clock has jumped, for all that are forked from here
     nodes = start_nodes(training, Case(case.name, nodes=2, steps=case.steps), *STALL, action=by_clock(clock))
@@ -60,7 +60,7 @@ def sleep_and_wake(training, case):
 
 
 def by_clock(clock):
-    """train() with a clock on the wall that is set anew by as many seconds as the map `clock` holds."""
+    """train() with a wall clock that is shifted by the seconds in the map `clock`."""
 
     def action(*arguments):
         right, right_ns = time.time, time.time_ns
@@ -72,5 +72,5 @@ def by_clock(clock):
 
 
 def family(process):
-    """The numbers of a process and of all that it started."""
+    """The ids of a process and of all that it started."""
     return [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]

@@ -1,6 +1,6 @@
 """Training that faults.py kills: while it saves, and after some steps of every method, ZeRO stage and number of ranks.
 
-A run ends as it should where its files of trained tensors and its numbers (but the times) are bitwise those of the
+A run ends as it should if its files of trained tensors and its numbers (but the times) are bitwise those of the
 unbroken one, and nothing else is hidden in its folder.
 """
 
@@ -20,7 +20,7 @@ import torch
 from fault_processes import drop_privileges, ended, started
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
@@ -49,7 +49,7 @@ LIMIT = 900  # seconds that a run may take, on a machine that others use
 
 
 class Outcome(NamedTuple):
-    """What a run left: {name: bytes} of its trained tensors, a dict of NUMBERS a step, the names of hidden files."""
+    """A run's results: {name: bytes} of its trained tensors, a dict of NUMBERS for each step, names of hidden files."""
 
     files: dict
     numbers: list
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A run of a method under a ZeRO stage on so many ranks, and the signal that stops it."""
+    """A method, a ZeRO stage, a number of ranks, and the signal that stops the run."""
 
     method: str
     stage: int
@@ -66,7 +66,7 @@ class Configuration(NamedTuple):
 
 
 class Training:
-    """Runs of train.py in folders of `folder`, on one tiny base; faults is a list of what did not hold."""
+    """Runs of train.py in folders of `folder`, on one tiny base; faults lists the failed expectations."""
 
     def __init__(self, folder, rng):
         self.folder, self.rng, self.faults = folder, rng, []
@@ -82,7 +82,7 @@ class Training:
         import_libraries()
 
     def start(self, name, *flags, node=0, operation=0, action=None, **variables):
-        """The first process of a node of a run in the folder `name`; operation as in started(), action what runs in
+        """Start the first process of a node of a run in the folder `name`; operation as in started(); action runs in
         place of train()."""
         run = self.folder / name
         inputs = ("--load_model", self.folder / "base.pth", "--data_file", self.folder / "data", "--proj_dir", run)
@@ -101,7 +101,7 @@ class Training:
             print(self.faults[-1], file=sys.stderr, flush=True)
 
     def whole(self, name, *flags):
-        """What an unbroken run leaves, which runs once."""
+        """The Outcome of an unbroken run, which runs only once."""
         if not (self.folder / name).exists():
             assert wait(self.start(name, *flags)) == 0, self.log(name).read_text()
         return self.outcome(name)
@@ -114,7 +114,7 @@ class Training:
         return Outcome(trained_files(run), [{key: line[key] for key in NUMBERS} for line in lines], hidden)
 
     def goes_on(self, name, unbroken, processes):
-        """Expect the processes of a run that goes on to end well, with the Outcome of the unbroken one."""
+        """Expect the processes of a resumed run to end well, with the Outcome of the unbroken one."""
         codes = [wait(process) for process in processes]
         well = set(codes) == {0}
         self.expect(well, name, f"going on ended with the exit codes {codes}")
@@ -143,7 +143,7 @@ class Training:
             yield True
 
     def newest_checkpoint(self, name):
-        """The step of the newest checkpoint, 0 where there is none; expects each to be whole."""
+        """The step of the newest checkpoint, 0 if there is none; expects each to be whole."""
         done = 0
         for checkpoint in list_checkpoints(self.folder / name):
             try:
@@ -155,7 +155,7 @@ class Training:
         return done
 
     def stop_and_resume(self, configuration):
-        """Stop a run of a Configuration after some steps, go on; -> whether that met it at work."""
+        """Stop a run of a Configuration after some steps, and resume it -> True if it was still at work then."""
         method, stage, ranks, number = configuration
         name = f"{method}, stage {stage}, {ranks} of {number.name}"
         flags = (*METHODS[method], *LONG, "--strategy", f"deepspeed_stage_{stage}", "--devices", str(ranks))
@@ -181,7 +181,7 @@ def configurations():
 
 
 def import_libraries():
-    """Import what a run would, once for all that are forked from here."""
+    """Import a run's libraries, once for all processes that are forked from here."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
     for name in (
         "compare.command",
@@ -202,12 +202,12 @@ def import_libraries():
 
 
 def train(argv, log, variables):
-    """train.py in this process, as run_command."""
+    """Run train.py in this process, as run_command does."""
     return run_command(["train", *argv], log, variables)
 
 
 def run_command(words, log, variables):
-    """A command of rwkv-peft in this process, which says what it says to the file `log`; -> its exit code."""
+    """Run a command of rwkv-peft in this process, with its output in the file `log` -> its exit code."""
     os.environ.update(variables)
     sys.argv = ["rwkv-peft", *words]
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -220,18 +220,18 @@ def run_command(words, log, variables):
 
 
 def train_unprivileged(argv, log, variables):
-    """train() by one whom permissions bind."""
+    """train() as a user whom permissions bind."""
     drop_privileges()
     return train(argv, log, variables)
 
 
 def is_over(process):
-    """Whether a process that this one started has ended; its exit code stays to be asked for."""
+    """True if a process that this one started has ended; its exit code can still be read."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def wait(process, seconds=LIMIT):
-    """The exit code of a process, which is killed after so long."""
+    """The exit code of a process, which is killed if it takes too long."""
     deadline = time.monotonic() + seconds
     while not is_over(process) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -241,7 +241,7 @@ def wait(process, seconds=LIMIT):
 
 
 def wait_for_steps(folder, steps, process):
-    """Until a run has taken so many steps, or is over."""
+    """Wait until a run has taken so many steps, or has ended."""
     path = folder / "metrics.jsonl"
     while not is_over(process) and not (path.exists() and path.read_text().count("\n") >= steps):
         time.sleep(0.005)

@@ -72,7 +72,7 @@ WRITERS = (
 
 
 def make_inputs(folder):
-    """Two versions, of equal sizes, of what the writers read."""
+    """Make two versions, of equal sizes, of the writers' inputs."""
     family = family_named("x060")
     for seed, which in enumerate(("old", "new")):
         torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def make_inputs(folder):
 
 
 class Trials:
-    """Runs of one Writer in a folder of its own, beside the two outputs that it may leave there."""
+    """Runs of one Writer in a folder of its own, and the two outputs that it may leave there."""
 
     def __init__(self, writer, inputs, folder, rng):
         self.writer, self.inputs, self.rng = writer, inputs, rng
@@ -101,7 +101,7 @@ class Trials:
             self.wanted[which] = content(self.output)
 
     def renew(self):
-        """An output folder as before a trial: with the old output, where that is known."""
+        """Make the output folder as before a trial: with the old output, if that is known."""
         shutil.rmtree(self.output, ignore_errors=True)
         self.output.mkdir(parents=True)
         for name, data in self.wanted.get("old", {}).items():
@@ -116,7 +116,7 @@ class Trials:
             self.faults.append(f"{self.writer.name}: {what}")
 
     def is_whole(self, files):
-        """Whether the files are one of the outputs, or a set that its reader refuses."""
+        """True if the files are one of the outputs, or a set that its reader refuses."""
         if files in self.wanted.values():
             return True
         try:
@@ -126,7 +126,7 @@ class Trials:
         return False
 
     def kill(self):
-        """Kill it at a random moment; -> whether that met it at work."""
+        """Kill it at a random moment -> True if it was still at work then."""
         self.renew()
         process = self.started("new")
         time.sleep(self.rng.uniform(0, 0.8 * self.seconds))
@@ -134,12 +134,12 @@ class Trials:
         return self.killed(process)
 
     def kill_at(self, operation):
-        """Kill it before its `operation`-th file operation; -> whether there was one."""
+        """Kill it before its `operation`-th file operation -> True if it got so far."""
         self.renew()
         return self.killed(self.started("new", operation))
 
     def killed(self, process):
-        """Judge what a process leaves, and what the next makes of that; -> whether it ended by SIGKILL."""
+        """Judge a process's files, and the output of the next one -> True if it ended by SIGKILL."""
         killed = ended(process) == -signal.SIGKILL
         files = content(self.output)
         self.left += files != shown(files)
@@ -149,7 +149,7 @@ class Trials:
         return killed
 
     def kill_at_operations(self, every):
-        """The same at each `every`-th of its file operations; -> how many those are."""
+        """The same at each `every`-th of its file operations -> their number."""
         return sum(1 for _ in itertools.takewhile(self.kill_at, itertools.count(1, every)))
 
     def race(self):
@@ -159,7 +159,7 @@ class Trials:
         self.expect(content(self.output) in self.wanted.values(), "two at once left what neither wrote")
 
     def fill(self, mount):
-        """On a full disk, over an old output."""
+        """Let it write over an old output on a full disk."""
         place, self.output = self.output, mount / "output"
         self.renew()
         with open(mount / "rest", "wb", buffering=0) as file, contextlib.suppress(OSError):  # until it is full
@@ -174,7 +174,7 @@ class Trials:
 
 
 def mounted(folder):
-    """Whether a small tmpfs could be mounted at `folder`, made for it."""
+    """Make `folder`, and mount a small tmpfs there -> True if that worked."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0

@@ -1,28 +1,28 @@
-"""What is left where writers and runs are killed, race or meet a full disk, and what broken files do to readers.
+"""Kills writers and runs, lets them race and fills their disk, and gives readers broken files; then looks for faults.
 
     python benchmarks/faults.py --kills 100 --operations 1 --races 40 --mutants 2000
     python benchmarks/faults.py --kills 0 --operations 0 --races 0 --saves 1 --resumes 42 --disks 3 --ends 8 --sleeps 2
 
-Each writer (an adapter and a model saved, a merge, a conversion, preprocessing) writes over an earlier output. One that
-is killed, at a moment drawn from the time that it takes or before a file operation, must leave the earlier output or
-the new one, or for token files one that is refused; the next must end well, with the new output and nothing else in the
-folder. Of two at once the output must be that of one. On a full disk (a tmpfs, where root can mount one) it must say so
-and change nothing.
+Each writer (an adapter and a model saved, a merge, a conversion, preprocessing) writes over an earlier output. A writer
+that is killed, at a random moment of its work or before a file operation, must leave the earlier output or the new one,
+or for token files one that is refused; the next must end well, with the new output and nothing else in the folder. If
+two write at once, the output must be that of one. On a full disk (a tmpfs, if root can mount one) it must say so and
+change nothing.
 
 A run of train.py is killed before its file operations, so before, while and after it saves; killed or asked to stop
 after some steps, under every method, ZeRO stage and number of ranks; and loses a rank or a node. No checkpoint may be
 torn or lost, the other ranks must end within a minute with one message, and --resume auto must end with the bits of an
-unbroken run. Where its disk fills or the folder may not be written any more, it must say so, keep the checkpoint that
-it had, and go on so too. A machine that sleeps must lose nothing at all, wherever its clock jumps. Offload is left
-out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the powers of its betas up from step to step,
+unbroken run. If its disk fills or its folder may no longer be written, it must say so, keep the checkpoint that it had,
+and resume in the same way. A machine that sleeps must lose nothing, wherever its clock jumps. Offload is left out,
+because it is not bitwise by design: DeepSpeed's Adam for CPUs multiplies up the powers of its betas from step to step,
 and computes them anew, with other roundings, after a break.
 
 Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
-do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run whose files are written
-over meanwhile, whose nodes read other files (--meanwhile 3), or whose disk fills from some block of a save on (--rooms
-10) must end in one message, and a comparison that is killed must take its run along. Commands in a current folder full
-of modules and settings (--traps 1) must run none of them. Mutants are those of tests/fuzz under other seeds; no reader
-may start a program, or take 2 GiB. Prints counts; the exit code is 1 where one of these did not hold.
+do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run must end in one message
+if its files are written over meanwhile, if its nodes read other files (--meanwhile 3), or if its disk fills at some
+block of a save (--rooms 10); a comparison that is killed must take its run along. Commands in a current folder full of
+modules and settings (--traps 1) must run none of them. Mutants are those of tests/fuzz under other seeds; no reader may
+start a program, or take 2 GiB. Prints counts; the exit code is 1 if an expectation failed.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def groups(seed):
 
 
 def try_mutants(count, seed, folder):
-    """(how many mutants of tests/fuzz were tried, (seconds, name) of the slowest, the faults)."""
+    """(number of mutants of tests/fuzz that were tried, (seconds, name) of the slowest, the faults)."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
     from fuzz import specimens

@@ -4,10 +4,10 @@
 
 Makes a random model in a temporary folder. All continue greedily, from prompts of 8 tokens, each generation and number
 of threads in a process of its own; they take turns, and the best of the rounds counts, because other work on the
-machine can only slow one down. Beside it stands the median, over the rounds, of our tokens a second over the other's in
-the same round. The package has no batches: it advances the sequences one after the other; llama.cpp, of a GGUF in the
-same precision, is asked for one sequence alone. For one thread the tokens a second of processor time stand beside
-those of the clock, but for llama.cpp.
+machine can only slow one down. Beside it is the median, over the rounds, of the ratio of our tokens a second to the
+other's in the same round. The package has no batches: it advances the sequences one after the other; llama.cpp, with a
+GGUF in the same precision, gets only one sequence. For one thread, tokens per second of processor time are printed
+beside those of the clock, but not for llama.cpp.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def package_rates(model, prompts, tokens):
 
 
 def llama_rates(server, prompts, tokens):
-    """The same for llama.cpp, one prompt, by its own clock alone, which leaves the prompt out."""
+    """The same for llama.cpp, one prompt, only by its own clock, which leaves the prompt out."""
     answer = server.handle_completions(
         {"prompt": prompts[0], "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
     )

@@ -1,4 +1,4 @@
-"""Kernels on tensors of more than 2^31 elements, where an index of 32 bits wraps: the last row is what it is alone.
+"""Kernels on tensors of more than 2^31 elements, at which an index of 32 bits wraps: the last row must be right.
 
     python benchmarks/gpu_above.py
 
@@ -34,14 +34,15 @@ def last(x):
 
 
 def rows_of(function, leaves, gradient, shared=0):
-    """(results of the last row among the others, of it alone); the last `shared` leaves are every row's."""
+    """(results of the last row among the others, results of that row alone); all rows share the last `shared`
+    leaves."""
     among = [last(x) for x in results(function, leaves, gradient)]
     own = [*(last(x) for x in leaves[: len(leaves) - shared]), *leaves[len(leaves) - shared :]]
     return among, results(function, own, last(gradient))
 
 
 def recurrence(op, rows, args):
-    """One of RECURRENCES; r, k, v and the gradient share memory, because a card has room for some twelve of them."""
+    """One of RECURRENCES; r, k, v and the gradient share memory, because a card has room for only some twelve."""
     leaves, _ = inputs(op, 1, args.tokens, args.heads, N, torch.bfloat16, args.device)
     many = {name: x.detach().expand(rows, -1, -1, -1) for name, x in zip(op.rows, leaves)}
     shared = many["v"].contiguous()
@@ -77,7 +78,7 @@ OPERATIONS = {
 
 
 def check(name, args):
-    """Tell of one operation; -> 1 if it is wrong."""
+    """Print the result of one operation -> 1 if it is wrong."""
     reset_peak(args.device)
     row = args.tokens * args.heads * N
     rows = args.elements // row + 1

@@ -1,17 +1,17 @@
-"""What a block costs a GPU outside its large matrix products, counted without one: launches and bytes on its code path.
+"""Counts, without a GPU, a block's launches and bytes on a GPU's code path, outside its large matrix products.
 
     python benchmarks/gpu_budget.py [--generations x060 x070] [--fused 0] [--verbose]
 
 A block runs forward and backward on meta tensors, in bfloat16, fused as `fuse` has it or plain; each of torch's
 operations that computes something is one launch, and its bytes are those of its inputs (expanded ones at their real
 size) and outputs. A unit is one read or write of (T, C). The products with the block's large matrices are left out:
-they are the floor, as benchmarks/step.py calls it. "step / floor" is what follows for a whole block on an H100 (650
-TFLOP/s, 2.8 TB/s for torch's operations), if nothing else waits. A micro batch has twice as many tokens as channels, so
-that no activation has a matrix's shape.
+they are the floor, as benchmarks/step.py calls it. "step / floor" follows for a whole block on an H100 (650 TFLOP/s,
+2.8 TB/s for torch's operations), without any waiting. A micro batch has twice as many tokens as channels, so that no
+activation has a matrix's shape.
 
-"at 1 x 4096" adds what the rest leaves out, for one row of 4096 tokens: the recurrence's passes over groups of tokens,
-where few heads would leave most of the card idle (ops/recurrence/groups.py), and the gap of 1.5 us between a launch and
-the next. Reads of weights, and products that are slower than 650 TFLOP/s, are left out still.
+"at 1 x 4096" adds for one row of 4096 tokens the recurrence's passes over groups of tokens, without which few heads
+would leave most of the card idle (ops/recurrence/groups.py), and the gap of 1.5 us between a launch and the next. Reads
+of weights, and products that are slower than 650 TFLOP/s, are still left out.
 """
 
 import argparse
@@ -66,7 +66,7 @@ PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"}
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation: its name, its bytes, the shapes that it reads, whether it is a product with a large matrix."""
+    """One operation: its name, its bytes, the shapes that it reads, True for a product with a large matrix."""
 
     name: str
     bytes: int
@@ -75,7 +75,7 @@ class Launch:
 
 
 class Counter(TorchDispatchMode):
-    """Records the Launches of what runs under it; matrices: the shapes, sorted, of the large ones."""
+    """Records the Launches within it; matrices: the sorted shapes of the large matrices."""
 
     def __init__(self, matrices):
         super().__init__()
@@ -98,7 +98,7 @@ class Counter(TorchDispatchMode):
         self.launches.append(Launch(name, moved, (tuple(like.shape),), False))
 
     def recurrence(self, kernels, direction, like, sequences, group, given):
-        """The same for a recurrence's, which are one."""
+        """The same for a recurrence's kernels, as one launch."""
         self.kernel(f"wkv_{direction}", like, given)
 
     def mix_kernel(self, name, like, tensors, **others):
@@ -157,7 +157,7 @@ def count(family, channels, tokens, method, fused=True):
 
 
 def handed_on(model, x):
-    """What block 0 of a model hands on, given x (B, T, C): leaves that have gradients."""
+    """The outputs of a model's block 0, given x (B, T, C), as leaves that have gradients."""
     with torch.no_grad():
         *outs, _ = model.blocks[0](x, *model.carried)
     return [out.clone().requires_grad_() for out in outs]
@@ -187,7 +187,7 @@ def figures(family, channels, tokens, method, fused=True):
 
 
 def passes_over_groups(family, channels):
-    """Launches and bytes that come before the recurrence's own kernels, forward and backward, for ROW tokens."""
+    """Launches and bytes before the recurrence's own kernels, forward and backward, for ROW tokens."""
     heads = channels // HEAD_SIZE
     group = choose_group(1, ROW, heads, 1, RESIDENT * MULTIPROCESSORS)
     if not group:
@@ -197,7 +197,7 @@ def passes_over_groups(family, channels):
 
 
 def loss_passes(rows=64, vocabulary=65536):
-    """How often the loss with its gradient reads or writes the logits, in bfloat16."""
+    """The number of times that the loss with its gradient reads or writes the logits, in bfloat16."""
     logits = torch.empty(rows, vocabulary, device="meta", dtype=torch.bfloat16)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
     counter = Counter(set())

@@ -1,11 +1,11 @@
-"""Runs the checks of a GPU machine, the most important first, each in a process of its own and within a time.
+"""Runs the checks of a GPU machine, the most important first, each in a process of its own and with a time limit.
 
     sh scripts/gpu_check.sh [--offline] [--wheels FOLDER] [--full] [--minutes 10] [--only STEP …]
 
-A step (gpu_check_steps.py) prints what it finds, a JSON object a line. Each is written at once, with the step's name,
-to results.jsonl, and everything else to check.log: a machine that is taken away leaves what was known by then. A step
-that fails, hangs, runs out of memory or lacks a program costs no other. The end tells what was measured, what failed
-and what was left out, in the order of importance, also if the check itself is stopped. Needs Python alone.
+A step (gpu_check_steps.py) prints its results, a JSON object in each line. Each is written at once, with the step's
+name, to results.jsonl, and everything else to check.log, so that results stay if the machine is taken away. A step that
+fails, hangs, runs out of memory or lacks a program stops no other. A summary at the end lists what was measured, what
+failed and what was left out, in the order of importance, even if the check itself is stopped. Needs only Python.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PASSED, FAILED, LEFT_OUT = "measured", "failed", "left out"
 
 
 class Results:
-    """results.jsonl: one JSON object a line, on disk as soon as it is known."""
+    """results.jsonl: one JSON object in each line, on disk as soon as it is known."""
 
     def __init__(self, folder):
         self._file = open(folder / "results.jsonl", "w", encoding="utf-8")
@@ -41,7 +41,7 @@ class Results:
 
 
 def run(step, seconds, log, results):
-    """Run a Step for at most so many seconds; -> (PASSED, FAILED or LEFT_OUT, why, the last command's exit code)."""
+    """Run a Step for at most so many seconds -> (PASSED, FAILED or LEFT_OUT, why, the last command's exit code)."""
     until, code = time.monotonic() + seconds, 0
     for command in step.commands:
         log.write(f"{step.name}: $ {' '.join(command)}\n")
@@ -59,7 +59,7 @@ def run(step, seconds, log, results):
 
 
 def run_command(command, seconds, name, log, results):
-    """The exit code of one command, None where its time ran out."""
+    """The exit code of one command, None if its time ran out."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -88,7 +88,7 @@ def run_command(command, seconds, name, log, results):
 
 
 def as_object(line):
-    """The JSON object that a line is, or None."""
+    """A line's JSON object, or None."""
     if not line.startswith("{"):
         return None
     try:
@@ -98,7 +98,7 @@ def as_object(line):
 
 
 def check(chosen, minutes, log, results, outcomes):
-    """Run the Steps, and put {name: (PASSED, FAILED or LEFT_OUT, why)} into `outcomes`; -> an exit code."""
+    """Run the Steps, and put {name: (PASSED, FAILED or LEFT_OUT, why)} into `outcomes` -> an exit code."""
     began, bad = time.monotonic(), False
     for step in chosen:
         suite = step.name == "suite"
@@ -124,7 +124,7 @@ def check(chosen, minutes, log, results, outcomes):
 
 
 def summary(chosen, outcomes):
-    """Lines that tell what came of each Step, by kind and in the order of importance."""
+    """Lines with the outcome of each Step, by kind and in the order of importance."""
     for kind in (PASSED, FAILED, LEFT_OUT):
         names = [step.name for step in chosen if outcomes.get(step.name, (LEFT_OUT,))[0] == kind]
         yield f"{kind}: {len(names)} of {len(chosen)}"

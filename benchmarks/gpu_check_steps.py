@@ -1,7 +1,7 @@
-"""The steps of gpu_check.py, the most important first: a machine that is taken away leaves what mattered most.
+"""The steps of gpu_check.py, the most important first, in case the machine is taken away.
 
 The first smoke run is of the kernels that training takes; then come the steps of training, the engine, decoding; then
-everything else. Each step is a process of its own, so that none costs another its result. Needs Python alone.
+everything else. Each step is a process of its own, so that its failure does not affect others. Needs only Python.
 """
 
 import shutil
@@ -37,7 +37,7 @@ ON_GPUS = ("tests/ops/wkv6/test_wkv6.py", "tests/ops/wkv7/test_wkv7.py")  # whos
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that run one after the other, for `seconds` at most, where programs and modules are there."""
+    """Commands that run one after the other, for at most `seconds`, if their programs and modules are installed."""
 
     name: str
     seconds: int
@@ -52,7 +52,7 @@ class Step:
         ]
 
     def named(self, words):
-        """Whether it is one of the words, or of their kind: "step" are all steps of training."""
+        """True if its name, or the kind that it begins with, is one of the words: "step" means all training steps."""
         return self.name in words or self.name.split()[0] in words
 
 
@@ -79,7 +79,7 @@ def steps(folder, full):
 
 
 def first(folder):
-    """What says whether anything else is worth its time."""
+    """The steps that decide if anything else is worth its time."""
     return (
         Step("card", 60, (program("gpu_probe", "card"),)),
         Step("build", 120, (program("gpu_probe", "ready"),)),
@@ -89,7 +89,7 @@ def first(folder):
 
 
 def steps_of_training():
-    """Those of the methods and generations that people train, each alone: one may need more memory than there is."""
+    """Steps of the methods and generations that people train, each by itself: one may run out of memory."""
     return tuple(
         Step(f"step {version} {method}", 60, (program("gpu_steps", version, method),))
         for version in GENERATIONS
@@ -98,7 +98,7 @@ def steps_of_training():
 
 
 def rest(folder):
-    """What is left, by what it may teach."""
+    """The other steps, the most instructive first."""
     once = program("gpu_probe", "once")
     profile = ("--methods", "bat-in", "--models", *GENERATIONS, "--shapes", "2048x7168x24", "--dtypes", "bf16")
     large = ("--tokens", "4096", "--rounds", "2", "--profile", "30")
@@ -134,7 +134,7 @@ def engine(case, folder, seconds):
 
 
 def pytest(*arguments):
-    """The command of some of the tests."""
+    """The command that runs some of the tests."""
     # gpu_check.py starts it with cwd=ROOT
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 

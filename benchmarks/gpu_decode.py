@@ -19,7 +19,7 @@ PROMPT = 8
 
 
 def decode(model, prompts, tokens, device):
-    """Seconds for so many more tokens of each sequence."""
+    """The seconds for so many more tokens of each sequence."""
     steps = generate(model, prompts, Sampling(temperature=0), tokens + 1, batch=len(prompts))
     for _ in prompts:  # the first token of each comes of reading its prompt
         next(steps)
@@ -31,7 +31,7 @@ def decode(model, prompts, tokens, device):
 
 
 def measure(args, model, sequences):
-    """Tell of one number of sequences."""
+    """Print the result for one number of sequences."""
     vocabulary = model.config.vocab_size
     prompts = torch.randint(1, vocabulary, (sequences, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
     reset_peak(args.device)

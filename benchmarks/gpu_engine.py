@@ -22,7 +22,7 @@ from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import exit_on_user_error
 
 SHORT = ("--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
@@ -30,7 +30,7 @@ STEPS = ("--epoch_steps", "10", "--epoch_count")
 
 
 def command(*argv):
-    """Run a command of the package in this process; SystemExit where it fails."""
+    """Run a command of the package in this process; SystemExit if it fails."""
     if code := commands.main([*map(str, argv)]):
         raise SystemExit(code)
 
@@ -46,7 +46,7 @@ def data_of(folder):
 
 
 def planned_gib(flags):
-    """What plan says of a run's flags, CUDA's context left out."""
+    """The plan's peak for a run's flags, without CUDA's context."""
     from rwkv_peft.plan.command import estimate_of
     from rwkv_peft.plan.flags import parse_flags
     from rwkv_peft.plan.parts import CONTEXT, GPU, peak
@@ -58,7 +58,7 @@ def planned_gib(flags):
 
 
 def listening():
-    """Have training_step and the hook before backward's result is read tell where they wait for the GPU."""
+    """Let training_step, and the hook before backward's result is read, report where they wait for the GPU."""
     from rwkv_peft.training.step.lit import Lit
 
     step, after = Lit.training_step, Lit.on_after_backward
@@ -77,7 +77,7 @@ def listening():
 
 
 def train(case, base, data, run, device, *flags):
-    """Train, and tell of it."""
+    """Train, and print the result."""
     listened = device != "cpu" and "--compile" not in flags and "--cuda_graphs" not in flags
     accelerator = ("--accelerator", "cpu" if device == "cpu" else "gpu")
     given = ("--load_model", base, "--data_file", data, "--proj_dir", run, *accelerator, *flags)

@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_graphs.py [--generations x060 x070] [--methods bat-in lora] [--rows plain packed]
 
-Both begin with the same adapter and see the same micro batches, two a step, which add their gradients up; then steps of
-one micro batch are timed. A packed row holds one to five documents, other numbers in other micro batches. One JSON
-object a line: milliseconds of both, the median; whether the losses of both have the same bits, and by how much they
-differ at most; and the peak of memory with graphs. Exit code 1 where they differ by more than 1 %: a library may choose
-other kernels under recording, but not other numbers.
+Both begin with the same adapter and see the same micro batches, two in each step, whose gradients are added up; then
+steps of one micro batch are timed. A packed row holds one to five documents, a different number in each micro batch.
+One JSON object in each line: the median milliseconds of both; if the losses of both have the same bits, and their
+largest difference; and the peak of memory with graphs. Exit code 1 if they differ by more than 1 %: under recording a
+library may choose other kernels, but not other numbers.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def made(family, config, weights, method, rank):
 
 
 def train(step, model, optimizer, batches):
-    """One optimizer step over micro batches; -> their losses."""
+    """Take one optimizer step over micro batches -> their losses."""
     losses = []
     for batch in batches:
         loss = step.loss(model, batch, batch["targets"].numel() * len(batches))
@@ -86,7 +86,7 @@ def run(step, model, optimizer, rows, args, device):
 
 
 def compare(version, method, rows, args, device):
-    """The JSON object of a generation, a method and a kind of rows, and whether the losses are close."""
+    """(the JSON object of a generation, a method and a kind of rows, True if the losses are close)."""
     family = family_named(version)
     channels, ffn, layers = map(int, args.shape.split("x"))
     config = family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn)
@@ -96,7 +96,7 @@ def compare(version, method, rows, args, device):
     for name, way in (("eager", straight), ("graphs", graphed)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found[name] = run(Whole(way), *made(family, config, weights, method, args.rank), rows, args, device)
+        found[name] = run(Whole(way=way), *made(family, config, weights, method, args.rank), rows, args, device)
     (eager, eager_ms), (graphs, graphs_ms) = found.values()
     difference = ((eager - graphs).abs() / eager.abs()).max().item()
     entry = {"generation": family.name, "method": method, "rows": rows, "shape": args.shape, "tokens": args.tokens}

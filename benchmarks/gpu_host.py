@@ -1,13 +1,12 @@
-"""What a block costs the processor that drives a GPU, measured without one: Python and torch's own work, and launches.
+"""The time that a block takes on the processor that drives a GPU, measured without a GPU: Python, torch, launches.
 
     python benchmarks/gpu_host.py [--generations x060 x070] [--methods frozen bat-in …] [--rounds 200]
 
-A block runs forward and backward over one token of 128 channels on a GPU's code path, where our kernels' launches are
-made ready and then dropped: next to nothing is computed, and what remains is the time that the processor takes (the
-least of all rounds, so that a busy machine's neighbours count little) before a GPU can begin. A driver takes some 3 us
-more for each launch, which is counted in ("host"). "GPU" is what a block would take on an H100 by
-benchmarks/gpu_budget.py, at the size and tokens of each column; the greater of the two is what a block takes, and a
-CUDA graph (--cuda_graphs) leaves the GPU's.
+A block runs forward and backward over one token of 128 channels on a GPU's code path, on which our kernels' launches
+are prepared and then dropped: next to nothing is computed, and the time is that of the processor before a GPU can begin
+(the least of all rounds, so that other work on the machine counts little). "host" includes some 3 us that a driver
+takes for each launch. "GPU" is a block's time on an H100 by benchmarks/gpu_budget.py, at the size and tokens of each
+column. A block takes the greater of the two, and under a CUDA graph (--cuda_graphs) the GPU's.
 """
 
 import argparse
@@ -33,7 +32,7 @@ TOKENS = (256, 1024, 4096)
 
 
 class Dropped:
-    """Kernels that are launched nowhere."""
+    """Kernels whose launches are dropped."""
 
     def run(self, *arguments):
         return 0
@@ -49,7 +48,7 @@ def call_bone(name, like, tensors, blocks, **sizes):
 
 
 def gpu_path():
-    """Within it a CPU's tensors take a GPU's code path."""
+    """A context in which a CPU's tensors take a GPU's code path."""
     stack = ExitStack()
     for owner, name, value in (
         (op, "fused", lambda *_: True),
@@ -67,7 +66,7 @@ def gpu_path():
 
 
 def host_seconds(family, method, rounds):
-    """The least time of the processor for a block's forward and backward: block 1 of two."""
+    """The least processor time of a block's forward and backward: block 1 of two."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(2, CHANNELS, 256)).to(torch.bfloat16)
     budget.adapt(model, method, 16, family)
@@ -87,7 +86,7 @@ def host_seconds(family, method, rounds):
 
 
 def gpu_seconds(family, method, size, tokens):
-    """What a block takes on an H100 that waits for nothing: its floor, and the bytes outside it."""
+    """A block's seconds on an H100 that waits for nothing: its floor, and the bytes outside it."""
     channels = budget.SHAPES[size][0]
     found = budget.figures(family, channels, 2 * channels, method)
     return found["seconds"] * tokens / (2 * channels)

@@ -13,7 +13,7 @@ VOCABULARY = 65536
 
 
 def tell(**entry):
-    """Print a result, a JSON object a line."""
+    """Print a result as a line with a JSON object."""
     print(json.dumps(entry), flush=True)
 
 
@@ -27,7 +27,7 @@ def random_model(version, shape, vocabulary, device, dtype=torch.bfloat16):
 
 
 def without_room(work, **entry):
-    """The exit code of work(); where memory does not suffice, that is told with `entry`, and the rest may go on."""
+    """The exit code of work(); if memory does not suffice, print that with `entry`, so that the rest may go on."""
     try:
         return work() or 0
     except torch.cuda.OutOfMemoryError as error:

@@ -1,9 +1,9 @@
-"""What stands between a GPU's matrix products, checked on it: mix's, bone's and the loss's kernels against float64.
+"""Checks the kernels between matrix products on a GPU: mix's, bone's and the loss's kernels against float64.
 
     python benchmarks/gpu_ops.py [--device cpu]
 
-One JSON object an operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
-float64 on the device, and whether repetitions are equal. Exit code 1 where an error is more than twice plain torch's.
+One JSON object for each operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
+float64 on the device, and true if repetitions are equal. Exit code 1 if an error is more than twice plain torch's.
 gpu_probe.py smoke runs it.
 """
 
@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 import torch
 
-from rwkv_peft.adapters.bat_in import bat_in
-from rwkv_peft.adapters.bat_out import bat_out
-from rwkv_peft.adapters.bone import bone
-from rwkv_peft.adapters.lora import lora
+from rwkv_peft.adapters.functions.bat_in import bat_in
+from rwkv_peft.adapters.functions.bat_out import bat_out
+from rwkv_peft.adapters.functions.bone import bone
+from rwkv_peft.adapters.functions.lora import lora
 from rwkv_peft.adapters.product import DENSE
 from rwkv_peft.fused.feed_forward import KeyUpToTile, ValueOfSquare
 from rwkv_peft.fused.norm_ddlerp import NormDDLerp
@@ -40,12 +40,12 @@ BOUNDS = (0, 1, 64, 128, 300)
 
 
 def packed_lerp(x, last, maa, low, up):
-    """A row of several sequences, as `cu_seqlens` has them."""
+    """lerp over a row of several sequences, with the bounds `cu_seqlens`."""
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
 
 
 def normalized(x, last, weight, bias):
-    """x, its layer norm, and the last token of that in each of the sequences of BOUNDS."""
+    """x, its layer norm, and the norm's last token in each of the sequences of BOUNDS."""
     normal = torch.nn.functional.layer_norm(x, (C,), weight, bias)
     return x, normal, mix.last_token(normal, bounds(x))
 
@@ -83,7 +83,7 @@ def wkv7_with_keys(r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias, fused):
 
 
 def chain(x, key, value, opened, closing, fused):
-    """bat-in around the squared relu; small, as the gradient is its cosine."""
+    """bat-in around the squared relu; small, because the gradient is its cosine."""
     x = x.flatten(0, 1)
     if fused:
         k, tile = KeyUpToTile.apply(x, key, None, DENSE, opened, 1.0)
@@ -102,7 +102,7 @@ FUSED = {
 
 
 def loss(logits):
-    """The loss and its gradient, as if that were a result."""
+    """The loss and its gradient, both as results."""
     targets = torch.arange(logits.shape[0], device=logits.device)
     return loss_ops.cross_entropy_(logits.detach().clone(), targets, 0.5, 0.01)
 

@@ -1,4 +1,4 @@
-"""What a GPU is and what our kernels do on it, those of the recurrences above all: one JSON object a line.
+"""Describes a GPU, and tries and times our kernels on it, mainly the recurrences': one JSON object in each line.
 
     python benchmarks/gpu_probe.py card       name, driver, clocks, copy bandwidth, the rate of an 8192 x 8192 product
     python benchmarks/gpu_probe.py ready      the kernels as training builds them, all at once: seconds, or why not
@@ -7,7 +7,7 @@
     python benchmarks/gpu_probe.py kernels    microseconds, GB/s, share of the traffic's floor; peers where installed
     python benchmarks/gpu_probe.py once       one forward and backward, for a profiler around it
 
-scripts/gpu_check.sh runs them. Exit code 1 where something is wrong, 2 without a usable GPU.
+scripts/gpu_check.sh runs them. Exit code 1 if something is wrong, 2 without a usable GPU.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def copy_bandwidth():
 
 
 def ready():
-    """Build all families' kernels, each by a thread of its own: most of it is compilers' work."""
+    """Build all families' kernels, each in a thread of its own, because most of it is compilers' work."""
     with ThreadPoolExecutor(len(FAMILIES)) as pool:
         return max(pool.map(ready_one, FAMILIES))
 
@@ -157,7 +157,7 @@ def build_one(family):
 
 
 def resource_usage(path):
-    """What cuobjdump says of the kernels' registers and memory, where it is there."""
+    """cuobjdump's report on the kernels' registers and memory, if it is installed."""
     try:
         said = subprocess.run(["cuobjdump", "--dump-resource-usage", str(path)], capture_output=True, text=True)
     except OSError:
@@ -166,7 +166,7 @@ def resource_usage(path):
 
 
 def inputs(op, B, T, H, N, dtype, device="cuda"):
-    """([the recurrence's inputs], the gradient of y), where a and b are a direction taken away, and put back."""
+    """([the recurrence's inputs], the gradient of y), with a and b a direction to remove, and the same times a rate."""
     generator = torch.Generator(device=device).manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     found = {name: 0.5 * random(B, T, H, N) for name in "rkv"}
@@ -249,7 +249,7 @@ def kernels():
 
 
 def keys_inputs(B, T, H):
-    """([r, w, k, v, low], the gradient of y, what else those of wkv7's kernels take that make their keys)."""
+    """([r, w, k, v, low], the gradient of y, further arguments of wkv7's kernels that make their keys)."""
     (r, w, k, v, *_), gy = inputs(RECURRENCES[1], B, T, H, 64, torch.bfloat16)
     parameters = dict.fromkeys(("a0", "k_k", "k_a", "r_k"), torch.ones(H, 64, device="cuda", dtype=torch.bfloat16))
     numbers = {name: torch.ones(B, T, H, device="cuda") for name in ("bonus", "scales", "gbonus")}
@@ -264,7 +264,7 @@ def time_kernels(op, shape, bandwidth):
 
 
 def time_directions(name, recurrence, tensors, gy, bandwidth, **further):
-    """Forward and backward of a CudaRecurrence, beside what their traffic takes at `bandwidth`, in GB/s."""
+    """Time forward and backward of a CudaRecurrence, beside the time of their traffic at `bandwidth`, in GB/s."""
     checkpoints = recurrence.forward(*tensors, None, None, save=True, **further)[2]
     elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
     rows = len(recurrence.signature.rows)
@@ -282,7 +282,7 @@ def time_directions(name, recurrence, tensors, gy, bandwidth, **further):
 
 
 def time_runs(name, runs, gy, bandwidth):
-    """Time {direction: (function, bytes)}, and tell it beside what the bytes take at `bandwidth`, in GB/s."""
+    """Time {direction: (function, bytes)}, and print that beside the time of the bytes at `bandwidth`, in GB/s."""
     for direction, (function, traffic) in runs.items():
         time_ = milliseconds(function)
         floor = traffic / 1e6 / bandwidth

@@ -1,13 +1,13 @@
-"""Whether the kernels that training takes are right: a small model's loss and gradients against float64, in seconds.
+"""Checks the kernels that training takes in seconds: a small model's loss and gradients against float64.
 
     python benchmarks/gpu_smoke.py [--generations x070 x060] [--methods bat-in bone lora] [--rows plain packed]
 
-The demo's models, which have heads of 64 and the factors' ranks of the 1.6B, in bfloat16, fused as training has them,
-on rows long and few enough that time is split. Truth is the same model, unfused, in float64 and plain torch on the
-same device. A gradient may be three times as far from it as the worst of plain torch's in bfloat16, and all of them in
-the mean, since plain torch has the recurrence in float32. Memory is poisoned before, and repetitions have the same
-bits. One JSON object a case, with the kernels that it launched; the last says which kernels of all families none of
-them did. Exit code 1 if one is wrong.
+Runs the demo's models, which have heads of 64 and the factors' ranks of the 1.6B, in bfloat16, fused as in training, on
+rows long and few enough that time is split. The truth is the same model, unfused, in float64 and plain torch on the
+same device. Each gradient, and their mean, may be three times as far from it as the worst of plain torch's in bfloat16,
+because plain torch has the recurrence in float32. Memory is poisoned before, and repetitions have the same bits. One
+JSON object for each case, with the kernels that it launched; the last lists the kernels of all families that no case
+launched. Exit code 1 if one is wrong.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FACTOR, LEAST, MEAN_LEAST = 3, 3e-2, 1e-2  # of plain torch's errors, and errors
 
 
 def batch_of(rows, args):
-    """A batch of what the models have learned: of tokens at random their gradients are rounding errors for the most."""
+    """A batch that the models have learned, because on random tokens their gradients are mostly rounding errors."""
     batch = gpu_graphs.micro_batch(1, rows, args, args.device)
     tokens = torch.tensor(BytesTokenizer().encode(TEXT * (args.tokens // len(TEXT) + 1)), device=args.device)[None]
     return batch | {"tokens": tokens[:, : args.tokens], "targets": tokens[:, 1 : args.tokens + 1]}
@@ -46,7 +46,7 @@ def batch_of(rows, args):
 
 @contextmanager
 def plain_torch():
-    """Within it no tensor is one that kernels take."""
+    """A context in which kernels take no tensor."""
     with ExitStack() as stack:
         for owner, name, value in (
             (CudaFamily, "takes", lambda *_: False),
@@ -58,7 +58,7 @@ def plain_torch():
 
 @contextmanager
 def recorded(launched):
-    """Within it the names of the kernels that are launched are put into a set."""
+    """A context in which the names of launched kernels are put into a set."""
     run = CudaFamily.run
 
     def recording(self, built, name, *rest):
@@ -70,7 +70,7 @@ def recorded(launched):
 
 
 def unfused(family, config, weights, method, model, rank):
-    """The same model, of plain blocks and in the weights' dtype."""
+    """The same model, with plain blocks and in the weights' dtype."""
     twin = family.load(weights, config)
     gpu_budget.adapt(twin, method, rank, family)
     twin.to(next(iter(weights.values())).dtype).load_state_dict(model.state_dict())
@@ -78,7 +78,7 @@ def unfused(family, config, weights, method, model, rank):
 
 
 def found(model, batch):
-    """{"loss", and the names of what trains: gradients} in float64."""
+    """{"loss": loss, name of a trained tensor: its gradient} in float64."""
     model.zero_grad(set_to_none=True)
     loss = Whole().loss(model, batch, batch["targets"].numel())
     loss.backward()
@@ -87,8 +87,8 @@ def found(model, batch):
 
 
 def errors(values, truth):
-    """{name: error relative by norm}; a gradient far below the others in norm is what they left when they cancelled, so
-    that a tenth of their mean is the least that it is compared with."""
+    """{name: error relative by norm}; a gradient far below the others in norm is the rest after others cancelled, so
+    that its error is compared with at least a tenth of their mean."""
     norms = {name: true.norm() for name, true in truth.items()}
     least = 0.1 * torch.stack(list(norms.values())[1:]).mean()
     scales = {name: norm if name == "loss" else torch.maximum(norm, least) for name, norm in norms.items()}
@@ -102,7 +102,7 @@ def poison(device):
 
 
 def check(args, version, method, rows, launched):
-    """Tell of one case, with the errors of gradients that are wrong, ours and plain torch's; -> whether it is right."""
+    """Print one case, with the errors of wrong gradients, ours and plain torch's -> True if it is right."""
     base = open_base(DEMO[version])
     family, config, args.vocab = base.family, base.config, base.config.vocab_size
     weights = {name: x.to(args.device, torch.bfloat16) for name, x in base.tensors.items()}

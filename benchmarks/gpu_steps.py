@@ -1,4 +1,4 @@
-"""A training step of a generation and a method on a GPU: its time, its memory beside the plan's, and what waits in it.
+"""A training step of a generation and a method on a GPU: its time, its memory beside the plan's, and lines that wait.
 
     python benchmarks/gpu_steps.py x070 bat-in [--rows 1x4096 1x1024 1x64] [--dtype bf16] [--shape 2048x7168x24]
 
@@ -33,7 +33,7 @@ def rows_and_tokens(text):
 
 
 def planned_gib(args, rows, tokens):
-    """What plan says of the same run."""
+    """The plan's peak for the same run."""
     channels, ffn, layers = args.shape.split("x")
     shape = ("--n_embd", channels, "--dim_ffn", ffn, "--n_layer", layers, "--vocab_size", args.vocab)
     method = {"lora": ("--peft", "lora"), "none": ("--peft", "none")}.get(args.method, ("--bone_mode", args.method))
@@ -58,7 +58,7 @@ def waits_in(step):
 
 
 def measure(args, family, config, weights, rows):
-    """Tell of one number of rows and tokens."""
+    """Print the result for one number of rows and tokens."""
     args.batch, args.tokens = rows_and_tokens(rows)
     step = step_program.make_step(family, config, weights, args.method, kind_of(args), args)
     floor = step_program.make_floor(step_program.linear_weights(family, weights), args.batch * args.tokens)

@@ -5,9 +5,9 @@
     it python benchmarks/hf.py --tokens 256 --rounds 3 --threads 1
 
 Each method runs in a process of its own, all linear layers adapted, so that peak memory is its own; rounds go
-over the methods in turn, so that a machine's drift meets all of them. LoRA's rank gives it about as many
-parameters as bat-in has. Memory is what the process holds at most during a step beyond what it held before, in a
-run of its own where malloc returns freed tensors at once, so that none of it is what earlier ones left.
+over the methods in turn, so that a machine's drift affects all of them. LoRA's rank gives it about as many
+parameters as bat-in has. Memory is the process's peak during a step minus its memory before, in a run of its own
+in which malloc returns freed tensors at once, so that earlier steps leave nothing behind.
 """
 
 import argparse

@@ -107,7 +107,7 @@ def copy(source, target):
 
 
 def drop_from_cache(path):
-    """Ask the system to forget the file's pages, so that each contestant reads it from the disk."""
+    """Ask the system to drop the file's cached pages, so that each contestant reads it from the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

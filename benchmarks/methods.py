@@ -1,22 +1,22 @@
-"""Which adapter method fits best, each at its own best learning rate: drives rwkv-peft compare on a small model.
+"""Compares adapter methods, each at its own best learning rate, by rwkv-peft compare on a small model.
 
     python demo/task.py finetune --documents 4000 --seed 1 --output out/finetune.jsonl
     python benchmarks/methods.py --rows out/finetune.jsonl --rank 16 --steps 200             (the demo's base and task)
     python benchmarks/methods.py --model rwkv6-tiny-1m-bf16.pth --rows gsm8k/train.jsonl --template question --utf16 \\
         --rank 8 --rates 1e-3 3e-3 1e-2 --steps 200 --val_every 40 --jobs 2
 
-Rows are laid out as rwkv-peft preprocess does it, or by --template; every token counts, and the last --held_out rows
-are what is validated on. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the
-bytes of UTF-16, on which the tiny models of rwkv.cpp's tests were trained. --retain_text measures besides what is
-forgotten of a text: train.py's --retain_data is its first --retain_chars characters. Further flags are those of
-rwkv-peft compare, and behind -- those of train.py; --train_flags says which are given anyway.
+Rows are laid out as by rwkv-peft preprocess, or by --template; every token counts, and the last --held_out rows are the
+validation data. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the bytes of
+UTF-16, on which the tiny models of rwkv.cpp's tests were trained. --retain_text also measures how much of a text is
+forgotten: train.py's --retain_data is its first --retain_chars characters. Further flags are those of rwkv-peft
+compare, and after -- those of train.py; --train_flags lists those that are always given.
 """
 
 import argparse
 from pathlib import Path
 
 from rwkv_peft.compare.command import main as compare
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import Template, read_template, segments

@@ -1,10 +1,10 @@
-"""The speed on the CPU of what the models do between their matrix products: one pass of ours against plain torch.
+"""The speed on the CPU of the models' operations between matrix products: our single pass against plain torch.
 
     python benchmarks/mix.py [--dtype float32|bfloat16] [--shape T,H] [--rounds 8]
 
 Head size 64, one row of T tokens. Each round runs every operation both ways, one after the other, on one thread and in
 that thread's own time; times are the least of the rounds, ratios the medians of those within a round. Parameters are
-frozen, as where an adapter trains.
+frozen, as in training an adapter.
 """
 
 import argparse
@@ -25,7 +25,7 @@ EPS = 64e-5
 
 
 def operations(T, H, dtype):
-    """Name -> (function, what is differentiated, parameters)."""
+    """{name: (function, differentiated inputs, parameters)}."""
     C = H * HEAD_SIZE
     torch.manual_seed(0)
 
@@ -55,7 +55,7 @@ def operations(T, H, dtype):
 
 
 def milliseconds(function, inputs, parameters):
-    """(forward, forward and backward) of a call."""
+    """Milliseconds of (forward, forward and backward) of a call."""
     outs = results(function, inputs, parameters)
     grads = [torch.ones_like(out) for out in outs]
     start = time.thread_time()

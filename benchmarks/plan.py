@@ -1,10 +1,10 @@
-"""What `rwkv-peft plan` tells, against what runs take; and its table of official sizes.
+"""Compares `rwkv-peft plan` with the memory of runs; and makes its table of official sizes.
 
     python benchmarks/plan.py measure --folder out/plan            (six runs on the CPU, two steps each; 8 GB of disk)
     python benchmarks/plan.py table                                (memory by size, method and quantization on a GPU)
 
-A measured peak is the largest resident size of train.py (getrusage's ru_maxrss), the pages of the base's file that it
-has read among them; models are random, and of an official shape where the name says so.
+A measured peak is the largest resident size of train.py (getrusage's ru_maxrss), including the pages of the base's file
+that it has read; models are random, and of an official shape if their name says so.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.models import family_named
 from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable
@@ -93,7 +93,7 @@ def main():
 
 
 def measure(folder, name, version, layers, channels, dtype, flags):
-    """Print one line: what was planned, and what a run took."""
+    """Print one line: the plan, and a run's memory."""
     model, data, out = folder / f"{version}-{channels}-{dtype}.pth", folder / "data", folder / "run"
     if not model.exists():
         write_model(model, family_named(version), layers, channels, getattr(torch, dtype))
@@ -140,8 +140,9 @@ def tensor(key, shape):
 
 
 def table():
-    """Print a GPU's peak by size and method, at 1 x 1024 tokens, rank 64, bf16; blocks are recomputed (--grad_cp 1) but
-    where they are kept. Last, for bat-in: the smallest card, and the tokens of a micro batch that fit 24 GiB."""
+    """Print a GPU's peak by size and method, at 1 x 1024 tokens, rank 64, bf16; blocks are recomputed (--grad_cp 1)
+    except in the columns "blocks kept". Last, for bat-in: the smallest card, and the tokens of a micro batch that fit
+    24 GiB."""
     print(f"| model | parameters | {' | '.join(name for name, _ in METHODS)} | least card | tokens in 24 GiB |")
     print("|---|---|" + "---|" * (len(METHODS) + 2))
     for version, name, layers, channels in SIZES:

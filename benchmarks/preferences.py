@@ -1,9 +1,9 @@
-"""What a step of preference training costs beside a plain step over the same rows.
+"""The time of a step of preference training beside a plain step over the same rows.
 
     python benchmarks/preferences.py [--generations x060 x070] [--methods bat-in bone lora] [--rounds 7]
 
-Pairs of answers lie packed in one row; the plain step takes the loss of the same tokens. Forward and backward, both in
-turns in one process: medians, and the median of the ratios within a round.
+Pairs of answers are packed into one row; the plain step takes the loss of the same tokens. Forward and backward, both
+in turns in one process: medians, and the median of the ratios within a round.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 from rwkv_peft.data.batches import collate
 from rwkv_peft.models import family_named
-from rwkv_peft.training.step.preferences import Preferences
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.steps import Whole
 
 SHAPE = "768x2688x4"
@@ -46,7 +46,7 @@ def measure(family, method, args):
     budget.adapt(model, method, 64, family)
     mask = torch.arange(args.tokens) >= args.tokens // 2
     row = [(torch.randint(args.vocab, (args.tokens + 1,)), mask) for _ in range(2 * args.pairs)]
-    steps, times = (Whole(), Preferences(0.1)), []
+    steps, times = (Whole(), Whole(DPO())), []
     for _ in range(args.rounds + 1):  # the first builds kernels
         times.append([seconds(step, model, collate([row])) for step in steps])
     plain, pairs = (1e3 * statistics.median(column) for column in zip(*times[1:]))
@@ -55,7 +55,7 @@ def measure(family, method, args):
 
 
 def seconds(step, model, batch):
-    """Of one forward and backward."""
+    """The seconds of one forward and backward."""
     start = time.perf_counter()
     step.loss(model, batch, 1).backward()
     return time.perf_counter() - start

@@ -8,15 +8,14 @@ Prints the largest difference between the two, relative to lr_init.
 import argparse
 import math
 
-from rwkv_peft.names import SCHEDULES
-from rwkv_peft.training.step.schedule import learning_rate
+from rwkv_peft.config.schedules import SCHEDULES, learning_rate
 
 STEPS, WARM_UP, FIRST, LAST = 200, 20, 1e-3, 1e-4
 
 
 def by_formula(name, step):
-    """The learning rate at a step as the formula of a schedule says it: Python, but for definitions behind a comma."""
-    formula, *definitions = SCHEDULES[name].split(", D = ")
+    """The learning rate at a step by a schedule's formula, which is Python but for definitions after a comma."""
+    formula, *definitions = SCHEDULES[name].formula.split(", D = ")
     known = {"s": step, "S": STEPS, "W": WARM_UP, "a": FIRST, "z": LAST, "pi": math.pi, "cos": math.cos}
     known |= {"min": min, "max": max, "ceil": math.ceil, "clip": lambda x: min(1.0, max(0.0, x))}
     for definition in definitions:

@@ -2,8 +2,8 @@
 
     python benchmarks/segments.py [--generations x060 x070] [--lengths 2048 8192 32768 65536] [--whole 8192]
 
-A tiny model with Bone's bat-in on every linear layer, float32, one row a step. Each line is a process of its own; the
-memory is what its resident peak rose by in the step, rows up to --whole tokens are computed whole as well.
+A tiny model with Bone's bat-in on every linear layer, float32, one row in each step. Each line is a process of its own;
+the memory is the rise of its resident peak in the step. Rows up to --whole tokens are also computed whole.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Time of a whole training step, by generation and method, and where it goes.
+"""Time of a whole training step, by generation and method, and the shares of its parts.
 
     python benchmarks/step.py                                   (both shapes, every method, RWKV-6)
     python benchmarks/step.py --models x060 x070 --shapes 768x3072x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
 
-Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the
-vocabulary is World's, and low-rank widths are those of a new model. A step is forward, loss, backward, gradient
-clipping and AdamW, as the trainer runs it. "floor" is the frozen matrix products alone, output and input gradient of
-every linear layer and of the head: what no adapter can avoid. Floor and methods run once a round, in turn, so that a
-machine's drift meets all of them; the medians of times and of ratios within a round are printed. The shares are of one
-more step under torch's profiler, which slows small operations down: read them as proportions.
+Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the vocabulary
+is World's, and low-rank widths are those of a new model. A step is forward, loss, backward, gradient clipping and
+AdamW, as the trainer runs it. "floor" is only the frozen matrix products, output and input gradient of every linear
+layer and of the head, which no adapter can avoid. Floor and methods run once in each round, in turn, so that a
+machine's drift affects all of them; the medians of times and of ratios within a round are printed. The shares are of
+one more step under torch's profiler, which slows small operations down: read them as proportions.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.models import FAMILIES, family_named
-from rwkv_peft.training.step.loss import linear_cross_entropy
+from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
@@ -152,7 +152,7 @@ def random_weights(family, config, kind):
 
 
 def linear_weights(family, weights):
-    """The matrices of the model's linear layers, the head's at the end."""
+    """The matrices of the model's linear layers, the head's last."""
     return [weight for name, weight in weights.items() if weight.dim() == 2 and family.part_of(name) in (None, "head")]
 
 
@@ -215,7 +215,7 @@ def timed(step, device, clock):
 
 
 def shares(step, matrices):
-    """Which share of a step's time each of PARTS takes; what the profiler sees in no operation is "other"."""
+    """The share of each of PARTS in a step's time; time outside of any operation is "other"."""
     shapes = {tuple(sorted(weight.shape)) for weight in matrices}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         start = time.perf_counter()
@@ -230,7 +230,7 @@ def shares(step, matrices):
 
 
 def part_of(event, shapes):
-    """The part of a step that a profiler event belongs to: by what it is, else by what it runs in."""
+    """The part of a step that a profiler event belongs to: by its own name, else by that of an enclosing event."""
     if event.name in MATRIX_PRODUCTS and any(tuple(sorted(shape)) in shapes for shape in event.input_shapes if shape):
         return "gemm"
     own = event.name

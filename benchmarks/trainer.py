@@ -1,13 +1,13 @@
-"""What train.py costs besides the step itself: Lightning, DeepSpeed, callbacks, logging and the data.
+"""The time that train.py takes besides the step itself: Lightning, DeepSpeed, callbacks, logging and the data.
 
     python benchmarks/trainer.py [--methods bat-in none] [--dtypes fp32] [--rounds 20] [--profile 30]
 
-An RWKV-6 of 23 M parameters trains on rows of 512 tokens on the CPU through train.py's own code. After each of its
-steps, all that belongs to it included, the same model takes one in a bare loop in the same process: forward, loss,
-backward, clipping and AdamW, on the same batch. The two take turns, so that a machine's drift meets both. Times are of
-the processor, over all threads of the process; printed are their medians and the median of the ratios within a round.
-The first steps, in which kernels load and buffers are made, do not count, nor the last one, which saves. --profile
-prints the functions that take most of the trainer's time, as Python's profiler sees them, which slows the trainer.
+An RWKV-6 of 23 M parameters trains on rows of 512 tokens on the CPU through train.py's own code. After each whole step
+of it, the same model takes a step in a bare loop in the same process: forward, loss, backward, clipping and AdamW, on
+the same batch. The two take turns, so that a machine's drift affects both. Times are processor time, over all threads
+of the process; their medians and the median of the ratios within a round are printed. The first steps, in which kernels
+load and buffers are made, do not count, nor the last one, which saves. --profile prints the functions that take most of
+the trainer's time, by Python's profiler, which slows the trainer.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.training import run
@@ -102,7 +102,7 @@ def measure(method, dtype, args):
 
 
 def inputs(folder):
-    """Write a model and data there; -> their flags."""
+    """Write a model and data there -> their flags."""
     torch.manual_seed(0)
     family = family_named("x060")
     model = family.build(family.new_dimensions(LAYERS, CHANNELS, VOCABULARY))

@@ -4,11 +4,10 @@ installed; on a GPU with nvcc also RWKV-LM's algorithm, a token at a time (wkv6_
     python benchmarks/wkv6.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shape B,T,H ...] [--repeats 5]
 
 Forward, and forward and backward through autograd, N = 64. Each row gives milliseconds, the ratio to our kernel's time,
-and the most memory beyond the inputs that was in use, beside what outputs and gradients alone take. On the CPU each
-measurement is a process of its own, so that one's memory does not hide another's, and keeps freed pages for the next
-repetition, as training does. A last table has the CPU kernel alone on one core, without torch around it: nanoseconds a
-token and head, and the part of the core's multiply-add peak, counting 5 operations a state element and step forward and
-12 backward.
+and the peak of memory beyond the inputs, beside that of outputs and gradients. On the CPU each measurement is a process
+of its own, so that one's memory does not hide another's, and keeps freed pages for the next repetition, as training
+does. A last table has the CPU kernel on one core, without torch around it: nanoseconds for each token and head, and the
+part of the core's multiply-add peak, counting 5 operations for each state element and step forward and 12 backward.
 """
 
 import argparse
@@ -47,7 +46,7 @@ SLOW_STEPS = 1 << 15
 
 
 def torch_steps(r, k, v, w, u):
-    """The recurrence as one would first write it: a Python loop over time."""
+    """The simplest form of the recurrence: a Python loop over time."""
     return wkv6(r, k, v, w, u, backend="reference")[0]
 
 
@@ -132,7 +131,7 @@ class Sequential(torch.autograd.Function):
 
 @functools.cache
 def sequential_kernels():
-    """wkv6_sequential.cu built for the current GPU; None where there is no nvcc."""
+    """wkv6_sequential.cu built for the current GPU; None without nvcc."""
     try:
         nvcc, architecture = gpu.nvcc_for(torch.cuda.current_device())
     except BuildError:
@@ -245,7 +244,7 @@ def fma_peak():
 
 
 def kernel_table(peak, calls):
-    """The CPU kernel alone, on one core: medians over `calls` calls, fewer where a call is long."""
+    """The CPU kernel by itself, on one core: medians over `calls` calls, or fewer if a call is long."""
     print(
         f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, "
         "ns | of the peak |"

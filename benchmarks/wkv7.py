@@ -5,11 +5,11 @@ flash-linear-attention too, if installed.
                               [--threads N]
 
 Forward, and forward and backward through autograd, N = 64. Each round runs every contender once, one after another, so
-that what else the machine does slows all of them alike; times are medians over rounds, ratios the medians of a round's
-ratios to the kernel. Memory is the most that was in use beyond the inputs, on the CPU in a process of its own. There, a
-last table has the CPU kernel alone on one core, without torch around it, in the core's own time: nanoseconds a token
-and head, and the part of the core's multiply-add peak, counting 9 operations a state element and step forward and 19
-backward, as many as the recurrence takes step by step.
+that other work on the machine slows all of them alike; times are medians over rounds, ratios the medians of a round's
+ratios to the kernel. Memory is the peak beyond the inputs, on the CPU in a process of its own. There, a last table has
+the CPU kernel on one core, without torch around it, in the core's own time: nanoseconds for each token and head, and
+the part of the core's multiply-add peak, counting 9 operations for each state element and step forward and 19 backward,
+as many as the recurrence takes step by step.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MOST_STEPS = 1 << 15
 
 
 def contenders(device):
-    """name -> function(r, w, k, v, a, b) -> y, our kernel first where it works."""
+    """name -> function(r, w, k, v, a, b) -> y, our kernel first if it works."""
     names = {device: f"ours, {device}", "chunked": "torch, chunks", "reference": SLOW[0]}
     found = {
         title: lambda *inputs, backend=backend: wkv7(*inputs, backend=backend)[0]
@@ -128,7 +128,7 @@ def table(shape, dtype, device, rounds):
 
 
 def kernel_table(peak, calls):
-    """The CPU kernel alone, on one core: the fastest of `calls` calls, in the thread's own time."""
+    """The CPU kernel by itself, on one core: the fastest of `calls` calls, in the thread's own time."""
     print(
         f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, "
         "ns | of the peak |"

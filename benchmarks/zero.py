@@ -1,15 +1,15 @@
-"""Whether every ZeRO strategy trains as one process does, resumes bitwise and writes the same file; and its memory.
+"""Checks that every ZeRO strategy trains like one process, resumes bitwise and writes the same file; and its memory.
 
     python benchmarks/zero.py matrix                (100 runs of train.py of six steps, and each resumed from the third)
     python benchmarks/zero.py memory --folder out/zero                       (full training of 73 M parameters, 2 ranks)
 
 The matrix: the five strategies x 1 and 2 ranks x float32 and bfloat16 x accumulation 1 and 2 x grad_cp 0 and 1, for
 bat-in; for full training accumulation 2 with grad_cp 1, on a model whose embedding and head are above the size from
-which ZeRO-3 cuts a parameter in pieces. Every step is of the same four samples. Each run is compared with that of one
-process under stage 1, of one micro batch and no recomputing, in the same precision: the largest relative difference of
-a loss and of a gradient norm, and of the file's tensors by norm. A line stands for accumulation and grad_cp of all
-kinds, the worst of them. Two ranks are two nodes of one device. The exit code is 1 where float32 differs by more than
-LOSS or NORM, or a run does not resume bitwise that should: all but those of DeepSpeed's Adam for CPUs (offload).
+which ZeRO-3 shards a parameter. Every step is of the same four samples. Each run is compared with that of one process
+under stage 1, with one micro batch and without recomputing, in the same precision: the largest relative difference of a
+loss and of a gradient norm, and of the file's tensors by norm. A line has the worst of all accumulations and grad_cp.
+Two ranks are two nodes of one device. The exit code is 1 if float32 differs by more than LOSS or NORM, or if a run does
+not resume bitwise (only those of DeepSpeed's Adam for CPUs, offload, need not).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from fault_training import import_libraries, train
 from safetensors.torch import load_file
 
 from rwkv_peft.config import STRATEGIES
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.models import family_named
@@ -72,8 +72,8 @@ class Cell(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far a run is from another: relative, at most, of losses, gradient norms and tensors; and whether it resumes
-    with the same bits."""
+    """The largest relative differences of losses, gradient norms and tensors between two runs, and True if the run
+    resumes with the same bits."""
 
     loss: float
     norm: float
@@ -103,7 +103,7 @@ class Runs:
         return [*paths, f"--ctx_len={self.ctx_len}", "--accelerator=cpu", *cell.flags]
 
     def run(self, name, cell, *more):
-        """Train; -> the largest resident size of a rank, in bytes."""
+        """Train -> the largest resident size of a rank, in bytes."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
         argv, logs = [*self.flags(name, cell), *more], [self.folder / f"{name}.{node}" for node in range(cell.ranks)]
@@ -124,7 +124,7 @@ class Runs:
         return lines, read_tensors(model) if model.exists() else load_file(adapter)
 
     def resume(self, name, cell):
-        """The outcome of a run that goes on from the middle of another."""
+        """The outcome of a run that is resumed from the middle of another."""
         again = f"{name}-resumed"
         shutil.copytree(self.folder / name, self.folder / again)
         shutil.rmtree(self.folder / again / "checkpoints" / f"step-{STEPS:08d}")
@@ -161,7 +161,7 @@ def matrix(folder, args):
 
 
 def compare(runs, cell, reference):
-    """Run a cell, and again from its middle; -> the Difference from the reference."""
+    """Run a cell, and again from its middle -> the Difference from the reference."""
     runs.run(cell.name, cell, *MATRIX)
     found = difference(runs.outcome(cell.name), reference, runs.resume(cell.name, cell))
     for left in runs.folder.glob(f"{cell.name}*"):
@@ -171,7 +171,7 @@ def compare(runs, cell, reference):
 
 
 def is_fault(cell, found):
-    """Whether a float32 run is too far from the single process, or one that should does not resume bitwise."""
+    """True if a float32 run is too far from the single process, or a run that should does not resume bitwise."""
     return (
         cell.precision == "fp32"
         and (found.loss > LOSS or found.norm > NORM)
@@ -180,7 +180,7 @@ def is_fault(cell, found):
 
 
 def difference(outcome, reference, resumed):
-    """The Difference of an outcome from the reference's; and whether the resumed one is the same."""
+    """The Difference of an outcome from the reference's, with a comparison of the resumed one."""
     (lines, tensors), (true_lines, true_tensors) = outcome, reference
     assert len(lines) == len(true_lines) == STEPS and tensors.keys() == true_tensors.keys()
     loss, norm = (

@@ -7,8 +7,8 @@
 #       sh scripts/bone_rwkv7.sh [--flags]    your model, of which its file says what it is, and your data
 #
 # DATA_FILE is a file of rows or text (.jsonl, .json, .csv, .parquet, .txt) or a folder of rows, which is made into
-# PROJ_DIR/data.bin and .idx (but for --data_type sft and pairs, which read its rows), or the prefix of a .bin/.idx
-# pair. --load_model, --data_file and --proj_dir say the same as the variables, and go before them. Also read:
+# PROJ_DIR/data.bin and .idx (but for --data_type sft, pairs and labels, which read its rows), or the prefix of a
+# .bin/.idx pair. --load_model, --data_file and --proj_dir say the same as the variables, and go before them. Also read:
 # TOKENIZER (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0,
 # which leaves out the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which
 # checks them; `python train.py --help` lists them.
@@ -29,7 +29,7 @@ for argument in "$@"; do
     --*=*) name="${argument%%=*}" value="${argument#*=}" previous="" path="" ;;
     -*) name="$argument" value="" previous="$argument" path="" ;;
     *)
-        [ -z "$path" ] || fail "$path takes one path, and $argument stands behind it; several files of rows are one" \
+        [ -z "$path" ] || fail "$path takes one path, and $argument follows it; several files of rows are one" \
             "input if they lie in a folder, and the folder is given"
         name="$previous" value="$argument" previous=""
         ;;
@@ -46,7 +46,7 @@ for argument in "$@"; do
     --bone_r) flag_rank="$value" ;;
     --bone_config | --disha_config | --peft_config) json=true ;;
     --resume) resuming=true ;;
-    --data_type) case "$value" in sft | pairs) rows=true ;; *) rows=false ;; esac ;;
+    --data_type) case "$value" in sft | pairs | labels) rows=true ;; *) rows=false ;; esac ;;
     esac
     set -- "$@" "$argument"
 done

@@ -11,8 +11,11 @@ import pytest
 
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser, flag_of
+from rwkv_peft.objectives import OBJECTIVES
+from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -35,12 +38,26 @@ HEAVY = (
 PARTS = (
     (
         "base",
-        ("", "children", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing", "gpus"),
+        (
+            "",
+            "children",
+            "config",
+            "errors",
+            "streams",
+            "refusals",
+            "rules",
+            "cli",
+            "names",
+            "memory",
+            "installing",
+            "gpus",
+        ),
         (),
     ),
     ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
+    ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
     ("fused", ("fused",), ("models", "adapters")),  # where these two meet; neither knows it, nor the other
@@ -62,10 +79,10 @@ PARTS = (
     ("generate", ("generate",), ("merge", "data")),
     ("evals", ("evals",), ("generate",)),
     ("hf", ("hf",), ("adapters", "containers")),
-    ("plots", ("plots", "comparison"), ("containers",)),
+    ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
-    ("step", ("training/step",), ("bases", "adapter files", "data", "plots", "merge", "fused")),
+    ("step", ("training/step",), ("bases", "adapter files", "data", "plots", "merge", "fused", "objectives")),
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
@@ -193,7 +210,7 @@ def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alo
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "run")]
+    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "model")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
@@ -241,7 +258,7 @@ def names_read(path):
 
 def settings():
     """(dataclass, field) of every settings dataclass."""
-    classes = [value for value in vars(config).values() if is_dataclass(value)] + [RWKV6Config]
+    classes = [value for value in vars(config).values() if is_dataclass(value)] + [RWKV6Config, *OBJECTIVES.values()]
     return [(cls.__name__, field.name) for cls in classes for field in fields(cls)]
 
 
@@ -258,10 +275,11 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 
 
 def test_every_flag_of_train_is_read():
-    own = ("request.py", "adapter.py", "upstream.py", "legacy.py")
+    own = ("request.py", "adapter.py", "objective.py", "upstream.py", "legacy.py")
     read = {name for file in own for name in names_read(PACKAGE / "training" / "flags" / file)}
-    read |= {flag_of(field) for cls in (AdapterConfig, DataConfig, TrainConfig) for field in fields(cls)}
-    read |= set(dict(DIMENSIONS))
+    settings = (AdapterConfig, DataConfig, TrainConfig, *OBJECTIVES.values())
+    read |= {flag_of(field) for cls in settings for field in fields(cls)}
+    read |= set(dict(DIMENSIONS)) | {flag.name for flag in JSON_FLAGS} | {PEFT_FLAG}
     unread = [
         action.option_strings[0]
         for action in build_parser()._actions

@@ -153,7 +153,7 @@ def test_a_name_that_begins_with_a_dash_is_told_from_a_flag(argv):
     [["train", "--data_file", "data", "--merge_on_save", "1"], ["merge", "--base_model", "b.pth", "--dry_run", "0"]],
 )
 def test_a_value_behind_a_flag_that_takes_none_is_told(argv):
-    with pytest.raises(UserError, match=f"{argv[-2]} takes no value, and {argv[-1]} stands behind it; leave"):
+    with pytest.raises(UserError, match=f"{argv[-2]} takes no value, and {argv[-1]} follows it; leave"):
         main([*argv, "--bone_checkpoint", "a.pth"] if argv[0] == "merge" else argv)
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft import doctor
-from rwkv_peft.doctor import MISSING, NOTE, OK, Finding, Requirement, check_package, parse_requirement
+from rwkv_peft.doctor import command, devices, packages, tools
+from rwkv_peft.doctor.finding import MISSING, NOTE, OK, Finding
+from rwkv_peft.doctor.packages import Requirement, check_package, parse_requirement
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_every_line_of_requirements_txt_is_understood():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     parsed = [requirement for requirement in map(parse_requirement, lines) if requirement]
-    assert [requirement.name for requirement in parsed] == [requirement.name for requirement in doctor.requirements()]
+    assert [requirement.name for requirement in parsed] == [requirement.name for requirement in packages.requirements()]
     assert "torch" in [requirement.name for requirement in parsed]
     for requirement in parsed:
         assert requirement.bounds, f"{requirement.name} has no lower bound"
@@ -39,7 +40,7 @@ def test_what_is_for_other_pythons_is_no_requirement(monkeypatch):
     for version, name in (((3, 13, 2), "pyrwkv-tokenizer"), ((3, 14, 0), None)):
         monkeypatch.setattr(sys, "version_info", version)
         assert getattr(parse_requirement(line), "name", None) == name
-        assert doctor.check_python()[0].status == OK
+        assert packages.check_python()[0].status == OK
 
 
 def test_an_absent_package_is_missing():
@@ -55,28 +56,28 @@ def test_an_old_package_is_missing_and_told_apart():
 def test_a_package_that_does_not_import_is_reported_in_its_own_words(monkeypatch, tmp_path):
     (tmp_path / "brokenpackage.py").write_text("raise OSError('libsomething.so: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(packages.metadata, "version", lambda name: "1.0")
     finding = check_package(Requirement("brokenpackage", ()))
     assert finding.status == MISSING and "libsomething.so" in finding.text
 
 
 def test_a_python_outside_the_range_is_missing(monkeypatch):
-    assert doctor.check_python()[0].status == OK
+    assert packages.check_python()[0].status == OK
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    assert doctor.check_python()[0].status == MISSING
+    assert packages.check_python()[0].status == MISSING
 
 
 @pytest.mark.parametrize("status, code", [(OK, 0), (NOTE, 0), (MISSING, 1)])
 def test_exit_code_says_whether_training_can_run(monkeypatch, capsys, status, code):
-    monkeypatch.setattr(doctor, "examine", lambda: iter([Finding("torch", status, "text", "the remedy")]))
-    assert doctor.main([]) == code
+    monkeypatch.setattr(command, "examine", lambda: iter([Finding("torch", status, "text", "the remedy")]))
+    assert command.main([]) == code
     printed = capsys.readouterr().out
     assert "the remedy" in printed and ("cannot run" in printed) == bool(code)
 
 
 def test_a_missing_package_does_not_end_the_report(monkeypatch):
-    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("torch-that-is-absent", ())])
-    names = [finding.name for finding in doctor.examine()]
+    monkeypatch.setattr(command, "requirements", lambda: [Requirement("torch-that-is-absent", ())])
+    names = [finding.name for finding in command.examine()]
     assert {"python", "torch-that-is-absent", "compiler", "memory", "disk"} <= set(names)
 
 
@@ -97,12 +98,12 @@ def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_pat
 
 
 def test_the_free_disk_is_that_of_plan(monkeypatch):
-    monkeypatch.setattr(doctor, "room_at", lambda path: 7 * 2**30)
-    assert any(finding.text.startswith("7 GiB free in ") for finding in doctor.check_memory())
+    monkeypatch.setattr(tools, "room_at", lambda path: 7 * 2**30)
+    assert any(finding.text.startswith("7 GiB free in ") for finding in tools.check_memory())
 
 
 def test_this_machine_can_train(capsys):
-    assert doctor.main([]) == 0
+    assert command.main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"{kernel} reference" in printed for kernel in ("wkv6", "wkv7")) and "GFLOP/s" in printed
 
@@ -116,15 +117,15 @@ def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.init", lambda: None)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
-    monkeypatch.setattr(doctor, "matmul_speed", refuse)
-    finding = list(doctor.check_devices())[-1]
+    monkeypatch.setattr(devices, "matmul_speed", refuse)
+    finding = list(devices.check_devices())[-1]
     assert finding.status == MISSING and finding.text.endswith("for execution on the device")
     assert "--accelerator cpu" in finding.remedy
-    monkeypatch.setattr(doctor, "check_kernels", lambda: pytest.fail("they would be tried on it"))
-    assert finding in doctor.examine()
-    assert "memory" in [finding.name for finding in doctor.examine()]
+    monkeypatch.setattr(command, "check_kernels", lambda: pytest.fail("they would be tried on it"))
+    assert finding in command.examine()
+    assert "memory" in [finding.name for finding in command.examine()]
 
 
 def test_an_unknown_flag_is_refused():
     with pytest.raises(UserError, match="--fix"):
-        doctor.main(["--fix"])
+        command.main(["--fix"])

@@ -6,24 +6,23 @@ import sys
 import pytest
 
 from rwkv_peft import names
-from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.sources import SAMPLINGS
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.step.schedule import SCHEDULES
 
 
-def test_words_of_peft_are_those_of_the_methods():
-    assert [(m.peft, m.name, m.json_flag) for m in METHODS.values()] == [
-        (word, form, methods.json_flag) for word, methods in names.WORDS.items() for form in methods.forms
-    ]
-    assert tuple(m.name for m in METHODS.values() if m.mini) == names.MINIS
+def test_a_methods_settings_are_told_by_its_word():
+    for name, method in METHODS.items():
+        word = word_of(method)
+        assert method.name == name and all(word.takes(field) for field in method.tensors.size)
+        assert word.takes("alpha") == (method.alpha is not None)
+        assert all(word.takes(field) for _, field in method.rates)
 
 
-def test_generations_samplings_and_schedules():
+def test_generations_and_samplings():
     assert tuple((family.name, family.version) for family in FAMILIES) == names.GENERATIONS
     assert tuple(SAMPLINGS) == names.DATALOADS
-    assert tuple(SCHEDULES) == tuple(names.SCHEDULES)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.flags], ids=lambda c: c.name)

@@ -65,11 +65,12 @@ def test_the_shares_of_right_answers_are_drawn(tmp_path):
 def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 2))
     assert unit_of(records) == "token" and unit_of([*records, {"step": 2, "loss": 0.6, "margin": 0.1}]) == "pair"
+    assert unit_of([{"step": 0, **dict.fromkeys(("accuracy", "margin", "kl"), 0.0)}]) == "answer"
 
 
 def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path):
     records = [{"step": step, "loss": 0.6, "margin": 0.1 * step, "accuracy": 0.5} for step in range(2)]
-    assert shares(records) == {"pairs in the right order": ([1, 2], [0.5, 0.5])}
+    assert shares(records) == {"preferred as the rows say": ([1, 2], [0.5, 0.5])}
     assert margins(records) == {"margin": ([1, 2], [0.0, 0.1])} and margins(records[:0]) == {}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

@@ -107,8 +107,8 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(flag)
             if value == word and action is not None and action.nargs == 0:
                 return (
-                    f"{flag} takes no value, and {value} stands behind it; leave {value} out, or both for what is not "
-                    "wanted"
+                    f"{flag} takes no value, and {value} follows it; leave {value} out, or leave out both if {flag} is "
+                    "not wanted"
                 )
         return self.too_many(args, word) or self.unknown(word.split("=")[0])
 
@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
             values = list(takewhile(lambda value: not FLAG.match(value), args[position + 1 :]))
             if action is not None and action.nargs is None and word in values[1:]:
                 remedy = self.several.get(flag, "leave all but one out")
-                return f"{flag} takes one value, and {' '.join(map(short, values))} stand behind it; {remedy}"
+                return f"{flag} takes one value, and {' '.join(map(short, values))} follow it; {remedy}"
         return ""
 
     def unknown(self, flag: str) -> str:
@@ -202,6 +202,13 @@ def above_zero(text: str) -> float:
     value = finite(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def below_one(text: str) -> float:
+    value = not_negative(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be below 1")
     return value
 
 

@@ -42,7 +42,7 @@ COMMANDS = (
     Command(
         "Train",
         "plan",
-        "tell the memory and disk that a run would take, and whether it fits",
+        "show how much memory and disk a run would take, and if it fits",
         "plan.command",
         flags="plan.flags:parse_flags",
     ),
@@ -64,7 +64,7 @@ COMMANDS = (
     Command(
         "Measure",
         "eval",
-        "how well a model answers rows of yours, or tasks of the lm-evaluation-harness",
+        "score a model on your rows, or on tasks of the lm-evaluation-harness",
         "evals.command",
         flags="evals.flags:parse_flags",
         needs="requirements-eval.txt",
@@ -72,7 +72,7 @@ COMMANDS = (
     Command(
         "Measure",
         "compare",
-        "compare adapter methods on a model and data of yours, each at its best rate",
+        "compare adapter methods on your model and data, each at its best rate",
         "compare.command",
         flags="compare.flags:parse_flags",
     ),
@@ -100,18 +100,18 @@ COMMANDS = (
     Command(
         "Release",
         "inspect",
-        "tell what a file holds, and how far its matrices moved from the base",
+        "show the content of a file, and how far its matrices moved from the base",
         "release.inspect_command",
         flags="release.flags:inspect_flags",
     ),
     Command(
         "Release",
         "convert",
-        "models, states and adapters to and from other tools' formats",
+        "convert models, states and adapters to and from other tools' formats",
         "release.convert",
         flags="release.flags:convert_flags",
     ),
-    Command("Machine", "doctor", "tell what this machine can do, what is missing, what mends it", "doctor"),
+    Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "doctor.command"),
 )
 # {a name that a command had: the words that took its place}: it works for one more release
 RENAMED = MappingProxyType(
@@ -143,7 +143,7 @@ def usage() -> str:
     lines = ["usage: rwkv-peft COMMAND [arguments]"]
     for group, commands in groupby(COMMANDS, attrgetter("group")):
         lines += ["", group, *(f"  {command.name:<{width}}  {command.text}" for command in commands)]
-    lines += ["", "rwkv-peft COMMAND --help tells the rest of each; rwkv-peft --version the version."]
+    lines += ["", "rwkv-peft COMMAND --help describes each; rwkv-peft --version prints the version."]
     return "\n".join(lines)
 
 

@@ -85,7 +85,7 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
             code = main(sys.argv[1:])
         if code or not (reason := lost_output()):
             sys.exit(code)
-        message, code = f"error: all is done, but what was printed is not whole: {reason}", 2
+        message, code = f"error: the work is done, but its printed output is not whole: {reason}", 2
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:  # any access to a file may find that its path is forbidden or malformed

@@ -12,6 +12,7 @@ from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
 from .names import METRICS
+from .objectives import OBJECTIVES
 
 SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
 COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
@@ -110,22 +111,28 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
     of its own questions, and of the first few tasks of lm_eval."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
-    shown = {"right answers": "eval_score", "pairs in the right order": "accuracy"}
+    shown = {"right answers": "eval_score"} | drawn_figures("share")
     shown |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
     found = {label: series(records, name) for label, name in shown.items()}
     return {label: points for label, points in found.items() if points[0]}
 
 
 def margins(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """{name: its series} of how far apart preference training moves the two answers of a pair."""
-    points = series(records, "margin")
-    return {"margin": points} if points[0] else {}
+    """{label: its series} of how far apart preference training moves answers."""
+    found = {label: series(records, name) for label, name in drawn_figures("margin (nats)").items()}
+    return {label: points for label, points in found.items() if points[0]}
+
+
+def drawn_figures(axis: str) -> dict[str, str]:
+    """{label: name} of the figures of objectives that are drawn at an axis."""
+    figures = (figure for objective in OBJECTIVES.values() for figure in objective.figures)
+    return {figure.label: figure.name for figure in figures if figure.axis == axis}
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
-    """The unit that a run's loss is the mean over: "pair" for preference training, whose records have margins, else
-    "token"."""
-    return "pair" if any("margin" in record for record in records) else "token"
+    """The unit that a run's loss is the mean over: that of the objective with the most figures in its records."""
+    names = {name for record in records for name in record}
+    return max(OBJECTIVES.values(), key=lambda one: sum(figure.name in names for figure in one.figures)).unit
 
 
 def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:

@@ -5,14 +5,16 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.adapters.methods import METHODS, words_of
+from rwkv_peft.adapters.methods import METHODS, word_of, words_of
 from rwkv_peft.config import AdapterConfig
 
 
 def adapter_config(variant, **settings):
-    """An AdapterConfig for a name in METHODS that targets `layer`."""
-    settings = {"rank": 4, "mini_rank": 4, "alpha": 8.0, "targets": ("layer",)} | settings
-    return AdapterConfig(**words_of(METHODS[variant]), **settings)
+    """An AdapterConfig for a name in METHODS that targets `layer`; alpha is 8 if the method has one."""
+    method = METHODS[variant]
+    alpha = {"alpha": 8.0} if word_of(method).takes("alpha") else {}
+    settings = {"rank": 4, "mini_rank": 4, "entries": 4, "targets": ("layer",)} | alpha | settings
+    return AdapterConfig(**words_of(method), **settings)
 
 
 def adapt(layer, variant, train=True, **settings):

@@ -9,4 +9,4 @@ def tensors_of(layer):
 def merged_weight(layer):
     """The weight of the plain linear layer that equals this one: (out, in) float32."""
     params = {name: tensor.detach() for name, tensor in tensors_of(layer).items()}
-    return layer.method.merged_with(layer.base_weight().detach(), params, layer.scale)
+    return layer.method.change.added(layer.base_weight().detach(), params, layer.scale)

@@ -24,10 +24,12 @@ def a_layer(std=0.1, in_features=24, out_features=16):
 @pytest.mark.parametrize("std", [3e-3, 0.1, 40.0])
 def test_the_terms_of_a_step_have_one_size(rank, std, adapter_config):
     weight = a_layer(std, 128, 96).weight.detach()
-    scale = METHOD.initial_factors(weight, adapter_config("bat-in-scaled", rank=rank))["bone_scale"]
+    scale = METHOD.held.make(weight, adapter_config("bat-in-scaled", rank=rank), None)["bone_scale"]
     assert scale.item() == pytest.approx(1 / (weight.square().mean().sqrt().item() * math.sqrt(rank)), rel=2**-8)
     step = torch.randn(128 // rank, rank, rank).sign()
-    change, addend = (METHOD.delta(w, {"bone": step, "bone_scale": scale}) for w in (weight, torch.zeros_like(weight)))
+    change, addend = (
+        METHOD.change.delta(w, {"bone": step, "bone_scale": scale}) for w in (weight, torch.zeros_like(weight))
+    )
     assert [t.square().mean().sqrt().item() for t in (change - addend, addend)] == pytest.approx([1, 1], rel=0.05)
 
 
@@ -64,9 +66,9 @@ def test_a_part_of_the_change_can_be_taken_off(adapt):
     layer = adapt(a_layer(), "bat-in-scaled")
     weight = layer.weight.detach().double()
     params = {"bone": 0.3 * layer.bone.detach().double(), "bone_scale": layer.bone_scale}
-    merged = weight + 0.5 * METHOD.delta(weight, params)
+    merged = weight + 0.5 * METHOD.change.delta(weight, params)
     assert (merged - weight).abs().max() > 1e-2
-    torch.testing.assert_close(METHOD.removed(merged, METHOD.opposite(params, 1.0, 0.5), 1.0), weight)
+    torch.testing.assert_close(METHOD.change.removed(merged, METHOD.change.opposite(params, 1.0, 0.5), 1.0), weight)
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0, math.inf, math.nan])
@@ -75,4 +77,4 @@ def test_a_scale_that_nothing_can_be_divided_by_is_refused(scale, adapter_config
     with pytest.raises(UserError, match=f"a bone_scale of {scale:g}, .* copy it again"):
         inject(nn.ModuleDict({"layer": a_layer()}), adapter_config("bat-in-scaled"), initial=initial)
     with pytest.raises(UserError, match="a finite number above 0"):
-        METHOD.opposite({"bone": torch.zeros(6, 4, 4), "bone_scale": torch.tensor([scale])}, 1.0)
+        METHOD.change.opposite({"bone": torch.zeros(6, 4, 4), "bone_scale": torch.tensor([scale])}, 1.0)

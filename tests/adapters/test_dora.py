@@ -64,18 +64,18 @@ def test_a_row_of_zeros_stays_one():
 @pytest.mark.parametrize("amount", [1.0, 0.5, -0.3])
 def test_any_amount_of_the_change_is_taken_off_again(amount):
     _, weight, params, _ = tensors()
-    merged = weight + amount * METHODS["dora"].delta(weight, params, 0.5)
-    opposite = METHODS["dora"].opposite(params, 0.5, amount)
-    torch.testing.assert_close(METHODS["dora"].removed(merged, opposite, 0.5), weight, rtol=1e-6, atol=1e-6)
+    merged = weight + amount * METHODS["dora"].change.delta(weight, params, 0.5)
+    opposite = METHODS["dora"].change.opposite(params, 0.5, amount)
+    torch.testing.assert_close(METHODS["dora"].change.removed(merged, opposite, 0.5), weight, rtol=1e-6, atol=1e-6)
 
 
 def test_what_cannot_be_taken_off_is_refused():
     _, weight, params, _ = tensors()
     with pytest.raises(UserError, match="gain of dora is -1"):
-        METHODS["dora"].opposite(params | {"lora_gain": torch.full((16,), -1.0)}, 0.5)
-    long = METHODS["dora"].opposite(params | {"lora_B": 100 * params["lora_B"]}, 0.5)
+        METHODS["dora"].change.opposite(params | {"lora_gain": torch.full((16,), -1.0)}, 0.5)
+    long = METHODS["dora"].change.opposite(params | {"lora_B": 100 * params["lora_B"]}, 0.5)
     with pytest.raises(UserError, match="as long as a row of the base"):
-        METHODS["dora"].removed(weight, long, 0.5)
+        METHODS["dora"].change.removed(weight, long, 0.5)
 
 
 def config(name, **settings):
@@ -87,4 +87,4 @@ def config(name, **settings):
 
 def test_rslora_divides_by_the_root_of_the_rank():
     assert METHODS["rslora"].scale(config("rslora", rank=16, alpha=8.0)) == 2.0
-    assert METHODS["rslora"].alpha(2.0, 16) == 8.0
+    assert METHODS["rslora"].alpha.alpha(2.0, 16) == 8.0

@@ -8,11 +8,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.adapters import bat_in, bat_out, bone, bone_signed, lora
+from rwkv_peft.adapters.functions import bat_in, bat_out, bone, bone_signed, lora, sparse
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.ops.bone import op as bone_op
 
 RANK = 4
+
+
+def columns(out_features, in_features):
+    """Columns that shira might train."""
+    step = in_features // RANK
+    return torch.arange(RANK) * step + torch.arange(out_features)[:, None] % step
+
+
 # variant -> how to call it on (x, weight, params, bias)
 FUNCTIONS = MappingProxyType(
     {
@@ -24,6 +32,7 @@ FUNCTIONS = MappingProxyType(
         "bone-mini": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
         "bone-signed": lambda x, w, p, b: bone_signed.bone_signed(x, w, p["bone"], p["bone_signs"], b),
         "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
+        "shira": lambda x, w, p, b: sparse.sparse(x, w, p["shira_values"], columns(*w.shape), b),
     }
 )
 # variant -> constants that its call holds as numbers
@@ -45,6 +54,7 @@ def shapes(name, in_features, out_features):
         "bone-mini": {"bone": (rank, 2)},
         "bone-signed": {"bone": (rank, out_features), "bone_signs": (in_features,)},
         "lora": {"lora_A": (rank, in_features), "lora_B": (out_features, rank)},
+        "shira": {"shira_values": (out_features, rank)},
     }[variant_of(name)]
 
 
@@ -58,8 +68,10 @@ def tensors(name, lead=(2, 5), in_features=24, out_features=16, dtype=torch.floa
 
 def plain(name, x, weight, params, bias):
     """The definition: one linear layer with the merged weight."""
+    if name == "shira":
+        return F.linear(x, weight.scatter_add(1, columns(*weight.shape), params["shira_values"]), bias)
     return F.linear(
-        x, weight + METHODS[variant_of(name)].delta(weight, params | NUMBERS.get(name, {}), scale=0.5), bias
+        x, weight + METHODS[variant_of(name)].change.delta(weight, params | NUMBERS.get(name, {}), scale=0.5), bias
     )
 
 
@@ -177,6 +189,7 @@ def test_saves_activations_and_no_copy_of_a_weight(name):
     elements = sum(tensor.numel() for tensor in saved.values())
     expected = {"bone": 10 * RANK, "bone-mini": 10 * RANK, "lora": 10 * (48 + RANK)}
     expected["bone-signed"] = 10 * RANK + RANK * 48  # and its sketch
+    expected["shira"] = 10 * 48 + 64 * RANK  # and its columns, which a layer holds
     assert elements == expected.get(name, 10 * 48)
 
 

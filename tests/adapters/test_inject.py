@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from adapters.layers import merged_weight, tensors_of
 from rwkv_peft.adapters.inject import InjectReport, check_adapter, inject
-from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.models import family_named
@@ -78,11 +78,12 @@ def test_what_is_merged_can_be_taken_off_again(variant, adapt):
     base = nn.Linear(24, 16, bias=False)
     original = base.weight.detach().clone()
     layer = adapt(base, variant)
-    params = {name: 0.3 * tensor.detach().double() for name, tensor in tensors_of(layer).items() if "norm" not in name}
-    params |= {name: tensor.detach().double() for name, tensor in tensors_of(layer).items() if "norm" in name}
-    merged = original.double() + layer.method.delta(original.double(), params, layer.scale)
+    told = ("lora_row_norm", "vera_seed", "shira_seed")
+    params = {name: tensor.detach().double() for name, tensor in tensors_of(layer).items()}
+    params |= {name: 0.3 * tensor for name, tensor in params.items() if name not in told}
+    merged = original.double() + layer.method.change.delta(original.double(), params, layer.scale)
     assert (merged - original).abs().max() > 1e-3
-    back = layer.method.removed(merged, layer.method.opposite(params, layer.scale), layer.scale)
+    back = layer.method.change.removed(merged, layer.method.change.opposite(params, layer.scale), layer.scale)
     torch.testing.assert_close(back, original.double(), rtol=1e-6, atol=1e-6)
 
 
@@ -210,7 +211,7 @@ def test_targets_narrow_what_is_replaced(model):
         ({"targets": ("head",)}, ["--train_parts head"]),
         ({"rank": 7}, ["7", "does not divide", "blocks.0.att.receptance", "--bone_r 8", "--bone_mode bone"]),
         ({"rank": 16}, ["16", "24", "blocks.0.ffn.key", "--bone_r 8"]),
-        ({"rank": 0}, ["rank 0"]),
+        ({"rank": 0}, ["--bone_r 0", "at least 1"]),
         ({"mode": "bone", "rank": 17}, ["17", "16"]),
         ({"mode": "bone-mini", "rank": 4, "mini_rank": 5}, ["5 does not divide 16", "try --bone_mini_r 4"]),
         ({"mode": "bone-mini", "rank": 8}, ["try --bone_mini_r 8"]),
@@ -241,7 +242,7 @@ def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, s
 def test_first_factors_of_another_shape_are_refused(model, variant, shape):
     """Broadcasting would repeat one row."""
     initial = {"blocks.0.att.key.init_lora_A": torch.ones(shape), "blocks.0.att.key.init_lora_B": torch.ones(16, 4)}
-    config = AdapterConfig(method=METHODS[variant].peft, rank=4, targets=("att.key",))
+    config = AdapterConfig(method=word_of(METHODS[variant]).name, rank=4, targets=("att.key",))
     with pytest.raises(UserError, match=r"has blocks.0.att.key.init_lora_A of shape .*, and \(4, 16\) is due"):
         inject(nn.ModuleDict({"blocks": model["blocks"]}), config, initial=initial)
 

@@ -13,7 +13,7 @@ from rwkv_peft.errors import UserError
 
 def initial_factors(weight, config, gradient=None):
     """(A0, B0) of a method."""
-    factors = method_of(config).initial_factors(weight, config, gradient)
+    factors = method_of(config).held.make(weight, config, gradient)
     return factors["init_lora_A"], factors["init_lora_B"]
 
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from adapters.layers import merged_weight, tensors_of
 from rwkv_peft.adapters import quant as quant_module
+from rwkv_peft.adapters.functions.tokens import linear
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.quant import QuantizedProduct, quantize, roundtrip
-from rwkv_peft.adapters.tokens import linear
 from rwkv_peft.errors import UserError
 
 pytest.importorskip("bitsandbytes")

@@ -21,7 +21,7 @@ from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.compare.sizes import Size
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES
@@ -124,15 +124,15 @@ DAMAGED = (
     ("result.json", result(method=["bone"]), "is not the result of the run that its folder names"),
     ("result.json", result(seed=8), "is not the result of the run that its folder names"),
     ("result.json", result(diverged="no"), "is not the result of the run that its folder names"),
-    ("result.json", result(peak_mb=None), "peak_mb is None, where a number is due"),
+    ("result.json", result(peak_mb=None), "peak_mb is None, and a number is due"),
     ("metrics.jsonl", b"", "no validation loss"),
     ("metrics.jsonl", b"\xff\n{}\n", "metrics.jsonl, line 1: not JSON"),
     ("metrics.jsonl", metrics(step=-1), "metrics.jsonl, line 1"),
-    ("metrics.jsonl", metrics(tokens="32"), "tokens is '32', where a number is due"),
-    ("metrics.jsonl", metrics(tokens_per_s=None), "tokens_per_s is None, where a number is due"),
-    ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], where a number is due"),
-    ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, where a number is due"),
-    ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', where a number is due"),
+    ("metrics.jsonl", metrics(tokens="32"), "tokens is '32', and a number is due"),
+    ("metrics.jsonl", metrics(tokens_per_s=None), "tokens_per_s is None, and a number is due"),
+    ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], and a number is due"),
+    ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, and a number is due"),
+    ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
     ("compare.json", b"[" * 100_000, "compare.json: not JSON"),
     ("compare.json", b"[]", "holds a comparison of other settings"),
 )
@@ -210,17 +210,17 @@ def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows)
         ([], "flags of train.py are missing"),
         (["--"], "flags of train.py are missing"),
         (["--", *MODEL], "add --val_data or --val_split"),
-        (["--", *TRAIN, "--lr_init=1e-3"], "--lr_init=1e-3 behind -- is what the comparison sets"),
+        (["--", *TRAIN, "--lr_init=1e-3"], "--lr_init=1e-3 after --: the comparison sets it"),
         (["--", *TRAIN, "--lerning_rate", "1"], "there is no --lerning_rate"),
         (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
-        (["--methods", "full", "bone", "--", *TRAIN], "begin with another"),
-        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "would change what full trains"),
+        (["--methods", "full", "bone", "--", *TRAIN], "put another method first"),
+        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "would change the parameters of full"),
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
         (
             ["--rank", "8", "--", *TRAIN, "--data_type", "pairs"],
-            "--data_type pairs: a comparison goes by the validation loss",
+            "--objective dpo: a comparison goes by the validation loss",
         ),
     ],
 )

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.prefix import binidx_prefix
 from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.errors import UserError
@@ -101,12 +102,12 @@ def replaced(offset, value):
         (IDX[:20], BIN, "20 bytes, shorter"),
         (IDX[:-1], BIN, r"81 bytes, but 2 documents \(count\).*take 82"),
         (IDX + b"x", BIN, "83 bytes"),
-        (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "magic"),
+        (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "an MMIDIDX index begins"),
         (replaced(9, struct.pack("<Q", 2)), BIN, "version 2"),
         (replaced(17, b"\x06"), BIN, "dtype code 6"),
         (replaced(18, struct.pack("<Q", 1 << 60)), BIN, "count"),
         (replaced(34, struct.pack("<i", -3)), BIN, r"sizes\[0\] = -3 is negative"),
-        (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6 where the documents before it end at byte 4"),
+        (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6, and the documents before it end at byte 4"),
         (replaced(42, struct.pack("<q", -2)), BIN, r"pointers\[0\] = -2"),
         (replaced(66, struct.pack("<q", 9)), BIN, "doc_idx"),
         (IDX, b"", r"data\.bin: 0 bytes, but the sizes in .*data\.idx add up to 8"),
@@ -195,6 +196,13 @@ def test_a_new_data_set_does_not_keep_an_old_mask(tmp_path):
     assert not (tmp_path / "data.mask").exists()
 
 
+def test_a_mask_of_ones_says_nothing_and_labels_do(tmp_path):
+    for mask, stays in (([1, 1], False), ([2, 2], True)):
+        with BinidxWriter(tmp_path / "data", mask=True) as writer:
+            writer.add([1, 2], mask)
+        assert (tmp_path / "data.mask").exists() == stays
+
+
 def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
     with pytest.raises(UserError, match="do not fit uint16"), BinidxWriter(tmp_path / "data", vocab_size=300) as writer:
         writer.add([65536])
@@ -202,7 +210,7 @@ def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
 
 def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"rows\.jsonl: a file of rows or text.*--data_type sft"):
+    with pytest.raises(UserError, match=r"rows\.jsonl is a file of rows or text.*--data_type sft"):
         BinidxDataset(tmp_path / "rows.jsonl")
 
 
@@ -218,7 +226,7 @@ def test_a_file_that_is_written_over_while_it_is_read_is_told(tmp_path, end, con
     next(reading)
     file.with_suffix(".old").write_bytes(content)
     os.replace(file.with_suffix(".old"), file)
-    with pytest.raises(UserError, match=f"data{end} was written over while it is read: it has {len(content)} bytes"):
+    with pytest.raises(UserError, match=f"data{end} was overwritten while it is read: it has {len(content)} bytes"):
         next(reading)
 
 
@@ -227,7 +235,7 @@ def test_a_file_of_the_same_length_that_is_written_over_is_warned_of_once(tmp_pa
     os.utime(f"{prefix}.bin", (1e9, 1e9))  # long before: the clock of a disk goes in steps
     dataset = BinidxDataset(prefix)
     Path(f"{prefix}.bin").write_bytes(b"12345678")
-    with pytest.warns(UserWarning, match="data.bin was touched or written over while it is read, at 20"):
+    with pytest.warns(UserWarning, match="data.bin was touched or overwritten while it is read, at 20"):
         dataset.require_unchanged()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -243,7 +251,7 @@ def test_a_file_that_is_written_over_is_judged_anew(tmp_path, end, words):
     dataset = BinidxDataset(tmp_path / "data")
     dataset.check_vocab(300)
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.warns(UserWarning, match="written over"), pytest.raises(UserError, match=words):
+    with pytest.warns(UserWarning, match="overwritten"), pytest.raises(UserError, match=words):
         dataset.require_unchanged()
 
 

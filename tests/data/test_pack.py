@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.pack import pack
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.errors import UserError

@@ -200,8 +200,8 @@ def test_pairs_of_equal_answers_are_left_out_and_counted(data):
 )
 def test_pairs_without_a_prompt_or_an_answer_are_left_out_and_counted(data, row):
     samples = build_samples(data([*rows(3), row]), 257)
-    assert len(samples) == 3 and "1 pairs left out that lack a prompt or one of the answers" in samples.notes
-    with pytest.raises(UserError, match="no document to write: 1 pairs left out that lack"):
+    assert len(samples) == 3 and "1 rows left out that lack a prompt or an answer" in samples.notes
+    with pytest.raises(UserError, match="no document to write: 1 rows left out that lack"):
         build_samples(data([row]), 257)
 
 

@@ -13,8 +13,9 @@ import pytest
 from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings, shorten
+from rwkv_peft.data.encoding import EncodeSettings
 from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.pieces import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
@@ -124,7 +125,7 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": CALL}
 )
 def test_what_no_layout_has_a_place_for_is_refused_and_not_lost(row, name):
     laid_out = pair if "chosen" in row else segments
-    with pytest.raises(UserError, match=f"field '{name}' holds what no layout has a place for"):
+    with pytest.raises(UserError, match=f"field '{name}' has no place in any layout"):
         laid_out(row)
 
 
@@ -145,7 +146,7 @@ def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
     ],
 )
 def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
-    with pytest.raises(UserError, match="a row has a text, of which all counts, beside .*; name others with --fields"):
+    with pytest.raises(UserError, match="a row has a text, which counts as a whole, and .*; name others with --fields"):
         preprocess([row | {"text": "Be. Hi? Yo"}])
     assert texts(preprocess([row | {"text": "Be. Hi? Yo"}], "--fields", "text")) == [("Be. Hi? Yo", "Be. Hi? Yo")]
     assert segments(row | {"text": ""}) == segments(row | {"text": None}) == segments(row)
@@ -374,7 +375,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(preprocess, tmp_path
     preprocess([{"text": "a"}])
     (tmp_path / "out" / "data.json").write_bytes(text)
     config = DataConfig(path=str(tmp_path / "out" / "data"), ctx_len=1)
-    with pytest.raises(UserError, match="data.json would tell the tokenizer .* and is not JSON"):
+    with pytest.raises(UserError, match="data.json should name the tokenizer .* and is not JSON"):
         build_samples(config, 257)
     rows = 9 * '{"text": "b"}\n'
     for others in ('{"of": "another tool"}', rows, json.dumps([{"text": 10**6 * "a"}])):

@@ -156,7 +156,7 @@ def test_a_data_set_of_other_inputs_is_replaced_on_request_alone(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"text": "other"}')
     for name, tokenizer in (("other.jsonl", "bytes"), ("in.jsonl", "world")):
         for end in (".bin", ".idx"):
-            with pytest.raises(UserError, match=f"out/data{end} is there already, made of .*--overwrite"):
+            with pytest.raises(UserError, match=f"out/data{end} exists, made from .*--overwrite"):
                 main([str(tmp_path / name), *output, tokenizer])
             (tmp_path / "out" / f"data{end}").rename(tmp_path / f"data{end}")
         for end in (".bin", ".idx"):
@@ -170,6 +170,6 @@ def test_a_data_set_of_another_tool_is_replaced_on_request_alone(tmp_path):
     rows(tmp_path)
     command(tmp_path)
     (tmp_path / "out" / "data.json").unlink()
-    with pytest.raises(UserError, match="data.bin is there already"):
+    with pytest.raises(UserError, match="data.bin exists, made from"):
         command(tmp_path)
     assert command(tmp_path, "--overwrite") == 0

@@ -166,14 +166,14 @@ def test_a_folder_of_splits_validates_on_what_is_held_out(folder, header, kind):
     assert f"validation on {held} samples of {path}, split validation: " in said and "note:" not in said
     assert "3 documents an epoch" in said
     said = header("--data_file", path, "--data_type", "sft", "--val_data", path, "--sft_split", "validation")
-    assert f"note: --val_data {path}, split validation holds what is trained on" in said
+    assert f"note: --val_data {path}, split validation is the training data" in said
 
 
 def test_to_validate_on_what_is_trained_on_is_told(folder, header):
     path = folder({"a.jsonl": lines("a", "b")})
     for given in (path, path / "a.jsonl"):
         said = header("--data_file", given, "--data_type", "sft", "--val_data", given, "--sft_split", "[:1]")
-        assert f"note: --val_data {given} holds what is trained on" in said
+        assert f"note: --val_data {given} is the training data" in said
     assert "note:" not in header("--data_file", path, "--data_type", "sft", "--val_data", path / "a.jsonl")
 
 

@@ -48,9 +48,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (chat(("user", "Hi"), ("assistant", None)), "field 'content' of a turn is null; give it the turn's words"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": CALL}]},
-            "field 'tool_calls' holds what no layout has a place for",
+            "field 'tool_calls' has no place in any layout",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": CALL}]}, "field 'tool_calls' holds what no layout has"),
+        ({"messages": [{"role": "assistant", "tool_calls": CALL}]}, "field 'tool_calls' has no place in any layout"),
         (shared(("human", "Hi"), ("function_call", "{}")), "a turn of role 'function_call' calls a tool"),
         (shared(("alien", "Hi")), "role 'alien'; known are user, .*developer, .*observation"),
     ],
@@ -64,12 +64,12 @@ NOTES = (
     ({"query": "Q", "response": " "}, "with an empty answer, which teaches the model to say nothing there"),
     ({"prompt": "Q", "completion": ""}, "with an empty answer, "),
     (chat(("user", "Q"), ("assistant", ""), ("user", "R"), ("assistant", "B")), "with an empty answer, "),
-    (chat(("user", "Q")), "without an answer, of which no token counts in the loss"),
+    (chat(("user", "Q")), "without an answer, so that none of their tokens counts in the loss"),
     ({"query": " ", "response": "A"}, "in which a turn before an answer is empty"),
     ({"instruction": "", "output": "A"}, "in which a turn before an answer is empty"),
     (chat(("system", ""), ("user", "Q"), ("assistant", "A")), "in which a turn before an answer is empty"),
     (chat(("user", "Q"), ("assistant", "A"), ("user", ""), ("assistant", "B")), "in which a turn before an answer is"),
-    ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, all of which counts in the loss"),
+    ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, and counts as a whole in the loss"),
     ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "whose text holds questions and answers, "),
 )
 

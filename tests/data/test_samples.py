@@ -8,7 +8,7 @@ import torch
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import samples as module
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 
@@ -104,7 +104,8 @@ def test_the_order_depends_on_seed_and_epoch_alone(make, dataload):
 def test_count_is_the_masks_sum(make, dataload, mask):
     documents = [[9, 9, 1, 2, 3, 4][: 2 + i % 5] for i in range(23)]
     masks = [[0, 0, 1, 0, 1, 1][: 2 + i % 5] for i in range(23)]
-    samples = make(documents, masks=masks, ctx_len=4, dataload=dataload, loss_mask=mask, mask_id=(1,))
+    markers = {"mask_id": (1,)} if mask == "qa" else {}
+    samples = make(documents, masks=masks, ctx_len=4, dataload=dataload, loss_mask=mask, **markers)
     counts = [samples.count(n) for n in range(2 * len(samples))]
     assert counts == [int(samples[n][1].sum()) for n in range(2 * len(samples))]
     assert mask == "none" or sum(counts) < 2 * sum(map(len, documents)) / 2
@@ -125,7 +126,8 @@ def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, monkeyp
     rng = random.Random(0)
     documents = [[rng.choice((5, 6, 7)) for _ in range(rng.randrange(1, 24))] for _ in range(60)]
     masks = [[rng.random() < 0.1 for _ in document] for document in documents]
-    given = dict(masks=masks, loss_mask=mask, mask_id=(6, 7), mask_end_id=(5,), dataload="pad")
+    markers = {"mask_id": (6, 7), "mask_end_id": (5,)} if mask == "qa" else {}
+    given = dict(masks=masks, loss_mask=mask, dataload="pad", **markers)
     whole, cut = (make(documents, ctx_len=ctx_len, **given) for ctx_len in (30, 8))
     lost = [whole.document_count(i) - cut.document_count(i) for i in whole.units]
     bare = sum(lost > 0 and not cut.document_count(i) for lost, i in zip(lost, whole.units))
@@ -139,7 +141,7 @@ def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, monkeyp
     [
         (dict(ctx_len=6), "--ctx_len 6: .* holds 6 tokens.*take --ctx_len 5"),
         (dict(ctx_len=0), "--ctx_len 0"),
-        (dict(dataload="only", micro_bsz=2), "--micro_bsz 2 must be 1"),
+        (dict(dataload="only", micro_bsz=2), "does not go with --micro_bsz 2"),
         (dict(dataload="rows"), "--dataload rows"),
         (dict(loss_mask="pad"), "has no padding"),
         (dict(vocab_size=257), "token 300 at position 5"),

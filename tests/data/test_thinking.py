@@ -123,10 +123,10 @@ def test_a_run_that_reads_rows_tells_both_too(tmp_path):
     "row, flags, message",
     [
         (turns("Q", "A"), ["--think", "on"], "in.jsonl: no row holds thinking, neither <think> … </think> before"),
-        (turns("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or take off for answers"),
+        (turns("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or give --think off"),
         (turns("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
-        ({"text": "t"}, ["--think", "off"], "line 1: thinking stands before the answers of chats"),
-        ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: thinking stands before"),
+        ({"text": "t"}, ["--think", "off"], "line 1: only answers of chats"),
+        ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"a": "b"}, ["--think", "on", "--fields", "a"], "two are a prompt and its answer, which thinking needs"),
         ({"query": "Q", "response": "A"}, ["--think", "on", "--template", "chat"], "--template and --think both"),
     ],

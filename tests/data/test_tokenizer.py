@@ -192,7 +192,7 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
     [
         (b"", "holds no token"),
         (b"hello\n", "line 1"),
-        (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes where the line says 2"),
+        (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes, and the line says 2"),
         (b"1 'a' one\n", "line 1"),
         (b"1 __import__('os') 1\n", "line 1"),
         (b"-4 'a' 1\n", "line 1"),
@@ -203,7 +203,7 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
         (b"5 " + b"(" * 100_000 + b"'a' 1\n", "line 1.* is not"),
         (b"5 'a'*99999999999 99999999999\n", "line 1.* is not"),
         (b"5 [1, 2] 2\n", "line 1.* is not"),
-        (b"1 'a' 9999999999999\n", "line 1.*1 bytes where the line says 9999999999999"),
+        (b"1 'a' 9999999999999\n", "line 1.*1 bytes, and the line says 9999999999999"),
         (b"1 'a' 1\n16777215 'b' 1\n", "line 2: token 16777215, and ids of a file of 23 bytes are from 1 to 65,535"),
     ],
 )

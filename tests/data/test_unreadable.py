@@ -54,7 +54,7 @@ def test_a_folder_that_may_not_be_entered_is_one_message(unreadable, monkeypatch
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.parquet", "in.json"])
 def test_an_input_that_may_not_be_read_is_not_called_missing(unreadable, name):
     path = unreadable(name)
-    with pytest.raises(UserError, match=f"{name} exists, and may not be read .permission denied"):
+    with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
         list(read_chunks(path))
 
 
@@ -68,5 +68,5 @@ def test_no_other_file_that_may_not_be_read_is_called_missing(unreadable, name):
         "template.txt": read_template,
     }[name]
     path = unreadable(name)
-    with pytest.raises(UserError, match=f"{name} exists, and may not be read .permission denied"):
+    with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
         read(str(path))

@@ -227,7 +227,7 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
     assert prompts[0] == (
         "User: 0+1?\n\nAssistant: 0+1=1\n#### 1\n\nUser: 1+1?\n\nAssistant: 1+1=2\n#### 2\n\nUser: 2+1?\n\nAssistant:"
     )
-    with pytest.raises(UserError, match="is --data, whose answers would be told"):
+    with pytest.raises(UserError, match="is --data, and would show its answers"):
         run("gsm8k", "--data", data, "--shots", 1, "--shots_data", data)
     with pytest.raises(UserError, match="--shots 3: .* holds 2"):
         run("gsm8k", "--data", data, "--shots", 3, "--shots_data", shots)

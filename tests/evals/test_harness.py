@@ -226,7 +226,7 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
         (["gsm", "--data", "d"], "--data is for gsm8k, .* and gsm is a task of the lm-ev.*; did you mean gsm8k?"),
         (["gsm8k", "--harness", "--stop", "x"], "--stop is for gsm8k, math, .*; leave it out"),
         (["gsm8k", "--data", "d", "--limit", "2"], "--limit is for tasks of the lm-ev.*, and gsm8k is ours; leave"),
-        (["gsm8k", "arc_easy"], "gsm8k arc_easy: gsm8k is a task of ours, which is asked alone"),
+        (["gsm8k", "arc_easy"], "gsm8k arc_easy: gsm8k is a task of ours, and goes with no other"),
         (["gsm8k"], "--data is missing: the file whose rows gsm8k asks; --harness takes"),
     ],
 )

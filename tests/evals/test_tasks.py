@@ -128,7 +128,7 @@ def test_lambada_rows():
 @pytest.mark.parametrize(
     "task, row, message",
     [
-        ("gsm8k", {"question": "q", "answer": "3 or 4"}, "no number behind ####"),
+        ("gsm8k", {"question": "q", "answer": "3 or 4"}, "no number after ####"),
         ("gsm8k", {"question": "q"}, "one of answer, response, solution is due"),
         ("gsm8k", {"question": 3, "answer": "#### 4"}, "'question' holds int"),
         ("gsm8k", [], "not an object"),

@@ -122,7 +122,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     "changes, message",
     [
         ({"variant": None}, "variant = None"),
-        ({"variant": "vera"}, "variant = 'vera', and one of bone,"),
+        ({"variant": "vara"}, "variant = 'vara', and one of bone,"),
         ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
         ({"rank": "x"}, "rank = 'x'"),

@@ -91,7 +91,7 @@ def renamed(old, new):
         (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
         (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
         (with_entry("epoch", 3), "entry 'epoch' is a int"),
-        (with_entry("blocks.99999999999.x", torch.zeros(2)), "tells of layer 99999999999, and there are"),
+        (with_entry("blocks.99999999999.x", torch.zeros(2)), "has layer 99999999999, and there are"),
         (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
         (with_entry("\ud800", torch.zeros(2)), r"the name '.ud800' is no Unicode"),
         (with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)), "is a view that repeats its values"),
@@ -132,7 +132,7 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
     [
         ("m.st", "convert .*m.st model.pth"),
         ("m.safetensors", "convert"),
-        ("m.gguf", "the .pth that it was made of"),
+        ("m.gguf", "the .pth that it was made from"),
         ("hf", "a Hugging Face folder.*convert"),
         (
             "run",

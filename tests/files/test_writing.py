@@ -202,7 +202,7 @@ def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path
     for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
         with pytest.raises(UserError, match="--output .* is the file given as --input"):
             check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
-    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. behind it out"):
+    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. after it out"):
         check_output("--output", tmp_path / "absent" / ".." / "file", [])
     check_output("--output", tmp_path / "folder" / ".." / "file", [])
     check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
@@ -218,7 +218,7 @@ def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
         lambda path: check_output("--output", path, []),
         lambda path: save_model(path, {}),
     ):
-        with pytest.raises(UserError, match=f"~/m.pth: a shell reads ~ .*; give {tmp_path}/home/m.pth"):
+        with pytest.raises(UserError, match=f"~/m.pth: a shell replaces ~ .*; give {tmp_path}/home/m.pth"):
             read_or_written("~/m.pth")
     assert os.listdir(tmp_path) == []
     check_output("--output", "~m.pth", [])

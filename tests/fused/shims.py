@@ -27,7 +27,7 @@ def model_of(family, method, checkpoint=False, channels=64, rank=16, quant="none
     draw(model)  # of which a method may make its constants
     if method in METHODS:
         words = words_of(METHODS[method])
-        config = AdapterConfig(**words, rank=rank, mini_rank=rank, targets=family.targets, quant=quant)
+        config = AdapterConfig(**words, rank=rank, mini_rank=rank, entries=rank, targets=family.targets, quant=quant)
         layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         inject(model, config, family=family, gradients={name: torch.randn_like(one.weight) for name, one in layers})
         draw(model)

@@ -10,11 +10,13 @@ import torch
 
 from fused.shims import GPU, model_of, on_shims, states_of, step
 from rwkv_peft.adapters.methods import METHODS
-from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.fused.feed_forward import chained, layer_by_layer
 from rwkv_peft.fused.fuse import CHAIN, TABLE
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.dpo import DPO
+from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step.graphs import Blocks
 
 CHAINED = ("bat-in", "bat-in-scaled")
@@ -137,17 +139,17 @@ def test_a_run_that_has_none_says_why(family, change, reason):
 
 
 @pytest.mark.parametrize(
-    "flags, data_type, expected",
+    "flags, objective, expected",
     [
-        (dict(), "sft", dict()),
-        (dict(fused=False), "sft", dict(wanted=False)),
-        (dict(compile=True), "sft", dict(compiled=True)),
-        (dict(strategy="deepspeed_stage_3"), "sft", dict(cut=True)),
-        (dict(), "pairs", dict(asks_base=True)),
+        (dict(), NextToken(), dict()),
+        (dict(fused=False), NextToken(), dict(wanted=False)),
+        (dict(compile=True), NextToken(), dict(compiled=True)),
+        (dict(strategy="deepspeed_stage_3"), NextToken(), dict(cut=True)),
+        (dict(), DPO(), dict(asks_base=True)),
     ],
 )
-def test_a_runs_flags_decide(flags, data_type, expected):
-    config = SimpleNamespace(train=TrainConfig(**flags), data=DataConfig(data_type=data_type))
+def test_a_runs_flags_decide(flags, objective, expected):
+    config = SimpleNamespace(train=TrainConfig(**flags), objective=objective)
     assert Setting.of(config, GPU.device) == replace(GPU, **expected)
 
 

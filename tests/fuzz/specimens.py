@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from fuzz import mutations as m
@@ -18,7 +17,8 @@ from rwkv_peft.compare.report import rows_of, table
 from rwkv_peft.compare.sizes import Size
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data import preprocess
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
-from rwkv_peft.training.run import make_plan
+from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
 from rwkv_peft.training.saving.identity import read_run_state
@@ -211,13 +211,6 @@ def inspected(name):
     return lambda folder: inspect_command.main([str(folder / name)])
 
 
-def folder_renamed(folder):
-    pytest.importorskip("peft")
-    from rwkv_peft.hf import folders
-
-    return folders.main([str(folder / "bone"), str(folder / "out" / "miss")])
-
-
 def states_read(name):
     def use(folder):
         read_state_file(folder / name, load_model(folder / "model.pth")[0])
@@ -346,8 +339,8 @@ SPECIMENS = (
     Specimen("lora.pth", converted("lora.pth", "a.safetensors", "--lora_alpha", "8"), IN_PTH),
     Specimen("bone/adapter_config.json", converted("bone", "a.safetensors"), m.JSON),
     Specimen("bone/adapter_model.safetensors", converted("bone", "a.safetensors"), IN_SAFETENSORS),
-    Specimen("bone/adapter_config.json", folder_renamed, m.JSON),
-    Specimen("bone/adapter_model.safetensors", folder_renamed, IN_SAFETENSORS),
+    Specimen("bone/adapter_config.json", converted("bone", "miss"), m.JSON),
+    Specimen("bone/adapter_model.safetensors", converted("bone", "miss"), IN_SAFETENSORS),
     Specimen("lora/adapter_config.json", converted("lora", "a.safetensors"), m.JSON),
     Specimen("state.pth", states_read("state.pth"), IN_PTH),
     Specimen("state.st", converted("state.st", "state.pth"), IN_SAFETENSORS),

@@ -83,7 +83,7 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(tiny_state, 
         save_model(tmp_path / "model.pth", tiny_state(vocab_size=vocab_size))
         argv = ["--model", str(tmp_path / "model.pth"), "--tokenizer", str(tmp_path / "own.txt"), "--prompt", "a"]
         assert command.main([*argv, "--max_tokens", "1"]) == 0
-        note = f"and the model has {vocab_size:,} tokens, most of which that does not have"
+        note = f"and it lacks most of the model's {vocab_size:,} tokens"
         assert (note in capsys.readouterr().err) is told
 
 

@@ -126,5 +126,5 @@ def test_a_special_token_stops_though_it_has_no_text(straddling):
     tokens = straddling.encode("aé<|im_end|>b")
     stream = TextStream(straddling, ["<|im_end|>", "éx"])
     assert pieces(stream, tokens) == ["a", "", "", "é", "", ""] and stream.stopped
-    with pytest.raises(UserError, match="holds <.im_end.>, a token that has no text of its own.*give <.im_end.> alone"):
+    with pytest.raises(UserError, match="holds <.im_end.>, a token without text.*give only <.im_end.>"):
         TextStream(straddling, ["<|im_end|>b"])

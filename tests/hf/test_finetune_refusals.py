@@ -37,7 +37,7 @@ from rwkv_peft.files.alone import alone_in
         (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
         (("--dataset_split", "train[:0]"), "corresponds to no data"),
         (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
-        (("--target_modules", "all-linear", "q_proj"), "all-linear stands alone"),
+        (("--target_modules", "all-linear", "q_proj"), "all-linear goes with no other names"),
         (("--data_path", "nowhere"), "--data_path nowhere"),
         (("--resume_from_checkpoint", "True"), "has no checkpoint"),
         (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),

@@ -1,6 +1,5 @@
 """Compiled blocks compute the same as plain ones."""
 
-import pytest
 import torch
 
 from rwkv_peft.adapters.inject import inject
@@ -28,9 +27,9 @@ def step(model, state):
     return [y, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_packed_rows_are_the_same_from_nothing_and_from_states(family):
-    model = model_of(family)
+def test_packed_rows_are_the_same_from_nothing_and_from_states():
+    """Of the newest generation; tests/training compiles the other in a run."""
+    model = model_of(FAMILIES[-1])
     started = State(LayerState(*map(torch.randn_like, layer)) for layer in State.zeros(model.config, 4))
     expected = [step(model, state) for state in (None, started)]
     for block in model.blocks:

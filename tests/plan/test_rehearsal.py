@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.adapters.methods import METHODS, NONE, words_of
+from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.fused import Setting
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.names import NONE
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.plan.rehearsal import Tracker, build, count, logit_bytes, rehearse, step_bytes
 
@@ -36,7 +37,7 @@ def saved_bytes(model, batch):
 
 def adapter_of(name, family):
     words = {"method": NONE} if name == NONE else words_of(METHODS[name])
-    return AdapterConfig(**words, rank=16, mini_rank=16, targets=family.targets)
+    return AdapterConfig(**words, rank=16, mini_rank=16, entries=16, targets=family.targets)
 
 
 CASES = [(FAMILIES[0], name) for name in (*METHODS, NONE)] + [(FAMILIES[1], name) for name in ("bat-in", "bone", NONE)]

@@ -20,11 +20,12 @@ RANK = 8
 def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
     """Random tensors of one adapted layer; constants that follow from its weight keep their values."""
     method, generator = METHODS[variant], torch.Generator().manual_seed(seed)
-    shapes = method.shapes(rank, 4, *weight.shape)
+    config = AdapterConfig(rank=rank, mini_rank=4, entries=rank)
+    shapes = method.tensors.shapes(config, *weight.shape)
     params = {
         name: std * torch.randn(shapes[name], generator=generator) for name in (*method.parameters, *method.constants)
     }
-    told = {} if method.residual else method.initial_factors(weight, AdapterConfig(rank=rank))
+    told = {} if method.held is None or method.residual else method.held.make(weight, config, None)
     return params | told
 
 
@@ -41,7 +42,7 @@ def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
     values = {
         "variant": variant,
         "rank": RANK,
-        "scale": 0.5 if METHODS[variant].scaled else 1.0,
+        "scale": 0.5 if METHODS[variant].alpha else 1.0,
         "base_fingerprint": fingerprint(base),
     } | changes
     return tensors, AdapterMetadata(**values)

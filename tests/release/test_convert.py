@@ -64,7 +64,7 @@ def test_the_order_of_the_keys_comes_back(tmp_path, version, name):
 def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, model, prefix):
     path, state = model
     save_model(tmp_path / "wrapped.pth", {prefix + key: tensor for key, tensor in state.items()})
-    with pytest.raises(UserError, match=r"keys start with .*`rwkv-peft convert \S+ model.pth` takes it off"):
+    with pytest.raises(UserError, match=r"keys start with .*`rwkv-peft convert \S+ model.pth` removes it"):
         open_base(tmp_path / "wrapped.pth")
     convert(tmp_path / "wrapped.pth", tmp_path / "plain.pth")
     assert same(open_base(tmp_path / "plain.pth").tensors, state)
@@ -130,7 +130,7 @@ def test_states_that_go_along_unseen_are_told(tmp_path, model, capsys, output, f
     states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16).bfloat16() for i in range(2)}
     save_model(path, state | states)
     convert(path, tmp_path / "out" / output)
-    assert ("holds tuned states, which what loads it takes as a file of their own" in capsys.readouterr().out) == (
+    assert ("holds tuned states, and its runtimes take those only as a separate file" in capsys.readouterr().out) == (
         not finds
     )
     convert(tmp_path / "out" / output, tmp_path / "back.pth", "--dtype", "bf16")
@@ -286,7 +286,7 @@ def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, 
     "source, target, message",
     [
         ("model.gguf", "x.pth", "written here and not read"),
-        ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may tell, or --bone_mode"),
+        ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may decide it, or --bone_mode"),
         ("model.pth", "junk.st/x.st", "a file stands where"),
         ("none.pth", "x.st", "does not exist"),
         ("model.pth", "model.pth", "given as the input, which must not be overwritten"),

@@ -49,7 +49,7 @@ def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, vari
     assert line.endswith(", the first at [40, 3]")
 
 
-@pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa"])
+@pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa", "vera", "shira"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny_state, variant, quant):
     pytest.importorskip("bitsandbytes")
@@ -65,10 +65,9 @@ def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny
 def test_the_definitions_do_not_ask_the_code_that_merges(tiny_state, monkeypatch):
     """So that they find a mistake there."""
     base, adapter = of_method(tiny_state(), "bat-in")
-    whole = type(adapter.metadata.method).merged_with
-    monkeypatch.setattr(
-        type(adapter.metadata.method), "merged_with", lambda *args: whole(*args) + 1e-3 * torch.eye(*args[1].shape)
-    )
+    change = type(adapter.metadata.method.change)
+    whole = change.added
+    monkeypatch.setattr(change, "added", lambda *args: whole(*args) + 1e-3 * torch.eye(*args[1].shape))
     merged = merge_of(base, adapter)
     assert len(differences(base_of(merged), base, adapter)) == len(adapter.modules())
 
@@ -93,10 +92,10 @@ MUTATIONS = {
     "blocks.0.ffn.key.weight: 1 of 4,096 values": lambda s: altered(
         s, "blocks.0.ffn.key.weight", (100, 2), lambda x: 1.01 * x
     ),
-    "the order of the keys: head.weight stands where the base has ln_out.bias": lambda s: exchanged(
+    "the order of the keys: head.weight is in the place of the base's ln_out.bias": lambda s: exchanged(
         s, "head.weight", "ln_out.bias"
     ),
-    "ln_out.weight: float32, where the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
+    "ln_out.weight: float32, and the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
 }
 
 

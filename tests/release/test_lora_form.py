@@ -20,24 +20,25 @@ from rwkv_peft.release.lora import as_lora
 from rwkv_peft.release.merge import MergeOptions, merged_tensors
 
 RANK, MINI, SCALE = 8, 4, 1.5
-EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga")
+EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga", "vera")
 LAYERS = {"blocks.0.ffn.key": (96, 64), "blocks.1.ffn.value": (64, 96), "blocks.1.att.key": (64, 64)}
 
 
 def random_adapter(method, base, fingerprint=""):
     """An Adapter of a method on LAYERS."""
     torch.manual_seed(1)
-    config = AdapterConfig(rank=RANK)
+    config = AdapterConfig(rank=RANK, mini_rank=MINI, entries=RANK)
     tensors = {}
     for module, (out_features, in_features) in LAYERS.items():
         constants = {}
-        if method.constants:
+        if method.held is not None:
             gradient = torch.randn(out_features, in_features)
-            constants = method.initial_factors(base[f"{module}.weight"].float(), config, gradient)
-        for name, shape in method.shapes(RANK, MINI, out_features, in_features).items():
+            constants = method.held.make(base[f"{module}.weight"].float(), config, gradient)
+        for name, shape in method.tensors.shapes(config, out_features, in_features).items():
             tensors[f"{module}.{name}"] = constants[name] if name in constants else 0.1 * torch.randn(shape)
-    scale = SCALE if method.scaled else 1.0
-    settings = dict(rank=RANK, mini_rank=MINI if method.mini else 0, scale=scale, base_fingerprint=fingerprint)
+    scale = SCALE if method.alpha else 1.0
+    settings = {name: getattr(config, name) for name in method.tensors.size}
+    settings |= {"scale": scale, "base_fingerprint": fingerprint}
     return Adapter(tensors, AdapterMetadata(method.file_name, targets=("ffn.key", "ffn.value", "att.key"), **settings))
 
 
@@ -45,7 +46,7 @@ def changes(adapter, base):
     """{module: W' - W} of an adapter, float64."""
     method, scale = adapter.metadata.method, adapter.metadata.scale
     return {
-        module: method.delta(base[f"{module}.weight"].double(), params, scale)
+        module: method.change.delta(base[f"{module}.weight"].double(), params, scale)
         for module, params in adapter.modules().items()
     }
 
@@ -58,7 +59,7 @@ def far(left, right):
 def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     base = tiny_state()
     adapter = random_adapter(method, base)
-    form = as_lora(adapter, base)
+    form = as_lora(adapter, base, 0 if adapter.metadata.rank else 2 * RANK)  # a method without a rank needs one
     assert bool(form.errors) == (method.name not in EXACT)
     if method.name in EXACT:
         assert far(changes(form.adapter, base), changes(adapter, base)) < 1e-5
@@ -69,6 +70,16 @@ def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     )
     whole = as_lora(adapter, base, rank=64)
     assert far(changes(whole.adapter, base), changes(adapter, base)) < 1e-4
+
+
+def test_a_method_without_a_rank_needs_that_of_the_lora(tmp_path, tiny_state, capsys):
+    base = tiny_state(vocab_size=257)
+    save_model(tmp_path / "base.pth", base)
+    save_adapter(tmp_path / "shira.safetensors", *random_adapter(METHODS["shira"], base))
+    with pytest.raises(UserError, match="shira has no rank that a LoRA could take: give --lora_rank"):
+        convert(tmp_path, "shira.safetensors", "lora.safetensors")
+    convert(tmp_path, "shira.safetensors", "lora.safetensors", "--lora_rank", "4")
+    assert "LoRA of rank 4 of 3 layers, without " in capsys.readouterr().out
 
 
 def test_the_error_of_a_truncation_is_that_of_the_singular_values_left_out(tiny_state):
@@ -271,11 +282,11 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "4"), "which is exact"),
         (
             ("bat-in.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "65"),
-            "--lora_rank 65 is more than blocks.0.ffn.key has, whose weight is (96, 64); give --lora_rank, at most 64",
+            "--lora_rank 65 is more than the weight (96, 64) of blocks.0.ffn.key allows; give --lora_rank, at most 64",
         ),
         (
             ("wide.safetensors", "x", "--to", "lora", "--base_model", "base.pth"),
-            "would be 128, twice the adapter's, which is more than blocks.0.att.key has, whose weight is (64, 64); "
+            "would be 128, twice the adapter's, which is more than the weight (64, 64) of blocks.0.att.key allows; "
             "give --lora_rank, at most 64",
         ),
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "another model than the adapter"),
@@ -328,11 +339,11 @@ def test_a_run_s_folder_does_not_get_a_second_adapter(tmp_path, tiny_state):
     run = tmp_path / "run"
     save_adapter(run / "adapter.safetensors", adapter.tensors, adapter.metadata)
     for output in (run, run / "lora", run / "a.pth"):
-        with pytest.raises(UserError, match=f"the output {output} lies in the input {run}"):
+        with pytest.raises(UserError, match=f"the output {output} is inside the input {run}"):
             main([str(run), str(output), "--to", "lora"])
     assert [path.name for path in run.iterdir()] == ["adapter.safetensors"]
     (tmp_path / "link").symlink_to(run)
-    with pytest.raises(UserError, match="lies in the input"):
+    with pytest.raises(UserError, match="is inside the input"):
         main([str(tmp_path / "link"), str(run / "lora"), "--to", "lora"])
     assert main([str(run), str(tmp_path / "lora"), "--to", "lora"]) == 0
 

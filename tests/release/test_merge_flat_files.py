@@ -70,10 +70,10 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
     for flags in ((), ("--lora_alpha", "8")):
-        with pytest.raises(UserError, match="p.pth lies beside .*init_p.pth, and so is PiSSA.*give it as --lora_init"):
+        with pytest.raises(UserError, match="p.pth has .*init_p.pth beside it, .*PiSSA.*that file as --lora_init"):
             run(folder, *flags, adapter="p.pth")
     with pytest.raises(
-        UserError, match="init_p.pth holds what a PiSSA began with, and no adapter; give it as --lora_i"
+        UserError, match="init_p.pth holds the initial factors of a PiSSA, and no adapter; give it as --lora_i"
     ):
         run(folder, adapter="init_p.pth")
     initial = load_flat(folder / "init_p.pth")
@@ -119,7 +119,7 @@ def deep(tiny_state, tmp_path):
 def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(deep, tmp_path):
     """Two models of one width may differ only in depth."""
     torch.save(on_blocks(deep, (0, 1), ["blocks.1.ln1.weight"]), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="a.pth changes the first 2 of the 4 blocks of .*base.pth.* a smaller model"):
+    with pytest.raises(UserError, match="a.pth changes only the first 2 of the 4 blocks of .*base.pth.* smaller model"):
         run(tmp_path, adapter="a.pth")
     with pytest.raises(UserError, match="a smaller model"):
         load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.pth")])

@@ -43,7 +43,7 @@ def test_unmerge_refuses_the_base_itself_and_says_what_it_cannot_tell(folder, ca
     with pytest.raises(UserError, match="is the base that .* was trained on, without the adapter"):
         run(folder, "--unmerge")
     run(folder, "--unmerge", "--any_base")
-    assert "nothing in these files can tell whether this adapter was merged" in capsys.readouterr().out
+    assert "these files do not say if this adapter was merged" in capsys.readouterr().out
 
 
 def test_an_adapter_that_is_given_as_the_base_is_told(folder):
@@ -62,7 +62,7 @@ def test_a_flag_of_other_mergers_is_answered_with_ours(folder, flag, ours):
 
 @pytest.mark.parametrize("value, ours", [("4bit", "--quant nf4"), ("8bit", "--quant int8")])
 def test_what_others_call_a_quantization_is_told(value, ours):
-    with pytest.raises(UserError, match=f"what others call {value} is {ours} here"):
+    with pytest.raises(UserError, match=f"{value} of other tools is {ours} here"):
         merge_cli.main(["--base_model", "x", "--bone_checkpoint", "y", "--output", "z", "--quant", value])
 
 
@@ -112,7 +112,7 @@ def test_a_result_that_is_not_finite_is_refused(folder):
 @pytest.mark.parametrize(
     "variant, change, flags, message",
     [
-        ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: what the adapters add is zero"),
+        ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: the adapters' change is zero"),
         ("bone", lambda tensor: 1e-8 * tensor, (), "lost in the cast to bfloat16; --output_dtype fp32 keeps it"),
         ("bone", lambda tensor: 1e-20 * tensor, ("--output_dtype", "fp32"), "changes no weight"),
     ],

@@ -61,7 +61,7 @@ def gguf_fields(path):
 
 @pytest.mark.parametrize("output", ["m.gguf", "hf"])
 def test_a_size_that_tells_no_vocabulary_is_refused(convert, tmp_path, output):
-    with pytest.raises(UserError, match=f"vocabulary of {SIZE} tokens, which tells no tokenizer; give --tokenizer"):
+    with pytest.raises(UserError, match=f"vocabulary of {SIZE} tokens, which no known tokenizer has; give --tokenizer"):
         convert(output)
     with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 300"):
         convert(output, "--tokenizer", "world")

@@ -182,7 +182,7 @@ def test_what_learned_to_chat_is_tried_by_a_chat(stand_in, tmp_path, opening, tr
 @pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
 def test_two_paths_behind_a_flag_are_told(stand_in, tmp_path, flag):
     done = stand_in(tmp_path / "in.jsonl", flag, "a.jsonl", "b.jsonl", "--ctx_len", "8")
-    assert done.returncode == 1 and f"{flag} takes one path, and b.jsonl stands behind it" in done.stderr
+    assert done.returncode == 1 and f"{flag} takes one path, and b.jsonl follows it" in done.stderr
     assert "==" not in done.stdout
 
 

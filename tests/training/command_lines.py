@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.training.run import main
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from training.runs import ROOT, finish, start_ranks
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.flags.parser import flag_of
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import FREE, disagreement, passport
@@ -15,10 +16,13 @@ CONFIG = RunConfig(
     AdapterConfig(),
     DataConfig("data"),
     TrainConfig(),
+    DPO(),
 )
 DATA = {"content": "0123", "counted": "89", "files": "ab", "samples": 40}
 IDENTITY = {"base": "abc", "data": DATA}
-SETTINGS = [(part, field) for part in ("adapter", "data", "train") for field in fields(getattr(CONFIG, part))]
+SETTINGS = [
+    (part, field) for part in ("adapter", "data", "train", "objective") for field in fields(getattr(CONFIG, part))
+]
 
 
 def compare(config, identity=IDENTITY, **others):
@@ -42,7 +46,7 @@ def test_every_setting_that_differs_is_named_with_both_values(part, field):
 def test_data_base_and_checkpoint_are_compared_and_a_long_list_is_cut():
     other = {"base": "abd", "data": {"content": "4567", "counted": "cd", "files": "ef", "samples": 41}}
     told = compare(CONFIG, other)
-    assert "what counts of the data is '89' and 'cd'; the files of the data is 'ab' and 'ef'" in told
+    assert "the tokens of the data that count is '89' and 'cd'; the files of the data is 'ab' and 'ef'" in told
     assert "the data is '0123 (40 samples)' and '4567 (41 samples)'" in told
     assert "the base's fingerprint is 'abc' and 'abd'" in told
     assert "the checkpoint is None and 'step-00000004'" in compare(CONFIG, **{"the checkpoint": "step-00000004"})

@@ -28,7 +28,7 @@ def test_a_base_that_becomes_shorter_is_told_and_not_by_a_signal_alone(files, co
     base.write_bytes(b"")
     _, err = process.communicate(timeout=600)
     assert process.returncode in (1, 2), err  # as a page was read before the step was judged, or not
-    assert f"{base} was written over while it is read: it has 0 bytes, and had " in err and "Traceback" not in err
+    assert f"{base} was overwritten while it is read: it has 0 bytes, and had " in err and "Traceback" not in err
     assert "step-" in err and "--resume" in err
 
 
@@ -52,7 +52,7 @@ def test_foreign_weights_of_the_same_size_are_told_where_they_are_read(files, co
         finish(process, 143)
         return
     _, err = finish(process, 2)
-    assert f"{base} was written over while it is read: it holds other weights; put back" in err
+    assert f"{base} was overwritten while it is read: it holds other weights; put the old file back" in err
     last = max((files / name / "checkpoints").glob("step-*"))
     assert int(last.name[5:]) <= len(metrics(files, name))
 

@@ -8,35 +8,10 @@ from torch._dynamo import utils
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import collate
-from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.compiling import compiled, uncompiled
-from rwkv_peft.training.step.preferences import Preferences
-from training.runs import metrics
-
-LIMIT = "recompile_limit"  # torch's word where it gives up
-
-
-@pytest.fixture(scope="module")
-def uneven(files, tiny_state):
-    """Flags for documents of 3 to 30 tokens and a base of three blocks, because torch compiles all blocks between the
-    first and the last as one."""
-    torch.save(tiny_state(n_layer=3, n_embd=32), files / "deep.pth")
-    with BinidxWriter(files / "uneven", vocab_size=80) as writer:
-        for start in range(60):
-            writer.add([1 + (start + 7 * i) % 79 for i in range(3 + 11 * start % 28)] + [0])
-    return "--load_model", str(files / "deep.pth"), "--data_file", str(files / "uneven")
-
-
-def test_packed_rows_and_validations_leave_no_block_uncompiled(files, train, uneven):
-    flags = *uneven, "--peft", "bone", "--bone_mode", "bone", "--bone_r", "8", "--dataload", "pack", "--micro_bsz", "2"
-    flags = *flags, "--precision", "fp32", "--val_split", "0.2", "--val_every", "2"
-    _, said = train("compiled", *flags, "--compile")
-    assert LIMIT not in said
-    train("plain", *flags)
-    for mine, theirs in zip(metrics(files, "compiled"), metrics(files, "plain"), strict=True):
-        for name in {"loss", "val_loss"} & theirs.keys():
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+from rwkv_peft.training.step.steps import Whole
 
 
 @pytest.fixture
@@ -51,9 +26,10 @@ def all_or_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "adapter", [AdapterConfig(method="lora", rank=4, alpha=2.0), AdapterConfig(rank=8)], ids=["lora", "bat-in"]
+    "family, adapter",
+    [(FAMILIES[0], AdapterConfig(rank=8)), (FAMILIES[-1], AdapterConfig(method="lora", rank=4, alpha=2.0))],
+    ids=["RWKV-6 bat-in", "RWKV-7 lora"],
 )
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
     """Over batches with different lengths and numbers of documents, and some without gradients between them."""
     utils.counters.clear()
@@ -78,7 +54,7 @@ def test_pairs_train_and_validate_compiled(all_or_error):
     model = family.build(family.new_dimensions(3, 64, 40))
     family.init_weights(model)
     inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)
-    step = Preferences(beta=0.1)
+    step = Whole(DPO(0.1))
     with compiled(model, DataConfig(path="", data_type="pairs")):
         for sizes in ((9, 12), (3, 5)):
             batch = collate([[(torch.arange(size), torch.ones(size - 1, dtype=torch.bool)) for size in sizes]])

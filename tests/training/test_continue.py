@@ -16,7 +16,7 @@ from rwkv_peft.files.base import base_of, save_model
 from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
-from rwkv_peft.training.run import adapt
+from rwkv_peft.training.model import adapt
 from rwkv_peft.training.saving.start import start_adapter
 
 RWKV6_FAMILY = family_named("x060")

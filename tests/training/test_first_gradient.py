@@ -5,10 +5,10 @@ import torch
 from rwkv_peft.adapters.layer import AdapterLinear
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.base import base_of
-from rwkv_peft.training.run import adapt
+from rwkv_peft.training.model import adapt
 from rwkv_peft.training.step.gradients import estimate_gradients
 
 MARKER = 79

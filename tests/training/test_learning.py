@@ -172,7 +172,7 @@ def test_an_answer_is_right_by_its_words_and_its_end():
         {"answer": due, "before": {"text": "4", "end": "end"}, "after": {"text": "3!", "end": "end"}},
         {"answer": due, "before": {"text": "4", "end": "length"}, "after": {"text": "3!", "end": "length"}},
     ]
-    told = "1 answered word for word (0 before training), 1 end where the row does (1 before)"
+    told = "1 answered word for word (0 before training), 1 end like the row's answer (1 before)"
     assert agreement(records) == told
 
 

@@ -11,7 +11,7 @@ from training.runs import Planted
 
 def test_deepspeeds_own_reader_runs_what_ours_refuses(tmp_path):
     torch.save({"step": torch.ones(2), "planted": Planted(tmp_path / "ran")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="holds code or objects besides tensors.*nothing of it was run"):
+    with pytest.raises(UserError, match="holds code or objects .*nothing of it was run"):
         TensorsAlone(None).load(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
     TorchCheckpointEngine().load(tmp_path / "a.pt")

@@ -329,7 +329,7 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
     def config(size):
         return SimpleNamespace(train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d"))
 
-    with pytest.raises(UserError, match="a vocabulary of 80 tokens does not either; make the data with rwkv-peft"):
+    with pytest.raises(UserError, match="no known tokenizer has 80 tokens; make the data with rwkv-peft"):
         find_exams(config(80), samples)
     assert len(find_exams(config(257), samples)["answers.jsonl"]) == 5 and "5 questions of " in samples.notes[0]
     samples.vocabulary = vocabulary_of(load_tokenizer("bytes"))
@@ -347,13 +347,14 @@ def test_bad_questions_are_told_before_the_run_begins(files, train):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
-        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task is about questions of a file"),
-        (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot is about tasks of lm_eval"),
-        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft eval"),
+        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task gsm8k needs --eval_data"),
+        (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot 0 needs --lm_eval"),
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
-        (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),
+        (
+            ("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"),
+            "--eval_task choices: its answers are not written",
+        ),
         (("--eval_data", "q", "--eval_task", "gsmk"), "invalid choice: 'gsmk'"),
         (("--eval_data", "q", "--eval_batch", "0"), "0 is below 1"),
     ],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rwkv_peft.config import AdapterConfig, to_json
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state
@@ -73,7 +73,7 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     )
 
 
-@pytest.mark.parametrize("strategy", ["2_offload", "3", "3_offload"])
+@pytest.mark.parametrize("strategy", ["3", "3_offload"])
 def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy):
     flags = ("--strategy", f"deepspeed_stage_{strategy}", "--accumulate_grad_batches", "2", "--lr_schedule", "constant")
     train(f"whole-{strategy}", *flags)
@@ -135,7 +135,7 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     whole = optimizer.read_bytes()
     for content, what in (
         (whole[:1000], "is missing or not of the"),
-        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "is not what was saved: its checksum is another"),
+        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "differs from the file that was saved: its checksum"),
     ):
         optimizer.write_bytes(content)
         _, err = train("damaged", *more, code=2)
@@ -151,7 +151,7 @@ def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroke
     state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
     write_state(checkpoint / "state.json", {name: value for name, value in state.items() if name != "crc32"})
     _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
-    assert f"{optimizer.name} holds code or objects besides tensors" in err and "Traceback" not in err
+    assert f"{optimizer.name} holds code or objects (" in err and "Traceback" not in err
     assert not (files / "ran").exists()
 
 

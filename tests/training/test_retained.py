@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.generate.loading import load_model
@@ -48,7 +48,7 @@ def test_it_is_measured_before_the_first_step_and_with_each_validation(files, me
     assert f"before the first step: retained loss {lines[0]['retain_start']:.4f}\n" in first
     assert "before the first step" not in second
     assert f", perplexity {lines[5]['val_ppl']:.2f}, retained loss {retained[5]:.4f}\n" in second
-    assert f"what is retained of 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
+    assert f"forgetting is measured on 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
 
 
 def test_first_it_is_the_bases_own_loss_and_last_that_of_what_is_saved(files, measured, kept):
@@ -101,13 +101,13 @@ def test_other_data_than_before_is_said(files, train, kept):
     first, _ = train("other", *flags, "1", "--retain_data", kept)
     same, _ = train("other", *flags, "2", "--retain_data", kept, "--resume")
     other, _ = train("other", *flags, "3", "--retain_data", str(files / "data"), "--resume")
-    note = "--retain_data is not what it was before"
+    note = "--retain_data is another than before"
     assert note not in first + same and note in other
 
 
 def test_early_stop_does_not_go_by_it(train, kept):
     _, err = train("refused", "--retain_data", kept, "--early_stop", "1", code=2)
-    assert "--early_stop 1 needs samples to validate on: --val_data or --val_split" in err
+    assert "--early_stop 1 needs --val_data or --val_split: it needs samples to validate on" in err
     assert parse_flags(["--data_file", "x", "--load_model", "y", "--retain_data", "z", "--val_every", "5"])
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import open_base
 from training.runs import ROOT, finish, metrics, start
 
@@ -35,7 +35,7 @@ def test_a_run_leaves_what_it_says(files, one_process):
         assert (folder / name).stat().st_size > 0, name
     assert any((folder / "tensorboard").iterdir())
     assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
-    assert "2 epochs of 4 steps, 4 samples a step" in one_process
+    assert "2 epochs of 4 steps, 4 windows a step" in one_process
     assert "\nfused     2 of 2 blocks plain: fusions are for GPUs\n" in one_process
     lines = metrics(files, "one")
     assert [line["step"] for line in lines] == list(range(8))
@@ -213,7 +213,19 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 
 
 @pytest.mark.parametrize(
-    "method", ["bone-mini", "bone-signed", "bat-in-scaled", "bat-out nf4", "lora-plus", "dora", "pissa", "lora-ga"]
+    "method",
+    [
+        "bone-mini",
+        "bone-signed",
+        "bat-in-scaled",
+        "bat-out nf4",
+        "lora-plus",
+        "dora",
+        "pissa",
+        "lora-ga",
+        "vera",
+        "shira",
+    ],
 )
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """Each in one short run: packed documents, a validation split, the best adapter, and its merge."""
@@ -223,6 +235,8 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
         "bat-in-scaled": ["--bone_mode", "bat-in-scaled", "--bone_r", "16"],
         "bat-out nf4": ["--bone_mode", "bat-out", "--quant", "nf4", "--bone_r", "16"],
         "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
+        "vera": ["--peft", "vera", "--peft_config", '{"r": 32, "vera_seed": 3}'],
+        "shira": ["--peft", "shira", "--peft_config", '{"entries": 8}'],
     }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
     if "nf4" in method:
         pytest.importorskip("bitsandbytes")

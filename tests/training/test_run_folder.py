@@ -8,8 +8,8 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.training.flags.request import parse_flags
-from rwkv_peft.training.run import find_state
 from rwkv_peft.training.saving.checkpoints import UNSAVED, clear_unsaved
+from rwkv_peft.training.saving.resume import find_state
 from training.command_lines import flags, refused, write_files
 
 

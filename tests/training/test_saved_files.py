@@ -21,9 +21,9 @@ def checkpoint(tmp_path):
     "change, what",
     [
         (lambda content: content[:-1], "not of the 2,048 bytes"),
-        (lambda content: bytes(2048), "is not what was saved: its checksum"),
-        (lambda content: content[::-1], "is not what was saved: its checksum"),
-        (lambda content: content[:700] + bytes([content[700] ^ 16]) + content[701:], "is not what was saved"),
+        (lambda content: bytes(2048), "differs from the file that was saved: its checksum"),
+        (lambda content: content[::-1], "differs from the file that was saved: its checksum"),
+        (lambda content: content[:700] + bytes([content[700] ^ 16]) + content[701:], "differs from the file"),
     ],
     ids=["truncated", "zeros", "foreign", "flipped"],
 )

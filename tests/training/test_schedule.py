@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.names import SCHEDULES
-from rwkv_peft.training.step.schedule import learning_rate
+from rwkv_peft.config.schedules import SCHEDULES, learning_rate
 
 RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
 

@@ -170,9 +170,9 @@ def test_states_train_along_with_the_model_itself(files, train, bases, tuned, tm
     "more, words",
     [
         ("--peft bone --train_type state", "leave --peft out, or give --train_parts state instead"),
-        ("--peft none --train_type state --train_parts ln", "leave one of the two out"),
-        ("--state_lr 1e-3", "add --train_parts state"),
-        ("--state_load nowhere.pth", "add --train_parts state"),
+        ("--peft none --train_type state --train_parts ln", "does not go with --train_parts ln.*leave one of them out"),
+        ("--state_lr 1e-3", "needs --train_parts state"),
+        ("--state_load nowhere.pth", "needs --train_parts state"),
         ("--peft none --train_parts state --state_lr 1e-3", "their rate is --lr_init"),
         ("--train_parts state --lr_init 0", "--state_lr follows its schedule"),
     ],

@@ -9,6 +9,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.batches import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
+from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step import segments, steps
 from rwkv_peft.training.step.segments import filler, segments_of
 from rwkv_peft.training.step.steps import Segments, Whole, run
@@ -95,7 +96,8 @@ def in_order(model, batch, length, group, seeds):
         if state is not None and number % group == 0:
             state = State(type(layer)(*(tensor.detach() for tensor in layer)) for layer in state)
         torch.manual_seed(seeds[number])
-        loss, after = run(model, segment, state if segment.carries else None, 5.0)
+        head = NextToken().head(segment.targets, segment.counted, 5.0)
+        loss, after = run(model, segment, state if segment.carries else None, head)
         total, state = total + loss, segment.state_after(after)
     return total
 

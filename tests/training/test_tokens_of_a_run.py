@@ -8,12 +8,12 @@ import pytest
 
 from rwkv_peft import commands
 from rwkv_peft.config import DataConfig
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
-from rwkv_peft.training import run
-from rwkv_peft.training.flags.parser import flag_of
+from rwkv_peft.training import inputs, run
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
 TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
@@ -108,7 +108,7 @@ def test_the_rows_that_train_are_chosen_and_those_that_validate_are_all(train, t
         *("--sft_split", split, "--val_data", few, "--retain_data", few),
     )
     assert len(samples) == rows
-    assert "validation on 8 samples" in header and "retained of 8 samples" in header
+    assert "validation on 8 samples" in header and "measured on 8 samples" in header
 
 
 def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
@@ -160,7 +160,7 @@ def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind
     flags = ["--dataload", dataload, "--show_samples", 2, "--data_shuffle", 0]
     if kind == "sft":
         flags += ["--data_file", tmp_path / "chat.jsonl", "--data_type", "sft", "--tokenizer", "bytes"]
-    monkeypatch.setattr(run, "build_model", None)
+    monkeypatch.setattr(run, "make_model", None)
     shown, samples = train(*flags)
     assert samples is None and not (tmp_path / "out").exists()
     first = 10 if dataload == "pack" else 0  # which fills rows with the longest first
@@ -171,7 +171,7 @@ def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind
 @pytest.mark.parametrize("dataload, same", [("get", True), ("pad", False)])
 def test_resuming_refuses_a_change_of_rows_that_changes_the_order(train, monkeypatch, dataload, same):
     seen = []
-    monkeypatch.setattr(run, "find_state", lambda folder, settings, identity: seen.append(identity) or (None, None))
+    monkeypatch.setattr(inputs, "find_state", lambda folder, settings, identity: seen.append(identity) or (None, None))
     for micro_bsz in (1, 2, 4):
         train("--dataload", dataload, "--micro_bsz", micro_bsz)
     alone, two, four = (identity["data"] for identity in seen)
@@ -203,9 +203,7 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(train, tmp_p
     (tmp_path / "own.txt").write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
     argv = ("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "own", "--tokenizer", tmp_path / "own.txt")
     assert commands.main([str(word) for word in argv]) == 0
-    said = (
-        r"note: the data was made with .*own.txt \(512 tokens, .*, and the model has 65,536 tokens, most of which that"
-    )
+    said = r"note: the data was made with .*own.txt \(512 tokens, .*, and it lacks most of the model's 65,536 tokens"
     for vocab_size, told in ((65536, True), (1024, True), (1000, False)):
         save_model(tmp_path / "other.pth", tiny_state(vocab_size=vocab_size, n_layer=1, n_embd=16))
         header, _ = train("--load_model", tmp_path / "other.pth", "--data_file", tmp_path / "own", "--dataload", "pad")

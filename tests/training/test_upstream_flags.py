@@ -46,7 +46,7 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ("--load_partial 1", "a base is complete here"),
         ("--avg_loss 1", "every token of a step weighs the same"),
         ("--chunk_ctx many", "--chunk_ctx: "),
-        ("--bptt_segments 2", "counts segments of --train_type infctx"),
+        ("--bptt_segments 2", "--bptt_segments 2 needs --train_type infctx: it counts segments"),
         ('--lisa_config {"lisa_r":4}', "LISA, a method that is not here"),
         ("--merge 1", "give --merge_on_save"),
         ("--my_testing x051", "x051 is RWKV-5, which is not supported yet; there is x060 (RWKV-6) or x070 (RWKV-7)"),
@@ -154,7 +154,7 @@ def test_markers_are_texts_of_the_data_s_own_tokenizer(tmp_path, files):
 @pytest.mark.parametrize("kind", ["binidx", "sft"])
 def test_a_folder_of_data_is_named_as_one(tmp_path, files, kind):
     given = ["--bone_r", "16", "--data_type", kind, "--data_file", str(tmp_path)]
-    folder = {"binidx": "a folder, where the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
+    folder = {"binidx": "is a folder, and the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
     with pytest.raises(UserError, match=rf"{folder}.*; (name|give) a"):
         build_samples(config(files, *given).data, 65536)
     (tmp_path / "mine.jsonl").touch()

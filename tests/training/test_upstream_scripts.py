@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from rwkv_peft.training.flags.request import parse_run
@@ -26,10 +26,10 @@ REFUSED = {
     "RWKV-PEFT demo-pissa": (*FIRST, "it is --peft pissa", "svd_niter in"),
     "RWKV-PEFT infctx": (*FIRST, "it is --peft pissa", "svd_niter in"),
     "RWKV-PEFT training-v6 lisa": ("no --LISA", "no --lisa_r", "no --lisa_k"),
-    "RWKV-PEFT demo-finetune": ("invalid choice: 'xpu'", "what others call single_device"),
-    "RWKV-PEFT demo-finetune, later": ("invalid choice: 'xpu'", "what others call single"),
-    "RWKV-PEFT run_lora_fp8": ("what others call fp8 is --quant int8",),
-    "RWKV-PEFT run_pissa_fp8": ("what others call fp8 is --quant int8",),
+    "RWKV-PEFT demo-finetune": ("invalid choice: 'xpu'", "single_device of other tools"),
+    "RWKV-PEFT demo-finetune, later": ("invalid choice: 'xpu'", "single of other tools"),
+    "RWKV-PEFT run_lora_fp8": ("fp8 of other tools is --quant int8",),
+    "RWKV-PEFT run_pissa_fp8": ("fp8 of other tools is --quant int8",),
     "RWKV-PEFT run_sft, 2024": ("hf download meta-math/MetaMathQA --repo-type dataset --local-dir MetaMathQA",),
     "RWKV-PEFT mask_se": ("other keys than mask0 and mask1",),
 }

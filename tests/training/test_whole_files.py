@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.names import ADAPTER, METRICS
+from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import digests_of_inputs, disagreement, passport
 from rwkv_peft.training.saving.identity import data_identity
@@ -51,6 +52,7 @@ def of_node(folder, load):
         AdapterConfig(load=str(folder / load), init=str(folder / "init_pissa.pth")),
         DataConfig(str(folder / "data"), ctx_len=16, dataload="pad", loss_mask="file"),
         TrainConfig(load_model=str(folder / "base.pth"), state_load=str(folder / "states")),
+        NextToken(),
     )
     identity = {"base": "abc", "data": data_identity(config, build_samples(config.data, 80))}
     return passport(config, identity, digests_of_inputs(config, World(2, 1), goes_on=False))
@@ -106,6 +108,8 @@ def test_equal_files_in_other_places_agree(node):
 
 
 def test_one_process_makes_no_digests_of_what_it_alone_reads(tmp_path):
-    config = RunConfig(MODEL, AdapterConfig(load=str(tmp_path / "absent")), DataConfig("data"), TrainConfig())
+    config = RunConfig(
+        MODEL, AdapterConfig(load=str(tmp_path / "absent")), DataConfig("data"), TrainConfig(), NextToken()
+    )
     assert digests_of_inputs(config, World(1, 1), goes_on=False) == {}
     assert digests_of_inputs(replace(config), World(2, 1), goes_on=True).keys() == {"the file of the base"}

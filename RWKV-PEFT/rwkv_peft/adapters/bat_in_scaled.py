@@ -6,61 +6,56 @@ constant of the layer, a W_ab B_b moves as far as B_b does (docs/guides/learning
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from ..config import AdapterConfig
 from ..errors import UserError
-from .bat_in import BatIn, bat_in
-from .method import Layer, Params, Shapes
+from . import bat_in
+from .block_affine import BlockAffine, fit, sizes, undone
+from .change import Params
+from .functions.bat_in import bat_in as of_activations
+from .method import Constants, Layer, Method, Shapes, Tensors
 from .product import Frozen
 
 
-class BatInScaled(BatIn):
-    """W'_ab = W_ab + a W_ab B_b + B_b with a = `bone_scale` (1,), which a file holds: W' does not tell it."""
+def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
+    return bat_in.shapes(config, out_features, in_features) | {"bone_scale": (1,)}
 
-    name, label = "bat-in-scaled", "Bone bat-in-scaled"
-    constants = idle = ("bone_scale",)
-    hf_names = ()
-    in_rwkv_peft = False
 
-    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
-        return math.sqrt(2)  # of two terms of size 1
+def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+    """As bfloat16 holds it, so that no cast of the model changes it; 1 if the weight is all zeros, and W B too,
+    whatever it is multiplied by."""
+    weight = weight.detach().cpu()  # where all ranks find the same number, whatever their cards
+    size = weight.float().square().mean().sqrt() * math.sqrt(config.rank)
+    scale = torch.where(size > 0, 1 / size, 1.0)
+    return {"bone_scale": scale.bfloat16().float().reshape(1)}
 
-    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
-        return super().shapes(rank, mini_rank, out_features, in_features) | {"bone_scale": (1,)}
 
-    def initial_factors(
-        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
-    ) -> Params:
-        """As bfloat16 holds it, so that no cast of the model changes it; 1 where the weight is all zeros, and W B too,
-        whatever it is multiplied by."""
-        weight = weight.detach().cpu()  # where all ranks find the same number, whatever their cards
-        size = weight.float().square().mean().sqrt() * math.sqrt(config.rank)
-        scale = torch.where(size > 0, 1 / size, 1.0)
-        return {"bone_scale": scale.bfloat16().float().reshape(1)}
+def keep(layer: Layer, constants: Params) -> None:
+    """The layer keeps a as the number `scale` too, which no step has to ask a GPU for."""
+    scale = constants["bone_scale"]
+    layer.register_buffer("bone_scale", scale.to(layer.weight.device, torch.float32), persistent=False)
+    if not scale.is_meta:
+        layer.scale = _number(scale)
 
-    def begin(self, layer: Layer, constants: Params) -> None:
-        """The layer keeps a as the number `scale`, too, which no step has to ask a GPU for."""
-        scale = constants["bone_scale"]
-        layer.register_buffer("bone_scale", scale.to(layer.weight.device, torch.float32), persistent=False)
-        if not scale.is_meta:
-            layer.scale = _number(scale)
 
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        """scale is the layer's, of `begin`; under torch.compile the tensor serves, so that layers share a graph."""
-        a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
-        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
+def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+    """scale is the layer's, of `keep`; under torch.compile the tensor serves, so that layers share a graph."""
+    a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
+    return of_activations(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
 
-    def multiplied(self, params: Params) -> torch.Tensor:
-        return params["bone_scale"] * params["bone"]
+
+@dataclass(frozen=True)
+class Scaled(BlockAffine):
+    """W_ab + a W_ab B_b + B_b with a = `bone_scale`."""
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """W' = W (I + a B) + B is undone by the change of the same form and a with C / a in B's place, where
         C = (I + a B)^-1 - I: W = (W' - B)(I + a B)^-1 = W' (I + C) + C / a, as -B (I + a B)^-1 = C / a."""
         a = _number(params["bone_scale"])
-        undone = super().opposite({"bone": a * params["bone"].double()}, scale, amount)["bone"]
-        return {"bone": undone / a, "bone_scale": params["bone_scale"]}
+        return {"bone": undone(amount * (a * params["bone"].double())) / a, "bone_scale": params["bone_scale"]}
 
 
 def _number(bone_scale: torch.Tensor) -> float:
@@ -72,3 +67,16 @@ def _number(bone_scale: torch.Tensor) -> float:
             "damaged: copy it again"
         )
     return number
+
+
+# W'_ab = W_ab + a W_ab B_b + B_b with a = `bone_scale` (1,), which a file holds because W' does not tell it
+METHOD = Method(
+    name="bat-in-scaled",
+    label="Bone bat-in-scaled",
+    tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit, idle=("bone_scale",)),
+    change=Scaled(index="b", multiplied=lambda params: params["bone_scale"] * params["bone"]),
+    apply=apply,
+    held=Constants(("bone_scale",), make, keep),
+    step=lambda method, config, in_features: math.sqrt(2),  # of two terms of size 1
+    term=bat_in.term,
+)

@@ -1,133 +1,41 @@
-"""bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
+"""bat-out: Bone in its block affine form by output block. Hugging Face peft's bat."""
 
-B_a stands to the right of every block of output row a, so its effect on the activations differs
-for each a: the activation side costs 4 T in out FLOPs besides the product with W, where the weight
-side costs 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
-weight side always: the gradient of B_a needs that of W', which makes 6 T in out the floor of a
-training step. It rebuilds W' a few output blocks at a time and never holds it whole; between
-forward and backward only x lives.
-"""
-
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from ..ops.bone import merge, merge_backward_, rows_by_block, shard_sum, split_shards
-from .block_affine import BlockAffine
-from .method import Params, Shapes
-from .product import DENSE, Frozen, Product
-from .tokens import apply_to_tokens, weight_gradient
-
-CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
-GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU, which few of them leave idle: 128 MiB in bfloat16
+from ..config import AdapterConfig
+from .block_affine import BlockAffine, fit, sizes
+from .change import Params
+from .functions.bat_out import bat_out
+from .method import HfForm, Method, Shapes, Tensors
+from .product import Frozen
 
 
-class BatOut(BlockAffine):
-    """One matrix for each block of outputs: `bone` (out/rank, rank, rank). What Hugging Face peft calls bat."""
+def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
+    return {"bone": (out_features // config.rank, config.rank, config.rank)}
 
-    name, label, index = "bat-out", "Bone bat-out", "a"
-    hf_names = ("bat", "bat-out")
 
-    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
-        return {"bone": (out_features // rank, rank, rank)}
+def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+    return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
 
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
+
+@dataclass(frozen=True)
+class ByOutput(BlockAffine):
+    """The change whose matrices belong to blocks of rows."""
 
     def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]
         return {"bone": params["bone"][start // rank : stop // rank]}
 
 
-def bat_out(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bone: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    side: str = "auto",
-    product: Product = DENSE,
-) -> torch.Tensor:
-    """Block affine by output block.
-
-    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
-    r must divide in and out. side is "weight", "activation" or "auto" (by the number of tokens).
-    """
-    if side == "auto":
-        side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
-    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
-
-
-class _BatOut(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        bone: torch.Tensor,
-        product: Product,
-        side: str,
-    ) -> torch.Tensor:
-        ctx.product = product
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
-        if side == "weight":
-            # Whole, and not by chunks as in backward: one product, the same as without an adapter, keeps a
-            # fresh adapter's output bitwise equal.
-            merged = merge(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
-            return DENSE.forward(x, merged, bias)
-        y = product.forward(x, weight, bias)
-        total = shard_sum(x, bone.shape[-1])
-        for some, rows in _row_chunks(bone, product.shape(weight)[1]):
-            y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[some])
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bone = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
-        in_features = ctx.product.shape(weight)[1]
-        dx = g.new_empty(g.shape[0], in_features) if need_x else None
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bone = torch.empty_like(bone) if need_bone else None
-        for some, rows in _row_chunks(bone, in_features):
-            g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[some]
-            # (a r, in): the gradient of W' as yet, where that is needed
-            merged = weight_gradient(g_rows, x) if need_weight or need_bone else w_rows
-            if d_weight is not None:
-                d_merged = rows_by_block(merged, b_rows)
-                d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
-                d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
-            if d_bone is not None:
-                merged, d_bone[some] = merge_backward_(merged, w_rows, b_rows)
-            elif dx is not None:
-                merged = merge(w_rows, b_rows)
-            if dx is not None and rows.start == 0:
-                torch.mm(g_rows, merged, out=dx)
-            elif dx is not None:
-                dx.addmm_(g_rows, merged)
-            del merged  # before the next one is made
-        return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
-
-
-def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
-    """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
-    count, rank = bone.shape[:2]
-    elements = CHUNK_ELEMENTS if bone.is_cpu else GPU_CHUNK_ELEMENTS
-    step = max(1, elements // (rank * in_features))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        yield slice(start, stop), slice(start * rank, stop * rank)
-
-
-def _activation_rows(x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-    """What some output blocks add to x Wᵀ, as W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
-    rank = bone.shape[-1]
-    u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
-    y = torch.bmm(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
-    y += torch.einsum("tj,aij->ati", total, bone)
-    return y.transpose(0, 1).flatten(1)
+# W'_ab = W_ab + W_ab B_a + B_a: one matrix for each block of outputs, `bone` (out/rank, rank, rank)
+METHOD = Method(
+    name="bat-out",
+    label="Bone bat-out",
+    tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
+    change=ByOutput(index="a"),
+    apply=apply,
+    step=lambda method, config, in_features: 1.0,
+    hf=HfForm(("bat", "bat-out"), dims=3),
+)

@@ -45,4 +45,4 @@ def parameter_groups(
 
 def learning_ratios(method: Method | None, config: AdapterConfig) -> tuple[tuple[str, float], ...]:
     """The (tensor name, ratio) pairs of a Method under an AdapterConfig."""
-    return () if method is None else tuple((name, getattr(config, field)) for name, field in method.learning_rates)
+    return () if method is None else tuple((name, getattr(config, field)) for name, field in method.rates)

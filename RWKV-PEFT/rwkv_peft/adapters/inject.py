@@ -1,6 +1,5 @@
 """Put adapter layers into a model by module name, and decide what trains."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,12 +8,13 @@ import torch
 from torch import nn
 
 from ..cli import counted
-from ..config import QUANTIZATIONS, AdapterConfig
+from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
 from ..errors import UserError
-from ..names import CHOICES, STATE
+from ..names import NONE, STATE
+from .change import Params
 from .layer import AdapterLinear
-from .method import Method, Params
-from .methods import METHODS, NONE, forms, method_of
+from .method import Method
+from .methods import METHODS, method_of, word_of
 
 
 class Generation(Protocol):
@@ -64,18 +64,8 @@ def check_adapter(
         _one_of(f"--{config.method}_mode", config.mode, forms(config.method))
     method = method_of(config)
     assert method is not None  # NONE was answered above
-    if config.dropout and not method.dropout:
-        raise UserError(f"dropout {config.dropout} is LoRA's alone and {method.label} has none; leave it at 0")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"dropout {config.dropout} is not in [0, 1)")
-    if config.rank < 1:
-        raise UserError(f"rank {config.rank}: a rank is at least 1; try 64")
-    if not (math.isfinite(config.alpha) and config.alpha >= 0):
-        raise UserError(f"alpha {config.alpha}: it is a finite number above 0, or 0 for that of the rank")
-    if not (math.isfinite(config.lora_plus_ratio) and config.lora_plus_ratio > 0):
-        raise UserError(f"--loraplus_lr_ratio {config.lora_plus_ratio}: it is a finite number above 0; try 16")
-    if config.svd_niter < 0:
-        raise UserError(f"svd_niter {config.svd_niter} is negative; 0 asks for an exact SVD, 4 for a quick one")
+    if problem := next(problems(config, config.method), None):
+        raise UserError(problem)
     names = _match_targets(config.targets, shapes)
     for name in names:
         _check_fit(method, config, name, *shapes[name])
@@ -140,7 +130,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _is_work(config: AdapterConfig) -> bool:
     """Whether to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
     method = method_of(config)
-    return config.quant != "none" or (method is not None and method.residual)
+    return config.quant != "none" or (method is not None and method.residual is not None)
 
 
 def _make_layer(
@@ -153,14 +143,14 @@ def _make_layer(
     method = method_of(config)
     assert method is not None  # NONE has no layers
     constants: Params = {}
-    if method.constants:
-        keys = {constant: f"{name}.{constant}" for constant in method.constants}
+    if method.held is not None:
+        keys = {constant: f"{name}.{constant}" for constant in method.held.names}
         constants = {constant: initial[key] for constant, key in keys.items() if key in initial}
         if initial and len(constants) != len(keys):
             raise UserError(
                 f"the adapter to go on from has no {' or '.join(keys.values())}; it is not a {method.name} adapter"
             )
-        shapes = method.shapes(config.rank, config.mini_rank, base.out_features, base.in_features)
+        shapes = method.tensors.shapes(config, base.out_features, base.in_features)
         for constant, tensor in constants.items():
             if tensor.shape != shapes[constant]:
                 raise UserError(
@@ -170,7 +160,7 @@ def _make_layer(
         gradient = gradients.get(name)
         if gradient is not None:
             gradient = gradient.to(base.weight.device)
-        constants = constants or method.initial_factors(base.weight, config, gradient)
+        constants = constants or method.held.make(base.weight, config, gradient)
     layer = AdapterLinear(base, method, config, constants)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
@@ -218,13 +208,13 @@ def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | No
 
 def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: int, in_features: int) -> None:
     """Raise UserError where the settings do not fit a layer, in the words of the flags."""
-    misfit = method.fit(config.rank, config.mini_rank, out_features, in_features)
+    misfit = method.tensors.fit(config, out_features, in_features)
     if misfit is None:
         return
-    flag = method.rank_flag if misfit.setting == "rank" else "--bone_mini_r"
+    flag = word_of(method).flag_of(misfit.setting)
     advice = f"try {flag} {misfit.nearest}" if misfit.nearest else "lower it"
     if misfit.instead:
-        advice += f", or --{method.peft}_mode {METHODS[misfit.instead].name}, which takes any"
+        advice += f", or --{config.method}_mode {METHODS[misfit.instead].name}, which takes any"
     raise UserError(
         f"{method.name}: {flag} {misfit.value} {misfit.problem} at {name} ({out_features} x {in_features}); {advice}"
     )

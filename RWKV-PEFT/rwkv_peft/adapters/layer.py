@@ -7,17 +7,20 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from .method import BlockTerm, Method, Params
+from .change import Params
+from .functions.tokens import linear
+from .method import BlockTerm, Method
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
-from .tokens import linear
+
+QUANTIZED = ("packed", "scales")  # buffers of a quantized weight
 
 
 class AdapterLinear(nn.Module):
     """Takes the place of an nn.Linear, whose `weight` and `bias` it keeps, and adds its method's tensors.
 
-    The trainable ones are parameters under the method's names, its constants buffers. What a file or a merge needs to
-    know of the layer is in `method`, `rank`, `scale` and `quant`.
+    The trainable ones are parameters under the method's names, its constants buffers, beside others that the method
+    makes of them. A file or a merge needs to know `method`, `scale` and `quant` of a layer.
     """
 
     packed: torch.Tensor
@@ -25,18 +28,21 @@ class AdapterLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, method: Method, config: AdapterConfig, constants: Params) -> None:
         """base: the nn.Linear to replace; config: an AdapterConfig that `check_adapter` accepts; constants: {name:
-        tensor} of the method's initial_factors, or a file's."""
+        tensor} that the method makes, or a file's."""
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.method, self.rank, self.scale, self.dropout = method, config.rank, method.scale(config), config.dropout
         self.quant, self.untrained = "none", False
         self.weight = base.weight
         self.bias = base.bias
-        shapes = method.shapes(config.rank, config.mini_rank, base.out_features, base.in_features)
+        shapes = method.tensors.shapes(config, base.out_features, base.in_features)
         for name in method.parameters:
             zeros = torch.zeros(shapes[name], dtype=self.weight.dtype, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(zeros))
-        method.begin(self, constants)
+        if method.draw is not None:
+            method.draw(self, config)
+        if method.held is not None:
+            method.held.keep(self, constants)
 
     @property
     def base(self) -> torch.Tensor:
@@ -57,31 +63,31 @@ class AdapterLinear(nn.Module):
 
     @property
     def params(self) -> Params:
-        """The method's tensors."""
-        return {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
+        """The method's tensors, and the buffers that it keeps in the layer."""
+        parameters = {name: getattr(self, name) for name in self.method.parameters}
+        return parameters | {name: buffer for name, buffer in self.named_buffers() if name not in QUANTIZED}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         base, params = self.frozen, self.params
         if self.untrained:
-            first = self.method.first(params)
-            if first is None:
+            if self.method.residual is None:
                 return linear(x, base.weight, base.bias, product=base.product)
-            params = first
+            params = self.method.residual.first(params)
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)
 
     def term(self) -> BlockTerm | None:
-        """The method's term (Method.term) with the layer's tensors."""
-        return self.method.term(self.params, self.scale)
+        """The method's term of the layer's tensors, None if it has none."""
+        return None if self.method.term is None else self.method.term(self.params, self.scale)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""
         packed, scales = quantize(self.weight.detach(), kind)
         del self.weight
         self.quant = kind
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
+        for name, buffer in zip(QUANTIZED, (packed, scales)):
+            self.register_buffer(name, buffer, persistent=False)
 
     def base_weight(self) -> torch.Tensor:
         """The weight that the layer multiplies by, without the adapter: (out, in) float32."""
@@ -89,7 +95,7 @@ class AdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         quant = "" if self.quant == "none" else f", quant={self.quant}"
-        return f"{self.in_features}, {self.out_features}, {self.method.name}, rank={self.rank}{quant}"
+        return f"{self.in_features}, {self.out_features}, {self.method.name}{quant}"
 
 
 @contextmanager

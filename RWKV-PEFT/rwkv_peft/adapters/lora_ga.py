@@ -6,31 +6,24 @@ import torch
 
 from ..config import AdapterConfig
 from ..errors import UserError
-from .method import Params
-from .residual import ResidualLora, svd_lowrank
+from .change import Params
+from .residual import residual, svd_lowrank
 
 GAMMA = 16  # the paper's stable scale
 
 
-class LoraGa(ResidualLora):
+def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
     """A0 from the first `rank` of the gradient's right singular vectors, B0 from the next `rank` left ones, stably
     scaled."""
+    if gradient is None:
+        raise UserError(
+            "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
+            "estimate it on a batch of the data first, or use --peft pissa, which needs none"
+        )
+    rank = config.rank
+    u, _, v = svd_lowrank(gradient.float(), 2 * rank, niter=4)
+    scale = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
+    return {"init_lora_A": scale * v.t()[:rank], "init_lora_B": scale * u[:, rank : 2 * rank]}
 
-    name, label, peft = "lora-ga", "lora-ga", "lora-ga"
-    from_gradient = True
 
-    def most(self, out_features: int, in_features: int) -> int:
-        return min(out_features, in_features) // 2
-
-    def initial_factors(
-        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
-    ) -> Params:
-        if gradient is None:
-            raise UserError(
-                "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
-                "estimate it on a batch of the data first, or use --peft pissa, which needs none"
-            )
-        rank = config.rank
-        u, _, v = svd_lowrank(gradient.float(), 2 * rank, niter=4)
-        scale = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
-        return {"init_lora_A": scale * v.t()[:rank], "init_lora_B": scale * u[:, rank : 2 * rank]}
+METHOD = residual("lora-ga", make, most=lambda *layer: min(layer) // 2, from_gradient=True)

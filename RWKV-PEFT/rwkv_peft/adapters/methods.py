@@ -1,43 +1,24 @@
-"""The table of adapter methods, and how settings and files name one."""
+"""The adapter methods by name, and how settings and files name one.
 
+config/methods.py holds the table of their names and settings; a method's own file is called like it.
+"""
+
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from ..config import AdapterConfig
-from ..names import NONE, forms
-from .bat_in import BatIn
-from .bat_in_scaled import BatInScaled
-from .bat_out import BatOut
-from .bone import Bone, BoneMini
-from .bone_signed import BoneSigned
-from .dora import Dora
-from .lora import Lora, LoraPlus
-from .lora_ga import LoraGa
+from ..config import WORDS, AdapterConfig, Word, forms
+from ..names import NONE
 from .method import Method
-from .olora import Olora
-from .pissa import Pissa
-from .rslora import RsLora
 
-METHODS: MappingProxyType[str, Method] = MappingProxyType(
-    {
-        method.name: method
-        for method in (
-            Bone(),
-            BoneMini(),
-            BoneSigned(),
-            BatIn(),
-            BatInScaled(),
-            BatOut(),
-            Lora(),
-            LoraPlus(),
-            RsLora(),
-            Dora(),
-            Pissa(),
-            Olora(),
-            LoraGa(),
-        )
-    }
-)
+
+def _load(name: str) -> Method:
+    """The METHOD of a method's file."""
+    method: Method = import_module(f".{name.replace('-', '_')}", __package__).METHOD
+    return method
+
+
+METHODS: MappingProxyType[str, Method] = MappingProxyType({name: _load(name) for word in WORDS for name in forms(word)})
 # tensor names by which other tools' files hold what METHODS know by theirs, or what none of them knows
 FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TENSORS = (
@@ -47,21 +28,27 @@ TENSORS = (
 
 
 def method_of(config: AdapterConfig) -> Method | None:
-    """The Method of an AdapterConfig; None where no layer is adapted. Raises KeyError for names of none."""
+    """The Method of an AdapterConfig; None if no layer is adapted. Raises KeyError for names of none."""
     if config.method == NONE:
         return None
     return METHODS[config.mode if len(forms(config.method)) > 1 else config.method]
 
 
+def word_of(method: Method) -> Word:
+    """The word of --peft that stands for a Method."""
+    return next(word for word in WORDS.values() if method.name in word.forms)
+
+
 def words_of(method: Method) -> dict[str, Any]:
     """{field: value} of the AdapterConfig fields that name a Method."""
-    return {"method": method.peft} | ({"mode": method.name} if len(forms(method.peft)) > 1 else {})
+    word = word_of(method)
+    return {"method": word.name} | ({"mode": method.name} if len(word.forms) > 1 else {})
 
 
 def by_hf_name(init_weights: object) -> Method | None:
     """The Method that a value of init_weights means to Hugging Face peft, None for an unknown one; 1 is not True
     here."""
-    same = ((method, value) for method in METHODS.values() for value in method.hf_names)
+    same = ((method, value) for method in METHODS.values() if method.hf is not None for value in method.hf.names)
     return next((m for m, value in same if value == init_weights and type(value) is type(init_weights)), None)
 
 

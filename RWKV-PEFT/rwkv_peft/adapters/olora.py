@@ -3,17 +3,14 @@
 import torch
 
 from ..config import AdapterConfig
-from .method import Params
-from .residual import ResidualLora
+from .change import Params
+from .residual import residual
 
 
-class Olora(ResidualLora):
+def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
     """B0 = Q[:, :rank], A0 = R[:rank]."""
+    q, r = torch.linalg.qr(weight.detach().float())
+    return {"init_lora_A": r[: config.rank], "init_lora_B": q[:, : config.rank]}
 
-    name, label, peft = "olora", "olora", "olora"
 
-    def initial_factors(
-        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
-    ) -> Params:
-        q, r = torch.linalg.qr(weight.detach().float())
-        return {"init_lora_A": r[: config.rank], "init_lora_B": q[:, : config.rank]}
+METHOD = residual("olora", make)

@@ -1,63 +1,91 @@
 """LoRA that starts from factors of the weight or of its gradient, which it takes out of the weight.
 
 PiSSA, OLoRA and LoRA-GA train on the base W - scale B0 A0, so that the layer begins where the model was; the factors go
-into the adapter file, and merging starts from the original weight.
+into the adapter file, and merging starts from the original weight: W' = W + scale (B A - B0 A0) with A0 = `init_lora_A`
+and B0 = `init_lora_B`. No step: the factors are as large as what was taken out of the weight.
 """
+
+from collections.abc import Callable
+from types import MappingProxyType
 
 import torch
 
 from ..config import AdapterConfig
-from .lora import Lora
-from .method import Layer, Params, Shapes, cast
+from . import low_rank
+from .change import Params, Sum
+from .method import Alpha, Constants, Initial, Layer, Method, Residual, Shapes, Tensors, Upstream, UpstreamLayer
+
+NAMES = ("lora_A", "lora_B")
+FIRST = ("init_lora_A", "init_lora_B")
 
 
-class ResidualLora(Lora):
-    """W' = W + scale (B A - B0 A0), with A0 = `init_lora_A` and B0 = `init_lora_B`."""
+def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
+    own = low_rank.shapes(config, out_features, in_features)
+    return own | {f"init_{name}": shape for name, shape in own.items()}
 
-    constants = ("init_lora_A", "init_lora_B")
-    residual = True
 
-    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
-        return None  # its factors are as large as what was taken out of the weight
+def keep(layer: Layer, constants: Params) -> None:
+    """Begin at the first factors, and take them out of the weight."""
+    with torch.no_grad():
+        for name in NAMES:
+            factor = constants[f"init_{name}"].to(layer.weight.device, layer.weight.dtype).contiguous()
+            layer.get_parameter(name).copy_(factor)
+            layer.register_buffer(f"init_{name}", factor, persistent=False)
+    # The storage may be the memory-mapped base file's, which others still read: replaced, not written to.
+    params = {name: getattr(layer, name) for name in FIRST}
+    layer.weight.data = training_base(layer.weight.detach(), params, layer.scale)
 
-    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
-        shapes = super().shapes(rank, mini_rank, out_features, in_features)
-        return shapes | {f"init_{name}": shape for name, shape in shapes.items()}
 
-    def begin(self, layer: Layer, constants: Params) -> None:
-        with torch.no_grad():
-            for name in self.parameters:
-                factor = constants[f"init_{name}"].to(layer.weight.device, layer.weight.dtype).contiguous()
-                getattr(layer, name).copy_(factor)
-                layer.register_buffer(f"init_{name}", factor, persistent=False)
-        # The storage may be the memory-mapped base file's, which others still read: replaced, not written to.
-        params = {name: getattr(layer, name) for name in self.constants}
-        layer.weight.data = self.training_base(layer.weight.detach(), params, layer.scale)
+def training_base(weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    change = scale * (params["init_lora_B"].float() @ params["init_lora_A"].float())
+    return (weight.float() - change).to(weight.dtype)
 
-    def first(self, params: Params) -> Params | None:
-        return {**params, **{name: params[f"init_{name}"] for name in self.parameters}}
 
-    def training_base(self, weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-        change = scale * (params["init_lora_B"].float() @ params["init_lora_A"].float())
-        return (weight.float() - change).to(weight.dtype)
+def first(params: Params) -> Params:
+    return {**params, **{name: params[f"init_{name}"] for name in NAMES}}
 
-    def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-        return base + super().delta(base, {name: params[name] for name in self.parameters}, scale)
 
-    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
-        params = cast(params, weight.dtype)
-        return super().delta(weight, params, scale) - scale * (params["init_lora_B"] @ params["init_lora_A"])
+def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+    return low_rank.update(params, scale, shape) - scale * (params["init_lora_B"] @ params["init_lora_A"])
 
-    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
-        """Of twice the rank: B A - B0 A0."""
-        A, B, A0, B0 = (params[name].float() for name in (*self.parameters, *self.constants))
-        return {"lora_A": torch.cat([A, A0]), "lora_B": scale * torch.cat([B, -B0], dim=1)}
 
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        """As PiSSA, which is the same but for where it starts; RWKV-PEFT's has scale 1."""
-        if scale == 1:
-            return params
-        return {name: scale * tensor if name.endswith("B") else tensor for name, tensor in params.items()}
+class Difference(Sum):
+    """scale (B A - B0 A0), of which a base that was trained on lacks the second term already."""
+
+    def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+        return base + low_rank.LOW_RANK.delta(base, {name: params[name] for name in NAMES}, scale)
+
+
+def as_lora(params: Params, scale: float, out_features: int, in_features: int) -> Params:
+    """Of twice the rank: B A - B0 A0."""
+    A, B, A0, B0 = (params[name].float() for name in (*NAMES, *FIRST))
+    return {"lora_A": torch.cat([A, A0]), "lora_B": scale * torch.cat([B, -B0], dim=1)}
+
+
+def as_pissa(layer: UpstreamLayer) -> Params:
+    """As PiSSA, which is the same but for where it starts; RWKV-PEFT's has scale 1."""
+    if layer.scale == 1:
+        return layer.params
+    return {name: layer.scale * tensor if name.endswith("B") else tensor for name, tensor in layer.params.items()}
+
+
+def residual(name: str, make: Initial, most: Callable[[int, int], int] = min, from_gradient: bool = False) -> Method:
+    """The method that starts from the factors of `make`, at a rank of at most most(out, in)."""
+    fit = low_rank.fits_up_to(most)
+    return Method(
+        name=name,
+        label=name,
+        tensors=Tensors(NAMES, ("rank",), shapes, low_rank.sizes, fit, idle=("lora_A",)),
+        change=Difference(
+            MappingProxyType({"lora_B": 0, "init_lora_B": 0}), update=update, negated=("lora_B", "init_lora_B")
+        ),
+        apply=low_rank.apply,
+        held=Constants(FIRST, make, keep, from_gradient),
+        residual=Residual(training_base, first),
+        alpha=Alpha(),
+        lora=as_lora,
+        upstream=Upstream(as_pissa),
+    )
 
 
 def svd_lowrank(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

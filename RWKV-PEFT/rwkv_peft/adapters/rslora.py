@@ -1,19 +1,10 @@
 """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA whose scale falls with the square root of its rank, so that what
-a step changes does not shrink as the rank grows."""
+a step changes does not shrink as the rank grows. Its files are LoRA's: they hold the scale."""
 
 import math
+from dataclasses import replace
 
-from ..config import AdapterConfig
-from .lora import Lora
+from . import lora
+from .method import Alpha
 
-
-class RsLora(Lora):
-    """W' = W + alpha / sqrt(rank) B A. Its files are LoRA's: they hold the scale."""
-
-    name, label, peft, saved_as = "rslora", "rslora", "rslora", "lora"
-
-    def scale(self, config: AdapterConfig) -> float:
-        return config.alpha / math.sqrt(config.rank) if config.alpha else 1.0
-
-    def alpha(self, scale: float, rank: int) -> float:
-        return scale * math.sqrt(rank)
+METHOD = replace(lora.METHOD, name="rslora", label="rslora", saved_as="lora", alpha=Alpha(divisor=math.sqrt))

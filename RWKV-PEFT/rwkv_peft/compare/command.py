@@ -68,14 +68,15 @@ def usual_rates(n_embd: int) -> tuple[int, ...]:
 
 def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
     """({method: Size}, base). Raises UserError if a rank does not fit, if train.py would refuse its flags, or for
-    preference data."""
+    an objective whose loss does not tell how good a model is."""
     first = comparison.methods[0]
     output = ["--proj_dir", comparison.output]
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
-    if request.config.data.data_type == "pairs":
+    if not request.config.objective.of_tokens:
         raise UserError(
-            "--data_type pairs: a comparison goes by the validation loss, which among preferences is lowest where a "
-            "model breaks; compare on answers, or train each by itself and ask the models"
+            f"--objective {request.config.objective.name}: a comparison goes by the validation loss, and for "
+            "preferences a broken model has the lowest; compare on answers, or train each method by itself and ask the "
+            "models"
         )
     base = request.base
     assert base is not None  # parse_run refuses an adapter without one

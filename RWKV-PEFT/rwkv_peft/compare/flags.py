@@ -5,8 +5,9 @@ import json
 from dataclasses import dataclass, replace
 
 from ..cli import Parser, count, not_negative, positive, seed
+from ..config import MINI, WORDS, forms
 from ..errors import UserError
-from ..names import MINIS, NONE, STATE, WORDS, forms
+from ..names import NONE, STATE
 from ..training.flags.request import parse_flags as parse_train_flags
 from .rates import grid_rate
 
@@ -50,13 +51,13 @@ USAGE = """Compare adapter methods on a model and data of yours, at about as man
     rwkv-peft compare --output out/compare --methods bat-in bone lora pissa --rank 64 --steps 1000 -- \\
         --load_model base.pth --data_file data/mine --val_split 0.01 --ctx_len 1024 --micro_bsz 8
 
-What stands behind -- are flags of train.py, the same for all runs; what --train_parts trains there counts on top. Each
-method sweeps the learning rate with the first seed, wider until its best rate lies between two that are worse, and
-repeats the best one with the other seeds; a seed means the same order of the data for every method, and all runs
-validate on the same samples. Runs are processes, kept in DIR/runs; the same command goes on where it stopped. Writes
-table.md, results.jsonl, and figures (.png, .svg) there.
-With --retain_data PREFIX behind -- they tell besides what each method forgets: the loss on that data and its change, at
-the end and at the lowest validation loss that all reach.
+The flags after -- are train.py's, the same for all runs; the parameters of --train_parts there come on top. Each method
+sweeps the learning rate with the first seed, widening the sweep until its best rate is between two worse ones, and
+repeats the best one with the other seeds. A seed means the same order of the data for every method, and all runs
+validate on the same samples. Runs are processes with folders in DIR/runs; the same command continues where it stopped.
+It writes table.md, results.jsonl, and figures (.png, .svg) to DIR.
+--retain_data PREFIX after -- also measures what each method forgets: the loss on that data and its change, at the end
+and at the lowest validation loss that all methods reach.
 """
 
 
@@ -94,7 +95,7 @@ def build_parser() -> Parser:
         choices=METHODS,
         metavar="NAME",
         default=["bat-in", "bone", "lora", "pissa"],
-        help=f"of {', '.join(METHODS)} (default bat-in bone lora pissa)",
+        help=f"some of {', '.join(METHODS)} (default bat-in bone lora pissa)",
     )
     add(
         "--rank",
@@ -108,8 +109,8 @@ def build_parser() -> Parser:
         type=grid_rate,
         default=[],
         metavar="LR",
-        help="learning rates that every method begins with, 1 or 3 times a power of ten (default three about that of "
-        "--lr_init auto for Bone: 3e-4 1e-3 3e-3 at 64 and 128 channels, 1e-5 3e-5 1e-4 at 2048 and 4096)",
+        help="learning rates that every method begins with, 1 or 3 times a power of ten (default: three around that "
+        "of --lr_init auto for Bone: 3e-4 1e-3 3e-3 at 64 and 128 channels, 1e-5 3e-5 1e-4 at 2048 and 4096)",
     )
     add(
         "--seeds",
@@ -117,10 +118,10 @@ def build_parser() -> Parser:
         type=seed,
         default=list(SEEDS),
         metavar="SEED",
-        help="each of them, and not how many; the first sweeps (default 42 43 44)",
+        help="the seeds themselves, not their number; the first one sweeps (default 42 43 44)",
     )
-    add("--steps", type=positive, default=1000, help="optimizer steps a run (default 1000)")
-    add("--val_every", type=count, default=0, help="steps between validations; 0: ten or fewer of them")
+    add("--steps", type=positive, default=1000, help="optimizer steps of each run (default 1000)")
+    add("--val_every", type=count, default=0, help="steps between validations; 0: at most ten validations")
     add(
         "--lr_final",
         type=not_negative,
@@ -134,8 +135,8 @@ def build_parser() -> Parser:
         type=not_negative,
         default=0.0,
         metavar="M",
-        help="start no run that would not end in so many minutes, stop one that does not, and report what there is "
-        "(default 0: any)",
+        help="after so many minutes stop, start no run that would not end before, and report the results so far "
+        "(default 0: no limit)",
     )
     return parser
 
@@ -147,16 +148,16 @@ def parse_flags(argv: list[str]) -> Comparison:
     args = build_parser().parse_args(own)
     if not train:
         raise UserError(
-            "the flags of train.py are missing: give them behind --, as in `rwkv-peft compare --output out/compare -- "
+            "the flags of train.py are missing: give them after --, as in `rwkv-peft compare --output out/compare -- "
             "--load_model base.pth --data_file data/mine --val_split 0.01`"
         )
     for word in train:
         if word.split("=")[0] in OURS:
-            raise UserError(f"{word} behind -- is what the comparison sets for each run; leave it out")
-    if args.methods[0] in (*RANKLESS, *MINIS):
+            raise UserError(f"{word} after --: the comparison sets it for each run; leave it out")
+    if args.methods[0] in (*RANKLESS, MINI):
         raise UserError(
-            f"--methods {' '.join(args.methods)}: --rank is that of the first, and {args.methods[0]} is not told by a "
-            "rank alone; begin with another"
+            f"--methods {' '.join(args.methods)}: --rank is that of the first, and a rank does not determine "
+            f"{args.methods[0]}; put another method first"
         )
     comparison = Comparison(
         output=args.output,
@@ -174,20 +175,19 @@ def parse_flags(argv: list[str]) -> Comparison:
     for method in comparison.methods:
         flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
         if not (flags.train.val_data or flags.train.val_split):
-            raise UserError("methods are compared by their validation loss; add --val_data or --val_split behind --")
+            raise UserError("methods are compared by their validation loss; add --val_data or --val_split after --")
         if flags.train.val_split and flags.train.val_seed is None:
             comparison = replace(comparison, train=(*train, "--val_seed", str(VAL_SEED)))
         if method in RANKLESS and any(word.split("=")[0] == "--train_parts" for word in train):
-            raise UserError(f"--train_parts behind -- would change what {method} trains; leave one of them out")
+            raise UserError(f"--train_parts after -- would change the parameters of {method}; leave one of them out")
     return comparison
 
 
-def method_flags(method: str, rank: int = 0, mini_rank: int = 0) -> list[str]:
-    """The flags of train.py that choose a method; a rank or mini_rank of 0 is left out."""
+def method_flags(method: str, *sizes: int) -> list[str]:
+    """The flags of train.py that choose a method, with its sizes in the order of its settings; 0 is left out."""
     if method in RANKLESS:
         return ["--peft", NONE, *(("--train_parts", STATE) if method == STATE else ())]
     word = next(word for word in WORDS if method in forms(word))
     settings: dict[str, str | int] = {"bone_mode": method} if len(forms(word)) > 1 else {}
-    settings |= {"r": rank} if rank else {}
-    settings |= {"bone_mini_r": mini_rank} if mini_rank else {}
+    settings |= {key: size for key, size in zip(WORDS[word].sizes, sizes) if size}
     return ["--peft", word, "--peft_config", json.dumps(settings)]

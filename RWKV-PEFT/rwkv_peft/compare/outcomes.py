@@ -75,5 +75,5 @@ def number(record: Mapping[str, Any], name: str, path: Path) -> float:
     any other value."""
     value = record.get(name)
     if not is_number(value) or math.isfinite(value) and abs(value) > LARGEST:
-        raise UserError(f"{path}: {name} is {short(repr(value))}, where a number is due; {REMEDY}")
+        raise UserError(f"{path}: {name} is {short(repr(value))}, and a number is due; {REMEDY}")
     return float(value)

@@ -3,10 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..adapters.method import Method
-from ..config import ModelConfig
+from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
 from ..models.family import Family
 from ..models.state import time_state_shapes
@@ -15,8 +15,8 @@ Layers = Counter[tuple[int, int]]  # {(out_features, in_features): number of lay
 
 
 class Size(NamedTuple):
-    """A method's rank (0: none, for the whole model or its states) and mini_rank (0: none), the parameters that it
-    trains with them, and those that --train_parts trains beside it."""
+    """A method's rank, or what it has instead of one (0: none, for the whole model or its states), its mini_rank (0:
+    none), the parameters that it trains with them, and those that --train_parts trains beside it."""
 
     rank: int
     mini_rank: int
@@ -32,8 +32,9 @@ class Size(NamedTuple):
 def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -> int:
     """The number of parameters that a method trains on layers that the rank fits."""
     return sum(
-        number * sum(math.prod(method.shapes(rank, mini_rank, *layer)[name]) for name in method.parameters)
+        number * sum(math.prod(shapes[name]) for name in method.parameters)
         for layer, number in layers.items()
+        for shapes in (method.tensors.shapes(sized(method, rank, mini_rank), *layer),)
     )
 
 
@@ -48,7 +49,7 @@ def matched_size(method: Method, wanted: int, layers: Layers) -> Size:
     mini_rank are nearest to each other, for methods without a mini_rank the lowest rank. Raises UserError if no rank
     fits."""
     outs = math.gcd(*(out_features for out_features, _ in layers))
-    minis = [width for width in range(1, outs + 1) if outs % width == 0] if method.mini else [0]
+    minis = [width for width in range(1, outs + 1) if outs % width == 0] if "mini_rank" in method.tensors.size else [0]
     found = [
         Size(rank, mini, parameter_count(method, rank, mini, layers))
         for rank in range(1, max(max(layer) for layer in layers) + 1)
@@ -61,4 +62,10 @@ def matched_size(method: Method, wanted: int, layers: Layers) -> Size:
 
 
 def fits(method: Method, rank: int, mini_rank: int, layers: Iterable[tuple[int, int]]) -> bool:
-    return all(method.fit(rank, mini_rank, *layer) is None for layer in layers)
+    return all(method.tensors.fit(sized(method, rank, mini_rank), *layer) is None for layer in layers)
+
+
+def sized(method: Method, rank: int, mini_rank: int) -> AdapterConfig:
+    """The AdapterConfig of a method's size: its first setting is `rank`, whatever it is called."""
+    sizes: dict[str, Any] = dict(zip(method.tensors.size, (rank, mini_rank)))
+    return AdapterConfig(**sizes)

@@ -7,26 +7,35 @@ of train.py, its --help and docs/reference/flags.md are made of these fields (tr
 import json
 from dataclasses import asdict, dataclass
 
-from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
-from .data import DATA_TYPES, DataConfig
+from .adapter import QUANTIZATIONS, AdapterConfig
+from .data import DATA_TYPES, OF_ROWS, DataConfig
+from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
+from .objective import Objective
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
     "AIM",
     "BUCKET",
+    "CHOICES",
     "CHUNK_CTX",
     "DATA_TYPES",
-    "MODE_ALIASES",
+    "MINI",
     "MOST_EPOCHS",
+    "OF_ROWS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",
+    "WORDS",
     "AdapterConfig",
     "DataConfig",
     "ModelConfig",
+    "Objective",
     "RunConfig",
     "TrainConfig",
+    "Word",
+    "forms",
+    "problems",
     "to_json",
 ]
 
@@ -39,6 +48,7 @@ class RunConfig:
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:

@@ -1,11 +1,32 @@
 """Settings of the data that a run reads."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from ..cli import alias, count, positive
+from ..names import DATALOADS, LOSS_MASKS
 from .setting import setting
 
-DATA_TYPES = ("binidx", "sft", "pairs")
+
+class DataType(NamedTuple):
+    """A kind of data. documents: the documents that a sample packs, 1 where --dataload decides; fields: the numbers of
+    fields that --sft_field may name, and what they are; () for tokens, which have no fields."""
+
+    documents: int = 1
+    fields: tuple[int, ...] = ()
+    named: str = ""
+
+
+DATA_TYPES = MappingProxyType(
+    {
+        "binidx": DataType(),
+        "sft": DataType(1, (1, 2), "one field is a text, two are a prompt and its answer"),
+        "pairs": DataType(2, (3,), "pairs have three fields, the prompt, the better answer and the worse"),
+        "labels": DataType(2, (3,), "labelled rows have three fields, the prompt, its answer and the label"),
+    }
+)
+OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
 
 
 @dataclass(frozen=True)
@@ -13,13 +34,13 @@ class DataConfig:
     """The data, and the order in which it is read.
 
     path is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer turns into
-    tokens: questions and answers ("sft"), or prompts with two answers each ("pairs"). seed draws the order of the
-    samples; None keeps that of the file.
+    tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), or prompts with an answer and its
+    label ("labels"). seed draws the order of the samples; None keeps that of the file.
     """
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; for sft and pairs a .jsonl, .json, .csv or .parquet, or a folder of rows",
+        "PREFIX of PREFIX.bin and PREFIX.idx; for rows a .jsonl, .json, .csv or .parquet, or a folder of rows",
         flag="data_file",
         required=True,
         metavar="PREFIX",
@@ -27,59 +48,60 @@ class DataConfig:
     data_type: str = setting(
         "binidx",
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
-        "chosen and a rejected answer, for preference training (DPO); jsonl is RWKV-PEFT's word for sft",
+        "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; jsonl "
+        "is RWKV-PEFT's word for sft",
         type=alias((("jsonl", "sft"),)),
-        choices=DATA_TYPES,
+        choices=tuple(DATA_TYPES),
     )
-    tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")
+    tokenizer: str = setting("world", "world, bytes or a tokenizer.json", metavar="NAME")
     sft_field: tuple[str, ...] = setting(
         (),
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
-        "rejected (default: recognised)",
+        "rejected; labels: those of prompt, answer and label (default: recognised)",
         nargs="+",
         metavar="FIELD",
     )
     sft_split: str = setting(
         "",
-        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
-        "in a folder of several splits those of the same name (--val_data: those of its validation or test split)",
+        "rows of --data_file to take, such as train[:1000]; --val_data and --retain_data give all their "
+        "rows, or in a folder of several splits those of the same split (--val_data: of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(
-        "left",
-        "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",
-        choices=("left", "skip"),
+        "left", "rows longer than --ctx_len lose the front of their prompt, or are left out", choices=("left", "skip")
     )
     sft_think: str = setting(
         "",
-        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
+        "how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
     skip_bad_rows: bool = setting(
         False,
-        "sft, pairs: leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
+        "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
         action="store_true",
     )
-    ctx_len: int = setting(1024, "tokens a sample", type=positive)
+    ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
     dataload: str = setting(
         "get",
-        "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
-        "pack: several whole documents a row, none seeing another (default: pad for rows of answers, which are sft and "
-        "token files with a PREFIX.mask; pack for pairs; else get)",
+        "get: windows of the token stream; pad: one document in a row, padded; only: one document without padding; "
+        "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
+        "and token files with a PREFIX.mask; pack for pairs and labels; else get)",
         unset=True,
+        choices=DATALOADS,
     )
     loss_mask: str = setting(
         "none",
-        "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
-        "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
-        "(default file where there is a PREFIX.mask, else none; sft: file)",
+        "tokens that count: none and pad count all but padding, qa those after --mask_id, se those between --mask_id "
+        "and --mask_end_id, file reads PREFIX.mask, which preprocess writes if only answers count (default file if "
+        "there is a PREFIX.mask, else none; of rows: file)",
         unset=True,
+        choices=LOSS_MASKS,
     )
     mask_id: tuple[int, ...] = setting(
         (),
-        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
-        "opens what counts, and mask0, which closes it",
+        "token ids that open an answer; or RWKV-PEFT's JSON of two texts: mask1 opens the "
+        "part that counts, and mask0 closes it",
         nargs="+",
         metavar="ID",
     )
@@ -87,20 +109,22 @@ class DataConfig:
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
     )
     seed: int | None = setting(42)
-    micro_bsz: int = setting(1, "samples a device and forward pass; a pair of answers is one", type=positive)
+    micro_bsz: int = setting(
+        1, "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer", type=positive
+    )
 
     @property
     def of_rows(self) -> bool:
         """True if the data is rows that are not tokenized yet."""
-        return self.data_type != "binidx"
+        return self.data_type in OF_ROWS
 
     @property
     def of_answers(self) -> bool:
-        """Whether it is rows of which the answers count: they are read one by one, and so often that they are learned,
+        """True if only the answers in rows count: such rows are read one by one, and as often as learning them takes,
         unless the flags say otherwise."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property
     def documents(self) -> int:
-        """The number of rows of tokens in a sample: 2 for a pair of answers, else 1."""
-        return 2 if self.data_type == "pairs" else 1
+        """The number of documents that a sample packs, or 1."""
+        return DATA_TYPES[self.data_type].documents

@@ -1,9 +1,17 @@
 """Fields of the settings that hold the description of their flag."""
 
-from dataclasses import field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import Field, field
+from typing import Any, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
+
+
+class Rule(NamedTuple):
+    """A condition on a value, and what a message says if it does not hold."""
+
+    holds: Callable[[Any], bool]
+    words: str
 
 
 def setting(
@@ -11,12 +19,23 @@ def setting(
     help: str | None = None,
     *,
     flag: str | None = None,
+    key: str | None = None,
     group: str = "",
     unset: bool = False,
+    rule: Rule | None = None,
+    read: Callable[[str, Any], Any] | None = None,
     **options: Any,
 ) -> Value:
     """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
     its group in --help, and argparse's options. With unset the flag's default is None, and its help tells what that
-    means. Without help the field has no flag."""
+    means. Without help the field has no flag.
+
+    key is the field's name in a JSON flag, and read(name, value) turns a value from there into the field's, or raises
+    UserError. rule holds of every value."""
     metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"key": key, "rule": rule, "read": read})
+
+
+def flag_of(setting: Field[Any]) -> str | None:
+    """The name of a setting's flag, None if it has none of its own."""
+    return None if setting.metadata.get("help") is None else setting.metadata["flag"] or setting.name

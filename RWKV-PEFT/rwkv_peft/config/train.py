@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, alias, count, not_negative, positive, rate, seed, switch
-from ..names import SCHEDULES
+from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
+from .schedules import SCHEDULES
 from .setting import setting
 from .validation import ValidationConfig
 
 SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
-CHUNK_CTX = 512  # tokens a segment
+CHUNK_CTX = 512  # tokens of a segment
 AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/guides/learning-rates.md
-STATE_LR = 1e-2  # of time states; docs/benchmarks/training.md has the measurement
+STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md has the measurement
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class TrainConfig(ValidationConfig):
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
-    epochs_chosen says that of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx tokens
-    where that is not 0.
+    epochs_chosen says the same of epoch_count. epoch_save counts epochs. objective is the name of the RunConfig's. Rows
+    are computed in segments of chunk_ctx tokens if that is not 0.
     """
 
     load_model: str = setting(
@@ -32,11 +32,11 @@ class TrainConfig(ValidationConfig):
         group="model",
         metavar="PTH",
     )
-    proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
+    proj_dir: str = setting("out", "folder that the run writes to", group="run", metavar="DIR")
     resume: str = setting(
         "",
-        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it where there is "
-        "no checkpoint yet, for a command that is run again and again",
+        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it if there is no "
+        "checkpoint yet, for a command that is run again and again",
         group="run",
         nargs="?",
         const="must",
@@ -45,20 +45,20 @@ class TrainConfig(ValidationConfig):
     )
     fresh_optimizer: bool = setting(
         False,
-        "with --resume: keep weights and place in the data, start the optimizer anew; for another number of devices, "
+        "keep weights and place in the data, start the optimizer anew; for another number of devices, "
         "strategy or precision",
         group="run",
         action="store_true",
     )
     show_samples: int = setting(
         0,
-        "print the first N samples as the run reads them, what counts in the loss marked, <end> for the end token, and "
-        "train nothing",
+        "print the first N samples as the run reads them, with the tokens that count in the loss marked and <end> for "
+        "the end token, and train nothing",
         group="run",
         type=count,
     )
     epoch_steps: int = setting(
-        0, "optimizer steps an epoch; 0: one pass over the data, and on to the end of a step", group="run", type=count
+        0, "optimizer steps of an epoch; 0: one pass over the data, rounded up to whole steps", group="run", type=count
     )
     epoch_count: int = setting(
         1,
@@ -77,14 +77,14 @@ class TrainConfig(ValidationConfig):
     )
     epoch_save: int = setting(
         1,
-        "save every so many epochs; 0: at the end alone (default 1; 0 where the number of epochs is chosen)",
+        "save every so many epochs; 0: only at the end (default 1; 0 if the number of epochs is chosen automatically)",
         group="run",
         unset=True,
         type=count,
     )
     save_every: int = setting(
         0,
-        "also save every so many optimizer steps, as at the end of an epoch; 0: at epochs alone",
+        "also save every so many optimizer steps, as at the end of an epoch; 0: only at epochs",
         group="run",
         type=count,
     )
@@ -115,7 +115,7 @@ class TrainConfig(ValidationConfig):
         action="store_true",
     )
     random_seed: int = setting(
-        42, "seed of initialization, dropout and data order; -1: one that is drawn and told", group="run", type=seed
+        42, "seed of initialization, dropout and data order; -1: draw one and print it", group="run", type=seed
     )
     wandb: str = setting(
         "",
@@ -125,22 +125,23 @@ class TrainConfig(ValidationConfig):
     )
     state_load: str = setting(
         "",
-        "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned states alone",
+        "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned only states",
         group="run",
         metavar="FILE",
     )
+    objective: str = setting("next_token")
     lr_init: float = setting(
         2e-5,
-        f"learning rate after warm-up (default: auto where docs/guides/learning-rates.md has a rule, else 2e-5; "
-        f"{STATE_LR:g} where states alone train, 2e-5 for pairs); auto: one by the method, its rank and the model's "
-        "width",
+        f"learning rate after warm-up (default: auto if docs/guides/learning-rates.md has a rule, else 2e-5; "
+        f"{STATE_LR:g} if only states train, 2e-5 for pairs and labels); auto: chosen by the method, its rank and "
+        "the model's width",
         group="optimizer",
         unset=True,
         type=rate,
     )
     lr_final: float = setting(
         2e-5,
-        f"learning rate at the end (default: a tenth of a chosen --lr_init, else 2e-5; where states alone train, "
+        f"learning rate at the end (default: a tenth of an automatic --lr_init, else 2e-5; if only states train, "
         f"{STATE_LR:g})",
         group="optimizer",
         unset=True,
@@ -149,48 +150,36 @@ class TrainConfig(ValidationConfig):
     lr_chosen: tuple[str, ...] = setting(())
     state_lr: float = setting(
         STATE_LR,
-        "learning rate of --train_parts state beside others, whose own is --lr_init; it follows the same schedule "
-        f"(default {STATE_LR:g})",
+        "learning rate of --train_parts state if other tensors train, too, with --lr_init; it follows the same "
+        f"schedule (default {STATE_LR:g})",
         group="optimizer",
         unset=True,
         type=not_negative,
     )
     lr_schedule: str = setting(
         "cosine",
-        "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
-        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
-        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it; rwkv-peft is RWKV-PEFT's cos_decay, "
-        "which has no warm-up; its wsd is another, our cosine to a z of 0 (default cosine; with --my_exit_tokens and "
-        "--magic_prime rwkv-lm)",
+        "schedule of the learning rate from a = lr_init to z = lr_final, at step s = 0 … S - 1, W of them warm-up: "
+        + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
+        + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
+        "--my_exit_tokens and --magic_prime rwkv-lm)",
         group="optimizer",
         unset=True,
         type=alias(SCHEDULE_ALIASES),
+        choices=tuple(SCHEDULES),
     )
     warmup_steps: int = setting(
         0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
     )
-    dpo_beta: float = setting(
-        0.1,
-        "with --data_type pairs: how much a margin between two answers weighs; the higher, the nearer the model stays "
-        "to its base",
-        group="optimizer",
-        type=above_zero,
-    )
-    dpo_nll: float = setting(
-        0.0,
-        "with --data_type pairs: add so many times the chosen answers' own loss, which keeps them likely",
-        group="optimizer",
-        type=not_negative,
-    )
-    beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
-    beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
+    beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
+    beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
         True,
-        "RWKV-LM's rules of the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
-        "and --weight_decay spares w1, w2 and the other parameters besides weights. 0: one rate, and every matrix "
-        "decays, those among them, as 0 does in RWKV-LM for RWKV-6",
+        "RWKV-LM's rules for the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
+        "and --weight_decay leaves out w1, w2 and the mixes' other parameters. 0: one rate for all, and weight decay "
+        "on every matrix, as 0 does in RWKV-LM for RWKV-6",
         group="optimizer",
         type=switch,
         metavar="0|1",
@@ -198,41 +187,42 @@ class TrainConfig(ValidationConfig):
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
     accumulate_grad_batches: int = setting(
         1,
-        "forward passes a step; from hundreds on with --precision bf16 take stage 2, which adds their gradients up in "
-        "float32",
+        "forward passes of a step; for hundreds of them with --precision bf16 take stage 2, which adds their gradients "
+        "up in float32",
         group="optimizer",
         type=positive,
     )
-    accelerator: str = setting("auto", "where to train", group="machine", choices=("auto", "cpu", "gpu"))
-    devices: int = setting(1, "GPUs, or CPU processes, a node", group="machine", type=positive)
+    accelerator: str = setting("auto", "train on this device", group="machine", choices=("auto", "cpu", "gpu"))
+    devices: int = setting(1, "GPUs, or CPU processes, of each node", group="machine", type=positive)
     num_nodes: int = setting(
         1,
-        "nodes, on each of which this command runs, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
+        "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
         group="machine",
         type=positive,
     )
     join_minutes: float = setting(
-        10.0, "how long the processes of a run wait for each other to come", group="machine", type=above_zero
+        10.0, "end a run whose processes have not met after so many minutes", group="machine", type=above_zero
     )
     stall_minutes: float = setting(
         30.0,
-        "end a run in which no step, validation batch or save has ended for so long; 0: never",
+        "end a run in which no step, validation batch or save has ended for so many minutes; 0: never",
         group="machine",
         type=not_negative,
     )
-    strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
-    precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
+    strategy: str = setting(
+        "deepspeed_stage_1", "ZeRO stage, by which devices share memory", group="machine", choices=STRATEGIES
+    )
+    precision: str = setting("bf16", "dtype of weights and activations", group="machine", choices=("bf16", "fp32"))
     chunk_ctx: int = setting(
         0,
-        "with --train_type infctx: tokens a segment (default 512); taken and not used with another",
+        "with --train_type infctx: tokens of a segment (default 512); accepted and not used with other types",
         group="machine",
         unset=True,
         type=positive,
     )
     bptt_segments: int = setting(
         0,
-        "with --train_type infctx: the gradient of the states stops at every so many segments; 0: it goes back to the "
-        "row's first token",
+        "stop the gradient of the states at every so many segments; 0: it goes back to the row's first token",
         group="machine",
         type=count,
     )
@@ -241,26 +231,25 @@ class TrainConfig(ValidationConfig):
     )
     fused: bool = setting(
         True,
-        "on a GPU, compute each block in fewer passes where its kernels can: with --precision bf16, without stage 3 "
-        "and --compile, of norms and token shift that do not train; the run says which blocks",
+        "on a GPU, compute each block in fewer passes if its kernels can: with --precision bf16, without stage 3 and "
+        "--compile, and if norms and token shift do not train; the run says which blocks",
         group="machine",
         type=switch,
         metavar="0|1",
     )
     compile: bool = setting(
         False,
-        "have torch.compile fuse what each block does between its products and kernels; the first steps take a minute "
-        "or more, and stage 3 does not allow it",
+        "let torch.compile fuse each block's operations between its products and kernels; the first steps take a "
+        "minute or more",
         group="machine",
         action="store_true",
     )
     cuda_graphs: bool = setting(
         False,
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
-        "small micro batches, whose launches take longer than they do; documents of --dataload pad and only are padded "
-        "on to a quarter, half, three quarters or all of --ctx_len, pairs to such parts of what two answers may take, "
-        "packed rows to all of it, these with a graph for each power of 2 of documents that they hold; "
-        "not with stage 3, offload, --grad_cp, --compile and infctx",
+        "small micro batches, whose launches take longer than their computation; documents of --dataload pad and only "
+        "are padded to a quarter, half, three quarters or all of --ctx_len, pairs to the same parts of the length of "
+        "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row",
         group="machine",
         type=switch,
         metavar="0|1",

@@ -22,14 +22,14 @@ class ValidationConfig:
     )
     val_seed: int | None = setting(
         None,
-        "seed that draws what --val_split keeps, for runs of other seeds that validate on the same (default: "
+        "seed that draws the samples of --val_split, so that runs with different seeds validate on the same (default: "
         "--random_seed)",
         group="validation",
         type=count,
     )
     val_every: int = setting(
         0,
-        "steps between validations, of which one follows the last step; 0: every epoch",
+        "validate after every so many steps, and after the last; 0: after every epoch",
         group="validation",
         type=count,
     )
@@ -38,8 +38,8 @@ class ValidationConfig:
     )
     retain_data: str = setting(
         "",
-        "data whose loss tells what the run forgets, read like --data_file; measured before the first step and with "
-        "each validation (--val_data or not), and decides nothing",
+        "data whose loss measures what the run forgets, read like --data_file; measured before the first step and "
+        "with each validation (even without --val_data); the run does not depend on it",
         group="validation",
         metavar="PREFIX",
     )
@@ -52,17 +52,17 @@ class ValidationConfig:
     )
     eval_data: str = setting(
         "",
-        "questions that the model answers while it trains, rows as rwkv-peft eval takes them; scored, and written with "
-        "the answers to answers.jsonl in --proj_dir",
+        "also score answers during training: rows of questions as rwkv-peft eval takes them; questions, answers and "
+        "scores are written to answers.jsonl in --proj_dir",
         group="validation",
         metavar="FILE",
     )
     eval_task: str = setting(
-        "jsonl", "what they are, as rwkv-peft eval says", group="validation", choices=EVAL_TASKS, metavar="TASK"
+        "jsonl", "their task, as in rwkv-peft eval", group="validation", choices=EVAL_TASKS, metavar="TASK"
     )
     eval_every: int = setting(
         0,
-        "steps between such rounds of questions, of --eval_data and --lm_eval, beside the one at the end; 0: every "
+        "ask the questions of --eval_data and --lm_eval after every so many steps, and at the end; 0: after every "
         "epoch",
         group="validation",
         type=count,
@@ -71,12 +71,12 @@ class ValidationConfig:
         100, "ask the first so many of them, and of each task of --lm_eval; 0: all", group="validation", type=count
     )
     eval_template: str = setting(
-        "", "how a question is put, as --template of rwkv-peft eval", group="validation", metavar="NAME"
+        "", "template of a question, as --template of rwkv-peft eval", group="validation", metavar="NAME"
     )
-    eval_max_tokens: int = setting(256, "longest answer", group="validation", type=positive)
+    eval_max_tokens: int = setting(256, "the most tokens of an answer", group="validation", type=positive)
     eval_stop: tuple[str, ...] = setting(
         (),
-        "texts that end an answer, besides the template's own; \\n and \\t are newline and tab",
+        "texts that end an answer, in addition to the template's own; \\n and \\t are newline and tab",
         group="validation",
         nargs="+",
         metavar="TEXT",
@@ -86,8 +86,8 @@ class ValidationConfig:
     )
     lm_eval: tuple[str, ...] = setting(
         (),
-        "tasks of EleutherAI's lm-evaluation-harness, groups or patterns of them, that the model is asked while it "
-        "trains; scored, and the results written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
+        "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
+        "results are written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
         group="validation",
         nargs="+",
         metavar="TASK",

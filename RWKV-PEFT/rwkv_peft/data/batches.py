@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from .masks import UNDESIRABLE
 from .samples import Document, Sample, Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
@@ -37,6 +38,7 @@ class TrainBatches:
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
       single row: the positions where they begin, and the end
+    - labels: bool (documents,), only of labelled answers: whether each document's answer is desirable
 
     samples_seen is the cursor of the batches handed out, not of those read ahead, and always stands at
     the beginning of an optimizer step.
@@ -145,8 +147,11 @@ def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 
 def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,)."""
-    mask = torch.cat([mask for _, mask in documents])[None]
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,); and
+    labels (n,), if the masks are not bool, but tell them."""
+    masks = [mask for _, mask in documents]
+    mask = torch.cat(masks)[None] != 0
+    labels = torch.stack([(mask != UNDESIRABLE).all() for mask in masks])
     ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
     return {
         "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
@@ -154,7 +159,7 @@ def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
         "mask": mask,
         "counted": positions(mask),
         "cu_seqlens": ends,
-    }
+    } | ({} if masks[0].dtype == torch.bool else {"labels": labels})
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -4,27 +4,23 @@
 "MMIDIDX\\0\\0", version (u64, 1), the token type's code (u8), the number of documents n (u64), the
 number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in bytes into .bin), and m
 boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
-does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in the loss.
+does). An optional PREFIX.mask holds a byte a token: 1 if the token counts in the loss, 2 if it counts
+in an answer labelled undesirable.
 """
 
 import os
 import struct
 import time
 import warnings
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import BinaryIO
+from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from ..errors import UserError
-from ..files.atomic import temporary_beside
-from ..files.lock import Busy, hold
 from ..files.readable import choice_in, require_readable
 from .prefix import binidx_prefix
 from .rows import ENDINGS
@@ -77,13 +73,13 @@ class BinidxDataset:
                     continue
                 if now.st_size != before.st_size:
                     raise UserError(
-                        f"{path} was written over while it is read: it has {now.st_size:,} bytes, and had "
-                        f"{before.st_size:,}; put back what it was, and go on from the last save with --resume"
+                        f"{path} was overwritten while it is read: it has {now.st_size:,} bytes, and had "
+                        f"{before.st_size:,}; put the old file back, and go on from the last save with --resume"
                     )
                 if now.st_mtime_ns != before.st_mtime_ns:
                     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
                     warnings.warn(
-                        f"{path} was touched or written over while it is read, at {when}: from here on the tokens are "
+                        f"{path} was touched or overwritten while it is read, at {when}: from here on the tokens are "
                         "those that it holds now",
                         stacklevel=2,
                     )
@@ -129,16 +125,16 @@ class BinidxDataset:
     def _read_index(self) -> None:
         path = self.idx_path
         if os.path.isdir(self.prefix) and not os.path.isfile(path):
-            folder = f"{self.prefix}: a folder, where the PREFIX of PREFIX.bin and PREFIX.idx is meant"
+            folder = f"{self.prefix} is a folder, and the PREFIX of PREFIX.bin and PREFIX.idx is due"
             if pairs := choice_in(self.prefix, ".idx"):
                 raise UserError(folder + pairs)
             rows = choice_in(self.prefix, *ENDINGS) or "; give a text"
-            raise UserError(f"{folder}, and it holds no .idx{rows} to rwkv-peft preprocess, which makes them")
+            raise UserError(f"{folder}; the folder holds no .idx{rows} to rwkv-peft preprocess, which makes them")
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
-                f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
-                "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen "
-                "and a rejected answer"
+                f"{self.prefix} is a file of rows or text, and the PREFIX of PREFIX.bin and PREFIX.idx is due; "
+                "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
+                "rejected answer"
             )
         missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # a missing file of rows, in place of a PREFIX
         require_readable(
@@ -153,9 +149,7 @@ class BinidxDataset:
             )
         magic, version, code, count, boundaries = HEADER.unpack(header)
         if magic != MAGIC:
-            raise UserError(
-                f"{path}: magic {magic!r} where an index begins with {MAGIC!r}; it is no MMIDIDX index; {REMEDY}"
-            )
+            raise UserError(f"{path}: it begins with {magic!r}, and an MMIDIDX index begins with {MAGIC!r}; {REMEDY}")
         if version != 1:
             raise UserError(f"{path}: version {version}; only version 1 is read; {REMEDY}")
         if code not in TOKEN_TYPES:
@@ -190,7 +184,7 @@ class BinidxDataset:
             if len(wrong):
                 index = int(wrong[0])
                 raise UserError(
-                    f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]} where the "
+                    f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]}, and the "
                     f"documents before it end at byte {begins[index]}; the index is damaged; {REMEDY}"
                 )
             expected = int(ends[-1])
@@ -226,124 +220,3 @@ class BinidxDataset:
                 f"tokens and a mask has a byte for each; {REMEDY}, or remove the mask"
             )
         return map_file(self.mask_path, np.uint8)
-
-
-class BinidxWriter:
-    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, and PREFIX.json if its text is given as `record`; a
-    context manager.
-
-    The files appear, whole, when the block ends without an exception, the index last. Until then they are hidden
-    temporary files in the same folder, which are removed if the block fails, or by the next writer there if the process
-    was killed. A mask that counts every token is not kept, because it says nothing. Raises UserError if another process
-    is writing the same data set, and if the files cannot be written.
-    """
-
-    def __init__(
-        self, path: str | Path, vocab_size: int = 65536, mask: bool = False, record: str | None = None
-    ) -> None:
-        self.prefix, self.record = binidx_prefix(path), record
-        self.code = dtype_code(vocab_size)
-        self.dtype = np.dtype(TOKEN_TYPES[self.code])
-        self.with_mask = mask
-        self._something_masked = False
-        self.sizes = array("i")
-
-    def __enter__(self) -> "BinidxWriter":
-        wanted = {".bin": True, ".mask": self.with_mask, ".json": self.record is not None, ".idx": True}
-        endings = [end for end, is_wanted in wanted.items() if is_wanted]
-        with ExitStack() as stack:
-            # the first temporary file makes the folder
-            names = {end: stack.enter_context(temporary_beside(Path(self.prefix + end))) for end in endings}
-            stack.enter_context(self._alone())
-            self._files = {end: stack.enter_context(open(name, "wb")) for end, name in names.items()}
-            if self.record is not None:
-                self._files[".json"].write(self.record.encode())
-            self._stack = stack.pop_all()
-        return self
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Lock the data set against other writers."""
-        path = Path(self.prefix)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(hold(path.with_name(f".{path.name}.lock")))
-            except Busy as error:
-                raise UserError(
-                    f"{self.prefix}: another process is writing it ({error}); wait, or give another name"
-                ) from None
-            yield
-
-    def add(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> None:
-        """Append one document: token ids (n,), and its mask (n,) if the writer was made with mask=True."""
-        tokens = np.asarray(tokens)
-        info = np.iinfo(self.dtype)
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() <= info.max):
-            raise UserError(
-                f"document {len(self.sizes)}: token ids {tokens.min()}..{tokens.max()} do not fit "
-                f"{self.dtype.name}; give the tokenizer's vocab_size to the writer"
-            )
-        self.add_documents(
-            tokens.astype(self.dtype).tobytes(),
-            [len(tokens)],
-            None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes(),
-        )
-
-    def add_documents(
-        self, tokens: bytes, sizes: Sequence[int], mask: bytes | None = None, continues: bool = False
-    ) -> None:
-        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
-
-        With continues=True the first of them continues the document before.
-        """
-        if (mask is not None) != self.with_mask:
-            raise ValueError("a mask is given exactly where the writer was made with mask=True")
-        if mask is not None and len(mask) * self.dtype.itemsize != len(tokens):
-            raise ValueError(f"{len(mask)} mask bytes for {len(tokens) // self.dtype.itemsize} tokens")
-        self._files[".bin"].write(tokens)
-        if mask is not None:
-            self._files[".mask"].write(mask)
-            self._something_masked |= 0 in mask
-        try:
-            if continues and self.sizes and sizes:
-                self.sizes[-1] += sizes[0]
-                sizes = sizes[1:]
-            self.sizes.extend(sizes)
-        except OverflowError:
-            raise UserError(
-                f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
-                "the format holds; split the text into documents"
-            ) from None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if kind is not None:
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:  # turns failures to write into UserErrors
-            self._finish()
-        return False
-
-    def _finish(self) -> None:
-        """Give the files their names. The old index is removed first and the new one comes last, so that a kill in
-        between leaves a set that is refused, not one that mixes old and new."""
-        self._write_index(self._files[".idx"])
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        gone = (".idx",) if self._something_masked else (".idx", ".mask")  # an old mask would not fit these tokens
-        for end in gone:
-            Path(self.prefix + end).unlink(missing_ok=True)
-        for end, file in self._files.items():
-            if end != ".mask" or self._something_masked:
-                os.replace(file.name, self.prefix + end)
-
-    def _write_index(self, file: BinaryIO) -> None:
-        count = len(self.sizes)
-        sizes = np.frombuffer(self.sizes, dtype=np.int32) if count else np.zeros(0, np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
-        pointers = np.concatenate((np.zeros(1, np.int64), ends[:-1])) if count else ends
-        file.write(HEADER.pack(MAGIC, 1, self.code, count, count + 1))
-        file.write(sizes.astype("<i4").tobytes())
-        file.write(pointers.astype("<i8").tobytes())
-        file.write(np.arange(count + 1, dtype="<i8").tobytes())

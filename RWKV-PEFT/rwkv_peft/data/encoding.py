@@ -15,13 +15,15 @@ import numpy as np
 from ..errors import UserError
 from .bad_rows import BadRows
 from .binidx import dtype_code
+from .labels import label_of, labelled
+from .masks import UNDESIRABLE
 from .pairs import pair
+from .pieces import Piece, length, shorten
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
 
-Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 Documents = list[list[Segment]]  # the documents of one row
 
 
@@ -37,6 +39,7 @@ REMEDIES = MappingProxyType(
         "preprocess": Remedies("name others with --fields", "take --no-append_eod"),
         "train": Remedies("name others with --sft_field", "make token files with rwkv-peft preprocess --no-append_eod"),
         "pairs": Remedies("name others with --sft_field", "take one that does"),
+        "labels": Remedies("name others with --sft_field", "take one that does"),
     }
 )
 # a turn before an answer that has only its speaker's name
@@ -59,7 +62,7 @@ class EncodeSettings:
     - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
       "skip" leaves the document out
     - command: the key of REMEDIES whose flags messages name; with "pairs" each row is two documents, its better and its
-      worse answer (pairs.py)
+      worse answer (pairs.py), and with "labels" an answer with its label (labels.py)
     """
 
     tokenizer: str = "world"
@@ -76,6 +79,15 @@ class EncodeSettings:
     def pairs(self) -> bool:
         return self.command == "pairs"
 
+    @property
+    def labels(self) -> bool:
+        return self.command == "labels"
+
+    @property
+    def answered(self) -> bool:
+        """Whether each document needs a prompt and an answer."""
+        return self.pairs or self.labels
+
 
 COUNTS = tuple(
     "characters empty shortened too_long equal bare wordless unanswered blank dialogues thinking at_once".split()
@@ -87,7 +99,7 @@ class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
     characters of text were read, and bad holds the rows that cannot be read. Counts of documents, or of pairs: empty,
-    shortened and too_long ones; equal pairs, whose answers are the same; bare pairs, which lack a prompt or an answer.
+    shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Counts of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another
     empty turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and
     without, if it is asked for. digests has a hash of each row that is written.
@@ -153,12 +165,14 @@ class Encoder:
             raise UserError("--template and --fields both say which fields are read; give one of them")
         if settings.template and settings.think:
             raise UserError(
-                "--template and --think both say what opens an answer; write it into the template, as the templates "
-                "think and no-think do"
+                "--template and --think both set the opening of an answer; write it into the template, as in the "
+                "templates think and no-think"
             )
         self.layout: Callable[[object, str], Documents]
         if settings.pairs:
             self.layout = lambda row, think: pair(row, settings.fields, think)
+        elif settings.labels:
+            self.layout = lambda row, think: [labelled(row, settings.fields, think)]
         elif settings.template:
             template = Template(settings.template)
             self.layout = lambda row, think: [template(row)]
@@ -181,9 +195,11 @@ class Encoder:
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                whole = isinstance(item, str) and not self.settings.pairs
-                documents = [[(str(item), True)]] if whole else self.documents(parse(item))
-                if self.settings.pairs and not all(map(asked_and_answered, documents)):
+                whole = isinstance(item, str) and not self.settings.answered
+                row = None if whole else parse(item)
+                documents = [[(str(item), True)]] if whole else self.documents(row)
+                undesirable = self.settings.labels and not label_of(row, self.settings.fields)
+                if self.settings.answered and not all(map(asked_and_answered, documents)):
                     result.bare += 1
                     continue
                 convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
@@ -194,6 +210,9 @@ class Encoder:
                 continue
             result.characters += sum(len(text) for document in documents for text, _ in document)
             if not judge and self._add(pieces, chunk, result, tokens, mask) and not whole:
+                if undesirable:
+                    size = sum(result.sizes[-len(documents) :])
+                    mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
                 self._count(documents, result)
                 written = tokens[len(tokens) - sum(result.sizes[-len(documents) :]) :]
                 result.digests.append(int.from_bytes(hashlib.blake2b(written.tobytes(), digest_size=8).digest(), "big"))
@@ -258,34 +277,6 @@ def has_empty_turn(document: list[Segment]) -> bool:
     """Return whether a turn before an answer of a document has no words."""
     turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
     return EMPTY_TURN.search("".join(turns)) is not None
-
-
-def length(pieces: list[Piece]) -> int:
-    """The number of tokens of a document."""
-    return sum(len(ids) for ids, _ in pieces)
-
-
-def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
-    """Remove `excess` tokens from the front of the prompt, but not its last, and then from the end those beyond
-    `limit`."""
-    prompt = 0
-    for ids, counts in pieces:
-        if counts:
-            break
-        prompt += len(ids)
-    front = min(excess, max(prompt - 1, 0))
-    back = max(0, length(pieces) - front - limit)
-    shorter = []
-    for ids, counts in pieces:
-        cut = min(front, len(ids))
-        front -= cut
-        shorter.append((ids[cut:], counts))
-    for index in reversed(range(len(shorter))):
-        ids, counts = shorter[index]
-        cut = min(back, len(ids))
-        back -= cut
-        shorter[index] = (ids[: len(ids) - cut], counts)
-    return shorter
 
 
 def parse(item: object) -> Any:

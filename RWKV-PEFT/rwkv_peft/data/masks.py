@@ -12,10 +12,10 @@ from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from .binidx import BinidxDataset
-from .mask_kinds import require_markers
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
+UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
@@ -24,7 +24,7 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
     UserError if it counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
-        return f"loss on what stands behind --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
+        return f"loss on the tokens after --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
     if dataset.mask is None:
         return f"loss on all {total:,} tokens"
     if kind != "file":
@@ -59,7 +59,6 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
         return lambda start, stop: stored[start:stop] != 0
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
-    require_markers(config)
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
 
 
@@ -71,8 +70,8 @@ class MarkerMask:
         if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
             raise UserError(
                 f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
-                f"{dataset.bin_path}, so nothing would count; tokenize the marker as it stands in the "
-                "text (the World tokenizer merges it with what precedes and follows)"
+                f"{dataset.bin_path}, so nothing would count; tokenize the marker together with the text "
+                "around it (the World tokenizer merges it with that text)"
             )
 
     def __call__(self, start: int, stop: int) -> np.ndarray:

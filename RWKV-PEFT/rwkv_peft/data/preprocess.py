@@ -21,7 +21,8 @@ from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
-from .binidx import BinidxDataset, BinidxWriter
+from .binidx import BinidxDataset
+from .binidx_writer import BinidxWriter
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
 from .prefix import binidx_prefix
@@ -125,7 +126,8 @@ def write(
         if settings.think == "on" and not totals.thinking:
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "
-                f"words nor a field {' or '.join(FIELDS)}; name the field so, or take off for answers at once"
+                f"words nor a field {' or '.join(FIELDS)}; name the field so, or give --think off for answers without "
+                "thinking"
             )
     return totals
 

@@ -37,7 +37,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a data set of that name (default: only one that was made of the same inputs)",
+        help="replace a data set of that name (default: only one that was made from the same inputs)",
     )
     parser.add_argument(
         "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
@@ -59,14 +59,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--template",
         default="",
         metavar="NAME|FILE",
-        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts in the loss",
+        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around the parts that count",
     )
     parser.add_argument(
         "--think",
         default="",
         choices=tuple(OPENINGS),
-        help="chats of RWKV-7 G1: on opens answers with <think where a row holds thinking, else with <think></think; "
-        "off with that everywhere, and leaves out what rows hold (default: answers as rows have them)",
+        help="chats of RWKV-7 G1: on opens an answer with <think if the row holds thinking, else with <think></think; "
+        "off opens all with <think></think, without the rows' thinking (default: answers as in the rows)",
     )
     parser.add_argument(
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
@@ -79,8 +79,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         type=count,
         default=0,
         metavar="N",
-        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
-        "for the end token",
+        help="also print the first N documents, long texts without their middle, with the parts that count in the loss "
+        "marked and <end> for the end token",
     )
     parser.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     parser.add_argument(

@@ -59,8 +59,8 @@ def require_own(prefix: str, record: str) -> None:
     found = next((path for end in (".bin", ".idx", ".mask") if os.path.lexists(path := prefix + end)), None)
     if found is not None and _content(record_path(prefix)) != json.loads(record):
         raise UserError(
-            f"--output {prefix}: {found} is there already, made of other inputs or with another tokenizer; choose "
-            "another PREFIX, or replace what is there with --overwrite"
+            f"--output {prefix}: {found} exists, made from other inputs or with another tokenizer; choose another "
+            "PREFIX, or replace the old files with --overwrite"
         )
 
 
@@ -112,7 +112,7 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
     if vocab_size in known and vocabulary.name in known.values() and vocabulary.name != known[vocab_size]:
         return f"a vocabulary of {vocab_size:,} tokens is that of {known[vocab_size]}"
     if 2 * vocabulary.size <= vocab_size:
-        return f"the model has {vocab_size:,} tokens, most of which that does not have; is it the model's tokenizer?"
+        return f"it lacks most of the model's {vocab_size:,} tokens; is it the model's tokenizer?"
     return ""
 
 
@@ -151,7 +151,7 @@ def find_tokenizer(
         name = dict(KNOWN_SIZES).get(vocab_size)
     if name is None:
         raise UserError(
-            f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
+            f"the model has a vocabulary of {vocab_size} tokens, which no known tokenizer has; give --tokenizer "
             "world, bytes, or the file that it was trained with"
         )
     tokenizer = load_tokenizer(name)
@@ -189,8 +189,8 @@ def _content(path: str | Path) -> Any:
         if _is_json(text.partition(b"\n")[0]):  # rows, one a line
             return None
         raise UserError(
-            f"{path} would tell the tokenizer of what lies beside it, and is not JSON ({told(error)}); copy or make it "
-            "again, or move it elsewhere where it is another tool's"
+            f"{path} should name the tokenizer of the files beside it, and is not JSON ({told(error)}); copy or make "
+            "it again, or move it elsewhere if it is another tool's"
         ) from error
 
 

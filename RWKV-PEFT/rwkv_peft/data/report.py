@@ -31,13 +31,13 @@ def laid_out(totals: Encoded) -> list[str]:
         lines.append(f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)")
     for count, what in (
         (totals.wordless, "with an empty answer, which teaches the model to say nothing there"),
-        (totals.unanswered, "without an answer, of which no token counts in the loss"),
+        (totals.unanswered, "without an answer, so that none of their tokens counts in the loss"),
         (totals.blank, "in which a turn before an answer is empty"),
-        (totals.repeated, "the same as an earlier one, which is so learned from more often"),
+        (totals.repeated, "the same as an earlier one, which therefore trains more often"),
         (
             totals.dialogues,
-            "whose text holds questions and answers, all of which counts in the loss, the questions too; for the "
-            "answers alone write such rows as messages, or as query and response, or train with --loss_mask qa",
+            "whose text holds questions and answers, and counts as a whole in the loss, even the questions; to count "
+            "only the answers, write such rows as messages, or as query and response, or train with --loss_mask qa",
         ),
     ):
         if count:
@@ -53,7 +53,7 @@ def left_out(totals: Encoded) -> list[str]:
         (totals.too_long, "rows too long, left out"),
         (totals.shortened, "rows too long, shortened"),
         (totals.equal, "pairs of equal answers left out"),
-        (totals.bare, "pairs left out that lack a prompt or one of the answers"),
+        (totals.bare, "rows left out that lack a prompt or an answer"),
     ):
         if count:
             lines.append(f"{count} {what}")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ..cli import counted
-from ..config import DataConfig
 from ..errors import UserError
 from .binidx import BinidxDataset
 from .masks import Mask
@@ -35,10 +34,6 @@ class Samples(ABC):
 
     dataset: BinidxDataset
     kind = counted = "window"
-
-    @staticmethod  # noqa: B027 (some can honour all)
-    def refuse(config: DataConfig) -> None:
-        """Raise UserError for settings (DataConfig) that this way of sampling cannot honour."""
 
     def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
         """Tell the samples how many rows share a batch, before the first sample is read; it may change their order if
@@ -98,14 +93,6 @@ class WindowSamples(Samples):
     targets, it begins earlier and masks those that the window before counts, so that an epoch counts every token of the
     data but the first exactly once.
     """
-
-    @staticmethod
-    def refuse(config: DataConfig) -> None:
-        if config.loss_mask == "pad":
-            raise UserError(
-                "--loss_mask pad: --dataload get reads a stream, which has no padding; "
-                "take --loss_mask none, or --dataload pad"
-            )
 
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         targets = len(dataset.tokens) - 1
@@ -247,14 +234,6 @@ class PaddedSamples(DocumentSamples):
 
 class SingleSamples(DocumentSamples):
     """Dataload "only": one document at a time, never padded."""
-
-    @staticmethod
-    def refuse(config: DataConfig) -> None:
-        if config.micro_bsz != 1:
-            raise UserError(
-                f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
-                "--dataload pad batches documents of different lengths"
-            )
 
 
 def readable_documents(dataset: BinidxDataset) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tokenizes rows of questions and answers once into a cache, for the data types "sft" and "pairs".
+"""Tokenizes rows of questions and answers once into a cache, for the data types of rows.
 
 The cache holds a .bin/.idx/.mask set named by a hash of the rows' content and of every setting
 that shapes the tokens, so that a second run, or another rank, reads what the first one wrote.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..config import DataConfig
+from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
@@ -37,15 +37,10 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     """
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
-    pairs = config.data_type == "pairs"
-    if pairs and len(config.sft_field) not in (0, 3):
+    kind = DATA_TYPES[config.data_type]
+    if config.sft_field and len(config.sft_field) not in kind.fields:
         raise UserError(
-            f"--sft_field {' '.join(config.sft_field)}: pairs have three fields, the prompt, the better answer and the "
-            "worse; name all, or leave them to be recognised"
-        )
-    if not pairs and len(config.sft_field) > 2:
-        raise UserError(
-            f"--sft_field {' '.join(config.sft_field)}: one field is a text, two are a prompt and its answer"
+            f"--sft_field {' '.join(config.sft_field)}: {kind.named}; name all, or leave them to be recognised"
         )
     settings = EncodeSettings(
         config.tokenizer,
@@ -53,7 +48,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         think=config.sft_think,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
-        command="pairs" if pairs else "train",
+        command="train" if config.data_type == "sft" else config.data_type,
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
     )
     refuse_hub_name(config)

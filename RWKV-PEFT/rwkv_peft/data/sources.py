@@ -7,9 +7,12 @@ import numpy as np
 
 from ..cli import counted
 from ..config import DATA_TYPES, DataConfig
+from ..config.rules import check_settings
 from ..errors import UserError
 from ..names import DATALOADS
+from ..refusals import require_none
 from .binidx import BinidxDataset
+from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
@@ -18,9 +21,13 @@ from .recorded import find_tokenizer, recorded_of_data, require_within, vocabula
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
 
-# --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
+# --dataload -> how a data set becomes samples
 SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
     {"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples}
+)
+# --data_type -> the samples of data that no --dataload cuts otherwise
+OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
+    {"pairs": PairSamples, "labels": LabelSamples}
 )
 
 
@@ -28,7 +35,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """Build the samples that a DataConfig names, over tokens checked to be below the model's vocab_size; their
     `vocabulary` is the Vocabulary that made the tokens, None if it is unknown.
 
-    data_type "sft" and "pairs" tokenize config.path first, once (sft.py). Raises UserError for files that are
+    Data of rows tokenizes config.path first, once (sft.py). Raises UserError for files that are
     missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
@@ -46,7 +53,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         mask = None  # every token of these rows counts
     else:
         mask = make_mask(dataset, config)
-    sampling = PairSamples if config.data_type == "pairs" else SAMPLINGS[config.dataload]
+    sampling = OF_TYPES.get(config.data_type, SAMPLINGS[config.dataload])
     samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
@@ -85,8 +92,8 @@ def require_counted(samples: Samples, config: DataConfig) -> None:
     if not any(samples.count(n) for n in range(len(samples))):
         raise UserError(
             f"{config.path}: the loss counts no token of {counted(len(samples), 'sample')} of up to --ctx_len "
-            f"{config.ctx_len}, so that there is nothing to learn; what counts may lie behind what is read of a "
-            "document (a longer --ctx_len), or take --loss_mask none"
+            f"{config.ctx_len}, so that there is nothing to learn; give a longer --ctx_len if the tokens that count "
+            "come later in the documents, or --loss_mask none"
         )
 
 
@@ -98,4 +105,4 @@ def check_config(config: DataConfig) -> None:
         raise UserError(f"--data_type {config.data_type}: one of {', '.join(DATA_TYPES)}")
     if config.ctx_len < 1:
         raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
-    SAMPLINGS[config.dataload].refuse(config)
+    require_none(check_settings, config)

@@ -44,9 +44,9 @@ def segments(row: object, think: str = "") -> list[Segment]:
         answered_too = next((names for names in ANSWERED if all(row.get(name) for name in names)), None)
         if row["text"] and answered_too:
             raise UnknownForm(
-                f"a row has a text, of which all counts, beside {' and '.join(answered_too)}, of which the answers do, "
-                "and either may be meant; name the field text, give a template for the others, such as instruction, or "
-                "leave one of them out of the rows"
+                f"a row has a text, which counts as a whole, and {' and '.join(answered_too)}, of which only the "
+                "answers count, and either may be meant; name the field text, give a template for the others, such as "
+                "instruction, or leave one of them out of the rows"
             )
         if not answered_too:
             return [(field(row, "text"), True)]
@@ -58,7 +58,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
             return named_segments(row, (question, answer), think)
     if think:
         raise UserError(
-            "thinking stands before the answers of chats (messages, or query and response), and this row has the "
+            "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
             f"fields {', '.join(map(str, row)) or '(none)'}; leave the flag out for such rows"
         )
     if "instruction" in row and "output" in row:
@@ -69,8 +69,8 @@ def segments(row: object, think: str = "") -> list[Segment]:
         refuse_unplaced(row)
         if system_of(row):
             raise UnknownForm(
-                "a row has a system text beside its prompt, which is laid out as it stands, with no place for that; "
-                "fields that are named are laid out as a chat, which has one"
+                "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you name "
+                "the fields, they are laid out as a chat, which begins with the system text"
             )
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
     if "chosen" in row and "rejected" in row:

@@ -95,7 +95,7 @@ def part_text(part: object) -> str:
     kind = part.get("type", TEXT_PARTS[0])
     if kind not in TEXT_PARTS or "text" not in part:
         raise UserError(
-            f"a part of a turn's content has the type {short(str(kind))!r}, and an RWKV model reads texts alone "
+            f"a part of a turn's content has the type {short(str(kind))!r}, and an RWKV model reads only texts "
             '({"type": "text", "text": …}); leave such rows out, or write that part out as text'
         )
     return field(part, "text")
@@ -107,8 +107,7 @@ def refuse_unplaced(holder: Mapping[str, Any]) -> None:
         if holder.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
             raise UserError(
-                f"field {name!r} holds what no layout has a place for; {remedy}, or remove the field where it is not "
-                "to be learned"
+                f"field {name!r} has no place in any layout; {remedy}, or remove the field if it should not be learned"
             )
 
 

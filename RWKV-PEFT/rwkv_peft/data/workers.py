@@ -39,7 +39,7 @@ def encode_all(
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was ended from outside, or could not begin, as happens where memory runs out; give "
+                "a worker process was ended from outside, or could not begin, which happens if memory runs out; give "
                 f"fewer than --workers {workers}"
             ) from error
         finally:

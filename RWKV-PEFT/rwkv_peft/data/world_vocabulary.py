@@ -38,8 +38,8 @@ def parse_world_vocabulary(path: Path) -> list[bytes | None]:
             )
         if len(value) != size:
             raise UserError(
-                f"{path}, line {number}: token {token} has {len(value)} bytes where the "
-                f"line says {size}; the file is damaged, download it again"
+                f"{path}, line {number}: token {token} has {len(value)} bytes, and the line "
+                f"says {size}; the file is damaged, download it again"
             )
         table.extend([None] * (token + 1 - len(table)))
         table[token] = value

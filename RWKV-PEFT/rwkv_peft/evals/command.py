@@ -91,7 +91,7 @@ def read_shots(task: Task, args: Any, layout: str) -> str:
     if not args.shots:
         return ""
     if same_file(args.shots_data, args.data):
-        raise UserError(f"--shots_data {args.shots_data} is --data, whose answers would be told; give another file")
+        raise UserError(f"--shots_data {args.shots_data} is --data, and would show its answers; give another file")
     found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout)
     if len(found) < args.shots:
         raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(found)}; give fewer, or another file")

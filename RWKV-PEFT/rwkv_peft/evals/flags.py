@@ -11,7 +11,7 @@ from ..generate.flags import add_model_flags, unescaped
 from ..installing import how_to_install
 from ..names import EVAL_TASKS, WRITTEN
 
-USAGE = """How well does a model answer?
+USAGE = """Score a model's answers.
 
     rwkv-peft eval gsm8k --model merged.pth --data test.jsonl --output answers.jsonl
     rwkv-peft eval gsm8k --model base.pth --data test.jsonl --shots 4 --shots_data train.jsonl
@@ -21,18 +21,18 @@ USAGE = """How well does a model answer?
     rwkv-peft eval mmlu --model base.pth --adapter out/mine --shots 5 --limit 100
     rwkv-peft eval mine --include_path tasks --model merged.pth
 
-A task of ours asks the rows of --data FILE, and needs no network:
+A task of ours asks the questions in --data FILE, and needs no network:
 
-gsm8k    question, answer (…#### 72), or MetaMath's query, response: numbers, behind #### or "The answer is" (strict),
+gsm8k    question, answer (…#### 72), or MetaMath's query, response: numbers, after #### or "The answer is" (strict),
          or the last one of the answer (flexible)
 math     problem, solution (…\\boxed{…}), or MetaMath's rows: formulas that mean the same, by math-verify
-jsonl    rows as preprocess takes them: the row's answer, letter by letter (strict), or but for case, spacing and the
-         last full stop (flexible)
+jsonl    rows as preprocess takes them: the row's answer, letter by letter (strict), or without regard to case, spacing
+         and the last full stop (flexible)
 choices  question, choices, answer: the most probable continuation, by its sum or by byte
 lambada  text: its last word, and the word's perplexity
 
-Answers are written greedily, many at once. With --output each problem is a line of it, and the same command goes on
-where it stopped.
+Answers are generated greedily, many at once. With --output each problem becomes a line of that file, and the same
+command continues where it stopped.
 
 Any other name is a task, a group or a pattern (mmlu_*) of EleutherAI's lm-evaluation-harness, and there may be several.
 Their data is downloaded from the Hugging Face hub the first time, unless a task's YAML names files of yours
@@ -49,12 +49,12 @@ def add_own_flags(parser: Parser) -> list[argparse.Action]:
         add(
             "--template",
             metavar="NAME",
-            help="how a question is put: chat, question, instruction, plain, metamath, or a file with {question} "
+            help="layout of a question: chat, question, instruction, plain, metamath, or a file with {question} "
             "(default chat for gsm8k and math, question for choices, plain for lambada, for jsonl the rows' own form)",
         ),
         add("--shots_data", metavar="FILE", help="the file whose first rows are --shots; another than --data"),
-        add("--max_tokens", type=positive, default=512, help="longest answer (default 512)"),
-        add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer, besides the layout's own"),
+        add("--max_tokens", type=positive, default=512, help="the most tokens of an answer (default 512)"),
+        add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer, beside the layout's own"),
         add("--escapes", action="store_true", help=r"read \n, \t and \\ in --stop as newline, tab, backslash"),
         add(
             "--at_least",
@@ -87,8 +87,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "--output",
         metavar="FILE",
-        help="write each problem with its answer here as JSONL, and go on from what stands there; harness: its results "
-        "as JSON",
+        help="write each problem with its answer here as JSONL, and continue after the lines that are there; harness: "
+        "its results as JSON",
     )
     add(
         "--shots",
@@ -105,8 +105,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--batch {args.batch}: at least 1 is due")
     if ours and len(args.tasks) > 1:
         raise UserError(
-            f"{' '.join(args.tasks)}: {ours[0]} is a task of ours, which is asked alone; leave the rest out, "
-            "or add --harness for the harness's task of that name"
+            f"{' '.join(args.tasks)}: {ours[0]} is a task of ours, and goes with no other; leave the rest out, or add "
+            "--harness for the harness's task of that name"
         )
     for action in harness if ours else own:
         if getattr(args, action.dest) != action.default:

@@ -16,7 +16,7 @@ class Gsm8k(AnswerTask):
         if value is None and len(found := numbers_in(solution)) == 1:
             value = found[0]
         if value is None:
-            raise UserError(f"its answer {short(solution)!r} has no number behind #### or 'The answer is'")
+            raise UserError(f"its answer {short(solution)!r} has no number after #### or 'The answer is'")
         return Problem(put(layout, text_of(row, "question", "query", "problem")), behind(solution), str(value))
 
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:

@@ -98,8 +98,8 @@ def unloadable(listed: str, error: Exception, flag: str) -> str:
     if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return (
             f"the data of {listed} is not on this disk, and the Hugging Face hub cannot be reached "
-            f"({told(error)}); run it once where there is a network (unset HF_HUB_OFFLINE), or give tasks over files "
-            f"of your own with {flag}"
+            f"({told(error)}); run it once with a network (unset HF_HUB_OFFLINE), or give tasks over files of your own "
+            f"with {flag}"
         )
     return f"{listed} cannot be loaded: {told(error, named=True)}"
 

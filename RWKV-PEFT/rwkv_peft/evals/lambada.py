@@ -15,7 +15,7 @@ class Lambada(ChoiceTask):
         text = text_of(row, "text").strip()
         before, space, word = text.rpartition(" ")
         if not before.strip():
-            raise UserError(f"the text {short(text)!r} has no last word behind others")
+            raise UserError(f"the text {short(text)!r} has no last word after others")
         return Problem(put(layout, before), space + word, word, (space + word,))
 
     def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:

@@ -36,7 +36,7 @@ def read_layout(name: str, flag: str = "--template") -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {name} is not UTF-8 (byte {error.start}); convert it") from error
     if FIELD not in text:
-        raise UserError(f"{flag} {name}: it has no {FIELD}, where a question goes")
+        raise UserError(f"{flag} {name}: it has no {FIELD}, the place of a question; add it")
     return text
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..data.masks import UNDESIRABLE
 from ..data.samples import Document, DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
@@ -41,8 +42,11 @@ def rows_of(of: str, samples: Samples, number: int) -> list[Row]:
 
 
 def last_answer(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(the tokens before the last stretch that counts in the loss, those of it); None if all counts, or nothing."""
+    """(the tokens before the last stretch that counts in the loss, those of it); None if all counts, or nothing, or an
+    undesirable answer."""
     tokens, mask = document[0].tolist(), document[1].tolist()  # mask[i] says whether tokens[i + 1] counts
+    if UNDESIRABLE in mask:
+        return None
     end = len(tokens)
     while end > 1 and not mask[end - 2]:
         end -= 1

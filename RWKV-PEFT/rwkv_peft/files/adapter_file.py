@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ..adapters.method import Method
-from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, method_of
+from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
-from ..names import GENERATIONS
+from ..names import GENERATIONS, NONE
 from .atomic import atomic_write
 from .dtypes import DTYPES
 from .origin import ENTRY, Origin, read_origin
@@ -36,7 +36,8 @@ FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing read
 class AdapterMetadata:
     """Describes an adapter, so that merging needs no retyped flags.
 
-    variant is a method's name ("none": only whole tensors); rank and mini_rank are those of AdapterConfig; scale
+    variant is a method's name ("none": only whole tensors); rank, mini_rank and entries are those of AdapterConfig
+    (0: the method has none); scale
     multiplies lora_B lora_A; targets and train_parts say what was trained, quant how the frozen weights were quantized.
     base_fingerprint identifies the base, and generation is its --model_version ("": unknown). precision is the dtype
     that the base was cast to for training, before anything was quantized or taken out of it ("": none, or unknown).
@@ -46,6 +47,7 @@ class AdapterMetadata:
     variant: str
     rank: int = 0
     mini_rank: int = 0
+    entries: int = 0
     scale: float = 1.0
     targets: tuple[str, ...] = ()
     train_parts: tuple[str, ...] = ()
@@ -65,8 +67,9 @@ class AdapterMetadata:
         method = method_of(config)
         return cls(
             variant=NONE if method is None else method.file_name,
-            rank=config.rank,
+            rank=config.rank if method is None or "rank" in method.tensors.size else 0,
             mini_rank=config.mini_rank,
+            entries=config.entries if method is not None and "entries" in method.tensors.size else 0,
             scale=1.0 if method is None else method.scale(config),
             targets=tuple(config.targets),
             train_parts=tuple(config.train_parts),
@@ -88,9 +91,15 @@ class AdapterMetadata:
         return None if self.variant == NONE else METHODS[self.variant]
 
     @property
+    def size_words(self) -> str:
+        """The size of the method's tensors in words, "rank 8"; "" if no layer is adapted."""
+        return "" if self.method is None else self.method.size_words(asdict(self))
+
+    @property
     def alpha(self) -> float:
-        """LoRA's alpha, from which other tools compute the scale; 0 if no layer is adapted."""
-        return 0.0 if self.method is None else self.method.alpha(self.scale, self.rank)
+        """LoRA's alpha, from which other tools compute the scale; 0 if the method has none."""
+        alpha = None if self.method is None else self.method.alpha
+        return 0.0 if alpha is None else alpha.alpha(self.scale, self.rank)
 
     def base_dtype(self) -> torch.dtype | None:
         """The dtype that `precision` names; None if it names none."""
@@ -131,6 +140,8 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
+    if not metadata.entries:
+        del told["entries"]  # earlier versions do not know it
     header = {"format": "pt", METADATA_KEY: json.dumps(told, sort_keys=True), ENTRY: metadata.origin.to_json()}
     ordered = sorted(tensors.items())
     specs = {key: TensorSpec.of(tensor) for key, tensor in ordered}
@@ -210,7 +221,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
     ):
         if values.get(name, default) not in known:
             refuse(name, "one of " + ", ".join(filter(None, known)))
-    for name in ("rank", "mini_rank"):
+    for name in ("rank", "mini_rank", "entries"):
         if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
             refuse(name, "a whole number")
     scale = values.get("scale", 1.0)

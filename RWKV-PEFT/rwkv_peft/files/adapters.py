@@ -68,7 +68,7 @@ class AdapterSource:
             )
         if alpha is None or metadata.method is None or not adapter.modules():
             return
-        if not metadata.method.scaled:
+        if metadata.method.alpha is None:
             raise UserError(
                 f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out"
             )

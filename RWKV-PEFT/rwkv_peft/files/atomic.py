@@ -61,7 +61,7 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
             )
     for folder in Path(path).parents:
         if folder.name == ".." and not os.path.exists(folder):  # realpath drops such a pair, and the system fails at it
-            raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
+            raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. after it out")
     with temporary_beside(_real(path, f"{flag} {path}")):
         pass
 

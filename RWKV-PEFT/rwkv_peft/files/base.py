@@ -36,7 +36,7 @@ AS_ADAPTER = (
 
 
 class Stamp(NamedTuple):
-    """A file's device, inode, size and time of change, which show if it was written over or another took its name."""
+    """A file's device, inode, size and time of change, which show if it was overwritten or another took its name."""
 
     device: int
     number: int
@@ -79,7 +79,7 @@ class Base:
                 )
 
     def require_unchanged(self, by_name: bool = False) -> None:
-        """Raise UserError if the file was written over since it was opened, because the mapping then shows the new
+        """Raise UserError if the file was overwritten since it was opened, because the mapping then shows the new
         content; with `by_name` also if a file of other weights took its name. A file that was only touched passes,
         because its fingerprint is the same."""
         now = Stamp.of(self.path)
@@ -94,7 +94,7 @@ class Base:
         else:
             return
         raise UserError(
-            f"{self.path} was written over while it is read: it {what}; put back what it was, and go on from the last "
+            f"{self.path} was overwritten while it is read: it {what}; put the old file back, and go on from the last "
             "save with --resume"
         )
 
@@ -132,7 +132,7 @@ def open_base(path: str | Path) -> Base:
     if kind is None and (Path(path) / "config.json").is_file():
         kind = "a Hugging Face folder"
     if kind == "a GGUF file":
-        raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made of")
+        raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made from")
     if kind == "a safetensors file" and any(adapter_parameter(key) for key in read_safetensors(path)[0]):
         raise UserError(
             f"{path} is an adapter, not a base model; give it {AS_ADAPTER}, and the base that it was trained on here"

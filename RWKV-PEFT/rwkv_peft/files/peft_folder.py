@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
+from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
 from ..errors import UserError, short
 from ..models import official_key
+from ..names import NONE
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .adapter_folder import read_config, read_folder_tensors, replacing
 from .origin import Origin
@@ -82,7 +83,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
     own = {}
     for module, params in modules.items():
         if set(params) != {parameter}:
-            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has {parameter} alone")
+            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has only {parameter}")
         own[f"{module}.bone"] = params[parameter]
     rank = _number(folder, config, "r", int)
     variant = _bone_variant(folder, config, own)
@@ -157,14 +158,16 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
     # pre-releases of peft have only block affine Bone, and no name for it
     method = by_hf_name("bat" if isinstance(init, bool) and dim == 3 else init)
     if method is None:
-        known = [name for method in METHODS.values() for name in method.hf_names if isinstance(name, str)]
+        forms = [method.hf for method in METHODS.values() if method.hf is not None]
+        known = [name for form in forms for name in form.names if isinstance(name, str)]
         raise UserError(
             f"{folder}: init_weights is {reprlib.repr(init)} in adapter_config.json; known are true, false and "
             f"{', '.join(known)}"
         )
-    if dim != method.hf_dims:
+    assert method.hf is not None  # by_hf_name found it by that
+    if dim != method.hf.dims:
         raise UserError(
-            f"{folder}: init_weights {init!r} goes with tensors of {method.hf_dims} dimensions, and these have {dim}: "
+            f"{folder}: init_weights {init!r} goes with tensors of {method.hf.dims} dimensions, and these have {dim}: "
             "adapter_config.json belongs to another adapter"
         )
     return method.name

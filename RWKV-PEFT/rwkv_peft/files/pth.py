@@ -66,7 +66,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     state = read_pth(path)
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
+        raise UserError(f"{path} holds a {type(state).__name__}, and a dict of tensors is due")
     if not state:
         raise UserError(f"{path} holds an empty dict")
     for key, value in state.items():

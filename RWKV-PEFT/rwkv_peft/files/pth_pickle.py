@@ -100,8 +100,8 @@ class Judge(pickle.Unpickler):
                 f"{self.path} holds quantized tensors; weights are bfloat16, float16 or float32. Save them so"
             )
         raise UserError(
-            f"{self.path} holds code or objects besides tensors ({short(whole)}), which a checkpoint must not; nothing "
-            "of it was run. Ask its author for a plain state dict"
+            f"{self.path} holds code or objects ({short(whole)}), and a checkpoint may hold only tensors; nothing of "
+            "it was run. Ask its author for a plain state dict"
         )
 
     def persistent_load(self, identity: Any) -> Nothing:

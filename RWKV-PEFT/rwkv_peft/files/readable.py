@@ -21,11 +21,11 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
         raise UserError(f"{path}: {meant}" if (meant := home_meant(path)) else missing) from None
     except OSError as error:
         raise UserError(
-            f"{path} exists, and may not be read ({os.strerror(error.errno or 0).lower()}); give yourself the "
+            f"{path} exists, but may not be read ({os.strerror(error.errno or 0).lower()}); give yourself the "
             "permission, or copy it"
         ) from error
     if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is expected{choice_in(path)}")
+        raise UserError(f"{path} is a folder, and a file is due{choice_in(path)}")
     if again and not path.is_file():
         raise UserError(
             f"{path} is a pipe or a device, which cannot be read twice; write it into a file, and give that"
@@ -38,7 +38,7 @@ def home_meant(path: str | Path) -> str:
     meant = os.path.expanduser(path)
     if meant == str(path) or os.path.lexists(Path(path).parts[0]):
         return ""
-    return f"a shell reads ~ as the home folder where a word begins with it, and left it as it is here; give {meant}"
+    return f"a shell replaces ~ by the home folder only at the start of a word, and so not here; give {meant}"
 
 
 def choice_in(folder: str | Path, *endings: str) -> str:

@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.methods import NONE, adapter_parameter
+from ..adapters.method import Method, Upstream, UpstreamLayer
+from ..adapters.methods import adapter_parameter
 from ..errors import UserError
+from ..models import FAMILIES
+from ..models.family import Family
+from ..names import NONE
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .pth import read_tensors
@@ -28,7 +32,6 @@ INITIAL = ("init_lora_A", "init_lora_B")  # parameters that RWKV-PEFT's PiSSA ke
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WRAPPED = re.compile(r"(.+?\.)(?:emb|blocks|ln_out|head)\.")  # a prefix before an official key
 OUTSIDE = ("emb.weight", "head.weight")  # outside the blocks; both may be trained beside an adapter
-WHOLE_MODEL = (*OUTSIDE, "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
 
 def read_rwkv_peft(
@@ -48,7 +51,7 @@ def read_rwkv_peft(
     state = unwrapped(read_tensors(path))
     adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
     modules = adapter.modules()
-    missing = [key for key in WHOLE_MODEL if key not in state]
+    missing = min((absent(state, family) for family in FAMILIES), key=len)
     if not modules and len(missing) > 0 and (len(missing) == 1 or set(missing) <= set(OUTSIDE)):
         raise UserError(
             f"{path} is a model without {' and '.join(missing)}, and no adapter; copy it again, whole, and give it as "
@@ -74,8 +77,8 @@ def read_rwkv_peft(
     kind: tuple[str, ...] = kinds.pop() if kinds else ()
     if kind == INITIAL:
         raise UserError(
-            f"{path} holds what a PiSSA began with, and no adapter; give it as --lora_init (pissa_init of train.py) "
-            "beside the adapter, rwkv-N.pth in its folder"
+            f"{path} holds the initial factors of a PiSSA, and no adapter; give it as --lora_init (pissa_init of "
+            "train.py) beside the adapter, rwkv-N.pth in its folder"
         )
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
         raise UserError(
@@ -93,6 +96,12 @@ def read_rwkv_peft(
     else:
         own, metadata = _read_bone(path, modules, kind[0], mode, base, common)
     return Adapter(own | whole, metadata)
+
+
+def absent(state: Mapping[str, torch.Tensor], family: Family) -> list[str]:
+    """The keys that tell a whole model of a generation from an adapter, of those that a state lacks."""
+    matrices = (f"blocks.0.{target}.weight" for target in (family.targets[0], family.targets[-1]))
+    return [key for key in (*OUTSIDE, *matrices) if key not in state]
 
 
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,7 +177,7 @@ def _block_affine_variant(
     if mode in ("bat-in", "bat-out"):
         return mode
     cause = (
-        "nothing in the file tells which; give --base_model, whose layers' shapes may tell, or"
+        "nothing in the file says which; give --base_model, whose layers' shapes may decide it, or"
         if base is None
         else "every layer in it is square, and the two change the model in different ways; give"
     )
@@ -201,8 +210,8 @@ def _read_lora(
     beside = [file for name in INITS if (file := Path(path).with_name(name.format(Path(path).name))).is_file()]
     if beside:
         raise UserError(
-            f"{path} lies beside {beside[0]}, and so is PiSSA, which began with that: give it as --lora_init (to "
-            "train.py with --peft pissa as pissa_init); or, if it is LoRA, move that file away"
+            f"{path} has {beside[0]} beside it, and so seems to be PiSSA: give that file as --lora_init (to train.py "
+            f"with --peft pissa as pissa_init); or, if {path} is LoRA, move that file away"
         )
     if alpha is None:
         raise UserError(
@@ -219,8 +228,8 @@ def write_rwkv_peft(
 ) -> list[Path]:
     """Write an Adapter as RWKV-PEFT's flat .pth; return the paths written.
 
-    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.for_rwkv_peft converts
-    a method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
+    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.upstream converts a
+    method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
     exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger needs and that mergers from before 2025-02 do not
     know. Raises UserError for a method that RWKV-PEFT does not have.
     """
@@ -229,7 +238,8 @@ def write_rwkv_peft(
     for module, params in adapter.modules().items():
         assert metadata.method is not None  # the readers refuse tensors of no method
         weight = None if base is None else base.get(f"{module}.weight")
-        converted = metadata.method.for_rwkv_peft(module, params, metadata.scale, weight)
+        layer = UpstreamLayer(module, params, metadata.scale, weight)
+        converted = upstream_form(metadata.method).tensors(layer)
         own |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
     main: dict[str, torch.Tensor] = {}
     initial: dict[str, torch.Tensor] = {}
@@ -245,10 +255,20 @@ def write_rwkv_peft(
     for file in list(files)[1:]:
         if file.exists():
             raise UserError(
-                f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
+                f"{file} exists, and PiSSA's initial factors would overwrite it; move it away, or choose another "
                 f"name than {path.name}"
             )
     with ExitStack() as stack:  # both files get their names when both are written, the adapter's own last
         for file, tensors in files.items():
             save_pth(stack.enter_context(atomic_write(file)), tensors)
     return list(files)
+
+
+def upstream_form(method: Method) -> Upstream:
+    """The form of a method in RWKV-PEFT's files. Raises UserError if it has none."""
+    if method.upstream is None:
+        raise UserError(
+            f"RWKV-PEFT has no {method.name}; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
+            "adapter with merge_bone.py instead"
+        )
+    return method.upstream

@@ -3,8 +3,8 @@
 import argparse
 
 from ..cli import alias
-from ..config import MODE_ALIASES
-from ..names import forms
+from ..config import forms
+from ..config.methods import MODE_ALIASES
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ class StateFile(NamedTuple):
         """The file's {key: tensor}. Raises UserError for a saved session."""
         if any(key.endswith(".shift") for key in self.tensors):
             raise UserError(
-                f"{self.path} is a saved session, which is behind some tokens; give time states, as state tuning makes "
+                f"{self.path} is a saved session, a state after some tokens; give time states, as state tuning makes "
                 "them"
             )
         return self.tensors
@@ -81,8 +81,8 @@ def read_states(path: str | Path) -> StateFile:
         others = [key for key in adapter.tensors if not is_time_state(key)]
         if others:
             raise UserError(
-                f"{path} holds {len(others)} tensors besides time states (such as {others[0]}); merge it, or give the "
-                "state.pth beside it"
+                f"{path} holds {len(others)} tensors that are no time states (such as {others[0]}); merge it, or give "
+                "the state.pth beside it"
             )
         metadata = adapter.metadata
         return StateFile(path, adapter.tensors, metadata.base_fingerprint, metadata.generation, metadata.base_words)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..adapters.bat_in import tiled_product
+from ..adapters.functions.bat_in import tiled_product
+from ..adapters.functions.tokens import flat
 from ..adapters.layer import AdapterLinear
-from ..adapters.tokens import flat
 from ..ops.bone import affine, affine_backward_, shard_sum
 from ..ops.bone.cuda import PRODUCT_RANKS
 from ..ops.mix import relu_square

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import RunConfig
+from ..config.objective import BASE
 from ..models.parts import LanguageModel
 from ..ops.bone import cuda as bone
 from ..ops.mix import cuda as mix
@@ -37,7 +38,7 @@ class Setting:
     def of(cls, config: RunConfig, device: torch.device) -> "Setting":
         """The Setting of a run on a device."""
         train = config.train
-        return cls(device, train.fused, train.compile, train.stage == 3, config.data.data_type == "pairs")
+        return cls(device, train.fused, train.compile, train.stage == 3, BASE in config.objective.needs)
 
 
 class Fusion(NamedTuple):
@@ -104,7 +105,7 @@ def _refusal(setting: Setting, fusion: Fusion) -> str:
     if setting.compiled:
         return "--compile fuses by itself"
     if setting.cut:
-        return "stage 3 has no parameter whole outside its module"
+        return "under stage 3 a parameter is whole only inside its module"
     if setting.device.type == "meta":  # nothing is launched there
         return ""
     return next(filter(None, [kernels.unavailable(setting.device.index) for kernels in fusion.kernels]), "")
@@ -116,5 +117,5 @@ def _obstacle(block: nn.Module, fusion: Fusion) -> str:
     if trained := [name for name, parameter in needed if parameter.requires_grad]:
         return f"{trained[0]} trains"
     if others := [parameter.dtype for _, parameter in needed if parameter.dtype != torch.bfloat16]:
-        return f"the kernels take bfloat16, and not {others[0]}"
+        return f"the kernels take only bfloat16, not {others[0]}"
     return fusion.misfit(block)

@@ -20,7 +20,7 @@ def misfit(block: Block) -> str:
     C, size = len(block.ln1.weight), block.att.head_size
     if C > MOST_MIXED:
         return f"{C} channels: at most {MOST_MIXED}"
-    return "" if size == CHUNKED_SIZE else f"head size {size}: {CHUNKED_SIZE} alone, as all released models have"
+    return "" if size == CHUNKED_SIZE else f"head size {size}: only {CHUNKED_SIZE}, as in all released models"
 
 
 def forward(

@@ -26,15 +26,11 @@ def build_parser() -> Parser:
     add(
         "--save_state",
         metavar="PTH",
-        help="write the state behind the prompt and what is printed; a stop text and the end of the document are no "
-        "part of it",
+        help="write the state after the prompt and the printed continuation, without a stop text or the end of the "
+        "document",
     )
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="with --chat: a text before the first turn that says how to answer, as System: in chat data",
-    )
+    add("--system", metavar="TEXT", help="with --chat: an instruction before the first turn, like System: in chat data")
     add(
         "--think",
         choices=("on", "off"),
@@ -44,23 +40,24 @@ def build_parser() -> Parser:
     add(
         "--prompt_file",
         metavar="FILE",
-        help='.jsonl (or .ndjson, .jsonl.gz, .json) with a "prompt" in each row, or a text with a prompt a line; - '
-        "reads lines",
+        help='.jsonl (or .ndjson, .jsonl.gz, .json) with a "prompt" in each row, or a text with a prompt in each line; '
+        "- reads lines from standard input",
     )
     add(
         "--output",
         metavar="JSONL",
-        help="write the lines of JSON to this file instead, each as it is done; at the end, or after Ctrl-C, in order",
+        help="write the lines of JSON to this file instead, each as soon as it is done; at the end, or after Ctrl-C, "
+        "they are put in order",
     )
-    add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
+    add("--max_tokens", type=int, default=256, help="the most tokens of a continuation (default 256)")
     add(
         "--stop",
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="texts that end a continuation; default where a prompt ends in Assistant:, Answer: or Response:, as data "
-        "is laid out, or in what opens a thinking behind it: the opening of the next turn, such as \\n\\nUser:; with "
-        "--chat these besides it",
+        help="texts that end a continuation; default for a prompt that ends in Assistant:, Answer: or Response:, or in "
+        "the opening of a thinking after it: the opening of the next turn, such as \\n\\nUser:; with --chat in "
+        "addition to it",
     )
     add(
         "--escapes",
@@ -79,26 +76,26 @@ def build_parser() -> Parser:
         default=Sampling.top_p,
         help="share of the probability to draw from (default %(default)s)",
     )
-    add("--top_k", type=int, default=Sampling.top_k, help="most tokens to draw from, 0: all (default %(default)s)")
+    add("--top_k", type=int, default=Sampling.top_k, help="draw from so many tokens, 0: all (default %(default)s)")
     add(
         "--presence_penalty",
         type=float,
         default=Sampling.presence_penalty,
-        help="off the logit of tokens generated before (default 0)",
+        help="subtract this from the logits of tokens generated before (default 0)",
     )
     add(
         "--frequency_penalty",
         type=float,
         default=Sampling.frequency_penalty,
-        help="the same for each time they were (default 0)",
+        help="subtract this for each time that a token was generated before (default 0)",
     )
     add(
         "--penalty_decay",
         type=float,
         default=Sampling.penalty_decay,
-        help="what a step leaves of those counts (default 1)",
+        help="multiply those counts by this at each step (default 1)",
     )
-    add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
+    add("--seed", type=int, default=Sampling.seed, help="seed of the draws; prompt i has seed + i (default 0)")
     return parser
 
 
@@ -112,7 +109,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="adapters to use it with, in order; not written anywhere",
+        help="adapters to apply to the model, in order; no file is changed",
     )
     add_source_flags(parser)
     add(
@@ -123,17 +120,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--state",
         metavar="PTH",
-        help="state to start from: time states (.pth, .st, or a run that tuned them alone), or what --save_state wrote",
+        help="state to start from: time states (.pth, .st, or a run that tuned only them), or a file of --save_state",
     )
     add(
         "--tokenizer",
         metavar="NAME",
-        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
-        "model's vocabulary (65536: world, 257: bytes)",
+        help="world, bytes, or a file (default: that of the run whose folder holds the adapter or model, or by the "
+        "model's vocabulary, 65536: world, 257: bytes)",
     )
     add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
 
 
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
@@ -155,12 +152,12 @@ def check_flags(args: argparse.Namespace) -> Sampling:
             raise UserError(f"--{name} does not go with --chat; {instead}")
     if args.think and not args.chat:
         raise UserError(
-            f"--think {args.think} opens the answers of --chat; a prompt says so itself, in its last words: "
-            "Assistant: <think, or Assistant: <think></think"
+            f"--think {args.think} opens the answers of --chat; without --chat, end the prompt with Assistant: <think, "
+            "or Assistant: <think></think"
         )
     if args.system is not None and not args.chat:
         raise UserError(
-            "--system stands before the first turn of --chat; a prompt says so itself, as it begins: "
+            "--system comes before the first turn of --chat; without --chat, begin the prompt with it: "
             r"'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"
         )
     for name, least in (("max_tokens", 0), ("batch", 1)):

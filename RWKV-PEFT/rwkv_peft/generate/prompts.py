@@ -65,8 +65,8 @@ def checked(row: object) -> dict[str, Any]:
     before = isinstance(row.get("generated"), str) and isinstance(row.get("tokens"), int) and row.get("end") in ENDS
     if taken := [name for name in WRITTEN if name in row and not before]:
         raise UserError(
-            f"the row has a field {' and a field '.join(taken)} of its own, where what is generated is written as "
-            f"{', '.join(WRITTEN)}, so that it would be lost; call it otherwise"
+            f"the row has a field {' and a field '.join(taken)}, and the output's fields {', '.join(WRITTEN)} would "
+            "replace it; rename it"
         )
     return row
 

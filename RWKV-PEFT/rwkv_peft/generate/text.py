@@ -25,8 +25,8 @@ class TextStream:
         for stop in self.stops:
             if inside := next((text for text in tokenizer.special if text in stop), None):
                 raise UserError(
-                    f"stop text {stop!r} holds {inside}, a token that has no text of its own, and would never be met; "
-                    f"give {inside} alone"
+                    f"stop text {stop!r} holds {inside}, a token without text, and so would never occur; give only "
+                    f"{inside}"
                 )
         self.stopped = False
         self._held = ""

@@ -39,7 +39,7 @@ class BoneConfig(PeftConfig):
     init_weights: bool | str = field(
         default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."}
     )
-    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update where init_weights is 'mini'."})
+    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update if init_weights is 'mini'."})
     bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
@@ -85,11 +85,12 @@ class BoneConfig(PeftConfig):
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
-        if method.mini and self.mini_r < 1:
+        mini = "mini_rank" in method.tensors.size
+        if mini and self.mini_r < 1:
             raise UserError(
                 f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is {self.mini_r}"
             )
-        if not method.mini and self.mini_r:
+        if not mini and self.mini_r:
             raise UserError(
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
                 "out, or give init_weights='mini'"
@@ -105,8 +106,8 @@ class BoneConfig(PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise UserError(
-                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
-                "give layers_to_transform too, or leave both out"
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, whose layers it names; give "
+                "layers_to_transform too, or leave both out"
             )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -119,7 +120,9 @@ class BoneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings to save, written as peft 0.14 to 0.18 read them if those have the setting."""
         settings = super().to_dict()
-        settings["init_weights"] = self.method.hf_names[0] if self.init_weights is not False else False
+        form = self.method.hf
+        assert form is not None  # the method was found by it
+        settings["init_weights"] = form.names[0] if self.init_weights is not False else False
         for name, default in LATER_SETTINGS:
             if settings[name] == default:
                 del settings[name]

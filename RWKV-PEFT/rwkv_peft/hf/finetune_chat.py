@@ -70,7 +70,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
         if text == other:
             raise UserError(
                 f"{where} holds {what}, which the tokenizer's chat template leaves out, so that they would be lost; "
-                "take a base whose template has a place for them, write them out in the turns' words, or remove them"
+                "take a base whose template includes them, write them out in the turns' words, or remove them"
             )
     return {"messages": messages, **({"tools": tools} if "tools" in row else {})}
 

@@ -95,8 +95,8 @@ class BoneArguments:
     dataset_field: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The columns of question and answer, or the one that holds a chat's turns; default: query and "
-            "response, or messages, or conversations, whichever there are."
+            "help": "The columns of question and answer, or the one that holds a chat's turns; default: those that "
+            "exist of query and response, messages, and conversations."
         },
     )
     bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
@@ -150,7 +150,9 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     check_installed(config)
     targets = arguments.target_modules or ()
     if len(targets) > 1 and "all-linear" in targets:
-        raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
+        raise UserError(
+            f"--target_modules {' '.join(targets)}: all-linear goes with no other names; leave the names or it out"
+        )
     columns = arguments.dataset_field
     if columns is not None and (len(columns) > 2 or len(set(columns)) < len(columns)):
         raise UserError(
@@ -216,7 +218,7 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
     for old, new in RENAMED:
         if f"--{old}" in argv and old not in known and new in known:
             if f"--{new}" in argv:
-                raise UserError(f"--{old} and --{new} are two names of one argument; give --{new} alone")
+                raise UserError(f"--{old} and --{new} are two names of one argument; give only --{new}")
             argv = [f"--{new}" if part == f"--{old}" else part for part in argv]
             print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
     for name, instead in DROPPED:

@@ -13,15 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.methods import METHODS
+from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
-from ..adapters.tokens import linear
 from ..errors import UserError
 from .config import BoneConfig
 from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, check_parameter, product_for
-
-PARAMETER = "bone"  # the methods' name for bone_block
+from .shapes import PARAMETER, block_shape
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -117,7 +115,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}
-        return method.apply(x, Frozen(self.weight, bias, self.product), params, scale=1.0, dropout=0.0)
+        return method.apply(x, Frozen(self.weight, bias, self.product), params, 1.0, 0.0)
 
     def _composed(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Apply several adapters at once, as if they were merged."""
@@ -152,13 +150,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The change of a weight (out, in) by one adapter."""
-        return self.bone_config[name].method.delta(weight, {PARAMETER: self.bone_block[name]})
+        return self.bone_config[name].method.change.delta(weight, {PARAMETER: self.bone_block[name]})
 
     def _removed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Take one merged adapter out of a weight (out, in). Raises UserError if nothing undoes it."""
-        method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name].detach()}
+        change, params = self.bone_config[name].method.change, {PARAMETER: self.bone_block[name].detach()}
         try:
-            return method.removed(weight, method.opposite(params, 1.0), 1.0)
+            return change.removed(weight, change.opposite(params, 1.0), 1.0)
         except UserError as error:
             raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
@@ -285,19 +283,3 @@ def watched(layer: nn.Linear) -> bool:
     not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")
-
-
-def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
-    """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
-    method, sizes = config.method, (config.r, config.mini_r, out_features, in_features)
-    misfit = method.fit(*sizes)
-    if misfit is None:
-        return method.shapes(*sizes)[PARAMETER]
-    setting = "r" if misfit.setting == "rank" else "mini_r"
-    advice = f"try {setting}={misfit.nearest}" if misfit.nearest else f"give a smaller {setting}"
-    if misfit.instead:
-        advice += f", or init_weights={METHODS[misfit.instead].hf_names[0]!r}, which fits any width"
-    raise UserError(
-        f"{method.name}: {setting}={misfit.value} {misfit.problem} at {name} ({in_features} -> {out_features}); "
-        f"{advice}"
-    )

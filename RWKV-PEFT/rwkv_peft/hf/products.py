@@ -34,7 +34,7 @@ def product_for(layer: nn.Module, name: str) -> Product:
     kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
     raise UserError(
         f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "
-        "leave it out of target_modules (where you named none: name those that Bone is to adapt)"
+        "leave it out of target_modules (if you named none: name those that Bone should adapt)"
     )
 
 
@@ -42,8 +42,8 @@ def check_parameter(layer: nn.Module, name: str) -> None:
     """Raise UserError if a layer's weight is not a parameter but computed from other tensors."""
     if "weight" not in layer._parameters:
         raise UserError(
-            f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and what "
-            "is merged into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
+            f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and a "
+            "merge into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
             "remove_weight_norm or parametrize.remove_parametrizations"
         )
 

@@ -15,8 +15,8 @@ FAMILIES: tuple[Family, ...] = (RWKV6Family(), RWKV7Family())
 OTHERS = (
     ("blocks.0.att.x_r", "an RWKV-7 model without r_k, which no release has"),
     ("blocks.0.att.time_mix_x", "an RWKV-6 model under web-rwkv's names"),
-    ("blocks.0.att.time_maa_rkvw_w1", "an experimental variant of RWKV-6 (such as x060b), whose keys are others"),
-    ("blocks.0.att.time_maa_x", "a variant of RWKV-6 whose keys are others"),
+    ("blocks.0.att.time_maa_rkvw_w1", "an experimental variant of RWKV-6 (such as x060b) with other keys"),
+    ("blocks.0.att.time_maa_x", "a variant of RWKV-6 with other keys"),
     ("blocks.0.att.gate.weight", "an RWKV-5 model"),
     ("blocks.0.att.ln_x.weight", "an RWKV-5 model"),
     ("blocks.0.att.time_first", "an RWKV-4 model"),
@@ -44,8 +44,8 @@ def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the check
         if prefixed:
             prefix = prefixed.removesuffix("emb.weight")
             raise UserError(
-                f"{name}: its keys start with {prefix!r}, which no runtime expects; where all do, "
-                f"`rwkv-peft convert {name} model.pth` takes it off"
+                f"{name}: its keys start with {prefix!r}, which no runtime expects; if all do, "
+                f"`rwkv-peft convert {name} model.pth` removes it"
             )
         if any(key.startswith(("rwkv.", "model.")) for key in tensors):
             raise UserError(

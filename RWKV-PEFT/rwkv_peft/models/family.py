@@ -39,8 +39,8 @@ class Family(ABC, Generic[Config, Model]):
     rows_are_keys: bool
     states_in_model: bool
     kernel: str  # the name of its recurrence, for messages
-    gguf_architecture: str
-    hf_tokenizer: str  # tokenizer_class of its Hugging Face folders
+    gguf_architecture = ""  # of a generation that has a form as GGUF
+    hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
 
     @abstractmethod
     def dimensions(self, tensors: Mapping[str, torch.Tensor]) -> Config:
@@ -79,13 +79,18 @@ class Family(ABC, Generic[Config, Model]):
     def kernels(self) -> Mapping[str, str | None]:
         """Every backend's name -> None if its recurrence can run here, else the reason and the remedy."""
 
-    @abstractmethod
+    def formless(self, what: str) -> UserError:
+        """The refusal of a format in which this generation has no form. A generation has a form in other tools' formats
+        once it overrides the methods below."""
+        return UserError(f"{self.name} has no form as {what} here; take a .pth")
+
     def to_hf(self, key: str) -> str:
         """A key as the generation's Hugging Face model spells it."""
+        return key
 
-    @abstractmethod
     def from_hf(self, key: str) -> str:
         """The inverse of to_hf; a key that is official already stays as it is."""
+        return key
 
     def from_fla(
         self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
@@ -95,29 +100,30 @@ class Family(ABC, Generic[Config, Model]):
         Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
         return None
 
-    @abstractmethod
     def hf_settings(self, config: Config) -> dict[str, Any]:
-        """config.json of a Hugging Face folder, as a dict."""
+        """config.json of a Hugging Face folder, as a dict. Raises UserError without such a form."""
+        raise self.formless("a Hugging Face folder")
 
-    @abstractmethod
     def to_web(self, key: str) -> str:
-        """A key as web-rwkv and Ai00 spell it."""
+        """A key as web-rwkv and Ai00 spell it. Raises UserError without such a form."""
+        raise self.formless("web-rwkv's .st or .safetensors")
 
-    @abstractmethod
     def from_web(self, key: str) -> str:
         """The inverse of to_web."""
+        return key
 
-    @abstractmethod
     def swapped_in_web(self, key: str) -> bool:
         """True if web-rwkv keeps the last two axes of this (official) tensor the other way round."""
+        return False
 
-    @abstractmethod
     def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
-        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order."""
+        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order. Raises UserError without such a
+        form."""
+        raise self.formless("GGUF")
 
-    @abstractmethod
     def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
         """(name of a method of gguf.GGUFWriter, its argument) of each setting of this architecture."""
+        raise self.formless("GGUF")
 
     def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
         """ModelConfig read from the shapes of {key: tensor}. Raises UserError if a tensor is missing or its shape does

@@ -61,7 +61,8 @@ class Head(nn.Linear):
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
     make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
-    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x.
+    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x. If it says sees_tokens,
+    because its blocks have embeddings of their own, the tokens (B, T) are a block's last argument.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are empty
     until `init_weights` or `load_state_dict` fills them.
@@ -69,6 +70,7 @@ class LanguageModel(nn.Module):
 
     make_block: Callable[[Any, int], nn.Module]
     carried: tuple[None, ...] = ()
+    sees_tokens = False
 
     def __init__(self, config: ModelConfig, grad_checkpoint: bool = False) -> None:
         super().__init__()
@@ -93,20 +95,27 @@ class LanguageModel(nn.Module):
         is that of all n sequences, or of the first few; the others begin from the tuned time states, or from zeros.
         If `head` is given, head(x, weight) takes the place of the logits (see Head).
         """
-        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep)
+        seen = (tokens,) if self.sees_tokens else ()
+        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, seen)
         return self.head(self.ln_out(x), head), after
 
     def through_blocks(
-        self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None, keep: bool = True
+        self,
+        x: torch.Tensor,
+        state: State | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        keep: bool = True,
+        seen: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, State]:
-        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. The states of many packed
-        sequences are large: without `keep`, each layer's is dropped at once."""
+        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. seen holds the tokens if
+        blocks see them. The states of many packed sequences are large: without `keep`, each layer's is dropped at
+        once."""
         carried: Sequence[torch.Tensor | None] = self.carried
         sequences = count_sequences(x, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
             before = None if state is None else shifts_begun(state[layer], sequences)
-            inputs = (x, *carried, before, cu_seqlens)
+            inputs = (x, *carried, before, cu_seqlens, *seen)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:

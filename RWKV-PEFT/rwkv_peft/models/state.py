@@ -179,5 +179,5 @@ def count_layers(keys: Iterable[str]) -> int:
     numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
     layers = 1 + max(numbers, default=-1)
     if layers > len(names):
-        raise ValueError(f"a name tells of layer {layers - 1}, and there are {len(names)} tensors in all")
+        raise ValueError(f"a name has layer {layers - 1}, and there are {len(names)} tensors in all")
     return layers

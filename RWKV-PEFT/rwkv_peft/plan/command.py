@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..adapters.inject import InjectReport
-from ..adapters.methods import NONE
 from ..cli import counted
 from ..errors import UserError
 from ..files.base import Base
@@ -17,6 +16,7 @@ from ..files.room import room_at
 from ..gpus import count_gpus
 from ..memory import main_memory
 from ..models import family_named
+from ..names import NONE
 from ..training.flags.request import Request, request_of
 from ..training.header import describe_adapter
 from .disk import written
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     accelerator = GPU if GPU in memory else CPU
     if request.config.train.cuda_graphs and accelerator == CPU:
         raise UserError(
-            "--cuda_graphs 1 records what a GPU is told to do, and this plan is for a CPU; leave it out, or name the "
-            "memory of a GPU with --gpu 24GiB"
+            "--cuda_graphs 1 records launches on a GPU, and this plan is for a CPU; leave it out, or name the memory "
+            "of a GPU with --gpu 24GiB"
         )
     estimate = estimate_of(request, accelerator)
     for line in (
@@ -109,6 +109,8 @@ def head(request: Request, estimate: Estimate) -> Iterator[str]:
     )
     report = InjectReport(request.layers, counts.trains, counts.total)
     yield f"training  {describe_adapter(estimate.config.adapter)}: {report}"
+    if words := estimate.config.objective.describe():
+        yield f"objective {words}"
     yield (
         f"batch     {data.micro_bsz} x {data.ctx_len} tokens a device, {train.num_nodes} x {train.devices} "
         f"{estimate.accelerator}, {train.strategy}, {train.precision}, --grad_cp {int(train.grad_cp)}"
@@ -130,7 +132,7 @@ def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         total = peak(parts, device)
         yield f"  {'peak':{COLUMN - 2}}{gib(total):>12}{verdict(estimate, device, total, size)}"
     if pages := estimate.file_pages():
-        yield f"besides, pages of the base's file, {gib(pages)}, which the system takes back when it is short of memory"
+        yield f"also, pages of the base's file, {gib(pages)}, which the system takes back when memory is short"
 
 
 def moments(parts: Iterable[Part], device: str) -> str:
@@ -184,7 +186,7 @@ def disk(estimate: Estimate, base: Base | None) -> Iterator[str]:
     """Yield lines on the files that the run writes, and on the room for them."""
     files, folder = written(estimate, base), estimate.config.train.proj_dir
     total, free = sum(file.copies * file.size for file in files), room_at(folder)
-    yield f"disk      {gib(total)} in {folder}, where {gib(free)} are free" + (
+    yield f"disk      {gib(total)} in {folder}, which has {gib(free)} free" + (
         "" if total <= free else ": it does not fit"
     )
     for file in files:

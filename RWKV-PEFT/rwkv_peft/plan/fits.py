@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from ..adapters.block_affine import BlockAffine
 from ..adapters.inject import check_adapter
-from ..adapters.methods import METHODS, NONE, method_of, words_of
+from ..adapters.methods import METHODS, method_of, words_of
 from ..config import STRATEGIES, RunConfig
 from ..errors import UserError
 from ..files.base import linear_shapes
 from ..models import family_named
+from ..names import NONE
 from ..training.flags.request import goes_together
 from .parts import GPU, Estimate, peak
 
@@ -74,7 +75,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
 def trains(config: RunConfig) -> bool:
     """Return whether train.py takes these settings together."""
     family = family_named(config.model.version)
-    if not goes_together(config.adapter, config.data, config.train):
+    if not goes_together(config.adapter, config.data, config.train, config.objective):
         return False
     try:
         check_adapter(config.adapter, linear_shapes(family.shapes(config.model)), family.parts)
@@ -107,5 +108,5 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for quant in ("nf4", "int8"):
         if adapter.quant == "none":
             yield f"--quant {quant}", replace(config, adapter=replace(adapter, quant=quant))
-    if isinstance(method, BlockAffine):
+    if isinstance(method.change, BlockAffine):
         yield "--bone_mode bone", replace(config, adapter=replace(adapter, mode="bone"))

@@ -18,8 +18,8 @@ def parse_flags(argv: list[str]) -> Flags:
     parser = build_parser()
     parser.prog, parser.usage = "rwkv-peft plan", "rwkv-peft plan [--load_model PTH] [--gpu SIZE] [flags of train.py]"
     parser.description = (
-        "What a run will take in memory and on disk, before it begins: nothing is read but the header of --load_model, "
-        "and without one the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 where it does not fit."
+        "Print how much memory and disk a run takes, before it begins. Only the header of --load_model is read; "
+        "without it the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 if the run does not fit."
     )
     for action in parser._actions:
         if action.dest == "data_file":

@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..adapters.methods import NONE
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
+from ..config.objective import BASE
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
+from ..names import NONE
+from ..objectives.cross_entropy import chunk_rows
 from ..training.saving.room import OPTIMIZER
 from ..training.step.gathering import exchanges_gradients, sums_apart
-from ..training.step.loss import chunk_rows
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -80,9 +81,9 @@ class Estimate:
         return self.config.train.devices * self.config.train.num_nodes
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a pair of answers is two
-        rows. On a CPU all parts count at every moment, because few fit into the gaps that freed ones leave in its
-        heap."""
+        """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a sample of two
+        documents is two rows. On a CPU all parts count at every moment, because few fit into the gaps that freed ones
+        leave in its heap."""
         rows *= self.config.data.documents
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
@@ -151,7 +152,7 @@ class Estimate:
         graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
         segment = self.config.train.chunk_ctx  # each segment hands its states on to the next
         kept = self.step.kept.at(rows, tokens)
-        base = kept // model.n_layer if graphs and self.config.data.data_type == "pairs" else 0  # one block's at most
+        base = kept // model.n_layer if graphs and BASE in self.config.objective.needs else 0  # one block's at most
         return [
             Part("embedding, rows that are read", here, read),
             Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),

@@ -29,9 +29,9 @@ from ..memory import main_memory
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
+from ..objectives.cross_entropy import L2WRAP
 from ..ops.cross_entropy import cross_entropy_
 from ..training.step.gathering import live_parameters
-from ..training.step.loss import L2WRAP
 
 DEPTH = 3  # blocks of the rehearsed model: all that follow are like its last one
 # Tokens of the shortest rehearsed row. Kernels keep a state at each 64th, some two in the room of one; and the peak of
@@ -176,6 +176,9 @@ def step_bytes(
     the backward pass at once)."""
     device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            buffer.zero_()  # an index, which must name a place
     fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -210,12 +213,12 @@ def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: 
 def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -> Mapping[str, torch.Tensor]:
     """{"<module>.<constant>": tensor} of empty tensors for the factors that a method would compute from the weights."""
     method = method_of(adapter)
-    if method is None or not method.constants:
+    if method is None or method.held is None:
         return {}
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
-            shapes = method.shapes(adapter.rank, adapter.mini_rank, module.out_features, module.in_features)
+            shapes = method.tensors.shapes(adapter, module.out_features, module.in_features)
             found |= {f"{name}.{constant}": torch.empty(shapes[constant]) for constant in method.constants}
     return found
 

@@ -39,7 +39,7 @@ def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tu
     if lost:
         raise UserError(
             f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
-            f"{short(lost[0])}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], base.family)}"
+            f"{short(lost[0])}, and the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], base.family)}"
         )
     return shapes
 
@@ -47,7 +47,7 @@ def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tu
 def check_effect(name: str | Path, adapter: Adapter) -> None:
     """Raise UserError if no tensor of an Adapter changes anything."""
     method = adapter.metadata.method
-    idle = () if method is None else method.idle
+    idle = () if method is None else method.tensors.idle
     effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
@@ -63,9 +63,9 @@ def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
     first = {str(number) for number in range(len(blocks))}
     if adapter.modules() and adapter.metadata.source == RWKV_PEFT and blocks == first and 0 < len(blocks) < n_layer:
         raise UserError(
-            f"{name} changes the first {len(blocks)} of the {n_layer} blocks of {base.path} alone, as an adapter of "
-            "RWKV-PEFT on all blocks of a smaller model would, and names no base; give its own base, or, where its "
-            "training chose these blocks, force it with --any_base"
+            f"{name} changes only the first {len(blocks)} of the {n_layer} blocks of {base.path}, as RWKV-PEFT's "
+            "adapter on all blocks of a smaller model would, and names no base; give its own base, or, if its training "
+            "chose these blocks, force it with --any_base"
         )
 
 

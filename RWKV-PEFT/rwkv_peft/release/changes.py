@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adapters.method import Method, Params
+from ..adapters.change import Params
+from ..adapters.method import Method
 from ..adapters.quant import block_size
+from ..config import AdapterConfig
 from ..errors import UserError
+
+ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes, which tell the number of dimensions
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,31 @@ class LayerChange:
 
     def unit(self, columns: int) -> int:
         """Return the multiple of rows at which bands of a weight with this many columns must start and end."""
-        unit = self.method.row_unit(self.params)
+        unit = self.method.change.row_unit(self.params)
         if self.quant != "none":  # a block of weights with one scale may span rows
             unit = math.lcm(unit, block_size(self.quant) // math.gcd(block_size(self.quant), columns))
         return unit
 
     def rows(self, start: int, stop: int) -> "LayerChange":
         """The same change for rows start to stop of the weight."""
-        return replace(self, params=self.method.rows(self.params, start, stop))
+        return replace(self, params=self.method.change.rows(self.params, start, stop))
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Change weight (out, in) float32 -> float32, the weight that the trained layer computed with (at amount 1)."""
-        base = weight.to(self.dtype) if self.method.residual or self.quant != "none" else weight
+        base = weight.to(self.dtype) if self.method.residual is not None or self.quant != "none" else weight
         result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
         return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
 
     def removal(self) -> "Removal":
         """Return the change that takes this one off again, up to rounding. Raises UserError if none can."""
-        return Removal(self.method, self.method.opposite(self.params, self.scale, self.amount), self.scale)
+        return Removal(self.method, self.method.change.opposite(self.params, self.scale, self.amount), self.scale)
 
 
 class Removal(LayerChange):
     """The opposite of a LayerChange. It does not replay the rounding of the base."""
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.method.removed(weight, self.params, self.scale)
+        return self.method.change.removed(weight, self.params, self.scale)
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,20 @@ def check_params(name: str, method: Method | None, params: Params, weight_shape:
     if set(params) != names:
         raise UserError(f"{name} holds {sorted(params)}, and a {label} adapter has {sorted(names)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    dims = {name: len(shape) for name, shape in method.shapes(1, 1, *weight_shape).items()}
+    dims = {name: len(shape) for name, shape in method.tensors.shapes(ONES, *weight_shape).items()}
     odd = [shape for key, shape in shapes.items() if 0 in shape or len(shape) != dims[key]]
     if odd:
         raise UserError(
             f"{name} holds a tensor of shape {odd[0]}, which no {label} adapter has; the file is damaged, or "
             "describes itself wrongly"
         )
-    rank, mini_rank = method.sizes(params)
-    due = method.shapes(rank, mini_rank, *weight_shape)
-    misfit = method.fit(rank, mini_rank, *weight_shape)
+    config = method.tensors.config(params)
+    due = method.tensors.shapes(config, *weight_shape)
+    misfit = method.tensors.fit(config, *weight_shape)
     if shapes != {key: due[key] for key in shapes} or (misfit is not None and not misfit.too_large):
+        rule = " and a rank that divides it" if "rank" in method.tensors.size else ""
         given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
         raise UserError(
             f"{name} is a {label} adapter of shape {given}, and a base weight of shape {weight_shape} "
-            f"needs {needed} and a rank that divides it; it was trained on another model"
+            f"needs {needed}{rule}; it was trained on another model"
         )

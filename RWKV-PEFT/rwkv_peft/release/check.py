@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
-from ..adapters.methods import NONE, words_of
+from ..adapters.methods import words_of
 from ..cli import counted
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -25,6 +25,7 @@ from ..files.base import Base, open_base, save_model
 from ..files.state_file import read_states
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
+from ..names import NONE
 from .differences import differences
 from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
@@ -46,7 +47,7 @@ def adapted_logits(
     """
     model = base.family.load(base.tensors, base.config).float()
     metadata = loaded.metadata
-    if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
+    if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None):
         for module in loaded.modules():  # quantized, or less its first factors, in the dtype that the training had
             model.get_submodule(module).to(metadata.base_dtype() or base.tensors[f"{module}.weight"].dtype)
     inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
@@ -71,8 +72,7 @@ def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
         return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
     return AdapterConfig(
         **words_of(metadata.method),
-        rank=metadata.rank,
-        mini_rank=metadata.mini_rank,
+        **{field: getattr(metadata, field) for field in metadata.method.tensors.size},
         alpha=metadata.alpha,
         targets=targets,
         train_parts=parts,
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
         )
     if states:
         foreign = "" if states.keys() <= base.tensors.keys() | adapter.tensors.keys() else NEITHERS
-        print(f"time states: those of {args.state or args.merged} are where the merged model starts{foreign}")
+        print(f"time states: the merged model starts from those of {args.state or args.merged}{foreign}")
         if not merged.family.states_in_model:
             print(NOT_LOOKED_FOR.format(merged.family.name))
     ours = reference_logits(merged, tokens, torch.float32)

@@ -77,10 +77,9 @@ def adapter_contents(source: AdapterSource) -> Contents:
     modules, whole = adapter.modules(), adapter.whole()
     lines = [("kind", f"adapter, written by {metadata.source.strip()}")]
     if method is not None:
-        scale = f", scale {metadata.scale:g} (alpha {metadata.alpha:g})" if method.scaled else ""
-        mini = f", mini_r {metadata.mini_rank}" if metadata.mini_rank else ""
+        scale = f", scale {metadata.scale:g} (alpha {metadata.alpha:g})" if method.alpha is not None else ""
         lines += [
-            ("method", f"{method.label}, rank {metadata.rank}{mini}{scale}"),
+            ("method", f"{method.label}, {metadata.size_words}{scale}"),
             ("layers", f"{len(modules)}: {' '.join(map(short, metadata.targets))}"),
         ]
     if whole:

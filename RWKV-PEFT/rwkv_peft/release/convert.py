@@ -31,7 +31,7 @@ from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import read_tensors
-from ..files.rwkv_peft_file import unwrapped, write_rwkv_peft
+from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state, split_time_states
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         check_output("the output", file, inputs)
     refuse_inside(target, Path(args.input))
     if args.to and not adapted:
-        raise UserError(f"{source} holds no adapter, which alone has a form as LoRA; leave --to {args.to} out")
+        raise UserError(f"{source} holds no adapter, and only adapters convert to LoRA; leave --to {args.to} out")
     refuse_unread(args, target, adapted)
     written = convert_adapter(source, target, args) if adapted else convert_model(source, target, args)
     for line in written:
@@ -69,7 +69,7 @@ def refuse_inside(target: Path, source: Path) -> None:
     """Raise UserError if the output is the input folder or lies in it: the folder would then hold two things, and
     readers could take one for the other."""
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"the output {target} lies in the input {source}, and is to lie elsewhere; name another folder")
+        raise UserError(f"the output {target} is inside the input {source}; name a place outside of it")
 
 
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
@@ -151,7 +151,7 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
             f"(merge_bone.py --lora_init)\n{kept}"
         )
     method = metadata.method
-    return kept + ("" if method is None else method.remark_for_rwkv_peft(metadata.rank, metadata.scale))
+    return kept + ("" if method is None else upstream_form(method).remark(metadata.rank, metadata.scale))
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
@@ -216,8 +216,8 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
     if base.has_states and not (form.states_in_model and base.family.states_in_model):
         print(
-            f"note: {target} holds tuned states, which what loads it takes as a file of their own, if at all: the "
-            "run's state.pth, or what merge_bone.py --state_output writes"
+            f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "
+            "run's state.pth, or the file of merge_bone.py --state_output"
         )
     what = describe(tensors, dtype)
     if target.suffix == ".gguf":

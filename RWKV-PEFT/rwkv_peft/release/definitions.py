@@ -4,9 +4,11 @@
 there shows.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 Params = Mapping[str, torch.Tensor]
@@ -53,6 +55,30 @@ def dora(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float)
     return ((1 + params["lora_gain"][rows]) * norm / length)[:, None] * turned
 
 
+def drawn(seed: torch.Tensor, stream: int, rows: int, columns: int) -> torch.Tensor:
+    """Numbers in [0, 1) of NumPy's legacy generator, seeded by (seed, stream): float64 (rows, columns)."""
+    return torch.from_numpy(np.random.RandomState([int(seed), stream]).random_sample((rows, columns)))
+
+
+def vera(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W' = W + 6 / sqrt(in rank) diag(b) B diag(d) A, with A and B uniform in [-1, 1), rounded to bfloat16."""
+    b, d, seed, width = params["vera_b"], params["vera_d"], params["vera_seed"], weight.shape[1]
+    B, A = ((2 * drawn(seed, n, size, len(d)) - 1).bfloat16().double() for n, size in enumerate((len(b), width)))
+    return weight + 6 / math.sqrt(width * len(d)) * b[rows, None] * ((B[rows] * d) @ A.t())
+
+
+def shira(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W'[o, c] = W[o, c] + v[o, j], where c is drawn in [j in / n, (j + 1) in / n), rounded down, for j = 0 … n - 1."""
+    values, width = params["shira_values"], weight.shape[1]
+    count = values.shape[1]
+    ends = torch.tensor([j * width // count for j in range(count + 1)])
+    columns = ends[:-1] + (drawn(params["shira_seed"], 0, len(values), count) * (ends[1:] - ends[:-1])).long()
+    changed = weight.clone()
+    for j in range(count):
+        changed[torch.arange(len(rows)), columns[rows, j]] += values[rows, j]
+    return changed
+
+
 def less_first_factors(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
     """W - scale B0 A0, the weight that PiSSA, OLoRA and LoRA-GA train on."""
     first = {name: params[f"init_{name}"] for name in ("lora_A", "lora_B")}
@@ -73,5 +99,7 @@ DEFINITIONS: Mapping[str, Definition] = MappingProxyType(
         "pissa": lora,
         "olora": lora,
         "lora-ga": lora,
+        "vera": vera,
+        "shira": shira,
     }
 )

@@ -42,7 +42,7 @@ def odd_order(merged: Base, base: Base) -> Iterator[str]:
     """Yield a line about the first key that is not at the base's place, if any; time states may lie anywhere."""
     own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
     if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
-        yield f"the order of the keys: {place[0]} stands where the base has {place[1]}"
+        yield f"the order of the keys: {place[0]} is in the place of the base's {place[1]}"
 
 
 def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
@@ -51,7 +51,7 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
     if len(set(weights.values())) > 1:
         for key, dtype in weights.items():
             if dtype != base.tensors[key].dtype:
-                yield f"{key}: {dtype_name(dtype)}, where the base has {dtype_name(base.tensors[key].dtype)}"
+                yield f"{key}: {dtype_name(dtype)}, and the base has {dtype_name(base.tensors[key].dtype)}"
 
 
 def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
@@ -127,11 +127,12 @@ def trained_on(
     """Compute the weight that the adapter was trained on, from rows of the base, in float64 -> [it]. If it was rounded
     after first factors were taken out of it -> [the lowest, the highest] that it may be."""
     method = metadata.method
-    if quant == "none" and not (method and method.residual):
+    residual = method is not None and method.residual is not None
+    if quant == "none" and not residual:
         return [source.double()]
     dtype = metadata.base_dtype() or source.dtype
     kept = [source.to(dtype).double()]
-    if method and method.residual:
+    if residual:
         left = less_first_factors(kept[0], rows, params, metadata.scale)
         loss = lost(kept[0], left)
         kept = [(left - loss).to(dtype).double(), (left + loss).to(dtype).double()]

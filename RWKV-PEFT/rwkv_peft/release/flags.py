@@ -53,7 +53,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--type",
         choices=ADAPTER_TYPES,
-        help="what the adapters are, as RWKV-PEFT's scripts say it; the files tell, and another kind is refused",
+        help="kind of the adapters, in the words of RWKV-PEFT's scripts; the files say it, and another is refused",
     )
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument(
@@ -76,16 +76,16 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs (default: cpu)"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)"
     )
     parser.add_argument(
-        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
+        "--unmerge", action="store_true", help="subtract the adapters from a merged --base_model, last first"
     )
     parser.add_argument(
         "--any_base",
         action="store_true",
         help="do not compare the base with the one that the adapter names: merge into another of "
-        "the same shape, or unmerge all the same",
+        "the same shape, or unmerge in any case",
     )
     parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
     parser.add_argument(
@@ -110,8 +110,10 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
         help="the adapter, or the folder of the run",
     )
     add_source_flags(parser)
-    parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
-    parser.add_argument("--state", metavar="FILE", help="time states that lie beside it (merge_bone.py --state_output)")
+    parser.add_argument("--merged", required=True, metavar="PTH", help="the merged model")
+    parser.add_argument(
+        "--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)"
+    )
     parser.add_argument(
         "--any_base", action="store_true", help="do not compare the base with the one that the adapter names"
     )
@@ -134,7 +136,7 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         "the largest differences of their logits. Needs memory for the model in float64.",
     )
     parser.add_argument("model", help="the .pth to verify")
-    parser.add_argument("--state", metavar="FILE", help="time states that it starts from, in a file of their own")
+    parser.add_argument("--state", metavar="FILE", help="its time states, if in another file")
     parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
     parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
     parser.add_argument(
@@ -152,7 +154,7 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
 def inspect_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft inspect",
-        description="What a file or folder is: a model, merged or not, an adapter, states; ours or another tool's.",
+        description="Describe a file or folder: a model, merged or not, an adapter, states; ours or another tool's.",
     )
     parser.add_argument("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
     parser.add_argument(
@@ -164,20 +166,20 @@ def inspect_flags(argv: list[str]) -> argparse.Namespace:
     if args.output and not args.base_model:
         raise UserError(f"--output {args.output} is a picture of the change from --base_model; name the base")
     if args.output and not args.output.endswith(".png"):
-        raise UserError(f"--output {args.output} does not end in .png, which is what is drawn")
+        raise UserError(f"--output {args.output} does not end in .png; give a name such as heat.png")
     return args
 
 
 def convert_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft convert",
-        description="Models, states and adapters in the formats of other tools, which the names of input and output "
-        "tell.",
+        description="Convert models, states and adapters to and from the formats of other tools. The names of input "
+        "and output choose the formats.",
     )
     parser.add_argument(
         "input",
-        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, the folder of "
-        "a run, or a BONE or MISS folder of peft, of any model",
+        help="a file or folder of one of those formats, flash-linear-attention's folder of an RWKV-7, the folder of a "
+        "run, or a BONE or MISS folder of peft, of any model",
     )
     parser.add_argument(
         "output",
@@ -192,33 +194,33 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file; default that of "
-        "the run in whose folder the model lies, or by the model's vocabulary (65536: world, 257: bytes)",
+        help="tokenizer whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file (default: "
+        "that of the run whose folder holds the model, or by the model's vocabulary, 65536: world, 257: bytes)",
     )
     parser.add_argument("--gguf_type", choices=GGUF_TYPES, help="type of a GGUF's large matrices (default f16)")
     parser.add_argument(
         "--bone_parameter",
         choices=("disha", "bone"),
-        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, which is the default, bone before",
+        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02 (default), bone before",
     )
     parser.add_argument(
         "--to",
         choices=("lora",),
         help="write an adapter as plain LoRA: into a folder (Hugging Face peft), .gguf (llama.cpp), .pth (RWKV-PEFT) "
-        "or .safetensors; bone exactly, bat-in by its largest singular values, with the error told",
+        "or .safetensors; bone exactly, bat-in by its largest singular values, and print the error",
     )
     parser.add_argument(
         "--lora_rank",
         type=positive,
         default=0,
         metavar="N",
-        help="--to lora: rank where there is no exact form (default twice the adapter's)",
+        help="--to lora: rank of a form that is not exact (default twice the adapter's)",
     )
     add_source_flags(parser)
     parser.add_argument(
         "--base_model",
         metavar="PTH",
-        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
+        help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
     )
     args = parser.parse_args(argv)
     if args.lora_rank and not args.to:

@@ -98,7 +98,7 @@ def write_official_states(path: Path, tensors: dict[str, torch.Tensor], dtype: t
 
 
 def read_gguf(path: Path) -> NoReturn:
-    raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
+    raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made from")
 
 
 def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:

@@ -60,6 +60,8 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
     scale of 1. Raises UserError if the gguf package is missing."""
+    if not family.gguf_architecture:
+        raise family.formless("GGUF")
     gguf = import_gguf()
     rank = next(iter(factors.values()))["lora_A"].shape[0]
     with closing(gguf.GGUFWriter(str(path), family.gguf_architecture)) as writer:

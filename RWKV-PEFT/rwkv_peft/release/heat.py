@@ -42,7 +42,7 @@ def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]
     if other.config != base.config:
         raise UserError(
             f"{base.path} has other dimensions than {name}, so that it is not its base; name the model that it was "
-            "made of"
+            "made from"
         )
     either = base.tensors | other.tensors
     zeros = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in either.items()}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.method import Method, Params
+from ..adapters.change import Params
+from ..adapters.method import Method
 from ..adapters.methods import METHODS
 from ..adapters.quant import roundtrip
 from ..adapters.residual import svd_lowrank
@@ -53,8 +54,8 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     """
     metadata, method = adapter.metadata, adapter.metadata.method
     if method is None:
-        raise UserError("there is no adapted layer in it, which alone LoRA can hold; merge it with merge_bone.py")
-    if method.residual and metadata.quant != "none":
+        raise UserError("it has no adapted layer, and LoRA holds nothing else; merge it with merge_bone.py")
+    if method.residual is not None and metadata.quant != "none":
         raise UserError(
             f"{method.label} on a base that was quantized after factors were taken out of it is no LoRA on any base; "
             "merge it with merge_bone.py"
@@ -69,8 +70,10 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     shapes = {module: layer_shape(method, module, params, base) for module, params in adapter.modules().items()}
     for module, params in adapter.modules().items():
         check_shapes(method, module, params, shapes[module])
-        exact = method.as_lora(params, metadata.scale, *shapes[module])
+        exact = None if method.lora is None else method.lora(params, metadata.scale, *shapes[module])
         if exact is None:
+            if not (rank or metadata.rank):
+                raise UserError(f"{method.label} has no rank that a LoRA could take: give --lora_rank")
             check_rank(rank, metadata.rank, shapes)
             change = change_of(adapter, module, params, base)
             require_finite(module, change.norm())  # because the SVD needs finite values
@@ -81,18 +84,25 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
     tensors = {f"{module}.{name}": tensor for module, params in factors.items() for name, tensor in params.items()}
     width = next(iter(factors.values()))["lora_A"].shape[0]
-    told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
-    return LoraForm(Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual else {})
+    told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, entries=0, scale=1.0)
+    return LoraForm(
+        Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual is not None else {}
+    )
 
 
 def check_shapes(method: Method, module: str, params: Params, shape: tuple[int, int]) -> None:
     """Raise UserError unless the tensors of a layer, whose weight has `shape` (out, in), have its method's shapes."""
-    for name, due in method.shapes(*method.sizes(params), *shape).items():
+    for name, due in due_shapes(method, params, shape).items():
         if tuple(params[name].shape) != due:
             raise UserError(
                 f"{module} holds {name} of shape {tuple(params[name].shape)}, and {due} is due beside its other "
                 "tensors; copy the file again"
             )
+
+
+def due_shapes(method: Method, params: Params, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors on a layer (out, in), at the size of params."""
+    return method.tensors.shapes(method.tensors.config(params), *shape)
 
 
 def require_finite(module: str, *tensors: torch.Tensor) -> None:
@@ -145,7 +155,8 @@ def layer_shape(
             + (f", and the base has no {module}.weight" if base is not None else "")
             + "; give --base_model, the model that it was trained on"
         )
-    if method.shapes(*method.sizes(params), *weight.shape)[method.parameters[0]] != params[method.parameters[0]].shape:
+    own = method.parameters[0]
+    if due_shapes(method, params, (weight.shape[0], weight.shape[1]))[own] != params[own].shape:
         raise UserError(
             f"{module}: the adapter does not fit the base's weight {tuple(weight.shape)}; give --base_model, the model "
             "that it was trained on"
@@ -163,7 +174,7 @@ def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, 
         )
     weight = base[key].to(metadata.base_dtype() or base[key].dtype)
     weight = roundtrip(weight, metadata.quant) if metadata.quant != "none" else weight.float()
-    return metadata.method.delta(weight, params, metadata.scale)
+    return metadata.method.change.delta(weight, params, metadata.scale)
 
 
 def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -174,7 +185,7 @@ def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> N
     if (given or 2 * own) > most:
         what = f"--lora_rank {given}" if given else f"the LoRA's rank would be {2 * own}, twice the adapter's, which"
         raise UserError(
-            f"{what} is more than {narrowest} has, whose weight is {shapes[narrowest]}; give --lora_rank, at most "
+            f"{what} is more than the weight {shapes[narrowest]} of {narrowest} allows; give --lora_rank, at most "
             f"{most}"
         )
 

@@ -159,8 +159,8 @@ class Merge:
         largest = max(reports, key=lambda report: report.change)
         if largest.change == 0:
             raise UserError(
-                "the merge changes no weight: what the adapters add is zero, or too small for float32 (an alpha of "
-                "0, a training that barely moved?); nothing is written"
+                "the merge changes no weight: the adapters' change is zero, or too small for float32 (an alpha of 0, a "
+                "training that barely moved?); nothing is written"
             )
         raise UserError(
             f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "

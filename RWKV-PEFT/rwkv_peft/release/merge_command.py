@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 import torch
 
-from ..adapters.methods import METHODS, NONE, forms
+from ..adapters.methods import METHODS
 from ..cli import counted
+from ..config import forms
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
@@ -24,6 +25,7 @@ from ..files.state_file import write_states
 from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
+from ..names import NONE
 from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
@@ -34,7 +36,7 @@ TYPES = MappingProxyType(
     {
         "bone": forms("bone"),
         "disha": forms("bone"),
-        "lora": tuple(name for name, method in METHODS.items() if method.scaled and not method.constants),
+        "lora": tuple(name for name, method in METHODS.items() if method.alpha is not None and method.held is None),
         "pissa": ("pissa",),
         "state": (NONE,),
     }
@@ -142,29 +144,26 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
     print(f"base     {args.base_model}: {base.family.name}, {layers}, {config.n_embd} channels, {dtypes}")
     for name, adapter in adapters:
         metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
-        parts = [f"{metadata.variant} rank {metadata.rank} on {counted(len(modules), 'layer')}"] if modules else []
+        parts = [f"{metadata.variant} {metadata.size_words} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
         called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
-            print(
-                f"blocks   {spans(blocks)} of 0-{config.n_layer - 1} are what it changes; the others stay as they are"
-            )
+            print(f"blocks   it changes {spans(blocks)} of 0-{config.n_layer - 1}; the others stay as they are")
         if metadata.quant != "none" and args.quant != "none":
             print(
-                f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none "
-                "takes the original"
+                f"quant    onto the base quantized by {metadata.quant}, as in training; --quant none takes the original"
             )
     if args.quant == "none" and (lost := quantization_error(base, adapters)):
         print(
-            "quant    onto the original base, as --quant none says; the base that was trained on differs from it by "
+            "quant    onto the original base, as --quant none says; the base of the training differs from it by "
             f"{lost:.2%}"
         )
     if args.unmerge:
         print(
-            f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and "
-            "with which --scale: what comes out is the base only if it was"
+            f"unmerge  these files do not say if this adapter was merged into {args.base_model}, and with which "
+            "--scale; the result is the base only if it was, with this one"
         )
 
 
@@ -254,4 +253,4 @@ def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping
                 "do not use this file"
             )
     name = open_base(output).family.name
-    print(f"verified {output}: every tensor reads back as it is computed anew, and the file is a complete {name} model")
+    print(f"verified {output}: every tensor reads back as computed, and the file is a complete {name} model")

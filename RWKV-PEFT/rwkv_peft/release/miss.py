@@ -30,7 +30,7 @@ def rename_folder(source: Path, target: Path) -> str:
         )
     if kind == "BONE" and config.get("init_weights") == "bat-in":
         raise UserError(
-            f"{source} is a bat-in adapter, and MiSS has bone, bat-out and mini alone; merge it instead "
+            f"{source} is a bat-in adapter, and MiSS has only bone, bat-out and mini; merge it instead "
             "(merge_and_unload)"
         )
     tensors = read_folder_tensors(source)

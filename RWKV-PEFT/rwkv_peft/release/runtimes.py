@@ -111,9 +111,9 @@ def refused_by_rwkv_simple(config: ModelConfig) -> str:
     """Say why `rwkv-simple` cannot take a model, or "". It takes any head size (4, 8, 12, 16, 32 and 64 were tried with
     0.1.1); its other widths are fixed."""
     if not isinstance(config, RWKV6Config):
-        return "takes RWKV-6 alone"
+        return "takes only RWKV-6"
     if (config.maa_rank, config.decay_rank) != (32, 64):
-        return f"takes low-rank widths 32 and 64 alone, and these are {config.maa_rank} and {config.decay_rank}"
+        return f"takes only low-rank widths 32 and 64, and these are {config.maa_rank} and {config.decay_rank}"
     if config.dim_att != config.n_embd:
         return f"takes as many attention channels as channels, and these are {config.dim_att} and {config.n_embd}"
     return ""
@@ -143,15 +143,16 @@ def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Te
     return row[None]
 
 
-def takes_all(config: ModelConfig) -> str:
-    return ""
+def refused_by_others(config: ModelConfig) -> str:
+    """Say why `rwkv` and llama.cpp cannot take a model, or ""."""
+    return "" if config.version in ("x060", "x070") else "takes RWKV-6 and RWKV-7 alone"
 
 
 def all_runtimes() -> tuple[Runtime, ...]:
     """All runtimes, installed or not, in the order of the table."""
     return (
-        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),
-        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, takes_all),
+        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_others),
+        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, refused_by_others),
         Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
-        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, takes_all, shifted=True),
+        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_others, shifted=True),
     )

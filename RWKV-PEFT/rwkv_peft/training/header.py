@@ -1,20 +1,23 @@
 """Print what a run is about to do: what trains, what does not, on what, and where it writes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..adapters.inject import InjectReport
-from ..adapters.methods import NONE, method_of
+from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
+from ..config.objective import BASE
+from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
+from ..models import family_named
 from ..models.family import Family
-from ..names import SCHEDULES, STATE
+from ..names import NONE, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
 from .flags.rates import automatic_rate
+from .inputs import Inputs
 from .measuring.learned import doubts
 from .step.gathering import loses_in_sums
 from .step.plan import Plan
@@ -26,25 +29,19 @@ UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter b
 
 
 def describe(
-    config: RunConfig,
-    family: Family,
-    accelerator: str,
-    samples: Samples,
-    notes: Sequence[str],
-    plan: Plan,
-    report: InjectReport,
-    state: Mapping[str, Any] | None,
-    say: Callable[..., object],
+    inputs: Inputs, accelerator: str, notes: Sequence[str], report: InjectReport, say: Callable[..., object]
 ) -> None:
     """Say in a few lines what is about to happen."""
+    config, samples, plan = inputs.config, inputs.samples, inputs.plan
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
+    family = family_named(model.version)
     say(
         f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, "
         f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
-    may_train = adapter.method != NONE and data.data_type != "pairs"  # DPO needs the base as it is
+    may_train = adapter.method != NONE and BASE not in config.objective.needs  # which needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
@@ -68,15 +65,14 @@ def describe(
     say(f"data      {data.path}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
-    if data.data_type == "pairs":
-        nll = f", and {train.dpo_nll:g} times the loss of the chosen one" if train.dpo_nll else ""
-        say(f"          DPO: the chosen answer above the rejected, by the base's measure, beta {train.dpo_beta:g}{nll}")
+    if words := config.objective.describe():
+        say(f"objective {words}")
     if train.chunk_ctx:
         cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
     for line in outlook(config, samples, plan):
         say(line)
-    if state:
+    if inputs.state:
         say(f"          resuming after step {plan.first_step:,}")
     for doubt in doubts(config, plan):
         say(f"          note: {doubt}")
@@ -85,11 +81,11 @@ def describe(
             f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
             "some of them; --strategy deepspeed_stage_2 adds them up in float32"
         )
-    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
+    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     chosen = f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
-        why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
+        why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
@@ -121,7 +117,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     """Say in a few words what trains."""
     words, method = ["full model"], method_of(adapter)
     if method is not None:
-        words = [method.label, f"rank {adapter.rank}"]
+        words = [method.label, method.size_words(vars(adapter))]
     elif adapter.states_alone:
         words = ["time states"]
     elif adapter.train_parts:

@@ -1,16 +1,99 @@
-"""Find what a run reads: the samples that it trains on, and those whose loss it measures."""
+"""Find what a run reads, before its ranks meet: samples, the checkpoint that it goes on from, its place in the data."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from os.path import realpath
+from pathlib import Path
+from typing import Any
 
-from ..config import RunConfig
+from ..config import RunConfig, TrainConfig
 from ..data.folders import held_out_split
 from ..data.mask_kinds import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
+from ..files.base import Base
+from .flags.epochs import with_chosen_epochs
+from .flags.rates import with_first_rates
+from .flags.request import Request
 from .measuring.validate import RETAINED, VALIDATION
+from .saving.history import Lowest
+from .saving.identity import data_identity
+from .saving.resume import find_state, lowest_before, other_retained, validated_from
+from .saving.saved_files import require_files
+from .step.plan import Plan
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
+    those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
+    begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far."""
+
+    config: RunConfig
+    base: Base | None
+    samples: Samples
+    measured: Mapping[str, Samples]
+    of_measured: Mapping[str, Mapping[str, Any]]
+    checkpoint: Path | None
+    state: Mapping[str, Any] | None
+    identity: dict[str, Any]
+    plan: Plan
+    lowest: Lowest
+
+
+def find_inputs(request: Request) -> Inputs:
+    """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
+    config, base, world = request.config, request.base, request.world
+    train = config.train
+    step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
+    samples, measured = find_samples(config)
+    of_measured = {name: data_identity(config, found) for name, found in measured.items()}
+    validation, retained = (of_measured.get(name, {}).get("content", "") for name in (VALIDATION, RETAINED))
+    identity: dict[str, Any] = {
+        "adapter": asdict(config.adapter),
+        "base": "" if base is None else base.fingerprint,
+        "data": data_identity(config, samples),
+        "strategy": train.strategy,
+        "world_size": world.size,
+        "objective": train.objective,
+        "precision": train.precision,
+        "validation": validation,
+        "retained": retained,
+    }
+    checkpoint, state = find_state(Path(train.proj_dir), train, identity)
+    if checkpoint is not None and state is not None and world.rank == 0:
+        require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
+    samples.notes += other_retained(state, retained)
+    if state:
+        train = with_first_rates(train, state)
+    train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
+    config = with_tokenizer(replace(config, train=train), samples)
+    plan = make_plan(train, samples, step_samples, state)
+    identity["validated_from"] = validated_from(plan, state, validation)
+    lowest = lowest_before(train, plan, identity["validated_from"])
+    return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
+
+
+def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
+    """Return the RunConfig with the recorded tokenizer of token files that were made before, "" if none is recorded;
+    data of rows keeps its tokenizer."""
+    if config.data.of_rows:
+        return config
+    name = samples.vocabulary.name if samples.vocabulary else ""
+    return replace(config, data=replace(config.data, tokenizer=name))
+
+
+def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
+    """Make the run's Plan. A resumed run starts at its sample cursor, whatever the size of its steps was before."""
+    epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
+    first_step = train.epoch_begin * epoch_steps
+    first_sample = first_step * step_samples
+    if state:
+        first_sample = state["samples_seen"]
+        first_step = first_sample // step_samples
+    return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step, first_sample)
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
@@ -33,8 +116,8 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
         if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
             samples.notes.append(
-                f"note: --val_data {named} holds what is trained on, so that its loss tells nothing of other text; "
-                "--val_split 0.01 keeps samples back for it"
+                f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
+                "--val_split 0.01 keeps samples back for validation"
             )
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
@@ -42,7 +125,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             other = replace(other, loss_mask=default_mask(other.path))
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
-        samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
+        samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
     for flag, path, name in (
         ("--val_data", train.val_data, VALIDATION),
         ("--retain_data", train.retain_data, RETAINED),

@@ -1,4 +1,4 @@
-"""Inputs of Bone's kernels, the formulas, and the bound that kernels are held to."""
+"""Inputs of Bone's kernels, the formulas, and the error bound of the kernels."""
 
 import torch
 
@@ -32,7 +32,7 @@ def tensors(sizes, dtype, spread=1):
 
 
 def plain(x, bone, g, dz):
-    """z, shift, dx and the gradient of bone, as the formula has them."""
+    """z, shift, dx and the gradient of bone, by the formula."""
     rank = bone.shape[-1]
     shards = x.unflatten(1, (-1, rank))
     u = torch.einsum("bij,tbj->tbi", bone, shards)
@@ -56,7 +56,7 @@ def merged_gradient(rows, bone, d):
 
 
 def total(x, tile):
-    """Sums over shards of tile's width, the last one padded."""
+    """Sums over shards as wide as tile, the last one padded."""
     rank = tile.shape[1]
     return (torch.nn.functional.pad(x, (0, -x.shape[1] % rank)).unflatten(1, (-1, rank)).sum(1),)
 

@@ -23,7 +23,7 @@ def launched():
 
 @pytest.fixture
 def kernels(built, launched, monkeypatch):
-    """CPU tensors go through the CUDA kernels; what they are to fill begins as NaN."""
+    """Send CPU tensors through the CUDA kernels; tensors that they should fill begin as NaN."""
     built.set_order("ascending")
 
     def call(name, like, given, blocks, **sizes):

@@ -1,6 +1,6 @@
 """Each instruction set's kernels agree with the formula in float64, and err no more than plain torch does.
 
-Where the processor has no matrix unit, tests/amx_shim stands in for it.
+If the processor has no matrix unit, tests/amx_shim stands in for it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from rwkv_peft.ops.native.compilers import compiler_knows
 
 @pytest.fixture(params=blocks.LEVELS)
 def level(request, monkeypatch):
-    """Each instruction set in turn, the matrix unit's on the shim where this processor lacks it."""
+    """Each instruction set in turn, the matrix unit's on the shim if this processor lacks it."""
     if blocks.available(request.param):
         return request.param
     if request.param != "amx" or not (shim := amx_shim()):
@@ -38,8 +38,7 @@ def level(request, monkeypatch):
 
 @functools.cache
 def amx_shim():
-    """bone.cpp for the matrix unit, built on the shim; None where the processor or the compiler is too old for
-    it."""
+    """bone.cpp for the matrix unit, built on the shim; None if the processor or the compiler is too old for it."""
     if not blocks.available("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
         return None
     header = Path(__file__).parents[2] / "amx_shim" / "amx_shim.h"

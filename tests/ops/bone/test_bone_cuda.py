@@ -18,8 +18,8 @@ from ops.bone.cases import (
     tiled,
     total,
 )
-from rwkv_peft.adapters.bat_in import bat_in
-from rwkv_peft.adapters.bone import bone as bone_of
+from rwkv_peft.adapters.functions.bat_in import bat_in
+from rwkv_peft.adapters.functions.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
 from rwkv_peft.ops.native import driver
 
@@ -82,7 +82,7 @@ def test_one_shard_is_its_own_sum(kernels):
 @pytest.mark.parametrize("function", (bat_in, partial(bat_in, scale=6.5), bone_of), ids=("bat-in", "scaled", "bone"))
 @pytest.mark.parametrize("width", (64, 16))
 def test_an_adapter_through_the_kernels(kernels, function, width):
-    """x and g in steps of a larger tensor, from an address that is no multiple of 16 bytes; `width` is
+    """x and g are slices of a larger tensor, at an address that is no multiple of 16 bytes; `width` is
     that of bone's mini form."""
     shape = (32, width) if function is bone_of else (4, 32, 32)
     whole, weight = torch.randn(2, 9, 130), torch.randn(64, 128) / 11

@@ -22,7 +22,7 @@ def case(sizes, spread=1):
 
 
 def squared(x, bone, g, dz, left):
-    """z, shift, dx, the gradient of bone, and left's."""
+    """z, shift, dx, the gradient of bone, and that of left."""
     rank = left.shape[1]
     positive = torch.relu(x + left.repeat(1, x.shape[1] // rank))
     z, shift, ds, d_bone = plain(positive.square(), bone, g, dz)

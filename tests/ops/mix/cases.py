@@ -1,4 +1,4 @@
-"""Inputs of the mix operations, and the bound that kernels are held to."""
+"""Inputs of the mix operations, and the error bound of their kernels."""
 
 import torch
 
@@ -42,7 +42,7 @@ def assert_as_accurate(function, inputs, dtype, monkeypatch):
 
 
 def low_rank(B, T, C, m, rank):
-    """Factors of weights that depend on the token, or none."""
+    """Low-rank factors that make the weights depend on the token, or none."""
     return (None, None) if rank is None else (randn(B, T, m * rank), randn(m, rank, C) / rank)
 
 

@@ -17,7 +17,7 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def on_shim(request, monkeypatch):
-    """The operations' CPU tensors go through the CUDA kernels."""
+    """Send the operations' CPU tensors through the CUDA kernels."""
     if "kernels" not in request.fixturenames:
         return
     kernels = request.getfixturevalue("kernels")

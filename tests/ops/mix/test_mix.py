@@ -66,7 +66,7 @@ def test_delta_keys(shape, dtype, monkeypatch):
 
 
 def test_keys_of_no_length_are_divided_by_the_least_one(monkeypatch):
-    """A head of zeros has a gradient, as one of next to nothing has."""
+    """A head of zeros has a finite gradient, and so does one of almost zeros."""
     k, *others = keys_inputs(1, 3, 2, 12)
     k[0, 1, 0], k[0, 2] = 0, 1e-14 * k[0, 2]
     kernel, plain = (run(delta_keys, [k, *others], torch.float32, plain, monkeypatch) for plain in (False, True))

@@ -45,7 +45,7 @@ def test_packed_lerp(kernels, with_last, dtype, monkeypatch):
 
 
 def frozen_lerp(inputs, dtype, bounds):
-    """A lerp's points and the gradients of what its kernels with the product inside give: x, last and low."""
+    """A lerp's points, and the gradients that its kernels with the product inside give: those of x, last and low."""
     wanted = [x is not None and i in (0, 1, 3) for i, x in enumerate(inputs)]
     leaves = [x if x is None else x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted)]
     outs = lerp(*leaves, bounds)
@@ -56,7 +56,7 @@ def frozen_lerp(inputs, dtype, bounds):
 @pytest.mark.parametrize("rank, lengths", [(32, None), (64, None), (32, (1, 62, 1, 1, 65)), (64, (64, 63))])
 @pytest.mark.parametrize("with_last, groups", [(False, 1), (True, 3)])
 def test_lerp_with_its_product_inside(kernels, rank, lengths, with_last, groups, monkeypatch):
-    """Rows and sequences that end in, at and after a tile of tokens; channels in one group and in several."""
+    """Rows and sequences end inside a tile of tokens, at its end and after it; channels in one group and in several."""
     monkeypatch.setattr(gpu_lerp, "MOST_GROUPS", groups)
     names, call = [], functions.call
     monkeypatch.setattr(gpu_lerp, "call", lambda name, *rest, **sizes: (names.append(name), call(name, *rest, **sizes)))
@@ -143,7 +143,7 @@ def test_nan_comes_through(kernels):
 
 @pytest.mark.parametrize("order", shim.ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
-    """Over more tokens than one strip has, so that sums over strips are added up, too."""
+    """With more tokens than one strip has, so that sums over strips are added up, too."""
     function, inputs = (lambda *x: norm_bonus_gate(*x, 64e-5)), reads_inputs(1, 70, 2, 20)
     points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
     expected = [

@@ -43,7 +43,7 @@ def test_a_library_is_built_once_and_found_again(tmp_path, compiler):
 
 @pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[:4096], lambda c: b"", lambda c: bytes(len(c))])
 def test_a_library_that_was_cut_short_is_built_anew(tmp_path, compiler, change):
-    """Loading one would end the process by a signal, where a page is missing."""
+    """Loading it would end the process by a signal, because a page is missing."""
     units, link = recipe(tmp_path, compiler)
     path = build_library("answer", units, link, cache=tmp_path / "cache")
     path.write_bytes(change(path.read_bytes()))
@@ -95,7 +95,7 @@ def test_source_header_and_flags_decide_the_file(tmp_path, compiler):
 
 
 def test_another_checkouts_build_serves(tmp_path, compiler):
-    """The sources' content decides, and not where they lie: a second clone compiles nothing."""
+    """The sources' content decides, not their folder: a second clone compiles nothing."""
     made = []
     for clone in ("one", "two"):
         folder = tmp_path / clone

@@ -22,8 +22,9 @@ class Compiler:
 
 @pytest.fixture
 def build(monkeypatch):
-    """build(nvcc, nvrtcs, bad, stale) -> (the kernels, what was tried): nvcc is there or not, an NVRTC of each of the
-    versions; launches of the `bad` ones' code fail, and the `stale` ones' code in the cache does not load."""
+    """build(nvcc, nvrtcs, bad, stale) -> (the kernels, the compilers that were tried). nvcc: True if it is
+    installed; nvrtcs: the versions of NVRTC; code of `bad` compilers does not launch, cached code of `stale` ones does
+    not load."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

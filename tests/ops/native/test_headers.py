@@ -1,4 +1,4 @@
-"""The kernels' headers: each compiles by itself, and what Python hands over lies where C++ looks for it."""
+"""The kernels' headers: each compiles by itself, and Python's structures have the layout of C++'s."""
 
 import ctypes
 import subprocess
@@ -77,7 +77,7 @@ def on_level(compiler, level):
 
 @pytest.mark.parametrize("header", names(CPU, "*.h"))
 def test_a_header_of_the_cpus_compiles_alone(compiler, header, tmp_path):
-    """At the level that includes least of itself; what others add to a header, the sources show."""
+    """At the level that includes the fewest headers; the sources test the others."""
     compile_text(on_level(compiler, NEEDS.get(header, "portable")), f'#include "{header}"\n', ".cpp", tmp_path)
 
 

@@ -12,7 +12,7 @@ VERSIONS = {"libnvrtc.so.12": (12, 4), "libnvrtc.so.13": (13, 5)}
 
 
 class Library:
-    """An NVRTC of a version that puts a source into words, and counts how often."""
+    """An NVRTC of a version, whose code is a description of the source, and which counts its compilations."""
 
     def __init__(self, version):
         self.version, self.compiled = version, 0
@@ -46,7 +46,7 @@ class Library:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed(*paths): these libraries are those of the wheels; bare names are of a system that has none."""
+    """installed(*paths) makes these libraries those of the wheels; the system has none."""
 
     def load(path):
         if "/" not in path:

@@ -1,4 +1,4 @@
-"""The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on the GPU where
+"""The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on a GPU if
 there is one."""
 
 import functools
@@ -39,7 +39,7 @@ def run(request):
 def check(run, case, roundings=32 * torch.finfo(torch.float32).eps):
     """Every result is within twice plain torch's error in the same precision, plus `roundings` of its scale.
 
-    Where the true gw is near zero its scale is that of k gk, of which it is a difference.
+    If the true gw is near zero, its scale is that of k gk, because gw is a difference of such terms.
     """
     true, plain, ours = (dict(zip(cases.RESULTS, compute(case))) for compute in (cases.truth, cases.plain, run))
     assert ours.keys() == true.keys()
@@ -94,7 +94,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, N, group, decay, w
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype):
-    """wkv6 itself, as on a GPU that holds eight blocks: of its kernels, those that can take groups do."""
+    """wkv6 itself, as on a GPU that holds eight blocks: those of its kernels that can take groups do."""
     monkeypatch.setattr(WKV6.backends, "choose", lambda *_: "cuda")
     fits = lambda r: choose_group(*r.shape[:3], 1, 8) if r.dtype == torch.bfloat16 else 0  # noqa: E731
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda r, _: fits(r))

@@ -24,7 +24,7 @@ DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "m
 
 @functools.cache
 def why_not(backend):
-    """Why this machine cannot run a backend, or None."""
+    """The reason why this machine cannot run a backend, or None."""
     name, _, level = backend.partition(":")
     return cpu.RECURRENCE.unavailable(level) if name == "cpu" else backends()[name]
 
@@ -158,7 +158,7 @@ def test_threads_share_the_values_of_a_single_head(heads, dtype):
 
 
 def test_gradcheck_of_the_reference():
-    inputs, _ = random_inputs(2, 3, 2, 3)
+    inputs, _ = random_inputs(2, 3, 1, 4)
     leaves = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(lambda *x: wkv6(*x, backend="reference"), leaves)
     bounds = torch.tensor([0, 1, 3])
@@ -367,7 +367,7 @@ def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs(backend
 
 
 def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
-    """As on a GPU, where reading it waits: a mark of having passed stands for the values, also in a converted copy."""
+    """As on a GPU, for which reading waits: a mark replaces the reading, also in a converted copy."""
     bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
     bounds._checked_bounds = 6, bounds._version
     checks.check_bounds("wkv6", checks.as_int64(bounds, 6), 6)
@@ -422,7 +422,7 @@ def test_backends_lists_every_name():
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("bounds", (None, (0, 1, 18, 300, 301, 333)))
 def test_the_chunked_form_is_exact(bounds, decay):
-    """In float64, where roundings hide nothing: nothing is divided, and no decay is capped."""
+    """In float64, because roundings hide nothing there: nothing is divided, and no decay is capped."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs, gradients = random_inputs(1, 333, 2, 8, decay=decay, sequences=None if bounds is None else 5)
     truth = run("reference", inputs, gradients, torch.float64, cu_seqlens=cu_seqlens)
@@ -434,7 +434,7 @@ def test_the_chunked_form_is_exact(bounds, decay):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed within, views aside."""
+    """Counts the operations within it, without views."""
 
     count = 0
 
@@ -445,8 +445,8 @@ class Operations(TorchDispatchMode):
 
 
 def test_the_chunked_form_takes_few_operations_a_token_and_keeps_little():
-    """Each operation is a launch on a GPU; a step at a time takes 30 a token. Beside its inputs the form keeps a
-    state for every 1,024 tokens of one row, every 128 of each of eight."""
+    """Each operation is a launch on a GPU; a step at a time takes 30 for each token. Beside its inputs the form keeps a
+    state for every 1,024 tokens of one row, or for every 128 tokens of each of eight rows."""
     counts = {}
     for T in (1024, 2048):
         inputs, gradients = random_inputs(1, T, 1, 64)

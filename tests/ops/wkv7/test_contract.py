@@ -1,4 +1,4 @@
-"""wkv7's contract with its callers and with torch: what it accepts, what it refuses and how, dtypes, one graph."""
+"""wkv7's contract with its callers and with torch: valid arguments, refusals, dtypes, one graph."""
 
 import warnings
 

@@ -79,7 +79,7 @@ def test_the_order_of_the_threads_does_not_matter(kernels, group):
 
 @pytest.mark.parametrize("group", [0, 64])
 def test_nothing_is_read_before_it_is_written(kernels, group):
-    """Results and what lies between kernels begin as NaN, as shared memory does; one sequence has no tokens."""
+    """Results and tensors between kernels begin as NaN, as shared memory does; one sequence has no tokens."""
     made = made_of(1, [1, 0, 130, 4], dict(), H=1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -93,7 +93,7 @@ def test_nothing_is_read_before_it_is_written(kernels, group):
 
 @pytest.mark.parametrize("length, largest", [(0.0, 10), (1e-13, 1e13)])
 def test_a_key_without_length_is_divided_by_the_least(kernels, length, largest):
-    """And its gradient is the whole one, divided so: none goes off for what the length would have."""
+    """Its gradient is divided by the least length, too, without a term for the length's own gradient."""
     made, at = made_of(1, 20, dict(with_state=False)), (0, torch.tensor([3, 17]), 1)
     k = made.case.k.clone()
     k[at] = length * torch.sign(k[at])

@@ -17,7 +17,7 @@ DECAYS = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "
 
 
 def skip_unless_usable(backend):
-    """Skips the test where this machine cannot run a backend."""
+    """Skip the test if this machine cannot run a backend."""
     name, _, level = backend.partition(":")
     reason = cpu.RECURRENCE.unavailable(level) if name == "cpu" else None
     if reason is not None:
@@ -25,8 +25,8 @@ def skip_unless_usable(backend):
 
 
 def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=True, sequences=None, seed=0):
-    """([r, w, k, v, a, b, state], [gradient of y, gradient of the final state]), a and b as the model makes them: a
-    direction taken away, and put back at a learning rate."""
+    """([r, w, k, v, a, b, state], [gradient of y, gradient of the final state]), with a and b as the model makes them:
+    a direction to remove, and the same times a learning rate."""
     g = torch.Generator().manual_seed(seed)
     low, high = DECAYS[decay]
     r, k, v, direction, gy = (torch.randn(B, T, H, N, generator=g) for _ in range(5))
@@ -127,7 +127,7 @@ def with_threads(counts, *arguments, **choices):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_nothing(dtype):
-    """Sequences and heads are shared out, and each is computed alike by whoever takes it."""
+    """Threads share sequences and heads, and each thread computes the same."""
     for name, one, *others in zip(NAMES, *with_threads((1, 2, 5), *random_inputs(2, 130, 3, 64, dtype))):
         assert all(torch.equal(one, other) for other in others), name
 
@@ -220,7 +220,7 @@ def test_the_reference_is_the_formula():
 
 
 def test_gradcheck_of_the_reference():
-    inputs, _ = random_inputs(2, 3, 1, 3)
+    inputs, _ = random_inputs(2, 3, 1, 4)
     leaves = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend="reference"), leaves)
     bounds = torch.tensor([0, 1, 3])
@@ -232,7 +232,7 @@ def test_gradcheck_of_the_reference():
 
 @pytest.mark.parametrize("bounds", (None, (0, 1, 18, 300, 301, 333)))
 def test_the_chunked_form_is_exact(bounds):
-    """In float64, where roundings hide nothing."""
+    """In float64, because roundings hide nothing there."""
     inputs, gradients, cu_seqlens, truth, _ = case(1, 333, 2, 8, decay="mixed", bounds=bounds)
     inputs, (gy, gfinal) = [x.double() for x in inputs], (x.double() for x in gradients)
     y, final, checkpoints = chunked.forward(*inputs, cu_seqlens, save=True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on the GPU where
+"""The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on a GPU if
 there is one."""
 
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def test_results_and_gradients_match_the_reference(run, T, N, decay, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("N", [4, 36, 64])
 def test_tokens_that_take_away_what_the_one_before_wrote(run, N, dtype):
-    """The chunk's triangular system at its worst: all tokens have one key, and nothing fades."""
+    """The worst triangular system of a chunk: all tokens have one key, and nothing fades."""
     check(run, cases.make_case(1, 40, 2, N, dtype, decay="none", repeated=True))
 
 
@@ -77,7 +77,7 @@ def test_packed_sequences_are_independent(run, N, dtype):
 
 @pytest.mark.parametrize("B, lengths, decay, repeated, with_state", SPLIT_CASES)
 def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, with_state):
-    """At both ends of the decays' range, and where nothing fades and a group takes one direction away for good."""
+    """At both ends of the decays' range, and in a case in which nothing fades and a group removes one direction."""
     T = 129 if lengths is None else sum(lengths)
     kinds = dict(decay=decay, repeated=repeated, with_state=with_state)
     case = cases.make_case(B, T, 1, 64, torch.bfloat16, lengths=lengths, seed=T, **kinds)

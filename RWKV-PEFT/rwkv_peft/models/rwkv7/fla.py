@@ -54,8 +54,8 @@ def from_fla(
     for setting, due in SETTINGS:
         if (value := settings.get(setting, due)) != due:
             raise UserError(
-                f"{name}/config.json: {setting} is {short(str(value))}, and the model is not RWKV-7 with anything but "
-                f"{due}; take one that is"
+                f"{name}/config.json: {setting} is {short(str(value))}, and it is {due} in RWKV-7; take a model that "
+                "is RWKV-7"
             )
     tensors = _unstacked(tensors)
     official = _names(tensors)
@@ -67,8 +67,8 @@ def from_fla(
     for key, tensor in tensors.items():
         if key.endswith(".attn.r_k") and tensor.shape[-1:] != (HEAD_SIZE,):
             raise UserError(
-                f"{name}: {key} has shape {tuple(tensor.shape)}, and heads of {HEAD_SIZE} are due: the norm after the "
-                "recurrence has an eps of its own at each head size there, and one at all of them in RWKV-7"
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and heads of {HEAD_SIZE} are due: in this layout the "
+                "eps of the norm after the recurrence depends on the head size, and in RWKV-7 it does not"
             )
     return {official[key]: _official(official[key], tensor) for key, tensor in tensors.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ...config import TrainConfig
+from ...config import Objective, TrainConfig
 from ...data.batches import TrainBatch
 from ...errors import give_back, hangup_signals
 from ...names import METRICS
@@ -66,7 +66,7 @@ class Moves(pl.Callback):
         self.watch.moved(f"step {lit.step + 1}")
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"what follows step {lit.step + 1}")
+        self.watch.moved(f"the end of step {lit.step + 1}")
 
 
 class FiniteGradients(StepCallback):
@@ -92,12 +92,13 @@ class Record(StepCallback):
         folder: Path,
         plan: Plan,
         accumulate: int,
+        objective: Objective,
         validator: Validator | None = None,
         examiners: Sequence[Examiner] = (),
         rows: BeforeAfter | None = None,
     ) -> None:
         super().__init__(accumulate)
-        self.path, self.plan, self.validator = folder / METRICS, plan, validator
+        self.path, self.plan, self.objective, self.validator = folder / METRICS, plan, objective, validator
         self.examiners, self.rows = examiners, rows
         self.ending = False  # true once the last step is done
         self.tokens = 0
@@ -153,12 +154,12 @@ class Record(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
         if validation:
-            self.progress.say(f"step {done:,}: {in_words(validation)}")
+            self.progress.say(f"step {done:,}: {in_words(validation, self.objective)}")
         for line in told:
             self.progress.say(f"step {done:,}: {line}")
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
-        if "accuracy" in lit.step_measures:
-            loss += f", accuracy {lit.step_measures['accuracy']:.2f}"
+        for figure in self.objective.figures[:1]:
+            loss += f", {figure.name} {lit.step_measures[figure.name]:.2f}"
         self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, tokens)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:

@@ -19,7 +19,7 @@ def resolve_accelerator(train: TrainConfig) -> str:
             + (", or use --accelerator cpu" if not gpus else "")
         )
     if train.cuda_graphs and accelerator == "cpu":
-        raise UserError("--cuda_graphs 1 records what a GPU is told to do, and this run is on a cpu; leave it out")
+        raise UserError("--cuda_graphs 1 records launches on a GPU, and this run is on a CPU; leave it out")
     return accelerator
 
 

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ...config import Objective
 from ...ops.native.kept import COMPILING
 from ..step.plan import Plan
 
 QUIET = 10  # seconds between two lines of a log
 
 
-def in_words(validation: dict[str, float]) -> str:
+def in_words(validation: dict[str, float], objective: Objective) -> str:
     """Put the numbers of a Validator in words."""
-    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
-    words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
+    words = {"val_ppl": ("perplexity", 2)} | {f"val_{name}": (name, 3) for name, *_ in objective.figures}
     words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
     told = ((*words[name], value) for name, value in validation.items() if name in words)
     return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)

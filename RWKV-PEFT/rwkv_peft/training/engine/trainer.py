@@ -1,4 +1,22 @@
-"""Make Lightning's Trainer for a run, and the module that it trains."""
+"""Make Lightning's Trainer for a run, and the module that it trains.
+
+A step does, in this order, for each of its micro batches:
+
+    Moves.on_train_batch_start              tell the watch of the step
+    Record.on_train_batch_start             look at the clock
+    Save.on_train_batch_start               ask for a save if --save_minutes have passed
+    Lit.on_train_batch_start                set the learning rate, and seed the random draws
+    Lit.training_step                       compute the loss, and start its sum over all ranks
+    DeepSpeedEngine.backward                compute gradients, and add them up
+    Lit.on_after_backward                   read that sum, and stop the run if it is not finite
+    DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, AdamW
+    Moves.on_train_batch_end                tell the watch that the step is done
+    FiniteGradients.on_train_batch_end      stop the run if the gradient norm is not finite
+    BaseGuard.on_train_batch_end            end the run if its base was written over
+    Record.on_train_batch_end               validate, ask questions, write metrics, draw the bar
+    Save.on_train_batch_end                 save, if it is time; stop after the last step
+    Lit.on_train_batch_end                  count the step
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +27,14 @@ from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
 from ...config import RunConfig
 from ...data.samples import Samples
+from ...errors import UserError
 from ...models.state import TIME_STATE
 from ...names import STATE
+from ...objectives.next_token import NextToken
 from ..ranks.base_guard import BaseGuard
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
-from ..step.preferences import Preferences
 from ..step.steps import Segments, Step, Way, Whole, straight
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
@@ -23,22 +42,25 @@ from .strategy import make_strategy
 
 
 def step_of(config: RunConfig, samples: Samples) -> Step:
-    """Choose the Step for batches of `samples`: over whole rows, segments of them, or pairs of answers."""
-    train, data = config.train, config.data
+    """Choose the Step for batches of `samples`: over whole rows, or segments of them."""
+    train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
     if train.cuda_graphs:
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
-    if data.data_type == "pairs":
-        return Preferences(train.dpo_beta, train.dpo_nll, way, base_way)
     if not train.chunk_ctx:
-        return Whole(way)
-    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
+        return Whole(objective, way, base_way)
+    assert isinstance(objective, NextToken)  # the rules of the others refuse segments
+    return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
 
 def make_lit(run: Prepared) -> Lit:
     adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    if train.cuda_graphs and run.model.sees_tokens:
+        raise UserError(
+            f"--cuda_graphs 1: blocks of {run.family.name} see tokens, which no graph records; leave it out"
+        )
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
@@ -69,7 +91,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             Moves(run.watch),
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
-            Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
+            Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),
         ],

@@ -4,26 +4,24 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 """
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
-from ...config import AdapterConfig, DataConfig, TrainConfig
-from ...names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
+from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
+from ...config.rules import RULES
+from ...config.setting import flag_of
+from ...names import GENERATIONS, TRAIN_TYPES
+from ...objectives import OBJECTIVES
+from ...rules import notes
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
 from .upstream import WORDS, add_upstream_flags
 
-Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
-CHOICES_OF = (
-    ("peft", (*CHOICES, *WORDS)),
-    ("dataload", DATALOADS),
-    ("loss_mask", LOSS_MASKS),
-    ("lr_schedule", SCHEDULES),
-)
-TYPES = (("mask_id", marker),)  # argparse types that need more than config/ knows
+Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
+OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -39,11 +37,6 @@ HEAD = """# Flags of train.py
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
 shows the same. An unknown flag is refused with the nearest that exists.
 """
-
-
-def flag_of(field: Field[Any]) -> str | None:
-    """The name of a setting's flag, None if it has none of its own."""
-    return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
 
 
 def build_parser() -> Parser:
@@ -102,6 +95,16 @@ def build_parser() -> Parser:
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
+    minimized = parser.add_argument_group("objective")
+    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    minimized.add_argument(
+        "--objective",
+        choices=tuple(OBJECTIVES),
+        default=None,
+        help=f"what a step minimizes. {texts} (default: the first that learns from the --data_type)",
+    )
+    for objective in OBJECTIVES.values():
+        add_settings(minimized, objective)
     for name in ("validation", "run", "optimizer", "machine"):
         group = parser.add_argument_group(name)
         add_settings(group, TrainConfig, name)
@@ -114,6 +117,8 @@ def build_parser() -> Parser:
             )
     add_upstream_flags(parser)
     add_legacy_flags(parser)
+    for action in parser._actions:
+        action.help = f"{action.help}{notes(RULES, action.dest)}"
     return parser
 
 
@@ -131,23 +136,20 @@ def version(text: str) -> str:
 
 
 def add_settings(
-    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig | Objective], group: str = ""
 ) -> None:
     """Add the flags of one group of a settings dataclass to a parser."""
     for field in fields(config):
         flag = flag_of(field)
         if flag is None or field.metadata["group"] != group:
             continue
-        options = dict(field.metadata["options"])
-        if flag in dict(TYPES):
-            options["type"] = dict(TYPES)[flag]
-        if flag in dict(CHOICES_OF):
-            options["choices"] = dict(CHOICES_OF)[flag]
+        options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
         if "required" not in options:
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+        of = f"{config.name}: " if issubclass(config, Objective) else ""
+        parser.add_argument(f"--{flag}", help=f"{of}{field.metadata['help']}", **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
@@ -169,14 +171,14 @@ def table() -> str:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if not actions:
             continue
-        lines += [f"## {group.title}", "", "| flag | default | what it does |", "|---|---|---|"]
+        lines += [f"## {group.title}", "", "| flag | values | default | what it does |", "|---|---|---|---|"]
         for action in actions:
             names = ", ".join(f"`{name}`" for name in action.option_strings)
             shown = action.default not in (None, "", False, []) and action.nargs != 0
             default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
-            choices = f" ({', '.join(map(str, action.choices))})" if action.choices and not action.metavar else ""
-            text = f"{action.help}{choices}".replace("|", "\\|")
-            lines.append(f"| {names} | {default} | {text} |")
+            values = ", ".join(map(str, action.choices)) if action.choices and not action.metavar else ""
+            text = str(action.help).replace("|", "\\|")
+            lines.append(f"| {names} | {values} | {default} | {text} |")
         lines.append("")
     return "\n".join(lines)
 

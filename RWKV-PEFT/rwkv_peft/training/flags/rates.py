@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
-from ...config import STATE_LR, AdapterConfig, DataConfig, TrainConfig
+from ...config import STATE_LR, AdapterConfig, Objective, TrainConfig
 from ...errors import UserError
 
 ANCHOR = 0.08  # Bone's rate times the model's channels
@@ -53,10 +53,10 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
     )
 
 
-def follows_rule(adapter: AdapterConfig, data: DataConfig) -> bool:
+def follows_rule(adapter: AdapterConfig, objective: Objective) -> bool:
     """Tell whether a run takes the rule's rate unless one is given. States alone have a rate of their own, and the rule
-    is for the loss of tokens, not of pairs."""
-    return not adapter.states_alone and data.data_type != "pairs"
+    is for the loss of tokens."""
+    return not adapter.states_alone and objective.of_tokens
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:

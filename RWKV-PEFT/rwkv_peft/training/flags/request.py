@@ -6,33 +6,34 @@ before a weight is read; those that the flags show by themselves are refused bef
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from ...data.mask_kinds import default_mask, require_markers
+from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
+from ...config.data import OF_ROWS
+from ...config.rules import FLAGS, RULES, check_settings, given, values_of
+from ...data.mask_kinds import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
+from ...rules import Given, contradictions
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .graphs import check_graphs
 from .markers import markers_of
+from .objective import check_objective, check_rules, objective_of
 from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
-from .preferences import check_preferences
 from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
-from .train import check_products, check_train
+from .train import check_tokens, check_train
 from .upstream import PLACEHOLDER, adopt, check_stage
 from .world import World, find_world
 
 if TYPE_CHECKING:
     from ...files.base import Base
     from ...models.family import Family
-
-MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 
 
 class Request(NamedTuple):
@@ -60,6 +61,7 @@ class Flags(NamedTuple):
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    objective: Objective
     world: World
     argv: tuple[str, ...]
     notes: tuple[str, ...]
@@ -92,55 +94,37 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals, earlier ones included."""
     notes = tuple(adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
-    refusals.gather(check_stage, args)
-    refusals.gather(check_train_type, args)
-    if args.train_type == STATE:
+    if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]
+    refusals.gather(check_stage, args)
     refusals.gather(check_adapter_flags, args)
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
-    refusals.gather(check_rates, args)
-    train = refusals.attempt(train_config, args, data)
-    refusals.gather(check_data, data)
-    refusals.attempt(require_markers, data)
-    for check, settings in together(adapter, data, train):
-        refusals.gather(check, *settings)
+    objective = objective_of(args)
+    train = refusals.attempt(train_config, args, data, objective)
+    refusals.gather(contradictions, RULES, flags_given(args, *(each for each in (adapter, data, train) if each)))
+    refusals.gather(check_objective, args, objective)
+    refusals.gather(check_rules, objective, adapter, data, train)
+    refusals.gather(check_tokens, data)
+    refusals.gather(check_train, train)
+    refusals.gather(check_overwriting, adapter, data, train)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
-    return Flags(args, adapter, data, train, world, argv, notes)
+    return Flags(args, adapter, data, train, objective, world, argv, notes)
 
 
-def together(
-    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
-) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
-    """List (a check, its arguments) for settings that may contradict each other, whatever the model is."""
-    return (
-        (check_train, (train,)),
-        (check_products, (train, adapter)),
-        (check_preferences, (train, adapter, data)),
-        (check_graphs, (train,)),
-        (check_overwriting, (adapter, data, train)),
-    )
+def flags_given(args: Namespace, *settings: AdapterConfig | DataConfig | TrainConfig) -> Given:
+    """The flags that rules judge: as parsed, and as settings have them if a default follows from other flags. A flag
+    without a default of its own counts as given, whatever its value is."""
+    parsed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    found = given(parsed | {"train_parts": parts_of(args)} | values_of(*settings) | {"train_type": args.train_type})
+    unset = {name for name, field in FLAGS.items() if field.metadata["unset"] and parsed[name] is not None}
+    return found._replace(names={*found.names, *unset})
 
 
-def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
-    """Tell whether no settings contradict each other, whatever the model is."""
-    return not any(message for check, settings in together(adapter, data, train) for message in check(*settings))
-
-
-def check_train_type(args: Namespace) -> Iterator[str]:
-    """Yield refusals of a --train_type that contradicts what trains."""
-    if args.train_type not in (FINETUNE, STATE):
-        return
-    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
-    if args.peft != NONE:
-        yield (
-            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
-            + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
-        )
-    others = [part for part in parts_of(args) if part != STATE]
-    if args.train_type == STATE and others:
-        yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
+def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
+    """Tell whether no settings contradict each other, whatever the model is and wherever files lie."""
+    return not any(chain(check_settings(adapter, data, train), check_rules(objective, adapter, data, train)))
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
@@ -148,33 +132,17 @@ def rates_left(args: Namespace) -> tuple[str, ...]:
     return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
-def check_rates(args: Namespace) -> Iterator[str]:
-    """Yield refusals of flags of states that do not fit what trains, and of --bptt_segments without segments."""
-    states, alone = STATE in parts_of(args), args.peft == NONE and parts_of(args) == (STATE,)
-    if args.state_load and not states:
-        yield f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
-    if args.state_lr is not None and not states:
-        yield f"--state_lr {args.state_lr:g} is that of states, and none train; add --train_parts state"
-    if args.state_lr is not None and alone:
-        yield f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that"
-    if args.lr_init == 0 and states and not alone:
-        yield "--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0"
-    if args.bptt_segments and args.train_type != INFCTX:
-        yield (
-            f"--bptt_segments {args.bptt_segments} counts segments of --train_type infctx, and the type is "
-            f"{args.train_type}; give that type, or leave --bptt_segments out"
-        )
-
-
-def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+def train_config(args: Namespace, data: DataConfig, objective: Objective) -> TrainConfig:
     """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
-    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
+    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs, "objective": objective.name}
+    if epochs and args.epoch_save is None:
+        others["epoch_save"] = 0  # short epochs have little to save
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -202,7 +170,7 @@ def request_of(flags: Flags) -> Request:
     from ...models import family_named
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
-    args, adapter, data, train, world, argv, notes = flags
+    args, adapter, data, train, objective, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
     if base is not None:
         require_none(check_base, args, base)
@@ -216,14 +184,14 @@ def request_of(flags: Flags) -> Request:
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
     if train.lr_chosen:
         train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
-    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+    elif args.lr_init is None and follows_rule(adapter, objective) and (rule := known_rate(adapter, model.n_embd)):
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    config = RunConfig(model, adapter, data, train)
+    config = RunConfig(model, adapter, data, train, objective)
     return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
 
 
@@ -262,37 +230,13 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    of_rows = args.data_type != "binidx"
-    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
-    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
+    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else default_mask(args.data_file))
+    kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.documents > 1 else "get"),
         loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )
-
-
-def check_data(data: DataConfig) -> Iterator[str]:
-    """Yield refusals of a micro batch of more than MOST_TOKENS, and of flags that this data would not use."""
-    tokens = data.micro_bsz * data.ctx_len * data.documents
-    if tokens > MOST_TOKENS:
-        yield (
-            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
-            f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
-        )
-    for name in ("mask_id", "mask_end_id"):
-        if getattr(data, name) and data.loss_mask not in ("qa", "se"):
-            yield (
-                f"--{name} belongs to --loss_mask qa or se, and the mask is {data.loss_mask}; give one of them, or "
-                f"leave --{name} out"
-            )
-    plain = DataConfig(data.path)
-    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think", "skip_bad_rows"):
-        if not data.of_rows and getattr(data, name) != getattr(plain, name):
-            yield (
-                f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "
-                f"made already; add --data_type sft (or pairs), or leave --{name} out"
-            )

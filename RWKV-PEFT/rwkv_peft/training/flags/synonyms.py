@@ -3,7 +3,9 @@ flag's."""
 
 from types import MappingProxyType
 
+from ...config import OF_ROWS
 from ...names import QUANTS, called
+from ...objectives import OBJECTIVES
 
 # (what to give here, the names of that flag in Hugging Face's trainers and their like)
 MEANINGS = (
@@ -42,6 +44,11 @@ MEANINGS = (
     ("--grad_cp 1", ("gradient_checkpointing",)),
     ("--gradient_clip_val", ("max_grad_norm", "grad_clip")),
     ("--lr_schedule", ("lr_scheduler_type", "lr_scheduler")),
+    ("--objective", ("loss_type", "pref_loss", "rl")),
+    ("--dpo_beta, or that of another --objective", ("beta", "pref_beta")),
+    ("--simpo_gamma", ("gamma",)),
+    ("--kto_desirable", ("desirable_weight", "kto_chosen_weight")),
+    ("--kto_undesirable", ("undesirable_weight", "kto_rejected_weight")),
     ("--warmup_steps, a number of steps", ("warmup_ratio",)),
     ("--beta1", ("adam_beta1",)),
     ("--beta2", ("adam_beta2",)),
@@ -66,8 +73,13 @@ VALUE_MEANINGS = (
     ("--peft", "--peft bone --bone_mode bat-out", ("bat-out",)),
     ("--peft", "--peft none", ("full", "finetune")),
     ("--train_type", "--train_type finetune", ("full",)),
-    ("--train_type", "--data_type pairs", ("dpo", "rlhf", "orpo", "preference")),
-    ("--data_type", "--data_type pairs", ("dpo", "preference", "preferences", "ranking")),
+    ("--train_type", "--data_type pairs", ("rlhf", "preference")),
+    ("--data_type", "--data_type pairs", ("preference", "preferences", "ranking")),
+    *(
+        (flag, f"--data_type {objective.rows[-1]} --objective {name}", (name,))
+        for flag in ("--train_type", "--data_type")
+        for name, objective in OBJECTIVES.items()
+    ),
     ("--data_type", "--data_type sft", ("json", "parquet")),
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
     *QUANTS,
@@ -96,7 +108,7 @@ VALUES = MappingProxyType(
 # the remedy if several files are given to a flag that takes one
 JOINED = (
     "`rwkv-peft preprocess FILE FILE … --output PREFIX` makes one PREFIX of several, and a folder that holds files "
-    "of rows is one input of --data_type sft and pairs"
+    f"of rows is one input of --data_type {', '.join(OF_ROWS)}"
 )
 SEVERAL = MappingProxyType(
     {

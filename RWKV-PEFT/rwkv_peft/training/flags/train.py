@@ -1,49 +1,37 @@
-"""Find every contradiction among the settings of how a run trains and writes."""
+"""Find the contradictions among settings that no rule tells: those of numbers, folders and packages."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...config import AdapterConfig, TrainConfig
+from ...config import DataConfig, TrainConfig
 from ...files.readable import home_meant
 from ..saving.loggers import check_wandb
-from .questions import check_questions
+
+MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 
 
-def check_products(train: TrainConfig, adapter: AdapterConfig) -> Iterator[str]:
-    """Yield refusals of flags about files that the run would not write."""
-    full = adapter.whole_model
-    if train.merge_on_save and full:
-        yield "--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already"
-    if train.save_dtype != "keep" and not full and not train.merge_on_save:
+def check_tokens(data: DataConfig) -> Iterator[str]:
+    """Yield the refusal of a micro batch of more than MOST_TOKENS."""
+    tokens = data.micro_bsz * data.ctx_len * data.documents
+    if tokens > MOST_TOKENS:
         yield (
-            f"--save_dtype {train.save_dtype} is the dtype of a model's file, and this run writes an adapter; give "
-            "--output_dtype to merge_bone.py, or add --merge_on_save"
+            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
+            f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
         )
 
 
 def check_train(train: TrainConfig) -> Iterator[str]:
-    """Yield the contradictions among the remaining flags."""
-    for name in ("beta1", "beta2"):
-        if getattr(train, name) >= 1:
-            yield f"--{name} {getattr(train, name)} must be below 1"
-    if train.compile and train.stage == 3:
-        yield (
-            f"--compile with --strategy {train.strategy}: stage 3 gathers and frees weights between operations that "
-            "would be compiled as one; take stage 1 or 2, or leave --compile out"
-        )
+    """Yield refusals of epochs, folders and packages that a run could not use."""
     if train.epoch_begin >= train.epoch_count:
         yield (f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
-    if train.fresh_optimizer and not train.resume:
-        yield ("--fresh_optimizer says how to --resume, which is not given; a new run has a fresh optimizer anyway")
-    if train.val_data and train.val_split:
-        yield "--val_data and --val_split both name the validation samples; give one of them"
-    if train.val_seed is not None and not train.val_split:
-        yield f"--val_seed {train.val_seed} draws what --val_split keeps, which is not given; leave it out"
-    validates = bool(train.val_data or train.val_split)
-    for name, serves in (("val_every", validates or bool(train.retain_data)), ("early_stop", validates)):
-        if getattr(train, name) and not serves:
-            yield f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split"
-    yield from check_questions(train)
+    if "" in train.eval_stop:
+        yield "--eval_stop: an empty text would stop before the first token; leave it out"
+    tasks = train.lm_eval_include_path
+    if train.lm_eval and tasks and not Path(tasks).is_dir():
+        yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"
+    if train.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
     if train.wandb:
         yield from check_wandb(train.wandb)
     if not train.proj_dir:

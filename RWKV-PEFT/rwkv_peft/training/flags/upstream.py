@@ -50,14 +50,8 @@ def add_upstream_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stage(args: argparse.Namespace) -> Iterator[str]:
-    """Yield refusals of flags that --train_stage 1 does not go with."""
-    if args.train_stage != 1:
-        return
-    if args.load_model:
-        yield f"--train_stage 1 makes a new model, and --load_model names {args.load_model}; leave one of them out"
-    if args.peft != NONE:
-        yield f"--train_stage 1 makes a new model, and --peft {args.peft} adapts one; leave one of them out"
-    if os.path.lexists(path := Path(args.proj_dir) / INIT):
+    """Yield the refusal of a --train_stage 1 that would overwrite a model."""
+    if args.train_stage == 1 and os.path.lexists(path := Path(args.proj_dir) / INIT):
         yield f"--train_stage 1 would overwrite {path}; delete it for another model, or go on with --train_stage 3"
 
 

@@ -114,7 +114,7 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> str:
         for agrees in (same, end_alike)
     )
     return (
-        f"{right} answered word for word ({right_before} before training), {ends} end where the row does "
+        f"{right} answered word for word ({right_before} before training), {ends} end like the row's answer "
         f"({ends_before} before)"
     )
 

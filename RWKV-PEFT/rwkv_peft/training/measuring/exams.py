@@ -2,6 +2,7 @@
 and after."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ...cli import counted
 from ...config import RunConfig
@@ -12,11 +13,27 @@ from ...errors import UserError
 from ...evals.exam import Exam
 from ...evals.harness_exam import HarnessExam
 from ...evals.rows_exam import RowsExam, rows_of
+from ..inputs import Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .validate import VALIDATION
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
+
+
+class Questions(NamedTuple):
+    """What a run asks its model: exams by the file of their results, and the rows to answer, if any."""
+
+    exams: Mapping[str, Exam | HarnessExam]
+    rows: RowsExam | None
+
+
+def find_questions(inputs: Inputs, speaks: bool) -> Questions:
+    """Find the Questions of a run; notes on them join those on its samples. Raises UserError as find_exams does."""
+    exams = find_exams(inputs.config, inputs.samples, speaks)
+    rows, note = find_rows(inputs.config, inputs.samples, inputs.measured)
+    inputs.samples.notes += filter(None, [note])
+    return Questions(exams, rows)
 
 
 def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:
@@ -29,8 +46,8 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
     if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
         given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
         raise UserError(
-            f"{given}: no record beside {config.data.path} tells its tokenizer, and a vocabulary of {vocab_size} "
-            "tokens does not either; make the data with rwkv-peft preprocess, which records it"
+            f"{given}: no record beside {config.data.path} names its tokenizer, and no known tokenizer has "
+            f"{vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
         )
     tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
     exams: dict[str, Exam | HarnessExam] = {}

@@ -60,7 +60,7 @@ def low_rate(config: RunConfig) -> str:
     adapter, rate = config.adapter, config.train.lr_init
     rule = known_rate(adapter, config.model.n_embd)
     method = method_of(adapter)
-    if method is None or rule is None or config.data.data_type == "pairs" or rate * FAR > rule.value:
+    if method is None or rule is None or not config.objective.of_tokens or rate * FAR > rule.value:
         return ""
     return (
         f"a rate of {rate:g} is far below {rule.value:g}, that of {method.label} on {config.model.n_embd} channels "

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...config import RunConfig
+from ...config.setting import flag_of
 from ...files.adapters import adapter_of_run
 from ...files.digest import digest_below, digest_of
-from ..flags.parser import DIMENSIONS, flag_of
+from ..flags.parser import DIMENSIONS
 from ..flags.world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
@@ -40,7 +41,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
     """Collect {what is compared: its value} of this process. identity is what a resumed run must share with the first
     (identity.py); others are further values."""
     found = {}
-    for settings in (config.model, config.adapter, config.data, config.train):
+    for settings in (config.model, config.adapter, config.data, config.train, config.objective):
         for field in fields(settings):
             if field.name not in FREE:
                 flag = flag_of(field)
@@ -49,7 +50,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
     data = identity["data"]
     found |= {
         "the data": f"{data['content']} ({data['samples']:,} samples)",
-        "what counts of the data": data["counted"],
+        "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],
         "the base's fingerprint": identity["base"],
         "the code of rwkv_peft": digest_of_code(),

@@ -1,4 +1,4 @@
-"""End a run whose base was written over: a memory-mapped file shows what is written into it."""
+"""End a run whose base was overwritten: a memory-mapped file shows what is written into it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..step.lit import Lit
 
 
 class BaseGuard(pl.Callback):
-    """Raises UserError if the base was written over while the run's weights are mapped from its file. It checks at the
+    """Raises UserError if the base was overwritten while the run's weights are mapped from its file. It checks at the
     start and after every micro batch, and must stand before the callbacks that record and save a step."""
 
     def __init__(self, base: Base) -> None:

@@ -38,10 +38,10 @@ class LostPages:
             now = os.path.getsize(path) if os.path.exists(path) else 0
             if now < before:
                 return (
-                    f"{path} was written over while it is read: it has {now:,} bytes, and had {before:,}; put back "
-                    "what it was"
+                    f"{path} was overwritten while it is read: it has {now:,} bytes, and had {before:,}; put the old "
+                    "file back"
                 )
-        return "a file that is read can be read no more (SIGBUS): was it written over, or is its disk or network gone?"
+        return "a file can no longer be read (SIGBUS): was it overwritten, or is its disk or network gone?"
 
     def close(self) -> None:
         """Listen no more, and restore the earlier handler and pipe of signals."""

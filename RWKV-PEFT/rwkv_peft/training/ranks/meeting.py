@@ -174,8 +174,8 @@ class Ranks:
                 waiting(whom)
         except dist.DistError:
             raise UserError(
-                f"node 0 of {self.world.nodes} at {self.world.address}:{self.world.port} has ended; what it said there "
-                "tells why"
+                f"node 0 of {self.world.nodes} at {self.world.address}:{self.world.port} has ended; its output there "
+                "says why"
             ) from None
 
     def refuse(self, reason: str) -> None:
@@ -245,8 +245,8 @@ class Waiting:
         waited = time.monotonic() - self.began
         if waited >= 60 * self.minutes:
             raise UserError(
-                f"{whom} did not come within {self.minutes:g} minutes (--join_minutes); see what it says there, and "
-                "whether it can reach node 0"
+                f"{whom} did not come within {self.minutes:g} minutes (--join_minutes); see its output there, and if "
+                "it can reach node 0"
             )
         if waited >= self.next:
             self.say(f"ranks     waiting for {whom}, {waited:.0f} s", flush=True)

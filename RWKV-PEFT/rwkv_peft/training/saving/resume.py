@@ -34,7 +34,7 @@ def find_state(
     if leftover and not (unsaved and train.resume == AUTO):
         remedy = f"move {folder / leftover} away" + " and leave --resume out to start anew" * (train.resume == MUST)
         if unsaved:
-            remedy = "--resume auto clears what that run left"
+            remedy = "--resume auto removes that run's files"
         raise UserError(
             f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no complete "
             f"checkpoint to --resume from; {remedy}, or name another folder"
@@ -66,9 +66,7 @@ def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
     before = "" if state is None else state.get("retained", "")  # earlier versions did not record it
     if not before or retained in ("", before):
         return []
-    return [
-        "note: --retain_data is not what it was before; retain_start and each retain_loss so far are of other samples"
-    ]
+    return ["note: --retain_data is another than before; retain_start and each retain_loss so far are of other samples"]
 
 
 def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]:

@@ -30,10 +30,10 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     its checksum differs."""
     state = json.loads((checkpoint / STATE).read_text())
     if not isinstance(state, dict):
-        raise ValueError(f"a {type(state).__name__}, where an object is due")
+        raise ValueError(f"it is a {type(state).__name__}, and an object is due")
     checksum = state.pop(CHECKSUM, None)
     if checksum is not None and checksum != checksum_of(state):
-        raise ValueError("it was changed after it was written: its checksum is another")
+        raise ValueError("it was changed after it was written: its checksum differs")
     return state
 
 
@@ -57,7 +57,7 @@ def check(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]])
     """Raise ValueError for a value that is not of its name's kind."""
     for name, is_of_kind in kinds.items():
         if name in values and not is_of_kind(values[name]):
-            raise ValueError(f"its {name} is not what a run writes")
+            raise ValueError(f"its {name} is not of the kind that a run writes")
 
 
 def is_text(value: object) -> bool:

@@ -52,7 +52,7 @@ def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer:
         if not path.is_file() or path.stat().st_size != size_of(record):
             what = f"is missing or not of the {size_of(record):,} bytes that were saved"
         elif contents and isinstance(record, dict) and checksum(path) != record.get("crc32"):
-            what = "is not what was saved: its checksum is another, so that the disk or a copy has damaged it"
+            what = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
         else:
             continue
         raise UserError(

@@ -4,8 +4,8 @@ them against the run."""
 import math
 from pathlib import Path
 
-from ...adapters.methods import forms, method_of
-from ...config import AdapterConfig, ModelConfig
+from ...adapters.methods import method_of, word_of
+from ...config import WORDS, AdapterConfig, ModelConfig, forms
 from ...errors import UserError
 from ...files.adapter_file import Adapter, AdapterMetadata
 from ...files.adapters import AdapterSource
@@ -20,17 +20,17 @@ from ...names import STATE
 def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
     """Read the adapter to start from. Raises UserError unless it has this run's variant, rank, scale, quantization,
     parts and base."""
-    path, method = Path(adapter.load), method_of(adapter)
+    path, method, word = Path(adapter.load), method_of(adapter), WORDS[adapter.method]
     assert method is not None  # --peft none has nothing to load
     flat = path.is_file() and path.suffix != ".safetensors"  # a file as RWKV-PEFT writes it
     if adapter.init and path.exists() and not flat:
         raise UserError(
             f"pissa_init {adapter.init} belongs to a .pth of RWKV-PEFT, and {adapter.load} is none; leave it out"
         )
-    if method.init_flag and flat and not adapter.init:
+    if word.takes("init") and flat and not adapter.init:
         raise UserError(
             f"{adapter.load} does not hold the factors that its {method.label} began with; name the file that does, "
-            f"init_pissa.pth in the folder of that run, as {method.init_flag}"
+            f"init_pissa.pth in the folder of that run, as {word.flag_of('init')}"
         )
     lora = flat and holds_lora(path)
     if lora and "lora_A" not in method.parameters:
@@ -38,12 +38,9 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"{adapter.load} holds a LoRA or PiSSA adapter, and this run trains {method.file_name}; give --peft lora "
             "or pissa"
         )
-    untold = lora and method.scaled and not method.constants  # RWKV-PEFT's LoRA files do not hold alpha
+    untold = lora and method.alpha is not None and method.held is None  # RWKV-PEFT's LoRA files do not hold alpha
     if untold and not adapter.alpha:
-        raise UserError(
-            f"{adapter.load} does not record alpha; give that of its training as {method.alpha_key} in "
-            f"--{method.json_flag}"
-        )
+        raise UserError(f"{adapter.load} does not record alpha; give that of its training as {word.flag_of('alpha')}")
     loaded = AdapterSource(
         adapter.load,
         init=adapter.init or None,
@@ -63,24 +60,26 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             + ("give it as --state_load with --train_parts state" if states else "merge it, and train on that model")
         )
     if theirs.variant != method.file_name:
-        mode = f" --bone_mode {theirs.variant}" if len(forms(theirs.method.peft)) > 1 else ""
+        other = word_of(theirs.method)
+        mode = f" --bone_mode {theirs.variant}" if len(other.forms) > 1 else ""
         raise UserError(
             f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}; give --peft "
-            f"{theirs.method.peft}{mode}"
+            f"{other.name}{mode}"
         )
-    if theirs.rank != adapter.rank:
-        raise UserError(
-            f"{adapter.load} has rank {theirs.rank}, and this run {adapter.rank}; give {theirs.rank} as "
-            f"{method.rank_flag}"
-        )
+    for field in method.tensors.size:
+        found, here = getattr(theirs, field), getattr(adapter, field)
+        if found != here:
+            raise UserError(
+                f"{adapter.load} has {field} {found}, and this run {here}; give {found} as {word.flag_of(field)}"
+            )
     scale = method.scale(adapter)
-    if method.scaled and not math.isclose(theirs.scale, scale):
+    if method.alpha is not None and not math.isclose(theirs.scale, scale):
         raise UserError(
             f"{adapter.load} was trained at a scale (alpha / rank) of {theirs.scale:g}, and this run has "
             f"{scale:g}; "
             + (
-                f'give "{method.alpha_key}": {theirs.alpha:g} in --{method.json_flag}'
-                if method.alpha_key
+                f"give {theirs.alpha:g} as {word.flag_of('alpha')}"
+                if word.flag_of("alpha")
                 else "merge that adapter, and train on the merged model"
             )
         )

@@ -2,8 +2,8 @@
 
 All blocks share their code, and torch compiles the same code at most 8 times (its recompile_limit) before it runs it
 uncompiled. The first block, those between and the last need one time each. To need no more, shapes are dynamic from the
-start if batches differ in them, and passes outside of training run uncompiled. infctx, and DPO, which runs base and
-adapter in turn, still need more than 8, so the limit is raised for the time of the run.
+start if batches differ in them, and passes outside of training run uncompiled. infctx, and objectives that run
+base and adapter in turn, still need more than 8, so the limit is raised for the time of the run.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ FORMS = 64  # the raised limit
 @contextmanager
 def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
     """Compile the blocks of a model as batches first reach them within; data tells whether batches differ in shape."""
-    varies = data.dataload != "get" or data.data_type == "pairs"  # lengths, and numbers of packed sequences
+    varies = data.dataload != "get" or data.documents > 1  # lengths, and numbers of packed sequences
     for block in model.blocks:
         block.compile(dynamic=varies or None)
     # dynamic would make an adapter's numbers symbolic too, which no autograd Function takes; cache_size_limit is torch

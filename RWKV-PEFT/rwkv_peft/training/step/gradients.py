@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .segments import segments_of
-from .steps import Batch, run
+from .steps import NEXT_TOKEN, Batch, run
 
 
 def estimate_gradients(
@@ -35,7 +35,8 @@ def estimate_gradients(
     with torch.enable_grad():
         segments = segments_of(batch, length or batch["tokens"].shape[1])
         segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
-        run(model, segment, None, max(1, len(segment.counted)))[0].backward()
+        head = NEXT_TOKEN.head(segment.targets, segment.counted, max(1, len(segment.counted)))
+        run(model, segment, None, head)[0].backward()
     for hook in hooks:
         hook.remove()
     for parameter, flag in flags:

@@ -47,7 +47,7 @@ def recorded_forms(data: DataConfig, packs: tuple[int, int]) -> tuple[Form, ...]
     """
     fewest, most = packs
     rows = data.micro_bsz * data.documents if most else 1  # that are packed into one
-    full = data.dataload in ("get", "pack") and data.data_type != "pairs"
+    full = data.dataload in ("get", "pack") and data.documents == 1
     steps = (LENGTHS,) if full else range(LENGTHS, 0, -1)
     rounded = [-(-rows * data.ctx_len * step // (LENGTHS * MULTIPLE)) * MULTIPLE for step in steps]
     lengths = dict.fromkeys(min(rows * data.ctx_len, length) for length in rounded)

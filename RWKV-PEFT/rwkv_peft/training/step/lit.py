@@ -11,10 +11,10 @@ from torch import nn
 
 from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
+from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
 from ...ops.recurrence.checks import vouch
 from .cpu_adam import cpu_adam
-from .schedule import learning_rate
 from .steps import Step
 
 
@@ -32,9 +32,9 @@ class Lit(pl.LightningModule):
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), step_tokens (how many tokens, or pairs, count in the current step), micro_tokens (how many tokens all ranks
-    read in the current micro batch, padding included), step_measures (the same mean of compute's other measures, by
-    name), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
+    ranks), step_tokens (how many of the objective's items count in the current step), micro_tokens (how many tokens all
+    ranks read in the current micro batch, padding included), step_measures (the same mean of compute's other measures,
+    by name), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
     all of them in the same micro batch), save_requested (makes `saving` true likewise).
     """
 

@@ -1,4 +1,5 @@
-"""The training steps: compute a batch's loss at all positions at once, or in segments with the states carried over.
+"""The training steps: compute an objective's loss of a batch at all positions at once, or in segments with the states
+carried over.
 
 Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
 """
@@ -14,25 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...config import ModelConfig
+from ...adapters.layer import untrained
+from ...config import ModelConfig, Objective
+from ...config.objective import Passes
 from ...models.parts import HeadFunction
 from ...models.state import State
-from .loss import linear_cross_entropy
+from ...objectives.next_token import NextToken
 from .segments import Segment, filler, segments_of
 
 Batch = Mapping[str, torch.Tensor]
 Tensors = Sequence[torch.Tensor]
 Gradient = Sequence[torch.Tensor | None]  # one for each tensor, None for those that it does not reach
 Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # a pass: (model, batch, head) -> head's result
+NEXT_TOKEN = NextToken()
 
 
 class Step(ABC):
     """The computation that a run trains and validates with. batch is one of TrainBatches or EvalBatches; count divides
-    the sum of the losses, which are those of counted tokens or of pairs of answers.
+    the sum of the losses, which are those of the objective's items.
 
-    measures: other numbers found for the last batch, by name: 0-dim tensors, divided as its loss is.
+    measures: the objective's figures for the last batch, by name: 0-dim tensors, divided as its loss is.
     """
 
+    objective: Objective
     measures: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -49,16 +54,9 @@ class Step(ABC):
         """The sum of a batch's losses ()."""
         return self.loss(model, batch, 1)
 
-    @abstractmethod
     def items(self, batch: Batch) -> torch.Tensor:
         """The number of losses that a batch has, ()."""
-
-
-class OfTokens(Step):
-    """The base of steps whose losses are those of tokens."""
-
-    def items(self, batch: Batch) -> torch.Tensor:
-        return batch["mask"].sum()
+        return self.objective.items(batch)
 
 
 def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
@@ -67,19 +65,22 @@ def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor
     return result
 
 
-class Whole(OfTokens):
-    """Compute all positions of a batch at once, by a Way."""
+class Whole(Step):
+    """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
+    before training, for objectives that ask for its word."""
 
-    def __init__(self, way: Way = straight) -> None:
-        self.way = way
+    def __init__(self, objective: Objective = NEXT_TOKEN, way: Way = straight, base_way: Way = straight) -> None:
+        self.objective, self.way, self.base_way = objective, way, base_way
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        return self.way(model, batch, loss_of(batch, count))
+        @torch.no_grad()
+        def through_base(head: HeadFunction) -> torch.Tensor:
+            with untrained(model):
+                return self.base_way(model, batch, head)
 
-
-def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:
-    """Return a batch's loss as a function that a model's head takes: (x, weight of the head) -> loss."""
-    return partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
+        passes = Passes(partial(self.way, model, batch), through_base)
+        loss, self.measures = self.objective.loss(passes, batch, count)
+        return loss
 
 
 class Gradients(NamedTuple):
@@ -92,7 +93,7 @@ class Gradients(NamedTuple):
     after: State
 
 
-class Segments(OfTokens):
+class Segments(Step):
     """Compute a batch in segments of `length` positions, with the activations of one segment at a time in memory.
 
     The gradients are those of the whole row, up to rounding. A first pass keeps the state at each border. A second pass
@@ -105,8 +106,10 @@ class Segments(OfTokens):
     zeros. Autograd then enters the same modules in the same order whatever a rank's segments hold.
     """
 
-    def __init__(self, length: int, bptt: int = 0, together: bool = False) -> None:
-        self.length, self.bptt, self.together = length, bptt, together
+    objective: NextToken
+
+    def __init__(self, length: int, bptt: int = 0, together: bool = False, objective: NextToken = NEXT_TOKEN) -> None:
+        self.length, self.bptt, self.together, self.objective = length, bptt, together, objective
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         segments = self.segments(batch)
@@ -121,7 +124,8 @@ class Segments(OfTokens):
             gradient: Gradient = ()
             for position in reversed(range(len(chain))):
                 torch.manual_seed(draws[position])
-                found = go_back(model, chain[position], befores[position], gradient, parameters, count)
+                head = self.head(chain[position], count)
+                found = go_back(model, chain[position], befores[position], gradient, parameters, head)
                 gradient, total = found.before if chain[position].carries else (), total + found.loss
                 add(sums, found.parameters, parameters)
                 if position == len(chain) - 1:
@@ -135,7 +139,7 @@ class Segments(OfTokens):
         state = none
         segments = self.segments(batch)
         for position, segment in enumerate(segments):
-            loss, after = run(model, segment, state, 1)
+            loss, after = run(model, segment, state, self.head(segment, 1))
             total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)), none)
         return total
 
@@ -150,6 +154,10 @@ class Segments(OfTokens):
             dist.all_reduce(most, dist.ReduceOp.MAX)
             segments += [filler(segments[0])] * (int(most) - len(segments))
         return segments
+
+    def head(self, segment: Segment, count: float) -> HeadFunction:
+        """A segment's part of the loss as a function that the model's head takes."""
+        return self.objective.head(segment.targets, segment.counted, count)
 
     @torch.no_grad()
     def states(
@@ -187,21 +195,20 @@ def kept(state: State) -> State:
     return State(layer._make(tensor.detach().clone() for tensor in layer) for layer in state)
 
 
-def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
-    head = partial(linear_cross_entropy, targets=segment.targets, counted=segment.counted, count=count)
+def run(model: nn.Module, segment: Segment, state: State | None, head: HeadFunction) -> tuple[torch.Tensor, State]:
     loss, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
     return loss, after
 
 
 def go_back(
-    model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, count: float
+    model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, head: HeadFunction
 ) -> Gradients:
     """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
     it, () if nothing goes on from there."""
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     rest = iter(inputs)
     start = State(layer._make(islice(rest, len(layer))) for layer in before)
-    loss, state = run(model, segment, start, count)
+    loss, state = run(model, segment, start, head)
     after = segment.state_after(state)
     ends = [tensor for layer in after for tensor in layer]
     given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]

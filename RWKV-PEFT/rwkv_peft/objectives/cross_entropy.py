@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.cross_entropy import cross_entropy_
+from ..ops.cross_entropy import cross_entropy_
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB in bfloat16
@@ -77,12 +77,13 @@ def linear_cross_entropy(
 
 
 class TokenLosses(torch.autograd.Function):
-    """hidden (B, T, C), weight (V, C), which does not train, targets (B, T), counted (n,) -> losses (n,)."""
+    """hidden (B, T, C), weight (V, C), targets (B, T), counted (n,) -> losses (n,). If the weight trains, backward
+    computes the logits again, because only then the factor of each loss is known."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        needs_hidden = ctx.needs_input_grad[0]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         losses, gradients = [rows.new_zeros(0, dtype=torch.float32)], [rows[:0]]
         for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
             found, grad = cross_entropy_(
@@ -91,21 +92,38 @@ class TokenLosses(torch.autograd.Function):
             losses.append(found)
             if grad is not None:
                 gradients.append(grad @ weight)
-        ctx.save_for_backward(counted, torch.cat(gradients))
+        kept = (hidden, weight, targets) if needs_weight else ()
+        ctx.save_for_backward(counted, torch.cat(gradients), *kept)
         ctx.shape = hidden.shape
         return torch.cat(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        counted, gradients = ctx.saved_tensors
+        counted, gradients, *kept = ctx.saved_tensors
         grad_hidden = gradients.new_zeros(ctx.shape).view(-1, ctx.shape[-1])
         grad_hidden[counted] = gradients * grad_output[:, None].to(gradients.dtype)
-        return grad_hidden.view(ctx.shape), None, None, None
+        grad_weight = None
+        if kept:
+            hidden, weight, targets = kept
+            grad_weight = weight_gradient(hidden, weight, targets, counted, grad_output)
+        return grad_hidden.view(ctx.shape), grad_weight, None, None
+
+
+def weight_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, factors: Tensor) -> Tensor:
+    """The gradient of the sum of factors (n,) times the counted tokens' losses in the weight of the head: (V, C)."""
+    rows, size = hidden.reshape(-1, hidden.shape[-1]), chunk_rows(weight.shape[0], weight.is_cuda)
+    total = torch.zeros_like(weight, dtype=factors.dtype)
+    for chunk, factor in zip(counted.split(size), factors.split(size)):
+        inputs = rows[chunk]
+        _, grad = cross_entropy_(F.linear(inputs, weight), targets[chunk], 1.0, gradient=True, each=True)
+        assert grad is not None  # because it was asked for
+        total += (grad.t() @ (inputs * factor[:, None].to(inputs.dtype))).to(total.dtype)
+    return total.to(weight.dtype)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Each counted token's cross-entropy (n,), float32 (float64 for float64 input), differentiable only in hidden;
-    arguments as in linear_cross_entropy."""
+    """Each counted token's cross-entropy (n,), float32 (float64 for float64 input); arguments as in
+    linear_cross_entropy."""
     losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
     return losses

@@ -1,9 +1,10 @@
-"""The learning-rate schedules, as functions of the optimizer step; names.py has their formulas."""
+"""The learning-rate schedules, as functions of the optimizer step and as the formulas that --help gives."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 WSD_DECAY = 0.1  # the share of the run that warmup-stable-decay spends on its final descent
 
@@ -77,16 +78,39 @@ def at_once(run: Run, step: int) -> float:
     return 1.0
 
 
-# --lr_schedule -> (the rate after warm-up, the share of it during warm-up)
-SCHEDULES: MappingProxyType[str, tuple[Callable[[Run, int], float], Callable[[Run, int], float]]] = MappingProxyType(
+class Schedule(NamedTuple):
+    """A value of --lr_schedule: its formula in --help, the rate after warm-up, and the share of it during warm-up."""
+
+    formula: str
+    rate: Callable[[Run, int], float]
+    warm_up: Callable[[Run, int], float]
+
+
+# formulas give the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z = lr_final;
+# clip keeps a number within 0 and 1, and W = 0 is no warm-up
+SCHEDULES = MappingProxyType(
     {
-        "cosine": (cosine, from_the_first),
-        "linear": (linear, from_the_first),
-        "constant": (constant, from_the_first),
-        "wsd": (wsd, from_the_first),
-        "exp": (exp, from_a_hundredth),
-        "rwkv-lm": (rwkv_lm, from_a_hundredth),
-        "rwkv-peft": (rwkv_peft, at_once),
+        "cosine": Schedule(
+            "min(1, (s + 1) / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - 1 - W)))) / 2)",
+            cosine,
+            from_the_first,
+        ),
+        "linear": Schedule("min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))", linear, from_the_first),
+        "constant": Schedule("min(1, (s + 1) / W) * a", constant, from_the_first),
+        "wsd": Schedule(
+            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))",
+            wsd,
+            from_the_first,
+        ),
+        "exp": Schedule(
+            "min(1, 0.01 + 0.99 * s / W) * a * (z / a) ** clip((s - W + 1) / (S - W))", exp, from_a_hundredth
+        ),
+        "rwkv-lm": Schedule(
+            "min(1, 0.01 + 0.99 * s / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - W)))) / 2)",
+            rwkv_lm,
+            from_a_hundredth,
+        ),
+        "rwkv-peft": Schedule("z + (a - z) * (1 + cos(pi * s / S)) / 2", rwkv_peft, at_once),
     }
 )
 
@@ -94,12 +118,12 @@ SCHEDULES: MappingProxyType[str, tuple[Callable[[Run, int], float], Callable[[Ru
 def learning_rate(
     step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """The learning rate of optimizer step `step` (0-based) of `total_steps`, by the formula in names.SCHEDULES.
+    """The learning rate of optimizer step `step` (0-based) of `total_steps`, by the formula in SCHEDULES.
 
     Sources of other projects' schedules: RWKV-LM's RWKV-v5/src/trainer.py (exp, rwkv-lm), RWKV-PEFT's
     rwkvt/trick/lrs.py (rwkv-peft).
     """
     run = Run(total_steps, warmup_steps, lr_init, lr_final)
-    rate, warm_up = SCHEDULES[schedule]
+    _, rate, warm_up = SCHEDULES[schedule]
     share = warm_up(run, step) if step < warmup_steps else 1.0
     return rate(run, step) * share

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_peft.data.batches import positions
-from rwkv_peft.training.step import loss as module
-from rwkv_peft.training.step.loss import linear_cross_entropy
+from rwkv_peft.objectives import cross_entropy as module
+from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 
 
 def plain(hidden, weight, targets, mask, count, l2wrap):

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops.bone import cpu as kernels
-from .product import DENSE, Product
+from ...ops.bone import cpu as kernels
+from ..product import DENSE, Product
 
 
 def linear(

@@ -1,0 +1,70 @@
+"""The change W' - W of a weight (out, in) by one layer's tensors: made, cut by rows, and taken off again."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+Params = Mapping[str, torch.Tensor]  # {tensor name: tensor} of the adapter of one layer
+
+
+@dataclass(frozen=True)
+class Change(ABC):
+    """The change that a method makes to a weight. cut names the axis along which a tensor holds the rows of the weight;
+    other tensors serve all rows."""
+
+    cut: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @abstractmethod
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+        """W' - W: weight (out, in) float32 or float64, params {name: tensor} of any float dtype -> (out, in) in
+        weight's dtype, in which the arithmetic is done. Layers are tested against it."""
+
+    def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+        """W' from the float32 base that the layer trained on."""
+        return base + self.delta(base, params, scale)
+
+    def row_unit(self, params: Params) -> int:
+        """Bands of rows of a weight must start and end at multiples of this to be changed by themselves."""
+        return 1
+
+    def rows(self, params: Params, start: int, stop: int) -> Params:
+        """The params of rows start to stop of the weight."""
+        return {
+            name: tensor.narrow(self.cut[name], start, stop - start) if name in self.cut else tensor
+            for name, tensor in params.items()
+        }
+
+    @abstractmethod
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
+        """params that `removed` takes to undo `amount` times the change. Raises UserError if nothing undoes it."""
+
+    def removed(self, weight: torch.Tensor, opposite: Params, scale: float) -> torch.Tensor:
+        """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
+        return weight + self.delta(weight, opposite, scale)
+
+
+@dataclass(frozen=True)
+class Sum(Change):
+    """W' = W + U, where U does not depend on W, so that it can be subtracted: update(params, scale, shape) computes U
+    in the dtype of params. negated names tensors whose opposite sign gives -U."""
+
+    update: Callable[[Params, float, tuple[int, int]], torch.Tensor] = field(kw_only=True)
+    negated: tuple[str, ...] = field(kw_only=True)
+
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+        return self.update(cast(params, weight.dtype), scale, (weight.shape[0], weight.shape[1]))
+
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
+        return {name: -amount * wide(tensor) if name in self.negated else tensor for name, tensor in params.items()}
+
+
+def cast(params: Params, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in params.items()}
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or in the float64 that it has."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

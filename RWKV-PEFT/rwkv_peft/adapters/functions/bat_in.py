@@ -1,0 +1,84 @@
+"""bat-in: Bone in its block affine form by input block, evaluated on the activations.
+
+With u_b = B_b x_b, y = W (x + u) + tile(Σ_b u_b): the merged weight is never formed, x alone is saved for the backward
+pass, and a quantized weight serves as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ...ops.bone import affine, affine_backward_, plus_tiled
+from ..product import DENSE, Product
+from .tokens import apply_to_tokens, weight_gradient
+
+
+def bat_in(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bone: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    product: Product = DENSE,
+) -> torch.Tensor:
+    """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
+
+    x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    r must divide in and out; scale, which is not 0, is a number or, under torch.compile, a tensor (). Costs
+    4 T in out + 6 T in r FLOPs forward and backward.
+    """
+    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, extra=(scale,))
+
+
+class _BatIn(Function):
+    """With the scale a: u_b = a B_b x_b and y = W (x + u) + tile(Σ_b u_b) / a."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bone: torch.Tensor,
+        product: Product,
+        scale: float | torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.product, ctx.scale = product, scale
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_x else None, weight, bone)
+        z, shift = affine(x, times(bone, scale), 1 / scale)
+        return tiled_product(z, shift, weight, bias, product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bone = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        dx = d_weight = d_bone = None
+        scaled = times(bone, ctx.scale)  # made again, and not kept
+        if need_weight:
+            d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
+        if need_x or need_bone:
+            dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
+            d_scaled = affine_backward_(dx, g, x if need_bone else None, scaled, 1 / ctx.scale)
+            d_bone = None if d_scaled is None else times(d_scaled, ctx.scale)
+        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+
+
+def tiled_product(
+    z: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
+) -> torch.Tensor:
+    """W z + bias + tile(shift), without gradients: z (T, in), shift as `affine` gives it -> (T, out)."""
+    return plus_tiled(
+        shift,
+        product.shape(weight)[0],
+        lambda: product.forward(z, weight, bias),
+        lambda y: product.add_forward_(y, z, weight, bias),
+    )
+
+
+def times(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    return bone if isinstance(scale, float) and scale == 1 else scale * bone

@@ -1,0 +1,77 @@
+"""A change of low rank, scale B A, which is multiplied from the right and never formed."""
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..product import DENSE, Product
+from .tokens import apply_to_tokens, of_weight_and_bias
+
+
+def lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    product: Product = DENSE,
+) -> torch.Tensor:
+    """Low rank: W' = W + scale B A.
+
+    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
+    """
+    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, for matrices, in one operation."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+class _Lora(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        product: Product,
+        scale: float,
+    ) -> torch.Tensor:
+        inner = x @ lora_A.t()  # (T, r)
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
+            weight,
+            lora_A,
+            lora_B,
+            inner if ctx.needs_input_grad[4] else None,
+        )
+        y = scaled_product(inner, lora_B.t(), scale)
+        product.add_forward_(y, x, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_A, lora_B, inner = ctx.saved_tensors
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
+        dx = None
+        if need_x and g_inner is not None:
+            dx = g_inner @ lora_A
+            ctx.product.add_backward_(dx, g, weight)
+        return (
+            dx,
+            *of_weight_and_bias(ctx, g, x, weight),
+            g_inner.t() @ x if need_A and g_inner is not None else None,
+            scaled_product(g.t(), inner, ctx.scale) if need_B else None,
+            None,
+            None,
+        )

@@ -1,0 +1,10 @@
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA whose lora_B learns at lora_plus_ratio times the rate of lora_A.
+Its files are LoRA's."""
+
+from dataclasses import replace
+
+from . import lora
+
+METHOD = replace(
+    lora.METHOD, name="lora-plus", label="lora-plus", saved_as="lora", rates=(("lora_B", "lora_plus_ratio"),)
+)

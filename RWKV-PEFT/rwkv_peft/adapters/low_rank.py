@@ -1,0 +1,70 @@
+"""What methods of low rank share: A = `lora_A` (rank, in), B = `lora_B` (out, rank), and W' = W + scale B A."""
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import AdapterConfig
+from .change import Params, Sum
+from .functions.lora import lora
+from .functions.tokens import linear
+from .method import Layer, Method, Misfit, Shapes
+from .product import Frozen
+
+
+def fits_up_to(most: Callable[[int, int], int]) -> Callable[[AdapterConfig, int, int], Misfit | None]:
+    """The `fit` of a method whose largest rank on a layer (out, in) is most(out, in)."""
+
+    def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
+        rank, limit = config.rank, most(out_features, in_features)
+        if rank <= limit:
+            return None
+        return Misfit("rank", rank, f"is more than {limit}, the most that it can use", limit, too_large=True)
+
+    return fit
+
+
+def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
+    return {"lora_A": (config.rank, in_features), "lora_B": (out_features, config.rank)}
+
+
+def sizes(params: Params) -> dict[str, int]:
+    return {"rank": params["lora_A"].shape[0]}
+
+
+def draw(layer: Layer, config: AdapterConfig) -> None:
+    """Draw A as nn.Linear draws its weight; B stays zero."""
+    factor = layer.get_parameter("lora_A")
+    drawn = torch.empty_like(factor, device="cpu")  # where a seed draws the same, whatever the card
+    with torch.no_grad():
+        factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+
+
+def step(method: Method, config: AdapterConfig, in_features: int) -> float:
+    """B is zero, so that A's entries, of variance 1 / (3 in), carry the step of B."""
+    ratio = math.prod(getattr(config, field) for tensor, field in method.rates if tensor == "lora_B")
+    return method.scale(config) * ratio * math.sqrt(config.rank / (3 * in_features))
+
+
+def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+    weight, bias, product = base
+    if not dropout:
+        return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
+    inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
+    own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
+    return linear(x, weight, bias, product=product) + own
+
+
+def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+    return scale * (params["lora_B"] @ params["lora_A"])
+
+
+LOW_RANK = Sum(MappingProxyType({"lora_B": 0}), update=update, negated=("lora_B",))
+
+
+def as_lora(params: Params, scale: float, out_features: int, in_features: int) -> Params:
+    return {"lora_A": params["lora_A"].float(), "lora_B": scale * params["lora_B"].float()}

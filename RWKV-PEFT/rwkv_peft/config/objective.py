@@ -1,0 +1,86 @@
+"""The interface of an objective: what a training step minimizes. objectives/ has a file for each.
+
+An objective is settings of a run, because its fields are flags. Other parts ask it instead of asking for its name. No
+file of an objective imports torch before a loss is computed, so that flags are judged without it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ..names import NONE
+from .adapter import AdapterConfig
+from .data import DataConfig
+from .train import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Head = Callable[[Tensor, Tensor], Tensor]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
+    Pass = Callable[[Head], Tensor]  # a pass over a batch, which ends in a Head -> its result
+    Batch = Mapping[str, Tensor]
+    Figures = dict[str, Tensor]
+
+BASE = "base"  # a need: the word of the model as it was before training
+Rule = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
+
+
+class Passes(NamedTuple):
+    """What a step lets an objective compute with: passes over the batch through the model, with gradients, and through
+    the model as it was before training, without."""
+
+    model: "Pass"
+    base: "Pass"
+
+
+class Figure(NamedTuple):
+    """A number that an objective reports beside its loss, a mean over the same items: its key in metrics.jsonl, also
+    its word in messages; in pictures its label, and the axis that it is drawn at, "" if it is not."""
+
+    name: str
+    label: str = ""
+    axis: str = ""
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """Settings and properties of an objective.
+
+    - name: the value of --objective; text: its line in the help
+    - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
+    - unit: what its loss is a mean over
+    - needs: what it asks for besides a pass through the model: BASE
+    - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
+      of learning rates and comparisons of methods apply, which are for that loss
+    - figures: the numbers that it reports, the first also in the progress bar
+    """
+
+    name: ClassVar[str]
+    text: ClassVar[str]
+    rows: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[tuple[str, ...]] = ()
+    of_tokens: ClassVar[bool] = False
+    figures: ClassVar[tuple[Figure, ...]] = ()
+
+    @abstractmethod
+    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+        """A batch's loss (), the sum over its items divided by `count`, and its figures by name, divided alike."""
+
+    @abstractmethod
+    def items(self, batch: "Batch") -> "Tensor":
+        """The number of a batch's items that count, ()."""
+
+    def describe(self) -> str:
+        """What a step does to the model, for the header of a run; "" if that needs no word."""
+        return ""
+
+    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Rule]:
+        """Yield what the objective does not go with."""
+        if BASE not in self.needs:
+            return
+        before = "answers are compared with what the base says of them, and"
+        yield adapter.method == NONE, "--peft none", f"{before} this trains the base itself"
+        yield bool(adapter.train_parts), "--train_parts", f"{before} these are parts of it that train"
+        yield bool(adapter.load), f"an adapter to start from ({adapter.load})", f"{before} not of it; merge it first"

@@ -1,0 +1,105 @@
+"""Which settings of a run go together: the table by which flags of train.py are refused, and which their help tells."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from ..names import INFCTX, NONE, STATE, WRITTEN
+from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from .adapter import AdapterConfig
+from .data import DataConfig
+from .setting import flag_of
+from .train import STRATEGIES, TrainConfig
+
+# facts
+ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "states that train beside others"
+WHOLE = "a model that trains itself (--peft none)"
+# conditions
+STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
+OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
+OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
+# remedies
+TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
+ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
+ROWS, NO_PAD = "take --data_type sft, pairs or labels, or leave it out", "take --loss_mask none, or --dataload pad"
+OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
+MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
+    """'{"mask0":"User:","mask1":"Assistant:"}'"""
+)
+ASK = "take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"
+
+RULES = (
+    Rule("--train_stage 1", EXCLUDES, "--load_model, --peft !none", "it makes a new model"),
+    Rule("--train_type finetune", EXCLUDES, "--peft !none", "it trains the model itself", "leave --peft out"),
+    Rule("--train_type state", EXCLUDES, "--peft !none", "it trains the states alone", TUNE),
+    Rule("--train_type state", EXCLUDES, "--train_parts !state", "it trains the states alone"),
+    Rule("--state_load", NEEDS, "--train_parts state", "it is where states start from", "add it"),
+    Rule("--state_lr", NEEDS, "--train_parts state", "it is the rate of states"),
+    Rule("--state_lr", EXCLUDES, ALONE, "their rate is --lr_init", "give that"),
+    Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),
+    Rule(OF_ROWS, EXCLUDES, "--data_type binidx", "its tokens are made already", ROWS),
+    Rule(
+        "--mask_id, --mask_end_id",
+        EXCLUDES,
+        "--loss_mask !qa|se",
+        "that mask reads no marker",
+        "take one that does: qa or se",
+    ),
+    Rule("--loss_mask qa|se", NEEDS, "--mask_id", "it counts what follows the ids that open an answer", MARKER),
+    Rule("--loss_mask se", NEEDS, "--mask_end_id", "it counts up to the ids that close an answer"),
+    Rule("--loss_mask pad", EXCLUDES, "--dataload get", "a stream has no padding", NO_PAD),
+    Rule(
+        "--dataload only",
+        EXCLUDES,
+        "--micro_bsz !1",
+        "it reads one document at a time",
+        "take --dataload pad, which batches",
+    ),
+    Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
+    Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
+    Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
+    Rule("--early_stop", NEEDS, "--val_data, --val_split", "it needs samples to validate on"),
+    Rule("--eval_every, --eval_limit, --eval_batch", NEEDS, "--eval_data, --lm_eval", "it is about their questions"),
+    Rule(OF_TASK, NEEDS, "--eval_data", "it is about the questions of that file"),
+    Rule(
+        "--eval_max_tokens, --eval_stop", EXCLUDES, f"--eval_task !{'|'.join(WRITTEN)}", "its answers are not written"
+    ),
+    Rule("--lm_eval_include_path, --lm_eval_num_fewshot", NEEDS, "--lm_eval", "it is about its tasks"),
+    Rule("--eval_data, --lm_eval", EXCLUDES, STAGE_3, "no rank holds a whole layer, to answer by itself", ASK),
+    Rule("--merge_on_save", EXCLUDES, WHOLE, "rwkv.pth is the model already"),
+    Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
+    Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
+    Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
+    Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
+    Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),
+    Rule("--cuda_graphs 1", EXCLUDES, OFFLOAD, "a step waits for the optimizer in main memory, not for launches"),
+    Rule("--cuda_graphs 1", EXCLUDES, "--grad_cp 1", "a graph keeps what backward needs"),
+    Rule("--cuda_graphs 1", EXCLUDES, "--compile", "both take the blocks"),
+    Rule("--cuda_graphs 1", EXCLUDES, "--train_type infctx", "segments hand states on, and a graph takes none"),
+)
+SETTINGS = tuple(field for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config))
+FLAGS = MappingProxyType({flag: field for field in SETTINGS if (flag := flag_of(field))})
+
+
+def values_of(*settings: AdapterConfig | DataConfig | TrainConfig) -> dict[str, Any]:
+    """{flag: its value} of settings, and the facts that rules name."""
+    values = {flag_of(field) or field.name: getattr(one, field.name) for one in settings for field in fields(one)}
+    for one in settings:
+        if isinstance(one, AdapterConfig):
+            beside = STATE in one.train_parts and not one.states_alone
+            values |= {ALONE: one.states_alone, BESIDE: beside, WHOLE: one.whole_model}
+        if isinstance(one, TrainConfig):
+            values["train_type"] = INFCTX if one.chunk_ctx else NONE
+    return values
+
+
+def given(values: Mapping[str, Any]) -> Given:
+    """The flags that are not their defaults, and the facts that hold; None is the value of a flag that is left out."""
+    flags = {name for name, field in FLAGS.items() if values.get(name) not in (None, field.default)}
+    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE) if values.get(fact)})
+
+
+def check_settings(*settings: AdapterConfig | DataConfig | TrainConfig) -> Iterator[str]:
+    """Yield the refusals of settings that do not go together."""
+    yield from contradictions(RULES, given(values_of(*settings)))

@@ -1,0 +1,82 @@
+"""The base of objectives that judge whole answers by their log-probabilities."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..config.objective import BASE, Figure, Objective, Passes, Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.objective import Batch, Figures
+
+ACCURACY = Figure("accuracy", "preferred as the rows say", "share")
+MARGIN = Figure("margin", "margin", "margin (nats)")
+CHOSEN, NLL = Figure("chosen"), Figure("nll")
+
+
+class Answers(NamedTuple):
+    """The answers of a batch, two a row, in the order of its documents. likelihood (rows, 2): the log-probability of
+    each; base: the same by the model before training, equal to 0 unless the objective needs it; tokens (rows, 2): how
+    many count in each; labels (rows,): whether the first is desirable, if rows say it."""
+
+    likelihood: "Tensor"
+    base: "Tensor"
+    tokens: "Tensor"
+    labels: "Tensor | None"
+
+    @property
+    def counts(self) -> "Tensor":
+        """Whether each row counts (rows,): rows that only fill up a batch do not."""
+        return self.tokens.any(1)
+
+    @property
+    def gains(self) -> "tuple[Tensor, Tensor]":
+        """How much likelier the first and the second answer of each row became in training: log-ratios (rows,)."""
+        first, second = (self.likelihood - self.base).unbind(1)
+        return first, second
+
+    @property
+    def lengths(self) -> "Tensor":
+        """Tokens to divide by (rows, 2): at least 1."""
+        return self.tokens.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class OfAnswers(Objective):
+    """The mean over rows of a loss of each row's two answers."""
+
+    rows = ("pairs",)
+    unit = "pair"
+
+    @abstractmethod
+    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+        """The loss of each row (rows,), and figures of each by name."""
+
+    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+        from .documents import counted_tokens, log_probabilities
+
+        base = log_probabilities(passes.base, batch) if BASE in self.needs else None
+        likelihood = log_probabilities(passes.model, batch)
+        base = likelihood.new_zeros(()) if base is None else base
+        labels = batch["labels"][::2] if "labels" in batch else None  # of a row's own answer, which is the first
+        answers = Answers(likelihood, base, counted_tokens(batch), labels)
+        losses, figures = self.losses(answers)
+        means = {name: (figure.detach() * answers.counts).sum() / count for name, figure in figures.items()}
+        return (losses * answers.counts).sum() / count, means
+
+    def items(self, batch: "Batch") -> "Tensor":
+        from .documents import counted_tokens
+
+        return counted_tokens(batch).any(1).sum()
+
+    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Rule]:
+        yield from super().rules(adapter, data, train)
+        yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
+        yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 5e-6"
+        yield train.chunk_ctx > 0, "--train_type infctx", "an answer's probability is that of all its tokens at once"
+        yield data.dataload != "pack", f"--dataload {data.dataload}", "answers are packed; leave the flag out"
+        yield data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"

@@ -1,0 +1,59 @@
+"""KTO: make desirable answers likelier and undesirable ones less likely, one labelled answer to a prompt.
+
+Ethayarajh et al. 2024, arXiv 2402.01306, equation 8: weight (1 - sigmoid(beta (gain - kl))) of a desirable answer and
+weight (1 - sigmoid(beta (kl - gain))) of an undesirable one, with its gain, the log-ratio log(p / p_base). kl
+estimates how far the model as a whole is from the base: the mean gain of answers that belong to other prompts, at
+least 0, without a gradient. Each row brings one: its prompt with the answer of the next row
+(data/label_samples.py).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..cli import above_zero, not_negative
+from ..config.objective import BASE, Figure
+from ..config.setting import setting
+from .answers import ACCURACY, MARGIN, Answers, OfAnswers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.objective import Figures
+
+
+@dataclass(frozen=True)
+class KTO(OfAnswers):
+    """margin says how far answers are on their side of kl: beta (gain - kl) of desirable ones, beta (kl - gain) of the
+    others; accuracy is the share for which it is above 0."""
+
+    name = "kto"
+    text = "desirable answers likelier, undesirable ones less, by the base's measure"
+    rows = ("labels",)
+    unit = "answer"
+    needs = (BASE,)
+    figures = (ACCURACY, MARGIN, Figure("kl"))
+    beta: float = setting(
+        0.1,
+        "how much the gain of an answer weighs; the higher, the nearer the model stays to its base",
+        flag="kto_beta",
+        type=above_zero,
+    )
+    desirable: float = setting(
+        1.0,
+        "weight of desirable answers; where they are fewer, raise it until weight times number is alike",
+        flag="kto_desirable",
+        type=not_negative,
+    )
+    undesirable: float = setting(1.0, "weight of undesirable answers", flag="kto_undesirable", type=not_negative)
+
+    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+        assert answers.labels is not None
+        gain, mismatched = answers.gains
+        kl = ((mismatched.detach() * answers.counts).sum() / answers.counts.sum().clamp_min(1)).clamp_min(0)
+        margin = self.beta * (gain - kl).where(answers.labels, kl - gain)
+        weight = margin.new_full((), self.desirable).where(answers.labels, self.undesirable)
+        figures = {"accuracy": margin > 0, "margin": margin, "kl": kl.expand_as(margin)}
+        return weight * (1 - margin.sigmoid()), figures
+
+    def describe(self) -> str:
+        return f"KTO: {self.text}, beta {self.beta:g}, weights {self.desirable:g} and {self.undesirable:g}"

@@ -1,0 +1,94 @@
+"""Rules on which flags go together, as data: refusals of a command line and the notes in its help come from them.
+
+A condition reads as people write flags: "--compile" holds if that flag is given, "--loss_mask qa|se" if its value is
+one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .errors import short
+
+NEEDS, EXCLUDES = "needs", "does not go with"
+
+
+class Rule(NamedTuple):
+    """Each of `subjects` NEEDS one of `others`, or EXCLUDES each of them: conditions, with ", " between them. The
+    refusal ends in `why` and `remedy`."""
+
+    subjects: str
+    verb: str
+    others: str
+    why: str
+    remedy: str = ""
+
+
+class Given(NamedTuple):
+    """What rules judge: the values of flags (without their dashes) and facts, and the names of those that hold."""
+
+    values: Mapping[str, Any]
+    names: Collection[str]
+
+    def holds(self, condition: str) -> bool:
+        name, wanted = parts_of(condition)
+        if not wanted:
+            return name in self.names
+        listed = wanted.removeprefix("!").split("|")
+        return any((word in listed) != wanted.startswith("!") for word in words_of(self.values[name]))
+
+    def shown(self, condition: str) -> str:
+        """A condition, with the value that its flag has."""
+        name, wanted = parts_of(condition)
+        bare = not condition.startswith("--") or (self.values[name] is True and not wanted)
+        return condition if bare else f"--{name} {short(' '.join(words_of(self.values[name])))}"
+
+
+def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:
+    """Yield the refusal of each broken rule. Rules about what is not among the values are left out, because that was
+    refused already."""
+    for rule in rules:
+        others = rule.others.split(", ")
+        for subject in rule.subjects.split(", "):
+            if not all(parts_of(each)[0] in given.values for each in (subject, *others)) or not given.holds(subject):
+                continue
+            met = list(filter(given.holds, others))
+            if rule.verb == EXCLUDES:
+                wrong, remedy = list(map(given.shown, met)), rule.remedy or "leave one of them out"
+            else:
+                wrong, remedy = [] if met else [worded(" or ".join(others))], rule.remedy or "give both, or neither"
+            for other in wrong:
+                yield f"{given.shown(subject)} {rule.verb} {other}: {rule.why}; {remedy}"
+
+
+def notes(rules: Sequence[Rule], flag: str) -> str:
+    """Say for the help of a flag what it, or a value of it, needs and does not go with."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for rule in rules:
+        others = rule.others.split(", ")
+        objects = others if rule.verb == EXCLUDES else [" or ".join(others)]
+        pairs = [(subject, other) for subject in rule.subjects.split(", ") for other in objects]
+        pairs += [(other, subject) for subject, other in pairs if rule.verb == EXCLUDES]
+        for (name, wanted), other in ((parts_of(own), other) for own, other in pairs):
+            if name == flag:
+                verb = "not with" if rule.verb == EXCLUDES else rule.verb
+                found.setdefault((wanted.removeprefix("1"), verb), []).append(worded(other))
+    said = ((worded(wanted), verb, ", ".join(dict.fromkeys(words))) for (wanted, verb), words in found.items())
+    text = "; ".join(f"{wanted + ': ' * bool(wanted)}{verb} {words}" for wanted, verb, words in said)
+    return f" [{text}]" if text else ""
+
+
+def parts_of(condition: str) -> tuple[str, str]:
+    """(the flag without its dashes, the values that are asked for, "" if any will do); (a fact, "")."""
+    name, _, wanted = condition.removeprefix("--").partition(" ")
+    return (name, wanted) if condition.startswith("--") else (condition, "")
+
+
+def worded(condition: str) -> str:
+    return condition.replace("|", " or ").replace("!", "other than ")
+
+
+def words_of(value: Any) -> list[str]:
+    """A flag's value as the command line has it."""
+    if isinstance(value, tuple):
+        return [word for item in value for word in words_of(item)]
+    return [f"{value:g}" if isinstance(value, float) else str(int(value)) if isinstance(value, bool) else str(value)]

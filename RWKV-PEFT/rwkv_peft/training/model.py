@@ -1,0 +1,85 @@
+"""Make the model of a run: a generation's plain model, its weights, its adapter, and the blocks that are fused."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..adapters.inject import InjectReport, inject
+from ..adapters.load import load_tensors
+from ..adapters.methods import method_of
+from ..config import AdapterConfig, RunConfig
+from ..data.batches import TrainBatches
+from ..files.adapters import read_adapter
+from ..files.base import Base, open_base
+from ..files.dtypes import DTYPES
+from ..models import family_named
+from ..models.family import Family
+from ..models.parts import LanguageModel
+from ..names import ADAPTER, MODEL, STATE
+from .inputs import Inputs
+from .saving.start import start_adapter, start_states
+from .step.gradients import estimate_gradients
+
+
+def make_model(
+    inputs: Inputs, layers: tuple[str, ...], batches: TrainBatches, device: torch.device
+) -> tuple[LanguageModel, InjectReport]:
+    """Make the model that a run begins or goes on with, drawn by --random_seed, with adapters at `layers`."""
+    config, base, checkpoint = inputs.config, inputs.base, inputs.checkpoint
+    torch.manual_seed(config.train.random_seed)
+    family = family_named(config.model.version)
+    model = build_model(config, family, base)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        if config.train.stage != 3:  # stage 3 is for models that one GPU may not hold
+            model.to(device)
+        return estimate_gradients(model, layers, batches.first_counted(), config.train.chunk_ctx)
+
+    report = adapt(model, config.adapter, layers, family, base, gradients, checkpoint, device)
+    if checkpoint is not None and config.train.fresh_optimizer and config.adapter.whole_model:
+        load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
+    return model, report
+
+
+def build_model(config: RunConfig, family: Family, base: Base | None) -> LanguageModel:
+    """Build the model in the run's precision, with the states to tune, if any. Its weights are the base's,
+    memory-mapped if the dtypes agree, or fresh ones."""
+    dtype, grad_cp = DTYPES[config.train.precision], config.train.grad_cp
+    if base is not None:
+        model = family.load(base.tensors, config.model, grad_cp)
+    else:
+        model = family.build(config.model, grad_cp)
+        family.init_weights(model)
+    model = model.to(dtype)
+    if STATE in config.adapter.train_parts:
+        model.tune_states(start_states(config.train.state_load, config.model, family, base))
+    return model
+
+
+def adapt(
+    model: LanguageModel,
+    adapter: AdapterConfig,
+    layers: tuple[str, ...],
+    family: Family,
+    base: Base | None,
+    gradients: Callable[[], Mapping[str, torch.Tensor]],
+    checkpoint: Path | None = None,
+    device: torch.device | None = None,
+) -> InjectReport:
+    """Inject the adapter into the model: from the checkpoint to resume from, with the factors that it began with; from
+    --bone_load and its kin; or fresh, from gradients if the method needs them. device is inject's."""
+    method, loaded = method_of(adapter), None
+    found: Mapping[str, torch.Tensor] = {}
+    if checkpoint is not None and not adapter.whole_model:
+        loaded = read_adapter(checkpoint / ADAPTER)
+    elif adapter.load:
+        assert base is not None  # the flags were checked for that
+        loaded = start_adapter(adapter, base)
+    elif method is not None and method.held is not None and method.held.from_gradient:
+        found = gradients()
+    initial = loaded.tensors if loaded else {}
+    report = inject(model, adapter, layers, family=family, initial=initial, gradients=found, device=device)
+    if loaded:
+        load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
+    return report

@@ -1,0 +1,183 @@
+"""--objective: each entry of the table learns by the command that a user types, goes on with the same bits, and
+computes the same on two ranks, under ZeRO stage 2, with --grad_cp and micro batches of another size."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+from rwkv_peft.objectives import OBJECTIVES
+from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
+from rwkv_peft.training.saving.run_state import STATE, read_state, write_state
+from training.runs import ROOT, finish, metrics, start_ranks
+
+NUMBER, STEPS = 40, 16  # rows, of which 32 are trained on, and steps: 2 epochs of 4 rows each
+
+
+def row(data_type, i):
+    """Whatever the question, the answer in capital letters is the better one."""
+    good, bad = "YES" * (1 + i % 3), "no" * (1 + i % 4)
+    answers = {
+        "sft": {"response": good},
+        "pairs": {"chosen": good, "rejected": bad},
+        "labels": {"response": (bad, good)[i % 2], "label": i % 2 == 1},
+    }
+    return {"query": f"{i}?"} | answers[data_type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    folder = tmp_path_factory.mktemp("objectives")
+    save_model(folder / "base.pth", tiny_state(vocab_size=257))
+    for data_type in ("sft", "pairs", "labels"):
+        rows = (row(data_type, i) for i in range(NUMBER))
+        (folder / f"{data_type}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder, accelerator):
+    def run(objective, name, *more):
+        """Train by an objective in the folder `name` -> what the first rank printed."""
+        data_type = OBJECTIVES[objective].rows[-1]
+        flags = ["--load_model", folder / "base.pth", "--data_file", folder / f"{data_type}.jsonl", "--bone_r", 16]
+        flags += ["--data_type", data_type, "--objective", objective, "--tokenizer", "bytes", "--ctx_len", 64]
+        flags += ["--lr_init", "3e-3", "--lr_schedule", "constant", "--accumulate_grad_batches", 2, "--val_split", 0.2]
+        flags += ["--precision", "fp32", "--accelerator", accelerator, "--epoch_count", 2, "--answer_rows", 0]
+        flags += ["--epoch_save", 1, "--data_shuffle", 0, "--proj_dir", folder / name, *more]
+        ranks = start_ranks([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
+        return [finish(rank) for rank in ranks][0][0]
+
+    return run
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def learned(request, train):
+    """(an objective's name, what its run printed); the run is in the folder of that name."""
+    return request.param, train(request.param, request.param, "--micro_bsz", 2)
+
+
+def test_a_run_learns_which_answer_is_better(folder, learned):
+    name, out = learned
+    objective, (first, *_, last) = OBJECTIVES[name], metrics(folder, name)
+    words = objective().describe()
+    assert (f"objective {words}\n" in out) if words else "\nobjective " not in out
+    figures = {figure.name for figure in objective.figures}
+    assert figures <= first.keys() and {f"val_{figure}" for figure in figures} <= last.keys()
+    assert ("val_ppl" in last) == (not figures)
+    assert last["step"] == STEPS - 1 and last["val_loss"] < first["loss"]
+    if "margin" in figures:
+        assert last["val_accuracy"] > 0.8 and last["val_margin"] > max(0.1, first["margin"])
+        assert "accuracy 1.00, lr" in out and f"margin {last['val_margin']:.3f}" in out
+
+
+def test_a_run_goes_on_with_the_same_bits(folder, learned, train):
+    name, _ = learned
+    shutil.copytree(folder / name, folder / f"{name}-parts")
+    first, second = sorted((folder / f"{name}-parts" / CHECKPOINTS).iterdir())
+    shutil.rmtree(second)
+    out = train(name, f"{name}-parts", "--micro_bsz", 2, "--resume")
+    assert f"resuming after step {STEPS // 2}" in out
+    adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in (name, f"{name}-parts")]
+    assert adapters[0] == adapters[1]
+    lines = [
+        [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in metrics(folder, run)]
+        for run in (name, f"{name}-parts")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_ranks_micro_batches_stages_and_checkpointed_blocks_compute_the_same(folder, learned, train):
+    name, _ = learned
+    spread = ("--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_2", "--grad_cp", 1, "--epoch_count", 1)
+    train(name, f"{name}-spread", *spread)
+    ours, theirs = (metrics(folder, run) for run in (f"{name}-spread", name))
+    # the first step sees the same model; later ones of KTO another kl, which is that of a micro batch
+    compared = ours[:1] if name == "kto" else ours
+    for line, expected in zip(compared, theirs):
+        for number in ("loss", "grad_norm", *(figure.name for figure in OBJECTIVES[name].figures)):
+            assert line[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-5), (line["step"], number)
+
+
+def test_another_objective_does_not_go_on(folder, learned, train):
+    """A run of an earlier version, which did not record it, has the data's first one."""
+    name, _ = learned
+    if name != "dpo":
+        return
+    shutil.copytree(folder / name, folder / "earlier")
+    newest = max((folder / "earlier" / CHECKPOINTS).iterdir())
+    write_state(newest / STATE, {key: value for key, value in read_state(newest).items() if key != "objective"})
+    assert "complete" in train("dpo", "earlier", "--micro_bsz", 2, "--resume", "auto")
+    with pytest.raises(AssertionError, match="has objective dpo, this command simpo"):
+        train("simpo", "earlier", "--micro_bsz", 2, "--resume", "auto")
+
+
+def flags(data_type, *more):
+    return ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--data_type", data_type, *more]
+
+
+OF_BASE = (
+    (["--peft", "none"], "--peft none: answers are compared with what the base says"),
+    (["--train_parts", "ln"], "--train_parts: "),
+    (["--bone_load", "x.safetensors"], r"an adapter to start from \(x.safetensors\): .* merge it first"),
+)
+OF_ANSWERS = (
+    (["--peft", "lora-ga"], "--peft lora-ga: "),
+    (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
+    (["--train_type", "infctx"], "--train_type infctx: "),
+    (["--dataload", "pad"], "--dataload pad: "),
+    (["--loss_mask", "none"], "--loss_mask none: "),
+)
+
+
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.of_tokens])
+def test_what_has_no_answer_to_compare_with_is_refused(name):
+    objective = OBJECTIVES[name]
+    data_type = objective.rows[0]
+    for more, words in (*(OF_BASE if objective.needs else ()), *OF_ANSWERS):
+        with pytest.raises(
+            UserError, match=rf"--objective {name} \(of --data_type {data_type}\) does not go with {words}"
+        ):
+            parse_flags(flags(data_type, "--objective", name, *more))
+    for more, _ in () if objective.needs else OF_BASE:
+        assert parse_flags(flags(data_type, "--objective", name, *more)).objective == objective()
+
+
+@pytest.mark.parametrize(
+    "data_type, name", [("binidx", "next_token"), ("sft", "next_token"), ("pairs", "dpo"), ("labels", "kto")]
+)
+def test_the_data_has_a_default_objective(data_type, name):
+    assert parse_flags(flags(data_type)).objective == OBJECTIVES[name]()
+    assert parse_flags(flags(data_type)).train.objective == name
+
+
+@pytest.mark.parametrize(
+    "data_type, name, words",
+    [
+        ("sft", "dpo", "--objective dpo learns from --data_type pairs, and the data is sft; .* --objective next_token"),
+        ("pairs", "next_token", "from --data_type binidx or sft, .* pairs; .* --objective dpo or ipo or simpo or orpo"),
+        ("pairs", "kto", "--objective kto learns from --data_type labels, and the data is pairs"),
+    ],
+)
+def test_data_that_an_objective_does_not_learn_from_is_refused(data_type, name, words):
+    with pytest.raises(UserError, match=words):
+        parse_flags(flags(data_type, "--objective", name))
+
+
+@pytest.mark.parametrize("flag, name", [("dpo_beta", "dpo"), ("dpo_nll", "dpo"), ("simpo_gamma", "simpo")])
+def test_flags_of_an_objective_need_it(flag, name):
+    with pytest.raises(UserError, match=f"--{flag} 0.5 belongs to --objective {name} .* the objective is next_token"):
+        parse_flags(flags("sft", f"--{flag}", "0.5"))
+    objective = parse_flags(flags("pairs", "--objective", name, f"--{flag}", "0.5")).objective
+    assert getattr(objective, flag.removeprefix(f"{name}_")) == 0.5
+
+
+@pytest.mark.parametrize("flag", ["--train_type", "--data_type"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_found_by_their_names(flag, name):
+    with pytest.raises(UserError, match=f"--data_type {OBJECTIVES[name].rows[-1]} --objective {name}"):
+        parse_flags(["--load_model", "base.pth", "--data_file", "rows.jsonl", flag, name])

@@ -1,0 +1,37 @@
+"""The order of a step, as the docstring of training/engine/trainer.py tells it, is that of a run."""
+
+import re
+import sys
+
+from rwkv_peft.training.engine import trainer
+from training.runs import finish, start
+
+TRACED = """
+import sys
+
+from rwkv_peft.commands import run
+
+METHODS = {methods}
+
+def note(frame, event, argument):
+    if event == "call" and "self" in frame.f_locals:
+        name = f"{{type(frame.f_locals['self']).__name__}}.{{frame.f_code.co_name}}"
+        if name in METHODS and (not called or called[-1] != name):  # not what a method calls of its own base
+            called.append(name)
+            with open("{log}", "a") as log:
+                log.write(name + "\\n")
+
+called = []
+sys.setprofile(note)
+run("train")
+"""
+
+
+def test_a_step_is_done_in_the_order_that_is_told(files, command):
+    methods = re.findall(r"^    (\w+\.\w+) ", trainer.__doc__, re.MULTILINE)
+    assert len(methods) > 10
+    script, log = files / "traced.py", files / "calls.txt"
+    script.write_text(TRACED.format(methods=methods, log=log))
+    more = ("--epoch_steps", "2", "--epoch_count", "1", "--answer_rows", "0")
+    finish(start([sys.executable, str(script), *command("traced", *more)[2:]]))
+    assert log.read_text().split() == methods * 2
