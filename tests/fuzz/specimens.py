@@ -33,7 +33,7 @@ from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
-from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
+from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
@@ -214,9 +214,7 @@ def inspected(name):
 
 def folder_renamed(folder):
     pytest.importorskip("peft")
-    from rwkv_peft.hf import folders
-
-    return folders.main([str(folder / "bone"), str(folder / "out" / "miss")])
+    return convert.main([str(folder / "bone"), str(folder / "out" / "miss")])
 
 
 def states_read(name):
@@ -325,7 +323,7 @@ def engine_states_read(name):
 
 
 def flag_read(folder):
-    flag, _, keys, _ = next(entry for entry in JSON_FLAGS if entry[0] == "bone_config")
+    flag, _, keys = next(entry for entry in json_flags("bone") if entry[0] == "bone_config")
     return parse_json_flag(flag, (folder / "flag.json").read_bytes().decode(errors="surrogateescape"), keys)
 
 
