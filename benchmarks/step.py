@@ -179,7 +179,8 @@ def make_step(family, config, weights, method, kind, args):
     rank = args.rank
     if method == "lora":  # as many parameters as bat-in, at a square matrix
         rank = max(1, args.rank // 2)
-    adapter = AdapterConfig(method=method if method in ("lora", "none") else "bone", mode=method, rank=rank)
+    word = {"method": method} if method in ("lora", "none") else {"method": "bone", "mode": method}
+    adapter = AdapterConfig(**word, rank=rank)
     inject(model, adapter, family=family)
     fuse(model, Setting(model.emb.weight.device))
     trained = [p for p in model.parameters() if p.requires_grad]

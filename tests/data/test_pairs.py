@@ -209,7 +209,7 @@ def test_rows_of_two_answers_name_the_data_type_that_reads_them(data):
     with pytest.raises(UserError, match="--data_type pairs"):
         build_samples(data(rows(2), data_type="sft", dataload="pad"), 257)
     with pytest.raises(UserError, match="give --data_type sft, or pairs"):
-        build_samples(data(rows(2), data_type="binidx", dataload="get"), 257)
+        build_samples(data(rows(2), data_type="binidx", dataload="get", tokenizer="world"), 257)
 
 
 def test_fields_of_pairs_are_three(data):

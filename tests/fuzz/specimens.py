@@ -32,7 +32,7 @@ from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command
-from rwkv_peft.training.flags.adapter import JSON_FLAGS, parse_json_flag
+from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
@@ -51,7 +51,7 @@ ROW = {
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
 COMPARED = "bone-0.001-7"  # a run of a comparison
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
-RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+RUN |= {"objective": "next_token", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
 MODEL_STATES, OPTIMIZER_STATES = (f"{CHECKPOINT}/zero/rank_0_{name}_states.pt" for name in ("model", "optim"))
 
@@ -317,7 +317,7 @@ def engine_states_read(name):
 
 
 def flag_read(folder):
-    flag, _, keys, _ = next(entry for entry in JSON_FLAGS if entry[0] == "bone_config")
+    flag, _, keys = next(entry for entry in json_flags("bone") if entry[0] == "bone_config")
     return parse_json_flag(flag, (folder / "flag.json").read_bytes().decode(errors="surrogateescape"), keys)
 
 

@@ -270,7 +270,7 @@ def test_mistakes_are_named(model, arguments, message):
     [
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'),
         ("p.jsonl", b"a\n", "line 1: not JSON"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "end": 7}', "line 2: the row has a field end of its own"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "end": 7}', "line 2: the row has a field end, and the output's"),
         (
             "p.json",
             b'[{"prompt": "a", "tokens": 1, "generated": "b"}]',

@@ -129,10 +129,10 @@ def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(deep, tmp_path):
 @pytest.mark.parametrize(
     "blocks, also, told",
     [
-        ((3,), [], "blocks   3 of 0-3 "),
-        ((1, 2), [], "blocks   1-2 of 0-3 "),
-        ((0, 2, 3), [], "blocks   0, 2-3 of 0-3 "),
-        ((0, 1), ["blocks.3.ln2.bias"], "blocks   0-1, 3 of 0-3 "),  # of a model as deep as the base
+        ((3,), [], "blocks   it changes 3 of 0-3;"),
+        ((1, 2), [], "blocks   it changes 1-2 of 0-3;"),
+        ((0, 2, 3), [], "blocks   it changes 0, 2-3 of 0-3;"),
+        ((0, 1), ["blocks.3.ln2.bias"], "blocks   it changes 0-1, 3 of 0-3;"),  # of a model as deep as the base
         ((0, 1, 2, 3), [], None),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_file_of_rwkv_peft_of_another_kind_is_told_as_what_it_is(base, tmp_pat
 @pytest.mark.parametrize(
     "config, now, words",
     [
-        (LORA, {"alpha": 128.0}, ["scale", "of 2,", "has 32;", 'give "lora_alpha": 8']),
+        (LORA, {"alpha": 128.0}, ["scale", "of 2,", "has 32;", "give 8 as lora_alpha in --lora_config"]),
         (LORA, {"rank": 8}, ["rank 4", "this run 8", "give 4 as lora_r in --lora_config"]),
         (BONE, {"rank": 16}, ["rank 8", "give 8 as --bone_r"]),
         (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),

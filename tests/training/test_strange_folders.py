@@ -116,7 +116,7 @@ def test_a_place_in_the_data_that_was_edited_is_refused(files, train, begun):
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"samples_seen": 2}))
     _, err = train("placed", *flags(1), "--resume", code=2)
-    assert "state.json cannot be read (it was changed after it was written: its checksum is another)" in err
+    assert "state.json cannot be read (it was changed after it was written: its checksum differs)" in err
     del state["crc32"]  # as earlier versions wrote it
     path.write_text(json.dumps(state))
     train("placed", *flags(1), "--resume")

@@ -31,7 +31,7 @@ REFUSED = {
     "RWKV-PEFT run_lora_fp8": ("fp8 of other tools is --quant int8",),
     "RWKV-PEFT run_pissa_fp8": ("fp8 of other tools is --quant int8",),
     "RWKV-PEFT run_sft, 2024": ("hf download meta-math/MetaMathQA --repo-type dataset --local-dir MetaMathQA",),
-    "RWKV-PEFT mask_se": ("other keys than mask0 and mask1",),
+    "RWKV-PEFT mask_se": ("other keys than mask0 and mask1", "--loss_mask se needs --mask_end_id"),
 }
 
 
@@ -120,7 +120,7 @@ def test_stage_1_writes_a_new_model_once(stand_ins, capsys):
     assert base.tensors["emb.weight"].dtype == torch.bfloat16
     given = ["--train_stage", "1", "--data_file", "d", "--proj_dir", str(stand_ins / "x070")]
     argv = [*given, "--load_model", str(stand_ins / "x060/rwkv-init.pth"), "--peft", "lora"]
-    with pytest.raises(UserError, match="(?s)3 things .*--load_model names.*--peft lora adapts.*would overwrite"):
+    with pytest.raises(UserError, match="(?s)3 things .*would overwrite.*with --load_model .*with --peft lora"):
         main(argv)
 
 

@@ -66,7 +66,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     # earlier versions recorded neither sizes nor data, nor where validation on other data had begun, and had one
     # objective for each --data_type
     state = {"files": {}, "data": now["data"], "validated_from": 0} | state
-    state.setdefault("objective", takers_of(state["data"].get("data_type", DataConfig.data_type))[0])
+    state.setdefault("objective", (*takers_of(state["data"].get("data_type", DataConfig.data_type)), "")[0])
     require_files(checkpoint, state["files"], fresh_optimizer)
     # a setting that the saved run did not know had its default
     defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
