@@ -195,7 +195,7 @@ def sizes():
     for name in ("builtins.bytearray", "torch.FloatTensor", "torch.DoubleStorage"):
         for place in ("zip", "fourth", "fifth"):
             make = given(INSPECT, functools.partial(called, name, place))
-            attacks.append(Attack(f"{name}, {place}", make, "besides tensors|cannot be read"))
+            attacks.append(Attack(f"{name}, {place}", make, "holds code or objects|cannot be read"))
     attacks += [
         Attack(f"24 layers that are one, {name}", given(READERS[name], one_layer), "share their bytes")
         for name in ("generate", "convert", "train", "verify")

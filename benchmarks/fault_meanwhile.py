@@ -93,10 +93,10 @@ def replace_folder(inputs, run):
 
 
 CHANGES = (
-    Change("the base is shortened", functools.partial(shorten, "base.pth"), "written over while it is read: it has 0"),
-    Change("the base holds other weights", other_weights, "written over while it is read: it holds other weights"),
-    Change("a .bin is shortened", functools.partial(shorten, "data.bin"), "written over while it is read: it has 0"),
-    Change("an .idx is shortened", functools.partial(shorten, "data.idx"), "written over while it is read: it has 0"),
+    Change("the base is shortened", functools.partial(shorten, "base.pth"), "while it is read: it has 0"),
+    Change("the base holds other weights", other_weights, "while it is read: it holds other weights"),
+    Change("a .bin is shortened", functools.partial(shorten, "data.bin"), "while it is read: it has 0"),
+    Change("an .idx is shortened", functools.partial(shorten, "data.idx"), "while it is read: it has 0"),
     Change("a .bin holds unknown tokens", unknown_tokens, "token 65535 at position"),
     Change("a file in place of --proj_dir", replace_folder, "cannot write", asked=True),
 )
