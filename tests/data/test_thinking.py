@@ -114,7 +114,8 @@ def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, 
 def test_a_run_that_reads_rows_tells_both_too(tmp_path):
     rows = [turns("Q", "<think>hm</think>A"), turns("Q", "A")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(path=str(tmp_path / "in.jsonl"), tokenizer="bytes", sft_think="on", dataload="pad")
+    path = str(tmp_path / "in.jsonl")
+    config = DataConfig(path=path, data_type="sft", tokenizer="bytes", sft_think="on", dataload="pad")
     prefix, notes = prepare_sft(config, tmp_path / "cache")
     assert len(BinidxDataset(prefix)) == 2 and notes == ["1 row with thinking, 1 without (<think></think)"]
 

@@ -244,7 +244,12 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     (tmp_path / "state.json").write_text(
         json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": [], **machine})
     )
-    now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16, "counted": "def"}}
+    now = {
+        "adapter": asdict(AdapterConfig(rank=16)),
+        "base": "abc",
+        "objective": "next_token",
+        "data": {"ctx_len": 16, "counted": "def"},
+    }
     assert read_run_state(tmp_path, now, True)["base"] == "abc"
     state = json.loads((tmp_path / "state.json").read_text()) | {"data": {"ctx_len": 16}}
     (tmp_path / "state.json").write_text(json.dumps(state))
