@@ -1,11 +1,8 @@
 """Rows of one answer with a label: their layouts, what of them counts, and the answers of other rows beside them."""
 
-import json
-
 import pytest
 import torch
 
-from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.labels import label_of, labelled
 from rwkv_peft.data.show import show_samples
@@ -55,16 +52,8 @@ def test_named_fields_and_thinking():
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """data(rows, **settings) -> a DataConfig over a file of them; the cache is the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def write(rows, **settings):
-        (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = {"data_type": "labels", "dataload": "pack", "loss_mask": "file", "tokenizer": "bytes"} | settings
-        return DataConfig(str(tmp_path / "labels.jsonl"), **settings)
-
-    return write
+def data(answers):
+    return answers("labels")
 
 
 def rows(number):

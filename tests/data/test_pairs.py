@@ -1,10 +1,7 @@
 """Rows of two answers: their layouts, which tokens count, and which rows are left out."""
 
-import json
-
 import pytest
 
-from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.pairs import pair
 from rwkv_peft.data.show import show_samples
@@ -134,16 +131,8 @@ def test_rows_that_are_no_pairs(row, words):
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """data(rows, **settings) -> a DataConfig over a file of rows, with the test's own cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def write(rows, **settings):
-        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = {"data_type": "pairs", "dataload": "pack", "loss_mask": "file", "tokenizer": "bytes"} | settings
-        return DataConfig(str(tmp_path / "pairs.jsonl"), **settings)
-
-    return write
+def data(answers):
+    return answers("pairs")
 
 
 def rows(number):

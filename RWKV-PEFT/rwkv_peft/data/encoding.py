@@ -85,7 +85,7 @@ class EncodeSettings:
 
     @property
     def answered(self) -> bool:
-        """Whether each document needs a prompt and an answer."""
+        """True if each document needs a prompt and an answer."""
         return self.pairs or self.labels
 
 

@@ -7,14 +7,14 @@ from ..cli import counted
 from ..errors import UserError
 from .binidx import BinidxDataset
 from .masks import Mask
-from .samples import Document, DocumentSamples, Units
+from .pair_samples import AnswerSamples
+from .samples import Document, Units
 
 
-class LabelSamples(DocumentSamples):
+class LabelSamples(AnswerSamples):
     """Sample n is a list of two documents, (tokens (T + 1,), mask (T,)) each: row n, and its prompt with the answer of
-    the row that comes next in the epoch, from which the model's distance to the base is estimated. It counts as one
-    target, because the loss is that of answers. A mask is uint8: 1 or, in an undesirable answer, UNDESIRABLE (masks.py)
-    for targets that count."""
+    the row that comes next in the epoch, from which the model's distance to the base is estimated. A mask is uint8: 1
+    or, in an undesirable answer, UNDESIRABLE (masks.py) for targets that count."""
 
     kind = counted = "answer"
 
@@ -49,12 +49,6 @@ class LabelSamples(DocumentSamples):
         answer = answer[1:]
         prompt = prompt[max(0, len(prompt) + len(answer) - self.ctx_len - 1) :]
         return torch.cat([prompt, answer]), torch.cat([counts.new_zeros(len(prompt) - 1), counts])
-
-    def packs(self, rows: int) -> tuple[int, int]:
-        return 2 * rows, 2 * rows
-
-    def count(self, n: int) -> int:
-        return 1
 
 
 def asked(document: Document) -> int:

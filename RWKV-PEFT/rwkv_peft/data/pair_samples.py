@@ -8,9 +8,18 @@ from .masks import Mask
 from .samples import Document, DocumentSamples
 
 
-class PairSamples(DocumentSamples):
-    """Sample n is a list of two consecutive documents, (tokens (T + 1,), mask (T,)) each, the better answer first. It
-    counts as one target, because the loss is that of pairs."""
+class AnswerSamples(DocumentSamples):
+    """Samples of two documents, which count as one target, because the loss is that of answers."""
+
+    def packs(self, rows: int) -> tuple[int, int]:
+        return 2 * rows, 2 * rows
+
+    def count(self, n: int) -> int:
+        return 1
+
+
+class PairSamples(AnswerSamples):
+    """Sample n is a list of two consecutive documents, (tokens (T + 1,), mask (T,)) each, the better answer first."""
 
     kind = counted = "pair"
 
@@ -22,9 +31,3 @@ class PairSamples(DocumentSamples):
     def __getitem__(self, n: int) -> list[Document]:
         first = 2 * self.unit(n)
         return [self.document(first), self.document(first + 1)]
-
-    def packs(self, rows: int) -> tuple[int, int]:
-        return 2 * rows, 2 * rows
-
-    def count(self, n: int) -> int:
-        return 1
