@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from fault_attacks import Attack
@@ -36,27 +37,29 @@ EVALUATED = ("eval", "gsm8k", *MODEL[:4], "--data", "hostile.jsonl.gz")
 COMPARED = ("compare", "--methods", "bone", "--rank", 8, "--seeds", 7, "--steps", 2, "--rates", "1e-3")
 COMPARED += ("--output", "compared", "--", *TRAIN[1:-4], "--val_split", 0.2, "--load_model")
 # the command for each file of tensors that one takes
-READERS = {
-    "inspect": INSPECT,
-    "convert": ("convert", "hostile.pth", "out.st"),
-    "convert an adapter": ("convert", "hostile.pth", "out.safetensors", "--bone_mode", "bat-in"),
-    "merge's base": ("merge", "--base_model", "hostile.pth", "--bone_checkpoint", "run", "--output", "out.pth"),
-    "merge's adapter": ("merge", *BASE, *ADAPTER, "--output", "out.pth"),
-    "check's base": ("check", "--base_model", "hostile.pth", "--bone_checkpoint", "run", "--merged", "base.pth"),
-    "check's adapter": ("check", *BASE, *ADAPTER, "--merged", "base.pth"),
-    "check's model": ("check", *BASE, "--bone_checkpoint", "run", "--merged", "hostile.pth"),
-    "verify": ("verify", "hostile.pth"),
-    "verify's state": ("verify", "base.pth", "--state", "hostile.pth"),
-    "generate": ("generate", "--model", "hostile.pth", *MODEL[2:]),
-    "generate's adapter": ("generate", *MODEL, "--adapter", "hostile.pth"),
-    "generate's state": ("generate", *MODEL, "--state", "hostile.pth"),
-    "eval": ("eval", "gsm8k", "--data", "rows.jsonl", "--model", "hostile.pth"),
-    "plan": ("plan", "--load_model", "hostile.pth", "--gpu", "24GiB"),
-    "train": (*NEW, "--load_model", "hostile.pth"),
-    "train's adapter": (*NEW, "--load_model", "base.pth", "--bone_load", "hostile.pth"),
-    "train's states": (*NEW, "--load_model", "base.pth", "--train_parts", "state", "--state_load", "hostile.pth"),
-    "compare": (*COMPARED, "hostile.pth"),
-}
+READERS = MappingProxyType(
+    {
+        "inspect": INSPECT,
+        "convert": ("convert", "hostile.pth", "out.st"),
+        "convert an adapter": ("convert", "hostile.pth", "out.safetensors", "--bone_mode", "bat-in"),
+        "merge's base": ("merge", "--base_model", "hostile.pth", "--bone_checkpoint", "run", "--output", "out.pth"),
+        "merge's adapter": ("merge", *BASE, *ADAPTER, "--output", "out.pth"),
+        "check's base": ("check", "--base_model", "hostile.pth", "--bone_checkpoint", "run", "--merged", "base.pth"),
+        "check's adapter": ("check", *BASE, *ADAPTER, "--merged", "base.pth"),
+        "check's model": ("check", *BASE, "--bone_checkpoint", "run", "--merged", "hostile.pth"),
+        "verify": ("verify", "hostile.pth"),
+        "verify's state": ("verify", "base.pth", "--state", "hostile.pth"),
+        "generate": ("generate", "--model", "hostile.pth", *MODEL[2:]),
+        "generate's adapter": ("generate", *MODEL, "--adapter", "hostile.pth"),
+        "generate's state": ("generate", *MODEL, "--state", "hostile.pth"),
+        "eval": ("eval", "gsm8k", "--data", "rows.jsonl", "--model", "hostile.pth"),
+        "plan": ("plan", "--load_model", "hostile.pth", "--gpu", "24GiB"),
+        "train": (*NEW, "--load_model", "hostile.pth"),
+        "train's adapter": (*NEW, "--load_model", "base.pth", "--bone_load", "hostile.pth"),
+        "train's states": (*NEW, "--load_model", "base.pth", "--train_parts", "state", "--state_load", "hostile.pth"),
+        "compare": (*COMPARED, "hostile.pth"),
+    }
+)
 
 
 def given(words, write, name="hostile.pth"):
@@ -171,23 +174,27 @@ def tokenized(content):
     return make
 
 
-VOCABULARIES = {
-    "a length of 10^13": b"5 9999999999999 9999999999999\n",
-    "signs": b"5 " + b"-" * 1_000_000 + b"1 1\n",
-    "a number of 10^6 digits": b"5 0x" + b"f" * 1_000_000 + b" 1\n",
-    "brackets": b"5 " + b"(" * 1_000_000 + b"'a' 1\n",
-    "a product": b"5 'a'*99999999999 99999999999\n",
-    "an id of 2^24": b"1 'a' 1\n16777215 'b' 1\n",
-}
+VOCABULARIES = MappingProxyType(
+    {
+        "a length of 10^13": b"5 9999999999999 9999999999999\n",
+        "signs": b"5 " + b"-" * 1_000_000 + b"1 1\n",
+        "a number of 10^6 digits": b"5 0x" + b"f" * 1_000_000 + b" 1\n",
+        "brackets": b"5 " + b"(" * 1_000_000 + b"'a' 1\n",
+        "a product": b"5 'a'*99999999999 99999999999\n",
+        "an id of 2^24": b"1 'a' 1\n16777215 'b' 1\n",
+    }
+)
 
 
-PARQUETS = {  # how a column repeats a value: its size and count, and what is said of it
-    "4 GB of equal texts": (repeated, 4 << 20, 1000, "2 documents"),
-    "100 GB of equal texts": (repeated, 100 << 20, 1000, "a row takes 104,857,"),
-    "a page of 600 MB": (repeated, 600 << 20, 10, "a page of its column"),
-    "a list of 4 GB": (listed, 1 << 20, 4000, "a row takes 4,194,3"),
-    "a list of 2^26 nothings": (nothings, 1 << 26, 1, "67,108,865 values in one group"),
-}
+PARQUETS = MappingProxyType(
+    {  # how a column repeats a value: its size and count, and what is said of it
+        "4 GB of equal texts": (repeated, 4 << 20, 1000, "2 documents"),
+        "100 GB of equal texts": (repeated, 100 << 20, 1000, "a row takes 104,857,"),
+        "a page of 600 MB": (repeated, 600 << 20, 10, "a page of its column"),
+        "a list of 4 GB": (listed, 1 << 20, 4000, "a row takes 4,194,3"),
+        "a list of 2^26 nothings": (nothings, 1 << 26, 1, "67,108,865 values in one group"),
+    }
+)
 
 
 def sizes():

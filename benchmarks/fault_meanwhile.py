@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -149,13 +150,15 @@ def pissa_of(folder):
 
 
 # the difference between two nodes, and the flags of each, given the folder of its inputs
-DIFFERENCES = {
-    "another .mask": (other_mask, lambda folder: (*BONE, "--loss_mask", "file")),
-    "one of 300 documents": (other_document, lambda folder: BONE),
-    "another base": (lambda folder: other_weights(folder, None), lambda folder: BONE),
-    "another bone_load": (other_adapter, lambda folder: (*BONE, "--bone_load", str(folder / "run"))),
-    "another pissa_init": (other_factors, pissa_of),
-}
+DIFFERENCES = MappingProxyType(
+    {
+        "another .mask": (other_mask, lambda folder: (*BONE, "--loss_mask", "file")),
+        "one of 300 documents": (other_document, lambda folder: BONE),
+        "another base": (lambda folder: other_weights(folder, None), lambda folder: BONE),
+        "another bone_load": (other_adapter, lambda folder: (*BONE, "--bone_load", str(folder / "run"))),
+        "another pissa_init": (other_factors, pissa_of),
+    }
+)
 
 
 def start_otherwise(training, name):
