@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What rules judge: the values of flags (without their dashes) and facts, and the names of those that hold."""
+    """The input of rules: the values of flags (without their dashes) and of facts, and the names of those that hold."""
 
     values: Mapping[str, Any]
     names: Collection[str]

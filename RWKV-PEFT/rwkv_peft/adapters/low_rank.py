@@ -1,4 +1,4 @@
-"""What methods of low rank share: A = `lora_A` (rank, in), B = `lora_B` (out, rank), and W' = W + scale B A."""
+"""Shared by methods of low rank: A = `lora_A` (rank, in), B = `lora_B` (out, rank), and W' = W + scale B A."""
 
 import math
 from collections.abc import Callable

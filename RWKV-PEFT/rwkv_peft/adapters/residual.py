@@ -50,7 +50,7 @@ def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor
 
 
 class Difference(Sum):
-    """scale (B A - B0 A0), of which a base that was trained on lacks the second term already."""
+    """scale (B A - B0 A0). A base that was trained on lacks B0 A0 already."""
 
     def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         return base + low_rank.LOW_RANK.delta(base, {name: params[name] for name in NAMES}, scale)

@@ -2,7 +2,7 @@
 every version.
 
 They are those of NumPy's legacy generator, whose stream never changes (NEP 19). A matrix is drawn row by row, so that
-layers of all widths share one, of which each takes the first rows that it needs.
+layers of all widths share one: each layer takes the first rows that it needs.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..cli import above_zero, alias, names, positive
 from ..errors import UserError
 from ..names import NONE
-from .setting import Rule, setting
+from .setting import Condition, setting
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
@@ -23,8 +23,8 @@ SIZES = ("rank", "mini_rank", "entries")  # settings that give the shapes of ten
 SEEDS = 256  # a seed lies below it, so that bfloat16 holds it
 
 
-def whole_from(least: int, words: str) -> Rule:
-    return Rule(lambda value: value >= least, words)
+def whole_from(least: int, words: str) -> Condition:
+    return Condition(lambda value: value >= least, words)
 
 
 def read_alpha(name: str, value: Any) -> Any:
@@ -68,10 +68,10 @@ class Settings:
 
 
 RANK = whole_from(1, "a rank is at least 1; try 64")
-ALPHA = Rule(
+ALPHA = Condition(
     lambda value: math.isfinite(value) and value >= 0, "it is a finite number above 0, or 0 for that of the rank"
 )
-SEED = Rule(lambda value: 0 <= value < SEEDS, f"a seed is a whole number from 0 to {SEEDS - 1}")
+SEED = Condition(lambda value: 0 <= value < SEEDS, f"a seed is a whole number from 0 to {SEEDS - 1}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LoraSettings(Settings):
     rank: int = setting(64, key="lora_r", rule=RANK)
     alpha: float = setting(0.0, key="lora_alpha", rule=ALPHA, read=read_alpha)
     dropout: float = setting(
-        0.0, key="lora_dropout", rule=Rule(lambda value: 0 <= value < 1, "it is a probability below 1")
+        0.0, key="lora_dropout", rule=Condition(lambda value: 0 <= value < 1, "it is a probability below 1")
     )
     load: str = setting("", key="lora_load")
     targets: tuple[str, ...] = setting((), key="lora_parts", read=read_parts)
@@ -134,7 +134,7 @@ class LoraPlusSettings(LoraSettings):
         16.0,
         "lora-plus: learning rate of lora_B over lora_A's (default 16)",
         flag="loraplus_lr_ratio",
-        rule=Rule(lambda value: math.isfinite(value) and value > 0, "it is a finite number above 0; try 16"),
+        rule=Condition(lambda value: math.isfinite(value) and value > 0, "it is a finite number above 0; try 16"),
         unset=True,
         type=above_zero,
     )
@@ -172,7 +172,7 @@ class VeraSettings(Settings):
     d_initial: float = setting(
         0.1,
         key="d_initial",
-        rule=Rule(lambda value: math.isfinite(value) and value != 0, "b would never move; try 0.1"),
+        rule=Condition(lambda value: math.isfinite(value) and value != 0, "b would never move; try 0.1"),
     )
     init_seed: int = setting(0, key="vera_seed", rule=SEED)
 
@@ -217,7 +217,7 @@ class Word(NamedTuple):
         return tuple(key for key, field in self.keys if field in SIZES)
 
     def takes(self, name: str) -> bool:
-        """Whether a field of AdapterConfig is one of the settings."""
+        """Return True if a field of AdapterConfig is one of the settings."""
         return any(field.name == name for field in fields(self.settings))
 
     def flag_of(self, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 class ModelConfig:
     """The dimensions that every generation has: n_layer blocks over n_embd (C) channels; dim_att (A) = heads x
     head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds further dimensions,
-    its `version`, and `layer_state`, the NamedTuple of what a layer remembers (models/state.py)."""
+    its `version`, and `layer_state`, the NamedTuple of a layer's state (models/state.py)."""
 
     n_layer: int
     n_embd: int

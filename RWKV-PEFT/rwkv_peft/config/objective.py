@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
-Rule = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
+Contradiction = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
 
 
 class Passes(NamedTuple):
-    """What a step lets an objective compute with: passes over the batch through the model, with gradients, and through
-    the model as it was before training, without."""
+    """Passes over a step's batch, for an objective to compute with: through the model, with gradients, and through the
+    model as it was before training, without."""
 
     model: "Pass"
     base: "Pass"
@@ -73,10 +73,10 @@ class Objective(ABC):
         """The number of a batch's items that count, ()."""
 
     def describe(self) -> str:
-        """What a step does to the model, for the header of a run; "" if that needs no word."""
+        """Say for the header of a run how a step changes the model; "" if that needs no word."""
         return ""
 
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Rule]:
+    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
         """Yield what the objective does not go with."""
         if BASE not in self.needs:
             return

@@ -1,4 +1,4 @@
-"""Which settings of a run go together: the table by which flags of train.py are refused, and which their help tells."""
+"""The table of settings that do not go together: flags of train.py are refused by it, and their help tells it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields

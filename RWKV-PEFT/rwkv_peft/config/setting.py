@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 Value = TypeVar("Value")
 
 
-class Rule(NamedTuple):
+class Condition(NamedTuple):
     """A condition on a value, and what a message says if it does not hold."""
 
     holds: Callable[[Any], bool]
@@ -22,7 +22,7 @@ def setting(
     key: str | None = None,
     group: str = "",
     unset: bool = False,
-    rule: Rule | None = None,
+    rule: Condition | None = None,
     read: Callable[[str, Any], Any] | None = None,
     **options: Any,
 ) -> Value:

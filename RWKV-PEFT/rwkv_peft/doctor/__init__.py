@@ -1,1 +1,1 @@
-"""What this machine can do, and what is missing."""
+"""Checks of this machine, and their report."""

@@ -1,4 +1,4 @@
-"""What a training step minimizes: one file an objective, and their table."""
+"""The objectives of training, one file each, and their table. An objective is the loss that a step minimizes."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..config.objective import BASE, Figure, Objective, Passes, Rule
+from ..config.objective import BASE, Contradiction, Figure, Objective, Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Answers(NamedTuple):
 
     @property
     def counts(self) -> "Tensor":
-        """Whether each row counts (rows,): rows that only fill up a batch do not."""
+        """True for each row that counts (rows,): rows that only fill up a batch do not."""
         return self.tokens.any(1)
 
     @property
@@ -73,7 +73,7 @@ class OfAnswers(Objective):
 
         return counted_tokens(batch).any(1).sum()
 
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Rule]:
+    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
         yield from super().rules(adapter, data, train)
         yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
         yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 5e-6"

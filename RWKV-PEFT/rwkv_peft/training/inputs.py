@@ -27,7 +27,7 @@ from .step.plan import Plan
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
+    """The inputs of a run: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
     those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
     begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far."""
 

@@ -110,7 +110,7 @@ def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, s
 
 
 def _activation_rows(x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-    """What some output blocks add to x Wᵀ, as W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
+    """The terms of some output blocks beside x Wᵀ, W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
     u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
     y = torch.bmm(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)

@@ -22,7 +22,7 @@ BATCH = 8  # rows that are answered at once
 
 
 class Questions(NamedTuple):
-    """What a run asks its model: exams by the file of their results, and the rows to answer, if any."""
+    """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
 
     exams: Mapping[str, Exam | HarnessExam]
     rows: RowsExam | None
