@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from ..config import AdapterConfig
+from ..config.methods import SEEDS
 from ..errors import UserError
 from .change import Params, Sum
 from .method import Constants, Layer, register
 
-SEEDS = 256  # a seed lies below it, so that bfloat16 holds it and no cast of the model changes it
 FIRST = "first_row"  # in the params of some rows of the weight: the number of the first
 
 

@@ -20,7 +20,7 @@ METHOD_ALIASES = (("disha", "bone"),)
 MINI = "bone-mini"  # the form with a mini_rank
 PEFT_FLAG = "peft_config"  # takes the JSON keys of the method that --peft names
 SIZES = ("rank", "mini_rank", "entries")  # settings that give the shapes of tensors
-SEEDS = 256  # a seed lies below it, so that bfloat16 holds it
+SEEDS = 256  # a seed lies below it, so that bfloat16 holds it and no cast of the model changes it
 
 
 def whole_from(least: int, words: str) -> Condition:

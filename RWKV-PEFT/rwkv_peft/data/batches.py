@@ -151,15 +151,16 @@ def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     labels (n,), if the masks are not bool, but tell them."""
     masks = [mask for _, mask in documents]
     mask = torch.cat(masks)[None] != 0
-    labels = torch.stack([(mask != UNDESIRABLE).all() for mask in masks])
-    ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
-    return {
+    batch = {
         "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
         "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
         "mask": mask,
         "counted": positions(mask),
-        "cu_seqlens": ends,
-    } | ({} if masks[0].dtype == torch.bool else {"labels": labels})
+        "cu_seqlens": torch.tensor([0, *map(len, masks)]).cumsum(0),
+    }
+    if masks[0].dtype != torch.bool:
+        batch["labels"] = torch.stack([(mask != UNDESIRABLE).all() for mask in masks])
+    return batch
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
