@@ -176,6 +176,12 @@ def positive(text: str) -> int:
     return count(text)
 
 
+def at_least_two(text: str) -> int:
+    if whole(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is below 2")
+    return count(text)
+
+
 def finite(text: str) -> float:
     try:
         value = float(text)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cli import alias, count, positive
+from ..cli import alias, at_least_two, count, positive
 from ..names import DATALOADS, LOSS_MASKS
 from .setting import setting
 
@@ -24,6 +24,7 @@ DATA_TYPES = MappingProxyType(
         "sft": DataType(1, (1, 2), "one field is a text, two are a prompt and its answer"),
         "pairs": DataType(2, (3,), "pairs have three fields, the prompt, the better answer and the worse"),
         "labels": DataType(2, (3,), "labelled rows have three fields, the prompt, its answer and the label"),
+        "prompts": DataType(8, (1,), "prompts have one field"),
     }
 )
 OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
@@ -34,8 +35,8 @@ class DataConfig:
     """The data, and the order in which it is read.
 
     path is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer turns into
-    tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), or prompts with an answer and its
-    label ("labels"). seed draws the order of the samples; None keeps that of the file.
+    tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), prompts with an answer and its label
+    ("labels"), or prompts that the model answers itself ("prompts"). seed draws the order of the samples; None keeps that of the file.
     """
 
     path: str = setting(
@@ -48,8 +49,9 @@ class DataConfig:
     data_type: str = setting(
         "binidx",
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
-        "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; jsonl "
-        "is RWKV-PEFT's word for sft",
+        "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; "
+        "prompts: rows of a prompt, which the model answers itself, and of what --reward reads; jsonl is RWKV-PEFT's "
+        "word for sft",
         type=alias((("jsonl", "sft"),)),
         choices=tuple(DATA_TYPES),
     )
@@ -57,7 +59,7 @@ class DataConfig:
     sft_field: tuple[str, ...] = setting(
         (),
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
-        "rejected; labels: those of prompt, answer and label (default: recognised)",
+        "rejected; labels: those of prompt, answer and label; prompts: that of the prompt (default: recognised)",
         nargs="+",
         metavar="FIELD",
     )
@@ -86,7 +88,7 @@ class DataConfig:
         "get",
         "get: windows of the token stream; pad: one document in a row, padded; only: one document without padding; "
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
-        "and token files with a PREFIX.mask; pack for pairs and labels; else get)",
+        "and token files with a PREFIX.mask; pack for pairs, labels and prompts; else get)",
         unset=True,
         choices=DATALOADS,
     )
@@ -110,7 +112,16 @@ class DataConfig:
     )
     seed: int | None = setting(42)
     micro_bsz: int = setting(
-        1, "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer", type=positive
+        1,
+        "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt with "
+        "all of its answers",
+        type=positive,
+    )
+    num_generations: int = setting(8, "prompts: answers that are drawn to each", type=at_least_two)
+    max_completion_length: int = setting(
+        256,
+        "prompts: the most tokens of an answer, which is cut there; a prompt has --ctx_len less these",
+        type=positive,
     )
 
     @property
@@ -125,6 +136,16 @@ class DataConfig:
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property
+    def of_prompts(self) -> bool:
+        """True if the data is prompts, which the model answers itself."""
+        return self.data_type == "prompts"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a document of rows."""
+        return self.ctx_len - self.max_completion_length if self.of_prompts else self.ctx_len + 1
+
+    @property
     def documents(self) -> int:
-        """The number of documents that a sample packs, or 1."""
-        return DATA_TYPES[self.data_type].documents
+        """The number of documents that a sample packs, or 1; of a prompt, that of its answers."""
+        return self.num_generations if self.of_prompts else DATA_TYPES[self.data_type].documents

@@ -22,7 +22,8 @@ OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 # remedies
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
-ROWS, NO_PAD = "take --data_type sft, pairs or labels, or leave it out", "take --loss_mask none, or --dataload pad"
+ROWS = "take --data_type sft, pairs, labels or prompts, or leave it out"
+NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
     """'{"mask0":"User:","mask1":"Assistant:"}'"""
@@ -39,6 +40,7 @@ RULES = (
     Rule("--state_lr", EXCLUDES, ALONE, "their rate is --lr_init", "give that"),
     Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),
     Rule(OF_ROWS, EXCLUDES, "--data_type binidx", "its tokens are made already", ROWS),
+    Rule("--num_generations, --max_completion_length", EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
     Rule(
         "--mask_id, --mask_end_id",
         EXCLUDES,

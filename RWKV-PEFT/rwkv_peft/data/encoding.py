@@ -19,6 +19,7 @@ from .labels import label_of, labelled
 from .masks import UNDESIRABLE
 from .pairs import pair
 from .pieces import Piece, length, shorten
+from .prompts import opened
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
@@ -40,6 +41,7 @@ REMEDIES = MappingProxyType(
         "train": Remedies("name others with --sft_field", "make token files with rwkv-peft preprocess --no-append_eod"),
         "pairs": Remedies("name others with --sft_field", "take one that does"),
         "labels": Remedies("name others with --sft_field", "take one that does"),
+        "prompts": Remedies("name another with --sft_field", "take one that does"),
     }
 )
 # a turn before an answer that has only its speaker's name
@@ -62,7 +64,8 @@ class EncodeSettings:
     - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
       "skip" leaves the document out
     - command: the key of REMEDIES whose flags messages name; with "pairs" each row is two documents, its better and its
-      worse answer (pairs.py), and with "labels" an answer with its label (labels.py)
+      worse answer (pairs.py), with "labels" an answer with its label (labels.py), and with "prompts" a prompt
+      (prompts.py)
     """
 
     tokenizer: str = "world"
@@ -84,6 +87,10 @@ class EncodeSettings:
         return self.command == "labels"
 
     @property
+    def prompts(self) -> bool:
+        return self.command == "prompts"
+
+    @property
     def answered(self) -> bool:
         """True if each document needs a prompt and an answer."""
         return self.pairs or self.labels
@@ -102,7 +109,8 @@ class Encoded:
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Counts of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another
     empty turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and
-    without, if it is asked for. digests has a hash of each row that is written.
+    without, if it is asked for. digests has a hash of each row that is written; rows has the row itself as JSON, if it
+    is a prompt.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -112,6 +120,7 @@ class Encoded:
     characters: int = 0
     bad: BadRows = field(default_factory=BadRows)
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    rows: list[str] = field(default_factory=list)
     empty: int = 0
     shortened: int = 0
     too_long: int = 0
@@ -125,11 +134,12 @@ class Encoded:
     at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
-        """Add another's counts, bad rows and digests, but not its documents."""
+        """Add another's counts, bad rows, digests and rows, but not its documents."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bad.add_all(other.bad)
         self.digests.extend(other.digests[: MOST_DIGESTS - len(self.digests)])
+        self.rows += other.rows
 
     @property
     def repeated(self) -> int:
@@ -173,6 +183,8 @@ class Encoder:
             self.layout = lambda row, think: pair(row, settings.fields, think)
         elif settings.labels:
             self.layout = lambda row, think: [labelled(row, settings.fields, think)]
+        elif settings.prompts:
+            self.layout = lambda row, think: [opened(row, settings.fields, think)]
         elif settings.template:
             template = Template(settings.template)
             self.layout = lambda row, think: [template(row)]
@@ -195,7 +207,7 @@ class Encoder:
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                whole = isinstance(item, str) and not self.settings.answered
+                whole = isinstance(item, str) and not self.settings.answered and not self.settings.prompts
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
                 undesirable = self.settings.labels and not label_of(row, self.settings.fields)
@@ -214,6 +226,8 @@ class Encoder:
                     size = sum(result.sizes[-len(documents) :])
                     mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
                 self._count(documents, result)
+                if self.settings.prompts:
+                    result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
                 written = tokens[len(tokens) - sum(result.sizes[-len(documents) :]) :]
                 result.digests.append(int.from_bytes(hashlib.blake2b(written.tobytes(), digest_size=8).digest(), "big"))
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
@@ -222,7 +236,7 @@ class Encoder:
     def _count(self, documents: Documents, result: Encoded) -> None:
         """Count what report.py tells of a row that is written."""
         learned = [[text for text, counts in document if counts] for document in documents]
-        result.unanswered += not all(learned)
+        result.unanswered += not all(learned) and not self.settings.prompts
         result.wordless += all(learned) and not all(text.strip() or text == TURN_END for one in learned for text in one)
         result.blank += any(map(has_empty_turn, documents))
         (text, counts), *more = documents[0]

@@ -19,20 +19,21 @@ from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from .encoding import EncodeSettings
 from .preprocess import write
+from .prompt_samples import ROWS
 from .report import laid_out, left_out
 from .rows import KINDS
 
 FORMAT = 6
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".bin", ".idx", ".mask")  # .mask only if some token does not count
+FILES = (".bin", ".idx", ".mask", ROWS)  # .mask only if some token does not count, ROWS only of prompts
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
     """Tokenize the rows of a DataConfig -> (prefix of the token files, notes on its rows, as report.py makes them).
 
     config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
-    rows. Documents longer than ctx_len lose the front of their prompt (sft_long "left") or are left out ("skip"); the
-    stream of dataload "get" keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache
+    rows. Documents longer than ctx_len, or prompts that leave no room there for an answer, lose the front of their
+    prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache
     folder (XDG base directory rules).
     """
     if config.sft_long not in ("left", "skip"):
@@ -49,7 +50,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="train" if config.data_type == "sft" else config.data_type,
-        max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
+        max_tokens=0 if config.dataload == "get" else config.longest,
+        end_token=not config.of_prompts,
     )
     refuse_hub_name(config)
     path = Path(config.path)
@@ -69,6 +71,9 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             if (notes := notes_of(done)) is None:
                 totals = write([path], prefix, settings, split=config.sft_split)
                 notes = laid_out(totals) + left_out(totals)
+                if totals.rows:
+                    with atomic_write(prefix.with_suffix(ROWS)) as temporary:
+                        temporary.write_text("".join(f"{row}\n" for row in totals.rows), "utf-8", "backslashreplace")
                 with atomic_write(done) as temporary:  # last: it says that the files before it are whole
                     temporary.write_text(json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
     except CannotWrite as error:

@@ -17,6 +17,7 @@ from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
 from .pair_samples import PairSamples
+from .prompt_samples import PromptSamples
 from .recorded import find_tokenizer, recorded_of_data, require_within, vocabulary_of
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
@@ -27,7 +28,7 @@ SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = 
 )
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
-    {"pairs": PairSamples, "labels": LabelSamples}
+    {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples}
 )
 
 
@@ -57,7 +58,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
-    samples.notes, samples.row_notes = [describe_mask(dataset, config), *notes, *samples.notes], notes
+    counts = [] if config.of_prompts else [describe_mask(dataset, config)]
+    samples.notes, samples.row_notes = [*counts, *notes, *samples.notes], notes
     require_counted(samples, config)
     return samples
 

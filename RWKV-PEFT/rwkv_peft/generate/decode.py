@@ -8,6 +8,7 @@ import random
 from collections import abc, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import UserError
 from ..files.dtypes import dtype_name
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .sampling import count, penalize, sample
+from .sampling import count, measure, penalize, sample
 from .settings import Sampling
 
 PREFILL = 4096  # tokens of prompts read in one pass
@@ -25,11 +26,14 @@ PREFILL = 4096  # tokens of prompts read in one pass
 
 class Step(NamedTuple):
     """A token drawn for the prompt of this number; end is "" while its sequence goes on, else the reason why it ends
-    with this token: "length", or the one that `ends` gave."""
+    with this token: "length", or the one that `ends` gave. If the sampling is `measured`, the token's log-probability
+    and the entropy of the distribution, in nats, at the sampling's temperature and before top-k and top-p."""
 
     number: int
     token: int
     end: str
+    logprob: float = 0.0
+    entropy: float = 0.0
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Sequence:
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    prompts: abc.Sequence[list[int]],
+    prompts: abc.Sequence[list[int]] | abc.Mapping[int, list[int]],
     sampling: Sampling = Sampling(),
     max_tokens: int = 256,
     ends: Callable[[int, int], str] | None = None,
@@ -52,17 +56,20 @@ def generate(
     batch: int = 32,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Continue prompts (lists of token ids, none empty); yield a Step for each token as it is drawn.
+    """Continue prompts (lists of token ids, none empty), numbered by their place, or {number: prompt}; yield a Step for
+    each token as it is drawn. A prompt that is the same list as the one before it is read once for both.
 
     ends(number, token) -> "" or a reason to end that sequence there; start is the State of one sequence before each
     prompt (None: zeros); at most `batch` sequences advance at a time; tokens from vocab_size on are never drawn.
     The tokens of a prompt depend only on it, its number, `start` and `sampling`, up to rounding, not on the other
     prompts. Raises UserError for an empty prompt, and if the model's logits are not finite.
     """
-    for number, prompt in enumerate(prompts):
+    numbered = list(prompts.items() if isinstance(prompts, abc.Mapping) else enumerate(prompts))
+    for number, prompt in numbered:
         if not prompt:
             raise UserError(f"prompt {number} holds no token; a model continues at least one")
-    waiting = deque(enumerate(prompts) if max_tokens > 0 else ())
+    waiting = deque(numbered if max_tokens > 0 else ())
+    opening = Opening(model, start)
     config, device = model.config, model.emb.weight.device
     vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
     rows: list[Sequence] = []
@@ -71,7 +78,7 @@ def generate(
     while waiting or rows:
         if waiting and len(rows) < batch:
             fresh = [waiting.popleft() for _ in range(min(batch - len(rows), len(waiting)))]
-            read, memory = prefill(model, [prompt for _, prompt in fresh], start)
+            read, memory = opening([prompt for _, prompt in fresh])
             rows += [Sequence(number, random.Random(sampling.seed + number)) for number, _ in fresh]
             logits, state = torch.cat([logits, read.float()]), memory if state is None else state.joined(memory)
             if sampling.penalizes:
@@ -84,13 +91,14 @@ def generate(
         tokens = sample(choices, [row.random.random() for row in rows], sampling)  # (n,)
         if sampling.penalizes:
             count(counts, tokens, sampling.penalty_decay)
+        measures = measure(choices, tokens, sampling) if sampling.measured else [(0.0, 0.0)] * len(rows)
         staying = []
         for position, (row, token) in enumerate(zip(rows, tokens.tolist())):
             row.length += 1
             end = (ends(row.number, token) if ends else "") or ("length" if row.length == max_tokens else "")
             if not end:
                 staying.append(position)
-            yield Step(row.number, token, end)
+            yield Step(row.number, token, end, *measures[position])
         if len(staying) < len(rows):
             rows = [rows[position] for position in staying]
             kept = torch.tensor(staying, dtype=torch.long, device=device)
@@ -101,6 +109,29 @@ def generate(
             logits = logits[:, 0].float()
         else:
             logits, state = logits[:0], None
+
+
+class Opening:
+    """Reads prompts, each run of the same list once, and keeps what it read last, because that prompt may come again."""
+
+    def __init__(self, model: LanguageModel, start: State | None) -> None:
+        self.model, self.start = model, start
+        self.last: tuple[list[int], torch.Tensor, State] | None = None
+
+    def __call__(self, prompts: abc.Sequence[list[int]]) -> tuple[torch.Tensor, State]:
+        """prefill of n prompts."""
+        unread = [prompt for before, prompt in pairwise([self.last and self.last[0], *prompts]) if prompt is not before]
+        parts = [] if self.last is None or self.last[0] is not prompts[0] else [self.last[1:]]
+        if unread:
+            parts.append(prefill(self.model, unread, self.start))
+        (logits, state), *more = parts
+        for others, memory in more:
+            logits, state = torch.cat([logits, others]), state.joined(memory)
+        owners = list(accumulate(int(after is not before) for before, after in pairwise([prompts[0], *prompts])))
+        chosen = torch.tensor(owners, device=logits.device)
+        final = chosen[-1:]
+        self.last = prompts[-1], logits[final], state.selected(final)
+        return logits[chosen], state.selected(chosen)
 
 
 @torch.inference_mode()

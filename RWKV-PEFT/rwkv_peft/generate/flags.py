@@ -171,7 +171,7 @@ def check_flags(args: argparse.Namespace) -> Sampling:
         raise UserError("--system: an empty text says nothing; leave it out")
     if "" in args.stop:
         raise UserError("--stop: an empty text would stop before the first token; leave it out")
-    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__ if name in args})
 
 
 def unescaped(text: str) -> str:

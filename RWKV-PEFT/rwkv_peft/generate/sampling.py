@@ -34,6 +34,16 @@ def count(counts: torch.Tensor, tokens: torch.Tensor, decay: float) -> None:
     counts.scatter_add_(1, tokens[:, None], counts.new_ones(len(tokens), 1))
 
 
+def measure(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> list[tuple[float, float]]:
+    """(the log-probability of the row's token, the entropy), by logits (n, V) at the sampling's temperature, for each of
+    tokens (n,)."""
+    if sampling.temperature:
+        logits = logits / sampling.temperature
+    found = logits.float().log_softmax(-1)
+    entropies = -(found.exp() * found).sum(-1)
+    return list(zip(found.gather(-1, tokens[:, None])[:, 0].tolist(), entropies.tolist()))
+
+
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the tokens to draw from: logits (n, V) -> weights (n, k) float64, proportional to the probabilities, and
     their tokens (n, k) int64.

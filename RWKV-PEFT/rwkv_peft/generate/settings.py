@@ -14,7 +14,7 @@ class Sampling:
     of that token; penalty_decay multiplies the counts at every step (1: nothing is forgotten). temperature divides the
     logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all); top_p then keeps the
     fewest most probable ones whose probabilities, among those kept, reach it. seed plus the prompt's number seeds its
-    draws. Raises UserError for a value out of range.
+    draws. measured asks for the log-probabilities of drawn tokens. Raises UserError for a value out of range.
     """
 
     presence_penalty: float = 0.0
@@ -24,6 +24,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 0.7
     seed: int = 0
+    measured: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

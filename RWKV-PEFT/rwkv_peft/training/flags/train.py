@@ -12,12 +12,17 @@ MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bi
 
 
 def check_tokens(data: DataConfig) -> Iterator[str]:
-    """Yield the refusal of a micro batch of more than MOST_TOKENS."""
+    """Yield the refusals of a micro batch of more than MOST_TOKENS, and of prompts without room."""
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
         yield (
             f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
             f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
+        )
+    if data.longest < 1:
+        yield (
+            f"--max_completion_length {data.max_completion_length} leaves nothing of --ctx_len {data.ctx_len} for a "
+            "prompt; lower it, or raise --ctx_len"
         )
 
 
