@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
+ANSWERS = "answers"  # a need: answers to a batch's prompts, which the model draws before each step, and their rewards
 Contradiction = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
 
 
@@ -50,7 +51,7 @@ class Objective(ABC):
     - name: the value of --objective; text: its line in the help
     - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
     - unit: what its loss is a mean over
-    - needs: what it asks for besides a pass through the model: BASE
+    - needs: what it asks for besides a pass through the model: BASE, ANSWERS
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
@@ -63,6 +64,11 @@ class Objective(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     of_tokens: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
+
+    @property
+    def asks_base(self) -> bool:
+        """True if it asks for the word of the base."""
+        return BASE in self.needs
 
     @abstractmethod
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
@@ -78,7 +84,7 @@ class Objective(ABC):
 
     def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
         """Yield what the objective does not go with."""
-        if BASE not in self.needs:
+        if not self.asks_base:
             return
         before = "answers are compared with what the base says of them, and"
         yield adapter.method == NONE, "--peft none", f"{before} this trains the base itself"

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..config import RunConfig
-from ..config.objective import BASE
 from ..models.parts import LanguageModel
 from ..ops.bone import cuda as bone
 from ..ops.mix import cuda as mix
@@ -38,7 +37,7 @@ class Setting:
     def of(cls, config: RunConfig, device: torch.device) -> "Setting":
         """The Setting of a run on a device."""
         train = config.train
-        return cls(device, train.fused, train.compile, train.stage == 3, BASE in config.objective.needs)
+        return cls(device, train.fused, train.compile, train.stage == 3, config.objective.asks_base)
 
 
 class Fusion(NamedTuple):

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from ..config import Objective
 from .dpo import DPO
+from .grpo import GRPO
 from .ipo import IPO
 from .kto import KTO
 from .next_token import NextToken
@@ -13,7 +14,7 @@ from .simpo import SimPO
 
 # --objective -> its class; of several that learn from the same rows the first is their default
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
-    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO)}
+    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, GRPO)}
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..config.objective import BASE, Contradiction, Figure, Objective, Passes
+from ..config.objective import Contradiction, Figure, Objective, Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class OfAnswers(Objective):
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
         from .documents import counted_tokens, log_probabilities
 
-        base = log_probabilities(passes.base, batch) if BASE in self.needs else None
+        base = log_probabilities(passes.base, batch) if self.asks_base else None
         likelihood = log_probabilities(passes.model, batch)
         base = likelihood.new_zeros(()) if base is None else base
         labels = batch["labels"][::2] if "labels" in batch else None  # of a row's own answer, which is the first

@@ -12,7 +12,6 @@ import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
-from ..config.objective import BASE
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
@@ -152,7 +151,7 @@ class Estimate:
         graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
         segment = self.config.train.chunk_ctx  # each segment hands its states on to the next
         kept = self.step.kept.at(rows, tokens)
-        base = kept // model.n_layer if graphs and BASE in self.config.objective.needs else 0  # one block's at most
+        base = kept // model.n_layer if graphs and self.config.objective.asks_base else 0  # one block's at most
         return [
             Part("embedding, rows that are read", here, read),
             Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),

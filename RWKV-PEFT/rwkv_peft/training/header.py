@@ -7,7 +7,6 @@ from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
-from ..config.objective import BASE
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
 from ..models import family_named
@@ -41,7 +40,7 @@ def describe(
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
-    may_train = adapter.method != NONE and BASE not in config.objective.needs  # which needs the base as it is
+    may_train = adapter.method != NONE and not config.objective.asks_base  # which needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:

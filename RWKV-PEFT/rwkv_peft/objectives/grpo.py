@@ -1,0 +1,195 @@
+"""GRPO and its kin: make those of the model's own answers to a prompt likelier that earn more than the others do.
+
+An answer's advantage A compares its reward with those of its group, the answers to the same prompt; ratio is the
+probability of a token by the model over that by which it was drawn. A step minimizes the mean over answers of
+
+    grpo      mean over tokens of -min(ratio A, clip(ratio) A), A = (reward - mean) / (std + 1e-4)
+              (Shao et al. 2024, arXiv 2402.03300, equation 3)
+    dr_grpo   the sum over tokens, divided by --max_completion_length, A = reward - mean: neither long answers nor
+              groups of little spread weigh less or more (Liu et al. 2025, arXiv 2503.20783)
+    dapo      as grpo, but each token of a step weighs the same, and clip's upper bound is higher
+              (Yu et al. 2025, arXiv 2503.14476, equation 8)
+    gspo      one ratio for an answer, the geometric mean of its tokens' (Zheng et al. 2025, arXiv 2507.18071,
+              equations 5 to 7)
+    rloo      one ratio for an answer, the product of its tokens', A = reward - mean of the others'
+              (Ahmadian et al. 2024, arXiv 2402.14740)
+
+and --kl_beta times an estimate of the distance from the base, exp(d) - d - 1 of each token with d = log(p_base / p)
+(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..cli import above_zero, finite, not_negative, positive, share
+from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..config.objective import ANSWERS, Contradiction, Figure, Objective, Passes
+from ..config.setting import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.objective import Batch, Figures
+
+EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
+REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
+
+
+class Form(NamedTuple):
+    """A form of the loss: how far from 1 a ratio may go by default, below and above, and whether an answer has one
+    ratio."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+
+FORMS = MappingProxyType(
+    {
+        "grpo": Form(0.2, 0.2),
+        "dr_grpo": Form(0.2, 0.2),
+        "dapo": Form(0.2, 0.28),
+        "gspo": Form(3e-4, 4e-4, True),
+        "rloo": Form(0.2, 0.2, True),
+    }
+)
+
+
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
+    whose ratio is clipped; gap the mean difference between the log-probability by which a token was drawn and that by
+    which the step began to learn from it, which are computed in another order."""
+
+    name = "grpo"
+    text = "answers that the model draws itself, judged by --reward"
+    rows = ("prompts",)
+    unit = "prompt"
+    needs = (ANSWERS,)
+    figures = (REWARD, LENGTH)
+    form: str = setting(
+        "grpo",
+        "the loss: grpo; dr_grpo, which weighs neither length nor spread; dapo, by tokens; gspo and rloo, by whole answers",
+        flag="grpo_loss",
+        choices=tuple(FORMS),
+    )
+    reward: tuple[str, ...] = setting(
+        (),
+        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, json:SCHEMA.json, or "
+        "FILE.py:FUNCTION, which runs that file; of several the sum counts",
+        flag="reward",
+        nargs="+",
+        metavar="REWARD",
+    )
+    weights: tuple[float, ...] = setting(
+        (), "what each --reward is multiplied by (default: 1)", flag="reward_weights", type=finite, nargs="+", metavar="N"
+    )
+    temperature: float = setting(
+        1.0, "temperature of drawing, and of the probabilities that are learned", flag="temperature", type=above_zero
+    )
+    top_p: float = setting(
+        1.0, "draw from the most probable tokens that reach this probability together", flag="top_p", type=share
+    )
+    batch: int = setting(64, "answers of a device that are drawn at a time", flag="draw_batch", type=positive)
+    kl_beta: float = setting(
+        0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
+    )
+    clip_low: float | None = setting(
+        None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", flag="clip_low", type=not_negative
+    )
+    clip_high: float | None = setting(
+        None,
+        "a ratio above 1 plus this is clipped (default: --clip_low; else dapo 0.28, gspo 4e-4)",
+        flag="clip_high",
+        type=not_negative,
+    )
+    mask_truncated: bool = setting(
+        False,
+        "answers that were cut at --max_completion_length are judged, and compared with, but not learned from",
+        flag="mask_truncated",
+        action="store_true",
+    )
+
+    @property
+    def asks_base(self) -> bool:
+        return self.kl_beta > 0
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The bounds of an unclipped ratio."""
+        form = FORMS[self.form]
+        low = form.low if self.clip_low is None else self.clip_low
+        high = form.high if self.clip_low is None else self.clip_low
+        return 1 - low, 1 + (high if self.clip_high is None else self.clip_high)
+
+    def advantages(self, rewards: "Tensor") -> "Tensor":
+        """rewards (prompts, answers), NaN for an answer without one -> advantages of the same shape, 0 for it."""
+        known = rewards.isfinite()
+        number = known.sum(1, keepdim=True)
+        gains = (rewards - rewards.nansum(1, keepdim=True) / number.clamp_min(1)).nan_to_num(0.0)
+        others = (number - 1).clamp_min(1)
+        if self.form == "rloo":
+            return gains * number / others
+        if self.form == "dr_grpo":
+            return gains
+        return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
+
+    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+        from .drawn import log_probabilities, means
+
+        lengths, form = batch["lengths"], FORMS[self.form]
+        now = log_probabilities(passes.model, batch, self.temperature)  # (n,)
+        drawn = batch.get("old", now.detach())
+        each = means(now - drawn, lengths) if form.whole else now - drawn
+        if self.form == "rloo":
+            each = each * lengths
+        ratio = each.exp()
+        advantage = batch["advantages"] if form.whole else batch["advantages"].repeat_interleave(lengths)
+        low, high = self.bounds
+        gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
+        losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
+        weight = batch["weights"] / len(lengths)  # of each answer, in the mean over prompts
+        if self.form in ("dr_grpo", "dapo"):
+            weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
+        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+        gap = (drawn - batch["sampled"]).abs()
+        figures = {
+            "clipped": clipped.to(now.dtype) if form.whole else means(clipped.to(now.dtype), lengths),
+            "gap": means(gap, lengths),
+        }
+        if self.asks_base:
+            difference = log_probabilities(passes.base, batch, self.temperature) - now
+            figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
+            losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
+        prompts = self.items(batch) / count
+        return (losses * weight).sum() * prompts, {
+            name: figure.detach().mean() * prompts for name, figure in figures.items()
+        }
+
+    def items(self, batch: "Batch") -> "Tensor":
+        return batch["prompts"]
+
+    def describe(self) -> str:
+        low, high = self.bounds
+        kl = f", and {self.kl_beta:g} times the distance from the base" if self.asks_base else ""
+        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}"
+
+    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
+        yield from super().rules(adapter, data, train)
+        yield not self.reward, "no --reward", "nothing judges the answers; name a task, or FILE.py:FUNCTION"
+        yield (
+            len(self.weights) not in (0, len(self.reward)),
+            f"--reward_weights {' '.join(f'{weight:g}' for weight in self.weights)}",
+            f"there are {len(self.reward)} rewards; give a weight for each",
+        )
+        yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
+        yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 1e-5"
+        yield train.chunk_ctx > 0, "--train_type infctx", "an answer is drawn and learned as a whole"
+        yield train.cuda_graphs, "--cuda_graphs 1", "each step has answers of other lengths"
+        stage = f"--strategy {train.strategy}"
+        yield train.stage == 3, stage, "ranks draw different numbers of tokens, and no one holds a whole layer"
+        yield data.dataload != "pack", f"--dataload {data.dataload}", "answers are packed; leave the flag out"
+        yield data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"
+        yield bool(train.retain_data), "--retain_data", "it is measured by the loss of answers that rows hold"

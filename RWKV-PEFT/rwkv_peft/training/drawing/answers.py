@@ -1,0 +1,110 @@
+"""Draw answers to prompts by the model in training, adapters on, several to a prompt that is read once."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...config import RunConfig
+from ...data.batches import collate_packed
+from ...data.prompt_samples import PromptSamples
+from ...data.templates import stops_of
+from ...data.tokenizer import Tokenizer
+from ...generate.command import Continuation
+from ...generate.decode import generate
+from ...generate.settings import Sampling
+from ...models.parts import LanguageModel
+from ..step.compiling import uncompiled
+
+SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a run share a draw
+
+
+class Manner(NamedTuple):
+    """How answers are drawn: so many tokens at most, `batch` answers at a time, by a sampling, in a tokenizer's tokens;
+    compiles: the run compiles blocks."""
+
+    sampling: Sampling
+    longest: int
+    batch: int
+    tokenizer: Tokenizer
+    compiles: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, temperature: float, top_p: float, batch: int, tokenizer: Tokenizer) -> "Manner":
+        seed = config.train.random_seed * SEEDS
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, measured=True)
+        return cls(sampling, config.data.max_completion_length, batch, tokenizer, config.train.compile)
+
+
+class Drawn(NamedTuple):
+    """An answer: the tokens of its prompt and its own, with what ends it, their log-probabilities and entropies; its
+    text, and why it ended: "end" (of the document), "stop" or "length"."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    entropies: list[float]
+    text: str
+    end: str
+
+    @property
+    def cut(self) -> bool:
+        return self.end == "length"
+
+
+def draw(
+    model: LanguageModel,
+    manner: Manner,
+    samples: PromptSamples,
+    numbers: Sequence[int],
+    times: int,
+    moved: Callable[[str], object],
+) -> list[list[Drawn]]:
+    """Draw `times` answers to each of samples of these numbers. The draws of an answer depend on the run's seed, the
+    sample's number and its own alone. `moved` hears of each answer."""
+    prompts = {number: samples.prompt(number) for number in numbers}
+    due = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
+    stops = {number: stops_of(manner.tokenizer.decode(prompt)) for number, prompt in prompts.items()}
+    texts = {key: Continuation({}, manner.tokenizer, stops[key // times]) for key in due}
+    measured: dict[int, list[tuple[float, float]]] = {key: [] for key in due}
+    trains = model.training
+    model.eval()
+    with uncompiled(manner.compiles):
+        for step in generate(
+            model,
+            due,
+            manner.sampling,
+            manner.longest,
+            lambda key, token: texts[key].feed(token),
+            model.tuned_states(),
+            manner.batch,
+            manner.tokenizer.vocab_size,
+        ):
+            measured[step.number].append((step.logprob, step.entropy))
+            if step.end:
+                texts[step.number].finish(step.end)
+                moved("the answers")
+    model.train(trains)
+    found = []
+    for number, prompt in prompts.items():
+        keys = range(number * times, (number + 1) * times)
+        found.append([drawn(prompt, texts[key], measured[key]) for key in keys])
+    return found
+
+
+def drawn(prompt: list[int], answer: Continuation, measured: list[tuple[float, float]]) -> Drawn:
+    logprobs, entropies = map(list, zip(*measured))
+    return Drawn(prompt, answer.tokens, logprobs, entropies, answer.text, answer.end)
+
+
+def packed(answers: Sequence[Drawn]) -> dict[str, torch.Tensor]:
+    """A batch of whole rows, each a prompt with an answer, as collate_packed makes it; with the answers' lengths
+    (answers,) and the log-probabilities by which they were drawn (n,)."""
+    documents = []
+    for answer in answers:
+        tokens = torch.tensor([*answer.prompt, *answer.tokens])
+        documents.append((tokens, torch.arange(1, len(tokens)) >= len(answer.prompt)))
+    return collate_packed(documents) | {
+        "lengths": torch.tensor([len(answer.tokens) for answer in answers]),
+        "sampled": torch.tensor([logprob for answer in answers for logprob in answer.logprobs]),
+    }

@@ -1,0 +1,149 @@
+"""The training step of objectives that learn from the model's own answers: draw, judge, learn."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...data.prompt_samples import PromptSamples
+from ...models.parts import LanguageModel
+from ...objectives.grpo import GRPO
+from ...ops.recurrence.checks import vouch
+from ...rewards import Judged, Rewards
+from ..step.steps import Batch, Whole
+from .answers import Drawn, Manner, draw, packed
+
+
+class Drawing(Whole):
+    """Before its first micro batch a step draws the answers to all of its prompts and has them judged; then it learns
+    from them as any Step does.
+
+    apart: how far apart a rank's prompts of two micro batches lie; accumulate: micro batches of a step. told: what the
+    log of answers (log.py) reads of the newest step: its answers and their rewards, and the seconds of its parts.
+    """
+
+    objective: GRPO
+
+    def __init__(
+        self,
+        objective: GRPO,
+        manner: Manner,
+        rewards: Rewards,
+        times: int,
+        micro_bsz: int,
+        apart: int,
+        accumulate: int,
+        moved: Callable[[str], object],
+    ) -> None:
+        super().__init__(objective)
+        self.manner, self.rewards, self.times, self.moved = manner, rewards, times, moved
+        self.micro_bsz, self.apart, self.accumulate = micro_bsz, apart, accumulate
+        self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
+        self.records: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+
+    def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
+        first = batch["first"]
+        if first not in self.ready:
+            self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
+        return {**batch, **self.ready[first]}
+
+    def prepared(
+        self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
+    ) -> dict[int, dict[str, Any]]:
+        """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts."""
+        firsts = [first + number * self.apart for number in range(self.accumulate)]
+        numbers = [begin + row for begin in firsts for row in range(self.micro_bsz)]
+        groups, judged = self.answered(model, samples, numbers, self.times)
+        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
+        advantages = self.objective.advantages(rewards.view(-1, self.times)).flatten()
+        answers = [answer for group in groups for answer in group]
+        weights = [float(not (self.objective.mask_truncated and answer.cut)) for answer in answers]
+        size = sum(len(answer.tokens) * weight for answer, weight in zip(answers, weights))
+        mean = self.over_ranks(size, device) / self.over_ranks(len(answers), device)
+        self.records = records(samples, numbers, answers, judged, advantages.tolist(), self.times)
+        rows = self.micro_bsz * self.times
+        batches = {}
+        for place, begin in enumerate(firsts):
+            part = slice(place * rows, (place + 1) * rows)
+            batch = packed(answers[part])
+            batch["advantages"], batch["weights"] = advantages[part].float(), torch.tensor(weights[part])
+            batch["prompts"] = torch.tensor(float(self.micro_bsz))
+            batch["limit"], batch["mean_length"] = torch.tensor(float(self.manner.longest)), torch.tensor(max(mean, 1.0))
+            sent = {name: tensor.to(device) for name, tensor in batch.items()}
+            vouch(sent["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
+            batches[begin] = sent
+        return batches
+
+    def answered(
+        self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
+    ) -> tuple[list[list[Drawn]], Judged]:
+        """Draw `times` answers to samples, and have them judged."""
+        assert isinstance(model, LanguageModel)
+        began = time.perf_counter()
+        groups = draw(model, self.manner, samples, numbers, times, self.moved)
+        between = time.perf_counter()
+        prompts = [self.manner.tokenizer.decode(group[0].prompt) for group in groups for _ in group]
+        rows = [row for number in numbers for row in [samples.row(number)] * times]
+        judged = self.rewards.judge(prompts, [answer.text for group in groups for answer in group], rows)
+        self.moved("the judged answers")
+        self.seconds = {"draw_s": between - began, "judge_s": time.perf_counter() - between}
+        return groups, judged
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        return super().loss(model, batch, count)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The sum of the rewards, below 0, of one answer to each prompt of a batch for validation."""
+        samples, first = batch["samples"], batch["first"]
+        numbers = range(first, min(first + self.micro_bsz, len(samples)))
+        seconds = self.seconds
+        _, judged = self.answered(model, samples, numbers, 1) if numbers else ([], Judged([], {}))
+        self.seconds = seconds
+        reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=batch["tokens"].device)
+        self.measures = {"reward": reward}
+        return -reward
+
+    def items(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        rows = min(self.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
+        return torch.tensor(float(rows), device=batch["tokens"].device)
+
+    def over_ranks(self, number: float, device: torch.device) -> float:
+        total = torch.tensor(float(number), dtype=torch.float64, device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total.item()
+
+
+def records(
+    samples: PromptSamples,
+    numbers: Sequence[int],
+    answers: Sequence[Drawn],
+    judged: Judged,
+    advantages: Sequence[float],
+    times: int,
+) -> list[dict[str, Any]]:
+    """What is told of answers: of which sample and row each is, and how it was judged."""
+    found = []
+    for place, answer in enumerate(answers):
+        number = numbers[place // times]
+        found.append(
+            {
+                "sample": number,
+                "row": samples.unit(number),
+                "prompt": "",
+                "completion": answer.text,
+                "end": answer.end,
+                "length": len(answer.tokens),
+                "entropy": math.fsum(answer.entropies) / len(answer.entropies),
+                "reward": judged.total[place],
+                "rewards": {name: values[place] for name, values in judged.each.items()},
+                "advantage": advantages[place],
+            }
+        )
+    return found

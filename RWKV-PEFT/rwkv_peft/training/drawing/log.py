@@ -1,0 +1,99 @@
+"""Writes down the answers that steps draw, and what they earned, and tells of rewards from which nothing is learned."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch.distributed as dist
+
+from ...names import ANSWERS
+from ..step.plan import Plan
+from .drawn import Drawing
+
+LONG = 10  # steps in a row without spread, after which a run says so
+
+
+class AnswersLog:
+    """Called on all ranks after each step, as an Examiner is; rank 0 adds the step's answers to the file at `path`."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+        self.flat, self.told = 0, set[str]()
+
+    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+        """Return (numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
+        step: Drawing = lit.compute
+        parts: list[Any] = [step.records]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            dist.all_gather_object(parts, step.records)
+        if not trainer.is_global_zero:
+            return {}, []
+        records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
+        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records)
+        numbers = summary(records)
+        return numbers | step.seconds, [line for line in self.remarks(records, numbers) if line]
+
+    def remarks(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterable[str]:
+        """Yield what a reader of the log should know, each of it once."""
+        self.flat = self.flat + 1 if numbers["flat"] == 1 else 0
+        best = max(numbers["reward"], 0)
+        if self.flat == LONG and best > 0 and all(reward == best for reward in rewards_of(records)):
+            yield self.once(
+                f"all answers earned {best:g} for {LONG} steps, so that there is nothing left to learn from them; stop "
+                "here, or give harder prompts"
+            )
+        elif self.flat == LONG:
+            yield self.once(
+                f"the answers to a prompt all earned the same for {LONG} steps (now {numbers['reward']:g} on average), so "
+                "that nothing is learned; if none is right, teach some answers first by --data_type sft, or raise "
+                "--num_generations; if all are, give harder prompts"
+            )
+        if numbers["cut"] > 0.5:
+            yield self.once(
+                "more than half of the answers were cut at --max_completion_length; raise it, or teach the model first "
+                "how answers end"
+            )
+        empty = next((record for record in records if not record["completion"].strip()), None)
+        if empty is not None:
+            yield self.once(f"an answer to row {empty['row'] + 1} is empty; it is judged as any other")
+
+    def once(self, line: str) -> str:
+        """Return a line the first time that its like is to be told, "" from then on."""
+        kind = line.split()[0] + line.split()[-1]
+        if kind in self.told:
+            return ""
+        self.told.add(kind)
+        return line
+
+
+def rewards_of(records: Iterable[dict[str, Any]]) -> list[float]:
+    return [record["reward"] for record in records if record["reward"] is not None]
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The numbers of a step's answers: means of reward, of each reward by itself, of tokens and of entropy; the mean
+    spread of a group's rewards, and the share of groups without any; the share of answers that were cut."""
+    groups: dict[int, list[float]] = {}
+    for record in records:
+        groups.setdefault(record["sample"], []).extend(rewards_of([record]))
+    found = {"reward": mean(rewards_of(records))}
+    found["reward_std"] = mean([stdev(group) for group in groups.values() if len(group) > 1])
+    found["flat"] = mean([float(len(set(group)) < 2) for group in groups.values()])
+    for name in records[0]["rewards"]:
+        values = [record["rewards"][name] for record in records]
+        found[f"reward/{name}"] = mean([value for value in values if value is not None])
+    tokens = sum(record["length"] for record in records)
+    found["length"] = tokens / len(records)
+    found["cut"] = mean([float(record["end"] == "length") for record in records])
+    found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else 0.0
