@@ -78,6 +78,7 @@ PARTS = (
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("evals", ("evals",), ("generate",)),
+    ("rewards", ("rewards",), ("evals",)),
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
@@ -92,7 +93,7 @@ PARTS = (
     (
         "run",
         ("training/run", "training/measuring/exams", "training/rank"),
-        ("training", "evals"),
+        ("training", "evals", "rewards"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
     ("compare", ("compare",), ("run",)),

@@ -1,0 +1,117 @@
+"""The rewards of a run: several judges of answers, and the weighted sum of what they say."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from .reward import Answer, beginning
+from .specs import KINDS
+from .workers import Failure, Place, Worker, replies
+
+SECONDS = 60.0  # that a call of a reward may take
+ROWS = 1000  # rows that are checked at a time
+
+
+class Judged(NamedTuple):
+    """What rewards say of answers: the weighted sum for each answer, None for one that none of them judges, and what
+    each reward says by its name."""
+
+    total: list[float | None]
+    each: dict[str, list[float | None]]
+
+
+class Rewards:
+    """Judges answers in processes of its own, which `Rewards.open` begins and ends. names are the rewards' names, in
+    the order in which they were given."""
+
+    def __init__(self, specs: Sequence[str], weights: Sequence[float], workers: Sequence[Worker]) -> None:
+        self.specs, self.weights, self.workers = specs, weights, workers
+        try:
+            self.names = numbered(replies(workers)[0])
+        except Failure as failure:
+            raise self.refusal(failure) from None
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, specs: Sequence[str], weights: Sequence[float] = (), *, timeout: float = SECONDS, workers: int = 1
+    ) -> "Iterator[Rewards]":
+        """Open the rewards that the words of --reward name, with a weight each (1 if none are given), in so many
+        processes, which share the answers of a call. A reward may take `timeout` seconds for the answers that it is
+        given at once: a process's share if it is a function, else one. Raises UserError for what is wrong with a word,
+        and with what it names."""
+        check_weights(specs, weights)
+        with ExitStack() as held:
+            begun = []
+            for _ in range(workers):
+                begun.append(Worker(specs, timeout))
+                held.callback(begun[-1].stop)
+            yield cls(specs, weights or [1.0] * len(specs), begun)
+
+    def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise UserError for the first row to which a reward cannot judge answers, with its number from 1."""
+        waiting, first = iter(rows), 0
+        while part := list(islice(waiting, ROWS)):
+            self.workers[0].send("check", part, first)
+            try:
+                replies(self.workers[:1])
+            except Failure as failure:
+                raise self.refusal(failure, f"row {failure.place.first + 1}: ") from None
+            first += len(part)
+
+    def judge(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Judged:
+        """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, with
+        the answer at which it does; the Rewards judge no more after that."""
+        answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
+        share = max(1, math.ceil(len(answers) / len(self.workers)))
+        firsts = range(0, len(answers), share)
+        for worker, first in zip(self.workers, firsts):
+            worker.send("judge", answers[first : first + share], first)
+        try:
+            found = replies(self.workers[: len(firsts)])
+        except Failure as failure:
+            raise self.refusal(failure, told_place(answers, failure.place)) from None
+        each = {name: [value for part in found for value in part[n]] for n, name in enumerate(self.names)}
+        return Judged([self.total(values) for values in zip(*each.values())], each)
+
+    def total(self, values: Sequence[float | None]) -> float | None:
+        """The weighted sum of what the rewards say of an answer."""
+        said = [weight * value for weight, value in zip(self.weights, values) if value is not None]
+        return sum(said) if said else None
+
+    def refusal(self, failure: Failure, place: str = "") -> UserError:
+        return UserError(f"--reward {self.specs[failure.place.reward]}: {place}{failure.words}")
+
+
+def check_weights(specs: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise UserError for words of --reward, or weights, that cannot be meant."""
+    if not specs:
+        raise UserError(f"--reward names nothing that judges answers; rewards are {KINDS}")
+    if repeated := [spec for spec in specs if specs.count(spec) > 1]:
+        raise UserError(f"--reward {repeated[0]} is given twice; give it a weight instead")
+    if weights and len(weights) != len(specs):
+        raise UserError(f"{len(weights)} weights for {len(specs)} rewards; give one for each, in their order")
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise UserError(f"a reward's weight is {wrong[0]}; give a finite number")
+
+
+def told_place(answers: Sequence[Answer], place: Place) -> str:
+    """Name the answers that a reward was given, at the head of a message."""
+    first, last = place.first + 1, place.last + 1
+    which = f"answer {first}" if first == last else f"answers {first} to {last}"
+    return f"{which} of {len(answers)} ({beginning(answers[place.first].prompt)}): "
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Make names differ: those that repeat an earlier one have a number."""
+    found: list[str] = []
+    for name in names:
+        times = 2
+        other = name
+        while other in found:
+            other, times = f"{name} {times}", times + 1
+        found.append(other)
+    return found

@@ -1,0 +1,35 @@
+"""The reward of a task of `rwkv-peft eval`: whether the answer is right."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..evals.equivalence import require_math_verify
+from ..evals.problems import layout_of
+from ..evals.task import AnswerTask
+from ..evals.tasks import TASKS
+from .reward import Answer, Reward
+
+
+class TaskReward(Reward):
+    """1 if a measure of a task, the first one if none is named, calls the answer right, else 0. The right answer is
+    read from the row as eval reads it."""
+
+    def __init__(self, name: str, measure: str = "") -> None:
+        task = TASKS[name]
+        assert isinstance(task, AnswerTask)  # because the name is of WRITTEN
+        if measure and measure not in task.measures:
+            raise UserError(f"{name} has no measure {measure!r}; name {' or '.join(task.measures)}")
+        if name == "math":
+            require_math_verify()
+        self.name = f"{name}:{measure}" if measure else name
+        self.task, self.measure, self.layout = task, measure or task.measures[0], layout_of(task, None)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        self.task.problem(row, self.layout)
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [
+            float(self.task.judge(answer.completion, self.task.problem(answer.row, self.layout))[self.measure])
+            for answer in answers
+        ]

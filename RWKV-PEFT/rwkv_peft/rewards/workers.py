@@ -1,0 +1,113 @@
+"""Processes that judge answers (child.py), each with a limit of time."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, NamedTuple
+
+from ..children import python_command
+
+LOADING = 60.0  # seconds that a process may take at least to begin, and to load each file
+
+
+class Place(NamedTuple):
+    """What a process is at: the number of a reward, and those of the first and the last item that it is given."""
+
+    reward: int
+    first: int
+    last: int
+
+
+class Failure(Exception):
+    """A process that failed, at a Place, and why in words."""
+
+    def __init__(self, place: Place, words: str) -> None:
+        super().__init__(words)
+        self.place, self.words = place, words
+
+
+class Worker:
+    """A process that judges by `specs`. A call of a reward may take `seconds`."""
+
+    def __init__(self, specs: Sequence[str], seconds: float) -> None:
+        self.seconds, self.first, self.place = seconds, 0, Place(0, 0, 0)
+        self.pipe, theirs = Pipe()
+        with theirs:
+            command = python_command("rwkv_peft.rewards.child", str(theirs.fileno()), str(seconds), *specs)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.limit, self.since = max(seconds, LOADING), time.monotonic()
+
+    def send(self, kind: str, work: Sequence[object], first: int) -> None:
+        """Send a request about items, of which `first` come before. A process that is gone is noticed when it should
+        reply."""
+        self.first, self.place = first, Place(0, first, first + len(work) - 1)
+        self.limit, self.since = self.seconds, time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send((kind, work))
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left for what the process is at."""
+        return max(0.0, self.since + self.limit - time.monotonic())
+
+    def receive(self) -> tuple[Any] | None:
+        """Read a message: (the reply,), or None if it only says what the process is at. Raises Failure if the process
+        is gone, or if it tells of one."""
+        try:
+            kind, told = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise Failure(self.place, self.ending()) from None
+        if kind == "failed":
+            raise Failure(self.place, told)
+        if kind == "done":
+            return (told,)
+        reward, first, last = told
+        self.place, self.since = Place(reward, self.first + first, self.first + last), time.monotonic()
+        return None
+
+    def ending(self) -> str:
+        """Say how the process ended."""
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            how = "was killed, as the system does when memory runs out"
+        else:
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that judges {how}; mend the reward, which must return"
+
+    def stop(self) -> None:
+        """End the process and those that it has started."""
+        self.pipe.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+def replies(workers: Sequence[Worker]) -> list[Any]:
+    """Wait for the reply of each of the workers. Raises Failure for the first that fails, or that takes too long for a
+    call."""
+    waiting: dict[Connection[Any, Any], int] = {worker.pipe: number for number, worker in enumerate(workers)}
+    found: dict[int, Any] = {}
+    while waiting:
+        late = min((workers[number] for number in waiting.values()), key=lambda worker: worker.left)
+        ready = wait(list(waiting), late.left)
+        if not ready:
+            raise Failure(late.place, f"it takes longer than {late.limit:g} seconds; make it faster")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            reply = workers[waiting[pipe]].receive()
+            if reply is not None:
+                (found[waiting.pop(pipe)],) = reply
+    return [found[number] for number in range(len(workers))]

@@ -1,0 +1,292 @@
+"""Rewards judge answers as their words say, and each failure names the answer or the row, and a remedy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.children import python_command
+from rwkv_peft.errors import UserError
+from rwkv_peft.rewards import Rewards
+from traps import set_traps
+
+ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 3?", "answer": "#### 5"}]
+PROMPTS = ["User: 1 + 1?\n\nAssistant:", "User: 2 + 3?\n\nAssistant:"]
+
+
+def judge(specs, completions, weights=(), rows=None, **options):
+    """Judge completions of so many prompts by the given rewards."""
+    rows = rows or [ROWS[n % 2] for n in range(len(completions))]
+    with Rewards.open(specs, weights, **options) as rewards:
+        rewards.check_rows(rows)
+        return rewards.judge([f"question {n + 1}" for n in range(len(completions))], completions, rows)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """Write a file of rewards; -> the word that names its function f."""
+
+    def write(code):
+        (tmp_path / "mine.py").write_text(code)
+        return f"{tmp_path}/mine.py:f"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "spec, completions, rows, expected",
+    [
+        ("gsm8k", [" so 2\n#### 2", " so 2", "#### 5"], [ROWS[0]] * 3, [1, 0, 0]),
+        ("gsm8k:flexible", [" so 2\n#### 2", " so 2", "#### 5"], [ROWS[0]] * 3, [1, 1, 0]),
+        ("jsonl", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 0, 0]),
+        ("jsonl:flexible", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 1, 0]),
+        ("math", ["\\boxed{\\frac{1}{2}}", "\\boxed{2}"], [{"problem": "x?", "solution": "\\boxed{0.5}"}] * 2, [1, 0]),
+        (r"match:\d+", [" 12\n", "12 a", ""], [{}] * 3, [1, 0, 0]),
+        (r"match:(?s)<think>.*:.*</think>", ["<think>a:\nb</think>"], [{}], [1]),
+    ],
+)
+def test_rewards_by_name_judge_as_eval_does(spec, completions, rows, expected):
+    if spec == "math":
+        pytest.importorskip("math_verify")
+    judged = judge([spec], completions, rows=rows)
+    assert judged.total == expected and list(judged.each.values()) == [expected]
+
+
+def test_a_schema_judges_the_whole_answer(tmp_path):
+    pytest.importorskip("jsonschema")
+    file = tmp_path / "person.json"
+    properties = {"age": {"$ref": "#/$defs/n"}}
+    form = {"type": "object", "required": ["age"], "properties": properties, "$defs": {"n": {"minimum": 0}}}
+    file.write_text(json.dumps(form))
+    answers = [' {"age": 3}\n', '{"age": -1}', '{"age": 3} done', '{"age": NaN}', "", "[" * 100_000]
+    assert judge([f"json:{file}"], answers).each == {"person": [1, 0, 0, 0, 0, 0]}
+
+
+def test_a_function_is_given_what_it_takes(reward):
+    code = "def f(completions, answer, missing=None): return [len(c) + len(a) for c, a in zip(completions, answer)]"
+    assert judge([reward(code)], ["a", "bcd"]).total == [7, 9]
+    code = "def f(prompts, completions, **fields): return [sorted(fields), None]"
+    with pytest.raises(UserError, match=r"answer 1 of 2 \('question 1'\).*\['answer', 'question'\], no number"):
+        judge([reward(code)], ["a", "b"])
+
+
+def test_a_function_may_import_what_lies_beside_it_but_nothing_there_stands_in_for_a_package(tmp_path, monkeypatch):
+    ran = set_traps(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.py").write_text("VALUE = 3")
+    (tmp_path / "mine.py").write_text(
+        "import json, beside\ndef f(completions): return [beside.VALUE] * len(completions)"
+    )
+    assert judge(["mine.py:f"], ["a"]).total == [3]
+    assert not ran.exists()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(reward):
+    code = (
+        "import numpy, torch\ndef f(completions): return [numpy.float32(2), torch.tensor(3), True, numpy.bool_(True)]"
+    )
+    assert judge([reward(code)], list("abcd")).total == [2, 3, 1, 1]
+    assert judge([reward("import numpy\ndef f(completions): return numpy.ones(len(completions))")], ["a"]).total == [1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_totals_are_weighted_sums_of_those_that_judge_in_any_number_of_processes(reward, workers):
+    code = "def f(completions): return [None if c == 'none' else float(c) for c in completions]"
+    specs, answers = [reward(code), r"match:[12]"], ["1", "none", "3", "2"]
+    judged = judge(specs, answers, (2.0, -0.5), workers=workers)
+    assert judged.each == {"f": [1, None, 3, 2], "match": [1, 0, 0, 1]}
+    assert judged.total == [1.5, -0.0, 6, 3.5]
+    assert judge(specs[:1], ["none", "1"], workers=workers).total == [None, 1]
+    assert judge(specs, [], workers=workers) == ([], {"f": [], "match": []})
+
+
+def test_rewards_of_one_name_are_told_apart():
+    assert list(judge(["match:a", "match:b", "match:c"], ["a"]).each) == ["match", "match 2", "match 3"]
+
+
+def test_what_a_function_prints_is_not_seen(reward, capfd):
+    code = (
+        "import os\ndef f(completions):\n  print('printed')\n  os.write(2, b'written')\n  return [0] * len(completions)"
+    )
+    judge([reward(code)], ["a"])
+    assert capfd.readouterr() == ("", "")
+
+
+RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
+
+
+@pytest.mark.parametrize(
+    "code, completions, message",
+    [
+        (RAISES, ["a", "b", "", "c"], r"answer 3 of 4 \('question 3'\): it raised ZeroDivisionError.*mine\.py, line 2"),
+        ("def f(completions): return [0, float('nan')]", "ab", r"answer 2 of 2 .* it returned nan; return a finite"),
+        ("def f(completions): return [float('inf'), 0]", "ab", r"answer 1 of 2 .* it returned inf; return a finite"),
+        ("def f(completions): return [10 ** 400]", "a", r"answer 1 of 1 .* return a finite number"),
+        ("def f(completions): return ['1', 0]", "ab", r"answer 1 of 2 .* '1', no number; return a number, or None"),
+        ("def f(completions): return [1]", "ab", r"answers 1 to 2 of 2 .*returned 1 values for 2 completions; return"),
+        ("def f(completions): return 1", "a", r"it returned int; return a list with a number for each"),
+        ("def f(completions): pass", "a", r"it returned NoneType; return a list"),
+        (
+            "import sys\ndef f(completions): sys.exit(1)",
+            "a",
+            r"answer 1 of 1 .* it raised SystemExit 1 .*line 2\); mend",
+        ),
+        ("import os\ndef f(completions): os._exit(3)", "ab", r"answers 1 to 2 of 2 .* ended with exit code 3; mend"),
+        ("import os\ndef f(completions): os.kill(os.getpid(), 9)", "a", r"was killed, as the system does when memory"),
+        ("import os\ndef f(completions): os.kill(os.getpid(), 11)", "a", r"ended by SIGSEGV; mend the reward"),
+        ("import time\ndef f(completions): time.sleep(99)", "ab", r"answers 1 to 2 .* takes longer than 1 seconds"),
+    ],
+)
+def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, completions, message):
+    word = reward(code)
+    with pytest.raises(UserError, match=message) as error:
+        judge([word], list(completions), timeout=1)
+    assert str(error.value).startswith(f"--reward {word}: ")
+
+
+def test_a_failure_in_another_process_names_its_answer(reward):
+    with pytest.raises(UserError, match=r"answer 4 of 4 \('question 4'\): it raised ZeroDivisionError"):
+        judge([reward(RAISES)], ["a", "b", "c", ""], workers=2)
+
+
+def test_an_expression_that_never_ends_is_ended():
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"--reward match:\(a\+\)\+b: answer 2 of 2 .* longer than 1 seconds; make it"):
+        judge(["match:(a+)+b"], ["b", "a" * 99], timeout=1)
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize(
+    "specs, weights, message",
+    [
+        ([], (), "--reward names nothing that judges answers; rewards are a task"),
+        (["gsm9k"], (), "--reward gsm9k: rewards are a task .gsm8k, math, jsonl; .* or FILE.py:FUNCTION"),
+        (["choices"], (), "--reward choices: rewards are a task"),
+        (["gsm8k:loose"], (), "--reward gsm8k:loose: gsm8k has no measure 'loose'; name strict or flexible"),
+        (["match:a(b"], (), r"--reward match:a\(b: no regular expression of Python: .*; mend it"),
+        (["json:no.json"], (), "--reward json:no.json: no such file; name a JSON schema"),
+        (["no.py:f"], (), "--reward no.py:f: no such file; name a Python file, as FILE.py:FUNCTION"),
+        (["match:a", "match:a"], (), "--reward match:a is given twice; give it a weight"),
+        (["match:a"], (1.0, 2.0), "2 weights for 1 rewards; give one for each"),
+        (["match:a"], (float("nan"),), "weight is nan; give a finite number"),
+    ],
+)
+def test_words_that_name_no_reward_are_refused_at_once(specs, weights, message):
+    with pytest.raises(UserError, match=message), Rewards.open(specs, weights):
+        pass
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("def g(completions): pass", "the file has no f; name a function of it"),
+        ("f = 3", "f is int, not a function"),
+        ("async def f(completions): pass", "f is async"),
+        ("def f(prompts, /): pass", "parameters are given by name, which prompts does not take; leave out the /"),
+        ("x = 1\nimport nothing_of_this_name", r"cannot be loaded: ModuleNotFoundError .*mine\.py, line 2\); mend it"),
+        ("def f(:", "cannot be loaded: SyntaxError"),
+        ("raise SystemExit(0)", "cannot be loaded: SystemExit 0"),
+        ("import os; os._exit(0)", "ended with exit code 0; mend the reward"),
+    ],
+)
+def test_files_without_such_a_function_are_refused_at_once(reward, code, message):
+    word = reward(code)
+    with pytest.raises(UserError, match=message) as error, Rewards.open(["match:a", word]):
+        pass
+    assert str(error.value).startswith(f"--reward {word}: ")
+
+
+@pytest.mark.parametrize(
+    "schema, message",
+    [
+        ("{", "not JSON: .*; mend it"),
+        ("3", "a JSON schema is an object, not int"),
+        ('{"type": "text"}', r"no JSON schema: .*text.* \(at \$\.type\); mend it"),
+        ('{"items": {"$ref": "#/$defs/none"}}', r"its \$ref '#/\$defs/none' leads to nothing within the file"),
+        ('{"$ref": "https://example.org/schema"}', "and no other is read; put it under"),
+    ],
+)
+def test_schemas_that_are_none_are_refused_at_once(tmp_path, schema, message):
+    pytest.importorskip("jsonschema")
+    (tmp_path / "form.json").write_text(schema)
+    with pytest.raises(UserError, match=message), Rewards.open([f"json:{tmp_path}/form.json"]):
+        pass
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch):
+    from rwkv_peft.rewards import forms
+
+    monkeypatch.setattr(forms.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"has no package jsonschema; .*pip install .*requirements-eval\.txt"):
+        forms.Schema(str(tmp_path / "form.json"))
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (
+            "def f(completions, gold): pass",
+            "row 1: the function takes gold, and the row has the fields question, answer",
+        ),
+        ("def f(completions, extra): pass", "row 1002: the function takes extra, .*; add the field, or give"),
+    ],
+)
+def test_rows_without_what_a_function_reads_are_told_before_training(reward, code, message):
+    rows = [{**ROWS[0], "extra": 1}] * 1001 + [ROWS[0]]
+    with Rewards.open(["gsm8k", reward(code)]) as rewards, pytest.raises(UserError, match=message):
+        rewards.check_rows(rows)
+
+
+def test_rows_without_what_a_task_reads_are_told_before_training():
+    with (
+        Rewards.open(["gsm8k"]) as rewards,
+        pytest.raises(UserError, match="row 2: a row has the fields question; one"),
+    ):
+        rewards.check_rows([ROWS[0], {"question": "?"}])
+
+
+def gone(pid):
+    """True if a process ends within ten seconds."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+STARTS = """
+import os, subprocess
+def f(completions):
+    child = subprocess.Popen(["sleep", "99"])
+    return [os.getpid(), child.pid]
+"""
+
+
+def test_processes_end_with_the_rewards(reward):
+    pids = judge([reward(STARTS)], ["a", "b"]).total
+    assert all(gone(int(pid)) for pid in pids)
+
+
+def test_processes_end_with_a_run_that_is_killed(reward, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import time\nfrom rwkv_peft.rewards import Rewards\n"
+        f"with Rewards.open([{reward(STARTS)!r}]) as rewards:\n"
+        "    print(*map(int, rewards.judge(['a'] * 2, ['b'] * 2, [{}] * 2).total), flush=True)\n    time.sleep(99)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(python_command("x")[1]).parents[1])}
+    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    pids = run.stdout.readline().split()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    assert len(pids) == 2 and all(gone(pid) for pid in pids)
