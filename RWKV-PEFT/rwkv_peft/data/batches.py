@@ -36,6 +36,7 @@ class TrainBatches:
     - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
     - step_count: the counted targets of the whole optimizer step, over all ranks and micro batches
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
+    - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
       single row: the positions where they begin, and the end
     - labels: bool (documents,), only of labelled answers: whether each document's answer is desirable
@@ -73,7 +74,8 @@ class TrainBatches:
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         last = micro_batch == self.accumulate - 1
-        return batch | {"samples_seen": cursor + self.step_samples if last else cursor}
+        place = {"samples": self.samples, "first": first}
+        return batch | place | {"samples_seen": cursor + self.step_samples if last else cursor}
 
     def first_counted(self) -> TrainBatch:
         """The first micro batch with a target that counts; samples of build_samples have at least one."""
@@ -102,7 +104,7 @@ class TrainBatches:
 class EvalBatches:
     """Yields every sample once, for one rank of world_size, for validation.
 
-    Batches are dicts of tokens, targets, mask, counted and cu_seqlens as TrainBatches gives them. All ranks get the
+    Batches are dicts of tokens, targets, mask, counted, cu_seqlens, samples and first as TrainBatches gives them. All ranks get the
     same number of batches, because collective operations need it; rows that fill up the last ones do not count.
     """
 
@@ -112,11 +114,12 @@ class EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.samples) // (self.micro_bsz * self.world_size))
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_bsz
             self.samples.dataset.require_unchanged()
-            yield collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+            batch = collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+            yield batch | {"samples": self.samples, "first": first}
 
     def _row(self, n: int) -> Sample:
         if n < len(self.samples):

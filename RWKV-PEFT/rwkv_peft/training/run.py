@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
@@ -23,6 +24,9 @@ from ..models import family_named
 from ..models.parts import LanguageModel
 from ..names import METRICS
 from ..plots import plot_loss
+from ..rewards import Rewards
+from .drawing.judging import judging
+from .drawing.log import AnswersLog
 from .engine.fit import fit
 from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
@@ -39,7 +43,7 @@ from .model import make_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.lost_pages import sizes_of_mapped
 from .ranks.meeting import Ranks
-from .saving.checkpoints import ROWS, UNSAVED, clear_unsaved
+from .saving.checkpoints import ANSWERS, ROWS, UNSAVED, clear_unsaved
 from .saving.keeping import clear_hidden, discard_old
 from .saving.resume import AUTO, completed, find_state
 from .saving.room import require_room_to_save
@@ -113,13 +117,27 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     """Do the work of `run` on Ranks that are yet to meet."""
     world, accelerator = request.world, resolve_accelerator(request.config.train)
     inputs = find_inputs(request)
-    config = inputs.config
     if words := require_more_to_train(inputs, leads=world.rank == 0):
         return 0, words
     if inputs.base is not None:
         inputs.base.require_finite()
     asked = find_questions(inputs, speaks=world.rank == 0)
-    meet(ranks, inputs, asked)
+    with judging(inputs.config, (inputs.samples, *inputs.measured.values())) as rewards:
+        meet(ranks, inputs, asked)
+        return train_on(ranks, request, inputs, asked, rewards, accelerator, say)
+
+
+def train_on(
+    ranks: Ranks,
+    request: Request,
+    inputs: Inputs,
+    asked: Questions,
+    rewards: Rewards | None,
+    accelerator: str,
+    say: Callable[..., object],
+) -> tuple[int, str]:
+    """Do the work of `run` on Ranks that have met."""
+    world, config = request.world, inputs.config
     batches = TrainBatches(
         inputs.samples, config.data.micro_bsz, world_size=world.size, accumulate=config.train.accumulate_grad_batches
     )
@@ -132,7 +150,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         describe(inputs, accelerator, batches.notes, report, say)
         say(f"fused     {fused}")
         make_way(inputs, report.trainable, say)
-    return fit(prepare(inputs, asked, model, report.trainable, accelerator, ranks), say)
+    return fit(prepare(inputs, asked, model, report.trainable, rewards, accelerator, ranks), say)
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:
@@ -164,7 +182,13 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
 
 
 def prepare(
-    inputs: Inputs, asked: Questions, model: LanguageModel, trainable: int, accelerator: str, ranks: Ranks
+    inputs: Inputs,
+    asked: Questions,
+    model: LanguageModel,
+    trainable: int,
+    rewards: Rewards | None,
+    accelerator: str,
+    ranks: Ranks,
 ) -> Prepared:
     """Put together the parts of a run on Ranks that have met."""
     config, plan, watch = inputs.config, inputs.plan, ranks.watch
@@ -175,6 +199,9 @@ def prepare(
     if inputs.measured:
         bsz = config.data.micro_bsz
         validator = Validator(inputs.measured, bsz, train, plan, saver, watch, inputs.lowest, anew)
+    examiners: list[Any] = [Examiner(exam, folder / name, train, plan, watch) for name, exam in asked.exams.items()]
+    if rewards is not None:
+        examiners.append(AnswersLog(folder / ANSWERS, plan))
     return Prepared(
         config=config,
         family=family_named(config.model.version),
@@ -182,9 +209,10 @@ def prepare(
         trainable=trainable,
         samples=inputs.samples,
         validator=validator,
-        examiners=[Examiner(exam, folder / name, train, plan, watch) for name, exam in asked.exams.items()],
+        examiners=examiners,
         rows=None if asked.rows is None else BeforeAfter(asked.rows, folder / ROWS, watch, train.compile, anew),
         saver=saver,
+        rewards=rewards,
         checkpoint=None if train.fresh_optimizer else inputs.checkpoint,  # its state may belong to other ranks
         accelerator=accelerator,
         ranks=ranks,

@@ -14,6 +14,7 @@ from ...generate.command import Continuation
 from ...generate.decode import generate
 from ...generate.settings import Sampling
 from ...models.parts import LanguageModel
+from ...objectives.grpo import GRPO
 from ..step.compiling import uncompiled
 
 SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a run share a draw
@@ -30,10 +31,10 @@ class Manner(NamedTuple):
     compiles: bool
 
     @classmethod
-    def of(cls, config: RunConfig, temperature: float, top_p: float, batch: int, tokenizer: Tokenizer) -> "Manner":
+    def of(cls, config: RunConfig, drawn: GRPO, tokenizer: Tokenizer) -> "Manner":
         seed = config.train.random_seed * SEEDS
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, measured=True)
-        return cls(sampling, config.data.max_completion_length, batch, tokenizer, config.train.compile)
+        sampling = Sampling(temperature=drawn.temperature, top_p=drawn.top_p, seed=seed, measured=True)
+        return cls(sampling, config.data.max_completion_length, drawn.batch, tokenizer, config.train.compile)
 
 
 class Drawn(NamedTuple):

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ...config import RunConfig
 from ...data.prompt_samples import PromptSamples
+from ...data.recorded import find_tokenizer
+from ...data.samples import Samples
 from ...models.parts import LanguageModel
 from ...objectives.grpo import GRPO
 from ...ops.recurrence.checks import vouch
@@ -22,8 +25,9 @@ class Drawing(Whole):
     """Before its first micro batch a step draws the answers to all of its prompts and has them judged; then it learns
     from them as any Step does.
 
-    apart: how far apart a rank's prompts of two micro batches lie; accumulate: micro batches of a step. told: what the
-    log of answers (log.py) reads of the newest step: its answers and their rewards, and the seconds of its parts.
+    times: answers to a prompt; apart: how far apart the prompts of two micro batches of a rank lie; accumulate: micro
+    batches of a step; moved: hears of each answer. records and seconds, which log.py reads, are the newest step's
+    answers with their rewards, and the seconds that its parts took.
     """
 
     objective: GRPO
@@ -65,7 +69,7 @@ class Drawing(Whole):
         weights = [float(not (self.objective.mask_truncated and answer.cut)) for answer in answers]
         size = sum(len(answer.tokens) * weight for answer, weight in zip(answers, weights))
         mean = self.over_ranks(size, device) / self.over_ranks(len(answers), device)
-        self.records = records(samples, numbers, answers, judged, advantages.tolist(), self.times)
+        self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
         rows = self.micro_bsz * self.times
         batches = {}
         for place, begin in enumerate(firsts):
@@ -94,9 +98,6 @@ class Drawing(Whole):
         self.seconds = {"draw_s": between - began, "judge_s": time.perf_counter() - between}
         return groups, judged
 
-    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        return super().loss(model, batch, count)
-
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """The sum of the rewards, below 0, of one answer to each prompt of a batch for validation."""
@@ -113,30 +114,21 @@ class Drawing(Whole):
         rows = min(self.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
         return torch.tensor(float(rows), device=batch["tokens"].device)
 
-    def over_ranks(self, number: float, device: torch.device) -> float:
-        total = torch.tensor(float(number), dtype=torch.float64, device=device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        return total.item()
-
-
-def records(
-    samples: PromptSamples,
-    numbers: Sequence[int],
-    answers: Sequence[Drawn],
-    judged: Judged,
-    advantages: Sequence[float],
-    times: int,
-) -> list[dict[str, Any]]:
-    """What is told of answers: of which sample and row each is, and how it was judged."""
-    found = []
-    for place, answer in enumerate(answers):
-        number = numbers[place // times]
-        found.append(
+    def told(
+        self,
+        samples: PromptSamples,
+        numbers: Sequence[int],
+        answers: Sequence[Drawn],
+        judged: Judged,
+        advantages: Sequence[float],
+    ) -> list[dict[str, Any]]:
+        """What is written down of answers: of which sample and row each is, and how it was judged."""
+        owners = [number for number in numbers for _ in range(self.times)]
+        return [
             {
-                "sample": number,
-                "row": samples.unit(number),
-                "prompt": "",
+                "sample": owner,
+                "row": samples.unit(owner),
+                "prompt": self.manner.tokenizer.decode(answer.prompt),
                 "completion": answer.text,
                 "end": answer.end,
                 "length": len(answer.tokens),
@@ -145,5 +137,30 @@ def records(
                 "rewards": {name: values[place] for name, values in judged.each.items()},
                 "advantage": advantages[place],
             }
-        )
-    return found
+            for place, (owner, answer) in enumerate(zip(owners, answers))
+        ]
+
+    def over_ranks(self, number: float, device: torch.device) -> float:
+        total = torch.tensor(float(number), dtype=torch.float64, device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total.item()
+
+
+def drawing_of(
+    config: RunConfig, samples: Samples, rewards: Rewards, ranks: int, moved: Callable[[str], object]
+) -> Drawing:
+    """Make the Drawing of a run on so many ranks."""
+    objective, data = config.objective, config.data
+    assert isinstance(objective, GRPO)
+    tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
+    return Drawing(
+        objective,
+        Manner.of(config, objective, tokenizer),
+        rewards,
+        data.num_generations,
+        data.micro_bsz,
+        data.micro_bsz * ranks,
+        config.train.accumulate_grad_batches,
+        moved,
+    )

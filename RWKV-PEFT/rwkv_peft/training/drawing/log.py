@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...names import ANSWERS
 from ..step.plan import Plan
 from .drawn import Drawing
 

@@ -132,6 +132,8 @@ class Record(StepCallback):
             found, words = examiner(trainer, lit, done, self.ending)
             scores |= found
             told += words
+        if "draw_s" in scores:
+            scores["learn_s"] = seconds - scores["draw_s"] - scores["judge_s"]
         if not trainer.is_global_zero:
             return
         metrics = {
@@ -159,7 +161,7 @@ class Record(StepCallback):
             self.progress.say(f"step {done:,}: {line}")
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
         for figure in self.objective.figures[:1]:
-            loss += f", {figure.name} {lit.step_measures[figure.name]:.2f}"
+            loss += f", {figure.name} {metrics[figure.name]:.2f}"
         self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, tokens)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from ...config import RunConfig
 from ...data.samples import Samples
 from ...models.family import Family
 from ...models.parts import LanguageModel
+from ...rewards import Rewards
 from ..measuring.before_after import BeforeAfter
 from ..measuring.examiner import Examiner
 from ..measuring.validate import Validator
@@ -22,7 +23,7 @@ class Prepared:
     """A run that is ready to begin, on Ranks that have met.
 
     trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
-    before and after training, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
+    before and after training, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig
@@ -34,6 +35,7 @@ class Prepared:
     examiners: Sequence[Examiner]
     rows: BeforeAfter | None
     saver: Saver
+    rewards: Rewards | None
     checkpoint: Path | None
     accelerator: str
     ranks: Ranks

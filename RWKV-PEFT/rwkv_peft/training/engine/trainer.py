@@ -30,7 +30,9 @@ from ...data.samples import Samples
 from ...errors import UserError
 from ...models.state import TIME_STATE
 from ...names import STATE
+from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
+from ..drawing.drawn import drawing_of
 from ..ranks.base_guard import BaseGuard
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
@@ -41,8 +43,17 @@ from .prepared import Prepared
 from .strategy import make_strategy
 
 
-def step_of(config: RunConfig, samples: Samples) -> Step:
-    """Choose the Step for batches of `samples`: over whole rows, or segments of them."""
+def step_of(run: Prepared) -> Step:
+    """Choose the Step of a run: over whole rows, segments of them, or answers that are drawn."""
+    if isinstance(run.config.objective, GRPO):
+        assert run.rewards is not None
+        return drawing_of(run.config, run.samples, run.rewards, run.ranks.world.size, run.watch.moved)
+    return given_step(run.config, run.samples)
+
+
+def given_step(config: RunConfig, samples: Samples) -> Step:
+    """Choose the Step for batches of `samples`, which hold all that is learned: over whole rows, or segments of
+    them."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
@@ -65,7 +76,7 @@ def make_lit(run: Prepared) -> Lit:
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
     rates = run.family if train.layerwise_lr else None
-    return Lit(run.model, train, step_of(run.config, run.samples), plan.total_steps, plan.first_step, rates, ratios)
+    return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, rates, ratios)
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:

@@ -87,7 +87,8 @@ class Validator:
         lit.model.eval()
         for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
             self.watch.moved(f"the validation at step {lit.step + 1}")
-            batch = {name: tensor.to(device) for name, tensor in batch.items()} | lit.compute.sent(batch, device)
+            tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
+            batch |= tensors | lit.compute.sent(batch, device)
             with uncompiled(self.compile):
                 loss = lit.compute.total(lit.model, batch)
             numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())

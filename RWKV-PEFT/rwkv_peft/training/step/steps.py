@@ -45,6 +45,10 @@ class Step(ABC):
         still on the CPU, so that nobody waits for a GPU."""
         return {}
 
+    def completed(self, model: nn.Module, batch: Batch) -> Batch:
+        """A batch with all that its loss reads; of some objectives that is what the model says."""
+        return batch
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         """A batch's loss (), differentiable in the parameters that train."""
