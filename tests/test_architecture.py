@@ -88,7 +88,8 @@ PARTS = (
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
     ("measuring", ("training/measuring",), ("ranks",)),
-    ("engine", ("training/engine",), ("measuring",)),
+    ("drawing", ("training/drawing",), ("step", "generate", "rewards")),
+    ("engine", ("training/engine",), ("measuring", "drawing")),
     ("training", ("training",), ("engine",)),
     (
         "run",

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rwkv_peft.config.objective import ANSWERS
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
@@ -15,6 +16,10 @@ from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from rwkv_peft.training.saving.run_state import STATE, read_state, write_state
 from training.runs import ROOT, finish, metrics, start_ranks
 
+CAPITALS = """
+def capitals(completions):
+    return [sum(map(str.isupper, text)) / max(1, len(text)) for text in completions]
+"""
 NUMBER, STEPS = 40, 16  # rows, of which 32 are trained on, and steps: 2 epochs of 4 rows each
 
 
@@ -25,6 +30,7 @@ def row(data_type, i):
         "sft": {"response": good},
         "pairs": {"chosen": good, "rejected": bad},
         "labels": {"response": (bad, good)[i % 2], "label": i % 2 == 1},
+        "prompts": {},
     }
     return {"query": f"{i}?"} | answers[data_type]
 
@@ -33,7 +39,8 @@ def row(data_type, i):
 def folder(tmp_path_factory, tiny_state):
     folder = tmp_path_factory.mktemp("objectives")
     save_model(folder / "base.pth", tiny_state(vocab_size=257))
-    for data_type in ("sft", "pairs", "labels"):
+    (folder / "reward.py").write_text(CAPITALS)
+    for data_type in ("sft", "pairs", "labels", "prompts"):
         rows = (row(data_type, i) for i in range(NUMBER))
         (folder / f"{data_type}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -46,6 +53,8 @@ def train(folder, accelerator):
         data_type = OBJECTIVES[objective].rows[-1]
         flags = ["--load_model", folder / "base.pth", "--data_file", folder / f"{data_type}.jsonl", "--bone_r", 16]
         flags += ["--data_type", data_type, "--objective", objective, "--tokenizer", "bytes", "--ctx_len", 64]
+        if objective == "grpo":
+            flags += ["--reward", f"{folder / 'reward.py'}:capitals", "--max_completion_length", 12]
         flags += ["--lr_init", "3e-3", "--lr_schedule", "constant", "--accumulate_grad_batches", 2, "--val_split", 0.2]
         flags += ["--precision", "fp32", "--accelerator", accelerator, "--epoch_count", 2, "--answer_rows", 0]
         flags += ["--epoch_save", 1, "--data_shuffle", 0, "--proj_dir", folder / name, *more]
@@ -64,12 +73,16 @@ def learned(request, train):
 def test_a_run_learns_which_answer_is_better(folder, learned):
     name, out = learned
     objective, (first, *_, last) = OBJECTIVES[name], metrics(folder, name)
-    words = objective().describe()
+    given = {"reward": (f"{folder / 'reward.py'}:capitals",)} if ANSWERS in objective.needs else {}
+    words = objective(**given).describe()
     assert (f"objective {words}\n" in out) if words else "\nobjective " not in out
     figures = {figure.name for figure in objective.figures}
-    assert figures <= first.keys() and {f"val_{figure}" for figure in figures} <= last.keys()
+    measured = {"reward"} if ANSWERS in objective.needs else figures  # of drawn answers, held-out ones
+    assert figures <= first.keys() and {f"val_{figure}" for figure in measured} <= last.keys()
     assert ("val_ppl" in last) == (not figures)
     assert last["step"] == STEPS - 1 and last["val_loss"] < first["loss"]
+    if "reward" in figures:
+        assert last["val_reward"] == -last["val_loss"] > 1.5 * first["reward"]
     if "margin" in figures:
         assert last["val_accuracy"] > 0.8 and last["val_margin"] > max(0.1, first["margin"])
         assert "accuracy 1.00, lr" in out and f"margin {last['val_margin']:.3f}" in out
@@ -85,7 +98,7 @@ def test_a_run_goes_on_with_the_same_bits(folder, learned, train):
     adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in (name, f"{name}-parts")]
     assert adapters[0] == adapters[1]
     lines = [
-        [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in metrics(folder, run)]
+        [{key: value for key, value in line.items() if not key.endswith("_s")} for line in metrics(folder, run)]
         for run in (name, f"{name}-parts")
     ]
     assert lines[0] == lines[1]
@@ -138,13 +151,14 @@ OF_ANSWERS = (
 def test_what_has_no_answer_to_compare_with_is_refused(name):
     objective = OBJECTIVES[name]
     data_type = objective.rows[0]
-    for more, words in (*(OF_BASE if objective.needs else ()), *OF_ANSWERS):
+    given = ("--reward", "gsm8k") if ANSWERS in objective.needs else ()
+    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS):
         with pytest.raises(
             UserError, match=rf"--objective {name} \(of --data_type {data_type}\) does not go with {words}"
         ):
-            parse_flags(flags(data_type, "--objective", name, *more))
-    for more, _ in () if objective.needs else OF_BASE:
-        assert parse_flags(flags(data_type, "--objective", name, *more)).objective == objective()
+            parse_flags(flags(data_type, "--objective", name, *given, *more))
+    for more, _ in () if objective().asks_base else OF_BASE:
+        assert isinstance(parse_flags(flags(data_type, "--objective", name, *given, *more)).objective, objective)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class DataConfig:
 
     path is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer turns into
     tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), prompts with an answer and its label
-    ("labels"), or prompts that the model answers itself ("prompts"). seed draws the order of the samples; None keeps that of the file.
+    ("labels"), or prompts that the model answers itself ("prompts"). seed draws the order of the samples; None keeps
+    that of the file.
     """
 
     path: str = setting(
@@ -113,8 +114,8 @@ class DataConfig:
     seed: int | None = setting(42)
     micro_bsz: int = setting(
         1,
-        "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt with "
-        "all of its answers",
+        "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt "
+        "with all of its answers",
         type=positive,
     )
     num_generations: int = setting(8, "prompts: answers that are drawn to each", type=at_least_two)

@@ -104,8 +104,9 @@ class TrainBatches:
 class EvalBatches:
     """Yields every sample once, for one rank of world_size, for validation.
 
-    Batches are dicts of tokens, targets, mask, counted, cu_seqlens, samples and first as TrainBatches gives them. All ranks get the
-    same number of batches, because collective operations need it; rows that fill up the last ones do not count.
+    Batches are dicts of tokens, targets, mask, counted, cu_seqlens, samples and first as TrainBatches gives them. All
+    ranks get the same number of batches, because collective operations need it; rows that fill up the last ones do not
+    count.
     """
 
     def __init__(self, samples: Samples, micro_bsz: int, rank: int = 0, world_size: int = 1) -> None:

@@ -33,8 +33,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 
     config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
     rows. Documents longer than ctx_len, or prompts that leave no room there for an answer, lose the front of their
-    prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache
-    folder (XDG base directory rules).
+    prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder,
+    by default rwkv_peft/data under the user's cache folder (XDG base directory rules).
     """
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")

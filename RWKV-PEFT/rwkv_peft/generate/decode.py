@@ -112,26 +112,25 @@ def generate(
 
 
 class Opening:
-    """Reads prompts, each run of the same list once, and keeps what it read last, because that prompt may come again."""
+    """Reads prompts, each run of the same list once, and keeps what it read last, because that prompt may go on."""
 
     def __init__(self, model: LanguageModel, start: State | None) -> None:
         self.model, self.start = model, start
-        self.last: tuple[list[int], torch.Tensor, State] | None = None
+        self.last: list[int] = []
+        self.read: tuple[torch.Tensor, State] | None = None
 
     def __call__(self, prompts: abc.Sequence[list[int]]) -> tuple[torch.Tensor, State]:
         """prefill of n prompts."""
-        unread = [prompt for before, prompt in pairwise([self.last and self.last[0], *prompts]) if prompt is not before]
-        parts = [] if self.last is None or self.last[0] is not prompts[0] else [self.last[1:]]
-        if unread:
-            parts.append(prefill(self.model, unread, self.start))
-        (logits, state), *more = parts
-        for others, memory in more:
-            logits, state = torch.cat([logits, others]), state.joined(memory)
-        owners = list(accumulate(int(after is not before) for before, after in pairwise([prompts[0], *prompts])))
-        chosen = torch.tensor(owners, device=logits.device)
-        final = chosen[-1:]
-        self.last = prompts[-1], logits[final], state.selected(final)
-        return logits[chosen], state.selected(chosen)
+        news = [prompt for before, prompt in pairwise([self.last, *prompts]) if prompt is not before]
+        found = self.read if prompts[0] is self.last else None
+        if news:
+            logits, state = prefill(self.model, news, self.start)
+            found = (logits, state) if found is None else (torch.cat([found[0], logits]), found[1].joined(state))
+        assert found is not None  # because there is a prompt
+        turns = accumulate(int(prompt is not before) for before, prompt in pairwise([prompts[0], *prompts]))
+        owners = torch.tensor(list(turns), device=found[0].device)
+        self.last, self.read = prompts[-1], (found[0][-1:], found[1].selected(owners[-1:]))
+        return found[0][owners], found[1].selected(owners)
 
 
 @torch.inference_mode()

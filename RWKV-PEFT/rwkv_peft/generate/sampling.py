@@ -35,7 +35,7 @@ def count(counts: torch.Tensor, tokens: torch.Tensor, decay: float) -> None:
 
 
 def measure(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> list[tuple[float, float]]:
-    """(the log-probability of the row's token, the entropy), by logits (n, V) at the sampling's temperature, for each of
+    """(the log-probability of the token, the entropy) for each row, by logits (n, V) at the sampling's temperature and
     tokens (n,)."""
     if sampling.temperature:
         logits = logits / sampling.temperature

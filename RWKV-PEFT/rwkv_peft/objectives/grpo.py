@@ -71,20 +71,26 @@ class GRPO(Objective):
     figures = (REWARD, LENGTH)
     form: str = setting(
         "grpo",
-        "the loss: grpo; dr_grpo, which weighs neither length nor spread; dapo, by tokens; gspo and rloo, by whole answers",
+        "the loss: grpo; dr_grpo, which weighs neither length nor spread; dapo, by tokens; gspo and rloo, by whole "
+        "answers",
         flag="grpo_loss",
         choices=tuple(FORMS),
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, json:SCHEMA.json, or "
-        "FILE.py:FUNCTION, which runs that file; of several the sum counts",
+        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, "
+        "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
         flag="reward",
         nargs="+",
         metavar="REWARD",
     )
     weights: tuple[float, ...] = setting(
-        (), "what each --reward is multiplied by (default: 1)", flag="reward_weights", type=finite, nargs="+", metavar="N"
+        (),
+        "what each --reward is multiplied by (default: 1)",
+        flag="reward_weights",
+        type=finite,
+        nargs="+",
+        metavar="N",
     )
     temperature: float = setting(
         1.0, "temperature of drawing, and of the probabilities that are learned", flag="temperature", type=above_zero

@@ -77,7 +77,10 @@ class Drawing(Whole):
             batch = packed(answers[part])
             batch["advantages"], batch["weights"] = advantages[part].float(), torch.tensor(weights[part])
             batch["prompts"] = torch.tensor(float(self.micro_bsz))
-            batch["limit"], batch["mean_length"] = torch.tensor(float(self.manner.longest)), torch.tensor(max(mean, 1.0))
+            batch["limit"], batch["mean_length"] = (
+                torch.tensor(float(self.manner.longest)),
+                torch.tensor(max(mean, 1.0)),
+            )
             sent = {name: tensor.to(device) for name, tensor in batch.items()}
             vouch(sent["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
             batches[begin] = sent

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -36,39 +36,35 @@ class AnswersLog:
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records)
         numbers = summary(records)
-        return numbers | step.seconds, [line for line in self.remarks(records, numbers) if line]
+        return numbers | step.seconds, list(self.remarks(records, numbers))
 
-    def remarks(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterable[str]:
-        """Yield what a reader of the log should know, each of it once."""
+    def remarks(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterator[str]:
+        """Yield what a reader of the log should know, each kind of it once."""
         self.flat = self.flat + 1 if numbers["flat"] == 1 else 0
-        best = max(numbers["reward"], 0)
-        if self.flat == LONG and best > 0 and all(reward == best for reward in rewards_of(records)):
-            yield self.once(
-                f"all answers earned {best:g} for {LONG} steps, so that there is nothing left to learn from them; stop "
-                "here, or give harder prompts"
-            )
-        elif self.flat == LONG:
-            yield self.once(
-                f"the answers to a prompt all earned the same for {LONG} steps (now {numbers['reward']:g} on average), so "
-                "that nothing is learned; if none is right, teach some answers first by --data_type sft, or raise "
-                "--num_generations; if all are, give harder prompts"
-            )
-        if numbers["cut"] > 0.5:
-            yield self.once(
-                "more than half of the answers were cut at --max_completion_length; raise it, or teach the model first "
-                "how answers end"
-            )
-        empty = next((record for record in records if not record["completion"].strip()), None)
-        if empty is not None:
-            yield self.once(f"an answer to row {empty['row'] + 1} is empty; it is judged as any other")
-
-    def once(self, line: str) -> str:
-        """Return a line the first time that its like is to be told, "" from then on."""
-        kind = line.split()[0] + line.split()[-1]
-        if kind in self.told:
-            return ""
-        self.told.add(kind)
-        return line
+        empty = next((record["row"] for record in records if not record["completion"].strip()), None)
+        for kind, holds, words in (
+            (
+                "flat",
+                self.flat == LONG,
+                f"for {LONG} steps the answers to a prompt all earned the same ({numbers['reward']:g} on average), so that "
+                "nothing is learned. If none is right, the task is too hard: teach a few answers first, by "
+                "--data_type sft, or raise --num_generations. If all are right, stop here, or give harder prompts",
+            ),
+            (
+                "cut",
+                numbers["cut"] > 0.5,
+                "more than half of the answers were cut at --max_completion_length; raise it, or first teach the model "
+                "how answers end, by --data_type sft",
+            ),
+            (
+                "empty",
+                empty is not None,
+                f"an answer to row {empty} is empty (rows count from 0); it is judged as it is",
+            ),
+        ):
+            if holds and kind not in self.told:
+                self.told.add(kind)
+                yield words
 
 
 def rewards_of(records: Iterable[dict[str, Any]]) -> list[float]:

@@ -23,7 +23,8 @@ class Prepared:
     """A run that is ready to begin, on Ranks that have met.
 
     trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
-    before and after training, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
+    before and after training, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one
+    to go on from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig

@@ -101,9 +101,9 @@ class Lit(pl.LightningModule):
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
-        batch = self.compute.completed(self.model, batch)
-        loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
-        self.ask_ranks(loss.detach(), batch["tokens"].numel())
+        whole = self.compute.completed(self.model, batch)
+        loss = self.compute.loss(self.model, whole, max(1, batch["step_count"]) / parts)
+        self.ask_ranks(loss.detach(), whole["tokens"].numel())
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 

@@ -1,0 +1,228 @@
+"""The loss of each form of GRPO, its gradients and figures are those of its paper's formula in float64, an answer at a
+time; its advantages and losses are those of trl, if that is installed."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.layer import untrained
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.data.batches import collate_packed
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.grpo import FORMS, GRPO
+from rwkv_peft.training.step.steps import Whole
+
+G, LIMIT, VOCABULARY, STEP_TOKENS = 4, 9, 30, 50
+PROMPTS = (3, 1)  # their lengths; the answers to each follow
+ANSWERS = (1, 5, 9, 2, 7, 3, 3, 9)
+REWARDS = torch.tensor([[1.0, 0.0, math.nan, 0.25], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+CUT = torch.tensor([False, False, True, False, False, False, False, True])
+
+
+def model_of(family, shaken):
+    """A float64 model with an adapter, as after training if it is `shaken`."""
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
+    family.init_weights(model)
+    inject(model, AdapterConfig(mode="bat-in", rank=8), family=family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if shaken or not parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.double()
+
+
+def batch_of(objective, now):
+    """A batch as a step draws it, whose answers were drawn by other probabilities than the model's `now`."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(VOCABULARY, (size,), generator=generator) for size in PROMPTS]
+    answers = [torch.randint(VOCABULARY, (size,), generator=generator) for size in ANSWERS]
+    rows = [torch.cat([prompts[place // G], answer]) for place, answer in enumerate(answers)]
+    documents = [(row, torch.arange(1, len(row)) >= len(row) - len(a)) for row, a in zip(rows, answers)]
+    drawn = torch.cat(now(rows)).detach() + torch.randn(sum(ANSWERS), generator=generator, dtype=torch.float64) * 0.2
+    return rows, collate_packed(documents) | {
+        "lengths": torch.tensor(ANSWERS),
+        "old": drawn,
+        "sampled": drawn + 0.01,
+        "advantages": objective.advantages(REWARDS).flatten(),
+        "weights": 1.0 - (CUT & objective.mask_truncated).double(),
+        "prompts": torch.tensor(2.0),
+        "limit": torch.tensor(float(LIMIT)),
+        "mean_length": torch.tensor(STEP_TOKENS / (3 * G)),  # of a step of three prompts
+    }
+
+
+def spoken(model, temperature=1.0):
+    """rows -> the log-probabilities of the tokens of each answer."""
+
+    def of(rows):
+        for row, size in zip(rows, ANSWERS):
+            found = (model(row[None, :-1])[0][0] / temperature).log_softmax(-1)
+            yield found.gather(1, row[1:, None])[-size:, 0]
+
+    return lambda rows: list(of(rows))
+
+
+def formula(form, one, now, old, base, advantages, counts):
+    """The loss of a step by the papers, from the log-probabilities of each answer's tokens."""
+    low, high = one.bounds
+    total = 0.0
+    for n, (p, q, b, A, counted) in enumerate(zip(now, old, base, advantages, counts)):
+        if not counted:
+            continue
+        ratio = torch.exp(p - q)
+        if form == "gspo":
+            ratio = torch.exp((p - q).mean())
+        if form == "rloo":
+            ratio = torch.exp((p - q).sum())
+        gain = torch.min(ratio * A, ratio.clamp(low, high) * A)
+        kl = torch.exp(b - p) - (b - p) - 1
+        if form == "grpo":
+            total += (-gain + one.kl_beta * kl).mean() / (3 * G)
+        if form == "dr_grpo":
+            total += (-gain + one.kl_beta * kl).sum() / LIMIT / (3 * G)
+        if form == "dapo":
+            total += (-gain + one.kl_beta * kl).sum() / STEP_TOKENS
+        if form == "gspo":
+            total += (-gain + one.kl_beta * kl.mean()) / (3 * G)
+        if form == "rloo":
+            total += (-gain + one.kl_beta * kl.sum()) / (3 * G)
+    return total
+
+
+def naive_advantages(form):
+    for group in REWARDS.tolist():
+        known = [reward for reward in group if not math.isnan(reward)]
+        for place, reward in enumerate(group):
+            if math.isnan(reward):
+                yield 0.0
+            elif form == "rloo":
+                yield reward - (sum(known) - reward) / (len(known) - 1)
+            else:
+                mean = sum(known) / len(known)
+                std = math.sqrt(sum((other - mean) ** 2 for other in known) / (len(known) - 1))
+                yield (reward - mean) / (1 if form == "dr_grpo" else std + 1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_loss_and_gradients_are_the_papers(family, form, masked):
+    one = GRPO(form, temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
+    model = model_of(family, shaken=True)
+    now = spoken(model, 1.5)
+    rows, batch = batch_of(one, now)
+    step = Whole(one)
+    loss = step.loss(model, batch, 3.0)  # of three prompts in the step, of which two are here
+    with torch.no_grad(), untrained(model):
+        base = spoken(model, 1.5)(rows)
+    old = batch["old"].split(ANSWERS)
+    counts = [not (masked and cut) for cut in CUT.tolist()]
+    expected = formula(form, one, now(rows), old, base, list(naive_advantages(form)), counts)
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for ours, theirs in zip(*(torch.autograd.grad(each, trained, allow_unused=True) for each in (loss, expected))):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    share = 2 / 3 / len(ANSWERS)  # of an answer in a mean over the prompts of the step
+    assert step.measures["gap"].item() == pytest.approx(0.01 * 2 / 3, rel=1e-5)
+    distances = [(torch.exp(b - p) - (b - p) - 1).mean() for p, b in zip(now(rows), base)]
+    assert step.measures["kl"].item() == pytest.approx(sum(distances).item() * share, rel=1e-6)
+    assert 0 < step.measures["clipped"] < 2 / 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_pass_has_a_ratio_of_1(form):
+    """Its gradient is that of advantage times log-probability, whatever the bounds are."""
+    one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(FAMILIES[1], shaken=False)
+    _, batch = batch_of(one, spoken(model))
+    del batch["old"]
+    step = Whole(one)
+    loss = step.loss(model, batch, 2.0)
+    assert step.measures["clipped"] == 0 and "kl" not in step.measures
+    loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "form, more, bounds",
+    [
+        ("grpo", {}, (0.8, 1.2)),
+        ("dapo", {}, (0.8, 1.28)),
+        ("gspo", {}, (1 - 3e-4, 1 + 4e-4)),
+        ("dapo", {"clip_low": 0.1}, (0.9, 1.1)),
+        ("grpo", {"clip_high": 0.3}, (0.8, 1.3)),
+    ],
+)
+def test_bounds_of_the_ratio(form, more, bounds):
+    assert GRPO(form, **more).bounds == pytest.approx(bounds)
+
+
+def test_equal_rewards_have_no_advantage():
+    for form in FORMS:
+        assert (GRPO(form).advantages(torch.full((3, 4), 0.1)).abs() < 1e-3).all()
+        assert (GRPO(form).advantages(torch.full((3, 4), math.nan)) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_losses_are_those_of_trl(form):
+    pytest.importorskip("trl")
+    from trl import GRPOTrainer
+
+    torch.manual_seed(0)
+    size = max(ANSWERS)
+    now, old, base = (-3 * torch.rand(len(ANSWERS), size) for _ in range(3))
+    mask = (torch.arange(size) < torch.tensor(ANSWERS)[:, None]).int()
+    one = GRPO(form, kl_beta=0.1, clip_low=0.2, clip_high=0.28)
+    advantages = one.advantages(torch.rand(2, G)).flatten()
+    trainer = SimpleNamespace(
+        loss_type="grpo" if form == "gspo" else form,
+        importance_sampling_level="sequence" if form == "gspo" else "token",
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        beta=0.1,
+        max_completion_length=LIMIT,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        tools=None,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        aux_loss_enabled=False,
+        accelerator=SimpleNamespace(
+            num_processes=1, device="cpu", gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=False
+        ),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None),
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(len(ANSWERS), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(ANSWERS), 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(len(ANSWERS), size, dtype=torch.int64),
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": base,
+        "num_items_in_batch": mask.sum(),
+    }
+    theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
+    picked = mask.bool()
+    batch = {
+        "lengths": torch.tensor(ANSWERS),
+        "old": old[picked],
+        "sampled": old[picked],
+        "advantages": advantages,
+        "weights": torch.ones(len(ANSWERS)),
+        "prompts": torch.tensor(2.0),
+        "limit": torch.tensor(float(LIMIT)),
+        "mean_length": mask.sum() / len(ANSWERS),
+    }
+    passes = SimpleNamespace(model=lambda head: -now[picked], base=lambda head: -base[picked])
+    ours, _ = one.loss(passes, batch, 2.0)
+    torch.testing.assert_close(ours, theirs)
