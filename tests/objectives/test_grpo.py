@@ -71,7 +71,7 @@ def formula(form, one, now, old, base, advantages, counts):
     """The loss of a step by the papers, from the log-probabilities of each answer's tokens."""
     low, high = one.bounds
     total = 0.0
-    for n, (p, q, b, A, counted) in enumerate(zip(now, old, base, advantages, counts)):
+    for p, q, b, A, counted in zip(now, old, base, advantages, counts):
         if not counted:
             continue
         ratio = torch.exp(p - q)
@@ -97,7 +97,7 @@ def formula(form, one, now, old, base, advantages, counts):
 def naive_advantages(form):
     for group in REWARDS.tolist():
         known = [reward for reward in group if not math.isnan(reward)]
-        for place, reward in enumerate(group):
+        for reward in group:
             if math.isnan(reward):
                 yield 0.0
             elif form == "rloo":

@@ -20,6 +20,7 @@ CAPITALS = """
 def capitals(completions):
     return [sum(map(str.isupper, text)) / max(1, len(text)) for text in completions]
 """
+BOTH = ("--micro_bsz", 2)
 NUMBER, STEPS = 40, 16  # rows, of which 32 are trained on, and steps: 2 epochs of 4 rows each
 
 
@@ -89,17 +90,21 @@ def test_a_run_learns_which_answer_is_better(folder, learned):
 
 
 def test_a_run_goes_on_with_the_same_bits(folder, learned, train):
-    name, _ = learned
-    shutil.copytree(folder / name, folder / f"{name}-parts")
-    first, second = sorted((folder / f"{name}-parts" / CHECKPOINTS).iterdir())
+    goes_on(folder, train, learned[0], learned[0])
+
+
+def goes_on(folder, train, name, run, *more):
+    """Resume the first half of a run of an objective: it computes the same."""
+    shutil.copytree(folder / run, folder / f"{run}-parts")
+    first, second = sorted((folder / f"{run}-parts" / CHECKPOINTS).iterdir())
     shutil.rmtree(second)
-    out = train(name, f"{name}-parts", "--micro_bsz", 2, "--resume")
+    out = train(name, f"{run}-parts", "--micro_bsz", 2, "--resume", *more)
     assert f"resuming after step {STEPS // 2}" in out
-    adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in (name, f"{name}-parts")]
+    adapters = [(folder / one / "adapter.safetensors").read_bytes() for one in (run, f"{run}-parts")]
     assert adapters[0] == adapters[1]
     lines = [
-        [{key: value for key, value in line.items() if not key.endswith("_s")} for line in metrics(folder, run)]
-        for run in (name, f"{name}-parts")
+        [{key: value for key, value in line.items() if not key.endswith("_s")} for line in metrics(folder, one)]
+        for one in (run, f"{run}-parts")
     ]
     assert lines[0] == lines[1]
 
@@ -110,10 +115,26 @@ def test_ranks_micro_batches_stages_and_checkpointed_blocks_compute_the_same(fol
     train(name, f"{name}-spread", *spread)
     ours, theirs = (metrics(folder, run) for run in (f"{name}-spread", name))
     # the first step sees the same model; later ones of KTO another kl, which is that of a micro batch
-    compared = ours[:1] if name == "kto" else ours
-    for line, expected in zip(compared, theirs):
+    same(name, ours[:1] if name == "kto" else ours, theirs)
+
+
+def same(name, ours, theirs, rel=1e-3):
+    """Require of an objective's lines of metrics that they tell the same."""
+    for line, expected in zip(ours, theirs):
         for number in ("loss", "grad_norm", *(figure.name for figure in OBJECTIVES[name].figures)):
-            assert line[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-5), (line["step"], number)
+            assert line[number] == pytest.approx(expected[number], rel=rel, abs=1e-5), (line["step"], number)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_prompts_are_computed_once_in_any_run(folder, train, name):
+    """Losses are those of whole rows, and --resume has the same bits; so do ranks under ZeRO-3 whose rows differ."""
+    once, spread = (*BOTH, "--share_prompts", 1), ("--devices", 2, "--strategy", "deepspeed_stage_3", "--grad_cp", 1)
+    assert "a prompt is computed once" not in train(name, f"{name}-whole", *BOTH, "--share_prompts", 0)
+    assert "a prompt is computed once for both answers, which saves" in train(name, f"{name}-once", *once)
+    same(name, metrics(folder, f"{name}-once"), expected := metrics(folder, f"{name}-whole"), rel=1e-4)
+    goes_on(folder, train, name, f"{name}-once", *once[2:])
+    train(name, f"{name}-once-spread", "--share_prompts", 1, "--micro_bsz", 1, "--epoch_count", 1, *spread)
+    same(name, metrics(folder, f"{name}-once-spread")[: 1 if name == "kto" else None], expected)
 
 
 def test_another_objective_does_not_go_on(folder, learned, train):

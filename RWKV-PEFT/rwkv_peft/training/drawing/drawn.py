@@ -15,8 +15,8 @@ from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...models.parts import LanguageModel
 from ...objectives.grpo import GRPO
-from ...ops.recurrence.checks import vouch
 from ...rewards import Judged, Rewards
+from ..step.forked import forked, on_device
 from ..step.steps import Batch, Whole
 from .answers import Drawn, Manner, draw, packed
 
@@ -81,9 +81,7 @@ class Drawing(Whole):
                 torch.tensor(float(self.manner.longest)),
                 torch.tensor(max(mean, 1.0)),
             )
-            sent = {name: tensor.to(device) for name, tensor in batch.items()}
-            vouch(sent["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
-            batches[begin] = sent
+            batches[begin] = on_device(batch | forked(batch, self.times), device)
         return batches
 
     def answered(

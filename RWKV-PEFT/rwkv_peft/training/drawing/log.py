@@ -46,8 +46,8 @@ class AnswersLog:
             (
                 "flat",
                 self.flat == LONG,
-                f"for {LONG} steps the answers to a prompt all earned the same ({numbers['reward']:g} on average), so that "
-                "nothing is learned. If none is right, the task is too hard: teach a few answers first, by "
+                f"for {LONG} steps the answers to a prompt all earned the same ({numbers['reward']:g} on average), so "
+                "that nothing is learned. If none is right, the task is too hard: teach a few answers first, by "
                 "--data_type sft, or raise --num_generations. If all are right, stop here, or give harder prompts",
             ),
             (

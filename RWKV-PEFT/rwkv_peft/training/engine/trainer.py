@@ -34,6 +34,7 @@ from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
 from ..ranks.base_guard import BaseGuard
+from ..step.forked import saved_tokens
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
@@ -44,16 +45,16 @@ from .strategy import make_strategy
 
 
 def step_of(run: Prepared) -> Step:
-    """Choose the Step of a run: over whole rows, segments of them, or answers that are drawn."""
+    """Choose the Step of a run."""
     if isinstance(run.config.objective, GRPO):
-        assert run.rewards is not None
+        assert run.rewards is not None  # because its objective needs answers
         return drawing_of(run.config, run.samples, run.rewards, run.ranks.world.size, run.watch.moved)
-    return given_step(run.config, run.samples)
+    return given_step(run.config, run.samples, run.accelerator)
 
 
-def given_step(config: RunConfig, samples: Samples) -> Step:
-    """Choose the Step for batches of `samples`, which hold all that is learned: over whole rows, or segments of
-    them."""
+def given_step(config: RunConfig, samples: Samples, accelerator: str) -> Step:
+    """Choose the Step for batches of `samples` that hold all that is learned: over whole rows, rows whose documents
+    share their prompt, or segments of rows."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
@@ -61,7 +62,7 @@ def given_step(config: RunConfig, samples: Samples) -> Step:
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
-        return Whole(objective, way, base_way)
+        return Whole(objective, way, base_way, data.documents if saved_tokens(config, samples, accelerator) else 0)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 

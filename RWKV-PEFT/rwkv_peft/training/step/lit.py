@@ -15,6 +15,7 @@ from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
 from ...ops.recurrence.checks import vouch
 from .cpu_adam import cpu_adam
+from .forked import tokens_read
 from .steps import Step
 
 
@@ -103,7 +104,7 @@ class Lit(pl.LightningModule):
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         whole = self.compute.completed(self.model, batch)
         loss = self.compute.loss(self.model, whole, max(1, batch["step_count"]) / parts)
-        self.ask_ranks(loss.detach(), whole["tokens"].numel())
+        self.ask_ranks(loss.detach(), tokens_read(whole))
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 
