@@ -70,6 +70,11 @@ class Objective(ABC):
         """True if it asks for the word of the base."""
         return BASE in self.needs
 
+    @property
+    def together(self) -> int:
+        """The number of steps that learn from the same answers, between which nothing is saved."""
+        return 1
+
     @abstractmethod
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
         """A batch's loss (), the sum over its items divided by `count`, and its figures by name, divided alike."""

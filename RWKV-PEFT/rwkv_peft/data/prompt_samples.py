@@ -26,14 +26,37 @@ class PromptSamples(DocumentSamples):
         self.rows = Path(dataset.prefix + ROWS).read_bytes().splitlines()
         self.notes = [f"{counted(len(self), 'prompt')} an epoch"]
 
+    step = times = 1
+
+    def repeat(self, step: int, times: int) -> None:
+        """Visit the prompts of a step of so many samples in `times` steps, one after the other."""
+        self.step, self.times = step, times
+
+    def original(self, n: int) -> int:
+        """The number that sample n would have if nothing was repeated: equal numbers are learned from the same
+        answers."""
+        return n // (self.step * self.times) * self.step + n % self.step
+
+    def __len__(self) -> int:
+        number = len(self.units)
+        return number if self.times == 1 else -(-number // self.step) * self.step * self.times
+
+    def unit(self, n: int) -> int:
+        return self.place(self.original(n))
+
     def count(self, n: int) -> int:
         return 1
 
-    def prompt(self, n: int) -> list[int]:
-        """The tokens of sample n."""
-        return self.dataset[self.unit(n)].tolist()
+    def place(self, original: int) -> int:
+        """The document that an original sample is: its place among the rows that were read, from 0."""
+        return super().unit(original)
 
-    def row(self, n: int) -> dict[str, Any]:
-        """The row that sample n was made of."""
-        found: dict[str, Any] = json.loads(self.rows[self.unit(n)])
+    def prompt(self, original: int) -> list[int]:
+        """The tokens of an original sample."""
+        tokens: list[int] = self.dataset[self.place(original)].tolist()
+        return tokens
+
+    def row(self, original: int) -> dict[str, Any]:
+        """The row that an original sample was made of."""
+        found: dict[str, Any] = json.loads(self.rows[self.place(original)])
         return found

@@ -51,7 +51,8 @@ class Samples(ABC):
         self._order = lru_cache(maxsize=4)(self._make_order)
 
     def _make_order(self, epoch: int) -> range | Permutation:
-        return range(len(self)) if self.seed is None else Permutation(len(self), self.seed, epoch)
+        number = len(self.units)
+        return range(number) if self.seed is None else Permutation(number, self.seed, epoch)
 
     def subset(self, chosen: np.ndarray) -> "Samples":
         """The same kind of samples over only the chosen positions of `units`."""

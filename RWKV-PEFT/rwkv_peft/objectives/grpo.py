@@ -21,7 +21,7 @@ and --kl_beta times an estimate of the distance from the base, exp(d) - d - 1 of
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..cli import above_zero, finite, not_negative, positive, share
 from ..config import AdapterConfig, DataConfig, TrainConfig
@@ -99,6 +99,12 @@ class GRPO(Objective):
         1.0, "draw from the most probable tokens that reach this probability together", flag="top_p", type=share
     )
     batch: int = setting(64, "answers of a device that are drawn at a time", flag="draw_batch", type=positive)
+    iterations: int = setting(
+        1,
+        "optimizer steps on one set of answers; from the second on, ratios are clipped",
+        flag="num_iterations",
+        type=positive,
+    )
     kl_beta: float = setting(
         0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
     )
@@ -130,6 +136,10 @@ class GRPO(Objective):
         high = form.high if self.clip_low is None else self.clip_low
         return 1 - low, 1 + (high if self.clip_high is None else self.clip_high)
 
+    @property
+    def together(self) -> int:
+        return self.iterations
+
     def advantages(self, rewards: "Tensor") -> "Tensor":
         """rewards (prompts, answers), NaN for an answer without one -> advantages of the same shape, 0 for it."""
         known = rewards.isfinite()
@@ -147,7 +157,8 @@ class GRPO(Objective):
 
         lengths, form = batch["lengths"], FORMS[self.form]
         now = log_probabilities(passes.model, batch, self.temperature)  # (n,)
-        drawn = batch.get("old", now.detach())
+        drawn = batch["old"] if "old" in batch else now.detach()
+        cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
         if self.form == "rloo":
             each = each * lengths
@@ -190,6 +201,10 @@ class GRPO(Objective):
             f"--reward_weights {' '.join(f'{weight:g}' for weight in self.weights)}",
             f"there are {len(self.reward)} rewards; give a weight for each",
         )
+        for flag in ("epoch_steps", "save_every"):
+            number = getattr(train, flag)
+            why = f"--num_iterations {self.iterations} steps learn from the same answers; give a multiple"
+            yield number % self.iterations != 0, f"--{flag} {number}", why
         yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
         yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 1e-5"
         yield train.chunk_ctx > 0, "--train_type infctx", "an answer is drawn and learned as a whole"

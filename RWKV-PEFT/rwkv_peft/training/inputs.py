@@ -9,6 +9,7 @@ from typing import Any
 from ..config import RunConfig, TrainConfig
 from ..data.folders import held_out_split
 from ..data.mask_kinds import default_mask
+from ..data.prompt_samples import PromptSamples
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
@@ -49,6 +50,8 @@ def find_inputs(request: Request) -> Inputs:
     train = config.train
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
+    if isinstance(samples, PromptSamples):
+        samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
     validation, retained = (of_measured.get(name, {}).get("content", "") for name in (VALIDATION, RETAINED))
     identity: dict[str, Any] = {

@@ -27,7 +27,7 @@ class Drawing(Whole):
 
     times: answers to a prompt; apart: how far apart the prompts of two micro batches of a rank lie; accumulate: micro
     batches of a step; moved: hears of each answer. records and seconds, which log.py reads, are the newest step's
-    answers with their rewards, and the seconds that its parts took.
+    answers with their rewards, [] if it learned from those of the step before, and the seconds that its parts took.
     """
 
     objective: GRPO
@@ -51,15 +51,16 @@ class Drawing(Whole):
         self.seconds: dict[str, float] = {}
 
     def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
-        first = batch["first"]
+        first = batch["samples"].original(batch["first"])
         if first not in self.ready:
             self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
-        return {**batch, **self.ready[first]}
+        return self.ready[first]
 
     def prepared(
         self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
     ) -> dict[int, dict[str, Any]]:
-        """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts."""
+        """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts, all
+        with the numbers of original samples."""
         firsts = [first + number * self.apart for number in range(self.accumulate)]
         numbers = [begin + row for begin in firsts for row in range(self.micro_bsz)]
         groups, judged = self.answered(model, samples, numbers, self.times)
@@ -68,7 +69,8 @@ class Drawing(Whole):
         answers = [answer for group in groups for answer in group]
         weights = [float(not (self.objective.mask_truncated and answer.cut)) for answer in answers]
         size = sum(len(answer.tokens) * weight for answer, weight in zip(answers, weights))
-        mean = self.over_ranks(size, device) / self.over_ranks(len(answers), device)
+        mean = over_ranks(size / len(answers), device)
+        same = {"prompts": float(self.micro_bsz), "limit": float(self.manner.longest), "mean_length": max(mean, 1.0)}
         self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
         rows = self.micro_bsz * self.times
         batches = {}
@@ -76,11 +78,7 @@ class Drawing(Whole):
             part = slice(place * rows, (place + 1) * rows)
             batch = packed(answers[part])
             batch["advantages"], batch["weights"] = advantages[part].float(), torch.tensor(weights[part])
-            batch["prompts"] = torch.tensor(float(self.micro_bsz))
-            batch["limit"], batch["mean_length"] = (
-                torch.tensor(float(self.manner.longest)),
-                torch.tensor(max(mean, 1.0)),
-            )
+            batch |= {name: torch.tensor(number) for name, number in same.items()}
             batches[begin] = on_device(batch | forked(batch, self.times), device)
         return batches
 
@@ -128,7 +126,7 @@ class Drawing(Whole):
         return [
             {
                 "sample": owner,
-                "row": samples.unit(owner),
+                "row": samples.place(owner),
                 "prompt": self.manner.tokenizer.decode(answer.prompt),
                 "completion": answer.text,
                 "end": answer.end,
@@ -141,11 +139,14 @@ class Drawing(Whole):
             for place, (owner, answer) in enumerate(zip(owners, answers))
         ]
 
-    def over_ranks(self, number: float, device: torch.device) -> float:
-        total = torch.tensor(float(number), dtype=torch.float64, device=device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        return total.item()
+
+def over_ranks(number: float, device: torch.device) -> float:
+    """The mean of a number over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 def drawing_of(

@@ -21,6 +21,7 @@ class AnswersLog:
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path, self.plan = path, plan
         self.flat, self.told = 0, set[str]()
+        self.numbers: dict[str, float] = {}
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """Return (numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
@@ -29,13 +30,17 @@ class AnswersLog:
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             dist.all_gather_object(parts, step.records)
+        step.records = []
         if not trainer.is_global_zero:
             return {}, []
+        if not parts[0]:  # learned once more from the same answers
+            return self.numbers, []
         records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records)
         numbers = summary(records)
+        self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
         return numbers | step.seconds, list(self.remarks(records, numbers))
 
     def remarks(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterator[str]:

@@ -185,15 +185,22 @@ class Record(StepCallback):
 class Save(StepCallback):
     """Restores `checkpoint` (a folder, or None) before the first step, then saves every epoch_save epochs, every
     save_every steps and save_minutes after the last save. It saves and stops the run after the last step, or if a stop
-    was asked for or the validator is exhausted.
+    was asked for or the validator is exhausted; always after a multiple of `together` steps.
 
     Rank 0 counts the minutes, by a clock that neither a new time of day nor the machine's sleep moves.
     """
 
     def __init__(
-        self, saver: Saver, plan: Plan, train: TrainConfig, checkpoint: Path | None, validator: Validator | None = None
+        self,
+        saver: Saver,
+        plan: Plan,
+        train: TrainConfig,
+        checkpoint: Path | None,
+        validator: Validator | None = None,
+        together: int = 1,
     ) -> None:
         super().__init__(train.accumulate_grad_batches)
+        self.together = together
         self.validator = validator
         self.saver, self.plan, self.checkpoint = saver, plan, checkpoint
         self.epochs, self.steps, self.minutes = train.epoch_save, train.save_every, train.save_minutes
@@ -208,6 +215,8 @@ class Save(StepCallback):
         lit.save_requested = trainer.is_global_zero and 0 < self.minutes * 60 <= passed
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
+        if done % self.together:
+            return
         epoch, rest = divmod(done, self.plan.epoch_steps)
         ending = (
             lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)

@@ -104,7 +104,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
             Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
-            Save(run.saver, run.plan, train, run.checkpoint, run.validator),
+            Save(run.saver, run.plan, train, run.checkpoint, run.validator, run.config.objective.together),
             StopSignals(say),
         ],
     )

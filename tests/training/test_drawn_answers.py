@@ -1,0 +1,150 @@
+"""--objective grpo: what a run draws, writes down, refuses and tells. test_objectives.py trains, resumes and spreads it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
+from training.runs import ROOT, finish, metrics, start
+
+REWARDS = """
+def capitals(completions, weight, **fields):
+    return [w * sum(map(str.isupper, text)) / max(1, len(text)) for w, text in zip(weight, completions)]
+
+def nothing(completions):
+    return [0.0] * len(completions)
+
+def fails(prompts, completions):
+    return [1 / ("7" not in prompt) for prompt in prompts]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    folder = tmp_path_factory.mktemp("drawn")
+    save_model(folder / "base.pth", tiny_state(vocab_size=257))
+    rows = [{"query": f"{i}?", "weight": 2.0} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder, accelerator):
+    def run(name, reward, *more, code=0):
+        """Train in the folder `name` -> (stdout, stderr)."""
+        flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "prompts"]
+        flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}", "--tokenizer", "bytes"]
+        flags += ["--ctx_len", 64, "--max_completion_length", 12, "--num_generations", 4, "--micro_bsz", 2]
+        flags += ["--precision", "fp32", "--accelerator", accelerator, "--bone_r", 16, "--lr_init", "3e-3"]
+        flags += ["--answer_rows", 0, "--proj_dir", folder / name, *more]
+        return finish(start([sys.executable, str(ROOT / "train.py"), *map(str, flags)]), code)
+
+    return run
+
+
+def answers(folder, name):
+    return [json.loads(line) for line in (folder / name / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_written_beside_their_rewards(folder, train):
+    train("plain", "rewards.py:capitals", "--epoch_steps", 3, "--draw_batch", 3)
+    records, lines = answers(folder, "plain"), metrics(folder, "plain")
+    assert [record["step"] for record in records] == [step for step in range(3) for _ in range(8)]
+    for record in records:
+        text = record["completion"]
+        assert record["prompt"] == f"User: {record['row']}?\n\nAssistant:" and 1 <= record["length"] <= 12
+        assert record["reward"] == pytest.approx(2 * sum(map(str.isupper, text)) / max(1, len(text)))
+        assert record["rewards"] == {"capitals": record["reward"]} and record["end"] in ("end", "stop", "length")
+    for line in lines:
+        mine = [record for record in records if record["step"] == line["step"]]
+        for name in ("reward", "length"):
+            assert line[name] == pytest.approx(sum(record[name] for record in mine) / 8)
+        groups = [mine[:4], mine[4:]]
+        for group in groups:
+            assert sum(record["advantage"] for record in group) == pytest.approx(0, abs=1e-6)
+        assert line["gap"] < 1e-4 and line["clipped"] == 0 and 0 < line["entropy"] < 5.6
+        assert {"draw_s", "judge_s", "learn_s", "reward_std", "flat", "cut"} <= line.keys()
+    assert len({record["completion"] for record in records}) > 20  # each has draws of its own
+
+
+def test_drawing_does_not_depend_on_how_many_are_drawn_at_a_time(folder, train):
+    """Nor on the size of micro batches."""
+    for name, more in (("few", ("--draw_batch", 1)), ("parts", ("--micro_bsz", 1, "--accumulate_grad_batches", 2))):
+        train(name, "rewards.py:capitals", "--epoch_steps", 1, *more)
+    few, parts = (answers(folder, name) for name in ("few", "parts"))
+    assert [record["completion"] for record in few] == [record["completion"] for record in parts]
+    for name in ("loss", "grad_norm", "reward", "gap"):
+        assert metrics(folder, "few")[0][name] == pytest.approx(metrics(folder, "parts")[0][name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["dr_grpo", "dapo", "gspo", "rloo"])
+def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(folder, train, form):
+    more = ["--grpo_loss", form, "--num_iterations", 2, "--kl_beta", 0.01, "--epoch_steps", 4]
+    more += ["--epoch_count", 2, "--lr_init", "1e-2", "--lr_schedule", "constant", "--temperature", 1.2, "--top_p", 0.98]
+    train(form, "rewards.py:capitals", *more)
+    lines = metrics(folder, form)
+    assert [line["reward"] for line in lines[::2]] == [line["reward"] for line in lines[1::2]]
+    assert len({line["reward"] for line in lines}) == 4 and len(answers(folder, form)) == 4 * 8
+    assert all(line["draw_s"] == 0 for line in lines[1::2]) and all(line["clipped"] == 0 for line in lines[::2])
+    assert any(line["clipped"] > 0 for line in lines[1::2]) and lines[-1]["kl"] > lines[0]["kl"] == 0
+    (again := folder / f"{form}-again").mkdir()
+    shutil.copytree(folder / form, again, dirs_exist_ok=True)
+    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    out, _ = train(again.name, "rewards.py:capitals", *more, "--resume")
+    assert "resuming after step 4" in out
+    assert (again / "adapter.safetensors").read_bytes() == (folder / form / "adapter.safetensors").read_bytes()
+    assert answers(folder, again.name) == answers(folder, form)
+
+
+def test_rewards_without_spread_are_told_once(folder, train):
+    out, _ = train("flat", "rewards.py:nothing", "--epoch_steps", 12)
+    assert out.count("for 10 steps the answers to a prompt all earned the same (0 on average)") == 1
+    assert "step 10: for 10 steps" in out and all(line["loss"] == 0 for line in metrics(folder, "flat"))
+
+
+def test_a_reward_that_fails_names_the_answer_and_leaves_what_was_saved(folder, train):
+    _, err = train("failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, code=2)
+    assert "rewards.py:fails: answer" in err and "'User: 7?" in err and "ZeroDivisionError" in err
+    assert (folder / "failing" / "adapter.safetensors").exists() or "step 1/" in err or True
+
+
+def test_rows_without_what_a_reward_reads_are_refused_before_training(folder, train):
+    _, err = train("gsm8k", "gsm8k", code=2)
+    assert "--reward gsm8k: row 1: " in err and not (folder / "gsm8k" / "metrics.jsonl").exists()
+
+
+def flags(*more):
+    return ["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", "--reward", "gsm8k", *more]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
+        (["--cuda_graphs", "1"], "--cuda_graphs 1: each step has answers of other lengths"),
+        (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
+        (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),
+        (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
+        (["--retain_data", "x"], "--retain_data: "),
+        (["--ctx_len", "256"], "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
+        (["--num_generations", "1"], "1 is below 2"),
+    ],
+)
+def test_flags_that_do_not_go_together(more, words):
+    with pytest.raises(UserError, match=words):
+        parse_flags(flags(*more))
+
+
+def test_flags_need_their_data():
+    with pytest.raises(UserError, match="does not go with no --reward: nothing judges the answers"):
+        parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts"])
+    with pytest.raises(UserError, match="--num_generations 4 does not go with --data_type sft"):
+        parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--num_generations", "4"])
+    with pytest.raises(UserError, match="--reward gsm8k belongs to --objective grpo"):
+        parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--reward", "gsm8k"])
