@@ -22,6 +22,7 @@ DRAWN = len(COLORS) - 3  # tasks of lm_eval, the first, beside right answers, pa
 # styles of lines tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
+AXES = ("margin (nats)", "reward", "tokens")  # of figures of objectives, below those that are shares
 MANY = 20  # values, which are smoothed where there are so many
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
@@ -117,9 +118,9 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
     return {label: points for label, points in found.items() if points[0]}
 
 
-def margins(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """{label: its series} of how far apart preference training moves answers."""
-    found = {label: series(records, name) for label, name in drawn_figures("margin (nats)").items()}
+def figures_at(axis: str, records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """{label: its series} of the figures of objectives that are drawn at an axis and that a run's records hold."""
+    found = {label: series(records, name) for label, name in drawn_figures(axis).items()}
     return {label: points for label, points in found.items() if points[0]}
 
 
@@ -137,7 +138,7 @@ def unit_of(records: Iterable[dict[str, Any]]) -> str:
 
 def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
-    of a run; below them the shares of right answers and the margins of pairs, where there are any.
+    of a run; below them the shares of right answers and what is drawn at AXES, where there is any.
 
     metrics_jsonl: a run's metrics.jsonl; output is overwritten, and its ending names the format. Any number of points
     will do, even none.
@@ -148,7 +149,7 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
 
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
-    panels = [("share", shares(records)), ("margin (nats)", margins(records))]
+    panels = [("share", shares(records)), *((axis, figures_at(axis, records)) for axis in AXES)]
     below = [(label, drawn) for label, drawn in panels if drawn]
     figure = Figure(figsize=(8, 4.5 + 1.5 * len(below)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

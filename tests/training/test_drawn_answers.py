@@ -86,7 +86,18 @@ def test_drawing_does_not_depend_on_how_many_are_drawn_at_a_time(folder, train):
 @pytest.mark.parametrize("form", ["dr_grpo", "dapo", "gspo", "rloo"])
 def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(folder, train, form):
     more = ["--grpo_loss", form, "--num_iterations", 2, "--kl_beta", 0.01, "--epoch_steps", 4]
-    more += ["--epoch_count", 2, "--lr_init", "1e-2", "--lr_schedule", "constant", "--temperature", 1.2, "--top_p", 0.98]
+    more += [
+        "--epoch_count",
+        2,
+        "--lr_init",
+        "1e-2",
+        "--lr_schedule",
+        "constant",
+        "--temperature",
+        1.2,
+        "--top_p",
+        0.98,
+    ]
     train(form, "rewards.py:capitals", *more)
     lines = metrics(folder, form)
     assert [line["reward"] for line in lines[::2]] == [line["reward"] for line in lines[1::2]]

@@ -112,8 +112,9 @@ def record(run: Prepared) -> None:
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
     losses: list[float] = []
+    name, sign = ("reward", -1) if run.rewards is not None else ("loss", 1)  # what is to fall
     try:
-        losses = series(read_metrics(run.folder / METRICS), "loss")[1]
+        losses = [sign * value for value in series(read_metrics(run.folder / METRICS), name)[1]]
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)

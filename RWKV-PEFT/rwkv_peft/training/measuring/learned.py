@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import RunConfig
+from ...config.objective import ANSWERS
 from ..flags.rates import known_rate
 from ..step.plan import Plan
 
@@ -70,14 +71,17 @@ def low_rate(config: RunConfig) -> str:
 
 def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
     """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or neither
-    losses nor answers tell. `changed` is true if an answer differs from the one before training, None if that is not
+    losses (rewards below 0, if it learned from those) nor answers tell. `changed` is true if an answer differs from the one before training, None if that is not
     known."""
     fall = fall_of(losses)
     if changed or (fall is not None and fall.real) or (fall is None and changed is None):
         return ""
     found = []
     if fall is not None:
-        found.append(f"the loss did not fall by more than its noise ({fall.first:.4f} to {fall.last:.4f})")
+        if ANSWERS in config.objective.needs:
+            found.append(f"the reward did not rise by more than its noise ({-fall.first:.4f} to {-fall.last:.4f})")
+        else:
+            found.append(f"the loss did not fall by more than its noise ({fall.first:.4f} to {fall.last:.4f})")
     if changed is False:
         found.append("the rows are answered as before training")
     reasons = doubts(config, plan) or [f"the rate may be too low: try --lr_init {FAR * config.train.lr_init:.1g}"]
