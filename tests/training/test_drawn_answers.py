@@ -1,4 +1,5 @@
-"""--objective grpo: what a run draws, writes down, refuses and tells. test_objectives.py trains, resumes and spreads it."""
+"""--objective grpo: what a run draws, writes down, refuses and tells. test_objectives.py trains, resumes and spreads
+it."""
 
 import json
 import shutil
@@ -120,9 +121,18 @@ def test_rewards_without_spread_are_told_once(folder, train):
 
 
 def test_a_reward_that_fails_names_the_answer_and_leaves_what_was_saved(folder, train):
-    _, err = train("failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, code=2)
+    _, err = train("failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, "--data_shuffle", 0, code=2)
     assert "rewards.py:fails: answer" in err and "'User: 7?" in err and "ZeroDivisionError" in err
-    assert (folder / "failing" / "adapter.safetensors").exists() or "step 1/" in err or True
+    assert (
+        max((folder / "failing" / CHECKPOINTS).iterdir()).name == "step-00000003"
+        and len(answers(folder, "failing")) == 24
+    )
+    (folder / "rewards.py").write_text(REWARDS.replace('"7"', '"none"'))
+    out, _ = train(
+        "failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, "--data_shuffle", 0, "--resume"
+    )
+    assert "resuming after step 3" in out and len(metrics(folder, "failing")) == 6
+    assert [record["row"] for record in answers(folder, "failing")] == [row for row in range(12) for _ in range(4)]
 
 
 def test_rows_without_what_a_reward_reads_are_refused_before_training(folder, train):

@@ -98,6 +98,14 @@ class GRPO(Objective):
     top_p: float = setting(
         1.0, "draw from the most probable tokens that reach this probability together", flag="top_p", type=share
     )
+    stop: tuple[str, ...] = setting(
+        (),
+        r"also end answers at these texts; \n and \t are newline and tab (always: at the end of the document, and at the "
+        "next turn of a known layout)",
+        flag="draw_stop",
+        nargs="+",
+        metavar="TEXT",
+    )
     batch: int = setting(64, "answers of a device that are drawn at a time", flag="draw_batch", type=positive)
     iterations: int = setting(
         1,
@@ -205,6 +213,7 @@ class GRPO(Objective):
             number = getattr(train, flag)
             why = f"--num_iterations {self.iterations} steps learn from the same answers; give a multiple"
             yield number % self.iterations != 0, f"--{flag} {number}", why
+        yield "" in self.stop, "an empty --draw_stop", "it would end an answer before its first token"
         yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
         yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 1e-5"
         yield train.chunk_ctx > 0, "--train_type infctx", "an answer is drawn and learned as a whole"

@@ -12,6 +12,7 @@ from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer
 from ...generate.command import Continuation
 from ...generate.decode import generate
+from ...generate.flags import unescaped
 from ...generate.settings import Sampling
 from ...models.parts import LanguageModel
 from ...objectives.grpo import GRPO
@@ -21,11 +22,12 @@ SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a r
 
 
 class Manner(NamedTuple):
-    """How answers are drawn: so many tokens at most, `batch` answers at a time, by a sampling, in a tokenizer's tokens;
-    compiles: the run compiles blocks."""
+    """How answers are drawn: by a sampling, so many tokens at most, up to a text of `stop` or that of a known layout,
+    `batch` answers at a time, in a tokenizer's tokens; compiles: the run compiles blocks."""
 
     sampling: Sampling
     longest: int
+    stop: tuple[str, ...]
     batch: int
     tokenizer: Tokenizer
     compiles: bool
@@ -34,7 +36,8 @@ class Manner(NamedTuple):
     def of(cls, config: RunConfig, drawn: GRPO, tokenizer: Tokenizer) -> "Manner":
         seed = config.train.random_seed * SEEDS
         sampling = Sampling(temperature=drawn.temperature, top_p=drawn.top_p, seed=seed, measured=True)
-        return cls(sampling, config.data.max_completion_length, drawn.batch, tokenizer, config.train.compile)
+        stop = tuple(map(unescaped, drawn.stop))
+        return cls(sampling, config.data.max_completion_length, stop, drawn.batch, tokenizer, config.train.compile)
 
 
 class Drawn(NamedTuple):
@@ -65,7 +68,7 @@ def draw(
     sample's number and its own alone. `moved` hears of each answer."""
     prompts = {number: samples.prompt(number) for number in numbers}
     due = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
-    stops = {number: stops_of(manner.tokenizer.decode(prompt)) for number, prompt in prompts.items()}
+    stops = {number: (*stops_of(manner.tokenizer.decode(prompt)), *manner.stop) for number, prompt in prompts.items()}
     texts = {key: Continuation({}, manner.tokenizer, stops[key // times]) for key in due}
     measured: dict[int, list[tuple[float, float]]] = {key: [] for key in due}
     trains = model.training

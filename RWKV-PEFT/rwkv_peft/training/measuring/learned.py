@@ -71,8 +71,8 @@ def low_rate(config: RunConfig) -> str:
 
 def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
     """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or neither
-    losses (rewards below 0, if it learned from those) nor answers tell. `changed` is true if an answer differs from the one before training, None if that is not
-    known."""
+    losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
+    from the one before training, None if that is not known."""
     fall = fall_of(losses)
     if changed or (fall is not None and fall.real) or (fall is None and changed is None):
         return ""
