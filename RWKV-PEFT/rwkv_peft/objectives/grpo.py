@@ -100,8 +100,8 @@ class GRPO(Objective):
     )
     stop: tuple[str, ...] = setting(
         (),
-        r"also end answers at these texts; \n and \t are newline and tab (always: at the end of the document, and at the "
-        "next turn of a known layout)",
+        r"also end answers at these texts; \n and \t are newline and tab (always: at the end of the document, and at "
+        "the next turn of a known layout)",
         flag="draw_stop",
         nargs="+",
         metavar="TEXT",
