@@ -11,7 +11,7 @@ from rwkv_peft.plots import (
     COLORS,
     DRAWN,
     HELD_OUT,
-    margins,
+    figures_at,
     plot_loss,
     read_metrics,
     series,
@@ -71,7 +71,8 @@ def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
 def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path):
     records = [{"step": step, "loss": 0.6, "margin": 0.1 * step, "accuracy": 0.5} for step in range(2)]
     assert shares(records) == {"preferred as the rows say": ([1, 2], [0.5, 0.5])}
-    assert margins(records) == {"margin": ([1, 2], [0.0, 0.1])} and margins(records[:0]) == {}
+    assert figures_at("margin (nats)", records) == {"margin": ([1, 2], [0.0, 0.1])}
+    assert figures_at("margin (nats)", records[:0]) == figures_at("reward", records) == {}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     write_metrics(tmp_path / "plain.jsonl", 2)

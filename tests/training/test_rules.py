@@ -11,6 +11,7 @@ from rwkv_peft.training.flags.request import parse_flags
 ACTIONS = build_parser()._option_string_actions
 FACTS = {ALONE: "--peft none --train_parts state", BESIDE: "--train_parts state", WHOLE: "--peft none"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}
+ANOTHER |= {"data_type": "binidx"}
 CASES = [(rule, *pair) for rule in RULES for pair in zip(rule.subjects.split(", "), [rule.others.split(", ")] * 9)]
 
 
