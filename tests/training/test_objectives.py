@@ -20,7 +20,6 @@ CAPITALS = """
 def capitals(completions):
     return [sum(map(str.isupper, text)) / max(1, len(text)) for text in completions]
 """
-BOTH = ("--micro_bsz", 2)
 NUMBER, STEPS = 40, 16  # rows, of which 32 are trained on, and steps: 2 epochs of 4 rows each
 
 
@@ -127,14 +126,23 @@ def same(name, ours, theirs, rel=1e-3):
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_prompts_are_computed_once_in_any_run(folder, train, name):
-    """Losses are those of whole rows, and --resume has the same bits; so do ranks under ZeRO-3 whose rows differ."""
-    once, spread = (*BOTH, "--share_prompts", 1), ("--devices", 2, "--strategy", "deepspeed_stage_3", "--grad_cp", 1)
-    assert "a prompt is computed once" not in train(name, f"{name}-whole", *BOTH, "--share_prompts", 0)
-    assert "a prompt is computed once for both answers, which saves" in train(name, f"{name}-once", *once)
-    same(name, metrics(folder, f"{name}-once"), expected := metrics(folder, f"{name}-whole"), rel=1e-4)
-    goes_on(folder, train, name, f"{name}-once", *once[2:])
-    train(name, f"{name}-once-spread", "--share_prompts", 1, "--micro_bsz", 1, "--epoch_count", 1, *spread)
-    same(name, metrics(folder, f"{name}-once-spread")[: 1 if name == "kto" else None], expected)
+    """Losses are those of whole rows, and --resume has the same bits."""
+    run = f"{name}-once"
+    assert "a prompt is computed once" not in train(name, f"{name}-whole", "--micro_bsz", 2, "--share_prompts", 0)
+    out = train(name, run, "--micro_bsz", 2, "--share_prompts", 1)
+    assert "a prompt is computed once for both answers, which saves" in out
+    same(name, metrics(folder, run), metrics(folder, f"{name}-whole"), rel=1e-4)
+    goes_on(folder, train, name, run, "--share_prompts", 1)
+
+
+def test_ranks_go_through_a_gathered_model_alike_if_some_rows_share_nothing(folder, train):
+    prompts = ("Q", "What", "Q", "Which of them")
+    rows = ({"prompt": prompts[i % 4], "chosen": "YES" * (1 + i % 3), "rejected": "no"} for i in range(10))
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_rows, spread = ("--data_file", folder / "short.jsonl"), ("--devices", 2, "--strategy", "deepspeed_stage_3")
+    train("dpo", "short", *of_rows, "--micro_bsz", 2, "--share_prompts", 0)
+    train("dpo", "short-once", *of_rows, *spread, "--grad_cp", 1, "--share_prompts", 1)
+    same("dpo", metrics(folder, "short-once"), metrics(folder, "short"))
 
 
 def test_another_objective_does_not_go_on(folder, learned, train):

@@ -73,7 +73,7 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
-    Rule("--share_prompts", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
+    Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),
     Rule("--cuda_graphs 1", EXCLUDES, OFFLOAD, "a step waits for the optimizer in main memory, not for launches"),

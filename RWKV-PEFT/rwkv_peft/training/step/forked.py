@@ -18,7 +18,7 @@ from ...models.state import State
 from ...ops.recurrence.checks import vouch
 from .segments import sent
 
-WORTH = {"cpu": 64, "gpu": 1024}  # saved tokens that take as long as a further pass; for a GPU an estimate
+WORTH, GPU_WORTH = 64, 1024  # saved tokens that take as long as a further pass; on a GPU by an estimate
 LOOKED_AT = 64  # samples
 Batch = Mapping[str, torch.Tensor]
 
@@ -32,7 +32,7 @@ def saved_tokens(config: RunConfig, samples: Samples, accelerator: str) -> int:
     batches = [collate([samples[n]]) for n in range(0, len(samples), -(-len(samples) // LOOKED_AT))]
     saved = [batch["tokens"].numel() - tokens_read(batch | forked(batch, data.documents)) for batch in batches]
     mean = max(0, sum(saved) * data.micro_bsz // len(saved))
-    return mean if train.share_prompts or mean >= WORTH[accelerator] else 0
+    return mean if train.share_prompts or mean >= (GPU_WORTH if accelerator == "gpu" else WORTH) else 0
 
 
 def tokens_read(batch: Batch) -> int:
