@@ -229,3 +229,36 @@ def test_logits_that_are_not_finite_are_named(tiny_state):
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(UserError, match="prompt 1 holds no token"):
         list(generate(model, [[1], []], GREEDY))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 15])
+def test_a_prompt_that_comes_again_is_read_once(model, monkeypatch, batch):
+    """Its answers are those to copies of it, which are read one by one."""
+    read, reading = [], decode.prefill
+    monkeypatch.setattr(
+        decode, "prefill", lambda m, prompts, start: (read.extend(prompts), reading(m, prompts, start))[1]
+    )
+    due = {10 * place + turn: prompt for place, prompt in enumerate(PROMPTS[:3]) for turn in range(5)}
+    sampling = Sampling(top_p=1.0, seed=3)
+
+    def answers(prompts):
+        found = {}
+        for step in generate(model, prompts, sampling, 8, lambda number, token: "end" * (token < 9), batch=batch):
+            found.setdefault(step.number, []).append(step.token)
+        return found
+
+    once = answers(due)
+    assert read == PROMPTS[:3]
+    assert once == answers({number: list(prompt) for number, prompt in due.items()}) and len(read) == 3 + 15
+    assert len(set(map(tuple, once.values()))) > 5
+
+
+def test_draws_tell_their_log_probability_and_entropy(model):
+    sampling = Sampling(temperature=0.7, top_p=0.8, measured=True)
+    for number, prompt in enumerate(PROMPTS[:3]):
+        row = list(prompt)
+        for step in generate(model, {number: prompt}, sampling, 6):
+            found = (model(torch.tensor([row]))[0][0, -1].double() / 0.7).log_softmax(-1)
+            assert step.logprob == pytest.approx(found[step.token].item(), abs=1e-4)
+            assert step.entropy == pytest.approx(-(found.exp() * found).sum().item(), abs=1e-4)
+            row.append(step.token)
