@@ -1,0 +1,69 @@
+"""The probabilities by which a model in training draws are those by which it learns, with every adapter, both
+generations and tuned states."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from objectives.test_losses import ADAPTERS, make, shaken
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.generate.settings import Sampling
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.grpo import GRPO
+from rwkv_peft.training.drawing.answers import Manner, draw, packed
+from rwkv_peft.training.step.forked import forked
+from rwkv_peft.training.step.steps import Whole
+
+PROMPTS = {3: [5, 9, 2, 7], 4: [8], 9: [1] * 9}
+MANNER = Manner(Sampling(temperature=1.3, top_p=0.95, seed=7, measured=True), 6, (), 5, BytesTokenizer(), False)
+
+
+def drawn(model, times=4):
+    samples = SimpleNamespace(prompt=PROMPTS.__getitem__)
+    groups = draw(model, MANNER, samples, list(PROMPTS), times, lambda doing: None)
+    assert model.training and [group[0].prompt for group in groups] == list(PROMPTS.values())
+    return [answer for group in groups for answer in group]
+
+
+def gap(model, answers, *more):
+    """The mean difference between the probabilities of drawing and of learning."""
+    batch, objective = packed(answers), GRPO(temperature=1.3)
+    batch |= {"advantages": torch.ones(len(answers)), "weights": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
+    for lay in more:
+        batch |= lay(batch, 4)
+    step = Whole(objective)
+    step.loss(model, batch, 1.0).backward()
+    return step.measures["gap"].item()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_drawing_and_learning_agree(family, adapter):
+    model = shaken(make(family, ADAPTERS[adapter], dtype=torch.float32))
+    answers = drawn(model)
+    assert gap(model, answers) < 1e-5 and gap(model, answers, forked) < 1e-5
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_draws_begin_from_tuned_states(family):
+    model = make(family, dtype=torch.float32)
+    model.tune_states()
+    before = drawn(shaken(model))
+    assert gap(model, before) < 1e-5 and gap(model, before, forked) < 1e-5
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state += torch.randn_like(block.att.time_state)
+    assert gap(model, before) > 1e-3
+
+
+def test_an_answer_counts_with_what_ends_it():
+    model = make(FAMILIES[1], dtype=torch.float32)
+    answers = drawn(model)
+    assert {answer.end for answer in answers} <= {"end", "length"} and any(answer.cut for answer in answers)
+    for answer in answers:
+        assert len(answer.tokens) == len(answer.logprobs) == len(answer.entropies)
+        assert answer.cut == (len(answer.tokens) == 6 and answer.tokens[-1] != 0)
+    batch = packed(answers)
+    assert batch["targets"][0, batch["counted"]].tolist() == [token for answer in answers for token in answer.tokens]
