@@ -18,6 +18,7 @@ from rwkv_peft.release.verify import compare_structure, judge, main, verify, wri
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
 BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
 DEMO = Path(__file__).resolve().parents[2] / "demo"
+pytestmark = pytest.mark.usefixtures("warm_python")
 
 
 def official(tiny_state, **changes):

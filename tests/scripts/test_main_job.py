@@ -10,9 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from rwkv_peft.training.flags.request import parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def warm_environment(tmp_path_factory, accelerator):
+    """Variables by which scripts take an environment whose Python begins at once, if a fork serves; setup.sh finds
+    nothing to install in it."""
+    if accelerator == "gpu":
+        return {}
+    environment = tmp_path_factory.mktemp("environment")
+    (environment / "bin").mkdir()
+    (environment / "bin" / "python").symlink_to(warm.python())
+    (environment / "bin" / "activate").write_text(f"PATH='{environment / 'bin'}':$PATH\n")
+    command = (
+        f"#!/bin/sh\nexec '{warm.python()}' '{ROOT / 'RWKV-PEFT' / 'rwkv_peft' / 'children.py'}' rwkv_peft \"$@\"\n"
+    )
+    (environment / "bin" / "rwkv-peft").write_text(command)
+    (environment / "bin" / "rwkv-peft").chmod(0o755)
+    needs = "".join((ROOT / name).read_text() for name in ("requirements.txt", "pyproject.toml"))
+    (environment / ".rwkv-peft-requirements").write_text(f"{ROOT}\n{needs}")
+    return {"VIRTUAL_ENV": str(environment)}
 
 
 def script(variables, *flags, root=ROOT, generation=6):
@@ -27,13 +48,14 @@ def script(variables, *flags, root=ROOT, generation=6):
     )
 
 
-def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
+def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator, warm_environment):
     """Either script takes either generation: RWKV-6 here, and RWKV-7 by the same commands in tests/training."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [f"line {i}: " + "to be or not to be " * 3 for i in range(20)]
     (tmp_path / "data.csv").write_text("\n".join(["text", *rows]))
     done = script(
-        {
+        warm_environment
+        | {
             "LOAD_MODEL": str(tmp_path / "base.pth"),
             "DATA_FILE": str(tmp_path / "data.csv"),
             "PROJ_DIR": str(tmp_path / "out"),
@@ -42,14 +64,7 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
             "PRECISION": "fp32",
             "ACCELERATOR": accelerator,
         },
-        "--ctx_len",
-        "32",
-        "--micro_bsz",
-        "4",
-        "--epoch_steps",
-        "5",
-        "--lr_init",
-        "1e-2",
+        *"--ctx_len 32 --micro_bsz 4 --epoch_steps 5 --lr_init 1e-2".split(),
         generation=7,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +82,7 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
     assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
 
 
-def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator):
+def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator, warm_environment):
     """The trained adapter is merged: --proj_dir overrides PROJ_DIR, which has another run's adapter. Rows of
     --data_type sft stay rows, and a model that learned to chat is tried in a chat."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
@@ -77,7 +92,7 @@ def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, ac
     flags = f"--load_model={tmp_path / 'base.pth'} --data_file {tmp_path / 'rows.jsonl'} --proj_dir {tmp_path / 'new'}"
     flags += " --data_type sft --ctx_len 32 --micro_bsz 1 --epoch_steps 1 --bone_r 32"
     variables = {"PROJ_DIR": str(tmp_path / "old"), "TOKENIZER": "bytes", "ACCELERATOR": accelerator, "CHECK": "0"}
-    done = script(variables, *flags.split())
+    done = script(warm_environment | variables, *flags.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== 1. data" not in done.stdout and "1 document an epoch" in done.stdout
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["adapter.safetensors"]

@@ -18,21 +18,11 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state
 from rwkv_peft.training.saving.saved_files import record_of
-from training.runs import Planted, finish, metrics, start
+from training.runs import Planted, finish, metrics, start, wait_for_steps, wait_for_words
 
 LONG = (
-    "--precision",
-    "bf16",
-    "--micro_bsz",
-    "1",
-    "--epoch_steps",
-    "20",
-    "--epoch_count",
-    "3",
-    "--strategy",
-    "deepspeed_stage_2",
-    "--train_parts",
-    "ln",
+    *"--precision bf16 --micro_bsz 1 --epoch_steps 20 --epoch_count 3".split(),
+    *"--strategy deepspeed_stage_2 --train_parts ln".split(),
 )
 
 
@@ -40,13 +30,6 @@ LONG = (
 def unbroken(files, train):
     train("unbroken", *LONG)
     return files / "unbroken"
-
-
-def wait_for_steps(files, name, steps, process):
-    path = files / name / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < steps:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +80,7 @@ def test_a_second_sigterm_has_its_exit_code(files, command):
     process = start(command("twice", "--epoch_steps", "100000"))
     wait_for_steps(files, "twice", 5, process)
     process.send_signal(signal.SIGTERM)
-    while "again to stop at once" not in process.outputs[0].read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+    wait_for_words("again to stop at once", process)
     process.send_signal(signal.SIGTERM)
     finish(process, 128 + signal.SIGTERM)
 

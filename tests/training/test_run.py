@@ -45,16 +45,7 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert set(tensors) == {
         f"blocks.{i}.{name}.bone"
         for i in range(2)
-        for name in (
-            "att.receptance",
-            "att.key",
-            "att.value",
-            "att.gate",
-            "att.output",
-            "ffn.key",
-            "ffn.receptance",
-            "ffn.value",
-        )
+        for name in "att.receptance att.key att.value att.gate att.output ffn.key ffn.receptance ffn.value".split()
     }
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
 
@@ -99,9 +90,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
     name = f"{strategy}-{ranks}-{micro}"
     train(
         name,
-        "--precision",
-        "fp32",
-        "--strategy",
+        *"--precision fp32 --strategy".split(),
         strategy,
         "--devices",
         str(ranks),
@@ -170,16 +159,7 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     out, _ = train(
-        "again",
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "4",
-        "--epoch_count",
-        "3",
-        "--epoch_begin",
-        "2",
-        "--bone_load",
+        *"again --precision fp32 --micro_bsz 4 --epoch_count 3 --epoch_begin 2 --bone_load".split(),
         str(files / "one" / "adapter.safetensors"),
     )
     lines = metrics(files, "again")
@@ -192,19 +172,8 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
         "new",
         "--load_model",
         "",
-        "--peft",
-        "none",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "64",
-        "--vocab_size",
-        "80",
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "4",
-        "--random_seed",
+        *"--peft none --n_layer 2 --n_embd 64 --vocab_size 80 --precision fp32 --micro_bsz 4".split(),
+        *"--random_seed".split(),
         str(2**63 - 1),
     )
 
@@ -214,18 +183,7 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        "bone-mini",
-        "bone-signed",
-        "bat-in-scaled",
-        "bat-out nf4",
-        "lora-plus",
-        "dora",
-        "pissa",
-        "lora-ga",
-        "vera",
-        "shira",
-    ],
+    [*"bone-mini bone-signed bat-in-scaled".split(), "bat-out nf4", *"lora-plus dora pissa lora-ga vera shira".split()],
 )
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """Each in one short run: packed documents, a validation split, the best adapter, and its merge."""
@@ -252,24 +210,9 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
                 str(data),
                 "--proj_dir",
                 str(folder),
-                "--ctx_len",
-                "96",
-                "--lr_init",
-                "3e-3",
-                "--lr_final",
-                "3e-3",
-                "--accelerator",
+                *"--ctx_len 96 --lr_init 3e-3 --lr_final 3e-3 --accelerator".split(),
                 accelerator,
-                "--dataload",
-                "pack",
-                "--val_split",
-                "0.2",
-                "--val_every",
-                "20",
-                "--micro_bsz",
-                "2",
-                "--epoch_count",
-                "3",
+                *"--dataload pack --val_split 0.2 --val_every 20 --micro_bsz 2 --epoch_count 3".split(),
                 *flags,
             ]
         )
@@ -325,26 +268,9 @@ def test_rows_of_questions_train_without_preprocessing(files, train):
         "scratch",
         "--load_model",
         "",
-        "--peft",
-        "none",
-        "--n_layer",
-        "1",
-        "--n_embd",
-        "64",
-        "--vocab_size",
-        "257",
-        "--data_type",
-        "sft",
-        "--tokenizer",
-        "bytes",
-        "--sft_field",
-        "query",
-        "response",
-        "--data_file",
+        *"--peft none --n_layer 1 --n_embd 64 --vocab_size 257 --data_type sft --tokenizer bytes".split(),
+        *"--sft_field query response --data_file".split(),
         str(files / "rows.jsonl"),
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "8",
+        *"--precision fp32 --micro_bsz 8".split(),
     )
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]
