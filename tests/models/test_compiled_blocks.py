@@ -28,7 +28,7 @@ def step(model, state):
 
 
 def test_packed_rows_are_the_same_from_nothing_and_from_states():
-    """Of the newest generation; tests/training compiles the other in a run."""
+    """Of the newest generation; tests/training compiles both."""
     model = model_of(FAMILIES[-1])
     started = State(LayerState(*map(torch.randn_like, layer)) for layer in State.zeros(model.config, 4))
     expected = [step(model, state) for state in (None, started)]

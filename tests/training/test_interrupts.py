@@ -10,9 +10,8 @@ from rwkv_peft.training.engine import fit
 from training.runs import start
 
 
-@pytest.mark.parametrize("delay", [0.1, 1.6])
-def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
-    process = interrupt(command(f"early-{delay}", "--precision", "fp32"), "output ", delay)
+def test_ctrl_c_before_the_first_step_is_one_line(command):
+    process = interrupt(command("early", "--precision", "fp32"), "output ", 0.8)
     out, err = process.communicate(timeout=240)
     if "stopping after this step" in out or process.returncode == 0:
         return  # this machine had begun to train, and Ctrl-C saves

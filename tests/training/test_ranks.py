@@ -69,12 +69,11 @@ def unbroken(files, command):
     return lines
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
-def test_nodes_train_the_same_under_every_stage(files, command, unbroken, stage):
-    argv = command(f"stage-{stage}", *LONG, "--epoch_count", "1", "--strategy", f"deepspeed_stage_{stage}")
+def test_nodes_train_the_same_under_stage_3(files, command, unbroken):
+    argv = command("stage-3", *LONG, "--epoch_count", "1", "--strategy", "deepspeed_stage_3")
     for process in two_nodes(argv, argv):
         finish(process)
-    lines = history(files, f"stage-{stage}")
+    lines = history(files, "stage-3")
     assert len(lines) == 20  # later, roundings grow
     for mine, theirs in zip(lines, unbroken):
         assert mine == pytest.approx(theirs, rel=1e-4)

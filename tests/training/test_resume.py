@@ -32,9 +32,7 @@ def unbroken(files, train):
     return files / "unbroken"
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
     name = number.name
     process = start(command(name, *LONG))
@@ -57,7 +55,7 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
 
 
 @pytest.mark.parametrize("strategy", ["3", "3_offload"])
-def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy):
+def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy, quick_compiler):
     flags = ("--strategy", f"deepspeed_stage_{strategy}", "--accumulate_grad_batches", "2", "--lr_schedule", "constant")
     train(f"whole-{strategy}", *flags)
     train(f"parts-{strategy}", *flags, "--epoch_count", "1")
@@ -136,10 +134,8 @@ def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroke
     assert not (files / "ran").exists()
 
 
-@pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])
-def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, method):
-    name = "moved" + "-none" * bool(method)
-    flags = ("--precision", "fp32", *method)
+def test_another_number_of_devices_goes_on_at_the_next_sample(files, train):
+    name, flags = "moved", ("--precision", "fp32")
     train(name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
     train(name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
     lines = metrics(files, name)
