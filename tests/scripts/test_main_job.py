@@ -185,9 +185,10 @@ def test_half_of_a_users_input_is_refused(tmp_path):
     assert done.returncode != 0 and "without DATA_FILE" in done.stderr
 
 
-def test_a_failing_step_ends_the_script(tmp_path):
+def test_a_failing_step_ends_the_script(tmp_path, warm_environment):
     done = script(
-        {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
+        warm_environment
+        | {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
     )
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
 
@@ -201,8 +202,8 @@ def test_a_failing_step_ends_the_script(tmp_path):
         (["--devices", "99", "--accelerator", "gpu"], "--devices 99"),
     ],
 )
-def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message):
-    done = script({"PROJ_DIR": str(tmp_path / "out")}, *flags)
+def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message, warm_environment):
+    done = script(warm_environment | {"PROJ_DIR": str(tmp_path / "out")}, *flags)
     assert done.returncode == 2 and message in done.stderr and "==" not in done.stdout
     assert not (tmp_path / "out").exists()
 
