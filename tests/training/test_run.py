@@ -152,7 +152,7 @@ def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, 
     flags = "--precision fp32 --strategy deepspeed_stage_2_offload --micro_bsz 4 --compile"
     python, _, *words = command("offload", *flags.split())
     out, _ = finish(start([python, str(files / "eager.py"), *words]))
-    assert out.count("\ncompiled\n") == 2
+    assert out.splitlines().count("compiled") == 2
     for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
