@@ -37,10 +37,12 @@ class Given(NamedTuple):
         return any((word in listed) != wanted.startswith("!") for word in words_of(self.values[name]))
 
     def shown(self, condition: str) -> str:
-        """A condition, with the value that its flag has."""
+        """A condition, with the value that its flag or fact has."""
         name, wanted = parts_of(condition)
-        bare = not condition.startswith("--") or (self.values[name] is True and not wanted)
-        return condition if bare else f"--{name} {short(' '.join(words_of(self.values[name])))}"
+        if self.values[name] is True and not wanted:
+            return condition
+        value = short(" ".join(words_of(self.values[name])))
+        return f"--{name} {value}" if condition.startswith("--") else f"{name} ({value})"
 
 
 def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:

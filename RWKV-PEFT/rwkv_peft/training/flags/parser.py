@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
-from ...config.rules import RULES
+from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
 from ...names import GENERATIONS, TRAIN_TYPES
 from ...objectives import OBJECTIVES
+from ...objectives import RULES as OBJECTIVE_RULES
 from ...rules import notes
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
@@ -22,6 +23,7 @@ from .upstream import WORDS, add_upstream_flags
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
+RULES = (*SETTINGS_RULES, *OBJECTIVE_RULES)  # of flags that do not go together
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -148,8 +150,7 @@ def add_settings(
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        of = f"{config.name}: " if issubclass(config, Objective) else ""
-        parser.add_argument(f"--{flag}", help=f"{of}{field.metadata['help']}", **options)
+        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
