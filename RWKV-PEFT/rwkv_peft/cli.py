@@ -6,13 +6,14 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
 from .errors import short
 from .names import AUTO
 from .refusals import Refusals, in_one
+from .rules import Given, Rule, contradictions, notes
 
 MOST = 1 << 48  # the largest count of a flag: sums and products of such numbers fit in what counts them
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # a flag, but not a negative number
@@ -51,7 +52,8 @@ class Parser(argparse.ArgumentParser):
     Flags are never abbreviated. The refusal of an unknown flag names what is given here instead, by `synonyms` {flag:
     what is given here}, else the nearest flag; that of an unknown value gives the words of `values` {(flag, value):
     words}, else the nearest choice. The refusal of a second value of a flag that takes one ends with that flag's remedy
-    in `several`.
+    in `several`. Flags are judged by `rules`, which their help tells; facts(namespace) are {fact: its value}, which
+    holds if that is true, and so does the command's own name.
     """
 
     def __init__(
@@ -59,10 +61,13 @@ class Parser(argparse.ArgumentParser):
         synonyms: Mapping[str, str] | None = None,
         values: Mapping[tuple[str, str], str] | None = None,
         several: Mapping[str, str] | None = None,
+        rules: Sequence[Rule] = (),
+        facts: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda namespace: {},
         **options: Any,
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.synonyms, self.values, self.several = synonyms or {}, values or {}, several or {}
+        self.rules, self.facts = rules, facts
         self.mistakes: list[str] = []
 
     def error(self, message: str) -> NoReturn:
@@ -70,9 +75,27 @@ class Parser(argparse.ArgumentParser):
         raise in_one([*self.mistakes, f"{message}; see {self.prog} --help"])
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        self.tell(self.rules)
         namespace, mistakes = self.parse_with_mistakes(args, namespace)
-        Refusals(mistakes).tell()
+        refusals = Refusals(mistakes)
+        refusals.gather(contradictions, self.rules, self.given(namespace))
+        refusals.tell()
         return namespace
+
+    def tell(self, rules: Sequence[Rule]) -> None:
+        """Add to the help of each flag what rules say of it."""
+        for action in self._actions:
+            action.help = f"{action.help}{notes(rules, action.dest)}"
+
+    def given(self, namespace: argparse.Namespace) -> Given:
+        """What rules judge: all flags and facts, and the names of flags that are not their defaults, and of facts that
+        hold."""
+        flags = {action.dest: action.default for action in self._actions if action.dest in namespace}
+        facts = {self.prog: True, **self.facts(namespace)}
+        values = {name: getattr(namespace, name) for name in flags}
+        names = {name for name, value in values.items() if value != flags[name]}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return Given({**tuples, **facts}, names | {fact for fact, holds in facts.items() if holds})
 
     def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse -> (namespace, refusals of mistaken flags). The namespace holds the defaults of those."""
@@ -212,6 +235,13 @@ def below_one(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share, which is from 0 to 1, as 0.9 for 90 %")
+    return value
+
+
 def count(text: str) -> int:
     value = whole(text)
     if value < 0:
@@ -236,6 +266,13 @@ def up_to(most: int, kind: Callable[[str], int]) -> Callable[[str], int]:
 def names(text: str) -> tuple[str, ...]:
     """Read names: one word, a list with commas, or the JSON list that RWKV-PEFT's scripts write, whole or in pieces."""
     return tuple(re.findall(r"[^\s,\[\]\"']+", text))
+
+
+def stop_text(text: str) -> str:
+    """Read a text that ends an answer."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would stop before the first token; leave it out")
+    return text
 
 
 def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:

@@ -31,8 +31,8 @@ class Given(NamedTuple):
 
     def holds(self, condition: str) -> bool:
         name, wanted = parts_of(condition)
-        if not wanted:
-            return name in self.names
+        if not wanted or self.values[name] is None:
+            return not wanted and name in self.names
         listed = wanted.removeprefix("!").split("|")
         return any((word in listed) != wanted.startswith("!") for word in words_of(self.values[name]))
 

@@ -5,8 +5,9 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from ..names import AUTO, INFCTX, NONE, STATE, WRITTEN
+from ..names import AUTO, INFCTX, NONE, STATE
 from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from ..tables import WRITTEN
 from .adapter import AdapterConfig
 from .data import DataConfig
 from .methods import MINI

@@ -14,6 +14,7 @@ from ..files.adapters import product_of_run
 from ..files.atomic import check_output, same_file
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
+from ..tables import TASKS
 from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .flags import parse_flags
@@ -23,7 +24,6 @@ from .problems import layout_of, read_problems
 from .records import Records
 from .tally import share_of, summary
 from .task import Problem, Task
-from .tasks import TASKS
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
 OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 def ask_rows(args: Any) -> int:
     """Ask the rows of --data -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after
     Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
-    task = TASKS[args.task]
+    task = TASKS[args.task]()
     if args.task == "math":
         require_math_verify()
     if args.output:

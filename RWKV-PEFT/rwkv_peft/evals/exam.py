@@ -8,12 +8,12 @@ from ..config import TrainConfig
 from ..generate.flags import unescaped
 from ..generate.loading import Subject
 from ..generate.prompts import encode
+from ..tables import TASKS
 from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .problems import layout_of, read_problems
 from .records import Record
 from .tally import share_of
-from .tasks import TASKS
 
 
 class Judgement(NamedTuple):
@@ -32,7 +32,7 @@ class Exam:
     def __init__(self, train: TrainConfig, tokenizer: Any) -> None:
         if train.eval_task == "math":
             require_math_verify()
-        self.task, self.tokenizer = TASKS[train.eval_task], tokenizer
+        self.task, self.tokenizer = TASKS[train.eval_task](), tokenizer
         self.manner = Manner(train.eval_max_tokens, train.eval_batch, [unescaped(text) for text in train.eval_stop])
         layout = layout_of(self.task, train.eval_template, "--eval_template")
         rows = f"[:{train.eval_limit}]" if train.eval_limit else ""

@@ -5,10 +5,12 @@ import re
 
 from ..errors import short
 from ..refusals import Refusals
+from ..rules import EXCLUDES, Rule, contradictions
 from ..training.flags.parser import build_parser
 from ..training.flags.request import Flags, flags_of
 from ..training.flags.world import World
 
+RULES = (Rule("--gpu", EXCLUDES, "--accelerator cpu", "it plans for a GPU, and that trains on none"),)
 LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))
 
@@ -30,10 +32,10 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
+    parser.tell(RULES)
     args, mistakes = parser.parse_with_mistakes(argv)
     refusals = Refusals(mistakes)
-    if args.gpu and args.accelerator == "cpu":
-        refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
+    refusals.gather(contradictions, RULES, parser.given(args))
     world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
     return flags_of(args, world, (), refusals)
 

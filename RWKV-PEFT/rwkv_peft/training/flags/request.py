@@ -17,9 +17,10 @@ from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.mask_kinds import default_mask
 from ...errors import UserError
-from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
+from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
+from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
@@ -177,7 +178,7 @@ def request_of(flags: Flags) -> Request:
         require_none(check_base, args, base)
         if args.my_testing not in (None, base.config.version):
             notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
-    version = args.model_version or args.my_testing or GENERATIONS[0][1]
+    version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
