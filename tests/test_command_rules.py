@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from rwkv_peft import comparison
 from rwkv_peft.cli import Parser
 from rwkv_peft.commands import main
 from rwkv_peft.compare import flags as compare
@@ -26,13 +27,22 @@ COMMANDS = (
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),
+    ("plot", comparison.RULES, "run x.png {}"),
     ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
 )
 OURS, HARNESS, SCORED = "gsm8k", "arc_easy", "lambada"
-FACTS = {evals.OTHERS: f"{OURS} {HARNESS}", evals.OURS: OURS, evals.HARNESS: HARNESS, evals.SCORED: SCORED}
+FACTS = {
+    comparison.SEVERAL: "other.png",
+    evals.OTHERS: f"{OURS} {HARNESS}",
+    evals.OURS: OURS,
+    evals.HARNESS: HARNESS,
+    evals.SCORED: SCORED,
+}
 # a value of a flag for which its condition holds, if another than 3
 VALUES = {
     "--output": "x.png",
+    "--x": "tokens",
+    "--smooth": "0.5",
     "--to": "lora",
     "--think": "on",
     "--gpu": "24GiB",
@@ -52,7 +62,7 @@ CASES = [
 BY_CASE = pytest.mark.parametrize(
     "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
 )
-SWITCHES = ("--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows")
+SWITCHES = ("--panels", "--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows")
 
 
 def words(condition):
