@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .errors import short
 from .names import AUTO
@@ -16,6 +16,7 @@ from .refusals import Refusals, in_one
 from .rules import Given, Rule, contradictions, notes
 
 MOST = 1 << 48  # the largest count of a flag: sums and products of such numbers fit in what counts them
+Value = TypeVar("Value")
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # a flag, but not a negative number
 
 
@@ -193,12 +194,6 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{short(text)!r} is not a whole number") from None
 
 
-def positive(text: str) -> int:
-    if whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return count(text)
-
-
 def finite(text: str) -> float:
     try:
         value = float(text)
@@ -209,11 +204,31 @@ def finite(text: str) -> float:
     return value
 
 
-def not_negative(text: str) -> float:
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+def that(read: Callable[[str], Value], holds: Callable[[Value], bool], wrong: str) -> Callable[[str], Value]:
+    """Make an argparse type for values that `read` reads and for which a condition holds; else they are `wrong`."""
+
+    def checked(text: str) -> Value:
+        value = read(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{short(text)} {wrong}")
+        return value
+
+    return checked
+
+
+def up_to(most: int, read: Callable[[str], int]) -> Callable[[str], int]:
+    """Make an argparse type for numbers that `read` reads and that are at most `most`."""
+    return that(read, lambda value: value <= most, f"is above {most:,}")
+
+
+count = up_to(MOST, that(whole, lambda value: value >= 0, "is negative"))
+positive = up_to(MOST, that(whole, lambda value: value >= 1, "is below 1"))
+seed = that(whole, lambda value: -(2**63) <= value < 2**63, "does not fit in 64 bits")
+not_negative = that(finite, lambda value: value >= 0, "is negative")
+above_zero = that(finite, lambda value: value > 0, "is not above 0")
+below_one = that(not_negative, lambda value: value < 1, "must be below 1")
+share = that(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
+stop_text = that(str, bool, "is an empty text, which would stop before the first token; leave it out")
 
 
 def rate(text: str) -> float | str:
@@ -221,67 +236,11 @@ def rate(text: str) -> float | str:
     return text if text == AUTO else not_negative(text)
 
 
-def above_zero(text: str) -> float:
-    value = finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def below_one(text: str) -> float:
-    value = not_negative(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be below 1")
-    return value
-
-
-def share(text: str) -> float:
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share, which is from 0 to 1, as 0.9 for 90 %")
-    return value
-
-
-def count(text: str) -> int:
-    value = whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    if value > MOST:
-        raise argparse.ArgumentTypeError(f"{short(text)} is above {MOST:,}")
-    return value
-
-
-def up_to(most: int, kind: Callable[[str], int]) -> Callable[[str], int]:
-    """An argparse type for numbers of a kind that are at most `most`."""
-
-    def bounded(text: str) -> int:
-        value = kind(text)
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{short(text)} is above {most:,}")
-        return value
-
-    return bounded
-
-
 def names(text: str) -> tuple[str, ...]:
     """Read names: one word, a list with commas, or the JSON list that RWKV-PEFT's scripts write, whole or in pieces."""
     return tuple(re.findall(r"[^\s,\[\]\"']+", text))
 
 
-def stop_text(text: str) -> str:
-    """Read a text that ends an answer."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty text would stop before the first token; leave it out")
-    return text
-
-
 def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     """Make an argparse type that turns other tools' names, (theirs, ours), into ours."""
     return lambda text: dict(aliases).get(text, text)
-
-
-def seed(text: str) -> int:
-    value = whole(text)
-    if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
-    return value

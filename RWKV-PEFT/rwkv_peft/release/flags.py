@@ -6,7 +6,7 @@ They are judged before torch is imported, so that a mistake is told at once.
 import argparse
 from types import MappingProxyType
 
-from ..cli import Parser, finite, positive, up_to
+from ..cli import Parser, finite, positive, that, up_to
 from ..config import QUANTIZATIONS
 from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES, QUANTS, called
@@ -25,9 +25,11 @@ MERGE_SYNONYMS = MappingProxyType(
     }
 )
 MOST_TOKENS = 1 << 14  # for check and verify: 8 GiB of logits in float64 over the World vocabulary
+factor = that(finite, bool, "would leave nothing of the change; give another number")
+picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
 MERGE = "merge_bone.py"
 MERGE_RULES = (
-    Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or write none"),
+    Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
     Rule("--read_back", EXCLUDES, "--dry_run", "it reads the output, and that writes none"),
 )
 INSPECT_RULES = (Rule("--output", NEEDS, "--base_model", "it is a picture of the change from that", "name the base"),)
@@ -62,7 +64,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         choices=ADAPTER_TYPES,
         help="kind of the adapters, in the words of RWKV-PEFT's scripts; the files say it, and another is refused",
     )
-    parser.add_argument("--output", metavar="PTH", help="the merged model")
+    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument(
         "--state_output",
         metavar="FILE",
@@ -99,12 +101,6 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
     )
     return parser.parse_args(argv)
-
-
-def factor(text: str) -> float:
-    if (value := finite(text)) == 0:
-        raise argparse.ArgumentTypeError(f"{text} would leave nothing of the change; give another number")
-    return value
 
 
 def check_flags(argv: list[str]) -> argparse.Namespace:
@@ -166,12 +162,6 @@ def inspect_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=picture, metavar="PNG", help="draw that, too")
     add_source_flags(parser)
     return parser.parse_args(argv)
-
-
-def picture(text: str) -> str:
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .png; give a name such as heat.png")
-    return text
 
 
 def convert_flags(argv: list[str]) -> argparse.Namespace:
