@@ -133,8 +133,8 @@ DAMAGED = (
     ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], and a number is due"),
     ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, and a number is due"),
     ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
-    ("compare.json", b"[" * 100_000, "compare.json: not JSON"),
-    ("compare.json", b"[]", "holds a comparison of other settings"),
+    ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
+    ("compare.json", b"[]", "compare.json holds no settings, but a list"),
 )
 
 

@@ -1,6 +1,8 @@
 """The flags of `rwkv-peft generate`, judged before torch is imported."""
 
 import argparse
+import sys
+from collections.abc import Iterable
 
 from ..cli import Parser, count, positive, stop_text
 from ..errors import UserError
@@ -24,6 +26,16 @@ RULES = (
         "it opens answers there",
         "without it, end the prompt with Assistant: <think, or Assistant: <think></think",
     ),
+)
+# (field of Sampling, type of its flag, help)
+SAMPLING = (
+    ("temperature", float, "0: always the most probable token"),
+    ("top_p", float, "share of the probability to draw from"),
+    ("top_k", int, "draw from so many tokens, 0: all"),
+    ("presence_penalty", float, "subtract this from the logits of tokens generated before"),
+    ("frequency_penalty", float, "subtract this for each time that a token was generated before"),
+    ("penalty_decay", float, "multiply those counts by this at each step"),
+    ("seed", int, "seed of the draws; prompt i has seed + i"),
 )
 USAGE = """Continue prompts with an RWKV model.
 
@@ -83,38 +95,9 @@ def build_parser() -> Parser:
         action="store_true",
         help=r"read \n, \t and \\ in --prompt, --system and --stop as newline, tab, backslash",
     )
-    add(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        help="0: always the most probable token (default %(default)s)",
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=Sampling.top_p,
-        help="share of the probability to draw from (default %(default)s)",
-    )
-    add("--top_k", type=int, default=Sampling.top_k, help="draw from so many tokens, 0: all (default %(default)s)")
-    add(
-        "--presence_penalty",
-        type=float,
-        default=Sampling.presence_penalty,
-        help="subtract this from the logits of tokens generated before (default 0)",
-    )
-    add(
-        "--frequency_penalty",
-        type=float,
-        default=Sampling.frequency_penalty,
-        help="subtract this for each time that a token was generated before (default 0)",
-    )
-    add(
-        "--penalty_decay",
-        type=float,
-        default=Sampling.penalty_decay,
-        help="multiply those counts by this at each step (default 1)",
-    )
-    add("--seed", type=int, default=Sampling.seed, help="seed of the draws; prompt i has seed + i (default 0)")
+    for name, kind, text in SAMPLING:
+        default = getattr(Sampling, name)
+        add(f"--{name}", type=kind, default=default, help=f"{text} (default {default:g})")
     return parser
 
 
@@ -163,6 +146,12 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
     if args.system is not None and not args.system.strip():
         raise UserError("--system: an empty text says nothing; leave it out")
     return args, Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+
+
+def note_escapes(args: argparse.Namespace, flags: str, texts: Iterable[str]) -> None:
+    """Print a note if texts of flags hold \\n, and --escapes is not given."""
+    if not args.escapes and any("\\n" in text for text in texts):
+        print(rf"note: \n in {flags} is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
 
 
 def unescaped(text: str) -> str:
