@@ -37,34 +37,10 @@ RULES = (  # of its own flags and those of train.py
     ),
 )
 # flags of train.py that differ from run to run, or follow from the flags of the comparison
-OURS = (
-    "--peft",
-    "--peft_config",
-    "--bone_mode",
-    "--bone_r",
-    "--bone_mini_r",
-    "--bone_load",
-    "--bone_config",
-    "--disha_config",
-    "--lora_config",
-    "--pissa_config",
-    "--lr_init",
-    "--lr_final",
-    "--random_seed",
-    "--proj_dir",
-    "--resume",
-    "--fresh_optimizer",
-    "--epoch_steps",
-    "--epoch_count",
-    "--epoch_begin",
-    "--epoch_save",
-    "--train_stage",
-    "--my_pile_stage",
-    "--my_exit_tokens",
-    "--val_every",
-    "--early_stop",
-    "--check_flags",
-    "--show_samples",
+OURS = tuple(
+    """peft peft_config bone_mode bone_r bone_mini_r bone_load bone_config disha_config lora_config pissa_config
+    lr_init lr_final random_seed proj_dir resume fresh_optimizer epoch_steps epoch_count epoch_begin epoch_save
+    train_stage my_pile_stage my_exit_tokens val_every early_stop check_flags show_samples""".split()
 )
 USAGE = """Compare adapter methods on a model and data of yours, at about as many trained parameters each.
 
@@ -173,7 +149,7 @@ def parse_flags(argv: list[str]) -> Comparison:
             "--load_model base.pth --data_file data/mine --val_split 0.01`"
         )
     for word in train:
-        if word.split("=")[0] in OURS:
+        if word.startswith("--") and word[2:].split("=")[0] in OURS:
             raise UserError(f"{word} after --: the comparison sets it for each run; leave it out")
     if args.methods[0] in (*RANKLESS, MINI):
         raise UserError(
