@@ -7,10 +7,14 @@ from ..errors import short
 from ..refusals import Refusals
 from ..rules import EXCLUDES, Rule, contradictions
 from ..training.flags.parser import build_parser
-from ..training.flags.request import Flags, flags_of
+from ..training.flags.request import Flags, flags_of, with_settings
 from ..training.flags.world import World
 
-RULES = (Rule("--gpu", EXCLUDES, "--accelerator cpu", "it plans for a GPU, and that trains on none"),)
+PROG = "rwkv-peft plan"
+RULES = (
+    Rule("--gpu", EXCLUDES, "--accelerator cpu", "it plans for a GPU, and that trains on none"),
+    Rule(PROG, EXCLUDES, "--write_config", "a plan writes nothing", "give it to train.py"),
+)
 LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))
 
@@ -18,7 +22,7 @@ UNITS = (("", 30), ("g", 30), ("m", 20))
 def parse_flags(argv: list[str]) -> Flags:
     """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
     parser = build_parser()
-    parser.prog, parser.usage = "rwkv-peft plan", "rwkv-peft plan [--load_model PTH] [--gpu SIZE] [flags of train.py]"
+    parser.prog, parser.usage = PROG, f"{PROG} [--load_model PTH] [--gpu SIZE] [flags of train.py]"
     parser.description = (
         "Print how much memory and disk a run takes, before it begins. Only the header of --load_model is read; "
         "without it the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 if the run does not fit."
@@ -33,7 +37,7 @@ def parse_flags(argv: list[str]) -> Flags:
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
     parser.tell(RULES)
-    args, mistakes = parser.parse_with_mistakes(argv)
+    args, mistakes = parser.parse_with_mistakes(with_settings(argv, parser))
     refusals = Refusals(mistakes)
     refusals.gather(contradictions, RULES, parser.given(args))
     world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
