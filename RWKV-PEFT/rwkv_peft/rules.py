@@ -1,7 +1,8 @@
 """Rules on which flags go together, as data: refusals of a command line and the notes in its help come from them.
 
 A condition reads as people write flags: "--compile" holds if that flag is given, "--loss_mask qa|se" if its value is
-one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact.
+one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact, told
+with its value unless that is True.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
