@@ -44,7 +44,14 @@ def parse_flags(argv: list[str]) -> Flags:
     return flags_of(args, world, (), refusals)
 
 
-def memory_size(text: str) -> int:
+class Memory(int):
+    """Bytes, told in GiB."""
+
+    def __str__(self) -> str:
+        return f"{self / 2**30:g}GiB"
+
+
+def memory_size(text: str) -> Memory:
     """ "24GiB" -> bytes. Of the unit only the first letter counts: g or m in either case, GiB without one."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
     if found is None:
@@ -52,4 +59,4 @@ def memory_size(text: str) -> int:
     size = float(found[1]) * 2 ** dict(UNITS)[found[2]]
     if not LEAST <= size <= MOST:
         raise argparse.ArgumentTypeError(f"{short(text)} is no memory of a GPU: 1 MiB to 1,024 GiB")
-    return int(size)
+    return Memory(size)
