@@ -172,9 +172,8 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     steps, losses = series(records, "loss")
     below = drawn_below(records)
     figure = new_figure(8, 4.5 + 1.5 * len(below), dpi=120)
-    axes, *lower = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))[
-        :, 0
-    ]
+    grid = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))
+    axes, *lower = grid[:, 0]
     axes.set(ylabel=f"loss (nats per {unit_of(records)})")
     colors = iter(COLORS)
     for panel, (label, drawn) in zip(lower, below.items()):
