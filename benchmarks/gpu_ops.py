@@ -62,24 +62,26 @@ def norm_lerp(x, last, weight, bias, maa, fused):
     return x, ends, *mix.lerp(normal, last, maa, None, None, bounds(x))
 
 
-def norm_ddlerp(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, fused):
+def norm_ddlerp(x, last, *parameters, fused):
     """Norm and RWKV-6's points, of a row of several sequences."""
     if fused:
-        return NormDDLerp.apply(x[:1], last, weight, bias, maa_x, w1, maa, w2, decay_w1, 1e-5, bounds(x))
+        return NormDDLerp.apply(1e-5, bounds(x), last, x[:1], *parameters)
+    weight, bias, maa_x, w1, maa, w2, decay_w1 = parameters
     x, normal, ends = normalized(x[:1], last, weight, bias)
     (point,) = mix.lerp(normal, last, maa_x, None, None, bounds(x))
     first, *points = mix.lerp(normal, last, maa, torch.tanh(point @ w1), w2, bounds(x))
     return x, ends, torch.tanh(first @ decay_w1), *points
 
 
-def wkv7_with_keys(r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias, fused):
+def wkv7_with_keys(*tensors, fused):
     """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
+    r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias = tensors
     keys = a0, 1 + k_k, 1 + k_a
     if fused:
         return WKV7WithKeys.apply(True, 64e-5, None, None, r, w, k, v, low, g, *keys, r_k, weight, bias)
     k, a, b = mix.delta_keys(k, low, *keys)
     y, state = wkv7(r, w, k, v, a, b)
-    return mix.norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, 64e-5), state
+    return mix.norm_bonus_gate(y, r, k, v, g, (r_k, weight, bias), 64e-5), state
 
 
 def chain(x, key, value, opened, closing, fused):
@@ -115,7 +117,7 @@ OPS = {
     "lerp of low rank, trained": (packed_lerp, (ROWS, (len(BOUNDS) - 1, C), (5, C), *LOW), None),
     "norm_gate": (lambda *inputs: mix.norm_gate(*inputs, 64e-5), (HEADS, ROWS, (C,), (C,)), None),
     "norm_bonus_gate": (
-        lambda *inputs: mix.norm_bonus_gate(*inputs, 64e-5),
+        lambda *inputs: mix.norm_bonus_gate(*inputs[:5], inputs[5:], 64e-5),
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),

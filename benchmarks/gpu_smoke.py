@@ -61,9 +61,9 @@ def recorded(launched):
     """A context in which the names of launched kernels are put into a set."""
     run = CudaFamily.run
 
-    def recording(self, built, name, *rest):
+    def recording(self, name, *rest, **others):
         launched.add(name)
-        return run(self, built, name, *rest)
+        return run(self, name, *rest, **others)
 
     with patch.object(CudaFamily, "run", recording):
         yield

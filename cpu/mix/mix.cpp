@@ -57,12 +57,12 @@ Lerp<E> lerp(const LerpArguments& a, std::vector<float>& floats) {
 
 template <class E>
 NormGate<E> norm_gate(const NormGateArguments& a) {
-    return {in<E>(a.y), in<E>(a.g), in<E>(a.weight), in<E>(a.bias), a.tokens, a.heads, a.size, a.eps};
+    return {in<E>(a.y), in<E>(a.g), in<E>(a.weight), in<E>(a.bias), a.tokens, a.channels, a.size, a.eps};
 }
 
 template <class E>
 DeltaKeys<E> delta_keys(const DeltaKeysArguments& a) {
-    return {in<E>(a.k), in<E>(a.low), in<E>(a.a0), in<E>(a.k_k), in<E>(a.k_a), a.tokens, a.heads, a.size};
+    return {in<E>(a.k), in<E>(a.low), in<E>(a.a0), in<E>(a.k_k), in<E>(a.k_a), a.tokens, a.channels, a.size};
 }
 
 template <class E>
@@ -73,7 +73,7 @@ ValueResidual<E> value_residual(const ValueResidualArguments& a) {
 template <class E>
 NormBonusGate<E> norm_bonus_gate(const NormBonusGateArguments& a) {
     return {in<E>(a.y),      in<E>(a.r),    in<E>(a.k), in<E>(a.v), in<E>(a.g), in<E>(a.r_k),
-            in<E>(a.weight), in<E>(a.bias), a.tokens,   a.heads,    a.size,     a.eps};
+            in<E>(a.weight), in<E>(a.bias), a.tokens,   a.channels, a.size,     a.eps};
 }
 
 }  // namespace
@@ -115,29 +115,29 @@ void mix_norm_gate_backward(const NormGateArguments* a) {
 void mix_sigmoid_gate_forward(const SigmoidGateArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        sigmoid_gate_forward(in<E>(a->r), in<E>(a->v), out<E>(a->out), a->count, a->threads);
+        sigmoid_gate_forward(in<E>(a->r), in<E>(a->v), out<E>(a->out), a->tokens * a->channels, a->threads);
     });
 }
 
 void mix_sigmoid_gate_backward(const SigmoidGateArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv), a->count,
-                              a->threads);
+        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv),
+                              a->tokens * a->channels, a->threads);
     });
 }
 
 void mix_relu_square_forward(const ReluSquareArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        relu_square_forward(in<E>(a->x), out<E>(a->out), a->count, a->threads);
+        relu_square_forward(in<E>(a->x), out<E>(a->out), a->tokens * a->channels, a->threads);
     });
 }
 
 void mix_relu_square_backward(const ReluSquareArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        relu_square_backward(in<E>(a->out), in<E>(a->grad), out<E>(a->gx), a->count, a->threads);
+        relu_square_backward(in<E>(a->out), in<E>(a->grad), out<E>(a->gx), a->tokens * a->channels, a->threads);
     });
 }
 

@@ -1,6 +1,7 @@
 """Results of the CUDA kernels other than the recurrences' for random inputs: mix, bone and cross_entropy(kernels) give
 all results on the shim. The sizes are such that every kernel has more than one tile, strip and group."""
 
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -29,20 +30,17 @@ def differentiated(function, wanted, *inputs):
 
 
 def mix(kernels):
-    def call(name, like, *rest, **sizes):
-        launch = mix_cuda.launch_tiled if name in mix_cuda.TILED else mix_cuda.launch
-        launch(kernels, None, name, like, *rest, **sizes)
-
     results = []
-    with patch.object(mix_cpu, "call", call):
+    with patch.object(mix_cpu, "call", partial(mix_cuda.call, kernels=kernels)):
         low, wide = draws(torch.bfloat16), draws(torch.float32)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
             factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
-            inputs = low(1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
+            x, last, norm = low(1, 129, 128), low(1, 128), low(2, 128)
+            inputs = 1e-5, None, last, x, *norm, *factors
             with patch.object(norm_lerp, "STRIPS", 4):  # of several tokens each
-                results += differentiated(norm_ddlerp.NormDDLerp, (0, 1), *inputs)
+                results += differentiated(norm_ddlerp.NormDDLerp, (2, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
@@ -53,9 +51,9 @@ def mix(kernels):
 
 
 def bone(kernels):
-    results = []
+    results, call = [], bone_cuda.call
     with (
-        patch.object(bone_cuda, "call", lambda *rest, **sizes: bone_cuda.launch(kernels, None, *rest, **sizes)),
+        patch.object(bone_cuda, "call", lambda *rest, **sizes: call(*rest, kernels, **sizes)),
         patch.object(bone_cuda, "BLOCKS", 2),
     ):
         for dtype, rank in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 20), (torch.float32, 64)):
@@ -72,8 +70,7 @@ def bone(kernels):
 
 def cross_entropy(kernels):
     results = []
-    call = cross_entropy_cuda.launch
-    with patch.object(cross_entropy_cuda, "call", lambda *rest, **numbers: call(kernels, None, *rest, **numbers)):
+    with patch.object(cross_entropy_cuda, "call", partial(cross_entropy_cuda.call, kernels=kernels)):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]

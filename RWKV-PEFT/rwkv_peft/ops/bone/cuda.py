@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import aligned, stream
+from ..native.launch import aligned
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
@@ -116,30 +116,21 @@ def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
-def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
-    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
-    is one kernel for each; tensors and sizes by the names of BoneArguments. Does nothing for tensors without data."""
-    if like.is_meta:
-        return
-    with torch.cuda.device(like.device):
-        launch(FAMILY.kernels(like.device.index), stream(like), name, like, tensors, blocks, **sizes)
-
-
-def launch(
-    built: Kernels,
-    on: int | None,
+def call(
     name: str,
     like: Tensor,
     tensors: Mapping[str, Tensor | None],
     blocks: int,
+    kernels: Kernels | None = None,
+    /,
     **sizes: float,
 ) -> None:
-    """`call` with given kernels, on a given stream."""
+    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
+    is one kernel for each; tensors and sizes by the names of BoneArguments; kernels as in CudaFamily.run."""
     addresses = {key: None if x is None else x.data_ptr() for key, x in tensors.items()}
     arguments = BoneArguments(**addresses, **sizes, device=like.device.index or 0)
     kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
-    if blocks:
-        FAMILY.run(built, kernel, arguments, blocks, on)
+    FAMILY.run(kernel, arguments, like, blocks, kernels=kernels)
 
 
 def has_products(like: Tensor, rank: int) -> bool:
@@ -178,10 +169,10 @@ def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else aligned(x.contiguous())
 
 
-def _trial(built: Kernels, device: int) -> None:
+def _trial(kernels: Kernels, device: int) -> None:
     x = torch.zeros(1, 16, device=device)
     tensors = dict(x=x, total=torch.empty_like(x))
-    launch(built, stream(x), "shard_sum", x, tensors, 1, tokens=1, width=16, rank=16)
+    call("shard_sum", x, tensors, 1, kernels, tokens=1, width=16, rank=16)
 
 
 FAMILY = CudaFamily("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)

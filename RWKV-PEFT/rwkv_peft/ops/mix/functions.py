@@ -66,6 +66,11 @@ def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, It
     return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
 
 
+def rows_of(x: torch.Tensor) -> dict[str, int]:
+    """The sizes of x (…, C) that a kernel needs."""
+    return dict(tokens=x.shape[:-1].numel(), channels=x.shape[-1])
+
+
 def room_like(x: torch.Tensor | None) -> torch.Tensor | None:
     """An empty tensor like x; None for None."""
     return None if x is None else torch.empty_like(x)

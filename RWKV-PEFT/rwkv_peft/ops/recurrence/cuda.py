@@ -1,6 +1,5 @@
 """A recurrence's CUDA kernels as its backend."""
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..native.family import CudaFamily
 from ..native.kernels import Block, Kernels
-from ..native.launch import aligned, stream
+from ..native.launch import aligned
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 
@@ -85,23 +84,19 @@ class CudaRecurrence:
         (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
         `save`). further: the tensors of Signature.further."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, **further)
+        return self.run_forward(None, *tensors, save=save, group=group, **further)
 
     def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
         """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state. further: as in forward."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
-
-    def _kernels(self, r: Tensor) -> Kernels | None:
-        """The kernels for r's GPU; None if r has no data, because nothing will be launched."""
-        return None if r.is_meta else self.family.kernels(r.device.index)
+        return self.run_backward(None, *tensors, group=group, **further)
 
     def run_forward(
         self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` with the given kernels. group: the tokens of a group, a multiple of 64, or 0 if time is not split.
-        Raises ValueError for a group that the kernels do not take."""
+        """`forward` with given kernels, as in CudaFamily.run. group: the tokens of a group, a multiple of 64, or 0 if
+        time is not split. Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         self._check_group(r, group)
@@ -161,18 +156,15 @@ class CudaRecurrence:
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError if that fails."""
         B, T, H, N = r.shape
-        if kernels is None or sequences == 0 or H == 0:
-            return
         groups = places(B, T, sequences, group) or sequences
         values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in given.items()}
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
         arguments = self.Arguments(**values, **sizes, group=group, groups=groups)
-        with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
-            if group:
-                for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
-                    self.family.run(kernels, name, arguments, blocks, stream(r))
-            for name, block in self.plan(direction, N, r.dtype):
-                self.family.run(kernels, name, arguments, H * groups, stream(r), block)
+        if group:
+            for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
+                self.family.run(name, arguments, r, blocks, kernels=kernels)
+        for name, block in self.plan(direction, N, r.dtype):
+            self.family.run(name, arguments, r, H * groups, block, kernels)
 
     def _trial(self, kernels: Kernels, device: int) -> None:
         x = torch.zeros(1, 1, 1, 32, device=device)
