@@ -1,6 +1,6 @@
 """Checks the kernels between matrix products on a GPU: mix's, bone's and the loss's kernels against float64.
 
-    python benchmarks/gpu_ops.py [--device cpu]
+    python benchmarks/gpu_ops.py [--device cpu] [--repeats 20]
 
 One JSON object for each operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
 float64 on the device, and true if repetitions are equal. Exit code 1 if an error is more than twice plain torch's.
@@ -161,8 +161,8 @@ def results(name, inputs, dtype, device, kernels=True):
     return [x.detach().double().cpu() for x in (*outs, *(leaves[i].grad for i in wanted))]
 
 
-def check(device):
-    """{operation, dtype, right, repeated, errors} of each operation."""
+def check(device, repeats=REPEATS):
+    """{operation, dtype, right, repeated, errors} of each operation, run so often."""
     for name, (_, shapes, _) in (OPS | FUSED).items():
         for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
@@ -170,7 +170,7 @@ def check(device):
             plain = results(name, inputs, dtype, device, kernels=False)
             ours = results(name, inputs, dtype, device)
             repeated = all(
-                all(map(torch.equal, ours, results(name, inputs, dtype, device))) for _ in range(REPEATS - 1)
+                all(map(torch.equal, ours, results(name, inputs, dtype, device))) for _ in range(repeats - 1)
             )
             errors = [[float((x - true).norm() / true.norm()) for x in both] for *both, true in zip(ours, plain, truth)]
             least = 1e-5 if dtype == torch.float32 else 4e-3
@@ -182,8 +182,9 @@ def check(device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    wrong = 0
-    for entry in check(parser.parse_args(argv).device):
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    args, wrong = parser.parse_args(argv), 0
+    for entry in check(args.device, args.repeats):
         print(json.dumps(entry), flush=True)
         wrong += not (entry["right"] and entry["repeated"])
     return int(wrong > 0)

@@ -11,7 +11,6 @@ scripts/gpu_check.sh runs them. Exit code 1 if something is wrong, 2 without a u
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import gpu_ops
+import recurrences
 import torch
 
 from rwkv_peft.ops.bone import cuda as bone_cuda
@@ -298,9 +298,8 @@ def time_runs(name, runs, gy, bandwidth):
 
 def peers(op, shape, leaves, gy):
     """Forward and backward through autograd: ours and others'."""
-    benchmark = importlib.import_module(op.name)  # benchmarks/wkv6.py or wkv7.py
-    for name, function in benchmark.contenders("cuda").items():
-        if name in benchmark.SLOW:
+    for name, function in recurrences.contenders(op.name, "cuda").items():
+        if name == recurrences.SLOW:
             continue
 
         def both(function=function):

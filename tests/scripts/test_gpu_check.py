@@ -103,7 +103,7 @@ def test_every_step_runs_and_what_matters_comes_first(check):
     assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(names)
     for words in ("gpu_steps.py x060 lora", "gpu_engine.py x060", "--part resume", "--part merge", "--rows 8x4096"):
         assert words in check.calls()
-    for words in ("-DGENERATION=6", "kernel_driver/mix.cu", "--tool racecheck"):
+    for words in ("kns=wkv6", "kns=mix", "--tool racecheck"):
         assert words in check.calls()
     assert "tests --accelerator gpu" not in check.calls()
     shown = done.stdout.splitlines()
@@ -134,7 +134,7 @@ def test_a_step_that_fails_does_not_stop_the_others(check, code, outcome):
 
 
 def test_a_tool_that_fails_does_not_stop_other_programs(check):
-    assert check("--only", "memcheck", "sanitizer", failing="driver_mix").returncode == 1
+    assert check("--only", "memcheck", "sanitizer", failing="kns=mix").returncode == 1
     assert len(outcomes(check)) == 6 and list(exceptions(check)) == ["sanitizer mix"]
 
 

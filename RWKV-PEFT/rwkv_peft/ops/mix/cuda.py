@@ -46,8 +46,6 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
         "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
-        "tanh_forward": _layout("parts", "out"),
-        "tanh_backward": _layout("x parts", "gx"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
         "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
         "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
@@ -56,6 +54,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "norm_bonus_gate_backward": _layout(
             "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
         ),
+        "tanh_forward": _layout("parts", "out"),
+        "tanh_backward": _layout("x parts", "gx"),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
     }
@@ -69,13 +69,17 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "norm_lerp_backward": _layout(f"x grad passed stats gends {_GRADS}", "gx", "weight maa"),
     }
 )
-KERNELS = (
-    *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
-    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_low") for rank in LOW_RANKS),
-    *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
-)
+FUSED = ("tanh", "bonus_gate", "norm_lerp")  # operations of fused blocks alone, which are bfloat16
 
 
+def _kernels(name: str) -> list[str]:
+    """The names of an operation's kernels."""
+    if name.startswith("lerp_low"):
+        return [f"mix_{name}_{rank}" for rank in LOW_RANKS]
+    return [f"mix_{name}_{dtype}" for dtype in DTYPES.values() if dtype == "bfloat16" or not name.startswith(FUSED)]
+
+
+KERNELS = tuple(kernel for name in (*LAYOUTS, *TILED) for kernel in _kernels(name))
 _NUMBERS = "channels size strip n length sequences"
 
 
@@ -152,9 +156,6 @@ def _run_tiles(
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
         arguments.size, kernel, blocks = size, f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
     else:
-        widest = 16 // like.element_size()  # elements that a thread reads at once, if aligned
-        addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]
-        arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest
         kernel, blocks = DTYPES[like.dtype], -(-tokens // strip)
     FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
 

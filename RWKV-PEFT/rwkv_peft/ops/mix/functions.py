@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import Function
 
+from ..native.launch import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
@@ -57,8 +58,8 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of tensors like `like`, with zeros in place of None."""
-    return [torch.zeros_like(like) if grad is None else grad for grad in grads]
+    """Gradients of tensors like `like`, aligned as `aligned` has it, with zeros in place of None."""
+    return [torch.zeros_like(like) if grad is None else aligned(grad) for grad in grads]
 
 
 def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, Item]:
