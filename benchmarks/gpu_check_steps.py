@@ -103,11 +103,9 @@ def steps_of_training():
 
 def rest(folder):
     """The other steps, the most instructive first."""
-    once = program("gpu_probe", "once")
     profile = ("--methods", "bat-in", "--models", *GENERATIONS, "--shapes", "2048x7168x24", "--dtypes", "bf16")
     large = ("--tokens", "4096", "--rounds", "2", "--profile", "30")
     return (
-        Step("above 2^31", 60, (program("gpu_above"),)),
         Step("every kernel", 120, (program("gpu_probe", "smoke"),)),
         *(engine(case, folder, 90) for case in SETTINGS),
         *(
@@ -120,10 +118,7 @@ def rest(folder):
             )
         ),
         Step("kernels", 90, (program("gpu_probe", "kernels"),)),
-        *(Step(f"graphs {v}", 90, (program("gpu_graphs", "--generations", v),)) for v in GENERATIONS),
         Step("profile", 90, (program("step", *profile, *large),)),
-        Step("compilers", 180, (program("gpu_probe", "build"),)),
-        Step("ncu", 90, (("ncu", "--set", "basic", "--kernel-name", "regex:wkv", *once),), programs=("ncu",)),
         *(sanitizing(f"sanitizer {family}", family, TOOLS) for family in SANITIZED),
         Step("tests", 180, (pytest(*ON_GPUS, "-k", "cuda"),), modules=("pytest", "hypothesis")),
     )
