@@ -47,10 +47,10 @@
 #include "wkv6/groups.cuh"
 #include "wkv6/plain.cuh"
 
-RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardShared<64>))
-RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
-RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))
-RECURRENCE_KERNEL(wkv6_backward_groups_64, (chunked_groups<64, true>), 128, 5, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward, 128, 5, sizeof(ForwardShared))
+RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward, 128, 3, sizeof(BackwardShared))
+RECURRENCE_KERNEL(wkv6_forward_groups_64, chunked_groups<false>, 128, 5, sizeof(GroupShared))
+RECURRENCE_KERNEL(wkv6_backward_groups_64, chunked_groups<true>, 128, 5, sizeof(GroupShared))
 RECURRENCE_KERNEL(wkv6_forward_scan, scan_groups<false>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_backward_scan, scan_groups<true>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1, 0)
