@@ -39,7 +39,7 @@
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
 // (groups.cuh). k, a and b are given, or made inside the kernels from smaller inputs (keys.cuh). All else goes through
-// the plain kernels (plain.cuh); ops/wkv7/cuda.py chooses.
+// the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
