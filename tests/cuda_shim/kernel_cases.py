@@ -92,9 +92,9 @@ def bone(kernels):
             results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
             if bone_cuda.has_products(x, rank):
                 results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
-                left, dz = randn(150, rank), randn(150, 4 * rank)
-                results += [*bone_cuda.affine(x, matrices, 0.3, left)]
-                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, left), dz]
+                deferred, dz = randn(150, rank), randn(150, 4 * rank)
+                results += [*bone_cuda.affine(x, matrices, 0.3, deferred)]
+                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, deferred), dz]
     return results
 
 

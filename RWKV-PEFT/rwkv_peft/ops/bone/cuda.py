@@ -34,33 +34,33 @@ class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile tiled total".split()),
+        *((name, ctypes.c_void_p) for name in "x bone deferred z shift d dx g parts tile tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
         ("factor", ctypes.c_float),
     ]
 
 
-def affine(x: Tensor, bone: Tensor, factor: float = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which `tiled` adds up. left (T, r) is as in op.affine, and needs `has_products`."""
+    (groups, T, r), which `tiled` adds up. deferred (T, r) is as in op.affine, and needs `has_products`."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    tensors = dict(x=x, bone=bone, left=_whole(left), z=z, shift=shift)
+    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), z=z, shift=shift)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
-    call(_affine_kernel("forward", x, rank, left), x, tensors, tiles * groups, **sizes)
+    call(_affine_kernel("forward", x, rank, deferred), x, tensors, tiles * groups, **sizes)
     return z, shift
 
 
 def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, left: Tensor | None = None
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None
 ) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
-    x (T, in) or None; bone (in/r, r, r); left (T, r) as in `affine`, or None -> the gradient of bone, summed in
+    x (T, in) or None; bone (in/r, r, r); deferred (T, r) as in `affine`, or None -> the gradient of bone, summed in
     float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
@@ -69,9 +69,9 @@ def affine_backward_(
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
-    tensors = dict(x=x, bone=bone, left=_whole(left), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
+    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
     sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
-    call(_affine_kernel("backward", dz, rank, left), dz, tensors, shards * strips, **sizes)
+    call(_affine_kernel("backward", dz, rank, deferred), dz, tensors, shards * strips, **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
@@ -138,8 +138,8 @@ def has_products(like: Tensor, rank: int) -> bool:
     return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
 
 
-def _affine_kernel(way: str, like: Tensor, rank: int, left: Tensor | None) -> str:
-    if left is not None:
+def _affine_kernel(way: str, like: Tensor, rank: int, deferred: Tensor | None) -> str:
+    if deferred is not None:
         return f"squared_{way}_products_{rank}"
     return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
 

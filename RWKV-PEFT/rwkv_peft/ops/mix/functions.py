@@ -58,7 +58,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of tensors like `like`, aligned as `aligned` has it, with zeros in place of None."""
+    """Gradients of tensors like `like`, aligned for the kernels, with zeros in place of None."""
     return [torch.zeros_like(like) if grad is None else aligned(grad) for grad in grads]
 
 
