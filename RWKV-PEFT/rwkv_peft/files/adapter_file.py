@@ -19,7 +19,8 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
-from ..names import GENERATIONS, NONE
+from ..names import NONE
+from ..tables import GENERATIONS
 from .atomic import atomic_write
 from .dtypes import DTYPES
 from .origin import ENTRY, Origin, read_origin
@@ -213,7 +214,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
 
     if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
         refuse("variant", "one of " + ", ".join((*filter(is_saved, METHODS), NONE)))
-    precisions, versions = ("", *PRECISIONS), ("", *(version for _, version in GENERATIONS))
+    precisions, versions = ("", *PRECISIONS), ("", *GENERATIONS)
     for name, known, default in (
         ("quant", QUANTIZATIONS, "none"),
         ("precision", precisions, ""),
