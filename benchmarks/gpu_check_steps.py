@@ -106,6 +106,7 @@ def rest(folder):
     profile = ("--methods", "bat-in", "--models", *GENERATIONS, "--shapes", "2048x7168x24", "--dtypes", "bf16")
     large = ("--tokens", "4096", "--rounds", "2", "--profile", "30")
     return (
+        Step("above 2^31", 60, (program("gpu_above"),)),
         Step("every kernel", 120, (program("gpu_probe", "smoke"),)),
         *(engine(case, folder, 90) for case in SETTINGS),
         *(

@@ -36,7 +36,7 @@ def check(tmp_path):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     stand_in = STAND_IN.format(python=sys.executable)
-    for name in ("probe", "smoke", "ops", "steps", "engine", "decode"):
+    for name in ("probe", "smoke", "ops", "steps", "engine", "decode", "above"):
         (repo / "benchmarks" / f"gpu_{name}.py").write_text(stand_in)
     (repo / "benchmarks" / "step.py").write_text(stand_in)
     for module in ("pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis", "bitsandbytes"):
@@ -98,7 +98,7 @@ def test_every_step_runs_and_what_matters_comes_first(check):
     settings = ("stage 2", "stage 3", "stage 2 offload", "stage 3 offload", "grad_cp", "compile", "nf4", "int8")
     for case in ("large", *settings, "fp32", "infctx", "graphs", "packed graphs", "two GPUs"):
         assert f"engine {case}" in names
-    assert {"every kernel", "kernels", "profile", "sanitizer mix", "tests"} <= set(names)
+    assert {"above 2^31", "every kernel", "kernels", "profile", "sanitizer mix", "tests"} <= set(names)
     assert exceptions(check) == {}
     assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(names)
     for words in ("gpu_steps.py x060 lora", "gpu_engine.py x060", "--part resume", "--part merge", "--rows 8x4096"):
