@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from ..errors import UserError, short
-from .pairs import TURNS, answers, turns
+from .pairs import TURNS, answers, behind, turns
 from .templates import UnknownForm, behind_system, named_segments, segments
-from .turns import Segment, chat
+from .turns import Segment
 
 LABEL, ANSWER = "label", "completion"
 FORMS = (
@@ -35,9 +35,7 @@ def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Se
     conversation = turns(row, before, row[ANSWER]) if ANSWER in row else before or []
     if len(conversation) < 2 or not answers(conversation[-1]):
         raise UserError("the turns of a labelled row are to end in one of the assistant's, which the label judges")
-    known = len(chat(conversation[:-1]))
-    parts = [(text, counts and place >= known) for place, (text, counts) in enumerate(chat(conversation, think))]
-    return behind_system(row, parts)
+    return behind_system(row, behind(conversation, len(conversation) - 1, think))
 
 
 def label_of(row: object, names: Sequence[str] = ()) -> bool:

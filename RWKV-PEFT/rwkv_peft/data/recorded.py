@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, told
+from ..files.atomic import same_file
 from ..files.readable import require_readable
 from ..names import RUN
 from .prefix import binidx_prefix
@@ -47,7 +49,7 @@ def record_path(prefix: str | Path) -> Path:
 def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raise UserError if the record of PREFIX would replace an input, or a file that is no record."""
     path = record_path(prefix)
-    if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+    if any(same_file(path, file) for file in inputs):
         raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
     if path.exists() and not isinstance(_entry(path), dict):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
@@ -186,17 +188,10 @@ def _content(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if _is_json(text.partition(b"\n")[0]):  # rows, one a line
-            return None
+        with suppress(ValueError, RecursionError):
+            json.loads(text.partition(b"\n")[0])
+            return None  # rows, one a line
         raise UserError(
             f"{path} should name the tokenizer of the files beside it, and is not JSON ({told(error)}); copy or make "
             "it again, or move it elsewhere if it is another tool's"
         ) from error
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import RunConfig, TrainConfig
 from ..data.folders import held_out_split
-from ..data.mask_kinds import default_mask
+from ..data.prefix import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, RULES, check_settings, given, values_of
-from ...data.mask_kinds import default_mask
+from ...data.prefix import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
