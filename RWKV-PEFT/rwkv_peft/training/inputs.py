@@ -98,7 +98,7 @@ def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Ma
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     """Find (training samples, {VALIDATION and RETAINED, if flags name them: samples whose loss is measured}). Notes on
-    all join those of the training samples. Raises UserError if their tokenizers differ."""
+    all join those of the training samples."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
@@ -114,6 +114,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
         named = f"{train.val_data}, split {split}" if split else train.val_data
         samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
+        samples.notes += [f"--val_data {train.val_data}: {note}" for note in held_out.row_notes]
         if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
             samples.notes.append(
                 f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
@@ -126,11 +127,6 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
-    for flag, path, name in (
-        ("--val_data", train.val_data, VALIDATION),
-        ("--retain_data", train.retain_data, RETAINED),
-    ):
-        if path:
-            samples.notes += [f"{flag} {path}: {note}" for note in measured[name].row_notes]
+        samples.notes += [f"--retain_data {other.path}: {note}" for note in kept.row_notes]
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured

@@ -163,8 +163,7 @@ def parse_run(argv: Sequence[str]) -> Request:
 
 
 def request_of(flags: Flags) -> Request:
-    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes. Raises UserError for
-    settings that cannot work together."""
+    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes."""
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
