@@ -17,8 +17,7 @@ FORMS = (
 
 def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
     """Lay out a row (dict) as the segments of its prompt and its answer; of a chat only the last answer counts. names
-    are the fields of prompt, answer and label, if they are given; think is as in `segments`. Raises UserError for a row
-    of no known form."""
+    are the fields of prompt, answer and label, if they are given; think is as in `segments`."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
     label = names[2] if names else LABEL
@@ -38,7 +37,7 @@ def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Se
     return behind_system(row, behind(conversation, len(conversation) - 1, think))
 
 
-def label_of(row: object, names: Sequence[str] = ()) -> bool:
+def label_of(row: object, names: Sequence[str]) -> bool:
     """The label of a row that `labelled` lays out. Raises UserError for anything but true and false."""
     name = names[2] if names else LABEL
     value = row[name] if isinstance(row, dict) else None

@@ -22,8 +22,7 @@ SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # of dialogue
 
 def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
     """Lay out a row (dict) as the segments of its better and of its worse answer, each with the prompt before it. names
-    are the fields of prompt, better and worse answer, if they are given; think is as in `segments`. Raises UserError
-    for a row of no known form."""
+    are the fields of prompt, better and worse answer, if they are given; think is as in `segments`."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
     if names:

@@ -75,7 +75,7 @@ def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
 
 def read_record(path: str | Path) -> Vocabulary | None:
     """Read the Vocabulary in a PREFIX.json or a run's config.json; None if there is no such file, or if it holds none,
-    such as another tool's. Raises UserError if the file cannot be read."""
+    such as another tool's."""
     entry = _entry(path)
     if not isinstance(entry, dict):
         return None
@@ -143,7 +143,7 @@ def find_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer called name; without a name the recorded one (a Vocabulary), or else the one that vocab_size
     implies. It calls say(text) with a line if the tokenizer is not the recorded one, or if none is recorded and it is
-    probably not the model's. Raises UserError if none fits the model."""
+    probably not the model's."""
     asked = name
     if name is None and recorded is not None:
         name = recorded.name
@@ -172,15 +172,13 @@ def find_tokenizer(
 
 
 def _entry(path: str | Path) -> Any:
-    """Read the Vocabulary's entry in a JSON file, None if there is none. Raises UserError if the file cannot be
-    read."""
+    """Read the Vocabulary's entry in a JSON file, None if there is none."""
     content = _content(path)
     return content.get(ENTRY) if isinstance(content, dict) else None
 
 
 def _content(path: str | Path) -> Any:
-    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line. Raises UserError if
-    it cannot be read."""
+    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
     require_readable(path, f"{path} is gone")

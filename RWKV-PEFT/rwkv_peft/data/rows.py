@@ -54,7 +54,7 @@ class Chunk:
 
 
 def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
-    """Yield the Chunks of one input. Raises UserError if it is missing or of no known kind.
+    """Yield the Chunks of one input.
 
     split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
     With pieces=True a .txt file comes in pieces, cut where a line begins with a visible character.
@@ -107,7 +107,7 @@ def held_bytes(item: object) -> int:
 
 
 def values_in(text: bytes) -> int:
-    """The number of values in a row of JSON, or more where its texts have commas."""
+    """The number of values in a row of JSON, or more if its texts have commas."""
     return sum(map(text.count, (b",", b"[", b"{")))
 
 
