@@ -14,13 +14,14 @@ from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
 from ..files.base import Base
+from ..names import METRICS
 from .flags.epochs import with_chosen_epochs
 from .flags.rates import with_first_rates
 from .flags.request import Request
 from .measuring.validate import RETAINED, VALIDATION
-from .saving.history import Lowest
+from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, lowest_before, other_retained, validated_from
+from .saving.resume import find_state, other_retained, validated_from
 from .saving.saved_files import require_files
 from .step.plan import Plan
 
@@ -69,20 +70,14 @@ def find_inputs(request: Request) -> Inputs:
     if state:
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
-    config = with_tokenizer(replace(config, train=train), samples)
+    config = replace(config, train=train)
+    if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
+        name = samples.vocabulary.name if samples.vocabulary else ""
+        config = replace(config, data=replace(config.data, tokenizer=name))
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
-    lowest = lowest_before(train, plan, identity["validated_from"])
+    lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
     return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
-
-
-def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
-    """Return the RunConfig with the recorded tokenizer of token files that were made before, "" if none is recorded;
-    data of rows keeps its tokenizer."""
-    if config.data.of_rows:
-        return config
-    name = samples.vocabulary.name if samples.vocabulary else ""
-    return replace(config, data=replace(config.data, tokenizer=name))
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
