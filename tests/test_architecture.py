@@ -48,6 +48,7 @@ PARTS = (
             "rules",
             "cli",
             "names",
+            "tables",
             "memory",
             "installing",
             "gpus",

@@ -85,6 +85,13 @@ def test_what_is_not_here_is_told_by_its_meaning(files, more, words):
         main(flags(files, *more.split()))
 
 
+@pytest.mark.parametrize("value", ['{"a":1}', '{"mask0":1.5,"mask1":"x"}'])
+def test_a_marker_that_cannot_be_read_is_one_mistake(files, value):
+    with pytest.raises(UserError) as refusal:
+        main(flags(files, "--loss_mask", "se", "--mask_id", value))
+    assert "--mask_id" in str(refusal.value) and "things are wrong" not in str(refusal.value)
+
+
 def test_a_seed_of_several_nodes_is_given(files, monkeypatch):
     monkeypatch.setenv("NODE_RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -19,7 +19,8 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
-from ..names import GENERATIONS, NONE
+from ..names import NONE
+from ..tables import GENERATIONS
 from .atomic import atomic_write
 from .base import Base
 from .dtypes import DTYPES
@@ -213,7 +214,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
         "variant": (*filter(is_saved, METHODS), NONE),
         "quant": QUANTIZATIONS,
         "precision": ("", *PRECISIONS),
-        "generation": ("", *(version for _, version in GENERATIONS)),
+        "generation": ("", *GENERATIONS),
     }
     for name, value in ({"variant": None} | values).items():
         if name in known:

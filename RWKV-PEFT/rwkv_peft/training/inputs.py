@@ -58,7 +58,7 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "objective": train.objective,
+        "objective": config.objective.name,
         "precision": train.precision,
         "validation": validation,
         "retained": retained,

@@ -14,7 +14,6 @@ from typing import Any
 from ...config import WORDS, AdapterConfig, forms
 from ...config.methods import JSON_FLAGS, PEFT_FLAG, words_with
 from ...errors import UserError, short, told
-from ...names import NONE
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 
@@ -54,16 +53,9 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
     """Yield refusals of flags that do not go with the given --peft."""
-    if args.peft == NONE and args.target_modules is not None:
-        yield (
-            f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
-            "none; choose what trains with --train_parts, or name a --peft"
-        )
     for flag, words in (*single_flags(), *((flag, words) for flag, words, _ in json_flags(args.peft))):
         if getattr(args, flag) is not None and args.peft not in words:
             yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
-    if args.quant != "none" and args.peft == NONE:
-        yield f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none"
 
 
 def single_flags() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -99,10 +91,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
             "bat-in"
         )
-    adapter = AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
-    if args.peft in WORDS and (words := next(WORDS[args.peft].settings.contradictions(adapter), "")):
-        raise UserError(words)
-    return adapter
+    return AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
 
 
 def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
                 found[f"--{named}" if named else field.name] = getattr(settings, field.name)
     data = identity["data"]
     found |= {
+        "the objective": found.pop("name"),
         "the data": f"{data['content']} ({data['samples']:,} samples)",
         "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],
