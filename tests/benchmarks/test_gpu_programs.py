@@ -10,34 +10,12 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-ROWS = "--device cpu --elements 4000 --tokens 20 --heads 2".split()
 
 
 @pytest.fixture
 def program(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
-
-
-def test_the_last_of_many_rows_is_what_it_is_alone(program, capsys):
-    assert program("gpu_above").main(ROWS) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [entry["operation"] for entry in found] == ["wkv6", "wkv7", "relu_square", "sigmoid_gate", "loss"]
-    assert all(entry["right"] and entry["elements"] > 4000 for entry in found)
-
-
-def test_an_operation_that_loses_its_last_row_is_wrong(program, capsys, monkeypatch):
-    above, square = program("gpu_above"), torch.square
-    monkeypatch.setitem(
-        above.OPERATIONS, "relu_square", lambda rows, args: above.elementwise(wraps_around(square), 1, rows, args)
-    )
-    assert above.main([*ROWS, "--only", "relu_square"]) == 1
-    assert not json.loads(capsys.readouterr().out)["right"]
-
-
-def wraps_around(function):
-    """Make a function of rows wrong: some of its rows, the last among them, are computed from zeros."""
-    return lambda x: function(x * torch.ones_like(x).index_fill(0, torch.tensor(len(x) - 1), float(len(x) == 1)))
 
 
 def test_lines_that_wait_for_the_gpu_are_told(program, monkeypatch):
