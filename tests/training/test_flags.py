@@ -136,7 +136,7 @@ def test_rows_in_the_order_of_the_file(files):
     [
         (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
         (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
-        (["--op", "hip"], "other kernels; those here are chosen by the device; give cuda or fla or triton"),
+        (["--op", "hip"], "other kernels, and the device chooses them here; give cuda or fla or triton"),
         (["--train_type", "lisa"], "--train_type: invalid choice: 'lisa'"),
         (
             ["--peft", "bone", "--train_type", "finetune"],

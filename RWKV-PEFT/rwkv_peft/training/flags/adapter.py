@@ -53,10 +53,7 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
     """Yield refusals of flags that do not go with the given --peft."""
-    for flag, words in single_flags():
-        if getattr(args, flag) is not None and args.peft not in words:
-            yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
-    for flag, words, _ in json_flags(args.peft):
+    for flag, words in (*single_flags(), *((flag, words) for flag, words, _ in json_flags(args.peft))):
         if getattr(args, flag) is not None and args.peft not in words:
             yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
 
@@ -74,8 +71,7 @@ def parts_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:
-    """Make the AdapterConfig from single flags and JSON values. Raises UserError if they contradict each other or do
-    not fit the method."""
+    """Make the AdapterConfig from single flags and JSON values."""
     given: dict[str, Any] = {name: getattr(args, flag) for word in WORDS.values() for name, flag in word.flags}
     given["targets"] = None if args.target_modules is None else tuple(args.target_modules)
     for flag, _, keys in json_flags(args.peft):
@@ -99,8 +95,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
 
 
 def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
-    """Parse the JSON value of --flag -> {AdapterConfig field: value}. Raises UserError for mistakes such as an unknown
-    key."""
+    """Parse the JSON value of --flag -> {AdapterConfig field: value}."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ from ...cli import Parser
 from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
-from ...data.mask_kinds import default_mask
+from ...data.prefix import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
@@ -186,8 +186,7 @@ def parse_run(argv: Sequence[str]) -> Request:
 
 
 def request_of(flags: Flags) -> Request:
-    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes. Raises UserError for
-    settings that cannot work together."""
+    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes."""
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
