@@ -152,7 +152,7 @@ def flags(*more):
         (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
         (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),
         (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
-        (["--retain_data", "x"], "--retain_data: "),
+        (["--retain_data", "x"], "--retain_data x: "),
         (["--ctx_len", "256"], "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
         (["--num_generations", "1"], "1 is below 2"),
     ],
@@ -163,9 +163,9 @@ def test_flags_that_do_not_go_together(more, words):
 
 
 def test_flags_need_their_data():
-    with pytest.raises(UserError, match="does not go with no --reward: nothing judges the answers"):
+    with pytest.raises(UserError, match="--objective grpo needs --reward: that judges the answers; name a task"):
         parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts"])
     with pytest.raises(UserError, match="--num_generations 4 does not go with --data_type sft"):
         parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--num_generations", "4"])
-    with pytest.raises(UserError, match="--reward gsm8k belongs to --objective grpo"):
+    with pytest.raises(UserError, match="--reward gsm8k needs --objective grpo"):
         parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--reward", "gsm8k"])

@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli import alias, at_least_two, count, positive
-from ..names import DATALOADS, LOSS_MASKS
+from ..names import LOSS_MASKS
+from ..tables import SAMPLINGS
 from .setting import setting
 
 
@@ -91,7 +92,7 @@ class DataConfig:
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
         "and token files with a PREFIX.mask; pack for pairs, labels and prompts; else get)",
         unset=True,
-        choices=DATALOADS,
+        choices=tuple(SAMPLINGS),
     )
     loss_mask: str = setting(
         "none",

@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli import above_zero, finite, not_negative, positive, share
-from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..config.objective import ANSWERS, Contradiction, Figure, Objective, Passes
+from ..cli import above_zero, finite, not_negative, positive, share, stop_text
+from ..config import TrainConfig
+from ..config.objective import ANSWERS, OF_BASE, Figure, Objective, Passes
+from ..config.rules import STAGE_3
 from ..config.setting import setting
+from ..rules import EXCLUDES, NEEDS, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,20 @@ class GRPO(Objective):
     unit = "prompt"
     needs = (ANSWERS,)
     figures = (REWARD, LENGTH)
+    excludes = (
+        ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
+        ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
+        ("--train_type infctx", "an answer is drawn and learned as a whole", "leave it out"),
+        ("--dataload !pack", "answers are packed", "leave it out"),
+        ("--loss_mask !file", "answers alone count", "leave it out"),
+        ("--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),
+        ("--retain_data", "it is measured by answers that rows hold", "leave it out"),
+        (STAGE_3, "ranks draw different numbers of tokens, and none holds a whole layer", "take stage 1 or 2"),
+    )
+    rules = (
+        Rule("--objective grpo", NEEDS, "--reward", "that judges the answers", "name a task, or FILE.py:FUNCTION"),
+        *(Rule("--kl_beta", EXCLUDES, *exclusion) for exclusion in OF_BASE),
+    )
     form: str = setting(
         "grpo",
         "the loss: grpo; dr_grpo, which weighs neither length nor spread; dapo, by tokens; gspo and rloo, by whole "
@@ -103,6 +119,7 @@ class GRPO(Objective):
         r"also end answers at these texts; \n and \t are newline and tab (always: at the end of the document, and at "
         "the next turn of a known layout)",
         flag="draw_stop",
+        type=stop_text,
         nargs="+",
         metavar="TEXT",
     )
@@ -201,25 +218,13 @@ class GRPO(Objective):
         kl = f", and {self.kl_beta:g} times the distance from the base" if self.asks_base else ""
         return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}"
 
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
-        yield from super().rules(adapter, data, train)
-        yield not self.reward, "no --reward", "nothing judges the answers; name a task, or FILE.py:FUNCTION"
-        yield (
-            len(self.weights) not in (0, len(self.reward)),
-            f"--reward_weights {' '.join(f'{weight:g}' for weight in self.weights)}",
-            f"there are {len(self.reward)} rewards; give a weight for each",
-        )
-        for flag in ("epoch_steps", "save_every"):
-            number = getattr(train, flag)
-            why = f"--num_iterations {self.iterations} steps learn from the same answers; give a multiple"
-            yield number % self.iterations != 0, f"--{flag} {number}", why
-        yield "" in self.stop, "an empty --draw_stop", "it would end an answer before its first token"
-        yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
-        yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 1e-5"
-        yield train.chunk_ctx > 0, "--train_type infctx", "an answer is drawn and learned as a whole"
-        yield train.cuda_graphs, "--cuda_graphs 1", "each step has answers of other lengths"
-        stage = f"--strategy {train.strategy}"
-        yield train.stage == 3, stage, "ranks draw different numbers of tokens, and no one holds a whole layer"
-        yield data.dataload != "pack", f"--dataload {data.dataload}", "answers are packed; leave the flag out"
-        yield data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"
-        yield bool(train.retain_data), "--retain_data", "it is measured by the loss of answers that rows hold"
+    def problems(self, train: TrainConfig) -> Iterator[str]:
+        if self.weights and len(self.weights) != len(self.reward):
+            given = " ".join(f"{weight:g}" for weight in self.weights)
+            yield f"--reward_weights {given}: there are {len(self.reward)} rewards; give a weight for each"
+        for flag, number in (("epoch_steps", train.epoch_steps), ("save_every", train.save_every)):
+            if number % self.iterations:
+                yield (
+                    f"--{flag} {number}: --num_iterations {self.iterations} steps learn from the same answers; give a "
+                    "multiple of that"
+                )

@@ -7,7 +7,7 @@ from ..errors import UserError
 from ..evals.equivalence import require_math_verify
 from ..evals.problems import layout_of
 from ..evals.task import AnswerTask
-from ..evals.tasks import TASKS
+from ..tables import TASKS
 from .reward import Answer, Reward
 
 
@@ -16,7 +16,7 @@ class TaskReward(Reward):
     read from the row as eval reads it."""
 
     def __init__(self, name: str, measure: str = "") -> None:
-        task = TASKS[name]
+        task = TASKS[name]()
         assert isinstance(task, AnswerTask)  # because the name is of WRITTEN
         if measure and measure not in task.measures:
             raise UserError(f"{name} has no measure {measure!r}; name {' or '.join(task.measures)}")
