@@ -1,9 +1,10 @@
 # Learns from rewards alone, on two CPU cores in less than ten minutes: sh scripts/grpo_demo.sh [--flags]
 #
-# The bundled RWKV-7 is to answer questions in JSON (demo/README.md). A supervised start of 70 steps leaves an adapter that
-# answers few of them. From there on it sees no answer any more: it writes eight to each prompt itself, and those that are
-# right, letter by letter, earn 1. At the end the merged model answers held-out questions, 95 % of them at least.
-# --flags go to the second run; docs/guides/rewards.md describes them.
+# The bundled RWKV-7 is to answer questions in JSON (demo/README.md). A supervised start of 70 steps leaves an adapter
+# that answers few of them. From there on it sees no answer any more: it writes eight to each prompt itself, and those
+# that are right, letter by letter, earn 1. At the end the merged model answers held-out questions, 95 % of them at least
+# (96.5 % when this was written, after four minutes of processor time). --flags go to the second run;
+# docs/guides/rewards.md describes them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$0" ;;
@@ -39,7 +40,7 @@ asked start
 
 step "2. from here on by an exact reward alone"
 train --data_type prompts --reward jsonl --draw_stop '\n' --num_generations 8 --max_completion_length 72 --micro_bsz 8 \
-    --bone_load "$out/start/adapter.safetensors" --epoch_steps 200 --lr_init 3e-4 --lr_final 3e-5 \
+    --bone_load "$out/start/adapter.safetensors" --epoch_steps 250 --lr_init 6e-4 --lr_final 6e-5 \
     --proj_dir "$out/rewarded" "$@"
 
 step "3. the merged model"
