@@ -212,6 +212,13 @@ def below_one(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
 def count(text: str) -> int:
     value = whole(text)
     if value < 0:

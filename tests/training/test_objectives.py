@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rwkv_peft.config.objective import TEACHER
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
@@ -33,6 +34,7 @@ def row(data_type, i):
 def folder(tmp_path_factory, tiny_state):
     folder = tmp_path_factory.mktemp("objectives")
     save_model(folder / "base.pth", tiny_state(vocab_size=257))
+    save_model(folder / "teacher.pth", tiny_state(vocab_size=257, n_embd=96))
     for data_type in ("sft", "pairs", "labels"):
         rows = (row(data_type, i) for i in range(NUMBER))
         (folder / f"{data_type}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,6 +51,8 @@ def train(folder, accelerator):
         flags += ["--lr_init", "3e-3", "--lr_schedule", "constant", "--accumulate_grad_batches", 2, "--val_split", 0.2]
         flags += ["--precision", "fp32", "--accelerator", accelerator, "--epoch_count", 2, "--answer_rows", 0]
         flags += ["--epoch_save", 1, "--data_shuffle", 0, "--proj_dir", folder / name, *more]
+        if TEACHER in OBJECTIVES[objective].needs:
+            flags += ["--teacher_model", folder / "teacher.pth"]
         ranks = start_ranks([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
         return [finish(rank) for rank in ranks][0][0]
 
@@ -134,7 +138,7 @@ OF_ANSWERS = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.of_tokens])
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.unit != "token"])
 def test_what_has_no_answer_to_compare_with_is_refused(name):
     objective = OBJECTIVES[name]
     data_type = objective.rows[0]

@@ -7,7 +7,7 @@ file of an objective imports torch before a loss is computed, so that flags are 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..names import NONE
 from .adapter import AdapterConfig
@@ -17,21 +17,23 @@ from .train import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Head = Callable[[Tensor, Tensor], Tensor]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
-    Pass = Callable[[Head], Tensor]  # a pass over a batch, which ends in a Head -> its result
+    Head = Callable[[Tensor, Tensor], Any]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
+    Pass = Callable[[Head], Any]  # a pass over a batch, which ends in a Head -> its result
     Batch = Mapping[str, Tensor]
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
+TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
 Contradiction = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
 
 
 class Passes(NamedTuple):
-    """Passes over a step's batch, for an objective to compute with: through the model, with gradients, and through the
-    model as it was before training, without."""
+    """Passes over a step's batch, for an objective to compute with: through the model, with gradients; and without,
+    through the model as it was before training, and through its teacher."""
 
     model: "Pass"
     base: "Pass"
+    teacher: "Pass"
 
 
 class Figure(NamedTuple):
@@ -50,10 +52,11 @@ class Objective(ABC):
     - name: the value of --objective; text: its line in the help
     - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
     - unit: what its loss is a mean over
-    - needs: what it asks for besides a pass through the model: BASE
+    - needs: what it asks for besides a pass through the model: BASE, TEACHER
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
+    - teacher: the file of the model whose word it asks for, if it needs a TEACHER
     """
 
     name: ClassVar[str]
@@ -63,6 +66,7 @@ class Objective(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     of_tokens: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
+    teacher = ""  # no annotation, which would make it a field of every objective
 
     @abstractmethod
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":

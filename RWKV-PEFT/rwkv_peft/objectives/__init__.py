@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..config import Objective
+from .distill import Distill
 from .dpo import DPO
 from .ipo import IPO
 from .kto import KTO
@@ -13,7 +14,7 @@ from .simpo import SimPO
 
 # --objective -> its class; of several that learn from the same rows the first is their default
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
-    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO)}
+    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, Distill)}
 )
 
 

@@ -15,6 +15,7 @@ from ..ranks.meeting import Ranks
 from ..ranks.watch import Watch
 from ..saving.saver import Saver
 from ..step.plan import Plan
+from ..step.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Prepared:
     """A run that is ready to begin, on Ranks that have met.
 
     trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
-    before and after training, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
+    before and after training, or None; teacher: the model that it learns from, or None; checkpoint: the one to go on
+    from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig
@@ -34,6 +36,7 @@ class Prepared:
     examiners: Sequence[Examiner]
     rows: BeforeAfter | None
     saver: Saver
+    teacher: Teacher | None
     checkpoint: Path | None
     accelerator: str
     ranks: Ranks

@@ -36,12 +36,13 @@ from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.steps import Segments, Step, Way, Whole, straight
+from ..step.teacher import Teacher
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 
 
-def step_of(config: RunConfig, samples: Samples) -> Step:
+def step_of(config: RunConfig, samples: Samples, teacher: Teacher | None = None) -> Step:
     """Choose the Step for batches of `samples`: over whole rows, or segments of them."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
@@ -50,7 +51,7 @@ def step_of(config: RunConfig, samples: Samples) -> Step:
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
-        return Whole(objective, way, base_way)
+        return Whole(objective, way, base_way, None if teacher is None else teacher.model)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
@@ -65,7 +66,8 @@ def make_lit(run: Prepared) -> Lit:
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
     rates = run.family if train.layerwise_lr else None
-    return Lit(run.model, train, step_of(run.config, run.samples), plan.total_steps, plan.first_step, rates, ratios)
+    step = step_of(run.config, run.samples, run.teacher)
+    return Lit(run.model, train, step, plan.total_steps, plan.first_step, rates, ratios)
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:
@@ -90,7 +92,8 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         callbacks=[
             Moves(run.watch),
             FiniteGradients(accumulate),
-            *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
+            *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
+            *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
             Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),

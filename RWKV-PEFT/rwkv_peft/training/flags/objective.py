@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...objectives import OBJECTIVES, takers_of
+from ...rules import words_of
 from .parser import flag_of, settings_of
 
 
@@ -23,10 +24,12 @@ def check_objective(args: argparse.Namespace, objective: Objective) -> Iterator[
         )
     for other in OBJECTIVES.values():
         for field in fields(other):
-            flag = flag_of(field)
-            if not isinstance(objective, other) and getattr(args, str(flag)) != field.default:
+            flag = str(flag_of(field))
+            value = getattr(args, flag)
+            value = tuple(value) if isinstance(value, list) else value
+            if not isinstance(objective, other) and value != field.default:
                 yield (
-                    f"--{flag} {getattr(args, str(flag)):g} belongs to --objective {other.name} (of --data_type "
+                    f"--{flag} {' '.join(words_of(value))} belongs to --objective {other.name} (of --data_type "
                     f"{' or '.join(other.rows)}), and the objective is {objective.name} (of {args.data_type}); give "
                     f"that objective and data, or leave --{flag} out"
                 )

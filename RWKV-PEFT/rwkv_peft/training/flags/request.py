@@ -41,7 +41,8 @@ class Request(NamedTuple):
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read.
+    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read; teacher: the
+    model that it learns from, or None.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Request(NamedTuple):
     check_flags: bool = False
     new_file: bool = False
     notes: tuple[str, ...] = ()
+    teacher: "Base | None" = None
 
 
 class Flags(NamedTuple):
@@ -168,6 +170,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, notes = flags
@@ -191,8 +194,8 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    config = RunConfig(model, adapter, data, train, objective)
-    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
+    config, teacher = RunConfig(model, adapter, data, train, objective), open_teacher(objective, model.vocab_size)
+    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes, teacher)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

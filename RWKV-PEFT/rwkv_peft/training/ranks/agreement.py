@@ -19,6 +19,7 @@ from ..flags.world import World
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
     "load_model",
+    "teacher",
     "path",
     "tokenizer",
     "val_data",
@@ -72,9 +73,9 @@ def digest_of_code() -> str:
 
 
 def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
-    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: the base,
-    because its fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins with.
-    {} for one process, which has no other to compare with."""
+    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: base and
+    teacher, because a fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins
+    with. {} for one process, which has no other to compare with."""
     if world.size == 1:
         return {}
     adapter, states = config.adapter, config.train.state_load
@@ -83,7 +84,8 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
         "the factors that it began with": digest_of(adapter.init),
         "the states to start from": states and digest_of(adapter_of_run(states)),
     }
-    return {"the file of the base": digest_of(config.train.load_model)} | ({} if goes_on else begins)
+    files = {"the base": config.train.load_model, "the teacher": config.objective.teacher}
+    return {f"the file of {name}": digest_of(path) for name, path in files.items()} | ({} if goes_on else begins)
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
