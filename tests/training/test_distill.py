@@ -10,9 +10,10 @@ from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.models.state import is_time_state, time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plan.command import main as plan
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.step.teacher import make_teacher, open_teacher, require_own_tokens
 from training.runs import finish, metrics, start, start_ranks
@@ -152,6 +153,29 @@ def test_a_teacher_begins_with_the_time_states_of_its_file(tmp_path, family):
     tuned = model.tuned_states()
     torch.testing.assert_close(make_teacher(plain, config, torch.device("cpu")).model(tokens, tuned)[0], logits[1])
     assert not torch.allclose(*logits)
+
+
+def test_a_teacher_has_its_adapters_and_states(files, command, tmp_path):
+    """Its words are those of the merged model, with the states of the file."""
+    finish(start(command("tuned", "--train_parts", "state", "--epoch_count", "1")))
+    base, adapter = str(files / "base.pth"), str(files / "tuned" / "adapter.safetensors")
+    merge(["--base_model", base, "--bone_checkpoint", adapter, "--output", str(tmp_path / "merged.pth")])
+    merged = open_teacher(Distill(str(tmp_path / "merged.pth")), 80)
+    ours = open_teacher(Distill(base, (adapter,)), 80)
+    assert merged.fingerprint == ours.fingerprint and ours.has_states
+    states = {key: tensor for key, tensor in merged.tensors.items() if is_time_state(key)}
+    save_model(tmp_path / "state.pth", {key: tensor + 1 for key, tensor in states.items()})
+    other = open_teacher(Distill(base, (adapter,), str(tmp_path / "state.pth")), 80)
+    for key, tensor in other.tensors.items():
+        assert torch.equal(tensor, merged.tensors[key] + (key in states))
+
+
+def test_a_teacher_in_the_place_where_a_run_saves_is_refused(files, distil):
+    folder = files / "taught-there"
+    folder.mkdir()
+    path = write_model(folder / "rwkv.pth", FAMILIES[1])
+    with pytest.raises(UserError, match=f"{path} is to be read, and --proj_dir {folder} is where this run writes"):
+        parse_run(distil("taught-there", "--teacher_model", str(path), "--peft", "none")[2:])
 
 
 def test_a_plan_counts_the_teacher(files, teacher, capsys):

@@ -56,7 +56,7 @@ class Objective(ABC):
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
-    - teacher: the file of the model whose word it asks for, if it needs a TEACHER
+    - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER
     """
 
     name: ClassVar[str]
@@ -66,7 +66,10 @@ class Objective(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     of_tokens: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
-    teacher = ""  # no annotation, which would make it a field of every objective
+    # without annotations, which would make them fields of every objective
+    teacher = ""
+    teacher_adapters = tuple[str, ...]()
+    teacher_state = ""
 
     @abstractmethod
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":

@@ -39,6 +39,14 @@ class Distill(Objective):
     teacher: str = setting(
         "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
     )
+    teacher_adapters: tuple[str, ...] = setting(
+        (),
+        "adapters to merge into the teacher, in memory and in this order",
+        flag="teacher_adapter",
+        nargs="+",
+        metavar="FILE",
+    )
+    teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
     kind: str = setting(
         FORWARD,
         "forward: KL(teacher | student), which covers what the teacher says; reverse: KL(student | teacher), which "

@@ -109,7 +109,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(check_rules, objective, adapter, data, train)
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
-    refusals.gather(check_overwriting, adapter, data, train)
+    refusals.gather(check_overwriting, adapter, data, train, objective)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, notes)

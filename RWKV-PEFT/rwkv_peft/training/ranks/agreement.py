@@ -20,6 +20,8 @@ from ..flags.world import World
 FREE = (
     "load_model",
     "teacher",
+    "teacher_adapters",
+    "teacher_state",
     "path",
     "tokenizer",
     "val_data",
@@ -84,8 +86,14 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
         "the factors that it began with": digest_of(adapter.init),
         "the states to start from": states and digest_of(adapter_of_run(states)),
     }
-    files = {"the base": config.train.load_model, "the teacher": config.objective.teacher}
-    return {f"the file of {name}": digest_of(path) for name, path in files.items()} | ({} if goes_on else begins)
+    teacher = config.objective
+    always = {
+        "the file of the base": digest_of(config.train.load_model),
+        "the file of the teacher": digest_of(teacher.teacher),
+        "the teacher's adapters": " ".join(digest_below(adapter_of_run(path)) for path in teacher.teacher_adapters),
+        "the teacher's states": teacher.teacher_state and digest_of(adapter_of_run(teacher.teacher_state)),
+    }
+    return always | ({} if goes_on else begins)
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:

@@ -8,11 +8,14 @@ from ...config import Objective, RunConfig
 from ...config.objective import TEACHER
 from ...data.recorded import Vocabulary, recorded_beside
 from ...errors import UserError
-from ...files.base import Base, open_base
+from ...files.adapters import read_adapter
+from ...files.base import Base, base_of, open_base
 from ...files.dtypes import DTYPES
+from ...files.state_file import read_states
 from ...fused import Setting, fuse
 from ...models.parts import LanguageModel
 from ...models.state import State, split_time_states, state_of
+from ...release.merge import check_fingerprints, merged_tensors
 
 
 class Teacher(NamedTuple):
@@ -23,8 +26,8 @@ class Teacher(NamedTuple):
 
 
 def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
-    """Open the file of the teacher that an objective asks for, None if it asks for none. Raises UserError as open_base
-    does, and for another vocabulary than the student's."""
+    """Open the teacher that an objective asks for, with its adapters and states, None if it asks for none. Raises
+    UserError as opening and merging do, and for another vocabulary than the student's."""
     if TEACHER not in objective.needs:
         return None
     teacher = open_base(objective.teacher)
@@ -33,6 +36,14 @@ def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
             f"--teacher_model {teacher.path} has a vocabulary of {teacher.config.vocab_size:,} tokens, and its student "
             f"{vocab_size:,}; a teacher speaks of the same tokens: name another"
         )
+    if objective.teacher_adapters:
+        named = [(path, read_adapter(path, teacher.tensors)) for path in objective.teacher_adapters]
+        check_fingerprints(teacher, named)
+        teacher = base_of(merged_tensors(teacher, named), teacher.path)
+    if objective.teacher_state:
+        states = read_states(objective.teacher_state)
+        states.check_generation(teacher.config.version)
+        teacher = states.added_to(teacher)
     return teacher
 
 
