@@ -133,8 +133,8 @@ DAMAGED = (
     ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], and a number is due"),
     ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, and a number is due"),
     ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
-    ("compare.json", b"[" * 100_000, "compare.json: not JSON"),
-    ("compare.json", b"[]", "holds a comparison of other settings"),
+    ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
+    ("compare.json", b"[]", "compare.json holds no settings, but a list"),
 )
 
 
@@ -209,18 +209,21 @@ def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows)
     [
         ([], "flags of train.py are missing"),
         (["--"], "flags of train.py are missing"),
-        (["--", *MODEL], "add --val_data or --val_split"),
+        (["--", *MODEL], "needs --val_data or --val_split: .* add one of them after --"),
         (["--", *TRAIN, "--lr_init=1e-3"], "--lr_init=1e-3 after --: the comparison sets it"),
         (["--", *TRAIN, "--lerning_rate", "1"], "there is no --lerning_rate"),
         (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
         (["--methods", "full", "bone", "--", *TRAIN], "put another method first"),
-        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "would change the parameters of full"),
+        (
+            ["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"],
+            "bone full does not go with --train_parts",
+        ),
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
         (
             ["--rank", "8", "--", *TRAIN, "--data_type", "pairs"],
-            "--objective dpo: a comparison goes by the validation loss",
+            "does not go with --objective dpo: it goes by the validation loss",
         ),
     ],
 )

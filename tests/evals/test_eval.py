@@ -237,11 +237,11 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["gsmk", "--data", "d.jsonl"], "did you mean gsm8k"),
-        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots_data FILE; give both"),
-        (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
+        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots 2 needs --shots_data or .*; give both"),
+        (["lambada", "--data", "d.jsonl", "--stop", "x"], "--stop x does not go with a task whose .* .lambada."),
         (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),
-        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch 0"),
-        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least 90.0: a share"),
+        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch: 0 is below 1"),
+        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least: 90 is no share"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):

@@ -127,7 +127,7 @@ def test_a_system_text_stands_before_the_first_turn_of_each_chat(chat, model, th
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt", "a", "--system", "Be."], "--system comes before the first turn of --chat; without --chat"),
+        (["--prompt", "a", "--system", "Be."], "--system Be. needs --chat: it comes before the first turn; without it"),
         (["--chat", "--system", " "], "--system: an empty text says nothing"),
     ],
 )

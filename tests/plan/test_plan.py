@@ -238,7 +238,7 @@ def test_sizes_of_memory(text, value):
         ((*NEW, "--n_layer", "1000000000"), "1000000000 is above 1,000"),
         ((*NEW, "--n_embd", "1000000000000"), "1000000000000 is above 1,048,576"),
         ((*NEW, "--n_embd", "1048576", "--peft", "none", "--accelerator", "cpu"), "GiB, and this machine has"),
-        ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "--accelerator cpu trains on none"),
+        ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "cpu: it plans for a GPU, and that trains on none"),
         (("--gpu", "24GiB"), "a new model needs --n_layer"),
         ((*NEW, "--gpu", "24GiB", "--bone_r", "48"), "does not divide"),
         ((*NEW, "--micro_bsz", "0"), "0 is below 1"),

@@ -157,7 +157,7 @@ def test_an_adapter_given_twice_is_refused(folder):
 
 
 def test_verifying_a_dry_run_is_refused(folder):
-    with pytest.raises(UserError, match="--dry_run writes none"):
+    with pytest.raises(UserError, match="--read_back does not go with --dry_run"):
         run(folder, "--verify", "--dry_run")
 
 

@@ -101,15 +101,23 @@ def test_a_teacher_that_is_overwritten_ends_the_run(files, command, tiny_state):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ((), "--objective distill .* does not go with no --teacher_model: .* name a .pth with the same vocabulary"),
-        (("--teacher_model", "t.pth", "--distill_beta", "0.3"), r"--distill_beta 0.3: it is of --distill_kl jsd"),
-        (("--teacher_model", "t.pth", "--distill_kl", "jsd", "--distill_beta", "1"), "it lies between 0 and 1"),
-        (("--teacher_model", "t.pth", "--distill_weight", "0"), "the teacher says nothing then; give more"),
-        (("--teacher_model", "t.pth", "--distill_weight", "1.5"), "1.5 is above 1"),
+        ((), "--objective distill needs --teacher_model: it learns from one; name a .pth of the same tokens"),
+        (("--teacher_model", "t.pth", "--distill_beta", "0.3"), "--distill_beta 0.3 needs --distill_kl jsd"),
+        (("--teacher_model", "t.pth", "--distill_beta", "1"), "1 must be below 1"),
+        (("--teacher_model", "t.pth", "--distill_beta", "0"), "0 is not above 0"),
+        (("--teacher_model", "t.pth", "--distill_weight", "0"), "0 is not above 0"),
+        (("--teacher_model", "t.pth", "--distill_weight", "1.5"), "1.5 is no share"),
         (("--teacher_model", "t.pth", "--distill_temperature", "0"), "0 is not above 0"),
-        (("--teacher_model", "t.pth", "--train_type", "infctx"), "--train_type infctx: the teacher reads whole rows"),
-        (("--teacher_model", "t.pth", "--lr_init", "auto"), "--lr_init auto: its rule is for another loss"),
-        (("--teacher_model", "t.pth", "--peft", "lora-ga"), "--peft lora-ga: it begins with the gradient of another"),
+        (
+            ("--teacher_model", "t.pth", "--train_type", "infctx"),
+            "distill does not go with --train_type infctx: the te",
+        ),
+        (("--teacher_model", "t.pth", "--lr_init", "auto"), "does not go with --lr_init auto: its rule is for another"),
+        (("--teacher_model", "t.pth", "--peft", "lora-ga"), "does not go with --peft lora-ga: it begins with the grad"),
+        (
+            ("--objective", "next_token", "--teacher_adapter", "a", "b"),
+            "--teacher_adapter a b needs --objective distill",
+        ),
         (("--teacher_model", "none.pth"), "none.pth"),
     ],
 )

@@ -108,15 +108,15 @@ def test_a_file_named_like_a_folder_of_a_run_is_told_before_any_work(files, monk
 
 def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):
     """Another rank makes the folder to try if it can be written, and removes it again."""
-    folder, listdir = files / "out", os.listdir
+    folder, scandir = files / "out", os.scandir
     folder.mkdir()
 
     def gone(path="."):
-        if os.path.realpath(path) == os.path.realpath(folder):
+        if os.path.realpath(path) == os.path.realpath(folder) and folder.exists():
             folder.rmdir()
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", gone)
+    monkeypatch.setattr(os, "scandir", gone)
     parse_flags(flags(files))
     assert not folder.exists()
 

@@ -112,7 +112,7 @@ def test_states_of_another_base_are_refused(bases, tuned, tmp_path):
         generate(["--model", str(bases["x070"]), "--state", str(tuned["x060"]), "--prompt", "a"])
     tensors = read_tensors(bases["x060"])
     torch.save(tensors | {"head.weight": 2 * tensors["head.weight"]}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="was tuned on another base"):
+    with pytest.raises(UserError, match="was trained on another base"):
         generate(["--model", str(tmp_path / "other.pth"), "--state", str(tuned["x060"]), "--prompt", "a"])
 
 

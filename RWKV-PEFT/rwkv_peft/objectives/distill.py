@@ -4,15 +4,14 @@ The loss is weight times the divergence from the teacher's distribution (diverge
 cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli import above_zero, share
-from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..config.objective import TEACHER, Contradiction, Figure, Objective, Passes
+from ..cli import above_zero, share, that
+from ..config.objective import TEACHER, Figure, Objective, Passes
 from ..config.setting import setting
+from ..rules import NEEDS, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,6 @@ FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 WORDS = MappingProxyType(
     {FORWARD: "KL(teacher | student)", REVERSE: "KL(student | teacher)", JSD: "Jensen-Shannon divergence"}
 )
-BETA = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,15 @@ class Distill(Objective):
     text = "nearness to a teacher's probabilities of each token that counts"
     rows = ("binidx", "sft")
     needs = (TEACHER,)
+    excludes = (
+        ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
+        ("--lr_init auto", "its rule is for another loss", "give a number, such as 1e-4"),
+        ("--train_type infctx", "the teacher reads whole rows", "leave it out, and take shorter rows"),
+    )
+    rules = (
+        Rule("--objective distill", NEEDS, "--teacher_model", "it learns from one", "name a .pth of the same tokens"),
+        Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
+    )
     figures = (Figure("kl", "divergence from the teacher"), Figure("nll"))
     teacher: str = setting(
         "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
@@ -55,11 +62,11 @@ class Distill(Objective):
         choices=(FORWARD, REVERSE, JSD),
     )
     beta: float = setting(
-        BETA,
+        0.5,
         "jsd: share of the teacher in the mean that both are compared with; near 0 it is like forward, near 1 like "
         "reverse",
         flag="distill_beta",
-        type=share,
+        type=that(above_zero, lambda value: value < 1, "must be below 1"),
     )
     temperature: float = setting(
         1.0,
@@ -69,9 +76,10 @@ class Distill(Objective):
     )
     weight: float = setting(
         1.0,
-        "weight of the divergence in the loss, at most 1; the rest is that of the next token's cross-entropy",
+        "weight of the divergence in the loss, above 0 and at most 1; the rest is that of the next token's "
+        "cross-entropy",
         flag="distill_weight",
-        type=share,
+        type=that(share, lambda value: value > 0, "is not above 0"),
     )
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
@@ -95,12 +103,3 @@ class Distill(Objective):
         words = f"{WORDS[self.kind]}{f', beta {self.beta:g}' if self.kind == JSD else ''}"
         rest = f", and {1 - self.weight:g} times the next token's loss" if self.weight < 1 else ""
         return f"distillation: {self.weight:g} times {words}, temperature {self.temperature:g}{rest}"
-
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
-        yield not self.teacher, "no --teacher_model", "it learns from one; name a .pth with the same vocabulary"
-        yield self.kind != JSD and self.beta != BETA, f"--distill_beta {self.beta:g}", "it is of --distill_kl jsd"
-        yield self.kind == JSD and self.beta in (0, 1), f"--distill_beta {self.beta:g}", "it lies between 0 and 1"
-        yield self.weight == 0, "--distill_weight 0", "the teacher says nothing then; give more, or leave both out"
-        yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
-        yield bool(train.lr_chosen), "--lr_init auto", "its rule is for another loss; give a number, such as 1e-4"
-        yield train.chunk_ctx > 0, "--train_type infctx", "the teacher reads whole rows; take shorter ones"

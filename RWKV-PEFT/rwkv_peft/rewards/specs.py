@@ -1,7 +1,7 @@
 """Reads what --reward names."""
 
 from ..errors import UserError
-from ..names import WRITTEN
+from ..tables import WRITTEN
 from .forms import Match, Schema
 from .functions import FunctionReward
 from .reward import Reward
