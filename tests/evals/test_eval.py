@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,10 @@ def run(capsys):
     return run
 
 
-def test_answers_are_judged_and_kept(tmp_path):
+def test_answers_are_judged_and_kept(tmp_path, warm_python):
     data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
     words = ["eval", "jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", r"\n", "--escapes"]
-    done = subprocess.run([sys.executable, "-m", "rwkv_peft", *words], capture_output=True, text=True)
+    done = subprocess.run([warm_python, "-m", "rwkv_peft", *words], capture_output=True, text=True)
     assert done.returncode == 0 and "3/3" in done.stderr, done.stderr
     assert done.stdout.splitlines() == [
         "jsonl: 3 problems",

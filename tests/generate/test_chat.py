@@ -267,10 +267,10 @@ def test_escapes_hold_for_lines(chat, model):
     torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
 
 
-def test_ctrl_c_ends_an_answer_and_twice_the_chat(model):
+def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), "--chat"),
+            *(warm_python, "-m", "rwkv_peft", "generate", "--model", str(model), "--chat"),
             *("--temperature", "0", "--max_tokens", "1000000"),
         ],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},

@@ -419,19 +419,19 @@ def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path
     assert not any(tmp_path.iterdir())
 
 
-def start(model, *arguments):
+def start(python, model, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
+        [python, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model):
+def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model, warm_python):
     # the most likely token is never this model's end of text (0), so that both would go on for a million tokens
     left, interrupted = (
-        start(model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
+        start(warm_python, model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
     )
     for process in (left, interrupted):
         assert process.stdout.read(4)

@@ -21,20 +21,9 @@ def lora(files, method, settings, *more):
 @pytest.mark.parametrize(
     "flag, value",
     [
-        *(
-            (flag, "nan")
-            for flag in (
-                "lr_init",
-                "lr_final",
-                "weight_decay",
-                "beta1",
-                "beta2",
-                "adam_eps",
-                "gradient_clip_val",
-                "val_split",
-                "save_minutes",
-            )
-        ),
+        *((flag, "nan") for flag in "lr_init lr_final weight_decay beta1 beta2 adam_eps gradient_clip_val".split()),
+        ("val_split", "nan"),
+        ("save_minutes", "nan"),
         ("lr_init", "1e400"),
         ("lr_final", "-inf"),
     ],

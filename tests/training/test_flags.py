@@ -45,11 +45,7 @@ def test_json_and_single_flags_that_agree_go_together(files):
     config = parse_run(
         flags(
             files,
-            "--bone_mode",
-            "bat-in",
-            "--bone_load",
-            "earlier.safetensors",
-            "--bone_config",
+            *"--bone_mode bat-in --bone_load earlier.safetensors --bone_config".split(),
             '{"bone_mode":"bat","bone_load":"","bone_r":16}',
         )
     ).config
@@ -300,16 +296,7 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
         [
             "--data_file",
             str(files / "data"),
-            "--peft",
-            "none",
-            "--n_layer",
-            "2",
-            "--vocab_size",
-            "80",
-            "--n_embd",
-            "8",
-            "--head_size",
-            "8",
+            *"--peft none --n_layer 2 --vocab_size 80 --n_embd 8 --head_size 8".split(),
         ]
     ).config
     assert small.model.dim_ffn == 32

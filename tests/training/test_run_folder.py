@@ -65,12 +65,8 @@ def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, 
 
 PLACES = [
     *(
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "answers.jsonl",
-        "adapter.safetensors",
-        "adapter-epoch-1.safetensors",
+        *"config.json loss.png metrics.jsonl answers.jsonl adapter.safetensors".split(),
+        *"adapter-epoch-1.safetensors".split(),
     ),
     *("tensorboard", "tensorboard/hparams.yaml", "checkpoints", "checkpoints/step-00000001", ".step-00000002"),
     *("checkpoints/step-00000001/state.json", "checkpoints/step-00000001/zero/optim_states.pt", ".unsaved"),

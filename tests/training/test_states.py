@@ -71,6 +71,7 @@ def test_a_run_leaves_the_states_and_their_base(files, bases, tuned, version):
 
 
 @BY_VERSION
+@pytest.mark.usefixtures("warm_python")
 def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path, capsys, version):
     pytest.importorskip("rwkv")
     base, merged = str(bases[version]), str(tmp_path / "merged.pth")
