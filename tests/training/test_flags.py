@@ -255,7 +255,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
         (["--model_version", "x070"], "x060"),
         (["--optimizer", "adamw"], "there is no --optimizer here; it is AdamW, which --beta1"),
-        (["--config", "run.yaml"], "there is no --config here; it is the command line itself"),
+        (["--cfg", "run.yaml"], "there is no --cfg here; it is --config"),
         (["--loss_mask", "qa"], "--mask_id"),
         (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
         (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),

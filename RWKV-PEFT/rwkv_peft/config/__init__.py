@@ -5,7 +5,9 @@ of train.py, its --help and docs/reference/flags.md are made of these fields (tr
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .adapter import QUANTIZATIONS, AdapterConfig
 from .data import DATA_TYPES, OF_ROWS, DataConfig
@@ -42,13 +44,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one training run."""
+    """All settings of one training run; flags are those that it was started with, as text (training/flags/given.py)."""
 
     model: ModelConfig
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
     objective: Objective
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:

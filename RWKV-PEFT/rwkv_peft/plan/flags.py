@@ -6,7 +6,7 @@ import re
 from ..errors import short
 from ..refusals import Refusals
 from ..training.flags.parser import build_parser
-from ..training.flags.request import Flags, flags_of
+from ..training.flags.request import Flags, flags_of, with_settings
 from ..training.flags.world import World
 
 LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
@@ -30,10 +30,12 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
-    args, mistakes = parser.parse_with_mistakes(argv)
+    args, mistakes = parser.parse_with_mistakes(with_settings(argv, parser))
     refusals = Refusals(mistakes)
     if args.gpu and args.accelerator == "cpu":
         refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
+    if args.write_config:
+        refusals.add("--write_config is a flag of train.py, and a plan writes nothing; leave it out")
     world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
     return flags_of(args, world, (), refusals)
 

@@ -27,8 +27,10 @@ from .engine.fit import fit
 from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
 from .engine.progress import telling_compilations
+from .flags.given import WRITE
 from .flags.new_model import write_new_model
 from .flags.request import Request, parse_run
+from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
 from .measuring.before_after import BeforeAfter
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> int:
     try:
         if request.check_flags:
             return check(request, say)
+        if request.write_config:
+            return write_config(request.write_config, request, say)
         if request.config.train.show_samples:
             return show(request, say)
         if request.new_file:
@@ -85,6 +89,15 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     for note in request.notes:
         say(f"note: {note}")
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
+    return 0
+
+
+def write_config(name: str, request: Request, say: Callable[..., object]) -> int:
+    """Write the flags of a Request that can work to a file: --write_config. Returns the exit code."""
+    if request.world.rank == 0:
+        check_output(WRITE, name, [])
+        write(Path(name), request.config.flags)
+        say(f"wrote {name}; --config {name} takes these flags, and those of the command line win")
     return 0
 
 

@@ -115,6 +115,17 @@ def build_parser() -> Parser:
                 help="say whether these flags can work together, with the base and on this machine, and end; the data "
                 "is not read",
             )
+            group.add_argument(
+                "--config",
+                metavar="FILE",
+                help="take flags from a YAML file, such as `bone_r: 64`, or from a run's config.json; those of the "
+                "command line win",
+            )
+            group.add_argument(
+                "--write_config",
+                metavar="FILE",
+                help="write these flags to a file for --config, if they can work, and end",
+            )
     add_upstream_flags(parser)
     add_legacy_flags(parser)
     for action in parser._actions:

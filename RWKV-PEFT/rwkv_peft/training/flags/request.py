@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...cli import Parser
 from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, RULES, check_settings, given, values_of
@@ -21,6 +22,7 @@ from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .given import READ, WRITE, Entries, entries_of
 from .markers import markers_of
 from .objective import check_objective, check_rules, objective_of
 from .overwriting import check_overwriting
@@ -41,7 +43,8 @@ class Request(NamedTuple):
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read.
+    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read;
+    write_config: the file to write the flags to, and end, or None.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class Request(NamedTuple):
     check_flags: bool = False
     new_file: bool = False
     notes: tuple[str, ...] = ()
+    write_config: str | None = None
 
 
 class Flags(NamedTuple):
@@ -66,6 +70,12 @@ class Flags(NamedTuple):
     argv: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def given(self) -> Entries:
+        """The flags as given, on the command line or in a settings file."""
+        entries = entries_of(self.argv, build_parser()._option_string_actions)
+        return {flag: value for flag, value in entries.items() if flag != WRITE[2:]}
+
 
 def judge(argv: Sequence[str]) -> None:
     """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, whose level torch
@@ -77,7 +87,9 @@ def judge(argv: Sequence[str]) -> None:
 def parse_flags(argv: Sequence[str]) -> Flags:
     """Parse argv -> Flags, without torch. Raises one UserError of all flags that are mistaken or contradict each
     other."""
-    args, mistakes = build_parser().parse_with_mistakes(argv)
+    parser = build_parser()
+    argv = with_settings(argv, parser)
+    args, mistakes = parser.parse_with_mistakes(argv)
     check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
     refusals = Refusals(mistakes)
     world = refusals.attempt(find_world, settings_of(args, TrainConfig))
@@ -87,6 +99,15 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
         args.peft = NONE  # flags describe a new model, which has nothing to adapt
     return flags_of(args, world, tuple(argv), refusals)
+
+
+def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
+    """Put the flags of the file that --config names, if it is given, before those of argv."""
+    if all(word.partition("=")[0] != READ for word in argv):
+        return argv
+    from .settings_file import expanded  # it needs a package, and --help needs none
+
+    return expanded(argv, parser)
 
 
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
@@ -191,8 +212,9 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    config = RunConfig(model, adapter, data, train, objective)
-    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
+    config = RunConfig(model, adapter, data, train, objective, flags.given)
+    new_file = args.train_stage == 1
+    return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

@@ -61,7 +61,7 @@ MEANINGS = (
     ("--strategy", ("deepspeed", "fsdp")),
     ("--merge_on_save", ("merge_and_save",)),
     ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
-    ("the command line itself, since no file of settings is read", ("config", "config_file", "config_path", "cfg")),
+    ("--config", ("config_file", "config_path", "cfg")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
 
