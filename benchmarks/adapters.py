@@ -21,22 +21,11 @@ from torch.nn import functional as F
 
 from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.config import AdapterConfig, forms
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.memory import keep_freed_memory
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
-METHODS = (
-    "frozen",
-    "lora",
-    "lora, bone's",
-    "lora plain",
-    "bat-in",
-    "bat-in plain",
-    "bat-out",
-    "bat-out plain",
-    "bone",
-    "bone plain",
-)
+METHODS = "frozen|lora|lora, bone's|lora plain|bat-in|bat-in plain|bat-out|bat-out plain|bone|bone plain".split("|")
 
 
 def main():
@@ -44,24 +33,16 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=(512, 1024, 2048, 4096, 8192))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=METHODS,
-        help=f"of {', '.join(METHODS)}; Bone's also with nf4 or int8, as in 'bat-in nf4'",
-    )
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
-    )
     parser.add_argument("--crossover", action="store_true", help="bat-out's forward on either side, by tokens, instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.device == "cpu" and not args.fresh_pages:
-        keep_freed_memory()
+    if args.device == "cpu":
+        keep_freed_memory()  # as the trainer does
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:
@@ -115,11 +96,8 @@ def make_layer(method, base, rank):
     if name.startswith("lora"):
         parameters = rank * (base.out_features if name == "lora, bone's" else base.in_features)
         config = AdapterConfig(method="lora", rank=max(1, round(parameters / sides)), targets=("layer",))
-    elif name in forms("bone"):
-        quant = words[0] if words and words[0] in ("nf4", "int8") else "none"
-        config = AdapterConfig(mode=name, rank=rank, targets=("layer",), quant=quant)
     else:
-        raise SystemExit(f"unknown method {method}; there are {', '.join(METHODS)}")
+        config = AdapterConfig(mode=name, rank=rank, targets=("layer",))
     inject(model, config)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         nn.init.normal_(parameter, std=0.01)

@@ -184,19 +184,9 @@ def import_libraries():
     """Import a run's libraries, once for all processes that are forked from here."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
     for name in (
-        "compare.command",
-        "data.preprocess",
-        "evals.command",
-        "generate.command",
-        "plan.command",
-        "plots",
-        "release.check",
-        "release.merge_command",
-        "release.verify",
-        "training.engine.callbacks",
-        "training.engine.data_module",
-        "training.step.lit",
-        "training.engine.strategy",
+        *("compare.command", "data.preprocess", "evals.command", "generate.command", "plan.command", "plots"),
+        *("release.check", "release.merge_command", "release.verify"),
+        *(f"training.{name}" for name in ("engine.callbacks", "engine.data_module", "engine.strategy", "step.lit")),
     ):
         importlib.import_module(f"rwkv_peft.{name}")
 

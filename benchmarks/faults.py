@@ -20,9 +20,8 @@ and computes them anew, with other roundings, after a break.
 Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
 do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run must end in one message
 if its files are written over meanwhile, if its nodes read other files (--meanwhile 3), or if its disk fills at some
-block of a save (--rooms 10); a comparison that is killed must take its run along. Commands in a current folder full of
-modules and settings (--traps 1) must run none of them. Mutants are those of tests/fuzz under other seeds; no reader may
-start a program, or take 2 GiB. Prints counts; the exit code is 1 if an expectation failed.
+block of a save (--rooms 10); a comparison that is killed must take its run along. Mutants are those of tests/fuzz under
+other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1 if an expectation failed.
 """
 
 import argparse
@@ -42,7 +41,6 @@ from fault_attacks import try_attacks
 from fault_disks import CASES as DISKS
 from fault_disks import lose_and_resume
 from fault_files import pickles, rows, sizes
-from fault_folders import run_among_traps
 from fault_meanwhile import CHANGES, DIFFERENCES, change_and_end, fill_and_resume, kill_comparison, start_otherwise
 from fault_processes import hear
 from fault_ranks import CASES, end_and_resume
@@ -181,7 +179,6 @@ def main():
     parser.add_argument("--races", type=int, default=40, help="over all writers")
     parser.add_argument("--mutants", type=int, default=0, help="over all readers")
     parser.add_argument("--attacks", type=int, default=0, help="try each N-th hostile file, folder and word; 0: none")
-    parser.add_argument("--traps", type=int, default=0, help="1: commands in a folder that came with somebody's data")
     parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
@@ -200,11 +197,6 @@ def main():
         if args.attacks:
             prepare(folder / "inputs")
             faults += try_attacks(groups(args.seed), args.attacks, folder / "inputs", folder)
-        if args.traps:
-            tried = list(run_among_traps(folder / "traps"))
-            found = [fault for _, fault in tried if fault]
-            print(f"{len(tried)} commands among traps, {len(found)} faults")
-            faults += found
         if args.mutants:
             (folder / "fuzz").mkdir()
             tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")

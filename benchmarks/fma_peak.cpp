@@ -1,5 +1,5 @@
 // The most float32 operations a second that one core reaches: independent multiply-adds in registers, as wide as the
-// kernel's. Compiled by benchmarks/wkv6.py with the flags of one of the CPU kernel's instruction sets.
+// kernel's. Compiled by benchmarks/recurrences.py with the flags of one of the CPU kernel's instruction sets.
 #include <chrono>
 
 #include "common/vectors.h"

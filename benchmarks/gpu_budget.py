@@ -44,22 +44,9 @@ PASSES = {"x060": 6, "x070": 10}  # rows (T, C) that the passes over groups read
 STATES = 8  # how often these, and the scan between, write or read the groups' states, float32; RWKV-7's transitions too
 # operations that only look at a tensor in another way, or allocate
 FREE = {
-    *(
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-    ),
-    *("alias", "as_strided", "unbind", "split", "split_with_sizes", "chunk", "reshape", "unflatten", "narrow"),
-    *("lift_fresh", "_reshape_alias", "is_same_size", "empty", "empty_like", "new_empty", "new_empty_strided"),
-    *("empty_strided", "diagonal", "promote_types"),
+    *"view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias as_strided".split(),
+    *"unbind split split_with_sizes chunk reshape unflatten narrow lift_fresh _reshape_alias is_same_size".split(),
+    *"empty empty_like new_empty new_empty_strided empty_strided diagonal promote_types".split(),
 }
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"}
 

@@ -1,6 +1,6 @@
 """Checks the kernels between matrix products on a GPU: mix's, bone's and the loss's kernels against float64.
 
-    python benchmarks/gpu_ops.py [--device cpu]
+    python benchmarks/gpu_ops.py [--device cpu] [--repeats 20]
 
 One JSON object for each operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
 float64 on the device, and true if repetitions are equal. Exit code 1 if an error is more than twice plain torch's.
@@ -62,24 +62,26 @@ def norm_lerp(x, last, weight, bias, maa, fused):
     return x, ends, *mix.lerp(normal, last, maa, None, None, bounds(x))
 
 
-def norm_ddlerp(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, fused):
+def norm_ddlerp(x, last, *parameters, fused):
     """Norm and RWKV-6's points, of a row of several sequences."""
     if fused:
-        return NormDDLerp.apply(x[:1], last, weight, bias, maa_x, w1, maa, w2, decay_w1, 1e-5, bounds(x))
+        return NormDDLerp.apply(1e-5, bounds(x), last, x[:1], *parameters)
+    weight, bias, maa_x, w1, maa, w2, decay_w1 = parameters
     x, normal, ends = normalized(x[:1], last, weight, bias)
     (point,) = mix.lerp(normal, last, maa_x, None, None, bounds(x))
     first, *points = mix.lerp(normal, last, maa, torch.tanh(point @ w1), w2, bounds(x))
     return x, ends, torch.tanh(first @ decay_w1), *points
 
 
-def wkv7_with_keys(r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias, fused):
+def wkv7_with_keys(*tensors, fused):
     """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
+    r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias = tensors
     keys = a0, 1 + k_k, 1 + k_a
     if fused:
         return WKV7WithKeys.apply(True, 64e-5, None, None, r, w, k, v, low, g, *keys, r_k, weight, bias)
     k, a, b = mix.delta_keys(k, low, *keys)
     y, state = wkv7(r, w, k, v, a, b)
-    return mix.norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, 64e-5), state
+    return mix.norm_bonus_gate(y, r, k, v, g, (r_k, weight, bias), 64e-5), state
 
 
 def chain(x, key, value, opened, closing, fused):
@@ -115,7 +117,7 @@ OPS = {
     "lerp of low rank, trained": (packed_lerp, (ROWS, (len(BOUNDS) - 1, C), (5, C), *LOW), None),
     "norm_gate": (lambda *inputs: mix.norm_gate(*inputs, 64e-5), (HEADS, ROWS, (C,), (C,)), None),
     "norm_bonus_gate": (
-        lambda *inputs: mix.norm_bonus_gate(*inputs, 64e-5),
+        lambda *inputs: mix.norm_bonus_gate(*inputs[:5], inputs[5:], 64e-5),
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),
@@ -159,8 +161,8 @@ def results(name, inputs, dtype, device, kernels=True):
     return [x.detach().double().cpu() for x in (*outs, *(leaves[i].grad for i in wanted))]
 
 
-def check(device):
-    """{operation, dtype, right, repeated, errors} of each operation."""
+def check(device, repeats=REPEATS):
+    """{operation, dtype, right, repeated, errors} of each operation, run so often."""
     for name, (_, shapes, _) in (OPS | FUSED).items():
         for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
@@ -168,7 +170,7 @@ def check(device):
             plain = results(name, inputs, dtype, device, kernels=False)
             ours = results(name, inputs, dtype, device)
             repeated = all(
-                all(map(torch.equal, ours, results(name, inputs, dtype, device))) for _ in range(REPEATS - 1)
+                all(map(torch.equal, ours, results(name, inputs, dtype, device))) for _ in range(repeats - 1)
             )
             errors = [[float((x - true).norm() / true.norm()) for x in both] for *both, true in zip(ours, plain, truth)]
             least = 1e-5 if dtype == torch.float32 else 4e-3
@@ -180,8 +182,9 @@ def check(device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    wrong = 0
-    for entry in check(parser.parse_args(argv).device):
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    args, wrong = parser.parse_args(argv), 0
+    for entry in check(args.device, args.repeats):
         print(json.dumps(entry), flush=True)
         wrong += not (entry["right"] and entry["repeated"])
     return int(wrong > 0)

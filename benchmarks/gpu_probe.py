@@ -2,16 +2,13 @@
 
     python benchmarks/gpu_probe.py card       name, driver, clocks, copy bandwidth, the rate of an 8192 x 8192 product
     python benchmarks/gpu_probe.py ready      the kernels as training builds them, all at once: seconds, or why not
-    python benchmarks/gpu_probe.py build      the kernels by nvcc and by NVRTC: seconds, or why not
     python benchmarks/gpu_probe.py smoke      cases against float64, poisoned memory, 20 equal repetitions
     python benchmarks/gpu_probe.py kernels    microseconds, GB/s, share of the traffic's floor; peers where installed
-    python benchmarks/gpu_probe.py once       one forward and backward, for a profiler around it
 
 scripts/gpu_check.sh runs them. Exit code 1 if something is wrong, 2 without a usable GPU.
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import subprocess
@@ -22,14 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import gpu_ops
+import recurrences
 import torch
 
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native import gpu, nvrtc
-from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv6 import wkv6
@@ -125,44 +121,6 @@ def ready_one(family):
     reason = family.unavailable()
     tell(kernels=family.op, usable=reason is None, reason=reason, seconds=round(time.perf_counter() - start, 1))
     return int(reason is not None)
-
-
-def build():
-    return max(map(build_one, FAMILIES))
-
-
-def build_one(family):
-    """The kernels of a CudaFamily by both compilers."""
-    op, source, name, worked = family.op, family.source, f"{family.op}_cuda", 0
-    for builder in ("nvcc", "nvrtc"):
-        start = time.perf_counter()
-        try:
-            usage = None
-            if builder == "nvcc":
-                nvcc, architecture = gpu.nvcc_for(0)
-                path = build_library(f"{name}_sm{architecture}", *gpu.recipe(source, nvcc, architecture))
-                usage = resource_usage(path)
-            else:
-                compiler = next(nvrtc.compilers(), None)
-                if compiler is None:
-                    raise BuildError("no NVRTC library")
-                nvrtc.cubin(name, source, gpu.nvrtc_architecture(0, compiler), compiler)
-            tell(kernels=op, builder=builder, seconds=round(time.perf_counter() - start, 1), usage=usage)
-            worked += 1
-        except BuildError as error:
-            tell(kernels=op, builder=builder, error=str(error)[:2000])
-    reason = family.unavailable()
-    tell(kernels=op, usable=reason is None, reason=reason)
-    return int(reason is not None or not worked)
-
-
-def resource_usage(path):
-    """cuobjdump's report on the kernels' registers and memory, if it is installed."""
-    try:
-        said = subprocess.run(["cuobjdump", "--dump-resource-usage", str(path)], capture_output=True, text=True)
-    except OSError:
-        return None
-    return [line.strip() for line in said.stdout.splitlines() if "REG:" in line or "Function" in line]
 
 
 def inputs(op, B, T, H, N, dtype, device="cuda"):
@@ -298,9 +256,8 @@ def time_runs(name, runs, gy, bandwidth):
 
 def peers(op, shape, leaves, gy):
     """Forward and backward through autograd: ours and others'."""
-    benchmark = importlib.import_module(op.name)  # benchmarks/wkv6.py or wkv7.py
-    for name, function in benchmark.contenders("cuda").items():
-        if name in benchmark.SLOW:
+    for name, function in recurrences.contenders(op.name, "cuda").items():
+        if name == recurrences.SLOW:
             continue
 
         def both(function=function):
@@ -316,17 +273,7 @@ def peers(op, shape, leaves, gy):
         )
 
 
-def once():
-    for op in RECURRENCES:
-        leaves, gy = inputs(op, 1, 4096, 64, 64, torch.bfloat16)
-        op.call(*leaves, backend="cuda")[0].backward(gy)
-    tensors, gy, further = keys_inputs(1, 4096, 64)
-    checkpoints = wkv7_cuda.WITH_KEYS.forward(*tensors, None, None, save=True, **further)[2]
-    wkv7_cuda.WITH_KEYS.backward(*tensors, None, None, checkpoints, gy, None, **further)
-    torch.cuda.synchronize()
-
-
-PROBES = {"card": card, "ready": ready, "build": build, "smoke": smoke, "kernels": kernels, "once": once}
+PROBES = {"card": card, "ready": ready, "smoke": smoke, "kernels": kernels}
 
 
 def main(argv=None):

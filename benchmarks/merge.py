@@ -32,7 +32,6 @@ def main():
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--folder", help="where to put the files (default: the system's temporary folder)")
-    parser.add_argument("--merge_flags", default="", help="passed on to merge_bone.py, such as '--output_dtype fp32'")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
@@ -50,7 +49,6 @@ def main():
             folder / "adapter.safetensors",
             "--output",
             folder / "merged.pth",
-            *args.merge_flags.split(),
         ]
         drop_from_cache(folder / "base.pth")
         seconds, peak = run(command)
@@ -61,7 +59,7 @@ def main():
         print("|---|---|---|")
         print(f"| copy with fsync | {copy_seconds:.1f} | |")
         print(
-            f"| merge_bone.py {args.merge_flags} | {seconds:.1f} | {peak / 1e6:.0f} MB "
+            f"| merge_bone.py | {seconds:.1f} | {peak / 1e6:.0f} MB "
             f"(bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB) |"
         )
 

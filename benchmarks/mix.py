@@ -42,7 +42,7 @@ def operations(T, H, dtype):
         "delta_keys": (mix.delta_keys, tensors(2, *heads), parameters(3, 1, 1, C)),
         "value_residual": (mix.value_residual, tensors(3, *rows), parameters(1, 1, 1, C)),
         "norm_bonus_gate": (
-            lambda *x: mix.norm_bonus_gate(*x, EPS),
+            lambda *x: mix.norm_bonus_gate(*x[:5], x[5:], EPS),
             tensors(4, *heads) + tensors(1, *rows),
             parameters(1, H, HEAD_SIZE) + parameters(2, C),
         ),

@@ -25,32 +25,18 @@ from rwkv_peft.training.flags.request import request_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 65536
+SMALL = "x060", 12, 768
 # name: version, layers, channels, dtype of the file, flags
 RUNS = {
-    "RWKV-6 1.6B, bat-in, bf16, 1 x 128": ("x060", 24, 2048, "bfloat16", ("--ctx_len", "128")),
-    "RWKV-6 0.2B, bone, fp32, 1 x 512": (
-        "x060",
-        12,
-        768,
-        "float32",
-        ("--ctx_len", "512", "--precision", "fp32", "--bone_mode", "bone"),
-    ),
-    "RWKV-6 0.2B, none, bf16, 1 x 512": ("x060", 12, 768, "bfloat16", ("--ctx_len", "512", "--peft", "none")),
+    "RWKV-6 1.6B, bat-in, bf16, 1 x 128": ("x060", 24, 2048, "bfloat16", "--ctx_len 128"),
+    "RWKV-6 0.2B, bone, fp32, 1 x 512": (*SMALL, "float32", "--ctx_len 512 --precision fp32 --bone_mode bone"),
+    "RWKV-6 0.2B, none, bf16, 1 x 512": (*SMALL, "bfloat16", "--ctx_len 512 --peft none"),
     "RWKV-6 0.2B, lora, bf16, 2 x 512, --grad_cp 1": (
-        "x060",
-        12,
-        768,
-        "bfloat16",
-        ("--ctx_len", "512", "--micro_bsz", "2", "--peft", "lora", "--grad_cp", "1"),
+        *(*SMALL, "bfloat16"),
+        "--ctx_len 512 --micro_bsz 2 --peft lora --grad_cp 1",
     ),
-    "RWKV-7 0.2B, bat-in, bf16, 1 x 512": ("x070", 12, 768, "bfloat16", ("--ctx_len", "512")),
-    "RWKV-7 0.2B, none, fp32, 1 x 512": (
-        "x070",
-        12,
-        768,
-        "float32",
-        ("--ctx_len", "512", "--precision", "fp32", "--peft", "none"),
-    ),
+    "RWKV-7 0.2B, bat-in, bf16, 1 x 512": ("x070", 12, 768, "bfloat16", "--ctx_len 512"),
+    "RWKV-7 0.2B, none, fp32, 1 x 512": ("x070", 12, 768, "float32", "--ctx_len 512 --precision fp32 --peft none"),
 }
 SIZES = (  # generation, name, layers, channels
     ("x070", "0.1B", 12, 768),
@@ -102,18 +88,9 @@ def measure(folder, name, version, layers, channels, dtype, flags):
             for document in torch.randint(1, VOCABULARY, (20, 1200)):
                 writer.add(document.tolist())
     subprocess.run(["rm", "-rf", out], check=True)
-    flags = (
-        "--load_model",
-        str(model),
-        "--data_file",
-        str(data),
-        "--proj_dir",
-        str(out),
-        "--accelerator",
-        "cpu",
-        *flags,
-    )
-    estimate = estimate_of(request_of(parse_flags(list(flags))), CPU)
+    inputs = ("--load_model", model, "--data_file", data, "--proj_dir", out, "--accelerator", "cpu")
+    flags = [*map(str, inputs), *flags.split()]
+    estimate = estimate_of(request_of(parse_flags(flags)), CPU)
     batch = estimate.config.data
     planned = peak(estimate.parts(batch.micro_bsz, batch.ctx_len), CPU) + estimate.file_pages()
     command = [sys.executable, ROOT / "train.py", *flags, "--epoch_steps", "2"]

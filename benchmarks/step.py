@@ -60,19 +60,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--processor_time", action="store_true", help="instead of the clock's: for one thread on a busy machine"
-    )
-    parser.add_argument(
-        "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
-    )
+    parser.add_argument("--processor_time", action="store_true", help="instead of the clock's, on a busy machine")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N operations that take most of a step")
     args = parser.parse_args()
     # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(args.threads)
-    if args.device == "cpu" and not args.fresh_pages:
-        keep_freed_memory()
+    if args.device == "cpu":
+        keep_freed_memory()  # as the trainer does
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:

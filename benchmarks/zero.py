@@ -147,7 +147,7 @@ def matrix(folder, args):
             if single not in references:
                 runs.run(f"single-{single.name}", single, *MATRIX)
                 references[single] = runs.outcome(f"single-{single.name}")
-            kinds = itertools.product((1, 2), (0, 1)) if method == "bat-in" and not args.quick else [(2, 1)]
+            kinds = itertools.product((1, 2), (0, 1)) if method == "bat-in" else [(2, 1)]
             cells = [Cell(method, strategy, ranks, precision, *kind) for kind in kinds]
             found = [compare(runs, cell, references[single]) for cell in cells]
             faults += [f"{cell.name}: {one}" for cell, one in zip(cells, found) if is_fault(cell, one)]
@@ -222,9 +222,6 @@ def main():
     parser.add_argument("--folder", type=Path, help="where the temporary folder of models and runs is made")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS), help="of the matrix")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="of the matrix")
-    parser.add_argument(
-        "--quick", action="store_true", help="of the matrix, accumulation 2 with grad_cp 1 alone, for bat-in too"
-    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     import_libraries()

@@ -130,10 +130,12 @@ cpu_torch() {  # ARGUMENT…
     pip_install "$@" --index-url "$cpu_index" "$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p' "$root/requirements.txt")"
 }
 
-pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said
+pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said; what is never
+    # imported, most of these packages, need not be compiled
     log="$environment/.rwkv-peft-pip.log"
     {
-        "$python" -I -m pip install --disable-pip-version-check --progress-bar off "$@" && echo "setup: installed"
+        "$python" -I -m pip install --disable-pip-version-check --no-compile --progress-bar off "$@" &&
+            echo "setup: installed"
     } 2>&1 | tee "$log" | sed -n '/metadata/d; s,^\( *Downloading \).*/,\1,
         s/^ *Downloading \([^-]*\)-\([^-]*\)[-.].* (\(.*\))$/    \1 \2, \3/p
         s/^Installing collected packages.*/    all is there, and is being installed/p'

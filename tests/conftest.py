@@ -3,11 +3,14 @@
 import gc
 import os
 import signal
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import warm
 from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
 LONG = ("training", "scripts")  # folders whose tests run whole commands
@@ -17,9 +20,19 @@ def pytest_addoption(parser):
     parser.addoption("--accelerator", choices=("cpu", "gpu"), default="cpu", help="where the tests of train.py train")
 
 
-def pytest_configure():
-    """Restore Ctrl-C: a process that a script starts in the background ignores it, and so would the tests' children."""
+def pytest_configure(config):
+    """Restore Ctrl-C: a process that a script starts in the background ignores it, and so would the tests' children.
+    All workers of a session share the process that warm.py forks."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        config.warm = tempfile.TemporaryDirectory(prefix="warm")
+        config.add_cleanup(config.warm.cleanup)
+    warm.folder = config.workerinput["warm"] if hasattr(config, "workerinput") else config.warm.name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["warm"] = node.config.warm.name
 
 
 def pytest_collection_modifyitems(items):
@@ -56,6 +69,15 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("needs the shared data folder beside the repository")
     return folder
+
+
+@pytest.fixture
+def warm_python(monkeypatch, accelerator):
+    """A program that runs files as Python does, and begins at once; it stands in for Python in commands that start
+    others."""
+    python = sys.executable if accelerator == "gpu" else warm.python()  # what is forked must not have used a GPU
+    monkeypatch.setattr(sys, "executable", python)
+    return python
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ PARTS = (
             "rules",
             "cli",
             "names",
+            "tables",
             "memory",
             "installing",
             "gpus",
@@ -245,6 +246,19 @@ def test_nothing_mutable_is_global():
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, (ast.Dict, ast.List, ast.Set)):
                 names = [ast.unparse(target) for target in getattr(node, "targets", [getattr(node, "target", None)])]
                 assert names == ["__all__"], f"{path}, line {node.lineno}: {names} is mutable; use a tuple"
+
+
+MOST_ARGUMENTS = 8
+BY_LETTER = ("wkv7",)  # takes the letters of its paper, one by one
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(module_of(path)) or "package")
+def test_no_function_takes_many_arguments(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in BY_LETTER:
+            arguments = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len([name for name in arguments if name not in ("self", "cls", "ctx")])
+            assert count <= MOST_ARGUMENTS, f"{path}, line {node.lineno}: {node.name} takes {count}: {arguments}"
 
 
 def names_read(path):

@@ -79,9 +79,9 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
     [
         (("bone", "--output", "x.jpg"), "does not end in .png, .svg, .pdf"),
         (("none", "--output", "x.png"), "none: no such file"),
-        (("bone", "--output", "x.png", "--smooth", "1"), r"--smooth 1 is not in \[0, 1\)"),
+        (("bone", "--output", "x.png", "--smooth", "1"), "--smooth: 1 must be below 1"),
         (("bone",), "runs and one picture are due: rwkv-peft plot RUN loss.png"),
-        (("bone", "x.png", "--x", "tokens"), "--x and --smooth are about panels, .* add --panels for one"),
+        (("bone", "x.png", "--x", "tokens"), "--x tokens needs --panels or several runs: .* add --panels for one"),
     ],
 )
 def test_mistakes_are_told(runs, words, message):

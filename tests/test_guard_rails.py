@@ -58,8 +58,8 @@ def test_help_needs_no_package_and_shows_what_is_required():
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # no site-packages
     assert done.stderr == "" and done.stdout.count("usage: ") >= len(names)
-    assert {"preprocess", "convert"} <= set(names)
-    assert "[--output PREFIX]" not in done.stdout and "--output PREFIX" in done.stdout
+    assert {"check", "convert"} <= set(names)
+    assert "[--merged PTH]" not in done.stdout and "--merged PTH" in done.stdout
 
 
 class Asked(Exception):

@@ -1,15 +1,16 @@
-"""The names by which flags are judged are those of the things themselves; judging needs neither torch nor numpy."""
+"""The tables by which flags are judged hold what they say; judging needs neither torch nor numpy."""
 
 import subprocess
 import sys
 
 import pytest
 
-from rwkv_peft import names
 from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
-from rwkv_peft.data.sources import SAMPLINGS
+from rwkv_peft.data.samples import Samples
+from rwkv_peft.evals.task import AnswerTask, ChoiceTask
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.tables import GENERATIONS, SAMPLINGS, SCORED, WRITTEN
 
 
 def test_a_methods_settings_are_told_by_its_word():
@@ -20,9 +21,12 @@ def test_a_methods_settings_are_told_by_its_word():
         assert all(word.takes(field) for _, field in method.rates)
 
 
-def test_generations_and_samplings():
-    assert tuple((family.name, family.version) for family in FAMILIES) == names.GENERATIONS
-    assert tuple(SAMPLINGS) == names.DATALOADS
+def test_things_are_what_their_tables_call_them():
+    assert [family.version for family in FAMILIES] == list(GENERATIONS)
+    assert [family.name for family in FAMILIES] == ["RWKV-6", "RWKV-7"]
+    assert all(issubclass(sampling, Samples) for sampling in SAMPLINGS.values())
+    assert all(issubclass(task, AnswerTask) for task in WRITTEN.values())
+    assert all(issubclass(task, ChoiceTask) for task in SCORED.values())
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.flags], ids=lambda c: c.name)

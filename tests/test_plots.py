@@ -11,11 +11,10 @@ from rwkv_peft.plots import (
     COLORS,
     DRAWN,
     HELD_OUT,
-    margins,
+    drawn_below,
     plot_loss,
     read_metrics,
     series,
-    shares,
     smooth,
     smooth_drawn,
     unit_of,
@@ -58,8 +57,8 @@ def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
 
 def test_the_shares_of_right_answers_are_drawn(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
-    assert shares(records) == {"right answers": ([10, 20], [0.5, 0.5]), "t/acc": ([10, 20], [0.4, 0.4])}
-    assert shares(records[:5]) == {}
+    shares = {"right answers": ([10, 20], [0.5, 0.5]), "t/acc": ([10, 20], [0.4, 0.4])}
+    assert drawn_below(records) == {"share": shares} and drawn_below(records[:5]) == {}
 
 
 def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
@@ -70,8 +69,8 @@ def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
 
 def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path):
     records = [{"step": step, "loss": 0.6, "margin": 0.1 * step, "accuracy": 0.5} for step in range(2)]
-    assert shares(records) == {"preferred as the rows say": ([1, 2], [0.5, 0.5])}
-    assert margins(records) == {"margin": ([1, 2], [0.0, 0.1])} and margins(records[:0]) == {}
+    shares, margins = {"preferred as the rows say": ([1, 2], [0.5, 0.5])}, {"margin": ([1, 2], [0.0, 0.1])}
+    assert drawn_below(records) == {"share": shares, "margin (nats)": margins}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     write_metrics(tmp_path / "plain.jsonl", 2)

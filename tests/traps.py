@@ -14,8 +14,3 @@ def set_traps(folder):
         (folder / f"{name}.py").write_text(code)
     (folder / "matplotlibrc").write_bytes(b"axes.facecolor: red\nbackend: module://re\n\xff")  # ends the import
     return ran
-
-
-def unset_traps(folder):
-    for name in (*(f"{name}.py" for name in MODULES), "matplotlibrc"):
-        (folder / name).unlink()

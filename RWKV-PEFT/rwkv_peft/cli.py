@@ -6,15 +6,17 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .errors import short
 from .names import AUTO
 from .refusals import Refusals, in_one
+from .rules import Given, Rule, contradictions, notes
 
 MOST = 1 << 48  # the largest count of a flag: sums and products of such numbers fit in what counts them
+Value = TypeVar("Value")
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # a flag, but not a negative number
 
 
@@ -51,7 +53,8 @@ class Parser(argparse.ArgumentParser):
     Flags are never abbreviated. The refusal of an unknown flag names what is given here instead, by `synonyms` {flag:
     what is given here}, else the nearest flag; that of an unknown value gives the words of `values` {(flag, value):
     words}, else the nearest choice. The refusal of a second value of a flag that takes one ends with that flag's remedy
-    in `several`.
+    in `several`. Flags are judged by `rules`, which their help tells; facts(namespace) are {fact: its value}, which
+    holds if that is true, and so does the command's own name.
     """
 
     def __init__(
@@ -59,10 +62,13 @@ class Parser(argparse.ArgumentParser):
         synonyms: Mapping[str, str] | None = None,
         values: Mapping[tuple[str, str], str] | None = None,
         several: Mapping[str, str] | None = None,
+        rules: Sequence[Rule] = (),
+        facts: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda namespace: {},
         **options: Any,
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.synonyms, self.values, self.several = synonyms or {}, values or {}, several or {}
+        self.rules, self.facts = rules, facts
         self.mistakes: list[str] = []
 
     def error(self, message: str) -> NoReturn:
@@ -70,9 +76,27 @@ class Parser(argparse.ArgumentParser):
         raise in_one([*self.mistakes, f"{message}; see {self.prog} --help"])
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        self.tell(self.rules)
         namespace, mistakes = self.parse_with_mistakes(args, namespace)
-        Refusals(mistakes).tell()
+        refusals = Refusals(mistakes)
+        refusals.gather(contradictions, self.rules, self.given(namespace))
+        refusals.tell()
         return namespace
+
+    def tell(self, rules: Sequence[Rule]) -> None:
+        """Add to the help of each flag what rules say of it."""
+        for action in self._actions:
+            action.help = f"{action.help}{notes(rules, action.dest)}"
+
+    def given(self, namespace: argparse.Namespace) -> Given:
+        """What rules judge: all flags and facts, and the names of flags that are not their defaults, and of facts that
+        hold."""
+        flags = {action.dest: action.default for action in self._actions if action.dest in namespace}
+        facts = {self.prog: True, **self.facts(namespace)}
+        values = {name: getattr(namespace, name) for name in flags}
+        names = {name for name, value in values.items() if value != flags[name]}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return Given({**tuples, **facts}, names | {fact for fact, holds in facts.items() if holds})
 
     def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse -> (namespace, refusals of mistaken flags). The namespace holds the defaults of those."""
@@ -170,12 +194,6 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{short(text)!r} is not a whole number") from None
 
 
-def positive(text: str) -> int:
-    if whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return count(text)
-
-
 def finite(text: str) -> float:
     try:
         value = float(text)
@@ -186,51 +204,36 @@ def finite(text: str) -> float:
     return value
 
 
-def not_negative(text: str) -> float:
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+def that(read: Callable[[str], Value], holds: Callable[[Value], bool], wrong: str) -> Callable[[str], Value]:
+    """Make an argparse type for values that `read` reads and for which a condition holds; else they are `wrong`."""
+
+    def checked(text: str) -> Value:
+        value = read(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{short(text)} {wrong}")
+        return value
+
+    return checked
+
+
+def up_to(most: int, read: Callable[[str], int]) -> Callable[[str], int]:
+    """Make an argparse type for numbers that `read` reads and that are at most `most`."""
+    return that(read, lambda value: value <= most, f"is above {most:,}")
+
+
+count = up_to(MOST, that(whole, lambda value: value >= 0, "is negative"))
+positive = up_to(MOST, that(whole, lambda value: value >= 1, "is below 1"))
+seed = that(whole, lambda value: -(2**63) <= value < 2**63, "does not fit in 64 bits")
+not_negative = that(finite, lambda value: value >= 0, "is negative")
+above_zero = that(finite, lambda value: value > 0, "is not above 0")
+below_one = that(not_negative, lambda value: value < 1, "must be below 1")
+share = that(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
+stop_text = that(str, bool, "is an empty text, which would stop before the first token; leave it out")
 
 
 def rate(text: str) -> float | str:
     """Read a learning rate, or AUTO, for one that is chosen."""
     return text if text == AUTO else not_negative(text)
-
-
-def above_zero(text: str) -> float:
-    value = finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def below_one(text: str) -> float:
-    value = not_negative(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be below 1")
-    return value
-
-
-def count(text: str) -> int:
-    value = whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    if value > MOST:
-        raise argparse.ArgumentTypeError(f"{short(text)} is above {MOST:,}")
-    return value
-
-
-def up_to(most: int, kind: Callable[[str], int]) -> Callable[[str], int]:
-    """An argparse type for numbers of a kind that are at most `most`."""
-
-    def bounded(text: str) -> int:
-        value = kind(text)
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{short(text)} is above {most:,}")
-        return value
-
-    return bounded
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -241,10 +244,3 @@ def names(text: str) -> tuple[str, ...]:
 def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     """Make an argparse type that turns other tools' names, (theirs, ours), into ours."""
     return lambda text: dict(aliases).get(text, text)
-
-
-def seed(text: str) -> int:
-    value = whole(text)
-    if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
-    return value

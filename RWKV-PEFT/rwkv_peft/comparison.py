@@ -9,30 +9,34 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .children import import_matplotlib
-from .cli import Parser, finite
+from .cli import Parser, below_one
 from .errors import UserError
-from .files.atomic import atomic_write, check_output
+from .files.atomic import check_output
 from .plots import (
-    LINE_COLOURS,
-    LINE_STYLES,
+    MANY,
     legend_text,
+    look,
     metrics_of,
+    new_figure,
+    plain_axes,
     plot_loss,
     read_metrics,
+    save_figure,
     series,
     smooth_drawn,
     unit_of,
     wants_logarithm,
 )
+from .rules import NEEDS, Rule
 
 ENDINGS = (".png", ".svg", ".pdf")
-FEW = 20  # fewer points are drawn with markers, and not smoothed
+SEVERAL = "several runs"
+RULES = (Rule("--x, --smooth", NEEDS, f"--panels, {SEVERAL}", "it is about panels", "add --panels for one run"),)
 
 
 class Panel(NamedTuple):
-    """name: the value's name in metrics.jsonl; label: the axis label, with the losses' {unit}; noisy: whether the value
-    is smoothed; logarithm: whether the axis may be logarithmic."""
+    """name: the value's name in metrics.jsonl; label: the axis label, with the losses' {unit}; noisy: True if the value
+    is smoothed; logarithm: True if the axis may be logarithmic."""
 
     name: str
     label: str
@@ -89,15 +93,10 @@ def places(run: Run, by_tokens: bool) -> dict[int, float]:
 def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
     """Draw the panels that some run has values for; smoothed with `weight` (0: as they are); output's ending names the
     format."""
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in PANELS if any(series(run.records, panel.name)[1] for run in runs)] or [PANELS[0]]
     unit = " or ".join(sorted({unit_of(run.records) for run in runs}))
     rows = 1 + -(-(len(panels) - 1) // 2)
-    figure = Figure(figsize=(9, 1 + 2.6 * rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1 + 2.6 * rows)
     grid = figure.add_gridspec(rows, 2)
     for number, panel in enumerate(panels):
         row, column = divmod(number + 1, 2)
@@ -107,8 +106,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
         figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
-    with atomic_write(output) as temporary:
-        figure.savefig(temporary, format=Path(output).suffix[1:])
+    save_figure(figure, output)
 
 
 def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens: bool) -> None:
@@ -119,27 +117,28 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
     for number, (run, (steps, values)) in enumerate(zip(runs, found)):
         where = places(run, by_tokens)
         x = [where[step] for step in steps]
-        look = dict(color=LINE_COLOURS[number % len(LINE_COLOURS)], linestyle=LINE_STYLES[number % len(LINE_STYLES)])
-        smoothed = panel.noisy and weight > 0 and len(values) >= FEW
+        style, many = look(number), len(values) >= MANY
+        smoothed = panel.noisy and weight > 0 and many
         if smoothed:
-            axes.plot(x, values, color=look["color"], alpha=0.2, linewidth=0.8)
-        marker = "o" if len(values) < FEW else None
+            axes.plot(x, values, color=style["color"], alpha=0.2, linewidth=0.8)
+        marker = None if many else "o"
         line = smooth_drawn(values, logarithm, weight) if smoothed else values
-        axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=legend_text(run.label), **look)
+        axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=legend_text(run.label), **style)
     if logarithm:
         axes.set_yscale("log")
     if panel.name == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     if panel.name in ("eval_score", "lr", "tokens_per_s") and shown:
         axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
 def main(argv: list[str]) -> int:
     """Draw the runs; -> the exit code."""
     parser = Parser(
         prog="rwkv-peft plot",
+        rules=RULES,
+        facts=lambda args: {SEVERAL: len(args.paths or ()) > (1 if args.output else 2)},
         usage="rwkv-peft plot [-h] RUN [RUN ...] PICTURE [--panels] [--x {steps,tokens}] [--smooth SHARE]",
         description="Draw the loss curve of a run, as its loss.png, or the curves of several into one picture: losses, "
         "right answers, learning rate, gradient norm and speed, a panel each.",
@@ -152,13 +151,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--output", metavar="PICTURE", help="the picture, if no PICTURE follows the runs")
     parser.add_argument("--panels", action="store_true", help="draw a single run in panels too")
-    parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="panels: x axis (default steps)")
+    parser.add_argument(
+        "--x", choices=("steps", "tokens"), default="steps", help="x axis of the panels (default steps)"
+    )
     parser.add_argument(
         "--smooth",
-        type=finite,
+        type=below_one,
         default=0.9,
         metavar="SHARE",
-        help="panels: share of the last mean in the next (default 0.9; 0: none)",
+        help="share of the last mean in the next, in panels (default 0.9; 0: none)",
     )
     args = parser.parse_args(argv)
     runs = [*args.paths]
@@ -167,13 +168,8 @@ def main(argv: list[str]) -> int:
         raise UserError("runs and one picture are due: rwkv-peft plot RUN loss.png")
     if output.suffix not in ENDINGS:
         raise UserError(f"{output} does not end in {', '.join(ENDINGS)}, which are drawn; give a name such as loss.png")
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth {args.smooth:g} is not in [0, 1)")
-    panels = args.panels or len(runs) > 1
-    if not panels and (args.x, args.smooth) != (parser.get_default("x"), parser.get_default("smooth")):
-        raise UserError("--x and --smooth are about panels, which several runs have; add --panels for one")
     check_output("the picture", output, [("a run", Path(run)) for run in runs])
-    if panels:
+    if args.panels or len(runs) > 1:
         plot_runs(read_runs(runs), output, args.smooth, by_tokens=args.x == "tokens")
     else:
         plot_loss(metrics_of(runs[0]), output)

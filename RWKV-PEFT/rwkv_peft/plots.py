@@ -1,4 +1,5 @@
-"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved."""
+"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved; and what
+all pictures share."""
 
 import json
 import math
@@ -14,16 +15,46 @@ from .files.readable import require_readable
 from .names import METRICS
 from .objectives import OBJECTIVES
 
-SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
+SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
 COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
 HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
-DRAWN = len(COLORS) - 3  # tasks of lm_eval, the first, beside right answers, pairs and their margin
-# Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
-# styles of lines tell them apart in grey
+DRAWN = len(COLORS) - 3  # the most tasks of lm_eval, because right answers, pairs and their margin need colours too
+# Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is lost in print;
+# line styles tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
-MANY = 20  # values, which are smoothed where there are so many
-LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
+MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
+LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
+
+Series = tuple[list[int], list[float]]  # steps and values
+
+
+def new_figure(width: float, height: float, dpi: int = 150) -> Any:
+    """An empty figure of a size in inches, which needs no display."""
+    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, output: str | Path) -> None:
+    """Write a figure; the ending of `output`, which is overwritten, names the format."""
+    with atomic_write(output) as temporary:
+        figure.savefig(temporary, format=Path(output).suffix[1:])
+
+
+def plain_axes(axes: Any) -> None:
+    """Draw a light grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def look(position: int) -> dict[str, Any]:
+    """The colour and style of the line at a position."""
+    return {"color": LINE_COLOURS[position % len(LINE_COLOURS)], "linestyle": LINE_STYLES[position % len(LINE_STYLES)]}
 
 
 def legend_text(name: str) -> str:
@@ -71,9 +102,9 @@ def is_place(value: object) -> bool:
     return type(value) is int and 0 <= value <= LAST_STEP
 
 
-def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """([step], [value]) of the records that hold a number under `name`, of those that a float can be. Steps are counted
-    from 1, as people read them; a record counts from 0."""
+def series(records: Iterable[dict[str, Any]], name: str) -> Series:
+    """([step], [value]) of the records that hold a number under `name`. Steps are counted from 1, as people read them;
+    a record counts from 0."""
     pairs = [(record["step"] + 1, record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -106,21 +137,19 @@ def wants_logarithm(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """{name: its series} of the shares of right answers that a run's records hold: of the pairs that it learns from,
-    of its own questions, and of the first few tasks of lm_eval."""
+def drawn_below(records: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Series]]:
+    """{axis: {label: its series}} of what records hold besides losses and rates: the shares of right answers (of the
+    pairs that a run learns from, its own questions, and the first few tasks of lm_eval), and the margins of pairs."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
-    shown = {"right answers": "eval_score"} | drawn_figures("share")
-    shown |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
-    found = {label: series(records, name) for label, name in shown.items()}
-    return {label: points for label, points in found.items() if points[0]}
-
-
-def margins(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """{label: its series} of how far apart preference training moves answers."""
-    found = {label: series(records, name) for label, name in drawn_figures("margin (nats)").items()}
-    return {label: points for label, points in found.items() if points[0]}
+    shown = {axis: drawn_figures(axis) for axis in ("share", "margin (nats)")}
+    shown["share"] = {"right answers": "eval_score"} | shown["share"]
+    shown["share"] |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
+    found = {
+        axis: {label: points for label, name in names.items() if (points := series(records, name))[0]}
+        for axis, names in shown.items()
+    }
+    return {axis: drawn for axis, drawn in found.items() if drawn}
 
 
 def drawn_figures(axis: str) -> dict[str, str]:
@@ -130,34 +159,24 @@ def drawn_figures(axis: str) -> dict[str, str]:
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
-    """The unit that a run's loss is the mean over: that of the objective with the most figures in its records."""
+    """The unit that a run's loss is a mean over: that of the objective with the most figures in its records."""
     names = {name for record in records for name in record}
     return max(OBJECTIVES.values(), key=lambda one: sum(figure.name in names for figure in one.figures)).unit
 
 
 def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
-    """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
-    of a run; below them the shares of right answers and the margins of pairs, where there are any.
-
-    metrics_jsonl: a run's metrics.jsonl; output is overwritten, and its ending names the format. Any number of points
-    will do, even none.
-    """
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw a run's metrics.jsonl: loss (raw and smoothed), learning rate, and validation loss and retained loss if they
+    were measured, over the steps; below them the shares of right answers and the margins of pairs, if there are any. A
+    run without a step is drawn too."""
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
-    panels = [("share", shares(records)), ("margin (nats)", margins(records))]
-    below = [(label, drawn) for label, drawn in panels if drawn]
-    figure = Figure(figsize=(8, 4.5 + 1.5 * len(below)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, *lower = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))[
-        :, 0
-    ]
+    below = drawn_below(records)
+    figure = new_figure(8, 4.5 + 1.5 * len(below), dpi=120)
+    grid = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))
+    axes, *lower = grid[:, 0]
     axes.set(ylabel=f"loss (nats per {unit_of(records)})")
     colors = iter(COLORS)
-    for panel, (label, drawn) in zip(lower, below):
+    for panel, (label, drawn) in zip(lower, below.items()):
         draw_below(panel, label, drawn, colors)
     figure.axes[-1].set_xlabel("step")
     axes.grid(alpha=0.25)
@@ -197,36 +216,27 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
         right.spines["top"].set_visible(False)
     if shown:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    with atomic_write(output) as temporary:
-        figure.savefig(temporary, format=Path(output).suffix[1:])
+    save_figure(figure, output)
 
 
-def draw_below(
-    axes: Any, label: str, drawn: Mapping[str, tuple[list[int], list[float]]], colors: Iterator[str]
-) -> None:
-    """A panel of a few series; one with a value for each of many steps is smoothed, and others have their points."""
+def draw_below(axes: Any, label: str, drawn: Mapping[str, Series], colors: Iterator[str]) -> None:
+    """Draw a panel of a few series: one of MANY values is smoothed, others are drawn with markers."""
     for name, (steps, values) in drawn.items():
         many = len(values) >= MANY
-        look: dict[str, Any] = {} if many else dict(marker="o", markersize=3)
-        axes.plot(steps, smooth(values) if many else values, color=next(colors), linewidth=2, label=name, **look)
+        marks: dict[str, Any] = {} if many else dict(marker="o", markersize=3)
+        axes.plot(steps, smooth(values) if many else values, color=next(colors), linewidth=2, label=name, **marks)
     axes.set(ylabel=label, ylim=(0, 1.05) if label == "share" else None)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
 def plot_heat(
     rows: Sequence[int], columns: Sequence[str], cells: Mapping[tuple[int, str], float], out_png: str | Path
 ) -> None:
-    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one, and inf as
-    the largest of the others."""
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix. A cell without a number is
+    white, and infinity is drawn as the largest of the others."""
     largest = max(filter(math.isfinite, cells.values()), default=1.0)
     values = [[100 * min(cells.get((layer, name), math.nan), largest) for name in columns] for layer in rows]
-    figure = Figure(figsize=(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows), dpi=120)
     axes = figure.add_subplot()
     if values:
         image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
@@ -234,5 +244,4 @@ def plot_heat(
         axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(0, len(rows), max(1, len(rows) // 16)), list(map(str, rows[:: max(1, len(rows) // 16)])))
     axes.set(ylabel="layer")
-    with atomic_write(out_png) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, out_png)

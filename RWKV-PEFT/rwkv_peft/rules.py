@@ -1,7 +1,8 @@
 """Rules on which flags go together, as data: refusals of a command line and the notes in its help come from them.
 
 A condition reads as people write flags: "--compile" holds if that flag is given, "--loss_mask qa|se" if its value is
-one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact.
+one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact, told
+with its value unless that is True.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,16 +32,18 @@ class Given(NamedTuple):
 
     def holds(self, condition: str) -> bool:
         name, wanted = parts_of(condition)
-        if not wanted:
-            return name in self.names
+        if not wanted or self.values[name] is None:
+            return not wanted and name in self.names
         listed = wanted.removeprefix("!").split("|")
         return any((word in listed) != wanted.startswith("!") for word in words_of(self.values[name]))
 
     def shown(self, condition: str) -> str:
-        """A condition, with the value that its flag has."""
+        """A condition, with the value that its flag or fact has."""
         name, wanted = parts_of(condition)
-        bare = not condition.startswith("--") or (self.values[name] is True and not wanted)
-        return condition if bare else f"--{name} {short(' '.join(words_of(self.values[name])))}"
+        if self.values[name] is True and not wanted:
+            return condition
+        value = short(" ".join(words_of(self.values[name])))
+        return f"--{name} {value}" if condition.startswith("--") else f"{name} ({value})"
 
 
 def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:

@@ -63,48 +63,24 @@ int bone_start() {
 #endif
 }
 
-void bone_affine(const AffineArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
+BY_TYPE(bone_affine, AffineArguments,
         affine<MathOf<E>, E>({in<E>(a->x), a->x_stride}, in<E>(a->bone), out<E>(a->z), out<E>(a->shift), a->tokens,
-                             a->in_features, a->rank, a->factor, a->threads);
-    });
-}
-
-void bone_affine_backward(const AffineArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
+                             a->in_features, a->rank, a->factor, a->threads))
+BY_TYPE(bone_affine_backward, AffineArguments,
         affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride},
                                       in<E>(a->bone), a->d_bone, a->tokens, a->in_features, a->out_features, a->rank,
-                                      a->factor, a->threads);
-    });
-}
-
-void bone_merge(const MergeArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
+                                      a->factor, a->threads))
+BY_TYPE(bone_merge, MergeArguments,
         merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), a->d_bone, a->count, a->in_features,
-                            a->rank, a->threads);
-    });
-}
-
+                            a->rank, a->threads))
 #if defined(__AMX_BF16__)
 void bone_transpose(const TransposeArguments* a) {
     transpose({in<Bfloat16>(a->x), a->x_stride}, out<Bfloat16>(a->to), a->rows, a->columns, a->threads);
 }
 #endif
 
-void bone_shard_sum(const ShardSumArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        shard_sum<E>({in<E>(a->x), a->x_stride}, out<E>(a->total), a->tokens, a->in_features, a->rank, a->threads);
-    });
-}
-
-void bone_add_tiled(const AddTiledArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        add_tiled<E>(out<E>(a->y), in<E>(a->tile), a->tokens, a->width, a->rank, a->threads);
-    });
-}
+BY_TYPE(bone_shard_sum, ShardSumArguments,
+        shard_sum<E>({in<E>(a->x), a->x_stride}, out<E>(a->total), a->tokens, a->in_features, a->rank, a->threads))
+BY_TYPE(bone_add_tiled, AddTiledArguments,
+        add_tiled<E>(out<E>(a->y), in<E>(a->tile), a->tokens, a->width, a->rank, a->threads))
 }

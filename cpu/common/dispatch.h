@@ -20,3 +20,12 @@ E* out(void* p) {
 }
 
 }  // namespace
+
+// Defines the C function name(const Arguments* a), which runs the rest with E, the type of the tensors.
+#define BY_TYPE(name, Arguments, ...)            \
+    void name(const Arguments* a) {              \
+        by_type(a->bfloat16, [=](auto element) { \
+            using E = decltype(element);         \
+            __VA_ARGS__;                         \
+        });                                      \
+    }

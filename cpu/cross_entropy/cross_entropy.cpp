@@ -57,9 +57,9 @@ void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t row
 
 }  // namespace
 
-extern "C" void cross_entropy(const CrossEntropyArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        cross_entropy(out<decltype(element)>(a->logits), a->targets, a->losses, a->rows, a->vocabulary, a->scale,
-                      a->pull, a->gradient != 0, a->threads);
-    });
+extern "C" {
+
+BY_TYPE(cross_entropy, CrossEntropyArguments,
+        cross_entropy(out<E>(a->logits), a->targets, a->losses, a->rows, a->vocabulary, a->scale, a->pull,
+                      a->gradient != 0, a->threads))
 }

@@ -17,39 +17,39 @@ struct LerpArguments {
     int bfloat16, threads;
 };
 
-// y, g, out and their gradients (tokens, heads * size); weight and bias and theirs (heads * size).
+// y, g, out and their gradients (tokens, channels); weight and bias and theirs (channels).
 struct NormGateArguments {
     const void *y, *g, *weight, *bias;
     void* out;         // forward's result
     const void* grad;  // backward's input and results
     void *gy, *gg;
     float *gweight, *gbias;  // both null or neither
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;
     float eps;
     int bfloat16, threads;
 };
 
-// All (count).
+// All (tokens, channels).
 struct SigmoidGateArguments {
     const void *r, *v;
     void* out;
     const void* grad;
     void *gr, *gv;
-    int64_t count;
+    int64_t tokens, channels;
     int bfloat16, threads;
 };
 
-// All (count).
+// All (tokens, channels).
 struct ReluSquareArguments {
     const void* x;
     void* out;         // forward's result, backward's input
     const void* grad;  // backward's other input and result
     void* gx;
-    int64_t count;
+    int64_t tokens, channels;
     int bfloat16, threads;
 };
 
-// See delta_keys.h. k, low, key, a, b and their gradients (tokens, heads * size); a0, k_k, k_a and theirs (heads *
+// See delta_keys.h. k, low, key, a, b and their gradients (tokens, channels); a0, k_k, k_a and theirs (heads *
 // size).
 struct DeltaKeysArguments {
     const void *k, *low, *a0, *k_k, *k_a;
@@ -57,7 +57,7 @@ struct DeltaKeysArguments {
     const void *gkey, *ga, *gb;  // backward's inputs and results
     void *gk, *glow;
     float *ga0, *gk_k, *gk_a;  // all null or none
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;
     int bfloat16, threads;
 };
 
@@ -72,14 +72,14 @@ struct ValueResidualArguments {
     int bfloat16, threads;
 };
 
-// y, r, k, v, g, out and their gradients (tokens, heads * size); r_k, weight, bias and theirs (heads * size).
+// y, r, k, v, g, out and their gradients (tokens, channels); r_k, weight, bias and theirs (channels).
 struct NormBonusGateArguments {
     const void *y, *r, *k, *v, *g, *r_k, *weight, *bias;
     void* out;         // forward's result
     const void* grad;  // backward's input and results
     void *gy, *gr, *gk, *gv, *gg;
     float *gr_k, *gweight, *gbias;  // all null or none
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;
     float eps;
     int bfloat16, threads;
 };

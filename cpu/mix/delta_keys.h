@@ -18,11 +18,11 @@ namespace {
 
 constexpr float kLeastNorm = 1e-12f;
 
-// k, low, key, a, b (tokens, heads * size); a0, k_k, k_a (heads * size).
+// k, low, key, a, b (tokens, channels); a0, k_k, k_a (channels).
 template <class E>
 struct DeltaKeys {
     const E *k, *low, *a0, *k_k, *k_a;
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;  // size: a head's channels
 
     // kLanes channels of a head at position p of the tensors and h of the parameters, those past its end zeros.
     Vec stretched(int64_t p, int64_t h, int64_t left) const {
@@ -33,11 +33,10 @@ struct DeltaKeys {
     }
 
     void forward(E* key, E* a, E* b, int threads) const {
-        const int64_t width = heads * size;
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int) {
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int) {
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     Vec squares = zero();
                     for (int64_t c = 0; c < size; c += kLanes) {
                         const Vec u = stretched(p + c, h + c, size - c);
@@ -63,14 +62,14 @@ struct DeltaKeys {
     };
 
     void backward(const E* gkey, const E* ga, const E* gb, const Gradients& to, int threads) const {
-        const int64_t width = heads * size;
-        Sums a0_sums(to.a0, width, threads), k_k_sums(to.k_k, width, threads), k_a_sums(to.k_a, width, threads);
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
+        Sums a0_sums(to.a0, channels, threads), k_k_sums(to.k_k, channels, threads),
+            k_a_sums(to.k_a, channels, threads);
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int thread) {
             std::vector<float> buffer(size);
             float* gn = buffer.data();
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     Vec squares = zero(), products = zero();
                     for (int64_t c = 0; c < size; c += kLanes) {
                         const int64_t left = size - c;

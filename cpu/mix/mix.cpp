@@ -57,12 +57,12 @@ Lerp<E> lerp(const LerpArguments& a, std::vector<float>& floats) {
 
 template <class E>
 NormGate<E> norm_gate(const NormGateArguments& a) {
-    return {in<E>(a.y), in<E>(a.g), in<E>(a.weight), in<E>(a.bias), a.tokens, a.heads, a.size, a.eps};
+    return {in<E>(a.y), in<E>(a.g), in<E>(a.weight), in<E>(a.bias), a.tokens, a.channels, a.size, a.eps};
 }
 
 template <class E>
 DeltaKeys<E> delta_keys(const DeltaKeysArguments& a) {
-    return {in<E>(a.k), in<E>(a.low), in<E>(a.a0), in<E>(a.k_k), in<E>(a.k_a), a.tokens, a.heads, a.size};
+    return {in<E>(a.k), in<E>(a.low), in<E>(a.a0), in<E>(a.k_k), in<E>(a.k_a), a.tokens, a.channels, a.size};
 }
 
 template <class E>
@@ -73,118 +73,44 @@ ValueResidual<E> value_residual(const ValueResidualArguments& a) {
 template <class E>
 NormBonusGate<E> norm_bonus_gate(const NormBonusGateArguments& a) {
     return {in<E>(a.y),      in<E>(a.r),    in<E>(a.k), in<E>(a.v), in<E>(a.g), in<E>(a.r_k),
-            in<E>(a.weight), in<E>(a.bias), a.tokens,   a.heads,    a.size,     a.eps};
+            in<E>(a.weight), in<E>(a.bias), a.tokens,   a.channels, a.size,     a.eps};
 }
 
 }  // namespace
 
 extern "C" {
 
-void mix_lerp_forward(const LerpArguments* a) {
-    std::vector<float> floats;
-    by_type(a->bfloat16, [&](auto element) {
-        using E = decltype(element);
-        lerp<E>(*a, floats).forward(reinterpret_cast<E* const*>(a->outs), a->threads);
-    });
-}
-
-void mix_lerp_backward(const LerpArguments* a) {
-    std::vector<float> floats;
-    by_type(a->bfloat16, [&](auto element) {
-        using E = decltype(element);
+BY_TYPE(mix_lerp_forward, LerpArguments, std::vector<float> floats;
+        lerp<E>(*a, floats).forward(reinterpret_cast<E* const*>(a->outs), a->threads))
+BY_TYPE(mix_lerp_backward, LerpArguments, std::vector<float> floats;
         lerp<E>(*a, floats)
             .backward(reinterpret_cast<const E* const*>(a->grads),
-                      {out<E>(a->gx), out<E>(a->glast), a->gmaa, out<E>(a->glow), a->gup}, a->threads);
-    });
-}
-
-void mix_norm_gate_forward(const NormGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        norm_gate<E>(*a).forward(out<E>(a->out), a->threads);
-    });
-}
-
-void mix_norm_gate_backward(const NormGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        norm_gate<E>(*a).backward(in<E>(a->grad), out<E>(a->gy), out<E>(a->gg), a->gweight, a->gbias, a->threads);
-    });
-}
-
-void mix_sigmoid_gate_forward(const SigmoidGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        sigmoid_gate_forward(in<E>(a->r), in<E>(a->v), out<E>(a->out), a->count, a->threads);
-    });
-}
-
-void mix_sigmoid_gate_backward(const SigmoidGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv), a->count,
-                              a->threads);
-    });
-}
-
-void mix_relu_square_forward(const ReluSquareArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        relu_square_forward(in<E>(a->x), out<E>(a->out), a->count, a->threads);
-    });
-}
-
-void mix_relu_square_backward(const ReluSquareArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        relu_square_backward(in<E>(a->out), in<E>(a->grad), out<E>(a->gx), a->count, a->threads);
-    });
-}
-
-void mix_delta_keys_forward(const DeltaKeysArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        delta_keys<E>(*a).forward(out<E>(a->key), out<E>(a->a), out<E>(a->b), a->threads);
-    });
-}
-
-void mix_delta_keys_backward(const DeltaKeysArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
+                      {out<E>(a->gx), out<E>(a->glast), a->gmaa, out<E>(a->glow), a->gup}, a->threads))
+BY_TYPE(mix_norm_gate_forward, NormGateArguments, norm_gate<E>(*a).forward(out<E>(a->out), a->threads))
+BY_TYPE(mix_norm_gate_backward, NormGateArguments,
+        norm_gate<E>(*a).backward(in<E>(a->grad), out<E>(a->gy), out<E>(a->gg), a->gweight, a->gbias, a->threads))
+BY_TYPE(mix_sigmoid_gate_forward, SigmoidGateArguments,
+        sigmoid_gate_forward(in<E>(a->r), in<E>(a->v), out<E>(a->out), a->tokens * a->channels, a->threads))
+BY_TYPE(mix_sigmoid_gate_backward, SigmoidGateArguments,
+        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv),
+                              a->tokens * a->channels, a->threads))
+BY_TYPE(mix_relu_square_forward, ReluSquareArguments,
+        relu_square_forward(in<E>(a->x), out<E>(a->out), a->tokens * a->channels, a->threads))
+BY_TYPE(mix_relu_square_backward, ReluSquareArguments,
+        relu_square_backward(in<E>(a->out), in<E>(a->grad), out<E>(a->gx), a->tokens * a->channels, a->threads))
+BY_TYPE(mix_delta_keys_forward, DeltaKeysArguments,
+        delta_keys<E>(*a).forward(out<E>(a->key), out<E>(a->a), out<E>(a->b), a->threads))
+BY_TYPE(mix_delta_keys_backward, DeltaKeysArguments,
         delta_keys<E>(*a).backward(in<E>(a->gkey), in<E>(a->ga), in<E>(a->gb),
-                                   {out<E>(a->gk), out<E>(a->glow), a->ga0, a->gk_k, a->gk_a}, a->threads);
-    });
-}
-
-void mix_value_residual_forward(const ValueResidualArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        value_residual<E>(*a).forward(out<E>(a->out), a->threads);
-    });
-}
-
-void mix_value_residual_backward(const ValueResidualArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
+                                   {out<E>(a->gk), out<E>(a->glow), a->ga0, a->gk_k, a->gk_a}, a->threads))
+BY_TYPE(mix_value_residual_forward, ValueResidualArguments, value_residual<E>(*a).forward(out<E>(a->out), a->threads))
+BY_TYPE(mix_value_residual_backward, ValueResidualArguments,
         value_residual<E>(*a).backward(in<E>(a->grad), out<E>(a->gv), out<E>(a->gfirst), out<E>(a->glow), a->gv0,
-                                       a->threads);
-    });
-}
-
-void mix_norm_bonus_gate_forward(const NormBonusGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        norm_bonus_gate<E>(*a).forward(out<E>(a->out), a->threads);
-    });
-}
-
-void mix_norm_bonus_gate_backward(const NormBonusGateArguments* a) {
-    by_type(a->bfloat16, [=](auto element) {
-        using E = decltype(element);
-        norm_bonus_gate<E>(*a).backward(
-            in<E>(a->grad),
-            {out<E>(a->gy), out<E>(a->gr), out<E>(a->gk), out<E>(a->gv), out<E>(a->gg), a->gr_k, a->gweight, a->gbias},
-            a->threads);
-    });
-}
+                                       a->threads))
+BY_TYPE(mix_norm_bonus_gate_forward, NormBonusGateArguments, norm_bonus_gate<E>(*a).forward(out<E>(a->out), a->threads))
+BY_TYPE(mix_norm_bonus_gate_backward, NormBonusGateArguments,
+        norm_bonus_gate<E>(*a).backward(in<E>(a->grad),
+                                        {out<E>(a->gy), out<E>(a->gr), out<E>(a->gk), out<E>(a->gv), out<E>(a->gg),
+                                         a->gr_k, a->gweight, a->gbias},
+                                        a->threads))
 }

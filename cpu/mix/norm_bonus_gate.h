@@ -11,11 +11,11 @@
 
 namespace {
 
-// y, r, k, v, g, out (tokens, heads * size); r_k, weight, bias (heads * size).
+// y, r, k, v, g, out (tokens, channels); r_k, weight, bias (channels).
 template <class E>
 struct NormBonusGate {
     const E *y, *r, *k, *v, *g, *r_k, *weight, *bias;
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;  // size: a head's channels
     float eps;
 
     // s of the head at position p of the tensors and h of the parameters.
@@ -32,13 +32,12 @@ struct NormBonusGate {
     }
 
     void forward(E* out, int threads) const {
-        const int64_t width = heads * size;
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int) {
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int) {
             std::vector<float> normal(size);
             float* z = normal.data();
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     normalize(y + p, size, eps, z);
                     const float s = bonus(p, h);
                     for (int64_t c = 0; c < size; c += kLanes) {
@@ -57,15 +56,14 @@ struct NormBonusGate {
     };
 
     void backward(const E* grad, const Gradients& to, int threads) const {
-        const int64_t width = heads * size;
-        Sums r_k_sums(to.r_k, width, threads), weight_sums(to.weight, width, threads),
-            bias_sums(to.bias, width, threads);
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
+        Sums r_k_sums(to.r_k, channels, threads), weight_sums(to.weight, channels, threads),
+            bias_sums(to.bias, channels, threads);
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int thread) {
             std::vector<float> buffers(2 * size);
             float *z = buffers.data(), *d = z + size;
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     const float scale = normalize(y + p, size, eps, z), s = bonus(p, h);
                     Vec products = zero();
                     for (int64_t c = 0; c < size; c += kLanes) {

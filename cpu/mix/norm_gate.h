@@ -11,20 +11,19 @@
 
 namespace {
 
-// y, g, out (tokens, heads * size), weight, bias (heads * size).
+// y, g, out (tokens, channels), weight, bias (channels).
 template <class E>
 struct NormGate {
     const E *y, *g, *weight, *bias;
-    int64_t tokens, heads, size;
+    int64_t tokens, channels, size;  // size: a head's channels
     float eps;
 
     void forward(E* out, int threads) const {
-        const int64_t width = heads * size;
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int) {
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int) {
             std::vector<float> normal(size);
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     float* z = normal.data();
                     normalize(y + p, size, eps, z);
                     for (int64_t c = 0; c < size; c++) {
@@ -38,14 +37,13 @@ struct NormGate {
 
     // gweight and gbias are float, and both null or neither.
     void backward(const E* grad, E* gy, E* gg, float* gweight, float* gbias, int threads) const {
-        const int64_t width = heads * size;
-        Sums weight_sums(gweight, width, threads), bias_sums(gbias, width, threads);
-        parallel(tokens, tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
+        Sums weight_sums(gweight, channels, threads), bias_sums(gbias, channels, threads);
+        parallel(tokens, tokens * channels, threads, [&](int64_t first, int64_t end, int thread) {
             std::vector<float> normal(size), inner(size);
             float *z = normal.data(), *d = inner.data();
             for (int64_t t = first; t < end; t++)
-                for (int64_t h = 0; h < width; h += size) {
-                    const int64_t p = t * width + h;
+                for (int64_t h = 0; h < channels; h += size) {
+                    const int64_t p = t * channels + h;
                     const float scale = normalize(y + p, size, eps, z);
                     for (int64_t c = 0; c < size; c++) {
                         const float gate = to_float(g[p + c]), s = sigmoid(gate), dout = to_float(grad[p + c]);

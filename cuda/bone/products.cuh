@@ -1,6 +1,6 @@
 // bat-in's affine form with bf16 products on tensor cores, for ranks that are whole tiles: u_b = B_b x_b for each shard
-// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients. SQUARED: of max(x + left, 0)^2 in x's
-// place, left (tokens, R) being added to each shard.
+// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients. SQUARED: of max(x + deferred, 0)^2 in
+// x's place, deferred (tokens, R) being added to each shard.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/fetch.cuh"
@@ -47,7 +47,7 @@ struct ForwardShared {  // two of each: one is filled while the other is read
 };
 template <int R>
 struct ForwardShared<R, true> : ForwardShared<R, false> {
-    typename ForwardProducts<R>::Rows left;  // of the tile, for every shard
+    typename ForwardProducts<R>::Rows deferred;  // of the tile, for every shard
 };
 template <int R, bool SQUARED>
 struct BackwardShared {
@@ -56,23 +56,23 @@ struct BackwardShared {
 };
 template <int R>
 struct BackwardShared<R, true> : BackwardShared<R, false> {
-    typename BackwardProducts<R>::Rows left;  // one: a second would leave a multiprocessor room for fewer blocks
+    typename BackwardProducts<R>::Rows deferred;  // one: a second would leave a multiprocessor room for fewer blocks
 };
 
-// max(x + left, 0)^2 of two neighbours.
-__device__ __forceinline__ uint32_t squared(uint32_t x, uint32_t left) {
-    const float low = low_half(x) + low_half(left), high = high_half(x) + high_half(left);
+// max(x + deferred, 0)^2 of two neighbours.
+__device__ __forceinline__ uint32_t squared(uint32_t x, uint32_t deferred) {
+    const float low = low_half(x) + low_half(deferred), high = high_half(x) + high_half(deferred);
     return pack_bf16(low < 0.f ? 0.f : low * low, high < 0.f ? 0.f : high * high);  // NaN stays
 }
 
 // The same of a tile, in x's place, by all threads.
 template <class P>
-__device__ __forceinline__ void square_rows(typename P::Rows& x, const typename P::Rows& left) {
+__device__ __forceinline__ void square_rows(typename P::Rows& x, const typename P::Rows& deferred) {
     constexpr int EIGHTS = P::tiles * 2;  // of a row
     for (int i = threadIdx.x; i < P::tokens * EIGHTS; i += P::threads) {
         bf16* to = &x[i / EIGHTS][i % EIGHTS * 8];
         Tile eight = load_eight(to);
-        const Tile other = load_eight(&left[i / EIGHTS][i % EIGHTS * 8]);
+        const Tile other = load_eight(&deferred[i / EIGHTS][i % EIGHTS * 8]);
         #pragma unroll
         for (int e = 0; e < 4; e++) eight.x[e] = squared(eight.x[e], other.x[e]);
         store_eight(to, eight);
@@ -97,7 +97,7 @@ __device__ void products_forward(const BoneArguments& a) {
     Accumulator sums[P::columns];
     #pragma unroll
     for (int i = 0; i < P::columns; i++) sums[i] = zeros();
-    if constexpr (SQUARED) fetch_rows<R>(shared.left, (const bf16*)a.left + t0 * R, R, P::tokens, valid);
+    if constexpr (SQUARED) fetch_rows<R>(shared.deferred, (const bf16*)a.deferred + t0 * R, R, P::tokens, valid);
     fetch(first);
     for (int b = first; b < last; b++) {
         const int stage = (b - first) % 2;
@@ -105,7 +105,7 @@ __device__ void products_forward(const BoneArguments& a) {
         __syncthreads();  // shard b has arrived, and nobody reads the one before any more
         if (b + 1 < last) fetch(b + 1);
         if constexpr (SQUARED) {
-            square_rows<P>(shared.x[stage], shared.left);
+            square_rows<P>(shared.x[stage], shared.deferred);
             __syncthreads();  // all squares are there
         }
         const bf16* x = shared.x[stage][row0];
@@ -131,7 +131,7 @@ __device__ void products_forward(const BoneArguments& a) {
 }
 
 // A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, if x is given, the strip's part
-// of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + left, 0) is its gradient.
+// of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + deferred, 0) is its gradient.
 template <int R, bool SQUARED>
 __device__ void products_backward(const BoneArguments& a) {
     using P = BackwardProducts<R>;
@@ -152,7 +152,7 @@ __device__ void products_backward(const BoneArguments& a) {
     };
     const auto fetch_left = [&](index_t t0) {
         const int valid = (int)min((index_t)P::tokens, end - t0);
-        if constexpr (SQUARED) fetch_rows<R>(shared.left, (const bf16*)a.left + t0 * R, R, P::tokens, valid);
+        if constexpr (SQUARED) fetch_rows<R>(shared.deferred, (const bf16*)a.deferred + t0 * R, R, P::tokens, valid);
     };
     Accumulator sums[MINE];
     #pragma unroll
@@ -173,7 +173,7 @@ __device__ void products_backward(const BoneArguments& a) {
             *(uint32_t*)&du[row][column] =
                 pack_bf16(low_half(x) + a.factor * low_half(y), high_half(x) + a.factor * high_half(y));
         }
-        if constexpr (SQUARED) square_rows<P>(shared.x[stage], shared.left);
+        if constexpr (SQUARED) square_rows<P>(shared.x[stage], shared.deferred);
         __syncthreads();
         if (t0 + P::tokens < end) fetch_left(t0 + P::tokens);
         Tile rows[P::tiles];

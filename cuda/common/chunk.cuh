@@ -3,11 +3,11 @@
 #include "common/tile.cuh"
 
 constexpr int CHUNK = 16;
+constexpr int N = 64;  // head size, that of all released models
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // A block has 2 N threads: warps of 16 rows for the matrix products, four tokens of two channels each for the decays,
 // and one 16-byte copy each for a chunk of one tensor.
-template <int N>
 struct Shape {
     static constexpr int threads = 2 * N;
     static constexpr int tiles = N / 16;
@@ -16,30 +16,27 @@ struct Shape {
 };
 
 // The eight elements of a chunk that a thread copies, neighbours in one row; `thread` is one of 2 N.
-template <int N>
-__device__ __forceinline__ bf16* own(typename Shape<N>::Rows& rows, unsigned thread = threadIdx.x) {
+__device__ __forceinline__ bf16* own(Shape::Rows& rows, unsigned thread = threadIdx.x) {
     return &rows[thread / (N / 8)][thread % (N / 8) * 8];
 }
 
 // Starts the copy of them from `at` in a tensor; zeros if not `valid`.
-template <int N>
-__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, index_t at, bool valid) {
-    cp_async_16(own<N>(rows), (const bf16*)tensor + (valid ? at : 0), valid);
+__device__ __forceinline__ void fetch(Shape::Rows& rows, const void* tensor, index_t at, bool valid) {
+    cp_async_16(own(rows), (const bf16*)tensor + (valid ? at : 0), valid);
 }
 
 // The same for the chunk that begins at token t0, zeros past the sequence's end.
-template <int N, class Sequence>
-__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0,
+template <class Sequence>
+__device__ __forceinline__ void fetch(Shape::Rows& rows, const void* tensor, const Sequence& s, int t0,
                                       unsigned thread = threadIdx.x) {
     const int row = thread / (N / 8), column = thread % (N / 8) * 8;
     const bool valid = t0 + row < s.length;
     const bf16* source = (const bf16*)tensor + s.elements + (valid ? (t0 + row) * s.stride + column : 0);
-    cp_async_16(own<N>(rows, thread), source, valid);
+    cp_async_16(own(rows, thread), source, valid);
 }
 
 // Loads a head's state from global memory into a warp's 16 rows of accumulators: rows row0 + 0..15 of S, or of Sᵀ if
 // `transposed`. A null source is zeros.
-template <int N>
 __device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float* source, int row0, bool transposed) {
     const int lane = lane_id();
     #pragma unroll
@@ -56,7 +53,6 @@ __device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float
 }
 
 // Stores them.
-template <int N>
 __device__ __forceinline__ void store_state(float* target, const Accumulator (&S)[N / 16], int row0, bool transposed) {
     const int lane = lane_id();
     #pragma unroll

@@ -22,25 +22,27 @@ MIX_OPERATION(sigmoid_gate_forward, SigmoidGateForward)
 MIX_OPERATION(sigmoid_gate_backward, SigmoidGateBackward)
 MIX_OPERATION(value_residual_forward, ValueResidualForward)
 MIX_OPERATION(value_residual_backward, ValueResidualBackward)
-MIX_OPERATION(tanh_forward, TanhForward)
-MIX_OPERATION(tanh_backward, TanhBackward)
 MIX_OPERATION(norm_gate_forward, NormGateForward)
 MIX_OPERATION(norm_gate_backward, NormGateBackward)
 MIX_OPERATION(delta_keys_forward, DeltaKeysForward)
 MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
-MIX_OPERATION(bonus_gate_forward, BonusGateForward)
-MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
 
-// Kernels whose blocks take whole tokens; `resident` blocks should fit a multiprocessor's registers.
-#define MIX_TOKENS(name, resident, floats)                                                                  \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, resident, floats * sizeof(float)) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, resident, floats * sizeof(float))
-MIX_TOKENS(norm_lerp_forward, NORM_LERP_BLOCKS, 2 * MOST_MIXED)
-MIX_TOKENS(norm_lerp_backward, 3, 2 * MOST_MIXED)
+// Of fused blocks, which are bfloat16.
+#define MIX_FUSED(name, Op) KERNEL(MixArguments, mix_##name##_bfloat16, run_rows<Op>, 32 * WARPS, 1, 0)
+MIX_FUSED(tanh_forward, TanhForward<bf16>)
+MIX_FUSED(tanh_backward, TanhBackward<bf16>)
+MIX_FUSED(bonus_gate_forward, BonusGateForward<bf16>)
+MIX_FUSED(bonus_gate_backward, BonusGateBackward<bf16>)
 
-// A lerp's weights of rank K.
+// Blocks take whole tokens; `resident` blocks should fit a multiprocessor's registers.
+#define MIX_TOKENS(name, resident) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name, NORM_THREADS, resident, 2 * MOST_MIXED * sizeof(float))
+MIX_TOKENS(norm_lerp_forward, NORM_LERP_BLOCKS)
+MIX_TOKENS(norm_lerp_backward, 3)
+
+// A lerp's weights of rank K, in bfloat16.
 #define MIX_LOW_RANK(K)                                                                                         \
     KERNEL(MixArguments, mix_lerp_low_forward_##K, low_forward<K>, LOW_THREADS, 1, sizeof(LowForwardShared<K>)) \
     KERNEL(MixArguments, mix_lerp_low_backward_##K, low_backward<K>, LOW_THREADS* LOW_SPLITS<K>, 1,             \

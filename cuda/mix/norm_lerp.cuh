@@ -27,47 +27,45 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
 }
 
 // x; weight, bias, maa (n, channels) -> stats, the last of each sequence's norms, n points
-template <class E, int V>
-__device__ void norm_lerp_forward_by(const MixArguments& a) {
+__device__ void norm_lerp_forward(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
     const Strip strip(a);
     for (index_t t = strip.begin - !begins(a, strip.begin); t < strip.end; t++) {
         const bool own = t >= strip.begin, ends = begins(a, t + 1);
         const Place place = place_of(a, t);
-        const RowStats stats = read_row<E, V>(a, t, row, own);
-        each_own<V>(a, [&](int c) {
+        const RowStats stats = read_row(a, t, row, own);
+        each_own(a, [&](int c) {
             float x[V], previous[V] = {};
-            normalize_row<E, V>(a, stats, row, c, x);
+            normalize_row(a, stats, row, c, x);
             #pragma unroll
             for (int e = 0; e < V; e++) {
-                x[e] = rounded<E>(x[e]);
+                x[e] = rounded(x[e]);
                 if (!place.first) previous[e] = before[c + e];
                 before[c + e] = x[e];
             }
             if (!own) return;
             const index_t at = t * a.channels + c;
-            if (place.first && a.last) load_vector<E, V>(previous, (const E*)a.last + sequence_at(a, place) + c);
-            if (ends) store_vector<E, V>((E*)a.outputs[1] + sequence_at(a, place) + c, x);
+            if (place.first && a.last) load_vector<bf16, V>(previous, (const bf16*)a.last + sequence_at(a, place) + c);
+            if (ends) store_vector<bf16, V>((bf16*)a.outputs[1] + sequence_at(a, place) + c, x);
             #pragma unroll 1  // not more, which take registers that a fourth block needs
             for (int i = 0; i < a.n; i++) {
                 float m[V];
-                load_vector<E, V>(m, (const E*)a.parameters[2] + i * a.channels + c);
+                load_vector<bf16, V>(m, (const bf16*)a.parameters[2] + i * a.channels + c);
                 #pragma unroll
                 for (int e = 0; e < V; e++) m[e] = x[e] + (previous[e] - x[e]) * m[e];
-                store_vector<E, V>((E*)a.outputs[2 + i] + at, m);
+                store_vector<bf16, V>((bf16*)a.outputs[2 + i] + at, m);
             }
         });
     }
 }
 
 // Adds up token t's gradients of the points, for itself and for the token before it.
-template <class E, int V>
 __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int c, float (&own)[V],
                                           float (&passed)[V]) {
     for (int i = 0; i < a.n; i++) {
         float m[V], grad[V];
-        load_vector<E, V>(m, (const E*)a.parameters[1] + i * a.channels + c);
-        load_vector<E, V>(grad, (const E*)a.inputs[5 + i] + t * a.channels + c);
+        load_vector<bf16, V>(m, (const bf16*)a.parameters[1] + i * a.channels + c);
+        load_vector<bf16, V>(grad, (const bf16*)a.inputs[5 + i] + t * a.channels + c);
         #pragma unroll
         for (int e = 0; e < V; e++) own[e] += grad[e] * (1.f - m[e]), passed[e] += grad[e] * m[e];
     }
@@ -75,14 +73,13 @@ __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int 
 
 // x, grad of its norm or null, grad of x from the residual, stats, grad of the last of each sequence's norms or null, n
 // grads of points; weight, maa -> the gradient of x; glast
-template <class E, int V>
-__device__ void norm_lerp_backward_by(const MixArguments& a) {
+__device__ void norm_lerp_backward(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: the gradient from the next token
     const Strip strip(a);
     if (!begins(a, strip.end))
-        each_own<V>(a, [&](int c) {
+        each_own(a, [&](int c) {
             float own[V] = {}, passed[V] = {};
-            pass_back<E, V>(a, strip.end, c, own, passed);
+            pass_back(a, strip.end, c, own, passed);
         #pragma unroll
             for (int e = 0; e < V; e++) later[c + e] = passed[e];
         });
@@ -91,35 +88,20 @@ __device__ void norm_lerp_backward_by(const MixArguments& a) {
         const Place place = place_of(a, t);
         const RowStats stats = stats_of(a, t);
         float sum = 0.f, along = 0.f;
-        each_own<V>(a, [&](int c) {
+        each_own(a, [&](int c) {
             const index_t at = t * a.channels + c;
             float grad[V] = {}, passed[V] = {}, end[V] = {};
-            if (a.inputs[1]) load_vector<E, V>(grad, (const E*)a.inputs[1] + at);
-            if (ends && a.inputs[4]) load_vector<E, V>(end, (const E*)a.inputs[4] + sequence_at(a, place) + c);
-            pass_back<E, V>(a, t, c, grad, passed);
+            if (a.inputs[1]) load_vector<bf16, V>(grad, (const bf16*)a.inputs[1] + at);
+            if (ends && a.inputs[4]) load_vector<bf16, V>(end, (const bf16*)a.inputs[4] + sequence_at(a, place) + c);
+            pass_back(a, t, c, grad, passed);
             #pragma unroll
             for (int e = 0; e < V; e++) {
                 grad[e] += ends ? end[e] : later[c + e];
                 later[c + e] = passed[e];
             }
-            if (place.first && a.glast) store_vector<E, V>((E*)a.glast + sequence_at(a, place) + c, passed);
-            gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
+            if (place.first && a.glast) store_vector<bf16, V>((bf16*)a.glast + sequence_at(a, place) + c, passed);
+            gather_row(a, stats, t, c, grad, row, sum, along);
         });
-        store_row_gradient<E, V>(a, stats, t, row, sum, along);
+        store_row_gradient(a, stats, t, row, sum, along);
     }
-}
-
-template <class E>
-__device__ void norm_lerp_forward(const MixArguments& a) {
-    if (a.size == WIDEST<E>)
-        norm_lerp_forward_by<E, WIDEST<E>>(a);
-    else
-        norm_lerp_forward_by<E, 2>(a);
-}
-template <class E>
-__device__ void norm_lerp_backward(const MixArguments& a) {
-    if (a.size == WIDEST<E>)
-        norm_lerp_backward_by<E, WIDEST<E>>(a);
-    else
-        norm_lerp_backward_by<E, 2>(a);
 }

@@ -1,11 +1,12 @@
 // Shared by kernels that normalize whole tokens, out = (x - mean) scale weight + bias over all channels of a block's
 // token, or compute its gradient and add that of the residual, x's second user. Mean and scale, 1 / standard deviation,
-// are saved for backward.
+// are saved for backward. Tensors are bfloat16 and aligned to 16 bytes, channels a multiple of 8.
 #pragma once
 #include "common/vector.cuh"
 #include "mix/rows.cuh"
 
 constexpr int NORM_THREADS = 256;
+constexpr int V = WIDEST<bf16>;  // neighbouring channels that a thread reads at once
 
 // The sum of x over a block's threads.
 __device__ __forceinline__ float block_total(float x) {
@@ -22,15 +23,14 @@ __device__ __forceinline__ float block_total(float x) {
 }
 
 // f(c) for each V neighbours c, c + 1, … among a thread's channels.
-template <int V, class F>
+template <class F>
 __device__ __forceinline__ void each_own(const MixArguments& a, F f) {
     for (int c = threadIdx.x * V; c < a.channels; c += NORM_THREADS * V) f(c);
 }
 
-// x rounded to an E.
-template <class E>
+// x rounded to bfloat16.
 __device__ __forceinline__ float rounded(float x) {
-    E e;
+    bf16 e;
     store(&e, x);
     return to_float(e);
 }
@@ -42,18 +42,17 @@ __device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
 }
 
 // row = token t of x; its stats are written if the token is the block's own.
-template <class E, int V>
 __device__ RowStats read_row(const MixArguments& a, index_t t, float* row, bool own) {
     float sum = 0.f;
-    each_own<V>(a, [&](int c) {
+    each_own(a, [&](int c) {
         float x[V];
-        load_vector<E, V>(x, (const E*)a.inputs[0] + t * a.channels + c);
+        load_vector<bf16, V>(x, (const bf16*)a.inputs[0] + t * a.channels + c);
         #pragma unroll
         for (int e = 0; e < V; e++) row[c + e] = x[e], sum += x[e];
     });
     const float mean = block_total(sum) / a.channels;
     float squares = 0.f;
-    each_own<V>(a, [&](int c) {
+    each_own(a, [&](int c) {
         #pragma unroll
         for (int e = 0; e < V; e++) squares += (row[c + e] - mean) * (row[c + e] - mean);
     });
@@ -61,24 +60,22 @@ __device__ RowStats read_row(const MixArguments& a, index_t t, float* row, bool 
     if (own && threadIdx.x == 0) ((float*)a.outputs[0])[2 * t] = mean, ((float*)a.outputs[0])[2 * t + 1] = scale;
     return RowStats{mean, scale};
 }
-template <class E, int V>
 __device__ __forceinline__ void normalize_row(const MixArguments& a, const RowStats& stats, const float* row, int c,
                                               float (&out)[V]) {
     float weight[V];
-    load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
-    load_vector<E, V>(out, (const E*)a.parameters[1] + c);
+    load_vector<bf16, V>(weight, (const bf16*)a.parameters[0] + c);
+    load_vector<bf16, V>(out, (const bf16*)a.parameters[1] + c);
     #pragma unroll
     for (int e = 0; e < V; e++) out[e] += (row[c + e] - stats.mean) * stats.scale * weight[e];
 }
 
 // row = the gradient of the normalized values, from that of the norm's result; sum and along gather this thread's part
 // of its sum and of its product with those values.
-template <class E, int V>
 __device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats& stats, index_t t, int c,
                                            const float (&grad)[V], float* row, float& sum, float& along) {
     float x[V], weight[V];
-    load_vector<E, V>(x, (const E*)a.inputs[0] + t * a.channels + c);
-    load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
+    load_vector<bf16, V>(x, (const bf16*)a.inputs[0] + t * a.channels + c);
+    load_vector<bf16, V>(weight, (const bf16*)a.parameters[0] + c);
     #pragma unroll
     for (int e = 0; e < V; e++) {
         row[c + e] = grad[e] * weight[e];
@@ -87,19 +84,18 @@ __device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats
     }
 }
 // The gradient of x, from the row and the threads' sums, and that of the residual.
-template <class E, int V>
 __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const RowStats& stats, index_t t,
                                                    const float* row, float sum, float along) {
     const index_t at = t * a.channels;
     sum = block_total(sum) / a.channels;
     along = block_total(along) / a.channels;
-    each_own<V>(a, [&](int c) {
+    each_own(a, [&](int c) {
         float x[V], gx[V];
-        load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
-        load_vector<E, V>(gx, (const E*)a.inputs[2] + at + c);
+        load_vector<bf16, V>(x, (const bf16*)a.inputs[0] + at + c);
+        load_vector<bf16, V>(gx, (const bf16*)a.inputs[2] + at + c);
         #pragma unroll
         for (int e = 0; e < V; e++)
             gx[e] += stats.scale * (row[c + e] - sum - (x[e] - stats.mean) * stats.scale * along);
-        store_vector<E, V>((E*)a.outputs[0] + at + c, gx);
+        store_vector<bf16, V>((bf16*)a.outputs[0] + at + c, gx);
     });
 }

@@ -4,12 +4,11 @@
 #pragma once
 #include "wkv6/chunk.cuh"
 
-template <int N>
 struct BackwardShared {
-    struct { typename Shape<N>::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
+    struct { Shape::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
     // Of a chunk; between two segments the place is free.
     struct {
-        Operands<N> operands;
+        Operands operands;
         float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
     } made;
     float u[N], gy_v[CHUNK];  // gy_v: sum over v of gy v
@@ -47,11 +46,10 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
     return sums;
 }
 
-template <int N>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
-    Operands<N>& o = shared.made.operands;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
+    BackwardShared& shared = *(BackwardShared*)dynamic_shared();
+    Operands& o = shared.made.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
     if (s.length < 0) {  // no group has this place
@@ -66,12 +64,12 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     // Backward visits each chunk but a segment's last twice: forward, to rebuild the states, then in reverse.
     const auto start_fetch = [&](int into, int t0, bool reverse) {
         auto& next = shared.chunk[into];
-        fetch<N>(next.k, a.k, s, t0);
-        fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.w, a.w, s, t0);
+        fetch(next.k, a.k, s, t0);
+        fetch(next.v, a.v, s, t0);
+        fetch(next.w, a.w, s, t0);
         if (reverse) {
-            fetch<N>(next.r, a.r, s, t0);
-            fetch<N>(next.gy, a.gy, s, t0);
+            fetch(next.r, a.r, s, t0);
+            fetch(next.gy, a.gy, s, t0);
         }
     };
     const auto arrive = [&]() {  // at the chunk whose fetch was started last
@@ -92,8 +90,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     const float* ends = a.group ? a.parts : a.gfinal;
     const float* end = ends ? ends + s.state : nullptr;
     Accumulator dS[tiles], dSt[tiles];
-    load_state<N>(dS, end, c0, false);
-    load_state<N>(dSt, end, c0, true);
+    load_state(dS, end, c0, false);
+    load_state(dSt, end, c0, true);
     float gu[2] = {0.f, 0.f};
     if (segments > 0) start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
 
@@ -101,14 +99,14 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const int begin = segment * SEGMENT;
         const int chunks = min(CHUNKS, (s.length - begin + CHUNK - 1) / CHUNK);
         Accumulator S[tiles];
-        const Checkpoint<N> checkpoint(a, s, begin);
+        const Checkpoint checkpoint(a, s, begin);
         #pragma unroll
         for (int b = 0; b < tiles; b++) S[b] = widened(checkpoint(c0 / 16, b));
         for (int i = 0; i < chunks - 1; i++) {
             arrive();
             start_fetch(stage ^ 1, begin + (i + 1) * CHUNK, i + 1 == chunks - 1);
             const auto& in = shared.chunk[stage];
-            Decays<N> decays(in.w, CHUNK, o);
+            Decays decays(in.w, CHUNK, o);
             __syncthreads();  // the quarters are known
             Pair factor[4];
             decays.halves(o);
@@ -134,10 +132,9 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
                 start_fetch(stage ^ 1, begin - SEGMENT, false);
             auto& in = shared.chunk[stage];
 
-            Decays<N> decays(in.w, valid, o);
-            const float bonus =
-                row_dot<N, true>(load_eight(own<N>(in.r)), load_eight(own<N>(in.k)), &shared.u[own_column]);
-            const float gy_v = row_dot<N, false>(load_eight(own<N>(in.gy)), load_eight(own<N>(in.v)));
+            Decays decays(in.w, valid, o);
+            const float bonus = row_dot<true>(load_eight(own(in.r)), load_eight(own(in.k)), &shared.u[own_column]);
+            const float gy_v = row_dot<false>(load_eight(own(in.gy)), load_eight(own(in.v)));
             if (own_column == 0) {
                 o.bonus[own_row] = bonus;
                 shared.gy_v[own_row] = gy_v;
@@ -250,5 +247,5 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const float sum = quad_sum(gu[half]);
         if (lane % 4 == 0) a.gu[s.channels + c0 + lane / 4 + half * 8] = sum;
     }
-    if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, c0, false);
+    if (a.gstate && !a.group) store_state(a.gstate + s.state, dS, c0, false);
 }

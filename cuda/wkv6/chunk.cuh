@@ -12,16 +12,14 @@ constexpr float DECAY_CAP = 14.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 // Products of a chunk's decays.
-template <int N>
 struct Products {
     Pair quarter[4][N / 2];               // of tokens 0-3, 4-7, 8-11, 12-15
     float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
 };
 
 // The operands made of one chunk; element (t, c) as the head comment of wkv6.cu defines them.
-template <int N>
-struct Operands : Products<N> {
-    typename Shape<N>::Rows r_start, r_middle, k_middle, k_end;
+struct Operands : Products {
+    Shape::Rows r_start, r_middle, k_middle, k_end;
     float bonus[CHUNK];  // sum over c of r u k
 };
 
@@ -32,13 +30,12 @@ __device__ __forceinline__ float log2_decay(float w) {
 }
 
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t.
-template <int N>
 struct Decays {
     int c, t, part;
     Pair decay[4], quarter[4], first, second;
 
     // Reads w and writes the products of the quarters.
-    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Products<N>& o) {
+    __device__ __forceinline__ Decays(const Shape::Rows& w, int valid, Products& o) {
         c = threadIdx.x % (N / 2) * 2;
         part = threadIdx.x / (N / 2);
         t = part * 4;
@@ -55,7 +52,7 @@ struct Decays {
     }
 
     // Computes the halves' products from the quarters, which all threads must have written, and shares them.
-    __device__ __forceinline__ void halves(Products<N>& o) {
+    __device__ __forceinline__ void halves(Products& o) {
         #pragma unroll
         for (int i = 0; i < 4; i++) quarter[i] = o.quarter[i][c / 2];
         Pair whole;
@@ -136,8 +133,7 @@ struct Decays {
     }
 
     // out = x factor.
-    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4],
-                                          typename Shape<N>::Rows& out) const {
+    __device__ __forceinline__ void scale(const Shape::Rows& x, const Pair (&factor)[4], Shape::Rows& out) const {
         uint32_t pair[4];
         #pragma unroll
         for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)&x[t + i][c];
@@ -148,8 +144,8 @@ struct Decays {
     }
 
     // middle = x factor, and outer = x factor half.
-    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4], const Pair& half,
-                                          typename Shape<N>::Rows& middle, typename Shape<N>::Rows& outer) const {
+    __device__ __forceinline__ void scale(const Shape::Rows& x, const Pair (&factor)[4], const Pair& half,
+                                          Shape::Rows& middle, Shape::Rows& outer) const {
         uint32_t pair[4];
         #pragma unroll
         for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)&x[t + i][c];
@@ -170,7 +166,6 @@ struct Decays {
 
 // The state before token t of a block, as the chunked kernels store it: in bf16, tile by tile of S, (K / 16, V / 16),
 // each spread over a warp's lanes.
-template <int N>
 struct Checkpoint {
     Tile* tiles;  // the lane's share of the first
 
@@ -180,7 +175,6 @@ struct Checkpoint {
 };
 
 // Sum over the N / 8 threads that share a row.
-template <int N>
 __device__ __forceinline__ float row_sum(float x) {
     #pragma unroll
     for (int lanes = 1; lanes < N / 8; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
@@ -189,7 +183,7 @@ __device__ __forceinline__ float row_sum(float x) {
 
 // The dot product of eight elements of two rows, 16-byte aligned, each product scaled by `factor` if SCALED, summed
 // over the threads that share the rows.
-template <int N, bool SCALED>
+template <bool SCALED>
 __device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const float* factor = nullptr) {
     float sum = 0.f;
     #pragma unroll
@@ -198,7 +192,7 @@ __device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const flo
         sum += SCALED ? low * factor[2 * i] : low;
         sum += SCALED ? high * factor[2 * i + 1] : high;
     }
-    return row_sum<N>(sum);
+    return row_sum(sum);
 }
 
 // Sets a chunk's (16, 16) scores to zero except below the diagonal (above it if `above`), and the diagonal to

@@ -3,18 +3,16 @@
 #pragma once
 #include "wkv6/chunk.cuh"
 
-template <int N>
 struct ForwardShared {
-    struct { typename Shape<N>::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
-    Operands<N> operands;
+    struct { Shape::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
+    Operands operands;
     float u[N];
 };
 
-template <int N>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
-    Operands<N>& o = shared.operands;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
+    ForwardShared& shared = *(ForwardShared*)dynamic_shared();
+    Operands& o = shared.operands;
     const Sequence s(a);
     if (s.length < 0) return;
     const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
@@ -26,17 +24,17 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
         const bool valid = t0 + own_row < s.length;
-        fetch<N>(next.r, a.r, fetched, valid);
-        fetch<N>(next.k, a.k, fetched, valid);
-        fetch<N>(next.v, a.v, fetched, valid);
-        fetch<N>(next.w, a.w, fetched, valid);
+        fetch(next.r, a.r, fetched, valid);
+        fetch(next.k, a.k, fetched, valid);
+        fetch(next.v, a.v, fetched, valid);
+        fetch(next.w, a.w, fetched, valid);
         fetched += step;
     };
 
     if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.channel(a) + threadIdx.x];
     Accumulator St[tiles];
     const float* start = a.group ? a.parts : a.state;
-    load_state<N>(St, start ? start + s.state : nullptr, v0, true);
+    load_state(St, start ? start + s.state : nullptr, v0, true);
     if (s.length > 0) start_fetch(0);
 
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
@@ -46,13 +44,13 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
         if (a.checkpoints && t0 % SEGMENT == 0) {
-            const Checkpoint<N> checkpoint(a, s, t0);
+            const Checkpoint checkpoint(a, s, t0);
             #pragma unroll
             for (int b = 0; b < tiles; b++) checkpoint(b, v0 / 16) = transposed(rounded(St[b]));
         }
 
-        Decays<N> decays(in.w, valid, o);
-        const float bonus = row_dot<N, true>(load_eight(own<N>(in.r)), load_eight(own<N>(in.k)), &shared.u[own_column]);
+        Decays decays(in.w, valid, o);
+        const float bonus = row_dot<true>(load_eight(own(in.r)), load_eight(own(in.k)), &shared.u[own_column]);
         if (own_column == 0) o.bonus[own_row] = bonus;
         __syncthreads();  // the quarters are known
         Pair factor[4];
@@ -79,5 +77,5 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             multiply(St[b], v, load_right_transposed(&o.k_end[0][b * 16], stride));
         }
     }
-    if (a.final_state && !a.group) store_state<N>(a.final_state + s.state, St, v0, true);
+    if (a.final_state && !a.group) store_state(a.final_state + s.state, St, v0, true);
 }

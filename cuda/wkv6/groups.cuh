@@ -9,19 +9,18 @@
 #pragma once
 #include "wkv6/chunk.cuh"
 
-template <int N>
 struct GroupShared {
-    struct { typename Shape<N>::Rows x, y, w; } chunk[2];  // one in use, one arriving
-    typename Shape<N>::Rows scaled;
-    Products<N> products;
+    struct { Shape::Rows x, y, w; } chunk[2];  // one in use, one arriving
+    Shape::Rows scaled;
+    Products products;
 };
 
 // A group's transition and local state: sums of outer products of x (k end, or backward r start) and y (v, or gy). Warp
 // i owns rows k = 16 i .. of the sum.
-template <int N, bool BACKWARD>
+template <bool BACKWARD>
 __device__ __forceinline__ void chunked_groups(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    GroupShared<N>& shared = *(GroupShared<N>*)dynamic_shared();
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
+    GroupShared& shared = *(GroupShared*)dynamic_shared();
     const Sequence s(a);
     if (s.length < 0) return;
     const int c0 = threadIdx.x / 32 * 16;  // the warp's rows
@@ -32,9 +31,9 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     const auto start_fetch = [&](int i) {
         if (i == chunks) return;
         auto& next = shared.chunk[i % 2];
-        fetch<N>(next.x, BACKWARD ? a.r : a.k, s, start(i));
-        fetch<N>(next.y, BACKWARD ? a.gy : a.v, s, start(i));
-        fetch<N>(next.w, a.w, s, start(i));
+        fetch(next.x, BACKWARD ? a.r : a.k, s, start(i));
+        fetch(next.y, BACKWARD ? a.gy : a.v, s, start(i));
+        fetch(next.w, a.w, s, start(i));
     };
 
     Accumulator S[tiles];
@@ -48,7 +47,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operand any more
         start_fetch(i + 1);
 
-        Decays<N> decays(in.w, s.length - start(i), shared.products);
+        Decays decays(in.w, s.length - start(i), shared.products);
         __syncthreads();  // the quarters are known
         decays.halves(shared.products);
         Pair factor[4];
@@ -65,7 +64,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
             multiply(S[b], x, load_right_transposed(&in.y[0][b * 16], stride));
         }
     }
-    store_state<N>(a.parts + s.state, S, c0, false);
+    store_state(a.parts + s.state, S, c0, false);
     if (!BACKWARD && threadIdx.x < N / 2) *(Pair*)&a.transitions[s.channels + threadIdx.x * 2] = transition;
 }
 

@@ -36,7 +36,7 @@
 // those are the same rounded numbers on both sides. gw_x is -exp(w_x) times that gradient.
 //
 // Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
-// kernels, one token at a time (plain.cuh). ops/wkv6/cuda.py chooses.
+// kernels, one token at a time (plain.cuh). ops/recurrence/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -47,10 +47,10 @@
 #include "wkv6/groups.cuh"
 #include "wkv6/plain.cuh"
 
-RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardShared<64>))
-RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
-RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))
-RECURRENCE_KERNEL(wkv6_backward_groups_64, (chunked_groups<64, true>), 128, 5, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward, 128, 5, sizeof(ForwardShared))
+RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward, 128, 3, sizeof(BackwardShared))
+RECURRENCE_KERNEL(wkv6_forward_groups_64, chunked_groups<false>, 128, 5, sizeof(GroupShared))
+RECURRENCE_KERNEL(wkv6_backward_groups_64, chunked_groups<true>, 128, 5, sizeof(GroupShared))
 RECURRENCE_KERNEL(wkv6_forward_scan, scan_groups<false>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_backward_scan, scan_groups<true>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1, 0)

@@ -6,16 +6,15 @@
 
 template <class Keys>
 struct BackwardShared {
-    static constexpr int N = Keys::SIZE;
     struct Chunk {
-        typename Shape<N>::Rows r, w, v, gy;
+        Shape::Rows r, w, v, gy;
         Keys keys;
-    } chunk[2];                       // one in use, one arriving
-    bf16 state[N][Shape<N>::stride];  // before the chunk
-    bf16 dS[N][Shape<N>::stride];     // after it, faded by its decays
-    Operands<N> operands;
+    } chunk[2];                    // one in use, one arriving
+    bf16 state[N][Shape::stride];  // before the chunk
+    bf16 dS[N][Shape::stride];     // after it, faded by its decays
+    Operands operands;
     PairMatrices pairs;  // and then, in their place, their gradients
-    typename Shape<N>::Rows removed, gremoved;
+    Shape::Rows removed, gremoved;
     float products[CHUNK + 1][N + 4];  // Decays::keep's
     typename Keys::Parameters parameters;
 };
@@ -51,9 +50,9 @@ template <class Keys>
 __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<Keys>& shared,
                                                   const typename BackwardShared<Keys>::Chunk& in, int c0, index_t at,
                                                   index_t row, int valid) {
-    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
     const int lane = lane_id();
-    const Operands<N>& o = shared.operands;
+    const Operands& o = shared.operands;
     Accumulator gr = zeros(), ga = zeros(), gk = zeros(), gb = zeros();  // of the operands
     float through[2] = {0.f, 0.f};  // of the log decays, through the state across the whole chunk or after it
     #pragma unroll
@@ -116,9 +115,9 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
 
 template <class Keys>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
-    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
     BackwardShared<Keys>& shared = *(BackwardShared<Keys>*)dynamic_shared();
-    Operands<N>& o = shared.operands;
+    Operands& o = shared.operands;
     PairMatrices& pairs = shared.pairs;
     const Sequence s(a);
     if (s.length < 0) return;
@@ -127,10 +126,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
 
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
-        fetch<N>(next.r, a.r, s, t0);
-        fetch<N>(next.w, a.w, s, t0);
-        fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.gy, a.gy, s, t0);
+        fetch(next.r, a.r, s, t0);
+        fetch(next.w, a.w, s, t0);
+        fetch(next.v, a.v, s, t0);
+        fetch(next.gy, a.gy, s, t0);
         next.keys.template start_fetch<true>(a, s, t0);
     };
     const auto start_fetch_of_state = [&](int t0) {
@@ -145,7 +144,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     shared.parameters.load(a, s);
     Accumulator dS[tiles];
     const float* end = a.group ? a.parts : a.gfinal;
-    load_state<N>(dS, end ? end + s.state : nullptr, v0, false);
+    load_state(dS, end ? end + s.state : nullptr, v0, false);
     const int last = (s.length - 1) / CHUNK * CHUNK;
     if (s.length > 0) start_fetch(last);
 
@@ -156,16 +155,16 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         cp_async_wait_all();
         __syncthreads();  // the chunk has arrived, and nobody reads the later one, its state or its operands any more
         start_fetch_of_state(t0);
-        const Decays<N> decays(in.w, valid, o);
+        const Decays decays(in.w, valid, o);
         const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
-        decays.reads(load_four<N>(in.r, decays.t, decays.c), keys.a, o);
+        decays.reads(load_four(in.r, decays.t, decays.c), keys.a, o);
         decays.writes(keys.k, keys.b, o);
         decays.keep(shared.products);
         cp_async_wait_all();
         __syncthreads();  // the operands are complete, and the state has arrived
         if (t0 > 0) start_fetch(t0 - CHUNK);
 
-        make_pairs<N>(warp, pairs, o);
+        make_pairs(warp, pairs, o);
         Accumulator read = zeros(), given = zeros(), gv = zeros();  // S a, (v, t); to removed, (v, t); (t, v)
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
@@ -195,12 +194,12 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         }
         __syncthreads();  // removed and its gradient are complete, and nobody reads the pairs any more
 
-        Accumulator gpairs = pair_product<N>(warp, shared.gremoved, in.gy, shared.removed, in.v);
+        Accumulator gpairs = pair_product(warp, shared.gremoved, in.gy, shared.removed, in.v);
         if (warp == A_B) in.keys.keep_along(gpairs);
         keep_earlier(warp, gpairs);
         store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK, rounded(gpairs));
         __syncthreads();  // the pairs' gradients are complete
         channel_gradients<Keys>(a, shared, in, v0, at, s.stride, valid);
     }
-    if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, v0, false);
+    if (a.gstate && !a.group) store_state(a.gstate + s.state, dS, v0, false);
 }

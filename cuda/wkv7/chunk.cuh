@@ -5,12 +5,11 @@
 
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t. A warp has 16 channels, so that the
 // products of other tokens come from its own lanes.
-template <int N>
 struct Decays {
     int c, t;
     Pair decay[4], before, after;  // before, after: products of the decays before token t, and up to t + 3
 
-    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Operands<N>& o) {
+    __device__ __forceinline__ Decays(const Shape::Rows& w, int valid, Operands& o) {
         const int lane = lane_id(), part = lane / 8;
         c = threadIdx.x / 32 * 16 + lane % 8 * 2;
         t = part * 4;
@@ -41,7 +40,7 @@ struct Decays {
 
     // Makes the operands a and, if asked, r.
     template <bool WITH_R = true>
-    __device__ __forceinline__ void reads(const Four& r, const Four& a, Operands<N>& o) const {
+    __device__ __forceinline__ void reads(const Four& r, const Four& a, Operands& o) const {
         Pair product = before;
         #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -54,7 +53,7 @@ struct Decays {
 
     // Makes the operands b and, if asked, k.
     template <bool WITH_K = true>
-    __device__ __forceinline__ void writes(const Four& k, const Four& b, Operands<N>& o) const {
+    __device__ __forceinline__ void writes(const Four& k, const Four& b, Operands& o) const {
         Pair product = {{reciprocal_approx(after.x[0]), reciprocal_approx(after.x[1])}};
         #pragma unroll
         for (int i = 3; i >= 0; i--) {
@@ -133,26 +132,23 @@ __device__ __forceinline__ void invert(PairMatrices& pairs) {
 }
 
 // Matrix number `name` of all, before it is masked: the product of rows a or r with rows b or k.
-template <int N>
-__device__ __forceinline__ Accumulator pair_product(int name, const typename Shape<N>::Rows& a,
-                                                    const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& b,
-                                                    const typename Shape<N>::Rows& k) {
-    constexpr int stride = Shape<N>::stride;
+__device__ __forceinline__ Accumulator pair_product(int name, const Shape::Rows& a, const Shape::Rows& r,
+                                                    const Shape::Rows& b, const Shape::Rows& k) {
+    constexpr int stride = Shape::stride;
     const bool of_a = name == A_B || name == A_K;
     const auto& reads = of_a ? a : r;
     const auto& writes = name == A_B || name == R_B ? b : k;
     Accumulator product = zeros();
     #pragma unroll
-    for (int i = 0; i < Shape<N>::tiles; i++)
+    for (int i = 0; i < Shape::tiles; i++)
         multiply(product, load_tile(&reads[0][i * 16], stride), load_tile(&writes[0][i * 16], stride));
     return product;
 }
 
 // A warp makes matrix number `name`.
-template <int N>
-__device__ __forceinline__ void make_pairs(int name, PairMatrices& pairs, const Operands<N>& o) {
+__device__ __forceinline__ void make_pairs(int name, PairMatrices& pairs, const Operands& o) {
     const int lane = lane_id();
-    Accumulator product = pair_product<N>(name, o.a, o.r, o.b, o.k);
+    Accumulator product = pair_product(name, o.a, o.r, o.b, o.k);
     keep_earlier(name, product);
     if (name != A_B) return store_tile(&pairs.of[name][0][0], CHUNK + 8, CHUNK, rounded(product));
     #pragma unroll

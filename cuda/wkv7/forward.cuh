@@ -7,13 +7,12 @@
 
 template <class Keys>
 struct ForwardShared {
-    static constexpr int N = Keys::SIZE;
     struct {
-        typename Shape<N>::Rows r, w, v;
+        Shape::Rows r, w, v;
         Keys keys;
     } chunk[2];  // one in use, one arriving
     struct Made {
-        Operands<N> operands;
+        Operands operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
     typename Keys::Parameters parameters;
@@ -22,7 +21,7 @@ struct ForwardShared {
 
 template <class Keys>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
-    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride;
     static_assert(tiles == PAIRS, "a matrix a maker");
     ForwardShared<Keys>& shared = *(ForwardShared<Keys>*)dynamic_shared();
     const Sequence s(a);
@@ -34,27 +33,27 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     // The makers' steps, also for chunks after the last, of zeros.
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
-        fetch<N>(next.r, a.r, s, t0);
-        fetch<N>(next.w, a.w, s, t0);
-        fetch<N>(next.v, a.v, s, t0);
+        fetch(next.r, a.r, s, t0);
+        fetch(next.w, a.w, s, t0);
+        fetch(next.v, a.v, s, t0);
         next.keys.template start_fetch<false>(a, s, t0);
     };
     const auto make_operands = [&](int t0) {
         const auto& in = shared.chunk[t0 / CHUNK % 2];
-        Operands<N>& o = shared.made[t0 / CHUNK % 2].operands;
-        const Decays<N> decays(in.w, s.length - t0, o);
+        Operands& o = shared.made[t0 / CHUNK % 2].operands;
+        const Decays decays(in.w, s.length - t0, o);
         const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
-        decays.reads(load_four<N>(in.r, decays.t, decays.c), keys.a, o);
+        decays.reads(load_four(in.r, decays.t, decays.c), keys.a, o);
         decays.writes(keys.k, keys.b, o);
     };
     const auto make_pairs_and_fetch = [&](int t0) {
         auto& made = shared.made[t0 / CHUNK % 2];
         start_fetch(t0 + CHUNK);
-        make_pairs<N>(warp, made.pairs, made.operands);
+        make_pairs(warp, made.pairs, made.operands);
         cp_async_wait_all();
     };
     // The other warps' steps.
-    const int thread = threadIdx.x % Shape<N>::threads;
+    const int thread = threadIdx.x % Shape::threads;
     const auto start_measure = [&](int t0) { shared.chunk[t0 / CHUNK % 2].keys.start_measure(a, s, t0, thread); };
     const auto measure = [&](int t0) {
         shared.chunk[t0 / CHUNK % 2].keys.template measure<true>(a, s, shared.parameters, t0, thread);
@@ -62,12 +61,12 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
 
     Accumulator S[tiles];
     const float* start = a.group ? a.parts : a.state;
-    load_state<N>(S, start && !maker ? start + s.state : nullptr, v0, false);
+    load_state(S, start && !maker ? start + s.state : nullptr, v0, false);
     shared.parameters.load(a, s);
     begin_walk(maker, CHUNK, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const auto& made = shared.made[t0 / CHUNK % 2];
-        const Operands<N>& o = made.operands;
+        const Operands& o = made.operands;
         Accumulator read = zeros(), y = zeros();  // S a, (v, t); (t, v)
         Tile v;                                   // (v, t)
         __syncthreads();  // this chunk's pairs are complete, the next has arrived, and nobody reads the previous one
@@ -106,5 +105,5 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             }
         }
     }
-    if (a.final_state && !a.group && !maker) store_state<N>(a.final_state + s.state, S, v0, false);
+    if (a.final_state && !a.group && !maker) store_state(a.final_state + s.state, S, v0, false);
 }

@@ -12,13 +12,12 @@
 
 template <class Keys>
 struct GroupShared {
-    static constexpr int N = Keys::SIZE;
     struct {
-        typename Shape<N>::Rows r, w, x;  // r only in backward
+        Shape::Rows r, w, x;  // r only in backward
         Keys keys;
     } chunk[2];  // one in use, one arriving
     struct Made {
-        Operands<N> operands;
+        Operands operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
     typename Keys::Parameters parameters;
@@ -28,7 +27,7 @@ struct GroupShared {
 // through k, or in backward gy, through r. Half of the warps are makers, as in chunked_forward.
 template <class Keys, bool BACKWARD>
 __device__ __forceinline__ void chunked_groups(const Arguments& a) {
-    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride, states = BACKWARD ? 1 : 2;
+    constexpr int tiles = Shape::tiles, stride = Shape::stride, states = BACKWARD ? 1 : 2;
     constexpr PairName driven = BACKWARD ? R_B : A_K;
     GroupShared<Keys>& shared = *(GroupShared<Keys>*)dynamic_shared();
     const Sequence s(a);
@@ -43,19 +42,19 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     const auto start_fetch = [&](int i) {
         if (is_past(i)) return;
         auto& next = shared.chunk[i % 2];
-        if (BACKWARD) fetch<N>(next.r, a.r, s, start(i));
-        fetch<N>(next.w, a.w, s, start(i));
-        fetch<N>(next.x, BACKWARD ? a.gy : a.v, s, start(i));
+        if (BACKWARD) fetch(next.r, a.r, s, start(i));
+        fetch(next.w, a.w, s, start(i));
+        fetch(next.x, BACKWARD ? a.gy : a.v, s, start(i));
         next.keys.template start_fetch<BACKWARD, !BACKWARD>(a, s, start(i));
     };
     const auto make_operands = [&](int i) {
         if (is_past(i)) return;
         const auto& in = shared.chunk[i % 2];
-        Operands<N>& o = shared.made[i % 2].operands;
-        const Decays<N> decays(in.w, s.length - start(i), o);
+        Operands& o = shared.made[i % 2].operands;
+        const Decays decays(in.w, s.length - start(i), o);
         // Twice, because states leave few registers.
         const auto share = [&] { return typename Keys::Share(in.keys, shared.parameters, decays.t, decays.c); };
-        decays.template reads<BACKWARD>(load_four<N>(in.r, decays.t, decays.c), share().a, o);
+        decays.template reads<BACKWARD>(load_four(in.r, decays.t, decays.c), share().a, o);
         const auto keys = share();
         decays.template writes<!BACKWARD>(keys.k, keys.b, o);
     };
@@ -63,12 +62,12 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (is_past(i)) return;
         auto& made = shared.made[i % 2];
         start_fetch(i + 1);
-        if (warp == 0) make_pairs<N>(A_B, made.pairs, made.operands);
-        if (warp == 1) make_pairs<N>(driven, made.pairs, made.operands);
+        if (warp == 0) make_pairs(A_B, made.pairs, made.operands);
+        if (warp == 1) make_pairs(driven, made.pairs, made.operands);
         cp_async_wait_all();
     };
     // The other warps' steps in forward.
-    const int thread = threadIdx.x % Shape<N>::threads;
+    const int thread = threadIdx.x % Shape::threads;
     const auto start_measure = [&](int i) {
         if (!BACKWARD && !is_past(i)) shared.chunk[i % 2].keys.start_measure(a, s, start(i), thread);
     };
@@ -90,7 +89,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     begin_walk(maker, 1, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
     for (int i = 0; !is_past(i); i++) {
         const auto& made = shared.made[i % 2];
-        const Operands<N>& o = made.operands;
+        const Operands& o = made.operands;
         const auto& reads = BACKWARD ? o.b : o.a;
         const auto& writes = BACKWARD ? o.a : o.b;
         const auto& driver = BACKWARD ? o.r : o.k;
@@ -133,11 +132,10 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         }
     }
     if (maker) return;
-    store_state<N>(a.parts + s.state, S[0], v0, false);
-    if (!BACKWARD) store_state<N>(a.transitions + s.state, S[states - 1], v0, false);
+    store_state(a.parts + s.state, S[0], v0, false);
+    if (!BACKWARD) store_state(a.transitions + s.state, S[states - 1], v0, false);
 }
 
-template <int N>
 struct ScanShared {
     float S[16][N];
     float transition[N][N + 1];  // padded, as it is read by rows or by columns
@@ -146,10 +144,10 @@ struct ScanShared {
 // Replaces the groups' local states by those that they start with, and gives the final state; in backward, by the
 // gradients of the states that they end with, and gives that of the initial state. A block takes 16 rows of a
 // sequence's head, because no row of a state depends on another.
-template <int N, bool BACKWARD>
+template <bool BACKWARD>
 __device__ __forceinline__ void scan_groups(const Arguments& a) {
     constexpr int rows = 4, columns = N / 32;  // of a thread
-    ScanShared<N>& shared = *(ScanShared<N>*)dynamic_shared();
+    ScanShared& shared = *(ScanShared*)dynamic_shared();
     const int head = blockIdx.x / (N / 16), h = head % a.heads, n = head / a.heads;
     const int row = threadIdx.x / 32 * rows, column = threadIdx.x % 32;
     const index_t of_head = (index_t)N * N, here = (blockIdx.x % (N / 16) * 16 + row) * N + column;
@@ -205,21 +203,4 @@ __device__ __forceinline__ void scan_groups(const Arguments& a) {
     for (int i = 0; i < rows; i++)
         #pragma unroll
         for (int j = 0; j < columns; j++) end[head * of_head + here + i * N + j * 32] = S[i][j];
-}
-
-template <class Keys>
-__device__ __forceinline__ void forward_groups(const Arguments& a) {
-    chunked_groups<Keys, false>(a);
-}
-template <class Keys>
-__device__ __forceinline__ void backward_groups(const Arguments& a) {
-    chunked_groups<Keys, true>(a);
-}
-template <int N>
-__device__ __forceinline__ void forward_scan(const Arguments& a) {
-    scan_groups<N, false>(a);
-}
-template <int N>
-__device__ __forceinline__ void backward_scan(const Arguments& a) {
-    scan_groups<N, true>(a);
 }

@@ -9,8 +9,7 @@
 // A thread's share of a chunk's tensor: two neighbouring channels of four tokens.
 struct Four { Pair x[4]; };
 
-template <int N>
-__device__ __forceinline__ Four load_four(const typename Shape<N>::Rows& rows, int t, int c) {
+__device__ __forceinline__ Four load_four(const Shape::Rows& rows, int t, int c) {
     Four four;
     #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -22,27 +21,24 @@ __device__ __forceinline__ Four load_four(const typename Shape<N>::Rows& rows, i
 
 // The operands made of one chunk, all relative to its start: element (t, c) is that of token t times
 //     r: the decays up to t    a: those before t    k, b: the reciprocal of those up to t
-template <int N>
 struct Operands {
-    typename Shape<N>::Rows r, a, k, b;
+    Shape::Rows r, a, k, b;
     float whole[N];  // the product of all decays
 };
 
 // A chunk's keys if they are given.
-template <int N>
 struct GivenKeys {
-    static constexpr int SIZE = N;
     struct Parameters {
         __device__ __forceinline__ void load(const Arguments&, const Sequence&) {}
     };
-    typename Shape<N>::Rows k, a, b;
+    Shape::Rows k, a, b;
 
     // Starts the copies; k may be spared.
     template <bool BACKWARD, bool WITH_K = true>
     __device__ __forceinline__ void start_fetch(const Arguments& from, const Sequence& s, int t0) {
-        if (WITH_K) fetch<N>(k, from.k, s, t0);
-        fetch<N>(a, from.a, s, t0);
-        fetch<N>(b, from.b, s, t0);
+        if (WITH_K) fetch(k, from.k, s, t0);
+        fetch(a, from.a, s, t0);
+        fetch(b, from.b, s, t0);
     }
     // There are no lengths to measure.
     __device__ __forceinline__ void start_measure(const Arguments&, const Sequence&, int, int) {}
@@ -53,11 +49,11 @@ struct GivenKeys {
     struct Share {
         Four k, a, b;
         __device__ __forceinline__ Share(const GivenKeys& keys, const Parameters&, int t, int c)
-            : k(load_four<N>(keys.k, t, c)), a(load_four<N>(keys.a, t, c)), b(load_four<N>(keys.b, t, c)) {}
+            : k(load_four(keys.k, t, c)), a(load_four(keys.a, t, c)), b(load_four(keys.b, t, c)) {}
     };
 
     struct Bonuses {  // there are no bonuses
-        __device__ __forceinline__ void gather(const Operands<N>&, const Parameters&, int) {}
+        __device__ __forceinline__ void gather(const Operands&, const Parameters&, int) {}
         __device__ __forceinline__ void store(const Arguments&, const Sequence&, int, int) {}
     };
     __device__ __forceinline__ void add_bonus(const Parameters&, int, const Accumulator&, const Accumulator&,
@@ -77,9 +73,7 @@ struct GivenKeys {
 constexpr float LEAST_LENGTH = 1e-12f;
 
 // A chunk's keys if they are made.
-template <int N>
 struct MadeKeys {
-    static constexpr int SIZE = N;
     struct Parameters {  // the head's; shift is a0 as an exponent of 2
         float shift[N], k_k[N], k_a[N], r_k[N];
 
@@ -98,16 +92,16 @@ struct MadeKeys {
     static __device__ __forceinline__ float rate_of(float shift, float low) {
         return reciprocal_approx(1.f + exp2_approx(shift - low * LOG2_E));
     }
-    typename Shape<N>::Rows k, low;
+    Shape::Rows k, low;
     float scale[CHUNK];                 // 1 / the length of k k_k
     float gbonus[CHUNK], along[CHUNK];  // backward
 
     // Starts the copies; in forward without k, which the threads that measure the lengths copy themselves.
     template <bool BACKWARD, bool WITH_K = true>
     __device__ __forceinline__ void start_fetch(const Arguments& from, const Sequence& s, int t0) {
-        fetch<N>(low, from.low, s, t0);
+        fetch(low, from.low, s, t0);
         if (!BACKWARD) return;
-        fetch<N>(k, from.k, s, t0);
+        fetch(k, from.k, s, t0);
         const int t = threadIdx.x;
         if (t >= CHUNK) return;
         const bool valid = t0 + t < s.length;
@@ -123,7 +117,7 @@ struct MadeKeys {
     // Forward: finds the lengths. A thread, one of 2 N, has copied eight channels of a token, and its neighbours the
     // others.
     __device__ __forceinline__ void start_measure(const Arguments& from, const Sequence& s, int t0, int thread) {
-        fetch<N>(k, from.k, s, t0, thread);
+        fetch(k, from.k, s, t0, thread);
     }
     template <bool STORE>
     __device__ __forceinline__ void measure(const Arguments& a, const Sequence& s, const Parameters& p, int t0,
@@ -149,7 +143,7 @@ struct MadeKeys {
     struct Share {
         Four k, a, b;
         __device__ __forceinline__ Share(const MadeKeys& keys, const Parameters& p, int t, int c)
-            : k(load_four<N>(keys.k, t, c)), b(load_four<N>(keys.low, t, c)) {
+            : k(load_four(keys.k, t, c)), b(load_four(keys.low, t, c)) {
             #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float shift = p.shift[c + j], k_k = p.k_k[c + j], k_a = p.k_a[c + j];
@@ -169,10 +163,10 @@ struct MadeKeys {
     struct Bonuses {
         float parts[N / 16][CHUNK];
 
-        __device__ __forceinline__ void gather(const Operands<N>& o, const Parameters& p, int c0) {
+        __device__ __forceinline__ void gather(const Operands& o, const Parameters& p, int c0) {
             const int lane = lane_id();
-            const Accumulator r = widened(load_tile(&o.r[0][c0], Shape<N>::stride));  // (t, c)
-            const Accumulator k = widened(load_tile(&o.k[0][c0], Shape<N>::stride));
+            const Accumulator r = widened(load_tile(&o.r[0][c0], Shape::stride));  // (t, c)
+            const Accumulator k = widened(load_tile(&o.k[0][c0], Shape::stride));
             float sums[2] = {0.f, 0.f};
             #pragma unroll
             for (int e = 0; e < 8; e++) sums[e / 2 % 2] += r.c[e] * k.c[e] * p.r_k[c0 + tile_column(lane, e)];
@@ -220,8 +214,8 @@ struct MadeKeys {
                                                     index_t row, int valid, Accumulator gk, const Accumulator& ga,
                                                     const Accumulator& gb) const {
         const int lane = lane_id();
-        const Accumulator raw = widened(load_transposed(&k[0][c0], Shape<N>::stride));
-        Accumulator glow = widened(load_transposed(&low[0][c0], Shape<N>::stride));
+        const Accumulator raw = widened(load_transposed(&k[0][c0], Shape::stride));
+        Accumulator glow = widened(load_transposed(&low[0][c0], Shape::stride));
         #pragma unroll
         for (int e = 0; e < 8; e++) {
             const int c = c0 + tile_row(lane, e), t = tile_column(lane, e);

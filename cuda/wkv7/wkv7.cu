@@ -39,7 +39,7 @@
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
 // (groups.cuh). k, a and b are given, or made inside the kernels from smaller inputs (keys.cuh). All else goes through
-// the plain kernels (plain.cuh); ops/wkv7/cuda.py chooses.
+// the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -57,18 +57,17 @@ constexpr int GROUPS_RESIDENT = 1;
 constexpr int GROUPS_RESIDENT = 2;
 #endif
 
-RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<GivenKeys<64>>, 256, 2, sizeof(ForwardShared<GivenKeys<64>>))
-RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<GivenKeys<64>>, 128, 3, sizeof(BackwardShared<GivenKeys<64>>))
-RECURRENCE_KERNEL(wkv7_forward_groups_64, forward_groups<GivenKeys<64>>, 256, 2, sizeof(GroupShared<GivenKeys<64>>))
-RECURRENCE_KERNEL(wkv7_backward_groups_64, backward_groups<GivenKeys<64>>, 256, 2, sizeof(GroupShared<GivenKeys<64>>))
-RECURRENCE_KERNEL(wkv7_forward_keys_64, chunked_forward<MadeKeys<64>>, 256, 2, sizeof(ForwardShared<MadeKeys<64>>))
-RECURRENCE_KERNEL(wkv7_backward_keys_64, chunked_backward<MadeKeys<64>>, 128, 3, sizeof(BackwardShared<MadeKeys<64>>))
-RECURRENCE_KERNEL(wkv7_forward_groups_keys_64, forward_groups<MadeKeys<64>>, 256, GROUPS_RESIDENT,
-                  sizeof(GroupShared<MadeKeys<64>>))
-RECURRENCE_KERNEL(wkv7_backward_groups_keys_64, backward_groups<MadeKeys<64>>, 256, 2,
-                  sizeof(GroupShared<MadeKeys<64>>))
-RECURRENCE_KERNEL(wkv7_forward_scan_64, forward_scan<64>, 128, 4, sizeof(ScanShared<64>))
-RECURRENCE_KERNEL(wkv7_backward_scan_64, backward_scan<64>, 128, 4, sizeof(ScanShared<64>))
+RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<GivenKeys>, 256, 2, sizeof(ForwardShared<GivenKeys>))
+RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<GivenKeys>, 128, 3, sizeof(BackwardShared<GivenKeys>))
+RECURRENCE_KERNEL(wkv7_forward_groups_64, (chunked_groups<GivenKeys, false>), 256, 2, sizeof(GroupShared<GivenKeys>))
+RECURRENCE_KERNEL(wkv7_backward_groups_64, (chunked_groups<GivenKeys, true>), 256, 2, sizeof(GroupShared<GivenKeys>))
+RECURRENCE_KERNEL(wkv7_forward_keys_64, chunked_forward<MadeKeys>, 256, 2, sizeof(ForwardShared<MadeKeys>))
+RECURRENCE_KERNEL(wkv7_backward_keys_64, chunked_backward<MadeKeys>, 128, 3, sizeof(BackwardShared<MadeKeys>))
+RECURRENCE_KERNEL(wkv7_forward_groups_keys_64, (chunked_groups<MadeKeys, false>), 256, GROUPS_RESIDENT,
+                  sizeof(GroupShared<MadeKeys>))
+RECURRENCE_KERNEL(wkv7_backward_groups_keys_64, (chunked_groups<MadeKeys, true>), 256, 2, sizeof(GroupShared<MadeKeys>))
+RECURRENCE_KERNEL(wkv7_forward_scan_64, scan_groups<false>, 128, 4, sizeof(ScanShared))
+RECURRENCE_KERNEL(wkv7_backward_scan_64, scan_groups<true>, 128, 4, sizeof(ScanShared))
 RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1, sizeof(PlainShared))
 RECURRENCE_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, sizeof(PlainShared))
 RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1, sizeof(PlainShared))

@@ -30,7 +30,6 @@ from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
 from rwkv_peft.training.measuring.validate import VALIDATION
 from rwkv_peft.training.saving.checkpoints import DIVERGED, find_checkpoint
-from traps import set_traps, unset_traps
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -70,29 +69,24 @@ def result(**values):
     return json.dumps(record).encode()
 
 
-def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
+def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys, warm_python):
     folder = files / "out"
     for method in ("bone", "lora"):
         for rate in (-6, -4):
             keep(folder, Cell(method, rate, 7), 99.0)
     command = [*OWN, "--output", str(folder), "--rates", "1e-3", "1e-2", "3e-3", "--jobs", "2"]
     train = [*TRAIN, "--retain_data", "data"]
-    ran = set_traps(files)
-    done = subprocess.run(
-        python_command("rwkv_peft", "compare", *command, "--", *train), capture_output=True, text=True
-    )
-    unset_traps(files)
-    assert done.returncode == 0, done.stderr
-    assert not ran.exists()
-    assert "2 runs due\n" in done.stdout
-    assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", done.stdout, re.MULTILINE)
+    assert main([*command, "--", *train]) == 0
+    told = capsys.readouterr().out
+    assert "2 runs due\n" in told
+    assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", told, re.MULTILINE)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     measured = [record["retained"] for record in records if record["rate"] == 0.003]
     assert [len(losses) for losses in measured] == [3, 3]  # before the first step, and after each of two
     assert measured[0][0] == pytest.approx(measured[1][0])  # which is the base's
     assert len(records) == 6 and {record["parameters"] for record in records} == {8 * (6 * 64 + 64 + 96)}
     text = (folder / "table.md").read_text()
-    assert text in done.stdout and text.count("| 0.003 | 1 |") == 2
+    assert text in told and text.count("| 0.003 | 1 |") == 2
     assert "| retained loss | change from the base |" in text and (folder / "retained.svg").is_file()
     assert (folder / "rates.png").is_file()
     flags = json.loads((folder / "runs" / "bone-0.003-7" / "config.json").read_text())
@@ -133,8 +127,8 @@ DAMAGED = (
     ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], and a number is due"),
     ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, and a number is due"),
     ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
-    ("compare.json", b"[" * 100_000, "compare.json: not JSON"),
-    ("compare.json", b"[]", "holds a comparison of other settings"),
+    ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
+    ("compare.json", b"[]", "compare.json holds no settings, but a list"),
 )
 
 
@@ -209,18 +203,21 @@ def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows)
     [
         ([], "flags of train.py are missing"),
         (["--"], "flags of train.py are missing"),
-        (["--", *MODEL], "add --val_data or --val_split"),
+        (["--", *MODEL], "needs --val_data or --val_split: .* add one of them after --"),
         (["--", *TRAIN, "--lr_init=1e-3"], "--lr_init=1e-3 after --: the comparison sets it"),
         (["--", *TRAIN, "--lerning_rate", "1"], "there is no --lerning_rate"),
         (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
         (["--methods", "full", "bone", "--", *TRAIN], "put another method first"),
-        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "would change the parameters of full"),
+        (
+            ["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"],
+            "bone full does not go with --train_parts",
+        ),
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
         (
             ["--rank", "8", "--", *TRAIN, "--data_type", "pairs"],
-            "--objective dpo: a comparison goes by the validation loss",
+            "does not go with --objective dpo: it goes by the validation loss",
         ),
     ],
 )
@@ -350,7 +347,7 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, co
     assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
 
 
-def test_a_comparison_that_is_killed_leaves_no_run_behind(files):
+def test_a_comparison_that_is_killed_leaves_no_run_behind(files, warm_python):
     folder = files / "killed"
     run = folder / "runs" / Cell("bone", -6, 7).folder
     words = ["--methods", "bone", "--rank", "8", "--seeds", "7", "--steps", "100000", "--output", folder]

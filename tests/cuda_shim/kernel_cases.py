@@ -1,6 +1,7 @@
-"""Results of the CUDA kernels other than the recurrences' for random inputs: mix, bone and cross_entropy(kernels) give
-all results on the shim. The sizes are such that every kernel has more than one tile, strip and group."""
+"""Results of the CUDA kernels for random inputs: a function of FAMILIES gives all results of a family's kernels on the
+shim. The sizes are such that every kernel has more than one tile, strip and group."""
 
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -10,7 +11,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.mix import gpu_lerp, heads
+from rwkv_peft.ops.mix import elements, gpu_lerp, heads
 
 
 def draws(dtype, seed=0):
@@ -29,51 +30,77 @@ def differentiated(function, wanted, *inputs):
 
 
 def mix(kernels):
-    def call(name, like, *rest, **sizes):
-        launch = mix_cuda.launch_tiled if name in mix_cuda.TILED else mix_cuda.launch
-        launch(kernels, None, name, like, *rest, **sizes)
-
     results = []
-    with patch.object(mix_cpu, "call", call):
+    with patch.object(mix_cpu, "call", partial(mix_cuda.call, kernels=kernels)):
         low, wide = draws(torch.bfloat16), draws(torch.float32)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
             factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
-            inputs = low(1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
+            x, last, norm = low(1, 129, 128), low(1, 128), low(2, 128)
+            inputs = 1e-5, None, last, x, *norm, *factors
             with patch.object(norm_lerp, "STRIPS", 4):  # of several tokens each
-                results += differentiated(norm_ddlerp.NormDDLerp, (0, 1), *inputs)
+                results += differentiated(norm_ddlerp.NormDDLerp, (2, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
-            inputs = randn(1, 3, 2112), randn(1, 2112), *randn(2, 2112), randn(2, 2112), 1e-5, None
-            with patch.object(norm_lerp, "STRIPS", 1):
-                results += differentiated(norm_lerp.NormLerp, (0, 1), *inputs)
+            results += others(randn)
+        inputs = low(1, 3, 2112), low(1, 2112), *low(2, 2112), low(2, 2112), 1e-5, None
+        with patch.object(norm_lerp, "STRIPS", 1):
+            results += differentiated(norm_lerp.NormLerp, (0, 1), *inputs)
+        results += bonus_gate(low, 1e-5)
     return results
 
 
+def others(randn):
+    """Results of the operations of mix whose kernels have no barriers."""
+    rows, vector, stacked = (1, 70, 200), (1, 1, 200), torch.tensor([0, 1, 33, 70])
+    of_heads = [randn(1, 70, 2, 20) for _ in range(4)]
+    inputs = randn(*rows), randn(3, 200), randn(6, 200), randn(1, 70, 6 * 8), randn(6, 8, 200), stacked
+    results = differentiated(gpu_lerp.Lerp, (0, 1, 2, 3, 4), *inputs)
+    results += differentiated(elements.ReluSquare, (0,), randn(*rows))
+    results += differentiated(elements.SigmoidGate, (0, 1), randn(*rows), randn(*rows))
+    inputs = (randn(*shape) for shape in (rows, rows, rows, vector))
+    results += differentiated(elements.ValueResidual, (0, 1, 2, 3), *inputs)
+    results += differentiated(heads.DeltaKeys, (0, 1, 2, 3, 4), *of_heads[:2], *(randn(1, 1, 40) for _ in range(3)))
+    inputs = 1e-5, *(x.detach() for x in of_heads), randn(1, 70, 40), randn(2, 20), randn(40), randn(40)
+    return results + differentiated(heads.NormBonusGate, tuple(range(1, 9)), *inputs)
+
+
+def bonus_gate(randn, eps):
+    """Results of the kernels after wkv7 with its keys."""
+    y, v, bonus = randn(1, 70, 2, 20), randn(1, 70, 2, 20), randn(1, 70, 2).float()
+    given = dict(y=y, v=v, g=randn(1, 70, 40), bonus=bonus, weight=randn(40), bias=randn(40))
+    outs = dict(out=torch.empty(1, 70, 40, dtype=y.dtype))
+    mix_cpu.call("bonus_gate_forward", y, given | outs, eps=eps, **heads.head_sizes(y))
+    gradients = {f"g{name}": torch.empty_like(given[name]) for name in ("y", "v", "g", "bonus")}
+    mix_cpu.call("bonus_gate_backward", y, given | gradients | dict(grad=outs["out"]), eps=eps, **heads.head_sizes(y))
+    return [*outs.values(), *gradients.values()]
+
+
 def bone(kernels):
-    results = []
+    results, call = [], bone_cuda.call
     with (
-        patch.object(bone_cuda, "call", lambda *rest, **sizes: bone_cuda.launch(kernels, None, *rest, **sizes)),
+        patch.object(bone_cuda, "call", lambda *rest, **sizes: call(*rest, kernels, **sizes)),
         patch.object(bone_cuda, "BLOCKS", 2),
     ):
-        for dtype, rank in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 20), (torch.float32, 64)):
+        for dtype, rank in (*((torch.bfloat16, rank) for rank in (16, 20, 32, 64, 128)), (torch.float32, 64)):
             randn = draws(dtype)
             x, matrices, g, dz = randn(150, 4 * rank), randn(4, rank, rank), randn(150, 2 * rank), randn(150, 4 * rank)
-            results += [*bone_cuda.affine(x, matrices, 0.3), bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
+            z, shift = bone_cuda.affine(x, matrices, 0.3)
+            results += [z, shift, bone_cuda.tiled(shift, 2 * rank)]
+            results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
             if bone_cuda.has_products(x, rank):
                 results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
-                left, dz = randn(150, rank), randn(150, 4 * rank)
-                results += [*bone_cuda.affine(x, matrices, 0.3, left)]
-                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, left), dz]
+                deferred, dz = randn(150, rank), randn(150, 4 * rank)
+                results += [*bone_cuda.affine(x, matrices, 0.3, deferred)]
+                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, deferred), dz]
     return results
 
 
 def cross_entropy(kernels):
     results = []
-    call = cross_entropy_cuda.launch
-    with patch.object(cross_entropy_cuda, "call", lambda *rest, **numbers: call(kernels, None, *rest, **numbers)):
+    with patch.object(cross_entropy_cuda, "call", partial(cross_entropy_cuda.call, kernels=kernels)):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]

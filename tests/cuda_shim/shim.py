@@ -26,15 +26,15 @@ class Shim:
         self._set_order(ORDERS.index(name))
 
 
-def build(family=WKV6, sources=None, cache=None, source=None):
-    """Build a Shim of the kernels of `family`, a CudaFamily, in the folder `sources`, which is like cuda/, or of
-    `source`, which includes files from there. Raises BuildError without a C++ compiler."""
+def build(family=WKV6, sources=None, cache=None, guards=()):
+    """Build a Shim of the kernels of `family`, a CudaFamily, in the folder `sources`, which is like cuda/, with further
+    flags `guards`, such as a sanitizer's. Raises BuildError without a C++ compiler."""
     sources = source_directory("cuda") if sources is None else Path(sources)
-    source = sources / family.source if source is None else Path(source)
+    source = sources / family.source
     shim = Path(__file__).resolve().parent
     compiler = find_compiler()
-    flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread", *guards)
     unit = Unit(source, (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++"))
     headers = [*included_files(source, sources), shim / "cuda_shim.h", shim / "fibers.h"]
-    path = build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache)
+    path = build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread", *guards), headers, cache)
     return Shim(family, path)

@@ -11,8 +11,8 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data import masks
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.binidx_writer import BinidxWriter
-from rwkv_peft.data.mask_kinds import default_mask
 from rwkv_peft.data.masks import describe_mask, find, make_mask
+from rwkv_peft.data.prefix import default_mask
 from rwkv_peft.errors import UserError
 
 

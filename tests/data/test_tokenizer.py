@@ -295,9 +295,9 @@ def test_the_command_prints_ids_as_mask_id_takes_them(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--ids", "ab", "--output", "x"], "--ids prints the token ids of a text and writes nothing; leave --output"),
-        (["--ids", "ab", "--repeat", "2"], "leave --repeat out"),
-        (["ab"], "--output is missing"),
+        (["--ids", "ab", "--output", "x"], "--output x does not go with --ids: that only prints token ids; leave"),
+        (["--ids", "ab", "--repeat", "2"], "--repeat 2 does not go with --ids"),
+        (["ab"], "needs --output or --ids"),
     ],
 )
 def test_flags_that_go_with_files_do_not_go_with_a_text(words, message):

@@ -7,7 +7,6 @@ import pty
 import random
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -85,9 +84,9 @@ def test_a_log_hears_of_answers_every_ten_seconds(evaluate, monkeypatch):
 
 
 @pytest.mark.parametrize("runtime", ["rwkv_peft", "rwkv"])
-def test_a_terminal_sees_a_bar_while_it_waits(evaluate, model, tmp_path, runtime):
+def test_a_terminal_sees_a_bar_while_it_waits(evaluate, model, tmp_path, runtime, warm_python):
     questions = write_questions(tmp_path / "q.jsonl", [{"prompt": "ab", "completion": " c\n"}] * 3)
-    command = [sys.executable, str(Path(evaluate.__file__)), "--model", str(model), "--questions", str(questions)]
+    command = [warm_python, str(Path(evaluate.__file__)), "--model", str(model), "--questions", str(questions)]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     os.set_blocking(ours, False)
@@ -99,7 +98,7 @@ def test_a_terminal_sees_a_bar_while_it_waits(evaluate, model, tmp_path, runtime
 
 
 @pytest.mark.parametrize("base, runtime", [("rwkv6", "rwkv_peft"), ("rwkv7", "rwkv_peft"), ("rwkv7", "rwkv")])
-def test_the_bundled_bases_answer_in_words(evaluate, task, tmp_path, base, runtime):
+def test_the_bundled_bases_answer_in_words(evaluate, task, tmp_path, base, runtime, warm_python):
     pytest.importorskip("rwkv")
     rng = random.Random("words")
     facts = [task.draw_fact(rng, held_out=True) for _ in range(24)]
@@ -115,7 +114,7 @@ def test_the_bundled_bases_answer_in_words(evaluate, task, tmp_path, base, runti
     # a process of its own, as the package computes one generation a process
     done = subprocess.run(
         [
-            *(sys.executable, str(program), "--model", str(program.with_name(f"{base}-demo.pth"))),
+            *(warm_python, str(program), "--model", str(program.with_name(f"{base}-demo.pth"))),
             *("--questions", str(questions), "--runtime", runtime, "--at_least", "0.9"),
         ],
         capture_output=True,

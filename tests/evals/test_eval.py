@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,10 @@ def run(capsys):
     return run
 
 
-def test_answers_are_judged_and_kept(tmp_path):
+def test_answers_are_judged_and_kept(tmp_path, warm_python):
     data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
     words = ["eval", "jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", r"\n", "--escapes"]
-    done = subprocess.run([sys.executable, "-m", "rwkv_peft", *words], capture_output=True, text=True)
+    done = subprocess.run([warm_python, "-m", "rwkv_peft", *words], capture_output=True, text=True)
     assert done.returncode == 0 and "3/3" in done.stderr, done.stderr
     assert done.stdout.splitlines() == [
         "jsonl: 3 problems",
@@ -237,11 +236,11 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["gsmk", "--data", "d.jsonl"], "did you mean gsm8k"),
-        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots_data FILE; give both"),
-        (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
+        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots 2 needs --shots_data or .*; give both"),
+        (["lambada", "--data", "d.jsonl", "--stop", "x"], "--stop x does not go with a task whose .* .lambada."),
         (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),
-        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch 0"),
-        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least 90.0: a share"),
+        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch: 0 is below 1"),
+        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least: 90 is no share"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):

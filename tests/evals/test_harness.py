@@ -219,15 +219,15 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["x", "--batch", "0"], "--batch 0"),
+        (["x", "--batch", "0"], "--batch: 0 is below 1"),
         (["x", "--limit", "0"], "0 is below 1"),
         (["x", "--include_path", "absent"], "--include_path absent is no folder"),
         (["x", "--fewshot", "2"], "did you mean --num_fewshot"),
-        (["gsm", "--data", "d"], "--data is for gsm8k, .* and gsm is a task of the lm-ev.*; did you mean gsm8k?"),
-        (["gsm8k", "--harness", "--stop", "x"], "--stop is for gsm8k, math, .*; leave it out"),
-        (["gsm8k", "--data", "d", "--limit", "2"], "--limit is for tasks of the lm-ev.*, and gsm8k is ours; leave"),
-        (["gsm8k", "arc_easy"], "gsm8k arc_easy: gsm8k is a task of ours, and goes with no other"),
-        (["gsm8k"], "--data is missing: the file whose rows gsm8k asks; --harness takes"),
+        (["gsm", "--data", "d"], r"--data d does not .* .gsm; did you mean gsm8k\?.: it is for gsm8k"),
+        (["gsm8k", "--harness", "--stop", "x"], "--stop x does not .*: it is for gsm8k, math, .*; leave it out"),
+        (["gsm8k", "--data", "d", "--limit", "2"], "--limit 2 does not go with .* .gsm8k.: it is for .*; leave"),
+        (["gsm8k", "arc_easy"], "a task of ours .gsm8k. does not go with further tasks .arc_easy."),
+        (["gsm8k"], "a task of ours .gsm8k. needs --data: .*; name it, or add --harness"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):

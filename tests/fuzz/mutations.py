@@ -19,27 +19,9 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 DEEP = 30_000  # nestings: beyond what any recursive reader follows
 ODD_JSON = (
-    "null",
-    "true",
-    "-1",
-    "0",
-    "1.5",
-    "1e400",
-    "NaN",
-    "-Infinity",
-    "9" * 5000,
-    str(1 << 62),
-    str((1 << 64) + 1),
-    '""',
-    '"\\ud800"',
-    '"\\u0000"',
-    "[]",
-    "{}",
-    "[[1]]",
-    '{"a": {}}',
-    "[" * DEEP + "]" * DEEP,
-    "[" * DEEP,
-    '{"a":' * DEEP + "1" + "}" * DEEP,
+    *"null true -1 0 1.5 1e400 NaN -Infinity".split(),
+    *("9" * 5000, str(1 << 62), str((1 << 64) + 1), '""', '"\\ud800"', '"\\u0000"', "[]", "{}", "[[1]]", '{"a": {}}'),
+    *("[" * DEEP + "]" * DEEP, "[" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP),
 )
 
 
@@ -101,16 +83,8 @@ def noise(content: bytes, rng: random.Random) -> bytes:
 
 
 BYTES: tuple[Mutation, ...] = (
-    truncated,
-    cut_short,
-    flipped,
-    flipped_head,
-    extreme_number,
-    without_a_part,
-    with_a_part_twice,
-    zeroed,
-    longer,
-    noise,
+    *(truncated, cut_short, flipped, flipped_head, extreme_number),
+    *(without_a_part, with_a_part_twice, zeroed, longer, noise),
 )
 
 
@@ -372,12 +346,6 @@ def odd_literal(content: bytes, rng: random.Random) -> bytes:
 
 
 PICKLE: tuple[Mutation, ...] = (
-    other_opcode,
-    call_for_memory,
-    other_number,
-    other_number,
-    other_storage,
-    flipped,
-    truncated,
-    deep_pickle,
+    *(other_opcode, call_for_memory, other_number, other_number),
+    *(other_storage, flipped, truncated, deep_pickle),
 )

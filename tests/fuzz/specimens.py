@@ -26,9 +26,10 @@ from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_ada
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
-from rwkv_peft.generate.command import Continuation, show
+from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
+from rwkv_peft.generate.showing import show
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, inspect_command, merge_command

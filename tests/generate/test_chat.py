@@ -127,7 +127,7 @@ def test_a_system_text_stands_before_the_first_turn_of_each_chat(chat, model, th
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt", "a", "--system", "Be."], "--system comes before the first turn of --chat; without --chat"),
+        (["--prompt", "a", "--system", "Be."], "--system Be. needs --chat: it comes before the first turn; without it"),
         (["--chat", "--system", " "], "--system: an empty text says nothing"),
     ],
 )
@@ -267,10 +267,10 @@ def test_escapes_hold_for_lines(chat, model):
     torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
 
 
-def test_ctrl_c_ends_an_answer_and_twice_the_chat(model):
+def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), "--chat"),
+            *(warm_python, "-m", "rwkv_peft", "generate", "--model", str(model), "--chat"),
             *("--temperature", "0", "--max_tokens", "1000000"),
         ],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},

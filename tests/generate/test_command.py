@@ -19,7 +19,8 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import Step, command, flags
+from rwkv_peft.generate import Step, command, continuation, flags
+from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.generate.loading import load_subject
 from rwkv_peft.models.state import time_state_shapes
 
@@ -59,7 +60,7 @@ def script(monkeypatch, *texts):
                 if end:
                     break
 
-    monkeypatch.setattr(command, "generate", says)
+    monkeypatch.setattr(continuation, "generate", says)
 
 
 def test_prompts_of_a_pipe_that_are_no_text_are_told(model, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_saved_session_is_behind_what_is_printed(run, tmp_path, monkeypatch, s
 
 def test_a_stop_text_that_begins_inside_of_a_token_leaves_the_part_before_it(tmp_path):
     (tmp_path / "words.txt").write_text("1 'a' 1\n2 'b' 1\n3 'ab' 2\n4 '|' 1\n5 'b|' 2\n")
-    continuation = command.Continuation({}, load_tokenizer(tmp_path / "words.txt"), ["|"])
+    continuation = Continuation({}, load_tokenizer(tmp_path / "words.txt"), ["|"])
     assert [continuation.feed(token) for token in (3, 1, 5)] == ["", "", "stop"]
     continuation.finish("stop")
     assert continuation.text == "abab" and continuation.shown_tokens() == [3, 1, 2]
@@ -241,14 +242,14 @@ def test_escapes(text, expected):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--prompt TEXT, --prompt_file FILE or --chat"),
-        (["--prompt", "a", "--prompt_file", "b"], "not both"),
-        (["--prompt", "a", "--chat"], "not both --prompt and --chat"),
-        (["--chat", "--output", "a.jsonl"], "--output does not go with --chat"),
+        ([], "needs --prompt or --prompt_file or --chat"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt a does not go with --prompt_file b"),
+        (["--prompt", "a", "--chat"], "--prompt a does not go with --chat"),
+        (["--chat", "--output", "a.jsonl"], "--output a.jsonl does not go with --chat"),
         (["--chat", "--save_state", "a.pth"], "type /save FILE"),
         (["--prompt", "a", "--save_state", "a.st"], "--save_state a.st: a session is a .pth"),
-        (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
-        (["--prompt", "a", "--batch", "0"], "batch 0"),
+        (["--prompt", "a", "--max_tokens", "-1"], "max_tokens: -1"),
+        (["--prompt", "a", "--batch", "0"], "batch: 0"),
         (["--prompt", "a", "--top_p", "7"], "top_p 7"),
         (["--prompt", "a", "--stop", ""], "--stop"),
         (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
@@ -356,7 +357,7 @@ def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, caps
         yield Step(1, 99, ends(1, 99))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "generate", interrupted)
+    monkeypatch.setattr(continuation, "generate", interrupted)
     output = tmp_path / "out.jsonl"
     assert command.main(["--model", str(model), "--prompt", "a", "b", "--output", str(output)]) == 130
     assert [json.loads(line)["generated"] for line in output.read_text().splitlines()] == ["a"]
@@ -380,7 +381,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatc
             yield Step(number, 0, ends(number, 0))
         seen.append(prompts_in(output))
 
-    monkeypatch.setattr(command, "generate", says)
+    monkeypatch.setattr(continuation, "generate", says)
     words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
     assert command.main(words) == 0
     assert seen == [["before"], ["c"], ["c", "a"], ["c", "a", "b"]]
@@ -395,7 +396,7 @@ def test_a_line_that_the_disk_refuses_is_told_and_written_at_the_end(model, tmp_
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
             yield Step(number, 0, ends(number, 0))
 
-    monkeypatch.setattr(command, "generate", says)
+    monkeypatch.setattr(continuation, "generate", says)
     try:
         command.main(["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)])
     finally:
@@ -418,19 +419,19 @@ def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path
     assert not any(tmp_path.iterdir())
 
 
-def start(model, *arguments):
+def start(python, model, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
+        [python, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model):
+def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model, warm_python):
     # the most likely token is never this model's end of text (0), so that both would go on for a million tokens
     left, interrupted = (
-        start(model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
+        start(warm_python, model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
     )
     for process in (left, interrupted):
         assert process.stdout.read(4)

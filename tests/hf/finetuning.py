@@ -7,16 +7,8 @@ import torch
 from rwkv_peft.hf import finetune
 
 QUIET = (
-    "--report_to",
-    "none",
-    "--logging_steps",
-    "1",
-    "--save_strategy",
-    "no",
-    "--disable_tqdm",
-    "True",
-    "--dataloader_pin_memory",
-    "False",
+    *"--report_to none --logging_steps 1 --save_strategy no --disable_tqdm True".split(),
+    *"--dataloader_pin_memory False".split(),
 )
 
 

@@ -19,30 +19,9 @@ def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
         run(
             tiny,
             tmp_path,
-            "--bits",
-            "fp32",
-            "--init_weights",
-            "bat-in",
-            "--merge_and_save",
-            "--dataset_split",
-            "train[:100000]",
-            "--dataset_field",
-            "query",
-            "response",
-            "--max_steps",
-            "8",
-            "--per_device_train_batch_size",
-            "4",
-            "--learning_rate",
-            "1e-2",
-            "--weight_decay",
-            "0.",
-            "--warmup_ratio",
-            "0.03",
-            "--max_seq_length",
-            "128",
-            "--tf32",
-            "True",
+            *"--bits fp32 --init_weights bat-in --merge_and_save --dataset_split train[:100000]".split(),
+            *"--dataset_field query response --max_steps 8 --per_device_train_batch_size 4".split(),
+            *"--learning_rate 1e-2 --weight_decay 0. --warmup_ratio 0.03 --max_seq_length 128 --tf32 True".split(),
         )
         == 0
     )
@@ -70,17 +49,8 @@ def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
             tmp_path,
             "--bits",
             bits,
-            "--init_weights",
-            "bat-in",
-            "--merge_and_save",
-            "--max_steps",
-            "4",
-            "--per_device_train_batch_size",
-            "4",
-            "--learning_rate",
-            "1e-2",
-            "--bf16",
-            "True",
+            *"--init_weights bat-in --merge_and_save --max_steps 4 --per_device_train_batch_size 4".split(),
+            *"--learning_rate 1e-2 --bf16 True".split(),
         )
         == 0
     )
@@ -127,11 +97,7 @@ def test_the_quick_start(tiny, tmp_path):
 def test_arguments_about_loading_the_model_reach_it(tmp_path):
     _, config = finetune_flags.parse(
         [
-            "--base_model_name_or_path",
-            "model",
-            "--data_path",
-            "data",
-            "--output_dir",
+            *"--base_model_name_or_path model --data_path data --output_dir".split(),
             str(tmp_path),
             "--model_init_kwargs",
             '{"revision": "main"}',
@@ -187,18 +153,8 @@ def test_rows_that_do_not_fit_are_counted(tiny, tmp_path, capsys):
 
 def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
     flags = (
-        "--bits",
-        "nf4",
-        "--per_device_train_batch_size",
-        "4",
-        "--learning_rate",
-        "1e-2",
-        "--lr_scheduler_type",
-        "constant",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
+        *"--bits nf4 --per_device_train_batch_size 4 --learning_rate 1e-2".split(),
+        *"--lr_scheduler_type constant --save_strategy steps --save_steps 2".split(),
     )
     pytest.importorskip("bitsandbytes")
     run(tiny, tmp_path / "whole", *flags, "--max_steps", "4")
@@ -226,22 +182,11 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
     adapted = finetune_flags.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
     assert len(capsys.readouterr().out.splitlines()) == 3
-    flags = [
-        "--warmup_ratio",
-        "0.03",
-        "--tf32",
-        "True",
-        "--warmup_ratio",
-        "0.1",
-        "--tf32",
-        "True",
-    ]  # the last one counts
-    assert finetune_flags.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False) == [
-        "--warmup_steps",
-        "0.03",
-        "--warmup_steps",
-        "0.1",
-    ]
+    flags = "--warmup_ratio 0.03 --tf32 True --warmup_ratio 0.1 --tf32 True".split()  # the last one counts
+    assert (
+        finetune_flags.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False)
+        == "--warmup_steps 0.03 --warmup_steps 0.1".split()
+    )
     capsys.readouterr()
     assert finetune_flags.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]

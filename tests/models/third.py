@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rwkv_peft import commands, models, names
+from rwkv_peft import commands, models, names, tables
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.models.family import Family
 from rwkv_peft.models.parts import LanguageModel, Recurrent, count_sequences, init_around_blocks
@@ -109,7 +109,7 @@ class Third(LanguageModel):
 
 
 class ThirdFamily(Family):
-    name, version, sign = "RWKV-third", "x999", "blocks.0.att.decay"
+    name, version, sign = "RWKV-third", ThirdConfig.version, "blocks.0.att.decay"
     targets, parts = TARGETS, ("time", "ln", "emb", "head")
     rows_are_keys, states_in_model = TimeMix.rows_are_keys, False
     kernel = "a loop"
@@ -151,7 +151,7 @@ class ThirdFamily(Family):
 def register():
     """Add the generation to the two tables, wherever they were imported."""
     families = (*models.FAMILIES, ThirdFamily())
-    generations = (*names.GENERATIONS, (ThirdFamily.name, ThirdFamily.version))
+    generations = dict(tables.GENERATIONS) | {ThirdFamily.version: ThirdFamily}
     for name, module in list(sys.modules.items()):
         if name.startswith("rwkv_peft"):
             vars(module).update({"FAMILIES": families} if "FAMILIES" in vars(module) else {})

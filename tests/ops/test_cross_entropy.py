@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cuda_shim import shim, toolchain
 from rwkv_peft.ops.cross_entropy import cpu, cross_entropy_, cuda, op
 from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import family as native_family
 
 FORMS = ("plain", "cpu", "cuda")
 
@@ -24,10 +25,11 @@ def on_shim(request, monkeypatch):
         pytest.skip("no C++ compiler")
     built = request.getfixturevalue("built")
     built.set_order("ascending")
+    run = cuda.call
 
     def call(logits, tensors, **numbers):
         tensors["losses"].fill_(float("nan"))
-        cuda.launch(built, None, logits, tensors, **numbers)
+        run(logits, tensors, built, **numbers)
 
     monkeypatch.setattr(cuda, "call", call)
     monkeypatch.setattr(op, "backend", lambda logits: cuda if logits.dtype in cuda.DTYPES else None)
@@ -131,7 +133,8 @@ def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.CrossEntropyArguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     module = cuda.FAMILY.module(b"image")
-    monkeypatch.setattr(cuda, "call", lambda *rest, **numbers: cuda.launch(module, 7, *rest, **numbers))
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
     logits, targets = problem(5, 48)
     cuda.losses_(logits, targets, 0.5, 0.25, True)
     ((sizes, stream, arguments, _),) = recorder.launches

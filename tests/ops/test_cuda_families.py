@@ -20,8 +20,8 @@ from rwkv_peft.ops.wkv7 import cuda as wkv7
 
 # a family -> its kernels, and those of them that may spill: what is seldom run
 FAMILIES = {
-    wkv6.FAMILY: (wkv6.RECURRENCE.names, wkv6.PLAIN),
-    wkv7.FAMILY: (wkv7.RECURRENCE.names, wkv7.PLAIN),
+    wkv6.FAMILY: (wkv6.RECURRENCE.names, wkv6.RECURRENCE.plain),
+    wkv7.FAMILY: (wkv7.RECURRENCE.names, wkv7.RECURRENCE.plain),
     mix.FAMILY: (mix.KERNELS, [name for name in mix.KERNELS if name.endswith("float32")]),
     bone.FAMILY: (bone.KERNELS, ()),
     cross_entropy.FAMILY: (cross_entropy.KERNELS, ()),

@@ -15,6 +15,7 @@ from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_
 from rwkv_peft.ops.native import driver, gpu, launch
 from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
 from rwkv_peft.ops.wkv6.op import WKV6
 from rwkv_peft.ops.wkv7.op import WKV7
 
@@ -53,7 +54,7 @@ WAYS = [(20, 0), (64, 0), (64, 64)]
 
 def chunked(cuda):
     """The names of a family's chunked kernels."""
-    return [name for name in cuda.RECURRENCE.names if name not in cuda.PLAIN]
+    return [name for name in cuda.RECURRENCE.names if name not in cuda.RECURRENCE.plain]
 
 
 @pytest.mark.parametrize("N, group", WAYS)
@@ -101,7 +102,7 @@ def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases
 def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
     """Results, checkpoints and tensors between kernels begin as NaN in torch's deterministic mode, shared memory in the
     shim. One sequence has no tokens, and some places have no group."""
-    if group and N not in cuda.SPLITS:
+    if group and N != CHUNKED_SIZE:
         pytest.skip("time is not split at this head size")
     case = cases.make_case(1, 135, 2, N, torch.bfloat16, lengths=[1, 0, 130, 4])
     torch.use_deterministic_algorithms(True)
@@ -190,7 +191,7 @@ def test_a_nan_is_not_hidden(run, cuda, cases, N):
 
 @pytest.mark.parametrize("N, group", WAYS)
 def test_the_order_of_the_threads_does_not_matter(family, cuda, cases, N, group):
-    if group and N not in cuda.SPLITS:
+    if group and N != CHUNKED_SIZE:
         pytest.skip("time is not split at this head size")
     kernels = shim_kernels(family)
     case = cases.make_case(1, 100, 1, N, torch.bfloat16)
@@ -219,10 +220,9 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
     for N in (64, 20):
         cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16))
     planned = [
-        block or (recorder.constant, 1)
+        cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)
         for direction in ("forward", "backward")
-        for _, block in cuda.plan(direction, N, torch.bfloat16)
     ]
     for recorded, block in zip(recorder.launches, planned, strict=True):
         sizes, _, arguments, extra = recorded
@@ -235,12 +235,12 @@ def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
     """And no more threads per block than the kernels are compiled for."""
     source = (source_directory("cuda") / cuda.FAMILY.source).read_text(encoding="utf-8")
     bounds = dict(toolchain.kernels_of(source))
-    assert bounds.keys() == {*chunked(cuda), *cuda.PLAIN}
+    assert bounds.keys() == {*chunked(cuda), *cuda.RECURRENCE.plain}
     for direction in ("forward", "backward"):
         for head_size in range(4, 132, 4):
-            for name, block in cuda.plan(direction, head_size, dtype):
-                assert direction in name and (name in cuda.PLAIN or dtype == torch.bfloat16)
-                assert block is None if name in cuda.CHUNKED else math.prod(block) <= bounds[name]
+            name, block = cuda.RECURRENCE.kernel(direction, head_size, dtype)
+            assert direction in name and (name in cuda.RECURRENCE.plain or dtype == torch.bfloat16)
+            assert block is None if name in cuda.RECURRENCE.chunked() else math.prod(block) <= bounds[name]
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,11 @@ COMBINATIONS = (
 
 @pytest.mark.parametrize("one", COMBINATIONS[0])
 def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(one, monkeypatch):
-    """Every change, over each adapter with at most one more flag; the memory that these take does not matter."""
+    """Every change, over each pair of flags; the memory that these take does not matter."""
     monkeypatch.setattr("rwkv_peft.plan.fits.largest_rows", lambda *_: 0)
     told = asked = 0
     for more in product(*COMBINATIONS[1:]):
-        if sum(map(bool, more)) > 2:
+        if sum(map(bool, (one, *more))) > 2:
             continue
         flags = [*NEW, *" ".join((one, *more)).split()]
         try:
@@ -118,7 +118,7 @@ def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(
         for change in changes(here, 1 << 40):
             request_of(parse_flags([*flags, *change.flags.split()]))
             told += 1
-    assert asked > 5 and told > asked
+    assert asked > 4 and told > asked
 
 
 def test_an_adapter_that_does_not_fit_the_layers_is_not_advised(capsys):
@@ -238,7 +238,7 @@ def test_sizes_of_memory(text, value):
         ((*NEW, "--n_layer", "1000000000"), "1000000000 is above 1,000"),
         ((*NEW, "--n_embd", "1000000000000"), "1000000000000 is above 1,048,576"),
         ((*NEW, "--n_embd", "1048576", "--peft", "none", "--accelerator", "cpu"), "GiB, and this machine has"),
-        ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "--accelerator cpu trains on none"),
+        ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "cpu: it plans for a GPU, and that trains on none"),
         (("--gpu", "24GiB"), "a new model needs --n_layer"),
         ((*NEW, "--gpu", "24GiB", "--bone_r", "48"), "does not divide"),
         ((*NEW, "--micro_bsz", "0"), "0 is below 1"),

@@ -289,7 +289,7 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
             "would be 128, twice the adapter's, which is more than the weight (64, 64) of blocks.0.att.key allows; "
             "give --lora_rank, at most 64",
         ),
-        (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "another model than the adapter"),
+        (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "was trained on another base"),
         (("bone.safetensors", "x.safetensors", "--lora_rank", "4"), "add it"),
         (("whole.safetensors", "x", "--to", "lora", "--base_model", "base.pth"), "1 tensors of the base trained along"),
     ],

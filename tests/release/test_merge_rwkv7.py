@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,13 +202,13 @@ def test_an_adapter_of_rwkv6_has_no_place(base, merged, tmp_path, layer, message
     assert not (tmp_path / "merged.pth").exists()
 
 
-def test_merge_bone_py_does_it(base, tmp_path):
+def test_merge_bone_py_does_it(base, tmp_path, warm_python):
     save_model(tmp_path / "base.pth", base)
     adapter = drawn(base, MISS)
     torch.save({f"{module}.disha": params["D"] for module, params in adapter.items()}, tmp_path / "rwkv-1.pth")
     argv = ["--base_model", "base.pth", "--bone_checkpoint", "rwkv-1.pth", "--output", "merged.pth"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "merge_bone.py"), *argv], cwd=tmp_path, text=True, capture_output=True
+        [warm_python, str(ROOT / "merge_bone.py"), *argv], cwd=tmp_path, text=True, capture_output=True
     )
     assert done.returncode == 0 and "RWKV-7" in done.stdout, done.stderr
     check(base, open_base(tmp_path / "merged.pth").tensors, MISS, adapter)

@@ -3,15 +3,14 @@ be mounted, some broken and hostile files. tests/training covers killed and atta
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "faults.py"
 
 
-def test_killed_racing_and_refused_writers_leave_what_they_should():
+def test_killed_racing_and_refused_writers_leave_what_they_should(warm_python):
     counts = ("--kills", "6", "--operations", "12", "--races", "6", "--mutants", "35", "--attacks", "25", "--seed", "3")
-    command = [sys.executable, SCRIPT, *counts, "--saves", "0", "--resumes", "0", "--disks", "0", "--ends", "0"]
+    command = [warm_python, SCRIPT, *counts, "--saves", "0", "--resumes", "0", "--disks", "0", "--ends", "0"]
     command += ["--sleeps", "0"]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,7 +25,7 @@ if os.environ["LASTING"] in words:
     time.sleep(60)
 sys.exit(int(os.environ["CODE"]) if os.environ["FAILING"] in words else 0)
 """
-PROGRAMS = ("nvcc", "compute-sanitizer", "ncu")
+PROGRAMS = ("compute-sanitizer",)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def check(tmp_path):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     stand_in = STAND_IN.format(python=sys.executable)
-    for name in ("probe", "smoke", "steps", "engine", "decode", "above", "graphs"):
+    for name in ("probe", "smoke", "ops", "steps", "engine", "decode", "above"):
         (repo / "benchmarks" / f"gpu_{name}.py").write_text(stand_in)
     (repo / "benchmarks" / "step.py").write_text(stand_in)
     for module in ("pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis", "bitsandbytes"):
@@ -98,12 +98,12 @@ def test_every_step_runs_and_what_matters_comes_first(check):
     settings = ("stage 2", "stage 3", "stage 2 offload", "stage 3 offload", "grad_cp", "compile", "nf4", "int8")
     for case in ("large", *settings, "fp32", "infctx", "graphs", "packed graphs", "two GPUs"):
         assert f"engine {case}" in names
-    assert {"above 2^31", "every kernel", "kernels", "profile", "compilers", "ncu", "tests"} <= set(names)
+    assert {"above 2^31", "every kernel", "kernels", "profile", "sanitizer mix", "tests"} <= set(names)
     assert exceptions(check) == {}
     assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(names)
     for words in ("gpu_steps.py x060 lora", "gpu_engine.py x060", "--part resume", "--part merge", "--rows 8x4096"):
         assert words in check.calls()
-    for words in ("-DGENERATION=6", "kernel_driver/mix.cu", "--tool racecheck"):
+    for words in ("kns=wkv6", "kns=mix", "--tool racecheck"):
         assert words in check.calls()
     assert "tests --accelerator gpu" not in check.calls()
     shown = done.stdout.splitlines()
@@ -134,15 +134,15 @@ def test_a_step_that_fails_does_not_stop_the_others(check, code, outcome):
 
 
 def test_a_tool_that_fails_does_not_stop_other_programs(check):
-    assert check("--only", "memcheck", "sanitizer", failing="driver_mix").returncode == 1
+    assert check("--only", "memcheck", "sanitizer", failing="kns=mix").returncode == 1
     assert len(outcomes(check)) == 6 and list(exceptions(check)) == ["sanitizer mix"]
 
 
 def test_what_a_machine_lacks_is_left_out_and_told(check):
-    done = check("--only", "ncu", "memcheck", "engine", "card", programs=("nvcc",), without=("deepspeed", "lightning"))
+    done = check("--only", "memcheck", "engine", "card", programs=(), without=("deepspeed", "lightning"))
     assert done.returncode == 0
     left = exceptions(check)
-    assert left.pop("ncu") == "left out: no ncu" and left.pop("memcheck") == "left out: no compute-sanitizer"
+    assert left.pop("memcheck") == "left out: no compute-sanitizer"
     assert set(left.values()) == {"left out: no deepspeed, lightning"} and len(left) == 16
     assert "    engine stage 3 offload: no deepspeed, lightning" in done.stdout
 

@@ -27,13 +27,14 @@ def script(variables, *flags, root=ROOT, generation=6):
     )
 
 
-def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
+def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator, warm_environment):
     """Either script takes either generation: RWKV-6 here, and RWKV-7 by the same commands in tests/training."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [f"line {i}: " + "to be or not to be " * 3 for i in range(20)]
     (tmp_path / "data.csv").write_text("\n".join(["text", *rows]))
     done = script(
-        {
+        warm_environment
+        | {
             "LOAD_MODEL": str(tmp_path / "base.pth"),
             "DATA_FILE": str(tmp_path / "data.csv"),
             "PROJ_DIR": str(tmp_path / "out"),
@@ -42,14 +43,7 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
             "PRECISION": "fp32",
             "ACCELERATOR": accelerator,
         },
-        "--ctx_len",
-        "32",
-        "--micro_bsz",
-        "4",
-        "--epoch_steps",
-        "5",
-        "--lr_init",
-        "1e-2",
+        *"--ctx_len 32 --micro_bsz 4 --epoch_steps 5 --lr_init 1e-2".split(),
         generation=7,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +61,7 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
     assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
 
 
-def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator):
+def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator, warm_environment):
     """The trained adapter is merged: --proj_dir overrides PROJ_DIR, which has another run's adapter. Rows of
     --data_type sft stay rows, and a model that learned to chat is tried in a chat."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
@@ -77,7 +71,7 @@ def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, ac
     flags = f"--load_model={tmp_path / 'base.pth'} --data_file {tmp_path / 'rows.jsonl'} --proj_dir {tmp_path / 'new'}"
     flags += " --data_type sft --ctx_len 32 --micro_bsz 1 --epoch_steps 1 --bone_r 32"
     variables = {"PROJ_DIR": str(tmp_path / "old"), "TOKENIZER": "bytes", "ACCELERATOR": accelerator, "CHECK": "0"}
-    done = script(variables, *flags.split())
+    done = script(warm_environment | variables, *flags.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== 1. data" not in done.stdout and "1 document an epoch" in done.stdout
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["adapter.safetensors"]
@@ -191,9 +185,10 @@ def test_half_of_a_users_input_is_refused(tmp_path):
     assert done.returncode != 0 and "without DATA_FILE" in done.stderr
 
 
-def test_a_failing_step_ends_the_script(tmp_path):
+def test_a_failing_step_ends_the_script(tmp_path, warm_environment):
     done = script(
-        {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
+        warm_environment
+        | {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
     )
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
 
@@ -207,8 +202,8 @@ def test_a_failing_step_ends_the_script(tmp_path):
         (["--devices", "99", "--accelerator", "gpu"], "--devices 99"),
     ],
 )
-def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message):
-    done = script({"PROJ_DIR": str(tmp_path / "out")}, *flags)
+def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message, warm_environment):
+    done = script(warm_environment | {"PROJ_DIR": str(tmp_path / "out")}, *flags)
     assert done.returncode == 2 and message in done.stderr and "==" not in done.stdout
     assert not (tmp_path / "out").exists()
 

@@ -16,11 +16,11 @@ CHATS = [
 ]
 
 
-def test_a_newcomers_chats_are_learned(tmp_path, accelerator):
+def test_a_newcomers_chats_are_learned(tmp_path, accelerator, warm_environment):
     rows, out, answers = tmp_path / "mine.jsonl", tmp_path / "out", tmp_path / "answers.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     words = {"LOAD_MODEL": ROOT / "demo" / "rwkv7-demo.pth", "DATA_FILE": rows, "PROJ_DIR": out, "TOKENIZER": "bytes"}
-    words |= {"PRECISION": "fp32", "ACCELERATOR": accelerator, "CHECK": "0"}
+    words |= warm_environment | {"PRECISION": "fp32", "ACCELERATOR": accelerator, "CHECK": "0"}
     done = script({name: str(word) for name, word in words.items()}, "--micro_bsz", "8", "--ctx_len", "1024")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "steps     195: 100 rows, 15 epochs of 13 steps, 8 rows a step; each row is seen 15.6 times" in done.stdout

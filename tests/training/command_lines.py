@@ -25,16 +25,9 @@ def flags(files, *more):
         str(files / "base.pth"),
         "--data_file",
         str(files / "data"),
-        "--ctx_len",
-        "16",
-        "--bone_r",
-        "16",
-        "--proj_dir",
+        *"--ctx_len 16 --bone_r 16 --proj_dir".split(),
         str(files / "out"),
-        "--accelerator",
-        "cpu",
-        "--precision",
-        "fp32",
+        *"--accelerator cpu --precision fp32".split(),
         *more,
     ]
 

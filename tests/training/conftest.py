@@ -1,6 +1,7 @@
 """Fixtures of the tests that run train.py: a base with data, and the command that trains on it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,20 +38,9 @@ def command(files, accelerator):
             str(files / "data"),
             "--proj_dir",
             str(files / name),
-            "--ctx_len",
-            "24",
-            "--lr_init",
-            "1e-2",
-            "--lr_final",
-            "1e-3",
-            "--warmup_steps",
-            "2",
-            "--accelerator",
+            *"--ctx_len 24 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2 --accelerator".split(),
             accelerator,
-            "--epoch_steps",
-            "4",
-            "--epoch_count",
-            "2",
+            *"--epoch_steps 4 --epoch_count 2".split(),
             *(() if "--peft" in more else ("--bone_r", "16")),
             *more,
         ]
@@ -71,3 +61,9 @@ def train(command):
                 rank.kill()  # where others are waited for in vain
 
     return run
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Compile DeepSpeed's optimizer, which offload needs, without optimizations."""
+    monkeypatch.setenv("CXX", str(Path(__file__).with_name("quick-g++")))

@@ -4,9 +4,11 @@ import json
 import os
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
-from warm import Command
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,9 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def start(argv, cold=False, **variables):
     """Start a command; cold: in a new interpreter, and with pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    if cold or "gpu" in argv:  # what is forked cannot use a GPU that was looked at before
+    if cold or python_of(argv) == sys.executable:
         return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    return Command(argv, environment)
+    return warm.Command(argv, environment)
+
+
+def python_of(argv):
+    """The program that runs a command's file. What is forked cannot use a GPU that was looked at before."""
+    return sys.executable if "gpu" in argv else warm.python()
 
 
 def start_ranks(argv):
@@ -44,6 +51,21 @@ def finish(process, code=0, timeout=1800):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def wait_for_steps(files, name, steps, process):
+    """Wait until a run in the folder `name` has taken so many steps."""
+    path = files / name / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def wait_for_words(words, process):
+    """Wait until a command has printed some words; its pipe is read until then."""
+    while words not in (process.stdout.readline() if process.stdout else process.outputs[0].read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
 
 
 def metrics(files, name):

@@ -7,6 +7,7 @@ import pytest
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.objectives.dpo import DPO
+from rwkv_peft.objectives.ipo import IPO
 from rwkv_peft.training.flags.parser import flag_of
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import FREE, disagreement, passport
@@ -21,7 +22,10 @@ CONFIG = RunConfig(
 DATA = {"content": "0123", "counted": "89", "files": "ab", "samples": 40}
 IDENTITY = {"base": "abc", "data": DATA}
 SETTINGS = [
-    (part, field) for part in ("adapter", "data", "train", "objective") for field in fields(getattr(CONFIG, part))
+    (part, field)
+    for part in ("adapter", "data", "train", "objective")
+    for field in fields(getattr(CONFIG, part))
+    if field.init
 ]
 
 
@@ -50,6 +54,7 @@ def test_data_base_and_checkpoint_are_compared_and_a_long_list_is_cut():
     assert "the data is '0123 (40 samples)' and '4567 (41 samples)'" in told
     assert "the base's fingerprint is 'abc' and 'abd'" in told
     assert "the checkpoint is None and 'step-00000004'" in compare(CONFIG, **{"the checkpoint": "step-00000004"})
+    assert "the objective is 'dpo' and 'ipo'" in compare(replace(CONFIG, objective=IPO()))
     train = replace(CONFIG.train, lr_init=1.0, lr_final=1.0, beta1=0.5, beta2=0.5, weight_decay=1.0)
     assert "--beta2 is 0.99 and 0.5; and 1 more; give" in compare(replace(CONFIG, train=train))
     assert compare(CONFIG) == ""

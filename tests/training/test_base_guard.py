@@ -2,12 +2,11 @@
 
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 
-from training.runs import finish, metrics, start
+from training.runs import finish, metrics, start, wait_for_steps
 
 
 def begun(files, command, tiny_state, name, *more):
@@ -16,10 +15,7 @@ def begun(files, command, tiny_state, name, *more):
     torch.save(tiny_state(dtype=torch.bfloat16), base)
     flags = ("--load_model", str(base), "--epoch_steps", "100000", "--save_every", "5", *more)
     process = start(command(name, *flags))
-    path = files / name / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < 8:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for_steps(files, name, 8, process)
     return process, base
 
 
@@ -46,8 +42,7 @@ def test_foreign_weights_of_the_same_size_are_told_where_they_are_read(files, co
         file.write(content)
     if precision == "fp32":
         steps = len(metrics(files, name))
-        while len(metrics(files, name)) < steps + 5:
-            assert process.poll() is None, process.communicate()
+        wait_for_steps(files, name, steps + 5, process)
         process.send_signal(signal.SIGTERM)
         finish(process, 143)
         return
@@ -61,12 +56,10 @@ def test_a_base_that_is_touched_or_replaced_does_not_end_a_run(files, command, t
     process, base = begun(files, command, tiny_state, "touched")
     base.touch()
     steps = len(metrics(files, "touched"))
-    while len(metrics(files, "touched")) < steps + 5:
-        assert process.poll() is None, process.communicate()
+    wait_for_steps(files, "touched", steps + 5, process)
     shutil.copy(base, files / "copy.pth")
     (files / "copy.pth").write_bytes(b"another")
     (files / "copy.pth").rename(base)
-    while len(metrics(files, "touched")) < steps + 10:
-        assert process.poll() is None, process.communicate()
+    wait_for_steps(files, "touched", steps + 10, process)
     process.send_signal(signal.SIGTERM)
     finish(process, 143)

@@ -22,21 +22,8 @@ def test_a_tensor_that_is_not_finite_ends_the_run_on_every_rank(keep):
 
 def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, train):
     _, err = train(
-        "nan",
-        "--precision",
-        "fp32",
-        "--lr_init",
-        "1e30",
-        "--lr_schedule",
-        "constant",
-        "--warmup_steps",
-        "0",
-        "--gradient_clip_val",
-        "0",
-        "--epoch_steps",
-        "1",
-        "--epoch_count",
-        "9",
+        *"nan --precision fp32 --lr_init 1e30 --lr_schedule constant --warmup_steps 0".split(),
+        *"--gradient_clip_val 0 --epoch_steps 1 --epoch_count 9".split(),
         code=1,
     )
     assert "at step 2;" in err and DIVERGED in err and "step-00000001" in err and "Traceback" not in err
@@ -46,14 +33,7 @@ def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, tra
 def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(files, train):
     """The loss would not show it: lora_B begins at 0, and only its gradient is multiplied by the scale."""
     _, err = train(
-        "infinite",
-        "--precision",
-        "fp32",
-        "--peft",
-        "lora",
-        "--lora_config",
-        '{"lora_r": 4, "lora_alpha": 1e38}',
-        code=1,
+        *"infinite --precision fp32 --peft lora --lora_config".split(), '{"lora_r": 4, "lora_alpha": 1e38}', code=1
     )
     assert "gradient norm became inf at step 1" in err and "Traceback" not in err
     assert (

@@ -45,11 +45,7 @@ def test_json_and_single_flags_that_agree_go_together(files):
     config = parse_run(
         flags(
             files,
-            "--bone_mode",
-            "bat-in",
-            "--bone_load",
-            "earlier.safetensors",
-            "--bone_config",
+            *"--bone_mode bat-in --bone_load earlier.safetensors --bone_config".split(),
             '{"bone_mode":"bat","bone_load":"","bone_r":16}',
         )
     ).config
@@ -59,7 +55,9 @@ def test_json_and_single_flags_that_agree_go_together(files):
 def test_targets_need_an_adapter(files, monkeypatch, capsys):
     argv = flags(files, "--peft", "none", "--target_modules", "att.key")
     del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    assert "--target_modules att.key names layers that get an adapter" in refused(monkeypatch, capsys, argv)
+    assert "--target_modules att.key does not go with --peft none: it names layers that get an adapter" in refused(
+        monkeypatch, capsys, argv
+    )
 
 
 def test_rows_of_questions_and_answers_count_their_answers(files):
@@ -138,7 +136,7 @@ def test_rows_in_the_order_of_the_file(files):
     [
         (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
         (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
-        (["--op", "hip"], "other kernels; those here are chosen by the device; give cuda or fla or triton"),
+        (["--op", "hip"], "other kernels, and the device chooses them here; give cuda or fla or triton"),
         (["--train_type", "lisa"], "--train_type: invalid choice: 'lisa'"),
         (
             ["--peft", "bone", "--train_type", "finetune"],
@@ -216,7 +214,9 @@ def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
     adapter = parse_run(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).config.adapter
     assert (adapter.mode, adapter.rank, adapter.mini_rank) == ("bone-mini", 16, 4)
     assert "try --bone_mini_r 16" in refused(monkeypatch, capsys, flags(files, "--bone_mode", "bone-mini"))
-    assert "belongs to --bone_mode bone-mini" in refused(monkeypatch, capsys, flags(files, "--bone_mini_r", "4"))
+    assert "--bone_mini_r 4 needs --bone_mode bone-mini" in refused(
+        monkeypatch, capsys, flags(files, "--bone_mini_r", "4")
+    )
 
 
 def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
@@ -296,16 +296,7 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
         [
             "--data_file",
             str(files / "data"),
-            "--peft",
-            "none",
-            "--n_layer",
-            "2",
-            "--vocab_size",
-            "80",
-            "--n_embd",
-            "8",
-            "--head_size",
-            "8",
+            *"--peft none --n_layer 2 --vocab_size 80 --n_embd 8 --head_size 8".split(),
         ]
     ).config
     assert small.model.dim_ffn == 32

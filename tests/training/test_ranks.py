@@ -12,16 +12,16 @@ import time
 import psutil
 import pytest
 
-from training.runs import finish, free_port, metrics, start, start_ranks
+from training.runs import finish, free_port, metrics, python_of, start, start_ranks, wait_for_steps, wait_for_words
 
 LONG = ("--precision", "fp32", "--epoch_steps", "20", "--epoch_count", "3", "--lr_init", "5e-3")
 LONG += ("--strategy", "deepspeed_stage_2", "--lr_schedule", "constant")
 PAIR = (*LONG, "--devices", "2")
 
 
-def node(argv, number, port, cold=False):
+def node(argv, number, port):
     argv = [*argv, "--num_nodes", "2"]
-    return start(argv, cold, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK=str(number))
+    return start(argv, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK=str(number))
 
 
 def task(argv, number, port):
@@ -54,13 +54,6 @@ def is_over(process, seconds=60):
     return True
 
 
-def wait_for_steps(files, name, steps, process):
-    path = files / name / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < steps:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
 def history(files, name):
     return [[line[key] for key in ("step", "loss", "lr", "grad_norm")] for line in metrics(files, name)]
 
@@ -76,12 +69,11 @@ def unbroken(files, command):
     return lines
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
-def test_nodes_train_the_same_under_every_stage(files, command, unbroken, stage):
-    argv = command(f"stage-{stage}", *LONG, "--epoch_count", "1", "--strategy", f"deepspeed_stage_{stage}")
+def test_nodes_train_the_same_under_stage_3(files, command, unbroken):
+    argv = command("stage-3", *LONG, "--epoch_count", "1", "--strategy", "deepspeed_stage_3")
     for process in two_nodes(argv, argv):
         finish(process)
-    lines = history(files, f"stage-{stage}")
+    lines = history(files, "stage-3")
     assert len(lines) == 20  # later, roundings grow
     for mine, theirs in zip(lines, unbroken):
         assert mine == pytest.approx(theirs, rel=1e-4)
@@ -117,9 +109,8 @@ def test_a_folder_that_nodes_do_not_share_is_refused(files, command):
 
 def test_a_node_that_is_refused_says_so_to_the_other(files, command):
     port = free_port()
-    first = node(command("lonely"), 0, port, cold=True)
-    while "waiting for node 1 of 2" not in (line := first.stdout.readline()):
-        assert line, first.communicate()
+    first = node(command("lonely"), 0, port)
+    wait_for_words("waiting for node 1 of 2", first)
     second = node(command("lonely", "--data_file", str(files / "absent")), 1, port)
     assert "absent" in finish(second, 2)[1]
     _, err = finish(first, 2)
@@ -131,9 +122,8 @@ def test_waiting_is_told_and_ends(command):
     out, err = finish(node(command("late", "--join_minutes", "0.02"), 1, port), 2)
     assert f"waiting for node 0 of 2 at 127.0.0.1:{port}, 0 s" in out
     assert "node 0 of 2 at 127.0.0.1:" in err and "did not come within 0.02 minutes (--join_minutes)" in err
-    process = node(command("late"), 0, port, cold=True)
-    while "waiting for node 1 of 2" not in (line := process.stdout.readline()):
-        assert line, process.communicate()
+    process = node(command("late"), 0, port)
+    wait_for_words("waiting for node 1 of 2", process)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, err = finish(process, 130)
@@ -199,7 +189,8 @@ def test_one_command_goes_on_through_restarts(files, command, unbroken):
     finish(first, 1)
     (files / "restarts" / "adapter-best.safetensors").write_bytes(b"of a run that died before its first checkpoint")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
-    process = start([*torchrun, "--monitor_interval", "0.1", "--master_port", free_port(), *argv[1:]], cold=True)
+    torchrun += ["--monitor_interval", "0.1", "--master_port", free_port()]
+    process = start([*torchrun, *argv[1:]], cold=True, PYTHON_EXEC=python_of(argv))
     wait_for_steps(files, "restarts", 25, process)
     children(process, 2)[0].kill()
     out, err = finish(process)

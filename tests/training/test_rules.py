@@ -2,21 +2,34 @@
 
 import pytest
 
-from rwkv_peft.config.rules import ALONE, BESIDE, RULES, WHOLE
+from rwkv_peft.config.objective import LOADED
+from rwkv_peft.config.rules import ALONE, BESIDE, INIT, WHOLE
 from rwkv_peft.errors import UserError
+from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
-from rwkv_peft.training.flags.parser import build_parser
+from rwkv_peft.training.flags.parser import RULES, build_parser
 from rwkv_peft.training.flags.request import parse_flags
 
 ACTIONS = build_parser()._option_string_actions
-FACTS = {ALONE: "--peft none --train_parts state", BESIDE: "--train_parts state", WHOLE: "--peft none"}
+FACTS = {
+    ALONE: "--peft none --train_parts state",
+    BESIDE: "--train_parts state",
+    WHOLE: "--peft none",
+    LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
+    INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
+}
+SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}
+ANOTHER |= {"dataload": "pad"}
 CASES = [(rule, *pair) for rule in RULES for pair in zip(rule.subjects.split(", "), [rule.others.split(", ")] * 9)]
 
 
 def words(condition):
     """A piece of a command line for which a condition holds."""
     name, wanted = parts_of(condition)
+    if name == "objective":
+        objective = wanted.split("|")[-1]
+        return f"--objective {objective} --data_type {OBJECTIVES[objective].rows[-1]}"
     if condition in FACTS or wanted:
         return FACTS.get(condition) or f"--{name} {ANOTHER[name] if wanted[0] == '!' else wanted.split('|')[-1]}"
     action = ACTIONS[condition]
@@ -44,7 +57,7 @@ def test_a_command_that_breaks_a_rule_is_refused_in_its_words(rule, subject, oth
         return
     for other in others:
         told, name = refusals(subject, other), parts_of(other)[0]
-        shown = other if other in FACTS else words(other) if parts_of(other)[1] else f"--{name}"
+        shown = SHOWN.get(other, other) if other in FACTS else words(other) if parts_of(other)[1] else f"--{name}"
         assert f" {EXCLUDES} {shown}" in told and f": {rule.why}; " in told
         assert f"{rule.why}; {rule.remedy or 'leave one of them out'}" in told
 

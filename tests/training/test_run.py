@@ -19,7 +19,8 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.files.base import open_base
-from training.runs import ROOT, finish, metrics, start
+from rwkv_peft.release.merge_command import main as merge
+from training.runs import finish, metrics, start
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,7 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert set(tensors) == {
         f"blocks.{i}.{name}.bone"
         for i in range(2)
-        for name in (
-            "att.receptance",
-            "att.key",
-            "att.value",
-            "att.gate",
-            "att.output",
-            "ffn.key",
-            "ffn.receptance",
-            "ffn.value",
-        )
+        for name in "att.receptance att.key att.value att.gate att.output ffn.key ffn.receptance ffn.value".split()
     }
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
 
@@ -99,9 +91,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
     name = f"{strategy}-{ranks}-{micro}"
     train(
         name,
-        "--precision",
-        "fp32",
-        "--strategy",
+        *"--precision fp32 --strategy".split(),
         strategy,
         "--devices",
         str(ranks),
@@ -142,11 +132,27 @@ def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
     assert "step 2/2, no token counts in the loss, lr" in out and (files / "half" / "loss.png").stat().st_size > 10_000
 
 
-def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, train, one_process):
+EAGER = """
+from torch import nn
+
+from rwkv_peft.commands import run
+
+whole = nn.Module.compile
+nn.Module.compile = lambda block, **how: print("compiled") or whole(block, backend="eager", **how)
+run("train")
+"""
+
+
+def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, command, one_process, quick_compiler):
+    """Blocks are compiled without the C++ that torch would write, which takes a minute."""
     build = Path(_get_build_directory("cpu_adam", verbose=False))
     with FileLock(build / "rwkv_peft.lock"):  # no other run of this machine is in there
         (build / "lock").touch()  # what such a build leaves behind
-    train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4", "--compile")
+    (files / "eager.py").write_text(EAGER)
+    flags = "--precision fp32 --strategy deepspeed_stage_2_offload --micro_bsz 4 --compile"
+    python, _, *words = command("offload", *flags.split())
+    out, _ = finish(start([python, str(files / "eager.py"), *words]))
+    assert out.splitlines().count("compiled") == 2
     for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
@@ -170,16 +176,7 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     out, _ = train(
-        "again",
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "4",
-        "--epoch_count",
-        "3",
-        "--epoch_begin",
-        "2",
-        "--bone_load",
+        *"again --precision fp32 --micro_bsz 4 --epoch_count 3 --epoch_begin 2 --bone_load".split(),
         str(files / "one" / "adapter.safetensors"),
     )
     lines = metrics(files, "again")
@@ -192,19 +189,8 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
         "new",
         "--load_model",
         "",
-        "--peft",
-        "none",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "64",
-        "--vocab_size",
-        "80",
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "4",
-        "--random_seed",
+        *"--peft none --n_layer 2 --n_embd 64 --vocab_size 80 --precision fp32 --micro_bsz 4".split(),
+        *"--random_seed".split(),
         str(2**63 - 1),
     )
 
@@ -212,92 +198,36 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "bone-mini",
-        "bone-signed",
-        "bat-in-scaled",
-        "bat-out nf4",
-        "lora-plus",
-        "dora",
-        "pissa",
-        "lora-ga",
-        "vera",
-        "shira",
-    ],
-)
-def test_every_method_trains_validates_and_merges(files, accelerator, method):
+METHODS = {
+    "bone-mini": "--bone_mode bone-mini --bone_r 8 --bone_mini_r 4",
+    "bone-signed": "--bone_mode bone-signed --bone_r 16",
+    "bat-in-scaled": "--bone_mode bat-in-scaled --bone_r 16",
+    "bat-out nf4": "--bone_mode bat-out --quant nf4 --bone_r 16",
+    "pissa": '--peft pissa --pissa_config {"pissa_r":4,"svd_niter":2}',
+    "vera": '--peft vera --peft_config {"r":32,"vera_seed":3}',
+    "shira": '--peft shira --peft_config {"entries":8}',
+    **{
+        name: f'--peft {name} --lora_config {{"lora_r":4,"lora_alpha":8,"lora_dropout":0.1}}'
+        for name in ("lora-plus", "dora", "lora-ga")
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_validates_and_merges(files, train, method):
     """Each in one short run: packed documents, a validation split, the best adapter, and its merge."""
-    flags = {
-        "bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
-        "bone-signed": ["--bone_mode", "bone-signed", "--bone_r", "16"],
-        "bat-in-scaled": ["--bone_mode", "bat-in-scaled", "--bone_r", "16"],
-        "bat-out nf4": ["--bone_mode", "bat-out", "--quant", "nf4", "--bone_r", "16"],
-        "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
-        "vera": ["--peft", "vera", "--peft_config", '{"r": 32, "vera_seed": 3}'],
-        "shira": ["--peft", "shira", "--peft_config", '{"entries": 8}'],
-    }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
     if "nf4" in method:
         pytest.importorskip("bitsandbytes")
-    base, data, folder = files / "base.pth", files / "data", files / method
-    finish(
-        start(
-            [
-                sys.executable,
-                str(ROOT / "train.py"),
-                "--load_model",
-                str(base),
-                "--data_file",
-                str(data),
-                "--proj_dir",
-                str(folder),
-                "--ctx_len",
-                "96",
-                "--lr_init",
-                "3e-3",
-                "--lr_final",
-                "3e-3",
-                "--accelerator",
-                accelerator,
-                "--dataload",
-                "pack",
-                "--val_split",
-                "0.2",
-                "--val_every",
-                "20",
-                "--micro_bsz",
-                "2",
-                "--epoch_count",
-                "3",
-                *flags,
-            ]
-        )
-    )
-    lines = metrics(files, method)
-    losses = {line["step"] + 1: line["val_loss"] for line in lines if "val_loss" in line}
-    last = len(lines)
-    assert last % 20 and list(losses) == [*range(20, last, 20), last] and losses[last] < losses[20]
-    assert (folder / "adapter-best.safetensors").exists()
-    merged = files / f"{method}.pth"
-    finish(
-        start(
-            [
-                sys.executable,
-                str(ROOT / "merge_bone.py"),
-                "--base_model",
-                str(base),
-                "--bone_checkpoint",
-                str(folder / "adapter-best.safetensors"),
-                "--output",
-                str(merged),
-            ]
-        )
-    )
-    original, result = torch.load(base), torch.load(merged)
+    flags = "--ctx_len 96 --dataload pack --val_split 0.2 --val_every 6 --micro_bsz 2 --epoch_steps 15 --epoch_count 1"
+    train(method, *flags.split(), "--lr_init", "3e-3", "--lr_final", "3e-3", *METHODS[method].split())
+    losses = {line["step"] + 1: line["val_loss"] for line in metrics(files, method) if "val_loss" in line}
+    assert list(losses) == [6, 12, 15] and losses[15] < losses[6]
+    best, merged = files / method / "adapter-best.safetensors", files / f"{method}.pth"
+    argv = ["--base_model", files / "base.pth", "--bone_checkpoint", best, "--output", merged]
+    assert merge(list(map(str, argv))) == 0
+    original, result = torch.load(files / "base.pth"), torch.load(merged)
     assert list(original) == list(result)
-    changed = [key for key in original if not torch.equal(original[key], result[key])]
-    assert len(changed) == 16
+    assert sum(not torch.equal(original[key], result[key]) for key in original) == 16
 
 
 def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
@@ -325,26 +255,9 @@ def test_rows_of_questions_train_without_preprocessing(files, train):
         "scratch",
         "--load_model",
         "",
-        "--peft",
-        "none",
-        "--n_layer",
-        "1",
-        "--n_embd",
-        "64",
-        "--vocab_size",
-        "257",
-        "--data_type",
-        "sft",
-        "--tokenizer",
-        "bytes",
-        "--sft_field",
-        "query",
-        "response",
-        "--data_file",
+        *"--peft none --n_layer 1 --n_embd 64 --vocab_size 257 --data_type sft --tokenizer bytes".split(),
+        *"--sft_field query response --data_file".split(),
         str(files / "rows.jsonl"),
-        "--precision",
-        "fp32",
-        "--micro_bsz",
-        "8",
+        *"--precision fp32 --micro_bsz 8".split(),
     )
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]

@@ -65,12 +65,8 @@ def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, 
 
 PLACES = [
     *(
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "answers.jsonl",
-        "adapter.safetensors",
-        "adapter-epoch-1.safetensors",
+        *"config.json loss.png metrics.jsonl answers.jsonl adapter.safetensors".split(),
+        *"adapter-epoch-1.safetensors".split(),
     ),
     *("tensorboard", "tensorboard/hparams.yaml", "checkpoints", "checkpoints/step-00000001", ".step-00000002"),
     *("checkpoints/step-00000001/state.json", "checkpoints/step-00000001/zero/optim_states.pt", ".unsaved"),
@@ -108,15 +104,15 @@ def test_a_file_named_like_a_folder_of_a_run_is_told_before_any_work(files, monk
 
 def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):
     """Another rank makes the folder to try if it can be written, and removes it again."""
-    folder, listdir = files / "out", os.listdir
+    folder, scandir = files / "out", os.scandir
     folder.mkdir()
 
     def gone(path="."):
-        if os.path.realpath(path) == os.path.realpath(folder):
+        if os.path.realpath(path) == os.path.realpath(folder) and folder.exists():
             folder.rmdir()
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", gone)
+    monkeypatch.setattr(os, "scandir", gone)
     parse_flags(flags(files))
     assert not folder.exists()
 

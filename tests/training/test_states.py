@@ -71,6 +71,7 @@ def test_a_run_leaves_the_states_and_their_base(files, bases, tuned, version):
 
 
 @BY_VERSION
+@pytest.mark.usefixtures("warm_python")
 def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path, capsys, version):
     pytest.importorskip("rwkv")
     base, merged = str(bases[version]), str(tmp_path / "merged.pth")
@@ -112,7 +113,7 @@ def test_states_of_another_base_are_refused(bases, tuned, tmp_path):
         generate(["--model", str(bases["x070"]), "--state", str(tuned["x060"]), "--prompt", "a"])
     tensors = read_tensors(bases["x060"])
     torch.save(tensors | {"head.weight": 2 * tensors["head.weight"]}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="was tuned on another base"):
+    with pytest.raises(UserError, match="was trained on another base"):
         generate(["--model", str(tmp_path / "other.pth"), "--state", str(tuned["x060"]), "--prompt", "a"])
 
 

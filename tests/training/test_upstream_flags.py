@@ -43,12 +43,12 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ("--load_partial 1", "a base is complete here"),
+        ("--load_partial 1", "a base must be complete here"),
         ("--avg_loss 1", "every token of a step weighs the same"),
         ("--chunk_ctx many", "--chunk_ctx: "),
         ("--bptt_segments 2", "--bptt_segments 2 needs --train_type infctx: it counts segments"),
-        ('--lisa_config {"lisa_r":4}', "LISA, a method that is not here"),
-        ("--merge 1", "give --merge_on_save"),
+        ('--lisa_config {"lisa_r":4}', "LISA, which is no method here"),
+        ("--merge 1", "--merge_on_save writes one here"),
         ("--my_testing x051", "x051 is RWKV-5, which is not supported yet; there is x060 (RWKV-6) or x070 (RWKV-7)"),
         ("--model_version x070", "contradicts"),
         ("--generation 7", "which is RWKV-6 (x060)"),
@@ -75,7 +75,7 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ("--check_flags --loss_mask se --mask_id 1", "needs --mask_end_id"),
         ("--mask_id " + NESTED, "is not JSON ("),
         ("--bone_config " + NESTED, "is not JSON ("),
-        ("--lisa_config " + NESTED, "LISA, a method that is not here"),
+        ("--lisa_config " + NESTED, "LISA, which is no method here"),
         ('--peft lora --peft_config {"rank":8}', "unknown key 'rank'"),
         ('--peft none --peft_config {"r":8}', "--peft_config belongs to --peft bone or"),
     ],
@@ -83,6 +83,13 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
 def test_what_is_not_here_is_told_by_its_meaning(files, more, words):
     with pytest.raises(UserError, match=re.escape(words)):
         main(flags(files, *more.split()))
+
+
+@pytest.mark.parametrize("value", ['{"a":1}', '{"mask0":1.5,"mask1":"x"}'])
+def test_a_marker_that_cannot_be_read_is_one_mistake(files, value):
+    with pytest.raises(UserError) as refusal:
+        main(flags(files, "--loss_mask", "se", "--mask_id", value))
+    assert "--mask_id" in str(refusal.value) and "things are wrong" not in str(refusal.value)
 
 
 def test_a_seed_of_several_nodes_is_given(files, monkeypatch):

@@ -31,7 +31,7 @@ REFUSED = {
     "RWKV-PEFT run_lora_fp8": ("fp8 of other tools is --quant int8",),
     "RWKV-PEFT run_pissa_fp8": ("fp8 of other tools is --quant int8",),
     "RWKV-PEFT run_sft, 2024": ("hf download meta-math/MetaMathQA --repo-type dataset --local-dir MetaMathQA",),
-    "RWKV-PEFT mask_se": ("other keys than mask0 and mask1", "--loss_mask se needs --mask_end_id"),
+    "RWKV-PEFT mask_se": ("other keys than mask0 and mask1",),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import Ended, UserError, ending_of
+from ..errors import Ended, ending_of
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -67,17 +67,10 @@ def usual_rates(n_embd: int) -> tuple[int, ...]:
 
 
 def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
-    """({method: Size}, base). Raises UserError if a rank does not fit, if train.py would refuse its flags, or for
-    an objective whose loss does not tell how good a model is."""
+    """({method: Size}, base). Raises UserError if a rank does not fit, or if train.py would refuse its flags."""
     first = comparison.methods[0]
     output = ["--proj_dir", comparison.output]
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
-    if not request.config.objective.of_tokens:
-        raise UserError(
-            f"--objective {request.config.objective.name}: a comparison goes by the validation loss, and for "
-            "preferences a broken model has the lowest; compare on answers, or train each method by itself and ask the "
-            "models"
-        )
     base = request.base
     assert base is not None  # parse_run refuses an adapter without one
     layers = Layers(base.linear_shapes[name] for name in request.layers)

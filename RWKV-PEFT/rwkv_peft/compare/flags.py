@@ -6,8 +6,13 @@ from dataclasses import dataclass, replace
 
 from ..cli import Parser, count, not_negative, positive, seed
 from ..config import MINI, WORDS, forms
+from ..config.rules import values_of
 from ..errors import UserError
 from ..names import NONE, STATE
+from ..objectives import OBJECTIVES
+from ..refusals import require_none
+from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from ..training.flags.request import Flags
 from ..training.flags.request import parse_flags as parse_train_flags
 from .rates import grid_rate
 
@@ -16,35 +21,26 @@ RANKLESS = (FULL, STATE)  # the model alone gives their number of parameters
 METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
 VAL_SEED = SEEDS[0]  # --val_seed of all runs by default, so that runs of all seeds validate on the same samples
+PROG = "rwkv-peft compare"
+OTHERS = "|".join(name for name, objective in OBJECTIVES.items() if not objective.of_tokens)
+RULES = (  # of its own flags and those of train.py
+    Rule(PROG, NEEDS, "--val_data, --val_split", "methods are compared by that loss", "add one of them after --"),
+    Rule(
+        PROG,
+        EXCLUDES,
+        f"--objective {OTHERS}",
+        "it goes by the validation loss, and for preferences a broken model has the lowest",
+        "compare on answers, or train each method by itself and ask the models",
+    ),
+    Rule(
+        f"--methods {'|'.join(RANKLESS)}", EXCLUDES, "--train_parts", "that would change what the method itself trains"
+    ),
+)
 # flags of train.py that differ from run to run, or follow from the flags of the comparison
-OURS = (
-    "--peft",
-    "--peft_config",
-    "--bone_mode",
-    "--bone_r",
-    "--bone_mini_r",
-    "--bone_load",
-    "--bone_config",
-    "--disha_config",
-    "--lora_config",
-    "--pissa_config",
-    "--lr_init",
-    "--lr_final",
-    "--random_seed",
-    "--proj_dir",
-    "--resume",
-    "--fresh_optimizer",
-    "--epoch_steps",
-    "--epoch_count",
-    "--epoch_begin",
-    "--epoch_save",
-    "--train_stage",
-    "--my_pile_stage",
-    "--my_exit_tokens",
-    "--val_every",
-    "--early_stop",
-    "--check_flags",
-    "--show_samples",
+OURS = tuple(
+    """peft peft_config bone_mode bone_r bone_mini_r bone_load bone_config disha_config lora_config pissa_config
+    lr_init lr_final random_seed proj_dir resume fresh_optimizer epoch_steps epoch_count epoch_begin epoch_save
+    train_stage my_pile_stage my_exit_tokens val_every early_stop check_flags show_samples""".split()
 )
 USAGE = """Compare adapter methods on a model and data of yours, at about as many trained parameters each.
 
@@ -82,7 +78,7 @@ class Comparison:
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="rwkv-peft compare",
+        prog=PROG,
         usage="rwkv-peft compare --output DIR [flags] -- [flags of train.py]",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,6 +134,7 @@ def build_parser() -> Parser:
         help="after so many minutes stop, start no run that would not end before, and report the results so far "
         "(default 0: no limit)",
     )
+    parser.tell(RULES)
     return parser
 
 
@@ -152,7 +149,7 @@ def parse_flags(argv: list[str]) -> Comparison:
             "--load_model base.pth --data_file data/mine --val_split 0.01`"
         )
     for word in train:
-        if word.split("=")[0] in OURS:
+        if word.startswith("--") and word[2:].split("=")[0] in OURS:
             raise UserError(f"{word} after --: the comparison sets it for each run; leave it out")
     if args.methods[0] in (*RANKLESS, MINI):
         raise UserError(
@@ -174,13 +171,18 @@ def parse_flags(argv: list[str]) -> Comparison:
     )
     for method in comparison.methods:
         flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
-        if not (flags.train.val_data or flags.train.val_split):
-            raise UserError("methods are compared by their validation loss; add --val_data or --val_split after --")
-        if flags.train.val_split and flags.train.val_seed is None:
-            comparison = replace(comparison, train=(*train, "--val_seed", str(VAL_SEED)))
-        if method in RANKLESS and any(word.split("=")[0] == "--train_parts" for word in train):
-            raise UserError(f"--train_parts after -- would change the parameters of {method}; leave one of them out")
+    require_none(contradictions, RULES, given(comparison, flags))
+    if flags.train.val_split and flags.train.val_seed is None:
+        return replace(comparison, train=(*train, "--val_seed", str(VAL_SEED)))
     return comparison
+
+
+def given(comparison: Comparison, flags: Flags) -> Given:
+    """What RULES judge: the comparison's methods, and the flags of train.py that all runs share."""
+    parts = any(word.split("=")[0] == "--train_parts" for word in comparison.train)
+    own = {PROG: True, "methods": comparison.methods, "train_parts": parts}
+    values = values_of(flags.train, flags.objective) | own
+    return Given(values, {name for name in (PROG, "val_data", "val_split", "train_parts") if values[name]})
 
 
 def method_flags(method: str, *sizes: int) -> list[str]:

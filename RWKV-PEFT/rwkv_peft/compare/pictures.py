@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..children import import_matplotlib
-from ..files.atomic import atomic_write
-from ..plots import LINE_COLOURS, LINE_STYLES
+from ..plots import look, new_figure, plain_axes, save_figure
 from .outcomes import Outcome
 from .plan import Cell
 from .rates import rate_of
@@ -22,18 +20,21 @@ FORMATS = ("png", "svg")
 def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
     """Write the figures steps, time and rates (.png, .svg) into a folder, and retained if --retain_data was measured. A
     method's place in methods gives its colour, line and marker."""
-    looks = {method: look(position) for position, method in enumerate(methods)}
+    looks = {
+        method: {**look(position), "marker": MARKERS[position % len(MARKERS)], "markersize": 4, "linewidth": 1.5}
+        for position, method in enumerate(methods)
+    }
     several = max(len(row.runs) for row in rows) > 1
     what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
-    figure, axes = new_figure("optimizer steps", what)
+    figure, axes = with_axes("optimizer steps", what)
     for row in rows:
         band(axes, row, looks[row.method], lambda done, seconds: done)
     save(figure, axes, folder, "steps")
-    figure, axes = new_figure("seconds of training", what)
+    figure, axes = with_axes("seconds of training", what)
     for row in rows:
         band(axes, row, looks[row.method], lambda done, seconds: seconds)
     save(figure, axes, folder, "time")
-    figure, axes = new_figure("learning rate", "final validation loss (nats per token)")
+    figure, axes = with_axes("learning rate", "final validation loss (nats per token)")
     axes.set_xscale("log")
     tried = sorted({rate_of(cell.rate) for cell in runs if cell.seed == seed})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
@@ -46,7 +47,7 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
             axes.plot([rate], [0.98], "x", color=looks[row.method]["color"], transform=axes.get_xaxis_transform())
     save(figure, axes, folder, "rates")
     if any(row.retained for row in rows):
-        figure, axes = new_figure(
+        figure, axes = with_axes(
             "final validation loss (nats per token)", "final rise of the loss on --retain_data\na point a learning rate"
         )
         axes.invert_xaxis()  # runs that learned more stand further to the right
@@ -56,17 +57,6 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
             points = [(run.loss, run.retained[-1] - run.retained[0]) for run in ends]
             axes.plot(*zip(*points), label=row.method, **looks[row.method]) if points else None
         save(figure, axes, folder, "retained")
-
-
-def look(position: int) -> dict[str, Any]:
-    """The colour, line and marker of the method at a position."""
-    return {
-        "color": LINE_COLOURS[position % len(LINE_COLOURS)],
-        "linestyle": LINE_STYLES[position % len(LINE_STYLES)],
-        "marker": MARKERS[position % len(MARKERS)],
-        "markersize": 4,
-        "linewidth": 1.5,
-    }
 
 
 def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
@@ -84,17 +74,12 @@ def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
     )
 
 
-def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+def with_axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """A new figure, and its axes."""
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     return figure, axes
 
 
@@ -102,5 +87,4 @@ def save(figure: Any, axes: Any, folder: Path, name: str) -> None:
     """Add the legend and write NAME.png and NAME.svg."""
     axes.legend(frameon=False)
     for form in FORMATS:
-        with atomic_write(folder / f"{name}.{form}") as temporary:
-            figure.savefig(temporary, format=form)
+        save_figure(figure, folder / f"{name}.{form}")

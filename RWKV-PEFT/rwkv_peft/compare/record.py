@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..data.prefix import binidx_prefix
-from ..errors import UserError, told
+from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.readable import require_readable
+from ..files.settings_file import read_settings
 from ..training.flags.request import parse_flags
 from .flags import Comparison
 from .runs import any_begun
@@ -36,18 +37,13 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(now, indent=2) + "\n")
         return
-    try:
-        before = json.loads(require_readable(path, f"{path}: no such file", again=True).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
-    if isinstance(before, dict):
-        before = {"data": now["data"]} | before  # earlier versions did not record it
+    found = read_settings(require_readable(path, f"{path}: no such file", again=True))
+    before = {"data": now["data"]} | found  # earlier versions did not record it
     for name, value in now.items():
-        if not isinstance(before, dict) or before.get(name) != value:
-            was = before.get(name) if isinstance(before, dict) else before
+        if before.get(name) != value:
             raise UserError(
-                f"--output {folder} holds a comparison of other settings ({name}: {was}, and now {value}); give "
-                "another folder, or the same settings"
+                f"--output {folder} holds a comparison of other settings ({name}: {before.get(name)}, and now "
+                f"{value}); give another folder, or the same settings"
             )
 
 

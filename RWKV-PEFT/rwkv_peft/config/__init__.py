@@ -51,7 +51,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     objective: Objective
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:

@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli import alias, count, positive
-from ..names import DATALOADS, LOSS_MASKS
+from ..names import LOSS_MASKS
+from ..tables import SAMPLINGS
 from .setting import setting
 
 
@@ -88,7 +89,7 @@ class DataConfig:
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
         "and token files with a PREFIX.mask; pack for pairs and labels; else get)",
         unset=True,
-        choices=DATALOADS,
+        choices=tuple(SAMPLINGS),
     )
     loss_mask: str = setting(
         "none",

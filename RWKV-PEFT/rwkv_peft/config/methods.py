@@ -62,10 +62,6 @@ class Settings:
     )
     targets: tuple[str, ...] = ()
 
-    def contradictions(self) -> Iterator[str]:
-        """Yield what cannot go together among these settings."""
-        return iter(())
-
 
 RANK = whole_from(1, "a rank is at least 1; try 64")
 ALPHA = Condition(
@@ -107,13 +103,6 @@ class BoneSettings(Settings):
         type=positive,
     )
 
-    def contradictions(self) -> Iterator[str]:
-        if self.mini_rank and self.mode != MINI:
-            yield (
-                f"--bone_mini_r {self.mini_rank} belongs to --bone_mode {MINI}, and the mode is {self.mode}; "
-                "give that mode, or leave bone_mini_r out"
-            )
-
 
 @dataclass(frozen=True)
 class LoraSettings(Settings):
@@ -153,13 +142,6 @@ class PissaSettings(Settings):
         4, key="svd_niter", rule=whole_from(0, "0 asks for an exact SVD, 4 for a quick one; none is below 0")
     )
     targets: tuple[str, ...] = setting((), key="pissa_parts", read=read_parts)
-
-    def contradictions(self) -> Iterator[str]:
-        if self.init and not self.load:
-            yield (
-                f"pissa_init {self.init} is what the run that wrote pissa_load began with, and pissa_load is not "
-                "given; name that adapter, or leave pissa_init out for a new start"
-            )
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,9 @@ file of an objective imports torch before a loss is computed, so that flags are 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
-
-from ..names import NONE
-from .adapter import AdapterConfig
-from .data import DataConfig
-from .train import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +18,15 @@ if TYPE_CHECKING:
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
-Contradiction = tuple[bool, str, str]  # (whether the flags of a run contradict the objective, the flag as given, why)
+Exclusion = tuple[str, str, str]  # the others, why and remedy of a Rule (rules.py) of what an objective excludes
+LOADED = "an adapter to start from"  # a fact that rules name
+MEASURE = "answers are compared with what the base says of them, and"
+WITHOUT = "leave it out, or take an --objective that does not ask the base"
+OF_BASE: tuple[Exclusion, ...] = (
+    ("--peft none", f"{MEASURE} this trains the base itself", WITHOUT),
+    ("--train_parts", f"{MEASURE} these are parts of it that train", WITHOUT),
+    (LOADED, f"{MEASURE} not of it", "merge it first"),
+)
 
 
 class Passes(NamedTuple):
@@ -51,16 +54,18 @@ class Objective(ABC):
     - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
     - unit: what its loss is a mean over
     - needs: what it asks for besides a pass through the model: BASE
+    - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
     """
 
-    name: ClassVar[str]
+    name: str = field(default="", init=False)  # of the class; a field, so that the files of a run tell it
     text: ClassVar[str]
     rows: ClassVar[tuple[str, ...]]
     unit: ClassVar[str] = "token"
     needs: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[tuple[Exclusion, ...]] = ()
     of_tokens: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
 
@@ -75,12 +80,3 @@ class Objective(ABC):
     def describe(self) -> str:
         """Say for the header of a run how a step changes the model; "" if that needs no word."""
         return ""
-
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
-        """Yield what the objective does not go with."""
-        if BASE not in self.needs:
-            return
-        before = "answers are compared with what the base says of them, and"
-        yield adapter.method == NONE, "--peft none", f"{before} this trains the base itself"
-        yield bool(adapter.train_parts), "--train_parts", f"{before} these are parts of it that train"
-        yield bool(adapter.load), f"an adapter to start from ({adapter.load})", f"{before} not of it; merge it first"

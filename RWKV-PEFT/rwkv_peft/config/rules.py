@@ -1,26 +1,32 @@
 """The table of settings that do not go together: flags of train.py are refused by it, and their help tells it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from ..names import INFCTX, NONE, STATE, WRITTEN
+from ..names import AUTO, INFCTX, NONE, STATE
 from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from ..tables import WRITTEN
 from .adapter import AdapterConfig
 from .data import DataConfig
+from .methods import MINI
+from .objective import LOADED, Objective
 from .setting import flag_of
 from .train import STRATEGIES, TrainConfig
 
 # facts
 ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "states that train beside others"
 WHOLE = "a model that trains itself (--peft none)"
+INIT = "pissa_init"
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 # remedies
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
+BY_PARTS = "choose what trains with --train_parts, or name a --peft"
+BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS, NO_PAD = "take --data_type sft, pairs or labels, or leave it out", "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
@@ -34,6 +40,12 @@ RULES = (
     Rule("--train_type finetune", EXCLUDES, "--peft !none", "it trains the model itself", "leave --peft out"),
     Rule("--train_type state", EXCLUDES, "--peft !none", "it trains the states alone", TUNE),
     Rule("--train_type state", EXCLUDES, "--train_parts !state", "it trains the states alone"),
+    Rule("--target_modules", EXCLUDES, "--peft none", "it names layers that get an adapter", BY_PARTS),
+    Rule("--quant", EXCLUDES, "--peft none", "it keeps weights that adapters leave frozen"),
+    Rule("--bone_mini_r", NEEDS, f"--bone_mode {MINI}", "it is the width of that mode's matrix"),
+    Rule(
+        INIT, NEEDS, LOADED, "it is what the run that wrote pissa_load began with", "name that, or leave pissa_init out"
+    ),
     Rule("--state_load", NEEDS, "--train_parts state", "it is where states start from", "add it"),
     Rule("--state_lr", NEEDS, "--train_parts state", "it is the rate of states"),
     Rule("--state_lr", EXCLUDES, ALONE, "their rate is --lr_init", "give that"),
@@ -47,7 +59,7 @@ RULES = (
         "take one that does: qa or se",
     ),
     Rule("--loss_mask qa|se", NEEDS, "--mask_id", "it counts what follows the ids that open an answer", MARKER),
-    Rule("--loss_mask se", NEEDS, "--mask_end_id", "it counts up to the ids that close an answer"),
+    Rule("--loss_mask se", NEEDS, "--mask_end_id", "it counts up to the ids that close an answer", BOTH),
     Rule("--loss_mask pad", EXCLUDES, "--dataload get", "a stream has no padding", NO_PAD),
     Rule(
         "--dataload only",
@@ -80,28 +92,38 @@ RULES = (
     Rule("--cuda_graphs 1", EXCLUDES, "--train_type infctx", "segments hand states on, and a graph takes none"),
     Rule("--cuda_graphs 1", EXCLUDES, "--share_prompts 1", "prompts hand states on, and a graph takes none"),
 )
+Settings = AdapterConfig | DataConfig | TrainConfig | Objective
 SETTINGS = tuple(field for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config))
 FLAGS = MappingProxyType({flag: field for field in SETTINGS if (flag := flag_of(field))})
 
 
-def values_of(*settings: AdapterConfig | DataConfig | TrainConfig) -> dict[str, Any]:
+def values_of(*settings: Settings) -> dict[str, Any]:
     """{flag: its value} of settings, and the facts that rules name."""
     values = {flag_of(field) or field.name: getattr(one, field.name) for one in settings for field in fields(one)}
     for one in settings:
         if isinstance(one, AdapterConfig):
             beside = STATE in one.train_parts and not one.states_alone
-            values |= {ALONE: one.states_alone, BESIDE: beside, WHOLE: one.whole_model}
+            values |= {
+                ALONE: one.states_alone,
+                BESIDE: beside,
+                WHOLE: one.whole_model,
+                LOADED: one.load,
+                INIT: one.init,
+            }
         if isinstance(one, TrainConfig):
-            values["train_type"] = INFCTX if one.chunk_ctx else NONE
+            values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
+            values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
+        if isinstance(one, Objective):
+            values["objective"] = one.name
     return values
 
 
 def given(values: Mapping[str, Any]) -> Given:
-    """The flags that are not their defaults, and the facts that hold; None is the value of a flag that is left out."""
+    """The flags that are not their defaults, and the facts that hold."""
     flags = {name for name, field in FLAGS.items() if values.get(name) not in (None, field.default)}
-    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE) if values.get(fact)})
+    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT) if values.get(fact)})
 
 
-def check_settings(*settings: AdapterConfig | DataConfig | TrainConfig) -> Iterator[str]:
+def check_settings(*settings: Settings, rules: Sequence[Rule] = RULES) -> Iterator[str]:
     """Yield the refusals of settings that do not go together."""
-    yield from contradictions(RULES, given(values_of(*settings)))
+    yield from contradictions(rules, given(values_of(*settings)))

@@ -21,8 +21,8 @@ class TrainConfig(ValidationConfig):
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
-    epochs_chosen says the same of epoch_count. epoch_save counts epochs. objective is the name of the RunConfig's. Rows
-    are computed in segments of chunk_ctx tokens if that is not 0.
+    epochs_chosen says the same of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx
+    tokens if that is not 0.
     """
 
     load_model: str = setting(
@@ -129,7 +129,6 @@ class TrainConfig(ValidationConfig):
         group="run",
         metavar="FILE",
     )
-    objective: str = setting("next_token")
     lr_init: float = setting(
         2e-5,
         f"learning rate after warm-up (default: auto if docs/guides/learning-rates.md has a rule, else 2e-5; "

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..cli import count, not_negative, positive
-from ..names import EVAL_TASKS
+from ..cli import count, not_negative, positive, stop_text
+from ..tables import TASKS
 from .setting import setting
 
 
@@ -58,7 +58,7 @@ class ValidationConfig:
         metavar="FILE",
     )
     eval_task: str = setting(
-        "jsonl", "their task, as in rwkv-peft eval", group="validation", choices=EVAL_TASKS, metavar="TASK"
+        "jsonl", "their task, as in rwkv-peft eval", group="validation", choices=tuple(TASKS), metavar="TASK"
     )
     eval_every: int = setting(
         0,
@@ -78,6 +78,7 @@ class ValidationConfig:
         (),
         "texts that end an answer, in addition to the template's own; \\n and \\t are newline and tab",
         group="validation",
+        type=stop_text,
         nargs="+",
         metavar="TEXT",
     )

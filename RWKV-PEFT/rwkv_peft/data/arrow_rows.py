@@ -6,6 +6,7 @@ measured before it is made.
 
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,7 @@ def import_pyarrow(path: Path) -> ModuleType:
 def parquet_rows(path: Path) -> Iterator[list[Row]]:
     """Yield the rows of a parquet file in lists. Raises UserError for a damaged file, or too large a page or row."""
     arrow = import_pyarrow(path)
-    try:
+    with telling_damage(path, "a parquet file"):
         metadata = arrow.parquet.read_metadata(path)
         columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
         lists = [column for column in columns if column.max_repetition_level and column.physical_type == "BYTE_ARRAY"]
@@ -47,10 +48,6 @@ def parquet_rows(path: Path) -> Iterator[list[Row]]:
         file = arrow.parquet.ParquetFile(path, read_dictionary=texts)
         for batch in file.iter_batches(batch_size=min(max(count, 1), PIECE_ROWS)):
             yield from pieces(path, batch)
-    except UserError:
-        raise
-    except damages(arrow) as error:
-        raise UserError(f"{path}: not a parquet file, or a damaged one ({told(error)}); copy it again") from error
 
 
 def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
@@ -72,20 +69,15 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
         if not is_own(name):
             raise UserError(f"{path / SAVED} names {name!r}, which is no file of its folder; copy the folder again")
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
-        try:
-            with arrow.memory_map(str(file)) as mapped:
-                if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
-                    raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
-                mapped.seek(0)
-                for batch in arrow.ipc.open_stream(mapped):
-                    batch.validate(full=True)  # nothing has checked for places outside the file yet
-                    if isinstance(kept, list):
-                        batch = batch.select([column for column in batch.schema.names if column in kept])
-                    yield from pieces(file, batch)
-        except UserError:
-            raise
-        except damages(arrow) as error:
-            raise UserError(f"{file}: not a file of Arrow, or a damaged one ({told(error)}); copy it again") from error
+        with telling_damage(file, "a file of Arrow"), arrow.memory_map(str(file)) as mapped:
+            if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
+                raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
+            mapped.seek(0)
+            for batch in arrow.ipc.open_stream(mapped):
+                batch.validate(full=True)  # nothing has checked for places outside the file yet
+                if isinstance(kept, list):
+                    batch = batch.select([column for column in batch.schema.names if column in kept])
+                yield from pieces(file, batch)
 
 
 def is_own(name: object) -> bool:
@@ -120,19 +112,18 @@ def settings(path: Path) -> Row:
     return read_settings(require_readable(path, f"{path} is missing; copy the folder again", again=True))
 
 
-def damages(arrow: ModuleType) -> tuple[type[Exception], ...]:
-    """The exceptions that pyarrow and parquet_pages.py raise for broken files."""
-    return (
-        arrow.ArrowException,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-        OverflowError,
-        struct.error,
-    )
+@contextmanager
+def telling_damage(path: Path, kind: str) -> Iterator[None]:
+    """Make a UserError of what pyarrow and parquet_pages.py raise for a broken file, which should be of a kind."""
+    from pyarrow import ArrowException
+
+    broken = (ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError, OverflowError)
+    try:
+        yield
+    except UserError:
+        raise
+    except (*broken, struct.error) as error:
+        raise UserError(f"{path}: not {kind}, or a damaged one ({told(error)}); copy it again") from error
 
 
 def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:

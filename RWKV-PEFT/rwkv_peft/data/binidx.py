@@ -168,7 +168,9 @@ class BinidxDataset:
         self.sizes = raw[HEADER.size : sizes_end].view("<i4")
         self.pointers = raw[sizes_end:pointers_end].view("<i8")
         self._check_documents()
-        self._check_boundaries(raw[pointers_end:].view("<i8"), count)
+        ends = raw[pointers_end:].view("<i8")
+        if len(ends) and (ends.min() < 0 or ends.max() > count or np.any(np.diff(ends) < 0)):
+            raise UserError(f"{path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}")
 
     def _check_documents(self) -> None:
         """Raise UserError unless documents lie one after the other: pointers are the running sum of the sizes."""
@@ -189,12 +191,6 @@ class BinidxDataset:
                 )
             expected = int(ends[-1])
         self._bytes = expected
-
-    def _check_boundaries(self, boundaries: np.ndarray, count: int) -> None:
-        if len(boundaries) and (boundaries.min() < 0 or boundaries.max() > count or np.any(np.diff(boundaries) < 0)):
-            raise UserError(
-                f"{self.idx_path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}"
-            )
 
     def _map_tokens(self) -> None:
         require_readable(self.bin_path, f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")

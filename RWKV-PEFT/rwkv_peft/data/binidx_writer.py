@@ -2,8 +2,8 @@
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -44,25 +44,18 @@ class BinidxWriter:
         with ExitStack() as stack:
             # the first temporary file makes the folder
             names = {end: stack.enter_context(temporary_beside(Path(self.prefix + end))) for end in endings}
-            stack.enter_context(self._alone())
+            lock = Path(self.prefix).with_name(f".{Path(self.prefix).name}.lock")
+            try:
+                stack.enter_context(hold(lock))
+            except Busy as error:
+                raise UserError(
+                    f"{self.prefix}: another process is writing it ({error}); wait, or give another name"
+                ) from None
             self._files = {end: stack.enter_context(open(name, "wb")) for end, name in names.items()}
             if self.record is not None:
                 self._files[".json"].write(self.record.encode())
             self._stack = stack.pop_all()
         return self
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Lock the data set against other writers."""
-        path = Path(self.prefix)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(hold(path.with_name(f".{path.name}.lock")))
-            except Busy as error:
-                raise UserError(
-                    f"{self.prefix}: another process is writing it ({error}); wait, or give another name"
-                ) from None
-            yield
 
     def add(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> None:
         """Append one document: token ids (n,), and its mask (n,) if the writer was made with mask=True."""

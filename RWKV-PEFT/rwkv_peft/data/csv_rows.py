@@ -15,23 +15,20 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
     """Yield each row as {name in the first line: cell}, or a UserError for a row with more or fewer cells than names.
 
     Cells are separated by the one of DELIMITERS that is most frequent in the first line. Raises UserError if the file
-    cannot be read on.
+    cannot be read on, and UnicodeDecodeError if it is not UTF-8.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            delimiter = max(DELIMITERS, key=file.readline().count)
-            file.seek(0)
-            csv.field_size_limit(MOST_CHARACTERS)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            try:
-                yield from named(reader, path)
-            except csv.Error as error:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
-                    'line end stands in quotes ("…"), its own quotes twice ("")'
-                ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        delimiter = max(DELIMITERS, key=file.readline().count)
+        file.seek(0)
+        csv.field_size_limit(MOST_CHARACTERS)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            yield from named(reader, path)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
+                'line end stands in quotes ("…"), its own quotes twice ("")'
+            ) from error
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:

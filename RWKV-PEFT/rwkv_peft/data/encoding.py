@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -89,45 +90,28 @@ class EncodeSettings:
         return self.pairs or self.labels
 
 
-COUNTS = tuple(
-    "characters empty shortened too_long equal bare wordless unanswered blank dialogues thinking at_once".split()
-)
-
-
 @dataclass
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
-    characters of text were read, and bad holds the rows that cannot be read. Counts of documents, or of pairs: empty,
-    shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
-    Counts of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another
-    empty turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and
-    without, if it is asked for. digests has a hash of each row that is written.
+    bad holds the rows that cannot be read; digests has a hash of each row that is written. counts has the characters of
+    text that were read. Of documents, or of pairs: empty, shortened and too_long ones; equal pairs, whose answers are
+    the same; bare rows, which lack a prompt or an answer. Of rows that are written: wordless with an empty answer,
+    unanswered without an answer, blank with another empty turn, dialogues for texts that hold questions and answers;
+    thinking and at_once for rows with thinking and without, if it is asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
     tokens: bytes = b""
     mask: bytes = b""
     continues: bool = False
-    characters: int = 0
     bad: BadRows = field(default_factory=BadRows)
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
-    empty: int = 0
-    shortened: int = 0
-    too_long: int = 0
-    equal: int = 0
-    bare: int = 0
-    wordless: int = 0
-    unanswered: int = 0
-    blank: int = 0
-    dialogues: int = 0
-    thinking: int = 0
-    at_once: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, bad rows and digests, but not its documents."""
-        for name in COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.counts.update(other.counts)
         self.bad.add_all(other.bad)
         self.digests.extend(other.digests[: MOST_DIGESTS - len(self.digests)])
 
@@ -200,7 +184,7 @@ class Encoder:
                 documents = [[(str(item), True)]] if whole else self.documents(row)
                 undesirable = self.settings.labels and not label_of(row, self.settings.fields)
                 if self.settings.answered and not all(map(asked_and_answered, documents)):
-                    result.bare += 1
+                    result.counts["bare"] += 1
                     continue
                 convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
                 pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
@@ -208,29 +192,29 @@ class Encoder:
                 more = f"; {self.remedies.unknown_form}" if isinstance(error, UnknownForm) else ""
                 result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
                 continue
-            result.characters += sum(len(text) for document in documents for text, _ in document)
+            result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
             if not judge and self._add(pieces, chunk, result, tokens, mask) and not whole:
+                self._count(documents, result.counts)
+                size = sum(result.sizes[-len(documents) :])
                 if undesirable:
-                    size = sum(result.sizes[-len(documents) :])
                     mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
-                self._count(documents, result)
-                written = tokens[len(tokens) - sum(result.sizes[-len(documents) :]) :]
-                result.digests.append(int.from_bytes(hashlib.blake2b(written.tobytes(), digest_size=8).digest(), "big"))
+                written = tokens[len(tokens) - size :].tobytes()
+                result.digests.append(int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "big"))
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
 
-    def _count(self, documents: Documents, result: Encoded) -> None:
+    def _count(self, documents: Documents, counts: Counter[str]) -> None:
         """Count what report.py tells of a row that is written."""
-        learned = [[text for text, counts in document if counts] for document in documents]
-        result.unanswered += not all(learned)
-        result.wordless += all(learned) and not all(text.strip() or text == TURN_END for one in learned for text in one)
-        result.blank += any(map(has_empty_turn, documents))
-        (text, counts), *more = documents[0]
-        result.dialogues += counts and not more and bool(opening_within(text))
+        learned = [[text for text, is_learned in document if is_learned] for document in documents]
+        if not all(learned):
+            counts["unanswered"] += 1
+        elif not all(text.strip() or text == TURN_END for one in learned for text in one):
+            counts["wordless"] += 1
+        counts["blank"] += any(map(has_empty_turn, documents))
+        (text, is_learned), *more = documents[0]
+        counts["dialogues"] += is_learned and not more and bool(opening_within(text))
         if self.settings.think == "on":
-            thinking = thinks(documents[0])
-            result.thinking += thinking
-            result.at_once += not thinking
+            counts["thinking" if thinks(documents[0]) else "at_once"] += 1
 
     def _add(
         self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
@@ -238,10 +222,10 @@ class Encoder:
         """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask; ->
         False if they are left out."""
         if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
-            result.empty += 1
+            result.counts["empty"] += 1
             return False
         if self.settings.pairs and documents[0] == documents[1]:
-            result.equal += 1
+            result.counts["equal"] += 1
             return False
         if self.end_id is not None and chunk.ends:
             for pieces in documents:
@@ -249,10 +233,10 @@ class Encoder:
         longest, limit = max(map(length, documents)), self.settings.max_tokens
         if limit and longest > limit:
             if self.settings.too_long == "skip":
-                result.too_long += 1
+                result.counts["too_long"] += 1
                 return False
             documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
-            result.shortened += 1
+            result.counts["shortened"] += 1
         for pieces in documents:
             for ids, counts in pieces:
                 tokens += array(self.code, ids)  # faster than extend(ids)

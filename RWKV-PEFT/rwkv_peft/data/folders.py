@@ -44,7 +44,8 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
             )
         splits: dict[str, list[Path]] = {}
         for path in found:
-            splits.setdefault(split_of(path), []).append(path)
+            words = re.split("[^a-z]+", path.name.lower())
+            splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
         return splits
     within = [path for path in below(folder) if path.is_dir() and files_in(path)]
     if len(within) > 1:
@@ -53,8 +54,7 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def choose(splits: Iterable[str], name: str, folder: Path) -> str:
-    """The split called name; without a name the only split, or else train. Raises UserError if there is no such
-    split."""
+    """The split called name; without a name the only split, or else train."""
     splits = list(splits)
     chosen = name or (splits[0] if len(splits) == 1 else TRAIN)
     if chosen not in splits:
@@ -93,7 +93,3 @@ def below(folder: Path) -> list[Path]:
 def ending_of(path: Path) -> str:
     """The one of ENDINGS that a name has, or ""."""
     return next((ending for ending in reversed(ENDINGS) if path.name.endswith(ending)), "")
-
-
-def split_of(path: Path) -> str:
-    return next((WORDS[word] for word in re.split("[^a-z]+", path.name.lower()) if word in WORDS), TRAIN)

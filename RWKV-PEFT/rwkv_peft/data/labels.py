@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from ..errors import UserError, short
-from .pairs import TURNS, answers, turns
+from .pairs import TURNS, answers, behind, turns
 from .templates import UnknownForm, behind_system, named_segments, segments
-from .turns import Segment, chat
+from .turns import Segment
 
 LABEL, ANSWER = "label", "completion"
 FORMS = (
@@ -17,8 +17,7 @@ FORMS = (
 
 def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
     """Lay out a row (dict) as the segments of its prompt and its answer; of a chat only the last answer counts. names
-    are the fields of prompt, answer and label, if they are given; think is as in `segments`. Raises UserError for a row
-    of no known form."""
+    are the fields of prompt, answer and label, if they are given; think is as in `segments`."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
     label = names[2] if names else LABEL
@@ -35,12 +34,10 @@ def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Se
     conversation = turns(row, before, row[ANSWER]) if ANSWER in row else before or []
     if len(conversation) < 2 or not answers(conversation[-1]):
         raise UserError("the turns of a labelled row are to end in one of the assistant's, which the label judges")
-    known = len(chat(conversation[:-1]))
-    parts = [(text, counts and place >= known) for place, (text, counts) in enumerate(chat(conversation, think))]
-    return behind_system(row, parts)
+    return behind_system(row, behind(conversation, len(conversation) - 1, think))
 
 
-def label_of(row: object, names: Sequence[str] = ()) -> bool:
+def label_of(row: object, names: Sequence[str]) -> bool:
     """The label of a row that `labelled` lays out. Raises UserError for anything but true and false."""
     name = names[2] if names else LABEL
     value = row[name] if isinstance(row, dict) else None

@@ -44,7 +44,7 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
     "file" reads the .mask companion. "qa" counts from behind each config.mask_id (the tokens that
     open an answer) to the document's end, or up to the next config.mask_end_id (the tokens that
     open a question) if one is given; "se" counts from behind each mask_id through the next
-    mask_end_id. Raises UserError if the file or the markers are missing.
+    mask_end_id.
     """
     kind = config.loss_mask
     if kind in ("none", "pad"):
@@ -92,7 +92,7 @@ class MarkerMask:
 
     def _changes(self, start: int, stop: int) -> np.ndarray:
         """The changes of counting, int8 (stop - start,): 1 where it begins, -1 where it ends or a further document
-        begins, 0 where it stays the same."""
+        begins, else 0."""
         first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
         end = self.dataset.start(last) + int(self.dataset.sizes[last])
         tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +22,7 @@ SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # of dialogue
 
 def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
     """Lay out a row (dict) as the segments of its better and of its worse answer, each with the prompt before it. names
-    are the fields of prompt, better and worse answer, if they are given; think is as in `segments`. Raises UserError
-    for a row of no known form."""
+    are the fields of prompt, better and worse answer, if they are given; think is as in `segments`."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
     if names:
@@ -38,15 +38,15 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
     before = next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
     if before is not None or not all(isinstance(row[side], str) for side in SIDES):
         better, worse = (turns(row, before, row[side]) for side in SIDES)
-        return [behind_system(row, one) for one in talks(better, worse, think)]
-    prompt = next((name for name in PROMPTS if name in row), None)
-    if prompt is None:
+    elif prompt := next((name for name in PROMPTS if name in row), None):
+        rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
+        return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
+    else:
         better, worse = (dialogue(row[side]) for side in SIDES)
         if not better or not worse:
             raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {FORMS}")
-        return [behind_system(row, one) for one in talks(better, worse, think)]
-    rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
-    return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
+    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
+    return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]
 
 
 def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
@@ -77,13 +77,7 @@ def dialogue(text: str) -> list[Any]:
     return [] if front.strip() else turns
 
 
-def talks(better: list[Any], worse: list[Any], think: str) -> list[list[Segment]]:
-    """Lay out two conversations as segments; the turns that both begin with do not count."""
-    shared = 0
-    while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
-        shared += 1
-    known = len(chat(better[:shared])) if shared else 0
-    return [
-        [(text, counts and position >= known) for position, (text, counts) in enumerate(chat(one, think))]
-        for one in (better, worse)
-    ]
+def behind(conversation: list[Any], known: int, think: str) -> list[Segment]:
+    """Lay out a conversation as segments; its first `known` turns do not count."""
+    before = len(chat(conversation[:known])) if known else 0
+    return [(text, counts and place >= before) for place, (text, counts) in enumerate(chat(conversation, think))]

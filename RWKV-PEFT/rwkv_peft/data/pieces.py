@@ -1,5 +1,7 @@
 """Shortens documents that are too long, in pieces of tokens."""
 
+from itertools import takewhile
+
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
 
@@ -11,21 +13,9 @@ def length(pieces: list[Piece]) -> int:
 def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
     """Remove `excess` tokens from the front of the prompt, but not its last, and then from the end those beyond
     `limit`."""
-    prompt = 0
+    prompt = sum(len(ids) for ids, _ in takewhile(lambda piece: not piece[1], pieces))
+    first, shorter = min(excess, max(prompt - 1, 0)), []  # tokens [first, first + limit) stay
     for ids, counts in pieces:
-        if counts:
-            break
-        prompt += len(ids)
-    front = min(excess, max(prompt - 1, 0))
-    back = max(0, length(pieces) - front - limit)
-    shorter = []
-    for ids, counts in pieces:
-        cut = min(front, len(ids))
-        front -= cut
-        shorter.append((ids[cut:], counts))
-    for index in reversed(range(len(shorter))):
-        ids, counts = shorter[index]
-        cut = min(back, len(ids))
-        back -= cut
-        shorter[index] = (ids[: len(ids) - cut], counts)
+        shorter.append((ids[max(first, 0) : max(first + limit, 0)], counts))
+        first -= len(ids)
     return shorter

@@ -116,14 +116,14 @@ def write(
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
             bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
-            bar.update(min(part.characters, size - bar.n) if size else part.characters)
+            bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
         bar.update(size - bar.n if size else 0)
         if totals.bad and not settings.skip_bad_rows:
             raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.sizes:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
-        if settings.think == "on" and not totals.thinking:
+        if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "
                 f"words nor a field {' or '.join(FIELDS)}; name the field so, or give --think off for answers without "

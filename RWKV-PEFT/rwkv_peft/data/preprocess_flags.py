@@ -5,11 +5,17 @@ import os
 from types import MappingProxyType
 
 from ..cli import Parser, count, positive, whole
-from ..errors import UserError
+from ..rules import EXCLUDES, NEEDS, Rule
 from .rows import KINDS
 from .templates import TEMPLATES
 from .thinking import OPENINGS
 
+PROG = "rwkv-peft preprocess"
+WRITING = "--output, --overwrite, --append_eod 0, --fields, --template, --think, --split, --skip_bad_rows, --show"
+RULES = (
+    Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
+    Rule(f"{WRITING}, --shuffle, --repeat, --workers", EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
+)
 # flags of other tools that make token files -> their equivalents here
 SYNONYMS = MappingProxyType(
     {
@@ -23,12 +29,9 @@ SYNONYMS = MappingProxyType(
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="rwkv-peft preprocess", synonyms=SYNONYMS, description="Text files to token files (.bin and .idx)."
-    )
-    ids = "--ids" in argv
+    parser = Parser(prog=PROG, synonyms=SYNONYMS, rules=RULES, description="Text files to token files (.bin and .idx).")
     parser.add_argument("input", nargs="+", help=KINDS)
-    parser.add_argument("--output", required=not ids, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx; required unless --ids")
     parser.add_argument(
         "--ids",
         action="store_true",
@@ -93,8 +96,4 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
-    options = parser.parse_args(argv)
-    for name, value in vars(options).items():
-        if ids and name not in ("input", "ids", "tokenizer") and value != parser.get_default(name):
-            raise UserError(f"--ids prints the token ids of a text and writes nothing; leave --{name} out")
-    return options
+    return parser.parse_args(argv)

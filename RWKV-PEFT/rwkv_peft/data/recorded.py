@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, told
+from ..files.atomic import same_file
 from ..files.readable import require_readable
 from ..names import RUN
 from .prefix import binidx_prefix
@@ -47,7 +49,7 @@ def record_path(prefix: str | Path) -> Path:
 def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raise UserError if the record of PREFIX would replace an input, or a file that is no record."""
     path = record_path(prefix)
-    if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+    if any(same_file(path, file) for file in inputs):
         raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
     if path.exists() and not isinstance(_entry(path), dict):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
@@ -73,7 +75,7 @@ def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
 
 def read_record(path: str | Path) -> Vocabulary | None:
     """Read the Vocabulary in a PREFIX.json or a run's config.json; None if there is no such file, or if it holds none,
-    such as another tool's. Raises UserError if the file cannot be read."""
+    such as another tool's."""
     entry = _entry(path)
     if not isinstance(entry, dict):
         return None
@@ -141,7 +143,7 @@ def find_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer called name; without a name the recorded one (a Vocabulary), or else the one that vocab_size
     implies. It calls say(text) with a line if the tokenizer is not the recorded one, or if none is recorded and it is
-    probably not the model's. Raises UserError if none fits the model."""
+    probably not the model's."""
     asked = name
     if name is None and recorded is not None:
         name = recorded.name
@@ -170,15 +172,13 @@ def find_tokenizer(
 
 
 def _entry(path: str | Path) -> Any:
-    """Read the Vocabulary's entry in a JSON file, None if there is none. Raises UserError if the file cannot be
-    read."""
+    """Read the Vocabulary's entry in a JSON file, None if there is none."""
     content = _content(path)
     return content.get(ENTRY) if isinstance(content, dict) else None
 
 
 def _content(path: str | Path) -> Any:
-    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line. Raises UserError if
-    it cannot be read."""
+    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
     require_readable(path, f"{path} is gone")
@@ -186,17 +186,10 @@ def _content(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if _is_json(text.partition(b"\n")[0]):  # rows, one a line
-            return None
+        with suppress(ValueError, RecursionError):
+            json.loads(text.partition(b"\n")[0])
+            return None  # rows, one a line
         raise UserError(
             f"{path} should name the tokenizer of the files beside it, and is not JSON ({told(error)}); copy or make "
             "it again, or move it elsewhere if it is another tool's"
         ) from error
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

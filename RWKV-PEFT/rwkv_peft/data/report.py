@@ -26,16 +26,18 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 def laid_out(totals: Encoded) -> list[str]:
     """The lines on rows with thinking and without, if thinking was asked for, and notes on rows that may be
     mistakes."""
-    lines = []
-    if totals.thinking:
-        lines.append(f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)")
+    lines, counts = [], totals.counts
+    if counts["thinking"]:
+        lines.append(
+            f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
+        )
     for count, what in (
-        (totals.wordless, "with an empty answer, which teaches the model to say nothing there"),
-        (totals.unanswered, "without an answer, so that none of their tokens counts in the loss"),
-        (totals.blank, "in which a turn before an answer is empty"),
+        (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
+        (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
+        (counts["blank"], "in which a turn before an answer is empty"),
         (totals.repeated, "the same as an earlier one, which therefore trains more often"),
         (
-            totals.dialogues,
+            counts["dialogues"],
             "whose text holds questions and answers, and counts as a whole in the loss, even the questions; to count "
             "only the answers, write such rows as messages, or as query and response, or train with --loss_mask qa",
         ),
@@ -48,16 +50,14 @@ def laid_out(totals: Encoded) -> list[str]:
 def left_out(totals: Encoded) -> list[str]:
     """The lines on rows that were not written, or not whole."""
     lines = list(totals.bad.lines(" left out")) if totals.bad else []
-    for count, what in (
-        (totals.empty, "empty rows left out"),
-        (totals.too_long, "rows too long, left out"),
-        (totals.shortened, "rows too long, shortened"),
-        (totals.equal, "pairs of equal answers left out"),
-        (totals.bare, "rows left out that lack a prompt or an answer"),
-    ):
-        if count:
-            lines.append(f"{count} {what}")
-    return lines
+    words = {
+        "empty": "empty rows left out",
+        "too_long": "rows too long, left out",
+        "shortened": "rows too long, shortened",
+        "equal": "pairs of equal answers left out",
+        "bare": "rows left out that lack a prompt or an answer",
+    }
+    return lines + [f"{totals.counts[name]} {what}" for name, what in words.items() if totals.counts[name]]
 
 
 def histogram(sizes: np.ndarray) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import UserError, told
 from ..files.readable import choice_in, require_readable
-from .arrow_rows import ROW_BYTES, Row, parquet_rows, saved_rows
+from .arrow_rows import ROW_BYTES, parquet_rows, saved_rows
 from .csv_rows import csv_rows
 from .folders import choose, is_saved, row_files
 
@@ -54,7 +54,7 @@ class Chunk:
 
 
 def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
-    """Yield the Chunks of one input. Raises UserError if it is missing or of no known kind.
+    """Yield the Chunks of one input.
 
     split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
     With pieces=True a .txt file comes in pieces, cut where a line begins with a visible character.
@@ -71,16 +71,19 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     elif suffix == ".json":
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
-        chunks = row_chunks(str(path), csv_rows(path))
+        chunks = row_chunks(path, csv_rows(path))
     elif suffix == ".txt":
         if bounds:
             raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
         chunks = text_chunks(path, pieces)
     elif suffix == ".parquet":
-        chunks = parquet_chunks(path)
+        chunks = listed_chunks(path, parquet_rows(path))
     else:
         raise UserError(f"{path}: inputs are {KINDS}")
-    return select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
+    try:
+        yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
 
 
 def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
@@ -104,28 +107,24 @@ def held_bytes(item: object) -> int:
 
 
 def values_in(text: bytes) -> int:
-    """The number of values in a row of JSON, or more where its texts have commas."""
+    """The number of values in a row of JSON, or more if its texts have commas."""
     return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def line_chunks(path: Path) -> Iterator[Chunk]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    with opened as file:
-        first = 1
-        while lines := read_lines(file, path, first):
-            yield Chunk(str(path), first, tuple(lines))
-            first += len(lines)
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        yield from listed_chunks(path, read_lines(file, path))
 
 
-def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
-    """Read the next lines of an open file, about a megabyte of them; first is the number of the first one. Raises
-    UserError for a damaged file, and for a line beyond ROW_BYTES or ROW_VALUES, because a compressed file may hold one
-    of a thousand times its size."""
+def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
+    """Yield the lines of an open file, about a megabyte at a time. Raises UserError for a damaged file, and for a line
+    beyond ROW_BYTES or ROW_VALUES, because a compressed file may hold one of a thousand times its size."""
     lines: list[bytes] = []
-    size = 0
+    size = number = 0
     try:
-        while size < CHUNK_BYTES and (line := file.readline(ROW_BYTES + 1)):
-            place = f"{path}, line {first + len(lines)}"
+        while line := file.readline(ROW_BYTES + 1):
+            number += 1
+            place = f"{path}, line {number}"
             if len(line) > ROW_BYTES:
                 raise UserError(
                     f"{place} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or give a long text "
@@ -135,9 +134,13 @@ def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
                 raise UserError(f"{place} has more than {ROW_VALUES:,} values, which no row may have; split it")
             lines.append(line)
             size += len(line)
+            if size >= CHUNK_BYTES:
+                yield lines
+                lines, size = [], 0
     except (OSError, EOFError, zlib.error) as error:  # gzip raises another type for each place of damage
         raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
-    return lines
+    if lines:
+        yield lines
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
@@ -149,28 +152,25 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
         return
     try:
         rows = json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
-    yield from row_chunks(str(path), rows)
+    yield from row_chunks(path, rows)
 
 
 def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            rest: list[str] = []  # what was read since the last cut
-            continues = False
-            # whole lines, so that the next read begins where a line does
-            while pieces and (read := file.read(4 * CHUNK_BYTES) + file.readline()):
-                cut = last_line(read)
-                if cut >= 0 and (text := "".join([*rest, read[:cut]])):
-                    yield Chunk(str(path), 1, (text,), continues, ends=False)
-                    rest, continues, read = [], True, read[cut:]
-                rest.append(read)
-            yield Chunk(str(path), 1, ("".join(rest) + file.read(),), continues)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    rest: list[str] = []  # what was read since the last cut
+    continues = False
+    with open(path, encoding="utf-8-sig") as file:
+        # whole lines, so that the next read begins where a line does
+        while pieces and (read := file.read(4 * CHUNK_BYTES) + file.readline()):
+            cut = last_line(read)
+            if cut >= 0 and (text := "".join([*rest, read[:cut]])):
+                yield Chunk(str(path), 1, (text,), continues, ends=False)
+                rest, continues, read = [], True, read[cut:]
+            rest.append(read)
+        yield Chunk(str(path), 1, ("".join(rest) + file.read(),), continues)
 
 
 def last_line(text: str) -> int:
@@ -184,34 +184,28 @@ def last_line(text: str) -> int:
     return -1
 
 
-def parquet_chunks(path: Path) -> Iterator[Chunk]:
-    return listed_chunks(path, parquet_rows(path))
-
-
 def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
-    if not is_saved(path) and (splits := row_files(path)):
+    if is_saved(path):
+        yield from listed_chunks(path, saved_rows(path, name))
+    elif splits := row_files(path):
         for file in splits[choose(splits, name, path)]:
             yield from read_chunks(file)
-        return
-    if not is_saved(path):
+    else:
         raise UserError(
             f"{path}: not a folder that datasets.save_to_disk wrote"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
         )
-    yield from listed_chunks(path, saved_rows(path, name))
 
 
-def listed_chunks(path: Path, lists: Iterable[list[Row]]) -> Iterator[Chunk]:
+def row_chunks(path: Path, rows: Iterable[object]) -> Iterator[Chunk]:
+    iterator = iter(rows)
+    return listed_chunks(path, iter(lambda: list(islice(iterator, CHUNK_ROWS)), []))
+
+
+def listed_chunks(path: Path, lists: Iterable[Sequence[object]]) -> Iterator[Chunk]:
     first = 1
     for items in lists:
         yield Chunk(str(path), first, tuple(items))
-        first += len(items)
-
-
-def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:
-    iterator, first = iter(rows), 1
-    while items := tuple(islice(iterator, CHUNK_ROWS)):
-        yield Chunk(source, first, items)
         first += len(items)
 
 

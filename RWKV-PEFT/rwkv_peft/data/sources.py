@@ -9,22 +9,17 @@ from ..cli import counted
 from ..config import DATA_TYPES, DataConfig
 from ..config.rules import check_settings
 from ..errors import UserError
-from ..names import DATALOADS
 from ..refusals import require_none
+from ..tables import SAMPLINGS
 from .binidx import BinidxDataset
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask
 from .order import Permutation
-from .pack import PackedSamples
 from .pair_samples import PairSamples
 from .recorded import find_tokenizer, recorded_of_data, require_within, vocabulary_of
-from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
+from .samples import DocumentSamples, Samples
 from .sft import prepare_sft
 
-# --dataload -> how a data set becomes samples
-SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
-    {"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples}
-)
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
     {"pairs": PairSamples, "labels": LabelSamples}
@@ -53,8 +48,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         mask = None  # every token of these rows counts
     else:
         mask = make_mask(dataset, config)
-    sampling = OF_TYPES.get(config.data_type, SAMPLINGS[config.dataload])
-    samples = sampling(dataset, config.ctx_len, config.seed, mask)
+    sampling = OF_TYPES.get(config.data_type) or SAMPLINGS[config.dataload]
+    samples: Samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
     samples.notes, samples.row_notes = [describe_mask(dataset, config), *notes, *samples.notes], notes
@@ -100,7 +95,7 @@ def require_counted(samples: Samples, config: DataConfig) -> None:
 def check_config(config: DataConfig) -> None:
     """Raise UserError for unknown settings, and for settings that do not go together."""
     if config.dataload not in SAMPLINGS:
-        raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
+        raise UserError(f"--dataload {config.dataload}: one of {', '.join(SAMPLINGS)}")
     if config.data_type not in DATA_TYPES:
         raise UserError(f"--data_type {config.data_type}: one of {', '.join(DATA_TYPES)}")
     if config.ctx_len < 1:

@@ -37,7 +37,7 @@ class UnknownForm(UserError):
 
 def segments(row: object, think: str = "") -> list[Segment]:
     """Lay out a row (dict) as [(text, counts)]. think ("", "on", "off") is how answers of a chat are opened
-    (thinking.py). Raises UserError for a row of no known form."""
+    (thinking.py)."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
@@ -64,7 +64,8 @@ def segments(row: object, think: str = "") -> list[Segment]:
     if "instruction" in row and "output" in row:
         extra = field(row, "input") if row.get("input") else ""
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
-        return behind_system(row, exchange(prompt + "Response:", field(row, "output")))
+        answer = field(row, "output").strip()
+        return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)])
     if "prompt" in row and "completion" in row:
         refuse_unplaced(row)
         if system_of(row):
@@ -125,10 +126,7 @@ TEMPLATES = MappingProxyType(
 
 
 def read_template(path: str) -> str:
-    """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end.
-
-    Raises UserError if it is missing or wrong.
-    """
+    """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end."""
     if path in TEMPLATES:
         return TEMPLATES[path]
     missing = f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
@@ -166,11 +164,6 @@ class Template:
             return field(row, match[1])
 
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
-
-
-def exchange(prompt: str, answer: str) -> list[Segment]:
-    """The segments of a prompt, which does not count, and its answer, which counts."""
-    return [(prompt, False), (" " + answer.strip(), True)]
 
 
 def thinks(parts: Sequence[Segment]) -> bool:

@@ -22,7 +22,7 @@ def without_opening(prompt: str) -> str:
     return EMPTY.sub("", prompt)
 
 
-def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
+def parted(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]:
     """Split an answer's words into (thinking or None, answer); without <think> the thinking is in one of its row's
     FIELDS. Raises UserError for a <think> without an end."""
     words = words.strip()
@@ -31,7 +31,6 @@ def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None
         if not closing:
             raise UserError("an answer opens <think> and has no </think>; close it, or leave the row out")
         return thinking, answer.strip()
-    row = row or {}
     found = next((row[name] for name in FIELDS if isinstance(row.get(name), str)), None)
     return found and f"\n{found.strip()}\n", words
 

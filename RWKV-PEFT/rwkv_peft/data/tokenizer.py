@@ -32,10 +32,7 @@ END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<
 
 
 def load_tokenizer(name: str | Path) -> "Tokenizer":
-    """Load a tokenizer: "world", "bytes", or the path of a World vocabulary (.txt) or a Hugging Face tokenizer.json.
-
-    Raises UserError for a file that is missing or holds no vocabulary.
-    """
+    """Load a tokenizer: "world", "bytes", or the path of a World vocabulary (.txt) or a Hugging Face tokenizer.json."""
     if name == "world":
         return WorldTokenizer()
     if name == "bytes":

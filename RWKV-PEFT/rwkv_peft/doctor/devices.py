@@ -17,57 +17,36 @@ def check_devices() -> Iterator[Finding]:
     from ..gpus import refusal
 
     if words := refusal():
-        yield Finding(
-            "GPU",
-            MISSING,
-            f"there is one, and torch {torch.__version__} cannot use it: {words}",
-            "update the driver, install a build of torch for an older CUDA, or train with --accelerator cpu",
-        )
+        remedy = "update the driver, install a build of torch for an older CUDA, or train with --accelerator cpu"
+        yield Finding("GPU", MISSING, f"there is one, and torch {torch.__version__} cannot use it: {words}", remedy)
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            old = gpu.major < 8
-            yield Finding(
-                f"GPU {index}",
-                NOTE if old else OK,
-                f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
-                f"compute capability {gpu.major}.{gpu.minor}" + (": no bf16 hardware" if old else ""),
-                "--precision fp32" if old else "",
-            )
+            text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+            if gpu.major < 8:
+                yield Finding(f"GPU {index}", NOTE, f"{text}: no bf16 hardware", "--precision fp32")
+            else:
+                yield Finding(f"GPU {index}", OK, text)
     elif torch.version.cuda is None:
-        yield Finding(
-            "GPU",
-            NOTE,
-            f"torch {torch.__version__} is built without CUDA: training runs on the CPU",
-            "pip install --force-reinstall torch (a build with CUDA)" if shutil.which("nvidia-smi") else "",
-        )
+        remedy = "pip install --force-reinstall torch (a build with CUDA)" if shutil.which("nvidia-smi") else ""
+        text = f"torch {torch.__version__} is built without CUDA: training runs on the CPU"
+        yield Finding("GPU", NOTE, text, remedy)
     else:
-        yield Finding(
-            "GPU", NOTE, "torch sees none: training runs on the CPU", "if there is one, see that `nvidia-smi` lists it"
-        )
+        remedy = "if there is one, see that `nvidia-smi` lists it"
+        yield Finding("GPU", NOTE, "torch sees none: training runs on the CPU", remedy)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
     except RuntimeError as error:  # no code for a card of this age, no memory left, another program's sole use, …
-        yield Finding(
-            "GPU",
-            MISSING,
-            f"torch sees one and cannot compute on it: {told(error)}",
-            "end other programs that use it, take a build of torch that knows it, or train with --accelerator cpu",
-        )
+        remedy = "end other programs that use it, take a build of torch that knows it, or train with --accelerator cpu"
+        yield Finding("GPU", MISSING, f"torch sees one and cannot compute on it: {told(error)}", remedy)
         return
-    advice = (
-        "bf16 is faster and takes half the memory"
-        if speed["bf16"] > speed["fp32"]
-        else "fp32 is faster, bf16 takes half the memory"
-    )
+    faster = speed["bf16"] > speed["fp32"]
+    advice = "bf16 is faster and takes" if faster else "fp32 is faster, bf16 takes"
     cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""
-    yield Finding(
-        "--precision",
-        OK,
-        f"{advice} (matrix products: fp32 {speed['fp32']:,.0f}, bf16 {speed['bf16']:,.0f} GFLOP/s{cores})",
-    )
+    measured = f"matrix products: fp32 {speed['fp32']:,.0f}, bf16 {speed['bf16']:,.0f} GFLOP/s{cores}"
+    yield Finding("--precision", OK, f"{advice} half the memory ({measured})")
 
 
 def matmul_speed(dtype: str, device: str, size: int = 1024) -> float:
@@ -100,12 +79,8 @@ def check_deepspeed() -> list[Finding]:
         builder = CPUAdamBuilder()
         possible = builder.is_compatible(verbose=False)
     if possible and shutil.which("c++") and shutil.which("ninja"):
-        return [Finding("DeepSpeed CPUAdam", OK, "compiles on first use of an offload strategy (about a minute)")]
-    return [
-        Finding(
-            "DeepSpeed CPUAdam",
-            NOTE,
-            "cannot be compiled here: the offload strategies will not run, the others do",
-            "apt install g++ (Debian, Ubuntu) && pip install ninja",
-        )
-    ]
+        text = "compiles on first use of an offload strategy (about a minute)"
+        return [Finding("DeepSpeed CPUAdam", OK, text)]
+    text = "cannot be compiled here: the offload strategies will not run, the others do"
+    remedy = "apt install g++ (Debian, Ubuntu) && pip install ninja"
+    return [Finding("DeepSpeed CPUAdam", NOTE, text, remedy)]

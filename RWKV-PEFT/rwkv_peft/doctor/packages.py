@@ -72,14 +72,8 @@ def check_python() -> list[Finding]:
     version = sys.version.split()[0]
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return [Finding("python", OK, f"{version}, {sys.executable}")]
-    return [
-        Finding(
-            "python",
-            MISSING,
-            f"{version}, and 3.10 to 3.14 is needed",
-            "python3.13 -m venv .venv && . .venv/bin/activate && " + INSTALL,
-        )
-    ]
+    remedy = f"python3.13 -m venv .venv && . .venv/bin/activate && {INSTALL}"
+    return [Finding("python", MISSING, f"{version}, and 3.10 to 3.14 is needed", remedy)]
 
 
 def installed(name: str) -> bool:
@@ -102,12 +96,8 @@ def check_package(requirement: Requirement) -> Finding:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             importlib.import_module(name.replace("-", "_"))
     except Exception as error:  # a broken install may raise anything, and the user must see it
-        return Finding(
-            name,
-            MISSING,
-            f"{version} does not import: {type(error).__name__}: {error}",
-            f"pip install --force-reinstall '{name}{requirement.spec}'",
-        )
+        remedy = f"pip install --force-reinstall '{name}{requirement.spec}'"
+        return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}", remedy)
     return Finding(name, OK, version)
 
 

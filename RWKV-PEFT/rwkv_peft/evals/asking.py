@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..generate.command import Continuation
-from ..generate.decode import generate
+from ..generate.continuation import Continuation, complete
 from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
@@ -63,20 +62,8 @@ def write(
     """Continue prompts (lists of token ids), `batch` at a time; yield (place, Continuation) of each as it ends: at one
     of its stops, at the end of the document, or after max_tokens."""
     answers = [Continuation({}, subject.tokenizer, texts) for texts in stops]
-    steps = generate(
-        subject.model,
-        prompts,
-        sampling,
-        max_tokens,
-        lambda place, token: answers[place].feed(token),
-        subject.start,
-        batch,
-        subject.tokenizer.vocab_size,
-    )
-    for step in steps:
-        if step.end:
-            answers[step.number].finish(step.end)
-            yield step.number, answers[step.number]
+    for place in complete(subject, prompts, answers, sampling, max_tokens, batch):
+        yield place, answers[place]
 
 
 def score_continuations(

@@ -12,10 +12,11 @@ from ..data.tokenizer import KNOWN_SIZES
 from ..errors import Ended, UserError, ending_of
 from ..files.adapters import product_of_run
 from ..files.atomic import check_output, same_file
+from ..generate.flags import note_escapes
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
+from ..tables import TASKS
 from .asking import Manner, ask
-from .equivalence import require_math_verify
 from .flags import parse_flags
 from .harness_command import ask_harness
 from .layouts import LAYOUTS, example
@@ -23,7 +24,6 @@ from .problems import layout_of, read_problems
 from .records import Records
 from .tally import share_of, summary
 from .task import Problem, Task
-from .tasks import TASKS
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
 OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
@@ -39,14 +39,12 @@ def main(argv: list[str]) -> int:
 def ask_rows(args: Any) -> int:
     """Ask the rows of --data -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after
     Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
-    task = TASKS[args.task]
-    if args.task == "math":
-        require_math_verify()
+    task = TASKS[args.task]()
+    task.require()
     if args.output:
         inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
         check_output("--output", args.output, [*inputs, *(("--adapter", path) for path in args.adapter)])
-    if not args.escapes and any("\\n" in text for text in args.stop):
-        print(r"note: \n in --stop is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
+    note_escapes(args, "--stop", args.stop)
     layout = layout_of(task, args.template)
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)

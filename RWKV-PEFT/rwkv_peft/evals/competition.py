@@ -1,7 +1,7 @@
 """The task for problems with a formula as the answer: MATH's rows, and MetaMath's of that kind."""
 
 from ..errors import UserError, short
-from .equivalence import final_answer, same_answer, same_anywhere
+from .equivalence import final_answer, require_math_verify, same_answer, same_anywhere
 from .task import AnswerTask, Problem, Row, behind, put, text_of
 
 
@@ -10,6 +10,7 @@ class Competition(AnswerTask):
     number is."""
 
     layout, measures = "chat", ("strict", "flexible")
+    require = staticmethod(require_math_verify)
 
     def problem(self, row: Row, layout: str) -> Problem:
         question = text_of(row, "problem", "question", "query")

@@ -1,6 +1,5 @@
 """The questions that a run puts to its model while it trains. They are read and checked before training begins."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +7,11 @@ from ..config import TrainConfig
 from ..generate.flags import unescaped
 from ..generate.loading import Subject
 from ..generate.prompts import encode
+from ..tables import TASKS
 from .asking import Manner, ask
-from .equivalence import require_math_verify
 from .problems import layout_of, read_problems
-from .records import Record
+from .records import Record, digest_of
 from .tally import share_of
-from .tasks import TASKS
 
 
 class Judgement(NamedTuple):
@@ -30,9 +28,8 @@ class Exam:
     are none or that the tokenizer cannot encode, and if a package that the task needs is missing."""
 
     def __init__(self, train: TrainConfig, tokenizer: Any) -> None:
-        if train.eval_task == "math":
-            require_math_verify()
-        self.task, self.tokenizer = TASKS[train.eval_task], tokenizer
+        self.task, self.tokenizer = TASKS[train.eval_task](), tokenizer
+        self.task.require()
         self.manner = Manner(train.eval_max_tokens, train.eval_batch, [unescaped(text) for text in train.eval_stop])
         layout = layout_of(self.task, train.eval_template, "--eval_template")
         rows = f"[:{train.eval_limit}]" if train.eval_limit else ""
@@ -45,8 +42,7 @@ class Exam:
 
     @property
     def digest(self) -> str:
-        """The hash of the questions and their right answers: 16 hex digits of SHA-256."""
-        return hashlib.sha256(repr(self.problems).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return digest_of(self.problems)
 
     def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
         """Ask the model every `ranks`-th problem from number `rank` on; yield each Record as it is done. The model

@@ -5,12 +5,28 @@ import difflib
 import importlib.util
 from pathlib import Path
 
-from ..cli import Parser, count, not_negative, positive
+from ..cli import Parser, count, positive, share, stop_text
 from ..errors import UserError
 from ..generate.flags import add_model_flags, unescaped
 from ..installing import how_to_install
-from ..names import EVAL_TASKS, WRITTEN
+from ..rules import EXCLUDES, NEEDS, Rule
+from ..tables import TASKS, WRITTEN
 
+OURS, HARNESS = "a task of ours", "tasks of the lm-evaluation-harness"
+OTHERS, SCORED = "further tasks", "a task whose answers are not written"
+OF_OURS = "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least"
+NAMESAKE = "name it, or add --harness for the lm-evaluation-harness's task of that name, which has its own data"
+RULES = (
+    Rule(OURS, EXCLUDES, OTHERS, "it is asked alone", "leave the rest out, or add --harness for its task of that name"),
+    Rule(OURS, NEEDS, "--data", "it asks the rows of that file", NAMESAKE),
+    Rule(OF_OURS, EXCLUDES, HARNESS, f"it is for {', '.join(TASKS)}", "leave it out"),
+    Rule(
+        "--limit, --include_path, --samples", EXCLUDES, OURS, f"it is for {HARNESS}", "leave it out, or add --harness"
+    ),
+    Rule("--shots !0", NEEDS, f"--shots_data, {HARNESS}", "examples are the first rows of that file"),
+    Rule("--shots_data", NEEDS, "--shots !0", "examples are its first rows"),
+    Rule("--max_tokens, --stop", EXCLUDES, SCORED, "it is about written answers", "leave it out"),
+)
 USAGE = """Score a model's answers.
 
     rwkv-peft eval gsm8k --model merged.pth --data test.jsonl --output answers.jsonl
@@ -40,49 +56,74 @@ Their data is downloaded from the Hugging Face hub the first time, unless a task
 """
 
 
-def add_own_flags(parser: Parser) -> list[argparse.Action]:
-    """Add the flags of our own tasks -> these."""
-    add = parser.add_argument_group("a task of ours").add_argument
-    return [
-        add("--data", metavar="FILE", help="problems: .jsonl, .json, .parquet, or a datasets folder"),
-        add("--split", default="", metavar="SPLIT", help="rows to take, such as test or [:200]"),
-        add(
-            "--template",
-            metavar="NAME",
-            help="layout of a question: chat, question, instruction, plain, metamath, or a file with {question} "
-            "(default chat for gsm8k and math, question for choices, plain for lambada, for jsonl the rows' own form)",
-        ),
-        add("--shots_data", metavar="FILE", help="the file whose first rows are --shots; another than --data"),
-        add("--max_tokens", type=positive, default=512, help="the most tokens of an answer (default 512)"),
-        add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer, beside the layout's own"),
-        add("--escapes", action="store_true", help=r"read \n, \t and \\ in --stop as newline, tab, backslash"),
-        add(
-            "--at_least",
-            type=not_negative,
-            default=0.0,
-            metavar="SHARE",
-            help="exit with 1 if the first measure is below, such as 0.9",
-        ),
-    ]
+def add_own_flags(parser: Parser) -> None:
+    """Add the flags of our own tasks."""
+    add = parser.add_argument_group(OURS).add_argument
+    add("--data", metavar="FILE", help="problems: .jsonl, .json, .parquet, or a datasets folder")
+    add("--split", default="", metavar="SPLIT", help="rows to take, such as test or [:200]")
+    add(
+        "--template",
+        metavar="NAME",
+        help="layout of a question: chat, question, instruction, plain, metamath, or a file with {question} "
+        "(default chat for gsm8k and math, question for choices, plain for lambada, for jsonl the rows' own form)",
+    )
+    add("--shots_data", metavar="FILE", help="the file whose first rows are --shots; another than --data")
+    add("--max_tokens", type=positive, default=512, help="the most tokens of an answer (default 512)")
+    add(
+        "--stop",
+        type=stop_text,
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that end an answer, beside the layout's own",
+    )
+    add("--escapes", action="store_true", help=r"read \n, \t and \\ in --stop as newline, tab, backslash")
+    add(
+        "--at_least",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="exit with 1 if the first measure is below, such as 0.9",
+    )
 
 
-def add_harness_flags(parser: Parser) -> list[argparse.Action]:
-    """Add the flags of the harness's tasks -> these."""
-    add = parser.add_argument_group("tasks of the lm-evaluation-harness").add_argument
+def add_harness_flags(parser: Parser) -> None:
+    """Add the flags of the harness's tasks."""
+    add = parser.add_argument_group(HARNESS).add_argument
     add("--harness", action="store_true", help="take the harness's task if a name is one of ours too, such as gsm8k")
-    return [
-        add("--limit", type=positive, metavar="N", help="only ask the first N questions of each task, to try it"),
-        add("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML"),
-        add("--samples", metavar="JSONL", help="write each question with the model's response here, a line each"),
-    ]
+    add("--limit", type=positive, metavar="N", help="only ask the first N questions of each task, to try it")
+    add("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML")
+    add("--samples", metavar="JSONL", help="write each question with the model's response here, a line each")
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, str]:
+    """The facts that RULES name, and the task that each holds for."""
+    names = args.tasks or [""]
+    if task := ours_of(args):
+        others = " ".join(name for name in names if name != task)
+        return {OURS: task, HARNESS: "", OTHERS: others, SCORED: "" if task in WRITTEN else task}
+    near = [name for name in difflib.get_close_matches(names[0], TASKS, 1) if name != names[0]]
+    foreign = names[0] + (f"; did you mean {near[0]}?" if near else "")
+    return {OURS: "", HARNESS: foreign, OTHERS: "", SCORED: ""}
+
+
+def ours_of(args: argparse.Namespace) -> str:
+    """The task of ours that is asked, "" if the tasks are the harness's."""
+    return "" if args.harness else next((name for name in args.tasks or () if name in TASKS), "")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse argv, and apply --escapes -> the flags; harness is True if the tasks are the harness's, else task is ours.
     Raises UserError for flags that are mistaken or contradict each other."""
-    parser = Parser(prog="rwkv-peft eval", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="rwkv-peft eval",
+        rules=RULES,
+        facts=facts_of,
+        description=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="TASK", help=f"one of {', '.join(EVAL_TASKS)}; or tasks of the harness")
+    add("tasks", nargs="+", metavar="TASK", help=f"one of {', '.join(TASKS)}; or tasks of the harness")
     add_model_flags(parser)
     add(
         "--output",
@@ -97,53 +138,17 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="solved problems before each question (default: 0, or the harness's own number)",
     )
-    own, harness = add_own_flags(parser), add_harness_flags(parser)
+    add_own_flags(parser)
+    add_harness_flags(parser)
     args = parser.parse_args(argv)
-    ours = [] if args.harness else [task for task in args.tasks if task in EVAL_TASKS]
-    args.harness = not ours
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: at least 1 is due")
-    if ours and len(args.tasks) > 1:
-        raise UserError(
-            f"{' '.join(args.tasks)}: {ours[0]} is a task of ours, and goes with no other; leave the rest out, or add "
-            "--harness for the harness's task of that name"
-        )
-    for action in harness if ours else own:
-        if getattr(args, action.dest) != action.default:
-            raise UserError(refusal(action.option_strings[0], args.tasks[0], bool(ours)))
-    (check_own if ours else check_harness)(args)
+    args.task = ours_of(args)
+    args.harness = not args.task
+    if args.task:
+        args.shots = args.shots or 0
+        args.stop = [unescaped(text) for text in args.stop] if args.escapes else args.stop
+    else:
+        check_harness(args)
     return args
-
-
-def refusal(flag: str, task: str, ours: bool) -> str:
-    """The refusal of a flag that the tasks do not have."""
-    if ours:
-        return f"{flag} is for tasks of the lm-evaluation-harness, and {task} is ours; leave it out, or add --harness"
-    near = difflib.get_close_matches(task, EVAL_TASKS, 1)
-    meant = f"did you mean {near[0]}?" if near and near[0] != task else "leave it out"
-    return f"{flag} is for {', '.join(EVAL_TASKS)}, and {task} is a task of the lm-evaluation-harness; {meant}"
-
-
-def check_own(args: argparse.Namespace) -> None:
-    """Check the flags of a task of ours, and apply --escapes."""
-    args.task, args.shots = args.tasks[0], args.shots or 0
-    if not args.data:
-        raise UserError(
-            f"--data is missing: the file whose rows {args.task} asks; --harness takes the lm-evaluation-harness's "
-            "task of that name, which has its own data"
-        )
-    if args.at_least > 1:
-        raise UserError(f"--at_least {args.at_least}: a share from 0 to 1 is due, as 0.9 for 90 %")
-    if bool(args.shots) != bool(args.shots_data):
-        raise UserError(
-            "--shots N takes its examples from --shots_data FILE; give both, and another file than --data, or neither"
-        )
-    if args.stop and args.task not in WRITTEN:
-        raise UserError(f"--stop ends an answer that is written, and {args.task} writes none; leave it out")
-    if args.escapes:
-        args.stop = [unescaped(text) for text in args.stop]
-    if "" in args.stop:
-        raise UserError("--stop: an empty text would stop before the first token; leave it out")
 
 
 def check_harness(args: argparse.Namespace) -> None:
@@ -152,6 +157,6 @@ def check_harness(args: argparse.Namespace) -> None:
         raise UserError(f"--include_path {args.include_path} is no folder; name the one that the tasks' .yaml lie in")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"{' '.join(args.tasks)}: tasks other than {', '.join(EVAL_TASKS)} are the lm-evaluation-harness's, whose "
+            f"{' '.join(args.tasks)}: tasks other than {', '.join(TASKS)} are the lm-evaluation-harness's, whose "
             f"package lm_eval this Python lacks; {how_to_install('requirements-eval.txt')}"
         )

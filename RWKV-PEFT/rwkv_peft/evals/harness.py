@@ -168,15 +168,11 @@ def git_unheard() -> Iterator[None]:
     """Keep lm_eval from asking git for the commit of the current folder, whose settings may name programs to run, and
     which complains to the user where there is none."""
     before = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = no_commit
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         evaluator.get_git_commit_hash = before
-
-
-def no_commit() -> None:
-    """What stands for a commit."""
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:

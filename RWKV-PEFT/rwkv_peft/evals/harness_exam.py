@@ -4,7 +4,6 @@ They are loaded and rehearsed before training begins: lm_eval runs once with emp
 In a round the model answers these on all ranks; lm_eval then runs again and is given the answers.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from ..errors import UserError, told
 from ..generate.loading import Subject
 from .aside import aside
 from .exam import Judgement
-from .records import Record
+from .records import Record, digest_of
 from .requests import ROLLING, SCORED, WRITTEN, Answer, Question, answers, question, share
 
 # the empty answers of the rehearsal
@@ -72,8 +71,7 @@ class HarnessExam:
 
     @property
     def digest(self) -> str:
-        """The hash of the questions: 16 hex digits of SHA-256."""
-        return hashlib.sha256(repr(self.asked).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return digest_of(self.asked)
 
     def results(self, respond: Any, draws: int = 0) -> dict[str, Any]:
         """Run lm_eval with the answers of respond(kind, requests) -> its results, with standard errors from `draws`

@@ -1,5 +1,6 @@
 """The lines of --output, one a problem. The first line holds the settings, so that an interrupted run can go on."""
 
+import hashlib
 import json
 import sys
 from contextlib import AbstractContextManager, ExitStack
@@ -82,6 +83,11 @@ class Records:
                 encoding="utf-8",
                 errors="backslashreplace",
             )
+
+
+def digest_of(questions: object) -> str:
+    """The hash of what is asked: 16 hex digits of SHA-256."""
+    return hashlib.sha256(repr(questions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def line(record: Record) -> str:

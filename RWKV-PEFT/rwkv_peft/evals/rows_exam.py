@@ -1,6 +1,5 @@
 """Rows of a run's own data as questions: the model answers them as it is, and its answers stand beside the rows'."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ from ..data.samples import Document, DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..generate.command import Continuation
+from ..generate.continuation import Continuation
 from ..generate.loading import Subject
 from .asking import GREEDY, write
-from .records import Record
+from .records import Record, digest_of
 
 LONGEST = 64  # tokens of an answer that are written and compared
 SEARCHED = 16  # samples that are looked through for each row that is due
@@ -73,8 +72,7 @@ class RowsExam:
 
     @property
     def digest(self) -> str:
-        """Of what is asked, and what is right."""
-        return hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
+        return digest_of(self.rows)
 
     def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
         """{"number", "text", "end"} of every `ranks`-th row from number `rank` on, as it is answered. The model is

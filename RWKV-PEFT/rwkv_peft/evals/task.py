@@ -43,6 +43,9 @@ class Task(ABC):
     layout: str
     measures: tuple[str, ...]
 
+    def require(self) -> None:  # noqa: B027  most tasks need none
+        """Raise UserError if a package that it needs is missing."""
+
     @abstractmethod
     def problem(self, row: Row, layout: str) -> Problem:
         """Make the Problem of a row in the text of a layout. Raises UserError for a row that is none."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +19,13 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
-from ..names import GENERATIONS, NONE
+from ..names import NONE
+from ..tables import GENERATIONS
 from .atomic import atomic_write
+from .base import Base
 from .dtypes import DTYPES
 from .origin import ENTRY, Origin, read_origin
-from .pth_writer import TensorSpec
-from .safetensors_file import read_safetensors, write_safetensors
+from .safetensors_file import read_safetensors, save_safetensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
@@ -37,11 +38,10 @@ class AdapterMetadata:
     """Describes an adapter, so that merging needs no retyped flags.
 
     variant is a method's name ("none": only whole tensors); rank, mini_rank and entries are those of AdapterConfig
-    (0: the method has none); scale
-    multiplies lora_B lora_A; targets and train_parts say what was trained, quant how the frozen weights were quantized.
-    base_fingerprint identifies the base, and generation is its --model_version ("": unknown). precision is the dtype
-    that the base was cast to for training, before anything was quantized or taken out of it ("": none, or unknown).
-    source is the tool that wrote the file; origin describes the training to people.
+    (0: the method has none); scale multiplies lora_B lora_A; targets and train_parts say what was trained, quant how
+    the frozen weights were quantized. base_fingerprint identifies the base, and generation is its --model_version ("":
+    unknown). precision is the dtype that the base was cast to for training, before anything was quantized or taken out
+    of it ("": none, or unknown). source is the tool that wrote the file; origin describes the training to people.
     """
 
     variant: str
@@ -84,6 +84,14 @@ class AdapterMetadata:
         """The base's name in messages: its file's name, if known, and its fingerprint."""
         words = [self.origin.base, self.base_fingerprint and f"fingerprint {self.base_fingerprint}"]
         return ", ".join(filter(None, words)) or "not told"
+
+    def require_base(self, name: str | Path, base: Base, remedy: str) -> None:
+        """Raise UserError, which ends in `remedy`, if the file called `name` tells another base than this one."""
+        if self.base_fingerprint not in ("", base.fingerprint):
+            raise UserError(
+                f"{name} was trained on another base: {self.base_words}; {base.path} has the fingerprint "
+                f"{base.fingerprint}; {remedy}"
+            )
 
     @property
     def method(self) -> Method | None:
@@ -143,10 +151,8 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     if not metadata.entries:
         del told["entries"]  # earlier versions do not know it
     header = {"format": "pt", METADATA_KEY: json.dumps(told, sort_keys=True), ENTRY: metadata.origin.to_json()}
-    ordered = sorted(tensors.items())
-    specs = {key: TensorSpec.of(tensor) for key, tensor in ordered}
     with atomic_write(path) as temporary:
-        write_safetensors(temporary, specs, ordered, header)
+        save_safetensors(temporary, dict(sorted(tensors.items())), header)
 
 
 def read_own(path: str | Path) -> Adapter:
@@ -204,34 +210,25 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
 def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
     """Raise UserError unless metadata names a known variant, quantization, precision and generation, and its other
     entries have the right types."""
-
-    def refuse(name: str, due: str) -> NoReturn:
-        raise UserError(
-            f"{path}: its metadata has {name} = {reprlib.repr(values.get(name))}, and {due} is due; copy the file "
-            "that the training wrote"
-        )
-
-    if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
-        refuse("variant", "one of " + ", ".join((*filter(is_saved, METHODS), NONE)))
-    precisions, versions = ("", *PRECISIONS), ("", *(version for _, version in GENERATIONS))
-    for name, known, default in (
-        ("quant", QUANTIZATIONS, "none"),
-        ("precision", precisions, ""),
-        ("generation", versions, ""),
-    ):
-        if values.get(name, default) not in known:
-            refuse(name, "one of " + ", ".join(filter(None, known)))
-    for name in ("rank", "mini_rank", "entries"):
-        if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
-            refuse(name, "a whole number")
-    scale = values.get("scale", 1.0)
-    if type(scale) not in (int, float) or not abs(scale) <= sys.float_info.max:
-        refuse("scale", "a finite number")
-    for name in ("targets", "train_parts"):
-        if not isinstance(values.get(name, ()), tuple) or not all(
-            isinstance(item, str) for item in values.get(name, ())
-        ):
-            refuse(name, "a list of names")
-    for name in ("base_fingerprint", "source"):
-        if not isinstance(values.get(name, ""), str):
-            refuse(name, "a text")
+    known = {
+        "variant": (*filter(is_saved, METHODS), NONE),
+        "quant": QUANTIZATIONS,
+        "precision": ("", *PRECISIONS),
+        "generation": ("", *GENERATIONS),
+    }
+    for name, value in ({"variant": None} | values).items():
+        if name in known:
+            fits, due = value in known[name], "one of " + ", ".join(filter(None, known[name]))
+        elif name in ("rank", "mini_rank", "entries", "format_version"):
+            fits, due = type(value) is int and value >= 0, "a whole number"
+        elif name == "scale":
+            fits, due = type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"
+        elif name in ("targets", "train_parts"):
+            fits, due = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of names"
+        else:
+            fits, due = isinstance(value, str), "a text"
+        if not fits:
+            raise UserError(
+                f"{path}: its metadata has {name} = {reprlib.repr(value)}, and {due} is due; copy the file that the "
+                "training wrote"
+            )

@@ -34,7 +34,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Read a folder's {peft's key: tensor} from its safetensors file or, if there is none, from the torch file that
-    safe_serialization=False writes. Raises UserError if both are missing or the file cannot be read."""
+    safe_serialization=False writes."""
     if (folder / TENSORS).is_file():
         return read_safetensors(folder / TENSORS)[0]
     if (folder / PICKLED).is_file():

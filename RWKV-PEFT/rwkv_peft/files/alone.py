@@ -26,14 +26,14 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
 
 
 @contextmanager
-def alone_at(path: Path, say: Callable[..., object] = print, flag: str = "--output") -> Iterator[None]:
-    """Be the only process that writes a file, given as `flag`, by a lock beside it; make its folder if it is missing,
+def alone_at(path: Path, say: Callable[..., object] = print) -> Iterator[None]:
+    """Be the only process that writes a file, given as --output, by a lock beside it; make its folder if it is missing,
     and remove that again if it stays empty. Raises UserError if another process holds the lock; if the file system has
     no locks, `say` tells so."""
     with without_empty_folders(path.parent), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
-        enter(stack, lock, f"{flag} {path}", "another command is writing it", "another file", say)
+        enter(stack, lock, f"--output {path}", "another command is writing it", "another file", say)
         yield
 
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,9 +43,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
         yield temporary
         temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
@@ -55,7 +55,8 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
     inputs are (flag, path) pairs of files and folders that are read; the path is None if the flag is not given.
     """
     for name, source in inputs:
-        if any(same_file(file, path) for file in _files_of(source)):
+        files = () if source is None else Path(source).iterdir() if os.path.isdir(source) else (source,)
+        if any(same_file(file, path) for file in files):
             raise UserError(
                 f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
             )
@@ -86,12 +87,6 @@ def without_empty_folders(folder: Path) -> Iterator[None]:
         for path in missing:
             with suppress(OSError):  # it is not empty (another process may use it), or another process removed it
                 path.rmdir()
-
-
-def _files_of(source: str | Path | None) -> Sequence[str | Path]:
-    if source is None:
-        return []
-    return sorted(Path(source).iterdir()) if os.path.isdir(source) else [source]
 
 
 def same_file(left: str | Path, right: str | Path) -> bool:
@@ -169,8 +164,6 @@ def place() -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove a folder's temporary files and folders whose process, of this place, is gone."""
-    if os.name == "nt":  # os.kill would interrupt the process there
-        return
     for file in folder.glob(f".*.{place()}-*.tmp"):
         if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
             try:
@@ -197,16 +190,9 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable, if the system can open a folder (Windows cannot)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's content durable, or a folder's names: new files in it, and renames."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -19,25 +19,14 @@ from ..names import NONE
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .adapter_folder import read_config, read_folder_tensors, replacing
 from .origin import Origin
-from .pth_writer import TensorSpec
-from .safetensors_file import write_safetensors
+from .safetensors_file import save_safetensors
 
 HF_PREFIX = "base_model.model."
 # settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-    "fan_in_fan_out",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "monteclora_config",
-    "kasa_config",
-    "arrow_config",
-)
+    "use_dora lora_bias rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
+    "use_bdlora monteclora_config kasa_config arrow_config"
+).split()
 # values of init_lora_weights that leave the base as it is; others take the initial factors out of it
 BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Number = TypeVar("Number", int, float)
@@ -109,14 +98,13 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
         "task_type": None,
     }
     tensors = {
-        f"{HF_PREFIX}{module}.{name}.weight": tensor.contiguous()
+        f"{HF_PREFIX}{module}.{name}.weight": tensor
         for module, params in adapter.modules().items()
         for name, tensor in params.items()
     }
-    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
     with replacing(folder) as (config, weights):
         config.write_text(json.dumps(settings, indent=2) + "\n")
-        write_safetensors(weights, specs, tensors.items())
+        save_safetensors(weights, tensors)
 
 
 def _base_name(config: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the (key, tensor) pairs of a .pth in file order, in bounded memory.
 
     The file is mapped anew every MAPPED bytes, so that pages already read leave the process's memory once nothing
-    holds their tensors. Raises UserError as read_tensors does.
+    holds their tensors.
     """
     state, taken = read_tensors(path), 0
     for key in list(state):

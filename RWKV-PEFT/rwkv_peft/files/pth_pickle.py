@@ -12,7 +12,6 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,25 +22,13 @@ from ..errors import UserError, short
 # Names that a pickle may call: those that rebuild tensors, and plain containers.
 BUILDERS = frozenset(
     (
-        "collections.OrderedDict",
-        "collections.Counter",
-        "builtins.set",
-        "builtins.complex",
-        "_codecs.encode",
-        "torch.Size",
-        "torch.device",
-        "torch.serialization._get_layout",
-        "torch.nn.parameter.Parameter",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_sparse_tensor",
-        "torch._utils._rebuild_nested_tensor",
-        "torch._utils._rebuild_meta_tensor_no_storage",
-    )
+        "collections.OrderedDict collections.Counter builtins.set builtins.complex _codecs.encode "
+        "torch.Size torch.device torch.serialization._get_layout torch.nn.parameter.Parameter "
+        "torch._tensor._rebuild_from_type_v2 torch._utils._rebuild_parameter "
+        "torch._utils._rebuild_parameter_with_state torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 "
+        "torch._utils._rebuild_tensor_v3 torch._utils._rebuild_sparse_tensor torch._utils._rebuild_nested_tensor "
+        "torch._utils._rebuild_meta_tensor_no_storage"
+    ).split()
 )
 QUANTIZED = "torch._utils._rebuild_qtensor"
 BARE = 5  # pickles of a file from before torch 1.6: a number, a version, the system's widths, the object, its storages
@@ -87,13 +74,16 @@ class Judge(pickle.Unpickler):
         super().__init__(io.BytesIO(pickled), encoding="bytes")
         self.path = path
         self.storages: dict[object, int] = {}
-        self.allowed = BUILDERS | {f"{cls.__module__}.{cls.__qualname__}" for cls in added_classes()}
+        added = torch.serialization.get_safe_globals()  # such as DeepSpeed's (training/saving/optimizer_files.py)
+        classes = (item[0] if isinstance(item, tuple) else item for item in added)
+        self.allowed = BUILDERS | {f"{cls.__module__}.{cls.__qualname__}" for cls in classes}
 
     def find_class(self, module: str, name: str) -> object:
         whole = f"{module}.{name}"
         if whole in self.allowed:
             return Nothing
-        if module in ("torch", "torch.storage") and (name == "Tensor" or name.endswith("Storage") or is_dtype(name)):
+        is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
+        if module in ("torch", "torch.storage") and (name == "Tensor" or name.endswith("Storage") or is_dtype):
             return whole  # a text, which cannot be called: a call of a tensor or storage type allocates
         if whole == QUANTIZED:
             raise UserError(
@@ -152,13 +142,3 @@ def scan(path: Path, pickled: IO[bytes], size: int) -> int:
             if operation.name == "LONG_BINPUT" and argument > size:
                 raise ValueError(f"it remembers {argument:,} objects")
     return largest
-
-
-def added_classes() -> Iterator[Any]:
-    """The classes registered with torch as safe, such as DeepSpeed's (training/saving/optimizer_files.py)."""
-    for item in torch.serialization.get_safe_globals():
-        yield item[0] if isinstance(item, tuple) else item
-
-
-def is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)

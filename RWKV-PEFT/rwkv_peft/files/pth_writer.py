@@ -50,7 +50,10 @@ def write_pth(path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterab
     ValueError if a tensor is not the one that specs announced.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write_record(archive, "data.pkl", [_pickle_of(specs)])
+        pickled = io.BytesIO()
+        pending = {key: _Pending(number, spec) for number, (key, spec) in enumerate(specs.items())}
+        _SpecPickler(pickled, protocol=2).dump(pending)
+        _write_record(archive, "data.pkl", [pickled.getvalue()])
         _write_record(archive, "byteorder", [sys.byteorder.encode()])
         remaining = groupby(tensors, lambda pair: pair[0])
         for number, (key, spec) in enumerate(specs.items()):
@@ -63,9 +66,13 @@ def write_pth(path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterab
         _write_record(archive, "version", [b"3\n"])
 
 
-def save_pth(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write {key: tensor} with write_pth, in its own order."""
-    write_pth(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
+def save_pth(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Write {key: tensor} with write_pth, in the order and dtypes of `dtypes` {key: dtype} (None: in its own)."""
+    dtypes = dtypes or {key: tensor.dtype for key, tensor in tensors.items()}
+    specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}
+    write_pth(path, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
 
 
 def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -100,13 +107,6 @@ def _write_record(archive: zipfile.ZipFile, name: str, chunks: Iterable[bytes | 
             record.write(chunk)
 
 
-def _pickle_of(specs: Mapping[str, TensorSpec]) -> bytes:
-    buffer = io.BytesIO()
-    pickler = _SpecPickler(buffer, protocol=2)
-    pickler.dump({key: _Pending(number, spec) for number, (key, spec) in enumerate(specs.items())})
-    return buffer.getvalue()
-
-
 class _Pending:
     """A tensor of the pickle, pickled as the call that rebuilds it from its storage."""
 
@@ -136,19 +136,5 @@ class _SpecPickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple[Any, ...] | None:
         if not isinstance(value, _Storage):
             return None
-        kind = _storage_type(value.spec.dtype)
-        return ("storage", kind, str(value.number), "cpu", value.spec.numel)
-
-
-def _storage_type(dtype: torch.dtype) -> type:
-    """The class that names a storage's dtype in torch's files, such as torch.BFloat16Storage."""
-    names = {
-        torch.float32: "Float",
-        torch.float16: "Half",
-        torch.bfloat16: "BFloat16",
-        torch.float64: "Double",
-        torch.int64: "Long",
-        torch.int32: "Int",
-        torch.uint8: "Byte",
-    }
-    return getattr(torch, f"{names[dtype]}Storage")
+        name = torch.storage._dtype_to_storage_type_map()[value.spec.dtype]  # such as BFloat16Storage
+        return ("storage", getattr(torch, name), str(value.number), "cpu", value.spec.numel)

@@ -17,11 +17,8 @@ from .pth_writer import TensorSpec, chunks
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a .safetensors file: ({name: tensor}, the header's metadata). The tensors are mapped, in the file's order.
-
-    Raises UserError for a missing file, a folder, a file that is no whole safetensors file, and as require_weights
-    does.
-    """
+    """Read a .safetensors file: ({name: tensor}, the header's metadata). The tensors are mapped, in the file's
+    order."""
     from safetensors import SafetensorError, safe_open
 
     path = require_file(path)
@@ -69,6 +66,14 @@ def write_safetensors(
                 raise ValueError(f"expected {key} {spec}, got {name}")
             for chunk in chunks(tensor):
                 file.write(chunk)
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write {key: tensor} with write_safetensors, in its own order."""
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    write_safetensors(path, specs, tensors.items(), metadata)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

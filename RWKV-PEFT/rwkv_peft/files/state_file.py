@@ -15,42 +15,36 @@ import torch
 from ..errors import UserError
 from ..models import family_named
 from ..models.state import State, is_time_state, state_of, swapped
-from .adapter_file import METADATA_KEY, read_own
+from ..names import NONE
+from .adapter_file import METADATA_KEY, AdapterMetadata, read_own
 from .adapters import adapter_of_run
 from .atomic import atomic_write
 from .base import Base, save_model
 from .pth import read_tensors
-from .pth_writer import TensorSpec
 from .rwkv_peft_file import unwrapped
-from .safetensors_file import read_safetensors, write_safetensors
+from .safetensors_file import read_safetensors, save_safetensors
 
 WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """A file of states: its path, {key: tensor} in the layout of a .pth, and the fingerprint, generation (its version)
-    and name in messages of the base that they were tuned on, "" if the file does not say."""
+    """A file of states: its path, {key: tensor} in the layout of a .pth, and metadata, which may tell the base that
+    they were tuned on."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
-    base_fingerprint: str = ""
-    generation: str = ""
-    base_words: str = ""
+    metadata: AdapterMetadata = AdapterMetadata(NONE)
 
     def check_generation(self, version: str) -> None:
         """Raise UserError if the states name another generation than a model's version."""
-        if self.generation not in ("", version):
-            theirs, ours = (family_named(name).name for name in (self.generation, version))
+        if self.metadata.generation not in ("", version):
+            theirs, ours = (family_named(name).name for name in (self.metadata.generation, version))
             raise UserError(f"{self.path} was tuned on an {theirs}, and the model is an {ours}; give its own base")
 
     def check_base(self, base: Base) -> None:
         """Raise UserError if the states name another base."""
-        if self.base_fingerprint not in ("", base.fingerprint):
-            raise UserError(
-                f"{self.path} was tuned on another base: {self.base_words}; {base.path} has the fingerprint "
-                f"{base.fingerprint}; find the base it was tuned on, or give the state.pth beside it, "
-                "which names none"
-            )
+        remedy = "find the base it was tuned on, or give the state.pth beside it, which names none"
+        self.metadata.require_base(self.path, base, remedy)
 
     def time_states(self) -> dict[str, torch.Tensor]:
         """The file's {key: tensor}. Raises UserError for a saved session."""
@@ -73,8 +67,7 @@ def is_own(path: str | Path) -> bool:
 
 
 def read_states(path: str | Path) -> StateFile:
-    """Read the StateFile at path. Raises UserError for a file that is missing or broken, and for an adapter that holds
-    other tensors."""
+    """Read the StateFile at path."""
     path = adapter_of_run(path)
     if is_own(path):
         adapter = read_own(path)
@@ -84,8 +77,7 @@ def read_states(path: str | Path) -> StateFile:
                 f"{path} holds {len(others)} tensors that are no time states (such as {others[0]}); merge it, or give "
                 "the state.pth beside it"
             )
-        metadata = adapter.metadata
-        return StateFile(path, adapter.tensors, metadata.base_fingerprint, metadata.generation, metadata.base_words)
+        return StateFile(path, adapter.tensors, adapter.metadata)
     if path.suffix in WEB:
         return StateFile(path, swapped_states(read_safetensors(path)[0]))
     return StateFile(path, unwrapped(read_tensors(path)))
@@ -109,9 +101,8 @@ def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write {key: time state} in the layout that the path's ending names, atomically."""
     if Path(path).suffix == ".pth":
         return save_model(path, tensors)
-    turned = {key: tensor.contiguous() for key, tensor in swapped_states(tensors).items()}
     with atomic_write(path) as temporary:
-        write_safetensors(temporary, {key: TensorSpec.of(tensor) for key, tensor in turned.items()}, turned.items())
+        save_safetensors(temporary, swapped_states(tensors))
 
 
 def swapped_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

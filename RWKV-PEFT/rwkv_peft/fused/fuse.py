@@ -82,18 +82,18 @@ def fuse(model: LanguageModel, setting: Setting) -> str:
         return "all blocks plain: this generation has no fused form"
     refused = _refusal(setting, fusion)
     done: Counter[str] = Counter()
-    left: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
     block: Any  # a Block of whichever generation
     for block in model.blocks:
         if reason := refused or _obstacle(block, fusion):
-            left[reason] += 1
+            plain[reason] += 1
             continue
         chain = not setting.asks_base and chains(block.ffn.key, block.ffn.value)
         block.forward = partial(fusion.forward, chained if chain else layer_by_layer, block)
         done[f"{fusion.passes}; {CHAIN}" if chain else fusion.passes] += 1
     total = len(model.blocks)
     words = [f"{number} of {total} blocks: {passes}" for passes, number in done.items()]
-    return " | ".join(words + [f"{number} of {total} blocks plain: {reason}" for reason, number in left.items()])
+    return " | ".join(words + [f"{number} of {total} blocks plain: {reason}" for reason, number in plain.items()])
 
 
 def _refusal(setting: Setting, fusion: Fusion) -> str:

@@ -30,44 +30,34 @@ def norm_ddlerp(
     the other four points (B, T, C).
     """
     check_shift(x, last, cu_seqlens)
-    tensors = contiguous(x, last, norm.weight, norm.bias, *factors)
-    x, ends, low, *points = run(NormDDLerp, *tensors, norm.eps, bounds_of(cu_seqlens))
+    tensors = contiguous(last, x, norm.weight, norm.bias, *factors)
+    x, ends, low, *points = run(NormDDLerp, norm.eps, bounds_of(cu_seqlens), *tensors)
     return x, ends, low, points
 
 
 class NormDDLerp(Function):
-    """x (B, T, C), last (n, C) or None; weight and bias (C,), maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C) and
-    decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None -> x, the last of each sequence's norms
-    (n, C), the decay's factor (B, T, 2 K), four points (B, T, C)."""
+    """eps, cu_seqlens int64 or None, last (n, C) or None, x (B, T, C); weight and bias (C,), maa_x (1, C), w1 (C, 5 K),
+    maa (5, C), w2 (5, K, C) and decay_w1 (C, 2 K), none of them trained -> x, the last of each sequence's norms (n, C),
+    the decay's factor (B, T, 2 K), four points (B, T, C)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        last: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        maa_x: Tensor,
-        w1: Tensor,
-        maa: Tensor,
-        w2: Tensor,
-        decay_w1: Tensor,
-        eps: float,
-        cu_seqlens: Tensor | None,
+        ctx: Any, eps: float, cu_seqlens: Tensor | None, last: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        x, weight, bias, maa_x, w1, maa, w2, decay_w1 = tensors
         sizes = sizes_of(x, maa_x, cu_seqlens)
         mixed, ends = torch.empty_like(x), x.new_empty(sizes["sequences"], x.shape[2])
         stats = x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         norm = dict(x=x, weight=weight, bias=bias, stats=stats)
-        tensors = norm | dict(maa=maa_x, ends=ends, out0=mixed)
-        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
+        given = norm | dict(maa=maa_x, ends=ends, out0=mixed)
+        call("norm_lerp_forward", x, given, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
         low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
         parts, points = parts_like(decay, x, torch.float32), [torch.empty_like(x) for _ in maa[1:]]
-        tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | numbered("out", points, 1)
-        call("lerp_low_forward", x, tensors, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
+        given = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | numbered("out", points, 1)
+        call("lerp_low_forward", x, given, last=last, size=group_size(x), **sizes_of(x, maa, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
         ctx.set_materialize_grads(False)  # only a carried state gives `ends` a gradient
-        ctx.save_for_backward(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay)
+        ctx.save_for_backward(cu_seqlens, last, *tensors, stats, low, decay)
         return x, ends, decay, *points
 
     @staticmethod
@@ -75,28 +65,25 @@ class NormDDLerp(Function):
     def backward(
         ctx: Any, passed: Tensor | None, gends: Tensor | None, gdecay: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay = ctx.saved_tensors
+        cu_seqlens, last, x, weight, bias, maa_x, w1, maa, w2, decay_w1, stats, low, decay = ctx.saved_tensors
         passed, *points = with_zeros((passed, *grads), x)
         (gdecay,) = with_zeros([gdecay], decay)
         norm = dict(x=x, weight=weight, bias=bias, stats=stats)
         gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
         parts = parts_like(low, x)
         tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
-        tensors |= dict(gx=gnormal, glow=parts) | numbered("grad", map(aligned, points), 1)
-        call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
+        tensors |= dict(gx=gnormal, glow=parts) | numbered("grad", points, 1)
+        sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, size=group_size(x))
+        call("lerp_low_backward", x, tensors, glast=glast, **sizes)
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         gx = torch.empty_like(x)
-        tensors = norm | dict(maa=maa_x, gx=gx, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
+        tensors = norm | dict(maa=maa_x, gx=gx, grad=gnormal, passed=passed, gends=aligned(gends), grad0=glow @ w1.mT)
         sizes = sizes_of(x, maa_x, cu_seqlens)
         call("norm_lerp_backward", x, tensors, glast=more, strip=strip_of(len(stats)), **sizes)
         glast = glast if glast is None or more is None else glast.add_(more)
-        return gx, glast, *9 * (None,)
-
-
-def _low_sizes(x: Tensor, maa: Tensor, w2: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    return sizes_of(x, maa, cu_seqlens) | dict(rank=w2.shape[1], size=group_size(x))
+        return None, None, glast, gx, *7 * (None,)
 
 
 def _rows_of(parts: Tensor) -> dict[str, int]:
-    """The sizes of parts (n, B, T, …) that a launch needs."""
+    """The sizes of parts (n, B, T, …) that a kernel needs."""
     return dict(n=len(parts), tokens=parts[0, ..., 0].numel(), channels=parts.shape[-1])

@@ -69,7 +69,7 @@ class NormLerp(Function):
         x, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
         passed, *points = with_zeros((passed, *grads), x)
         gx, glast, sizes = torch.empty_like(x), room_like(last), sizes_of(x, maa, cu_seqlens)
-        tensors = dict(x=x, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
+        tensors = dict(x=x, passed=passed, stats=stats, gends=aligned(gends), weight=weight, maa=maa, gx=gx)
         tensors |= numbered("grad", points)
         call("norm_lerp_backward", x, tensors, glast=glast, strip=strip_of(sizes["tokens"]), **sizes)
         return gx, glast, *5 * (None,)

@@ -7,7 +7,7 @@ from ..models.parts import count_sequences
 from ..models.rwkv7.model import Block
 from ..models.state import LayerState
 from ..ops.mix.cuda import MOST_MIXED
-from ..ops.wkv7.cuda import CHUNKED_SIZE
+from ..ops.recurrence.cuda import CHUNKED_SIZE
 from .feed_forward import FeedForward
 from .norm_lerp import norm_lerp
 from .wkv7_keys import wkv7_with_keys

@@ -1,12 +1,42 @@
 """The flags of `rwkv-peft generate`, judged before torch is imported."""
 
 import argparse
+import sys
+from collections.abc import Iterable
 
-from ..cli import Parser
+from ..cli import Parser, count, positive, stop_text
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
+from ..rules import EXCLUDES, NEEDS, Rule
 from .settings import Sampling
 
+PROG = "rwkv-peft generate"
+AS_PROMPT = r"""without it, begin the prompt with 'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"""
+RULES = (
+    Rule(PROG, NEEDS, "--prompt, --prompt_file, --chat", "it continues what they give", "give one of them"),
+    Rule("--prompt, --prompt_file", EXCLUDES, "--chat", "both give prompts"),
+    Rule("--prompt", EXCLUDES, "--prompt_file", "both give prompts"),
+    Rule("--output", EXCLUDES, "--chat", "a chat is shown as it is written", "redirect the command's output"),
+    Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
+    Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
+    Rule(
+        "--think",
+        NEEDS,
+        "--chat",
+        "it opens answers there",
+        "without it, end the prompt with Assistant: <think, or Assistant: <think></think",
+    ),
+)
+# (field of Sampling, type of its flag, help)
+SAMPLING = (
+    ("temperature", float, "0: always the most probable token"),
+    ("top_p", float, "share of the probability to draw from"),
+    ("top_k", int, "draw from so many tokens, 0: all"),
+    ("presence_penalty", float, "subtract this from the logits of tokens generated before"),
+    ("frequency_penalty", float, "subtract this for each time that a token was generated before"),
+    ("penalty_decay", float, "multiply those counts by this at each step"),
+    ("seed", int, "seed of the draws; prompt i has seed + i"),
+)
 USAGE = """Continue prompts with an RWKV model.
 
     rwkv-peft generate --model merged.pth --chat
@@ -20,7 +50,7 @@ in the order of the prompts.
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="rwkv-peft generate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=PROG, rules=RULES, description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument
     add(
@@ -49,9 +79,10 @@ def build_parser() -> Parser:
         help="write the lines of JSON to this file instead, each as soon as it is done; at the end, or after Ctrl-C, "
         "they are put in order",
     )
-    add("--max_tokens", type=int, default=256, help="the most tokens of a continuation (default 256)")
+    add("--max_tokens", type=count, default=256, help="the most tokens of a continuation (default 256)")
     add(
         "--stop",
+        type=stop_text,
         nargs="+",
         default=[],
         metavar="TEXT",
@@ -64,38 +95,9 @@ def build_parser() -> Parser:
         action="store_true",
         help=r"read \n, \t and \\ in --prompt, --system and --stop as newline, tab, backslash",
     )
-    add(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        help="0: always the most probable token (default %(default)s)",
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=Sampling.top_p,
-        help="share of the probability to draw from (default %(default)s)",
-    )
-    add("--top_k", type=int, default=Sampling.top_k, help="draw from so many tokens, 0: all (default %(default)s)")
-    add(
-        "--presence_penalty",
-        type=float,
-        default=Sampling.presence_penalty,
-        help="subtract this from the logits of tokens generated before (default 0)",
-    )
-    add(
-        "--frequency_penalty",
-        type=float,
-        default=Sampling.frequency_penalty,
-        help="subtract this for each time that a token was generated before (default 0)",
-    )
-    add(
-        "--penalty_decay",
-        type=float,
-        default=Sampling.penalty_decay,
-        help="multiply those counts by this at each step (default 1)",
-    )
-    add("--seed", type=int, default=Sampling.seed, help="seed of the draws; prompt i has seed + i (default 0)")
+    for name, kind, text in SAMPLING:
+        default = getattr(Sampling, name)
+        add(f"--{name}", type=kind, default=default, help=f"{text} (default {default:g})")
     return parser
 
 
@@ -128,50 +130,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="world, bytes, or a file (default: that of the run whose folder holds the adapter or model, or by the "
         "model's vocabulary, 65536: world, 257: bytes)",
     )
-    add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
+    add("--batch", type=positive, default=32, help="prompts decoded at once (default 32)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
 
 
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
-    """Parse argv -> the flags and their Sampling. Raises UserError for flags that are mistaken."""
+    """Parse argv, and apply --escapes -> the flags and their Sampling. Raises UserError for flags that are mistaken or
+    contradict each other."""
     args = build_parser().parse_args(argv)
-    return args, check_flags(args)
-
-
-def check_flags(args: argparse.Namespace) -> Sampling:
-    """Check the flags, apply --escapes to them, and return their Sampling. Raises UserError for flags that contradict
-    each other or are out of range."""
-    given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
-    if len(given) != 1:
-        raise UserError(
-            "give --prompt TEXT, --prompt_file FILE or --chat" + (f", not both {' and '.join(given)}" if given else "")
-        )
-    for name, instead in (("output", "redirect the command's output"), ("save_state", "type /save FILE")):
-        if args.chat and getattr(args, name):
-            raise UserError(f"--{name} does not go with --chat; {instead}")
-    if args.think and not args.chat:
-        raise UserError(
-            f"--think {args.think} opens the answers of --chat; without --chat, end the prompt with Assistant: <think, "
-            "or Assistant: <think></think"
-        )
-    if args.system is not None and not args.chat:
-        raise UserError(
-            "--system comes before the first turn of --chat; without --chat, begin the prompt with it: "
-            r"'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"
-        )
-    for name, least in (("max_tokens", 0), ("batch", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
     if args.escapes:
         args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
         args.system = args.system and unescaped(args.system)
         args.stop = [unescaped(text) for text in args.stop]
     if args.system is not None and not args.system.strip():
         raise UserError("--system: an empty text says nothing; leave it out")
-    if "" in args.stop:
-        raise UserError("--stop: an empty text would stop before the first token; leave it out")
-    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+    return args, Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+
+
+def note_escapes(args: argparse.Namespace, flags: str, texts: Iterable[str]) -> None:
+    """Print a note if texts of flags hold \\n, and --escapes is not given."""
+    if not args.escapes and any("\\n" in text for text in texts):
+        print(rf"note: \n in {flags} is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
 
 
 def unescaped(text: str) -> str:

@@ -15,6 +15,11 @@ from .installed import add_member, configs
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class BoneConfig(PeftConfig):
     """Settings of Bone. Raises UserError if one is wrong or two contradict each other.
@@ -31,26 +36,18 @@ class BoneConfig(PeftConfig):
     exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in other methods of peft.
     """
 
-    r: int = field(default=64, metadata={"help": "Rank: the size of a block."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules that get an adapter: names, a regular expression or 'all-linear'."}
+    r: int = option(64, "Rank: the size of a block.")
+    target_modules: list[str] | str | None = option(
+        None, "Modules that get an adapter: names, a regular expression or 'all-linear'."
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get none."})
-    init_weights: bool | str = field(
-        default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."}
-    )
-    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update if init_weights is 'mini'."})
-    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train whole and to save with the adapter."}
-    )
+    exclude_modules: list[str] | str | None = option(None, "Modules that get none.")
+    init_weights: bool | str = option(True, "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone).")
+    mini_r: int = option(0, "Width of the repeated update if init_weights is 'mini'.")
+    bone_dropout: float = option(0.0, "Dropout of the adapter's input.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers, with layers_to_transform.")
+    bias: str = option("none", "Biases to train: 'none', 'all' or 'bone_only'.")
+    modules_to_save: list[str] | None = option(None, "Other modules to train whole and to save with the adapter.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from ..cli import unknown_flag
 from ..errors import UserError
 from ..gpus import count_gpus
 from ..refusals import Refusals
-from .config import BoneConfig
+from .config import BoneConfig, option
 from .refusals import refusals_of
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
@@ -87,29 +87,22 @@ class BoneArguments:
     data_path: str = field(
         metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split, such as train[:100000]."})
-    eval_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to validate on, with --eval_strategy: test, or train[95%:] beside train[:95%]."},
+    dataset_split: str = option("train", "Split, such as train[:100000].")
+    eval_split: str | None = option(
+        None, "Split to validate on, with --eval_strategy: test, or train[95%:] beside train[:95%]."
     )
-    dataset_field: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "The columns of question and answer, or the one that holds a chat's turns; default: those that "
-            "exist of query and response, messages, and conversations."
-        },
+    dataset_field: list[str] | None = option(
+        None,
+        "The columns of question and answer, or the one that holds a chat's turns; default: those that "
+        "exist of query and response, messages, and conversations.",
     )
-    bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
-    bone_r: int = field(default=64, metadata={"help": "Rank."})
-    init_weights: str = field(
-        default="True", metadata={"help": "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone)."}
-    )
-    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update, with --init_weights mini."})
-    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt; default: all linear layers but the head."}
-    )
-    merge_and_save: bool = field(default=False, metadata={"help": "Also write the merged model."})
+    bits: str = option("bf16", f"How the frozen model is kept: {', '.join(BITS)}.")
+    bone_r: int = option(64, "Rank.")
+    init_weights: str = option("True", "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone).")
+    mini_r: int = option(0, "Width of the repeated update, with --init_weights mini.")
+    bone_dropout: float = option(0.0, "Dropout of the adapter's input.")
+    target_modules: list[str] | None = option(None, "Modules to adapt; default: all linear layers but the head.")
+    merge_and_save: bool = option(False, "Also write the merged model.")
 
 
 def parse(argv: list[str]) -> tuple[BoneArguments, Any]:

@@ -18,31 +18,14 @@ from .layer import BoneLinear
 
 # Linear layers in modules of transformers that read their weights without calling them: in Mamba for fused kernels,
 # dt_proj in plain torch too; in a router for float32; elsewhere as a convolution's kernel, or beside the embeddings.
-NEVER_CALLED = (
-    "MambaMixer.x_proj",
-    "MambaMixer.dt_proj",
-    "MambaMixer.out_proj",
-    "FalconMambaMixer.x_proj",
-    "FalconMambaMixer.dt_proj",
-    "FalconMambaMixer.out_proj",
-    "JambaMambaMixer.dt_proj",
-    "Mamba2Mixer.out_proj",
-    "BambaMixer.out_proj",
-    "FalconH1Mixer.out_proj",
-    "GraniteMoeHybridMambaLayer.out_proj",
-    "NemotronHMamba2Mixer.out_proj",
-    "Zamba2MambaMixer.out_proj",
-    "WavLMAttention.q_proj",
-    "WavLMAttention.k_proj",
-    "WavLMAttention.v_proj",
-    "WavLMAttention.out_proj",
-    "LongcatFlashTopkRouter.classifier",
-    "MobileBertLMPredictionHead.decoder",
-    "MobileBertLMPredictionHead.dense",
-    "DetrMHAttentionMap.k_proj",
-    "ConditionalDetrMHAttentionMap.k_proj",
-    "MaskFormerDetrMHAttentionMap.k_proj",
-    "DabDetrMHAttentionMap.k_linear",
+NEVER_CALLED = tuple(
+    """MambaMixer.x_proj MambaMixer.dt_proj MambaMixer.out_proj FalconMambaMixer.x_proj FalconMambaMixer.dt_proj
+    FalconMambaMixer.out_proj JambaMambaMixer.dt_proj Mamba2Mixer.out_proj BambaMixer.out_proj
+    FalconH1Mixer.out_proj GraniteMoeHybridMambaLayer.out_proj NemotronHMamba2Mixer.out_proj
+    Zamba2MambaMixer.out_proj WavLMAttention.q_proj WavLMAttention.k_proj WavLMAttention.v_proj
+    WavLMAttention.out_proj LongcatFlashTopkRouter.classifier MobileBertLMPredictionHead.decoder
+    MobileBertLMPredictionHead.dense DetrMHAttentionMap.k_proj ConditionalDetrMHAttentionMap.k_proj
+    MaskFormerDetrMHAttentionMap.k_proj DabDetrMHAttentionMap.k_linear""".split()
 )
 # trl's trainers of preferences and rewards add an adapter COPY with the same config as COPIED, to compare with how that
 # began; they copy only tensors with ".default." in their names, and Bone's names end in ".default".

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..tables import GENERATIONS
 from .family import Family
-from .rwkv6.family import RWKV6Family
-from .rwkv7.family import RWKV7Family
 
-FAMILIES: tuple[Family, ...] = (RWKV6Family(), RWKV7Family())
+FAMILIES: tuple[Family, ...] = tuple(family() for family in GENERATIONS.values())
 # (a key that only checkpoints of another kind have, a description of that kind)
 OTHERS = (
     ("blocks.0.att.x_r", "an RWKV-7 model without r_k, which no release has"),

@@ -1,6 +1,6 @@
 """The interface of a generation of RWKV, through which everything else works on any generation.
 
-A generation is a folder with one subclass of Family in it, and a line in FAMILIES (models/__init__.py). Everything that
+A generation is a folder with one subclass of Family in it, and a line in GENERATIONS (tables.py). Everything that
 holds only for one generation (keys, shapes, names in other formats, initialization) is in its folder.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..errors import UserError, short
+from ..names import generation
 from .state import split_time_states, time_state_shapes
 
 WEIGHTS = "bfloat16, float16 or float32"
@@ -24,14 +25,13 @@ GgufTensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor], bool]
 
 
 class Family(ABC, Generic[Config, Model]):
-    """One generation, over its own ModelConfig and model. name is for users, version for --model_version; sign is a
+    """One generation, over its own ModelConfig and model. version is its key in GENERATIONS (tables.py); sign is a
     key that only its checkpoints have; targets are the linear layers of a block that take adapters, as ends of their
     names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
     state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
     file.
     """
 
-    name: str
     version: str
     sign: str
     targets: tuple[str, ...]
@@ -41,6 +41,11 @@ class Family(ABC, Generic[Config, Model]):
     kernel: str  # the name of its recurrence, for messages
     gguf_architecture = ""  # of a generation that has a form as GGUF
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
+
+    @property
+    def name(self) -> str:
+        """Its name for users."""
+        return generation(self.version)
 
     @abstractmethod
     def dimensions(self, tensors: Mapping[str, torch.Tensor]) -> Config:

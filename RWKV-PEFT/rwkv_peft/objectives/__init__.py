@@ -1,9 +1,13 @@
 """The objectives of training, one file each, and their table. An objective is the loss that a step minimizes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from types import MappingProxyType
 
 from ..config import Objective
+from ..config.objective import BASE, OF_BASE, Exclusion
+from ..config.setting import flag_of
+from ..rules import EXCLUDES, NEEDS, Rule
 from .dpo import DPO
 from .ipo import IPO
 from .kto import KTO
@@ -20,3 +24,25 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
 def takers_of(data_type: str) -> tuple[str, ...]:
     """The names of the objectives that learn from a --data_type, the default one first."""
     return tuple(name for name, objective in OBJECTIVES.items() if data_type in objective.rows)
+
+
+def excluded(objective: type[Objective]) -> tuple[Exclusion, ...]:
+    """What an objective does not go with."""
+    return objective.excludes + (OF_BASE if BASE in objective.needs else ())
+
+
+def rules() -> Iterator[Rule]:
+    """Yield the rules on what objectives do not go with, and on flags of theirs."""
+    for exclusion in dict.fromkeys(each for one in OBJECTIVES.values() for each in excluded(one)):
+        those = [name for name, one in OBJECTIVES.items() if exclusion in excluded(one)]
+        yield Rule(f"--objective {'|'.join(those)}", EXCLUDES, *exclusion)
+    for flag in FLAGS:
+        those = [name for name, one in OBJECTIVES.items() if flag in map(flag_of, fields(one))]
+        rows = " or ".join(dict.fromkeys(row for name in those for row in OBJECTIVES[name].rows))
+        why = f"it is a setting of that, which learns from --data_type {rows}"
+        yield Rule(f"--{flag}", NEEDS, f"--objective {'|'.join(those)}", why)
+
+
+# {flag: its field} of all objectives
+FLAGS = MappingProxyType({flag: each for one in OBJECTIVES.values() for each in fields(one) if (flag := flag_of(each))})
+RULES = tuple(rules())

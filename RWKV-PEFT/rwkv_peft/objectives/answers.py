@@ -1,12 +1,10 @@
 """The base of objectives that judge whole answers by their log-probabilities."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..config.objective import BASE, Contradiction, Figure, Objective, Passes
+from ..config.objective import BASE, Figure, Objective, Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +49,13 @@ class OfAnswers(Objective):
 
     rows = ("pairs",)
     unit = "pair"
+    excludes = (
+        ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
+        ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
+        ("--train_type infctx", "an answer's probability is that of all its tokens at once", "leave it out"),
+        ("--dataload !pack", "answers are packed", "leave it out"),
+        ("--loss_mask !file", "answers alone count", "leave it out"),
+    )
 
     @abstractmethod
     def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
@@ -72,11 +77,3 @@ class OfAnswers(Objective):
         from .documents import counted_tokens
 
         return counted_tokens(batch).any(1).sum()
-
-    def rules(self, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[Contradiction]:
-        yield from super().rules(adapter, data, train)
-        yield adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"
-        yield bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 5e-6"
-        yield train.chunk_ctx > 0, "--train_type infctx", "an answer's probability is that of all its tokens at once"
-        yield data.dataload != "pack", f"--dataload {data.dataload}", "answers are packed; leave the flag out"
-        yield data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"

@@ -5,10 +5,16 @@ import re
 
 from ..errors import short
 from ..refusals import Refusals
+from ..rules import EXCLUDES, Rule, contradictions
 from ..training.flags.parser import build_parser
 from ..training.flags.request import Flags, flags_of, with_settings
 from ..training.flags.world import World
 
+PROG = "rwkv-peft plan"
+RULES = (
+    Rule("--gpu", EXCLUDES, "--accelerator cpu", "it plans for a GPU, and that trains on none"),
+    Rule(PROG, EXCLUDES, "--write_config", "a plan writes nothing", "give it to train.py"),
+)
 LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))
 
@@ -16,7 +22,7 @@ UNITS = (("", 30), ("g", 30), ("m", 20))
 def parse_flags(argv: list[str]) -> Flags:
     """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
     parser = build_parser()
-    parser.prog, parser.usage = "rwkv-peft plan", "rwkv-peft plan [--load_model PTH] [--gpu SIZE] [flags of train.py]"
+    parser.prog, parser.usage = PROG, f"{PROG} [--load_model PTH] [--gpu SIZE] [flags of train.py]"
     parser.description = (
         "Print how much memory and disk a run takes, before it begins. Only the header of --load_model is read; "
         "without it the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 if the run does not fit."
@@ -30,17 +36,22 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
+    parser.tell(RULES)
     args, mistakes = parser.parse_with_mistakes(with_settings(argv, parser))
     refusals = Refusals(mistakes)
-    if args.gpu and args.accelerator == "cpu":
-        refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
-    if args.write_config:
-        refusals.add("--write_config is a flag of train.py, and a plan writes nothing; leave it out")
+    refusals.gather(contradictions, RULES, parser.given(args))
     world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
     return flags_of(args, world, (), refusals)
 
 
-def memory_size(text: str) -> int:
+class Memory(int):
+    """Bytes, told in GiB."""
+
+    def __str__(self) -> str:
+        return f"{self / 2**30:g}GiB"
+
+
+def memory_size(text: str) -> Memory:
     """ "24GiB" -> bytes. Of the unit only the first letter counts: g or m in either case, GiB without one."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
     if found is None:
@@ -48,4 +59,4 @@ def memory_size(text: str) -> int:
     size = float(found[1]) * 2 ** dict(UNITS)[found[2]]
     if not LEAST <= size <= MOST:
         raise argparse.ArgumentTypeError(f"{short(text)} is no memory of a GPU: 1 MiB to 1,024 GiB")
-    return int(size)
+    return Memory(size)

@@ -167,16 +167,19 @@ class Estimate:
     def unread(self) -> int:
         """Bytes of a frozen embedding in a mapped file, 0 without one; memory holds only the pages of rows that are
         read."""
-        model, adapter = self.config.model, self.config.adapter
-        trains = "emb" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
-        mapped = self.accelerator == CPU and self.mapped and self.file and not trains
+        model = self.config.model
+        mapped = self.accelerator == CPU and self.mapped and self.file and not self.trains("emb")
         return model.vocab_size * model.n_embd * self.dtype.itemsize if mapped else 0
 
     def head_gradient(self) -> int:
         """Bytes of the head's gradient if the head trains, else 0: a float32 sum, and what a chunk adds to it."""
-        model, adapter = self.config.model, self.config.adapter
-        trains = "head" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
-        return 2 * 4 * model.vocab_size * model.n_embd if trains else 0
+        model = self.config.model
+        return 2 * 4 * model.vocab_size * model.n_embd if self.trains("head") else 0
+
+    def trains(self, part: str) -> bool:
+        """Tell whether a part of the base trains: it is named, or all of the model trains."""
+        adapter = self.config.adapter
+        return part in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
 
     def file_pages(self) -> int:
         """Bytes of the base's file that a process reads and does not keep: the system takes them back when memory is

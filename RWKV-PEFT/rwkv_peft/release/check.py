@@ -21,7 +21,8 @@ from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import source_of
 from ..files.atomic import scratch_folder
-from ..files.base import Base, open_base, save_model
+from ..files.base import Base, open_base
+from ..files.pth_writer import save_pth
 from ..files.state_file import read_states
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
@@ -90,7 +91,7 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
         raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
     with scratch_folder() as folder:
         copy = folder / "float32.pth"
-        save_model(copy, {key: tensor.float() for key, tensor in base.tensors.items()})
+        save_pth(copy, base.tensors, dict.fromkeys(base.tensors, torch.float32))
         try:
             return rwkv_sequence(copy, tokens, base.config)
         except Exception as error:
@@ -101,8 +102,7 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str]) -> int:
-    """Print the comparisons; return 0 if all logits and tensors agree, else 1. Raises UserError for files that do not
-    belong together."""
+    """Print the comparisons; return 0 if all logits and tensors agree, else 1."""
     args = check_flags(argv)
     merged, base = open_base(args.merged), open_base(args.base_model)
     if merged.config != base.config:

@@ -33,20 +33,18 @@ from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
-from ..files.state_file import is_own, read_states
+from ..files.state_file import is_own, read_states, write_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
-from .formats import GGUF_TYPE, Wanted, format_of
+from .formats import GGUF_TYPE, Wanted, cast, format_of
 from .lora import adapter_files, as_lora, describe_errors, write_lora
 from .miss import rename_folder
-from .vocabulary import Tokenizer
 
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0. Raises UserError for an input that cannot be read, or that the other format
-    cannot hold."""
+    """Run the command: argv -> exit code 0."""
     args = convert_flags(argv)
     source, target = product_of_run(args.input), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
@@ -83,7 +81,7 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
         ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
         ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
         ("bone_parameter", adapted and not args.to and target.suffix == ".pth", "that is for an adapter's .pth"),
-        *((name, not renamed, "a BONE or MISS folder tells it, and has its tensors renamed alone") for name in told),
+        *((name, not renamed, "a BONE or MISS folder tells it, and only its tensors are renamed") for name in told),
     ):
         if not is_read and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value} would change nothing of {target}: {why}; leave it out")
@@ -101,15 +99,14 @@ def is_adapter(path: Path) -> bool:
 
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
-    """Write an adapter in the target's format; return the paths written, or lines about them. Raises UserError if that
-    format cannot hold it."""
+    """Write an adapter in the target's format; return the paths written, or lines about them."""
     if source.is_dir() and not target.suffix and not args.to:
         return [rename_folder(source, target)]
     model = open_base(args.base_model) if args.base_model else None
     base = None if model is None else model.tensors
     adapter = source_of(args, source).read(base)
     if args.to:
-        return [convert_to_lora(adapter, target, model, args.lora_rank)]
+        return [convert_to_lora(source, adapter, target, model, args.lora_rank)]
     if target.suffix == ".pth":
         paths = write_rwkv_peft(target, adapter, args.bone_parameter or "disha", base)
         print(remark_on_export(adapter.metadata, paths), end="")
@@ -123,14 +120,11 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     )
 
 
-def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
-    """Write an adapter as LoRA; return a line about it. Raises UserError if `base` is not the adapter's."""
+def convert_to_lora(name: Path, adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
+    """Write an adapter, called `name`, as LoRA; return a line about it. Raises UserError if `base` is not its own."""
     metadata = adapter.metadata
-    if base is not None and metadata.base_fingerprint not in ("", base.fingerprint):
-        raise UserError(
-            f"--base_model {base.path} is another model than the adapter was trained on ({metadata.base_words}; "
-            f"this one's fingerprint is {base.fingerprint}); give its own base"
-        )
+    if base is not None:
+        metadata.require_base(name, base, "give its own base as --base_model")
     form = as_lora(adapter, None if base is None else base.tensors, rank)
     loader = write_lora(target, form, base)
     what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
@@ -158,7 +152,7 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
     """Read a model, or time states only, from any format -> {official key: tensor}.
 
     The order is that of the file, because two orders are official; from a format that sorts by name, it is the order
-    in which RWKV-LM saves. Raises UserError for anything else than a model or time states.
+    in which RWKV-LM saves.
     """
     tensors = read_any(path)
     if not tensors:
@@ -191,16 +185,15 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
-    """Write a model or time states in the target's format; return lines about what was written. Raises UserError if
-    that format cannot hold it."""
+    """Write a model or time states in the target's format; return lines about what was written."""
     tensors, form = read_model(source), format_of(target)
     states = all(is_time_state(key) for key in tensors)
-    if form is not None and states and form.write_states is None and target.suffix:
+    if form is not None and states and not form.states and target.suffix:
         raise UserError(
             f"{source} holds time states, for which {target.suffix[1:].upper()} has no place; give them to the "
             "runtime as .pth or .st"
         )
-    if form is None or (states and form.write_states is None):
+    if form is None or (states and not form.states):
         raise UserError(
             f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
             ".state, .gguf, and a name without ending for a folder of a model"
@@ -208,11 +201,13 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     dtype = None if states else form.dtype
     if args.dtype is not None:
         dtype = DTYPES.get(args.dtype)  # None for "keep"
-    if states and form.write_states is not None:
-        form.write_states(target, tensors, dtype)
+    if states:
+        write_states(target, dict(cast(tensors, dtype)))
         return [f"{target}: {describe(tensors, dtype)} (time states)"]
     base = base_of(tensors, source)
-    tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
+    tokenizer = None
+    if form.vocabulary:
+        tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
     form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
     if base.has_states and not (form.states_in_model and base.family.states_in_model):
         print(
@@ -225,12 +220,6 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
         what = f"{number} tensors, the large ones {args.gguf_type or GGUF_TYPE}"
     line = f"{target}: {what}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
     return [f"{line}; {form.loaded_by}"]
-
-
-def vocabulary_for(base: Base, source: Path, name: str | None) -> Tokenizer:
-    """Choose the tokenizer whose vocabulary is written with a Base: the one called name, else that of the run in whose
-    folder the model lies, else the one with the model's vocabulary size. Raises UserError if there is none."""
-    return find_tokenizer(name, base.config.vocab_size, recorded_beside(source), lambda text: print(text))
 
 
 def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:

@@ -4,14 +4,13 @@ They are judged before torch is imported, so that a mistake is told at once.
 """
 
 import argparse
-import math
 from types import MappingProxyType
 
-from ..cli import Parser, positive
+from ..cli import Parser, finite, positive, that, up_to
 from ..config import QUANTIZATIONS
-from ..errors import UserError, short
 from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES, QUANTS, called
+from ..rules import EXCLUDES, NEEDS, Rule
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers and of train.py -> the flag here
@@ -26,12 +25,22 @@ MERGE_SYNONYMS = MappingProxyType(
     }
 )
 MOST_TOKENS = 1 << 14  # for check and verify: 8 GiB of logits in float64 over the World vocabulary
+factor = that(finite, bool, "would leave nothing of the change; give another number")
+picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
+MERGE = "merge_bone.py"
+MERGE_RULES = (
+    Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
+    Rule("--read_back", EXCLUDES, "--dry_run", "it reads the output, and that writes none"),
+)
+INSPECT_RULES = (Rule("--output", NEEDS, "--base_model", "it is a picture of the change from that", "name the base"),)
+CONVERT_RULES = (Rule("--lora_rank", NEEDS, "--to", "it is the rank of that form", "add --to lora"),)
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
 def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="merge_bone.py",
+        prog=MERGE,
+        rules=MERGE_RULES,
         synonyms=MERGE_SYNONYMS,
         values={(flag, value): called(value, ours) for flag, ours, values in QUANTS for value in values},
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
@@ -74,7 +83,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         choices=QUANTIZATIONS,
         help="quantization of the frozen weights in training (default: what the adapter says)",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
+    parser.add_argument("--scale", type=factor, default=1.0, help="multiplies the change, default 1.0")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)"
     )
@@ -91,10 +100,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
     )
-    args = parser.parse_args(argv)
-    if args.scale == 0 or not math.isfinite(args.scale):
-        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
-    return args
+    return parser.parse_args(argv)
 
 
 def check_flags(argv: list[str]) -> argparse.Namespace:
@@ -117,16 +123,9 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--any_base", action="store_true", help="do not compare the base with the one that the adapter names"
     )
-    parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
-    args = parser.parse_args(argv)
-    check_tokens(args.tokens)
-    return args
-
-
-def check_tokens(tokens: int) -> None:
-    """Raise UserError for a sequence length below 1 or above MOST_TOKENS, because all of its logits are kept."""
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise UserError(f"--tokens {short(str(tokens))}: from 1 to {MOST_TOKENS:,} are compared")
+    length = "length of the random token sequence (default 64)"
+    parser.add_argument("--tokens", type=up_to(MOST_TOKENS, positive), default=64, help=length)
+    return parser.parse_args(argv)
 
 
 def verify_flags(argv: list[str]) -> argparse.Namespace:
@@ -138,7 +137,8 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="the .pth to verify")
     parser.add_argument("--state", metavar="FILE", help="its time states, if in another file")
     parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
-    parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
+    length = "length of the sequence (default 50)"
+    parser.add_argument("--tokens", type=up_to(MOST_TOKENS, positive), default=50, help=length)
     parser.add_argument(
         "--gguf_types",
         nargs="*",
@@ -146,33 +146,28 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         default=["f32", "f16"],
         help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
     )
-    args = parser.parse_args(argv)
-    check_tokens(args.tokens)
-    return args
+    return parser.parse_args(argv)
 
 
 def inspect_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft inspect",
+        rules=INSPECT_RULES,
         description="Describe a file or folder: a model, merged or not, an adapter, states; ours or another tool's.",
     )
     parser.add_argument("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
     parser.add_argument(
         "--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model"
     )
-    parser.add_argument("--output", metavar="PNG", help="with --base_model: draw that, too")
+    parser.add_argument("--output", type=picture, metavar="PNG", help="draw that, too")
     add_source_flags(parser)
-    args = parser.parse_args(argv)
-    if args.output and not args.base_model:
-        raise UserError(f"--output {args.output} is a picture of the change from --base_model; name the base")
-    if args.output and not args.output.endswith(".png"):
-        raise UserError(f"--output {args.output} does not end in .png; give a name such as heat.png")
-    return args
+    return parser.parse_args(argv)
 
 
 def convert_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft convert",
+        rules=CONVERT_RULES,
         description="Convert models, states and adapters to and from the formats of other tools. The names of input "
         "and output choose the formats.",
     )
@@ -214,7 +209,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         type=positive,
         default=0,
         metavar="N",
-        help="--to lora: rank of a form that is not exact (default twice the adapter's)",
+        help="rank of a form that is not exact (default twice the adapter's)",
     )
     add_source_flags(parser)
     parser.add_argument(
@@ -222,7 +217,4 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         metavar="PTH",
         help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
     )
-    args = parser.parse_args(argv)
-    if args.lora_rank and not args.to:
-        raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
-    return args
+    return parser.parse_args(argv)

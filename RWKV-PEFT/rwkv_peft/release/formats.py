@@ -19,7 +19,6 @@ from ..files.pth_writer import TensorSpec, write_pth
 from ..files.readable import choice_in
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..files.settings_file import read_settings
-from ..files.state_file import swapped_states
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
@@ -46,19 +45,19 @@ class Format(NamedTuple):
     """One file format: its names, its reader and its writers.
 
     endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
-    read(path) -> {official key: tensor}; write_model(path, base, wanted) and write_states(path, tensors, dtype) write,
-    and the latter is None if the format has no place for states. loaded_by says for people what loads such a model;
-    dtype is a model's default (None: each tensor keeps its own); vocabulary is True if it holds a tokenizer;
-    states_in_model is True if its loaders may look for time states in a model's file.
+    read(path) -> {official key: tensor}; write_model(path, base, wanted) writes. loaded_by says for people what loads
+    such a model; dtype is a model's default (None: each tensor keeps its own); vocabulary is True if it holds a
+    tokenizer; states is True if time states alone may be written in it (state_file.py), states_in_model if its loaders
+    may look for them in a model's file.
     """
 
     endings: tuple[str, ...]
     read: Callable[[Path], dict[str, torch.Tensor]]
     write_model: Callable[[Path, Base, Wanted], None]
-    write_states: Callable[[Path, dict[str, torch.Tensor], torch.dtype | None], None] | None
     loaded_by: str
     dtype: torch.dtype | None = None
     vocabulary: bool = False
+    states: bool = False
     states_in_model: bool = False
     files: Callable[[Path], list[Path]] = lambda path: [path]
 
@@ -85,16 +84,8 @@ def write_web(path: Path, base: Base, wanted: Wanted) -> None:
     _write(path, write_safetensors, tensors, wanted.dtype)
 
 
-def write_web_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    _write(path, write_safetensors, swapped_states(tensors), dtype)
-
-
 def write_official(path: Path, base: Base, wanted: Wanted) -> None:
     _write(path, write_pth, base.tensors, wanted.dtype)
-
-
-def write_official_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    _write(path, write_pth, tensors, dtype)
 
 
 def read_gguf(path: Path) -> NoReturn:
@@ -167,24 +158,23 @@ FORMATS = (
         (".pth",),
         read_tensors,
         write_official,
-        write_official_states,
         "rwkv, RWKV-Runner and ChatRWKV load it",
+        states=True,
         states_in_model=True,
     ),
     Format(
         (".safetensors",),
         read_web,
         write_web,
-        write_web_states,
         "it has the names of web-rwkv and Ai00, which need float16 (.st, or --dtype fp16)",
+        states=True,
     ),
-    Format((".st", ".state"), read_web, write_web, write_web_states, "web-rwkv and Ai00 load it", torch.float16),
-    Format((".gguf",), read_gguf, write_llama_cpp, None, "llama.cpp loads it", vocabulary=True),
+    Format((".st", ".state"), read_web, write_web, "web-rwkv and Ai00 load it", torch.float16, states=True),
+    Format((".gguf",), read_gguf, write_llama_cpp, "llama.cpp loads it", vocabulary=True),
     Format(
         ("",),
         read_hf_model,
         write_hf_folder,
-        None,
         HF_LOADER,
         vocabulary=True,
         files=lambda path: [path / name for name in HF_FILES],
@@ -208,14 +198,14 @@ def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtyp
 
 
 def _fill(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Write tensors in place with write_pth or write_safetensors, cast to a dtype (None: each keeps its own). Raises
-    UserError if a value is not finite after the cast."""
+    """Write tensors in place with write_pth or write_safetensors, cast to a dtype. Raises UserError as `cast` does."""
+    writer(path, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast(tensors, dtype))
 
-    def cast() -> Iterator[tuple[str, torch.Tensor]]:
-        for key, tensor in tensors.items():
-            result = tensor.to(dtype or tensor.dtype)
-            if not all_finite(result):
-                raise UserError(f"{key} holds NaN, Inf or values beyond {result.dtype}; choose another --dtype")
-            yield key, result
 
-    writer(path, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast())
+def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (key, tensor in a dtype), or in its own for None. Raises UserError for a value that is not finite then."""
+    for key, tensor in tensors.items():
+        result = tensor.to(dtype or tensor.dtype)
+        if not all_finite(result):
+            raise UserError(f"{key} holds NaN, Inf or values beyond {result.dtype}; choose another --dtype")
+        yield key, result

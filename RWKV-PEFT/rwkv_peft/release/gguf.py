@@ -43,7 +43,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
     with closing(gguf.GGUFWriter(str(path), family.gguf_architecture)) as writer:
         for name, value in family.gguf_settings(config):
             getattr(writer, name)(value)
-        writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
         _write_vocabulary(writer, vocabulary)
         types = {name: _type_of(gguf, shape, kind if large else "f32") for name, shape, _, large in plan}
         for name, shape, _, _ in plan:
@@ -59,7 +59,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
-    scale of 1. Raises UserError if the gguf package is missing."""
+    scale of 1."""
     if not family.gguf_architecture:
         raise family.formless("GGUF")
     gguf = import_gguf()
@@ -90,10 +90,6 @@ def _type_of(gguf: ModuleType, shape: Sequence[int], kind: str) -> Any:
     if kind == "q8_0" and shape[-1] % Q8_RUN:
         kind = "f16"
     return gguf.GGMLQuantizationType[kind.upper()]
-
-
-def _file_type(kind: str) -> str:
-    return "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
 
 
 def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:

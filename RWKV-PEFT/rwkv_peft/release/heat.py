@@ -31,8 +31,7 @@ class Heat:
 
 def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]:
     """Compute {key: |W' - W| / |W|} for the tensors of a Base that a merged model, or an adapter, called `name`
-    changes. Time states that only one of two models holds count as zeros in the other. Raises UserError if the two do
-    not belong together."""
+    changes. Time states that only one of two models holds count as zeros in the other."""
     if isinstance(other, Adapter):
         check_fingerprints(base, [(name, other)])
         reports: list[TensorReport] = []

@@ -16,8 +16,7 @@ from .heat import changes_of, heat_of, text_of
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0. Raises UserError for a file that cannot be read or does not belong to its
-    base."""
+    """Run the command: argv -> exit code 0."""
     args = inspect_flags(argv)
     contents = contents_of(source_of(args, args.file))
     if args.output:

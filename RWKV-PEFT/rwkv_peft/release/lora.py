@@ -118,7 +118,7 @@ def rounding_of(
     adapter: Adapter, factors: Mapping[str, Params], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, float] | None:
     """Compute LoraForm.rounding for an Adapter whose method takes its first factors out of the weight; factors are the
-    LoRA's by module. Raises UserError if the base does not fit."""
+    LoRA's by module."""
     metadata, errors = adapter.metadata, {}
     if base is None:
         return {} if metadata.base_dtype() == torch.float32 else None
@@ -138,8 +138,7 @@ def rounding_of(
 def layer_shape(
     method: Method, module: str, params: Params, base: Mapping[str, torch.Tensor] | None
 ) -> tuple[int, int]:
-    """Return (out, in) of a layer from LoRA's own tensors, else from the base. Raises UserError if the base is needed
-    and missing, or does not fit."""
+    """Return (out, in) of a layer from LoRA's own tensors, else from the base."""
     if "lora_A" in params:
         A, B = params["lora_A"], params["lora_B"]
         if A.dim() != 2 or B.dim() != 2:
@@ -148,14 +147,7 @@ def layer_shape(
                 "two matrices; copy the file again"
             )
         return B.shape[0], A.shape[1]
-    weight = None if base is None else base.get(f"{module}.weight")
-    if weight is None:
-        raise UserError(
-            f"{method.label} as LoRA depends on the layers' weights"
-            + (f", and the base has no {module}.weight" if base is not None else "")
-            + "; give --base_model, the model that it was trained on"
-        )
-    own = method.parameters[0]
+    weight, own = weight_of(method, module, base), method.parameters[0]
     if due_shapes(method, params, (weight.shape[0], weight.shape[1]))[own] != params[own].shape:
         raise UserError(
             f"{module}: the adapter does not fit the base's weight {tuple(weight.shape)}; give --base_model, the model "
@@ -164,15 +156,24 @@ def layer_shape(
     return weight.shape[0], weight.shape[1]
 
 
+def weight_of(method: Method, module: str, base: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    """The base's weight of a layer. Raises UserError if there is none."""
+    weight = None if base is None else base.get(f"{module}.weight")
+    if weight is None:
+        raise UserError(
+            f"{method.label} as LoRA depends on the layers' weights"
+            + (f", and the base has no {module}.weight" if base is not None else "")
+            + "; give --base_model, the model that it was trained on"
+        )
+    return weight
+
+
 def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
     """Compute W' - W of a layer in float32, from the weight that the training had. Raises UserError without a base."""
-    metadata, key = adapter.metadata, f"{module}.weight"
-    if base is None or key not in base or metadata.method is None:
-        raise UserError(
-            f"{metadata.variant} as LoRA depends on the layers' weights; give --base_model, the model that it was "
-            "trained on"
-        )
-    weight = base[key].to(metadata.base_dtype() or base[key].dtype)
+    metadata = adapter.metadata
+    assert metadata.method is not None  # because it adapts layers
+    weight = weight_of(metadata.method, module, base)
+    weight = weight.to(metadata.base_dtype() or weight.dtype)
     weight = roundtrip(weight, metadata.quant) if metadata.quant != "none" else weight.float()
     return metadata.method.change.delta(weight, params, metadata.scale)
 

@@ -36,7 +36,7 @@ class MergeOptions:
 
     scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant overrides the
     adapter's record of how the frozen weights were quantized (None: as recorded); unmerge takes the adapters off
-    again, last first; device is where the arithmetic runs.
+    again, last first; device is that of the arithmetic.
     """
 
     scale: float = 1.0
@@ -118,8 +118,8 @@ class Merge:
             self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
         for module, params in adapter.modules().items():
             key = f"{module}.weight"
+            assert metadata.method is not None  # the readers refuse tensors of no method
             check_params(f"{name}: {module}", metadata.method, params, shapes[key])
-            assert metadata.method is not None  # check_params refuses tensors of none
             params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
             changes = self.changes.setdefault(key, [])
             # a file that names no precision was trained in the base's own dtype; after an adapter nothing is rounded
@@ -274,11 +274,6 @@ def check_fingerprints(base: Base, adapters: Adapters) -> None:
     for position, (name, adapter) in enumerate(adapters):
         check_depth(name, adapter, base)
         wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
-        if not wanted or wanted == base.fingerprint:
-            continue
-        if before and wanted in fingerprints_merged(base, before):
-            continue
-        raise UserError(
-            f"{name} was trained on another base: {adapter.metadata.base_words}; {base.path} has the fingerprint "
-            f"{base.fingerprint}; find the base it was trained on, or force it with --any_base"
-        )
+        if not before or wanted in ("", base.fingerprint) or wanted not in fingerprints_merged(base, before):
+            remedy = "find the base it was trained on, or force it with --any_base"
+            adapter.metadata.require_base(name, base, remedy)

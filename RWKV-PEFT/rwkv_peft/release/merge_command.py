@@ -29,7 +29,7 @@ from ..names import NONE
 from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
-from .states import check_separate, check_written, diverted, note_inside, without_states
+from .states import check_separate, check_written, diverted, note_inside
 
 # RWKV-PEFT's --type -> the variants of it in files' metadata
 TYPES = MappingProxyType(
@@ -44,8 +44,7 @@ TYPES = MappingProxyType(
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0. Raises UserError if something cannot be merged, before the output is
-    touched."""
+    """Run the command: argv -> exit code 0."""
     args = merge_flags(argv)
     args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
@@ -72,10 +71,11 @@ def main(argv: list[str]) -> int:
         for _ in outputs:
             pass
     else:
-        check_space(args.output, merge.specs)
         specs = merge.specs
+        require_room("--output", args.output, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()))
         if args.state_output:
-            specs, outputs = without_states(specs), diverted(outputs, states)
+            specs = {key: spec for key, spec in specs.items() if not is_time_state(key)}
+            outputs = diverted(outputs, states)
         with atomic_write(args.output) as temporary:
             write_pth(temporary, specs, outputs)
             if args.state_output:
@@ -104,8 +104,8 @@ def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> Non
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Raise UserError if an adapter is given twice, if --read_back goes with --dry_run, or if the output is missing
-    from the flags, is no .pth, is one of the inputs by any name or link, or cannot be written."""
+    """Raise UserError if an adapter is given twice, or if the output is no .pth, is one of the inputs by any name or
+    link, or cannot be written."""
     for position, path in enumerate(args.adapters):
         if any(same_file(path, other) for other in args.adapters[:position]):
             raise UserError(
@@ -113,11 +113,7 @@ def check_files(args: argparse.Namespace) -> None:
                 "(--scale 2 doubles a change)"
             )
     if args.dry_run:
-        if args.read_back:
-            raise UserError("--read_back reads the output, and --dry_run writes none; drop one of the two")
         return
-    if args.output is None:
-        raise UserError("--output is missing: name the merged .pth, or give --dry_run")
     if Path(args.output).suffix != ".pth":
         raise UserError(
             f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
@@ -130,11 +126,6 @@ def inputs_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The (flag, path) pairs of the files that are read."""
     inputs = [("--base_model", args.base_model), ("--lora_init", args.lora_init)]
     return inputs + [("--bone_checkpoint", path) for path in args.adapters]
-
-
-def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Raise UserError, before any work, if the disk has no room for the output."""
-    require_room("--output", output, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()))
 
 
 def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None:
@@ -176,7 +167,8 @@ def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpe
         layers.setdefault(number, {})[".".join(rest).removesuffix(".weight")] = report
     if not reports:
         return
-    matrices = {key.split(".", 2)[2].removesuffix(".weight") for key, spec in specs.items() if _is_matrix(key, spec)}
+    linear = (key for key, spec in specs.items() if key.endswith(".weight") and len(spec.shape) == 2)
+    matrices = {key.split(".", 2)[2].removesuffix(".weight") for key in linear if key.startswith("blocks.")}
     columns = [name for name in dict.fromkeys(name for row in layers.values() for name in row) if name in matrices]
     worst = max(reports, key=lambda report: report.lost)
     has_others = any(name not in columns for row in layers.values() for name in row)
@@ -231,14 +223,8 @@ def percent(share: float) -> str:
     return f"{value:.2g}" if value < 10 or value >= 1e5 else f"{value:.0f}"
 
 
-def _is_matrix(key: str, spec: TensorSpec) -> bool:
-    """Tell whether a tensor is the weight of a linear layer of a block."""
-    return key.startswith("blocks.") and key.endswith(".weight") and len(spec.shape) == 2
-
-
 def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Compare the file on disk, which has the tensors of specs, with a second computation. Raises UserError if they
-    differ."""
+    """Compare the file on disk, which has the tensors of specs, with a second computation."""
     written = stream_tensors(output)
     due = (band for band in merge.bands(stream_tensors(base)) if band[0] in specs)
     for key, bands in groupby(due, lambda band: band[0]):

@@ -12,8 +12,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.adapter_folder import read_config, read_folder_tensors, replacing
-from ..files.pth_writer import TensorSpec
-from ..files.safetensors_file import write_safetensors
+from ..files.safetensors_file import save_safetensors
 
 OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})
 
@@ -41,7 +40,7 @@ def rename_folder(source: Path, target: Path) -> str:
         config.pop("mini_r", None)
     config, tensors = (renamed(settings, kind.lower(), OTHER[kind].lower()) for settings in (config, tensors))
     with replacing(target) as (settings, weights):
-        write_safetensors(weights, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
+        save_safetensors(weights, tensors)
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return f"{target}: {OTHER[kind]} of {kind}, {len(tensors)} tensors; Hugging Face peft loads it"
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
-from .rwkv_package import rwkv_model
+from .rwkv_package import logits_of, rwkv_model
 
 NOT_LOOKED_FOR = (
     "time states: the rwkv package does not look for them in an {} file; here they are put into its list of states, as "
@@ -51,25 +52,11 @@ class Runtime(NamedTuple):
         return importlib.metadata.version(self.package)
 
 
-def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask the `rwkv` package, all tokens in one call."""
+def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: str = "sequence") -> torch.Tensor:
+    """Ask the `rwkv` package; mode is that of logits_of."""
     if config.version != "x060":
-        return rwkv_elsewhere(path, tokens, "sequence")
-    model = rwkv_model(path, config.version)
-    with torch.inference_mode():
-        return model.forward(tokens.tolist(), None, full_output=True)[0].float()
-
-
-def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask the `rwkv` package, one token at a time."""
-    if config.version != "x060":
-        return rwkv_elsewhere(path, tokens, "tokens")
-    model, state, rows = rwkv_model(path, config.version), None, []
-    with torch.inference_mode():
-        for token in tokens.tolist():
-            logits, state = model.forward([token], state)
-            rows.append(logits.float().clone())
-    return torch.stack(rows)
+        return rwkv_elsewhere(path, tokens, mode)
+    return logits_of(rwkv_model(path, config.version), tokens.tolist(), None, mode)
 
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
@@ -145,11 +132,12 @@ def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Te
 
 def refused_by_others(config: ModelConfig) -> str:
     """Say why `rwkv` and llama.cpp cannot take a model, or ""."""
-    return "" if config.version in ("x060", "x070") else "takes RWKV-6 and RWKV-7 alone"
+    return "" if config.version in ("x060", "x070") else "takes only RWKV-6 and RWKV-7"
 
 
 def all_runtimes() -> tuple[Runtime, ...]:
     """All runtimes, installed or not, in the order of the table."""
+    rwkv_tokens = partial(rwkv_sequence, mode="tokens")
     return (
         Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_others),
         Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, refused_by_others),

@@ -10,12 +10,11 @@ import sys
 
 import torch
 
-from .rwkv_package import rwkv_model
+from .rwkv_package import logits_of, rwkv_model
 
 
 def main(model_path: str, tokens_path: str, output_path: str, mode: str) -> None:
-    """Write the logits (T, V) float32 of tokens (T,) int64; mode is "sequence" (one call) or "tokens" (one at a
-    time)."""
+    """Write the logits (T, V) float32 of tokens (T,) int64; mode is that of logits_of."""
     tokens = torch.load(tokens_path, weights_only=True).tolist()
     model = rwkv_model(model_path, "x070")
     tensors = torch.load(model_path, weights_only=True, mmap=True)
@@ -24,16 +23,7 @@ def main(model_path: str, tokens_path: str, output_path: str, mode: str) -> None
         tuned = tensors.get(f"blocks.{layer}.att.time_state")
         if tuned is not None:
             state[3 * layer + 1] = tuned.float().clone()  # (H, N value, N key), the package's layout too
-    with torch.inference_mode():
-        if mode == "sequence":
-            logits = model.forward(tokens, state, full_output=True)[0].float()
-        else:
-            rows = []
-            for token in tokens:
-                row, state = model.forward([token], state)
-                rows.append(row.float().clone())
-            logits = torch.stack(rows)
-    torch.save(logits.view(len(tokens), -1), output_path)
+    torch.save(logits_of(model, tokens, state, mode), output_path)
 
 
 if __name__ == "__main__":

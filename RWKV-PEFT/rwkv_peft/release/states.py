@@ -8,7 +8,6 @@ import torch
 from ..errors import UserError
 from ..files.atomic import check_output, same_file
 from ..files.base import Base
-from ..files.pth_writer import TensorSpec
 from ..files.state_file import check_state_output, read_states
 from ..models.state import is_time_state
 from .merge import Merge
@@ -30,11 +29,6 @@ def check_separate(
             f"--state_output {path}: time states are all that the adapters change, so that --output would be the base; "
             "make a file of the states with `rwkv-peft convert`"
         )
-
-
-def without_states(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The specs without those of time states."""
-    return {key: spec for key, spec in specs.items() if not is_time_state(key)}
 
 
 def diverted(

@@ -16,7 +16,7 @@ from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
 from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base
-from ..files.pth_writer import TensorSpec, write_pth
+from ..files.pth_writer import save_pth
 from ..files.state_file import read_states
 from ..models.state import is_time_state
 from .flags import verify_flags
@@ -48,8 +48,7 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; return 0, or 1 if a runtime disagrees or breaks. Raises UserError for an unusable file, and if
-    no runtime was asked."""
+    """Print the table; return 0, or 1 if a runtime disagrees or breaks."""
     args = verify_flags(argv)
     model = open_base(args.model)
     if args.base:
@@ -122,8 +121,7 @@ def written(folder: Path, form: str, model: Base) -> Path:
     if path.exists():
         return path
     if form == "fp32":
-        specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
-        write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
+        save_pth(path, model.tensors, dict.fromkeys(model.tensors, torch.float32))
     else:
         # any vocabulary will do, because the runtime is given token ids
         write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))

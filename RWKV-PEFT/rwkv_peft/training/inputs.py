@@ -8,19 +8,20 @@ from typing import Any
 
 from ..config import RunConfig, TrainConfig
 from ..data.folders import held_out_split
-from ..data.mask_kinds import default_mask
+from ..data.prefix import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
 from ..files.base import Base
+from ..names import METRICS
 from .flags.epochs import with_chosen_epochs
 from .flags.rates import with_first_rates
 from .flags.request import Request
 from .measuring.validate import RETAINED, VALIDATION
-from .saving.history import Lowest
+from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, lowest_before, other_retained, validated_from
+from .saving.resume import find_state, other_retained, validated_from
 from .saving.saved_files import require_files
 from .step.plan import Plan
 
@@ -57,7 +58,7 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "objective": train.objective,
+        "objective": config.objective.name,
         "precision": train.precision,
         "validation": validation,
         "retained": retained,
@@ -69,20 +70,14 @@ def find_inputs(request: Request) -> Inputs:
     if state:
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
-    config = with_tokenizer(replace(config, train=train), samples)
+    config = replace(config, train=train)
+    if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
+        name = samples.vocabulary.name if samples.vocabulary else ""
+        config = replace(config, data=replace(config.data, tokenizer=name))
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
-    lowest = lowest_before(train, plan, identity["validated_from"])
+    lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
     return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
-
-
-def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
-    """Return the RunConfig with the recorded tokenizer of token files that were made before, "" if none is recorded;
-    data of rows keeps its tokenizer."""
-    if config.data.of_rows:
-        return config
-    name = samples.vocabulary.name if samples.vocabulary else ""
-    return replace(config, data=replace(config.data, tokenizer=name))
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
@@ -98,7 +93,7 @@ def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Ma
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     """Find (training samples, {VALIDATION and RETAINED, if flags name them: samples whose loss is measured}). Notes on
-    all join those of the training samples. Raises UserError if their tokenizers differ."""
+    all join those of the training samples."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
@@ -114,6 +109,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
         named = f"{train.val_data}, split {split}" if split else train.val_data
         samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
+        samples.notes += [f"--val_data {train.val_data}: {note}" for note in held_out.row_notes]
         if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
             samples.notes.append(
                 f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
@@ -126,11 +122,6 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
-    for flag, path, name in (
-        ("--val_data", train.val_data, VALIDATION),
-        ("--retain_data", train.retain_data, RETAINED),
-    ):
-        if path:
-            samples.notes += [f"{flag} {path}: {note}" for note in measured[name].row_notes]
+        samples.notes += [f"--retain_data {other.path}: {note}" for note in kept.row_notes]
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured

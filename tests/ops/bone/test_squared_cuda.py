@@ -13,27 +13,27 @@ SIZES = [(1, 48, 32, 16), (71, 7 * 32, 64, 32), (130, 5 * 64, 64, 64), (33, 64, 
 
 
 def case(sizes, spread=1):
-    """x, bone, g, dz and left (T, r), in bfloat16; some x + left are 0."""
+    """x, bone, g, dz and deferred (T, r), in bfloat16; some x + deferred are 0."""
     tokens, _, _, rank = sizes
     _, (x, *others) = tensors(sizes, torch.bfloat16, spread)
-    left = torch.randn(tokens, rank, generator=torch.Generator().manual_seed(5)).bfloat16()
-    x[:, :rank:3] = -left[:, ::3]
-    return x, *others, left
+    deferred = torch.randn(tokens, rank, generator=torch.Generator().manual_seed(5)).bfloat16()
+    x[:, :rank:3] = -deferred[:, ::3]
+    return x, *others, deferred
 
 
-def squared(x, bone, g, dz, left):
-    """z, shift, dx, the gradient of bone, and that of left."""
-    rank = left.shape[1]
-    positive = torch.relu(x + left.repeat(1, x.shape[1] // rank))
+def squared(x, bone, g, dz, deferred):
+    """z, shift, dx, the gradient of bone, and that of deferred."""
+    rank = deferred.shape[1]
+    positive = torch.relu(x + deferred.repeat(1, x.shape[1] // rank))
     z, shift, ds, d_bone = plain(positive.square(), bone, g, dz)
     dx = 2 * positive * ds
     return z, shift, dx, d_bone, dx.unflatten(1, (-1, rank)).sum(1)
 
 
-def ours(x, bone, g, dz, left):
-    dx, (z, shift) = dz.clone(), bone_ops.affine(x, bone, FACTOR, left)
-    d_bone = bone_ops.affine_backward_(dx, g, x, bone, FACTOR, left)
-    return z, shift.sum(0), dx, d_bone, bone_ops.shard_sum(dx, left.shape[1])
+def ours(x, bone, g, dz, deferred):
+    dx, (z, shift) = dz.clone(), bone_ops.affine(x, bone, FACTOR, deferred)
+    d_bone = bone_ops.affine_backward_(dx, g, x, bone, FACTOR, deferred)
+    return z, shift.sum(0), dx, d_bone, bone_ops.shard_sum(dx, deferred.shape[1])
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -54,11 +54,11 @@ def test_a_rank_without_such_kernels_squares_apart(kernels, launched, sizes):
 
 
 def test_what_is_not_positive_has_no_gradient_and_nan_stays(kernels):
-    x, bone, g, dz, left = case((70, 128, 64, 64))
-    z, _, dx, d_bone, _ = ours(-x.abs() - 9, bone, g, dz, left)
+    x, bone, g, dz, deferred = case((70, 128, 64, 64))
+    z, _, dx, d_bone, _ = ours(-x.abs() - 9, bone, g, dz, deferred)
     assert not z.any() and not dx.any() and not d_bone.any()
     x[3, 5] = float("nan")
-    z, _, dx, _, _ = ours(x, bone, g, dz, left)
+    z, _, dx, _, _ = ours(x, bone, g, dz, deferred)
     assert z[3, :64].isnan().all() and dx[3, 5].isnan() and not z[3, 64:].isnan().any() and not z[4:].isnan().any()
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from rwkv_peft.ops.mix import cpu
+from rwkv_peft.ops.mix import cpu, norm_bonus_gate
 
 HEADS = [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)]
 KERNELS = (*"Lerp NormGate SigmoidGate ReluSquare".split(), *"DeltaKeys ValueResidual NormBonusGate".split())
@@ -57,3 +57,8 @@ def reads_inputs(B, T, H, N):
     y, r, k, v = (randn(B, T, H, N, seed=seed) + 0.5 for seed in range(4))
     weight, bias = randn(H * N, seed=6), randn(H * N, seed=7)
     return [y, r, k, v, randn(B, T, H * N, seed=4), randn(H, N, seed=5), weight, bias]
+
+
+def bonus_gate(*inputs):
+    """norm_bonus_gate of reads_inputs."""
+    return norm_bonus_gate(*inputs[:5], inputs[5:], 64e-5)

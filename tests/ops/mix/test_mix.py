@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs, run
+from ops.mix.cases import HEADS, assert_as_accurate, bonus_gate, keys_inputs, low_rank, randn, reads_inputs, run
 from rwkv_peft.ops import mix
 from rwkv_peft.ops.mix import (
     cpu,
@@ -78,7 +78,7 @@ def test_keys_of_no_length_are_divided_by_the_least_one(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", HEADS)
 def test_norm_bonus_gate(shape, dtype, monkeypatch):
-    assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(*shape), dtype, monkeypatch)
+    assert_as_accurate(bonus_gate, reads_inputs(*shape), dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +96,7 @@ THREADED = {  # function, inputs, which results add up over all tokens
         (4, 6),
     ),
     "delta_keys": (delta_keys, keys_inputs(2, 150, 2, 64), (5, 6, 7)),
-    "norm_bonus_gate": (lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(2, 150, 2, 64), (6, 7, 8)),
+    "norm_bonus_gate": (bonus_gate, reads_inputs(2, 150, 2, 64), (6, 7, 8)),
     "value_residual": (value_residual, [randn(2, 150, 130)] * 3 + [randn(1, 1, 130)], (4,)),
 }
 
@@ -132,7 +132,7 @@ def portable(monkeypatch):
 def test_any_processor_computes_the_same(portable, monkeypatch):
     for dtype in DTYPES:
         assert_as_accurate(delta_keys, keys_inputs(2, 9, 3, 20), dtype, monkeypatch)
-        assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(2, 9, 3, 20), dtype, monkeypatch)
+        assert_as_accurate(bonus_gate, reads_inputs(2, 9, 3, 20), dtype, monkeypatch)
         inputs = [randn(2, 9, 33, seed=seed) for seed in range(3)] + [randn(1, 1, 33)]
         assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
         assert_as_accurate(lerp, [randn(2, 9, 33), None, randn(6, 33)], dtype, monkeypatch)
@@ -205,7 +205,7 @@ def test_gradcheck_of_the_plain_forms():
         lambda *x: norm_gate(*x, 1e-3), (double(1, 3, 2, 4), double(1, 3, 8), double(8), double(8))
     )
     leaves = [x.double().requires_grad_() for x in reads_inputs(1, 3, 2, 4)]
-    assert torch.autograd.gradcheck(lambda *x: norm_bonus_gate(*x, 1e-3), leaves)
+    assert torch.autograd.gradcheck(lambda *x: norm_bonus_gate(*x[:5], x[5:], 1e-3), leaves)
     assert torch.autograd.gradcheck(delta_keys, [x.double().requires_grad_() for x in keys_inputs(1, 3, 2, 4)])
     assert torch.autograd.gradcheck(
         value_residual, [double(1, 3, 4), double(1, 3, 4), double(1, 3, 4), double(1, 1, 4)]

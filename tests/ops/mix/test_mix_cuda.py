@@ -2,15 +2,17 @@
 gradient, packing and states; and under several orders of the threads."""
 
 import ctypes
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from cuda_shim import shim, toolchain
-from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs
+from ops.mix.cases import HEADS, assert_as_accurate, bonus_gate, keys_inputs, low_rank, randn, reads_inputs
 from ops.mix.cases import run as run_both
 from rwkv_peft.ops.mix import (
+    cpu,
     cuda,
     delta_keys,
     functions,
@@ -24,6 +26,7 @@ from rwkv_peft.ops.mix import (
     value_residual,
 )
 from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import family as native_family
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -91,7 +94,7 @@ def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
     inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
     assert_as_accurate(lambda *x: norm_gate(*x, 64e-5), inputs, dtype, monkeypatch)
     assert_as_accurate(delta_keys, keys_inputs(B, T, H, N), dtype, monkeypatch)
-    assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(B, T, H, N), dtype, monkeypatch)
+    assert_as_accurate(bonus_gate, reads_inputs(B, T, H, N), dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +147,7 @@ def test_nan_comes_through(kernels):
 @pytest.mark.parametrize("order", shim.ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     """With more tokens than one strip has, so that sums over strips are added up, too."""
-    function, inputs = (lambda *x: norm_bonus_gate(*x, 64e-5)), reads_inputs(1, 70, 2, 20)
+    function, inputs = bonus_gate, reads_inputs(1, 70, 2, 20)
     points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
     expected = [
         *run_both(function, inputs, torch.float32, False, monkeypatch),
@@ -160,18 +163,16 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
 
 def test_frozen_parameters_have_no_sums(kernels, monkeypatch):
     wanted = []
-    launch = cuda.launch
-    monkeypatch.setattr(cuda, "launch", lambda *rest, **sizes: (wanted.append(rest[4]), launch(*rest, **sizes)))
+    call = cpu.call
+    monkeypatch.setattr(cpu, "call", lambda *rest, **sizes: (wanted.append(rest[2]), call(*rest, **sizes)))
     y, r, k, v, g, *parameters = reads_inputs(1, 5, 2, 4)
-    norm_bonus_gate(y.requires_grad_(), r, k, v, g, *parameters, 64e-5).sum().backward()
+    norm_bonus_gate(y.requires_grad_(), r, k, v, g, parameters, 64e-5).sum().backward()
     assert y.grad is not None and all(wanted[-1][name] is None for name in ("gr_k", "gweight", "gbias"))
 
 
 def test_each_kernel_has_its_layout():
     source = (Path(cuda.__file__).parents[2] / "cuda" / cuda.FAMILY.source).read_text(encoding="utf-8")
-    assert [
-        line.split("(")[1].split(",")[0] for line in source.splitlines() if line.startswith("MIX_OPERATION(")
-    ] == list(cuda.LAYOUTS)
+    assert re.findall(r"^MIX_(?:OPERATION|FUSED)\((\w+),", source, re.MULTILINE) == list(cuda.LAYOUTS)
     for layout in {**cuda.LAYOUTS, **cuda.TILED}.values():
         sizes = [len(names) for names in layout]
         limits = [kind._length_ for _, kind in cuda.MixArguments._fields_ if issubclass(kind, ctypes.Array)]
@@ -183,7 +184,8 @@ def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     x = randn(70, 300)
     module = cuda.FAMILY.module(b"image")
-    cuda.launch(module, 7, "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=x.numel())
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    cuda.call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), module, tokens=70, channels=300)
     ((sizes, stream, arguments, extra),) = recorder.launches
     assert sizes == [3 * 3, 1, 1, recorder.constant, 1, 1, recorder.constant] and stream == 7 and extra is None
     assert (arguments.tokens, arguments.channels, arguments.size, arguments.strip) == (70, 300, 128, 32)

@@ -173,20 +173,6 @@ def test_a_step_at_a_time_equals_a_sequence(backend):
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
-def test_one_output_alone_can_be_differentiated(backend):
-    skip_unless_usable(backend)
-    inputs, _ = random_inputs(1, 20, 2, 32)
-    for output in (0, 1):
-        results = []
-        for name in ("reference", backend):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            wkv7(*leaves, backend=name)[output].sum().backward()
-            results.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
-        for one, two in zip(*results):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-
-
 def step_by_step(r, w, k, v, a, b, S, gy, gfinal):
     """One head's results in the order of NAMES, by the formulas: r w k v a b gy (T, N), S and gfinal (N, N)."""
     d = (-(-torch.tensor(0.5, dtype=r.dtype)).exp() * w.sigmoid()).exp()
@@ -217,17 +203,6 @@ def test_the_reference_is_the_formula():
     )
     for name, one, two in zip(NAMES, found, expected):
         torch.testing.assert_close(one.squeeze(), two, rtol=1e-12, atol=1e-12, msg=name)
-
-
-def test_gradcheck_of_the_reference():
-    inputs, _ = random_inputs(2, 3, 1, 4)
-    leaves = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend="reference"), leaves)
-    bounds = torch.tensor([0, 1, 3])
-    packed = [x[:1].detach().requires_grad_() for x in leaves[:6]] + leaves[6:]
-    assert torch.autograd.gradcheck(lambda *x: wkv7(*x, bounds, backend="reference"), packed)
-    few = [x[:1, :2, :1].detach().requires_grad_() for x in leaves[:6]]
-    assert torch.autograd.gradgradcheck(lambda *x: wkv7(*x, backend="reference"), few)
 
 
 @pytest.mark.parametrize("bounds", (None, (0, 1, 18, 300, 301, 333)))

@@ -10,7 +10,7 @@ from .model import RWKV6, TimeMix
 class RWKV6Family(Family[keys.RWKV6Config, RWKV6]):
     """RWKV-6 ("Finch", x060; Peng et al. 2024, arXiv 2404.05892)."""
 
-    name, version, sign = "RWKV-6", "x060", keys.SIGN
+    version, sign = keys.RWKV6Config.version, keys.SIGN
     targets, parts = keys.TARGETS, keys.PARTS
     rows_are_keys = TimeMix.rows_are_keys
     states_in_model = True

@@ -10,7 +10,7 @@ from .model import RWKV7, TimeMix
 class RWKV7Family(Family[keys.RWKV7Config, RWKV7]):
     """RWKV-7 ("Goose", x070; Peng et al. 2025, arXiv 2503.14456)."""
 
-    name, version, sign = "RWKV-7", "x070", keys.SIGN
+    version, sign = keys.RWKV7Config.version, keys.SIGN
     targets, parts = keys.TARGETS, keys.PARTS
     rows_are_keys = TimeMix.rows_are_keys
     states_in_model = False

@@ -27,7 +27,7 @@ class BonusNorm(nn.GroupNorm):
         self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor
     ) -> torch.Tensor:
         """y r k v (B, T, H, N), g (B, T, C), r_k (H, N) -> (B, T, C)."""
-        return norm_bonus_gate(y, r, k, v, g, r_k, self.weight, self.bias, self.eps)
+        return norm_bonus_gate(y, r, k, v, g, (r_k, self.weight, self.bias), self.eps)
 
 
 class TimeMix(Recurrent):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import aligned, stream
+from ..native.launch import aligned
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
@@ -34,33 +34,33 @@ class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile tiled total".split()),
+        *((name, ctypes.c_void_p) for name in "x bone deferred z shift d dx g parts tile tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
         ("factor", ctypes.c_float),
     ]
 
 
-def affine(x: Tensor, bone: Tensor, factor: float = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which `tiled` adds up. left (T, r) is as in op.affine, and needs `has_products`."""
+    (groups, T, r), which `tiled` adds up. deferred (T, r) is as in op.affine, and needs `has_products`."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    tensors = dict(x=x, bone=bone, left=_whole(left), z=z, shift=shift)
+    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), z=z, shift=shift)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
-    call(_affine_kernel("forward", x, rank, left), x, tensors, tiles * groups, **sizes)
+    call(_affine_kernel("forward", x, rank, deferred), x, tensors, tiles * groups, **sizes)
     return z, shift
 
 
 def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, left: Tensor | None = None
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None
 ) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
-    x (T, in) or None; bone (in/r, r, r); left (T, r) as in `affine`, or None -> the gradient of bone, summed in
+    x (T, in) or None; bone (in/r, r, r); deferred (T, r) as in `affine`, or None -> the gradient of bone, summed in
     float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
@@ -69,9 +69,9 @@ def affine_backward_(
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
-    tensors = dict(x=x, bone=bone, left=_whole(left), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
+    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
     sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
-    call(_affine_kernel("backward", dz, rank, left), dz, tensors, shards * strips, **sizes)
+    call(_affine_kernel("backward", dz, rank, deferred), dz, tensors, shards * strips, **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
@@ -116,30 +116,21 @@ def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
-def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
-    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
-    is one kernel for each; tensors and sizes by the names of BoneArguments. Does nothing for tensors without data."""
-    if like.is_meta:
-        return
-    with torch.cuda.device(like.device):
-        launch(FAMILY.kernels(like.device.index), stream(like), name, like, tensors, blocks, **sizes)
-
-
-def launch(
-    built: Kernels,
-    on: int | None,
+def call(
     name: str,
     like: Tensor,
     tensors: Mapping[str, Tensor | None],
     blocks: int,
+    kernels: Kernels | None = None,
+    /,
     **sizes: float,
 ) -> None:
-    """`call` with given kernels, on a given stream."""
+    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
+    is one kernel for each; tensors and sizes by the names of BoneArguments; kernels as in CudaFamily.run."""
     addresses = {key: None if x is None else x.data_ptr() for key, x in tensors.items()}
     arguments = BoneArguments(**addresses, **sizes, device=like.device.index or 0)
     kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
-    if blocks:
-        FAMILY.run(built, kernel, arguments, blocks, on)
+    FAMILY.run(kernel, arguments, like, blocks, kernels=kernels)
 
 
 def has_products(like: Tensor, rank: int) -> bool:
@@ -147,8 +138,8 @@ def has_products(like: Tensor, rank: int) -> bool:
     return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
 
 
-def _affine_kernel(way: str, like: Tensor, rank: int, left: Tensor | None) -> str:
-    if left is not None:
+def _affine_kernel(way: str, like: Tensor, rank: int, deferred: Tensor | None) -> str:
+    if deferred is not None:
         return f"squared_{way}_products_{rank}"
     return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
 
@@ -178,10 +169,10 @@ def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else aligned(x.contiguous())
 
 
-def _trial(built: Kernels, device: int) -> None:
+def _trial(kernels: Kernels, device: int) -> None:
     x = torch.zeros(1, 16, device=device)
     tensors = dict(x=x, total=torch.empty_like(x))
-    launch(built, stream(x), "shard_sum", x, tensors, 1, tokens=1, width=16, rank=16)
+    call("shard_sum", x, tensors, 1, kernels, tokens=1, width=16, rank=16)
 
 
 FAMILY = CudaFamily("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import stream
 
 KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 
@@ -38,28 +37,20 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
     return losses
 
 
-def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
-    """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
-    CrossEntropyArguments. Does nothing for tensors without data."""
-    if logits.is_meta:
-        return
-    with torch.cuda.device(logits.device):
-        launch(FAMILY.kernels(logits.device.index), stream(logits), logits, tensors, **numbers)
-
-
-def launch(
-    built: Kernels, on: int | None, logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float
+def call(
+    logits: Tensor, tensors: Mapping[str, Tensor | None], kernels: Kernels | None = None, **numbers: float
 ) -> None:
-    """`call` with given kernels, on a given stream."""
+    """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
+    CrossEntropyArguments, kernels as in CudaFamily.run."""
     addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
     arguments = CrossEntropyArguments(**addresses, **numbers, device=logits.device.index or 0)
-    FAMILY.run(built, f"cross_entropy_{DTYPES[logits.dtype]}", arguments, logits.shape[0], on)
+    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", arguments, logits, logits.shape[0], kernels=kernels)
 
 
-def _trial(built: Kernels, device: int) -> None:
+def _trial(kernels: Kernels, device: int) -> None:
     logits, targets = torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     tensors = dict(logits=logits, targets=targets, losses=logits.new_empty(1))
-    launch(built, stream(logits), logits, tensors, vocabulary=8, scale=1.0, pull=0.0)
+    call(logits, tensors, kernels, vocabulary=8, scale=1.0, pull=0.0)
 
 
 FAMILY = CudaFamily("cross_entropy", "cross_entropy/cross_entropy.cu", KERNELS, CrossEntropyArguments, _trial)

@@ -19,19 +19,19 @@ class LerpArguments(ctypes.Structure):
 
 
 class ReluSquareArguments(ctypes.Structure):
-    _fields_ = fields("x out grad gx", "count")
+    _fields_ = fields("x out grad gx", "tokens channels")
 
 
 class NormGateArguments(ctypes.Structure):
-    _fields_ = fields("y g weight bias out grad gy gg gweight gbias", "tokens heads size", "eps")
+    _fields_ = fields("y g weight bias out grad gy gg gweight gbias", "tokens channels size", "eps")
 
 
 class SigmoidGateArguments(ctypes.Structure):
-    _fields_ = fields("r v out grad gr gv", "count")
+    _fields_ = fields("r v out grad gr gv", "tokens channels")
 
 
 class DeltaKeysArguments(ctypes.Structure):
-    _fields_ = fields("k low a0 k_k k_a key a b gkey ga gb gk glow ga0 gk_k gk_a", "tokens heads size")
+    _fields_ = fields("k low a0 k_k k_a key a b gkey ga gb gk glow ga0 gk_k gk_a", "tokens channels size")
 
 
 class ValueResidualArguments(ctypes.Structure):
@@ -40,7 +40,7 @@ class ValueResidualArguments(ctypes.Structure):
 
 class NormBonusGateArguments(ctypes.Structure):
     _fields_ = fields(
-        "y r k v g r_k weight bias out grad gy gr gk gv gg gr_k gweight gbias", "tokens heads size", "eps"
+        "y r k v g r_k weight bias out grad gy gr gk gv gg gr_k gweight gbias", "tokens channels size", "eps"
     )
 
 

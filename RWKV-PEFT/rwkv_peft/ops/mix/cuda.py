@@ -9,7 +9,6 @@ import torch
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import stream
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
 MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
@@ -47,8 +46,6 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
         "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
-        "tanh_forward": _layout("parts", "out"),
-        "tanh_backward": _layout("x parts", "gx"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
         "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
         "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
@@ -57,6 +54,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "norm_bonus_gate_backward": _layout(
             "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
         ),
+        "tanh_forward": _layout("parts", "out"),
+        "tanh_backward": _layout("x parts", "gx"),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
     }
@@ -70,13 +69,17 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "norm_lerp_backward": _layout(f"x grad passed stats gends {_GRADS}", "gx", "weight maa"),
     }
 )
-KERNELS = (
-    *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
-    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_low") for rank in LOW_RANKS),
-    *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
-)
+FUSED = ("tanh", "bonus_gate", "norm_lerp")  # operations of fused blocks alone, which are bfloat16
 
 
+def _kernels(name: str) -> list[str]:
+    """The names of an operation's kernels."""
+    if name.startswith("lerp_low"):
+        return [f"mix_{name}_{rank}" for rank in LOW_RANKS]
+    return [f"mix_{name}_{dtype}" for dtype in DTYPES.values() if dtype == "bfloat16" or not name.startswith(FUSED)]
+
+
+KERNELS = tuple(kernel for name in (*LAYOUTS, *TILED) for kernel in _kernels(name))
 _NUMBERS = "channels size strip n length sequences"
 
 
@@ -96,73 +99,65 @@ class MixArguments(ctypes.Structure):
     ]
 
 
-def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), sizes as
-    in `launch` or `launch_tiled`."""
-    index = like.device.index
-    with torch.cuda.device(index):
-        enqueue = launch_tiled if name in TILED else launch
-        enqueue(FAMILY.kernels(index), stream(like), name, like, tensors, **sizes)
-
-
-def launch(
-    built: Kernels,
-    on: int | None,
+def call(
     name: str,
     like: torch.Tensor,
     tensors: Mapping[str, torch.Tensor | None],
-    tokens: int = 0,
-    channels: int = 0,
-    heads: int = 0,
+    kernels: Kernels | None = None,
+    **sizes: Any,
+) -> None:
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
+    as in CudaFamily.run, sizes as in _run_strips or _run_tiles."""
+    (_run_tiles if name in TILED else _run_strips)(kernels, name, like, tensors, **sizes)
+
+
+def _run_strips(
+    kernels: Kernels | None,
+    name: str,
+    like: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor | None],
+    tokens: int,
+    channels: int,
     size: int = MOST_SIZE,
-    count: int = 0,
     **others: Any,
 ) -> None:
-    """`call` with given kernels, on a given stream. The work is `tokens` of `channels`, or of `heads` of `size`
-    channels; for elementwise operations, `count` elements in rows as long as `like`'s. others: further fields of
-    MixArguments; tensors become addresses."""
+    """Run an operation of LAYOUTS on `tokens` of `channels`, whose groups are of `size`, such as a head's. others:
+    further fields of MixArguments; tensors become addresses."""
     layout = LAYOUTS[name]
-    if count:
-        channels = like.shape[-1]
-        tokens = count // channels
-    channels = heads * size if heads else channels
     strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
     strips, groups = -(-tokens // strip), -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     partial = [None if x is None else like.new_empty(strips, channels, dtype=torch.float32) for x in wanted]
     arguments = _arguments(layout, like, tensors, partial, **others)
     arguments.tokens, arguments.channels, arguments.size, arguments.strip = tokens, channels, size, strip
-    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
+    FAMILY.run(f"mix_{name}_{DTYPES[like.dtype]}", arguments, like, strips * groups, kernels=kernels)
     for target, part in zip(wanted, partial):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))
 
 
-def launch_tiled(
-    built: Kernels,
-    on: int | None,
+def _run_tiles(
+    kernels: Kernels | None,
     name: str,
     like: torch.Tensor,
     tensors: Mapping[str, torch.Tensor | None],
     tokens: int,
     channels: int,
-    rank: int = 0,
     size: int = 0,
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """`launch` for an operation of TILED. rank: that of a low-rank product, whose blocks take `size` channels, or 0 for
-    a norm, whose blocks take `strip` tokens."""
+    """Run an operation of TILED: the blocks of a low-rank product take `size` channels, those of a norm `strip`
+    tokens."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
-    arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
-    if rank:
+    arguments.tokens, arguments.channels = tokens, channels
+    up = tensors.get("up")
+    if up is not None:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
-        blocks = -(-tokens // tile) * -(-channels // size)
-        return FAMILY.run(built, f"mix_{name}_{rank}", arguments, blocks, on)
-    widest = 16 // like.element_size()  # elements that a thread reads at once, if aligned
-    addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]
-    arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest
-    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, -(-tokens // strip), on)
+        arguments.size, kernel, blocks = size, f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
+    else:
+        kernel, blocks = DTYPES[like.dtype], -(-tokens // strip)
+    FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
 
 
 def _arguments(
@@ -189,9 +184,9 @@ def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 
-def _trial(built: Kernels, device: int) -> None:
+def _trial(kernels: Kernels, device: int) -> None:
     x = torch.zeros(1, 2, device=device)
-    launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
+    call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), kernels, tokens=1, channels=2)
 
 
 FAMILY = CudaFamily("mix", "mix/mix.cu", KERNELS, MixArguments, _trial)

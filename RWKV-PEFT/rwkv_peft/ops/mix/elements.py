@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded, sums_like
+from .functions import call, differentiable_once, rounded, rows_of, sums_like
 
 
 class ReluSquare(Function):
@@ -19,7 +19,7 @@ class ReluSquare(Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
         ctx.save_for_backward(out)
-        call("relu_square_forward", x, dict(x=x, out=out), count=x.numel())
+        call("relu_square_forward", x, dict(x=x, out=out), **rows_of(x))
         return out
 
     @staticmethod
@@ -27,7 +27,7 @@ class ReluSquare(Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
         gx = torch.empty_like(out)
-        call("relu_square_backward", out, dict(out=out, grad=grad, gx=gx), count=out.numel())
+        call("relu_square_backward", out, dict(out=out, grad=grad, gx=gx), **rows_of(out))
         return gx
 
 
@@ -38,7 +38,7 @@ class SigmoidGate(Function):
     def forward(ctx: Any, r: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(r, v)
         out = torch.empty_like(v)
-        call("sigmoid_gate_forward", v, dict(r=r, v=v, out=out), count=v.numel())
+        call("sigmoid_gate_forward", v, dict(r=r, v=v, out=out), **rows_of(v))
         return out
 
     @staticmethod
@@ -46,7 +46,7 @@ class SigmoidGate(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         r, v = ctx.saved_tensors
         gr, gv = torch.empty_like(r), torch.empty_like(v)
-        call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), count=v.numel())
+        call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), **rows_of(v))
         return gr, gv
 
 
@@ -57,7 +57,7 @@ class ValueResidual(Function):
     def forward(ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
         ctx.save_for_backward(v, first, low, v0)
         out = torch.empty_like(v)
-        call("value_residual_forward", v, dict(v=v, first=first, low=low, v0=v0, out=out), **_rows(v))
+        call("value_residual_forward", v, dict(v=v, first=first, low=low, v0=v0, out=out), **rows_of(v))
         return out
 
     @staticmethod
@@ -67,9 +67,5 @@ class ValueResidual(Function):
         gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
         sums = sums_like([v0], ctx.needs_input_grad[3])
         tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0])
-        call("value_residual_backward", v, tensors, **_rows(v))
+        call("value_residual_backward", v, tensors, **rows_of(v))
         return gv, gfirst, glow, *rounded(sums, v.dtype)
-
-
-def _rows(v: Tensor) -> dict[str, int]:
-    return dict(tokens=v.shape[:-1].numel(), channels=v.shape[-1])

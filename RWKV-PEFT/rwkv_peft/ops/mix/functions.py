@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import Function
 
+from ..native.launch import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
@@ -57,13 +58,18 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of tensors like `like`, with zeros in place of None."""
-    return [torch.zeros_like(like) if grad is None else grad for grad in grads]
+    """Gradients of tensors like `like`, aligned for the kernels, with zeros in place of None."""
+    return [torch.zeros_like(like) if grad is None else aligned(grad) for grad in grads]
 
 
 def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, Item]:
     """Name several tensors of a kind as layouts do: out0, out1, … from `first` on."""
     return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
+
+
+def rows_of(x: torch.Tensor) -> dict[str, int]:
+    """The sizes of x (…, C) that a kernel needs."""
+    return dict(tokens=x.shape[:-1].numel(), channels=x.shape[-1])
 
 
 def room_like(x: torch.Tensor | None) -> torch.Tensor | None:

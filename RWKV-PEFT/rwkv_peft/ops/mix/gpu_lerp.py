@@ -36,8 +36,7 @@ class Lerp(Function):
         tensors = dict(x=x, maa=maa) | numbered("out", outs)
         sizes = sizes_of(x, maa, cu_seqlens)
         if up is not None and has_product_inside(x, last, maa, low, up):
-            sizes |= dict(rank=up.shape[1], size=group_size(x))
-            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, **sizes)
+            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, size=group_size(x), **sizes)
         else:
             call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)
         return outs
@@ -53,7 +52,7 @@ class Lerp(Function):
         if not trained and has_product_inside(x, last, maa, low, up, *grads):
             parts = parts_like(low, x)
             tensors |= dict(x=x, low=low, up=up, glow=parts)
-            call("lerp_low_backward", x, tensors, rank=up.shape[1], size=group_size(x), **sizes)
+            call("lerp_low_backward", x, tensors, size=group_size(x), **sizes)
             return gx, glast, None, parts.sum(0) if len(parts) > 1 else parts[0], None, None
         goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
         gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -107,7 +106,7 @@ def _by_point(low: Tensor, up: Tensor) -> Tensor:
 
 
 def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a launch needs."""
+    """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a kernel needs."""
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences, bounds=cu_seqlens)

@@ -58,26 +58,16 @@ class DeltaKeys(Function):
 
 
 class NormBonusGate(Function):
-    """y, r, k, v (B, T, H, N), g (B, T, H N), r_k, weight and bias of H N elements, eps -> (B, T, H N)."""
+    """eps; y, r, k, v (B, T, H, N), g (B, T, H N), r_k, weight and bias of H N elements -> (B, T, H N)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        r: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        r_k: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(y, r, k, v, g, r_k, weight, bias)
+    def forward(ctx: Any, eps: float, *tensors: Tensor) -> Tensor:
+        y, r, k, v, g, r_k, weight, bias = tensors
+        ctx.save_for_backward(*tensors)
         ctx.eps = eps
         out = torch.empty_like(g)
-        tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, out=out)
-        call("norm_bonus_gate_forward", y, tensors, eps=eps, **head_sizes(y))
+        given = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, out=out)
+        call("norm_bonus_gate_forward", y, given, eps=eps, **head_sizes(y))
         return out
 
     @staticmethod
@@ -85,14 +75,14 @@ class NormBonusGate(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, r, k, v, g, r_k, weight, bias = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (y, r, k, v, g)]
-        sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[5:8]))
+        sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[6:]))
         tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, grad=grad)
         tensors |= dict(zip("gy gr gk gv gg gr_k gweight gbias".split(), (*gradients, *sums)))
         call("norm_bonus_gate_backward", y, tensors, eps=ctx.eps, **head_sizes(y))
-        return *gradients, *rounded(sums, weight.dtype), None
+        return None, *gradients, *rounded(sums, weight.dtype)
 
 
 def head_sizes(like: Tensor) -> dict[str, int]:
-    """The sizes of a tensor (B, T, H, N) that a launch needs."""
+    """The sizes of a tensor (B, T, H, N) that a kernel needs."""
     B, T, H, N = like.shape
-    return dict(tokens=B * T, heads=H, size=N)
+    return dict(tokens=B * T, channels=H * N, size=N)

@@ -99,16 +99,17 @@ def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
 
 
 def norm_bonus_gate(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float
+    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, parameters: tuple[Tensor, Tensor, Tensor], eps: float
 ) -> Tensor:
     """Normalizes each head, adds the current token's bonus and gates it: (normalized y · weight + bias + s v) · g,
     s being the sum of r · k · r_k over the head.
 
-    y, r, k, v (B, T, H, N), g (B, T, H N), r_k (H, N), weight and bias (H N,) -> (B, T, H N).
+    y, r, k, v (B, T, H, N), g (B, T, H N); parameters: r_k (H, N), weight and bias (H N,) -> (B, T, H N).
     """
-    if fused(y, r, k, v, g, r_k, weight, bias):
-        return run(heads.NormBonusGate, *_contiguous(y, r, k, v, g, r_k, weight, bias), eps)
+    if fused(y, r, k, v, g, *parameters):
+        return run(heads.NormBonusGate, eps, *_contiguous(y, r, k, v, g, *parameters))
     B, T, H, N = y.shape
+    r_k, weight, bias = parameters
     normal = F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,7 +18,7 @@ DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class CudaFamily:
-    """The kernels of one source below cuda/. trial(kernels, device) launches one of them on a GPU."""
+    """The kernels of one source below cuda/. trial(kernels, device) runs one of them on a GPU."""
 
     def __init__(
         self,
@@ -74,14 +75,24 @@ class CudaFamily:
 
     def run(
         self,
-        built: Kernels,
         name: str,
         arguments: ctypes.Structure,
+        like: torch.Tensor,
         blocks: int,
-        stream: int | None,
         block: Block | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Enqueue a kernel over `blocks` blocks of `block` threads, None for its own; RuntimeError if that fails."""
-        status = built.run(name, arguments, blocks, block, stream)
+        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). kernels:
+        those to take in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
+        if like.is_meta or not blocks:
+            return
+        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+            built = self.kernels(like.device.index) if kernels is None else kernels
+            status = built.run(name, arguments, blocks, block, stream(like))
         if status != 0:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
+
+
+def stream(x: torch.Tensor) -> int | None:
+    """torch's current stream on the tensor's GPU; None on the CPU, where the tests run kernels."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

@@ -1,26 +1,23 @@
 """A recurrence's CUDA kernels as its backend."""
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native.family import CudaFamily
+from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Block, Kernels
-from ..native.launch import aligned, stream
+from ..native.launch import aligned
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 
 INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
-
-# (direction, head size, dtype) -> the kernels to launch in turn, each with its threads per block (None: its own).
-Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, Block | None]]]
+CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest
+WAYS = ("forward", "backward")
 
 
 def structure(signature: Signature) -> type[ctypes.Structure]:
@@ -33,32 +30,45 @@ def structure(signature: Signature) -> type[ctypes.Structure]:
 
 
 class CudaRecurrence:
-    """The kernels of cuda/OP, planned and launched on torch's stream."""
+    """The kernels of cuda/OP, chosen and launched on torch's stream."""
 
     def __init__(
         self,
         signature: Signature,
         segment: int,
-        names: Sequence[str],
-        plan: Plan,
-        splits: Mapping[int, Split] = MappingProxyType({}),
-        halved: Sequence[int] = (),
+        plain_block: Callable[[int], Block],
+        split: Split,
+        halved: bool = False,
+        more: Sequence[str] = (),
     ) -> None:
-        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: those of the kernels
-        in `plan`. splits: by head size, the kernels that split time. halved: head sizes at which bfloat16 stores two
-        slots in the room of one."""
-        self.segment, self.plan, self.splits, self.halved = segment, plan, splits, halved
+        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. plain_block(head size): the
+        threads per block of the plain kernels. split: the chunked kernels that split time. halved: True if the chunked
+        kernels store two slots in the room of one. more: names of further kernels, those of variants."""
+        self.segment, self.plain_block, self.split, self.halved, self.kind = segment, plain_block, split, halved, ""
         op, self.signature = signature.op, signature
         self.Arguments = structure(signature)
-        self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
+        self.plain = tuple(f"{op}_{way}_plain_{dtype}" for way in WAYS for dtype in DTYPES.values())
+        self.names = (*self.chunked(), *self.plain, *dict.fromkeys((*split.names(), *more)))
         self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
-    def variant(self, rows: Sequence[str], plan: Plan, splits: Mapping[int, Split]) -> "CudaRecurrence":
-        """A recurrence over other inputs (B, T, H, N), with kernels of the same source."""
+    def variant(self, rows: Sequence[str], kind: str, split: Split) -> "CudaRecurrence":
+        """A recurrence over other inputs (B, T, H, N), whose chunked kernels have `kind` in their names."""
         other = copy.copy(self)
         other.signature = dataclasses.replace(self.signature, rows=tuple(rows))
-        other.plan, other.splits = plan, splits
+        other.kind, other.split = kind, split
         return other
+
+    def chunked(self) -> tuple[str, str]:
+        """The names of the chunked kernels, forward and backward."""
+        forward, backward = (f"{self.signature.op}_{way}{self.kind}_{CHUNKED_SIZE}" for way in WAYS)
+        return forward, backward
+
+    def kernel(self, direction: str, head_size: int, dtype: torch.dtype) -> tuple[str, Block | None]:
+        """The kernel of a direction, and its threads per block (None: its own)."""
+        if is_chunked(head_size, dtype):
+            return self.chunked()[WAYS.index(direction)], None
+        assert not self.kind  # a variant has no plain kernels
+        return f"{self.signature.op}_{direction}_plain_{DTYPES[dtype]}", self.plain_block(head_size)
 
     def unavailable(self, level: str = "") -> str | None:
         """None if the kernels work on the current GPU, else the reason and the remedy."""
@@ -73,35 +83,30 @@ class CudaRecurrence:
 
     def group_of(self, r: Tensor, sequences: int) -> int:
         """The tokens of a group if time is split, else 0."""
-        split = self.splits.get(r.shape[3])
-        return 0 if split is None else group_of(r, sequences, split)
+        return group_of(r, sequences, self.split) if is_chunked(r.shape[3], r.dtype) else 0
 
     def _slots(self, r: Tensor, sequences: int) -> int:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
-        return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
+        return -(-slots // 2) if self.halved and is_chunked(r.shape[3], r.dtype) else slots
 
     def forward(self, *tensors: Any, save: bool, level: str = "", **further: Any) -> tuple[Tensor, Tensor, Tensor]:
         """tensors: the inputs, contiguous, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state
         (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
         `save`). further: the tensors of Signature.further."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, **further)
+        return self.run_forward(None, *tensors, save=save, group=group, **further)
 
     def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
         """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state. further: as in forward."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
-
-    def _kernels(self, r: Tensor) -> Kernels | None:
-        """The kernels for r's GPU; None if r has no data, because nothing will be launched."""
-        return None if r.is_meta else self.family.kernels(r.device.index)
+        return self.run_backward(None, *tensors, group=group, **further)
 
     def run_forward(
         self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` with the given kernels. group: the tokens of a group, a multiple of 64, or 0 if time is not split.
-        Raises ValueError for a group that the kernels do not take."""
+        """`forward` with given kernels, as in CudaFamily.run. group: the tokens of a group, a multiple of 64, or 0 if
+        time is not split. Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         self._check_group(r, group)
@@ -140,11 +145,10 @@ class CudaRecurrence:
 
     def _check_group(self, r: Tensor, group: int) -> None:
         """Raise ValueError for a group with which the kernels would read past their tensors."""
-        if group and (r.dtype != torch.bfloat16 or r.shape[3] not in self.splits or group % GRAIN or group < 0):
-            op, sizes = self.signature.op, " or ".join(map(str, self.splits)) or "none"
+        if group and (not is_chunked(r.shape[3], r.dtype) or group % GRAIN or group < 0):
             raise ValueError(
-                f"{op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups of a multiple "
-                f"of {GRAIN} tokens, for torch.bfloat16 and head size {sizes}: give such, or 0 for no groups"
+                f"{self.signature.op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups "
+                f"of a multiple of {GRAIN} tokens, for torch.bfloat16 and head size {CHUNKED_SIZE}: give such, or 0"
             )
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
@@ -161,20 +165,22 @@ class CudaRecurrence:
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError if that fails."""
         B, T, H, N = r.shape
-        if kernels is None or sequences == 0 or H == 0:
-            return
         groups = places(B, T, sequences, group) or sequences
         values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in given.items()}
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
         arguments = self.Arguments(**values, **sizes, group=group, groups=groups)
-        with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
-            if group:
-                for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
-                    self.family.run(kernels, name, arguments, blocks, stream(r))
-            for name, block in self.plan(direction, N, r.dtype):
-                self.family.run(kernels, name, arguments, H * groups, stream(r), block)
+        if group:
+            for name, blocks in self.split.launches(direction, H, sequences, groups):
+                self.family.run(name, arguments, r, blocks, kernels=kernels)
+        name, block = self.kernel(direction, N, r.dtype)
+        self.family.run(name, arguments, r, H * groups, block, kernels)
 
     def _trial(self, kernels: Kernels, device: int) -> None:
         x = torch.zeros(1, 1, 1, 32, device=device)
         inputs = [*(x for _ in self.signature.rows), *(x[0, 0] for _ in self.signature.shared)]
         self.run_forward(kernels, *inputs, None, None, save=False)
+
+
+def is_chunked(head_size: int, dtype: torch.dtype) -> bool:
+    """True if the chunked kernels take heads of this size and dtype."""
+    return head_size == CHUNKED_SIZE and dtype == torch.bfloat16

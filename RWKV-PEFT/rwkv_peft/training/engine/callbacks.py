@@ -36,12 +36,8 @@ class StepCallback(pl.Callback):
         self.accumulate = accumulate
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.count_tokens(lit)
         if (batch_idx + 1) % self.accumulate == 0:
             self.on_step(trainer, lit, done=lit.step + 1)
-
-    def count_tokens(self, lit: Lit) -> None:
-        """Called for each micro batch."""
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         """Called after each optimizer step."""
@@ -93,9 +89,9 @@ class Record(StepCallback):
         plan: Plan,
         accumulate: int,
         objective: Objective,
-        validator: Validator | None = None,
-        examiners: Sequence[Examiner] = (),
-        rows: BeforeAfter | None = None,
+        validator: Validator | None,
+        examiners: Sequence[Examiner],
+        rows: BeforeAfter | None,
     ) -> None:
         super().__init__(accumulate)
         self.path, self.plan, self.objective, self.validator = folder / METRICS, plan, objective, validator
@@ -118,8 +114,9 @@ class Record(StepCallback):
                 self.progress.say(f"before the first step: retained loss {self.before['retain_start']:.4f}")
         self.start = time.perf_counter()
 
-    def count_tokens(self, lit: Lit) -> None:
+    def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         self.tokens += lit.micro_tokens
+        super().on_train_batch_end(trainer, lit, outputs, batch, batch_idx)
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         seconds = time.perf_counter() - self.start

@@ -130,7 +130,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
         told += f"{note}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:
-        told += f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
+        told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
         if exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"

@@ -14,7 +14,6 @@ from typing import Any
 from ...config import WORDS, AdapterConfig, forms
 from ...config.methods import JSON_FLAGS, PEFT_FLAG, words_with
 from ...errors import UserError, short, told
-from ...names import NONE
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 
@@ -54,19 +53,9 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
     """Yield refusals of flags that do not go with the given --peft."""
-    if args.peft == NONE and args.target_modules is not None:
-        yield (
-            f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
-            "none; choose what trains with --train_parts, or name a --peft"
-        )
-    for flag, words in single_flags():
+    for flag, words in (*single_flags(), *((flag, words) for flag, words, _ in json_flags(args.peft))):
         if getattr(args, flag) is not None and args.peft not in words:
             yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
-    for flag, words, _ in json_flags(args.peft):
-        if getattr(args, flag) is not None and args.peft not in words:
-            yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
-    if args.quant != "none" and args.peft == NONE:
-        yield f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none"
 
 
 def single_flags() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -82,8 +71,7 @@ def parts_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:
-    """Make the AdapterConfig from single flags and JSON values. Raises UserError if they contradict each other or do
-    not fit the method."""
+    """Make the AdapterConfig from single flags and JSON values."""
     given: dict[str, Any] = {name: getattr(args, flag) for word in WORDS.values() for name, flag in word.flags}
     given["targets"] = None if args.target_modules is None else tuple(args.target_modules)
     for flag, _, keys in json_flags(args.peft):
@@ -103,15 +91,11 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
             "bat-in"
         )
-    adapter = AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
-    if args.peft in WORDS and (words := next(WORDS[args.peft].settings.contradictions(adapter), "")):
-        raise UserError(words)
-    return adapter
+    return AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
 
 
 def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
-    """Parse the JSON value of --flag -> {AdapterConfig field: value}. Raises UserError for mistakes such as an unknown
-    key."""
+    """Parse the JSON value of --flag -> {AdapterConfig field: value}."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import fields
 
-from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
+from ...config import Objective
 from ...objectives import OBJECTIVES, takers_of
-from .parser import flag_of, settings_of
+from .parser import settings_of
 
 
 def objective_of(args: argparse.Namespace) -> Objective:
@@ -15,27 +14,9 @@ def objective_of(args: argparse.Namespace) -> Objective:
 
 
 def check_objective(args: argparse.Namespace, objective: Objective) -> Iterator[str]:
-    """Yield refusals of data that the objective does not learn from, and of flags of other objectives."""
+    """Yield the refusal of data that the objective does not learn from."""
     if args.data_type not in objective.rows:
         yield (
             f"--objective {objective.name} learns from --data_type {' or '.join(objective.rows)}, and the data is "
             f"{args.data_type}; give such data, or --objective {' or '.join(takers_of(args.data_type))}"
         )
-    for other in OBJECTIVES.values():
-        for field in fields(other):
-            flag = flag_of(field)
-            if not isinstance(objective, other) and getattr(args, str(flag)) != field.default:
-                yield (
-                    f"--{flag} {getattr(args, str(flag)):g} belongs to --objective {other.name} (of --data_type "
-                    f"{' or '.join(other.rows)}), and the objective is {objective.name} (of {args.data_type}); give "
-                    f"that objective and data, or leave --{flag} out"
-                )
-
-
-def check_rules(objective: Objective, adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
-    """Yield refusals by the objective's rules, unless the data is refused already."""
-    if data.data_type not in objective.rows:
-        return
-    for contradicts, flag, why in objective.rules(adapter, data, train):
-        if contradicts:
-            yield f"--objective {objective.name} (of --data_type {data.data_type}) does not go with {flag}: {why}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...config import AdapterConfig, DataConfig, TrainConfig
 from ...names import METRICS
 from ..saving.checkpoints import ANSWERS, LM_EVAL, TRAINED
+from .run_folder import entries_of
 
 
 def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
@@ -16,19 +17,10 @@ def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConf
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     rows = (data.path, train.val_data, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *rows) if path}
-    for name in _names_in(folder):
+    for name in (entry.name for entry in entries_of(folder)):
         written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)
         if written and (source := sources.get(os.path.realpath(folder / name))):
             yield (
                 f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {name}; move "
                 "it elsewhere, or name another folder"
             )
-
-
-def _names_in(folder: Path) -> list[str]:
-    """The names in a folder. [] if it is not there, because another rank may make and remove it at any moment, or if it
-    cannot be read, which is refused when it is to be written."""
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
-from ...config.rules import RULES
+from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
-from ...names import GENERATIONS, TRAIN_TYPES
+from ...names import TRAIN_TYPES, generation
 from ...objectives import OBJECTIVES
-from ...rules import notes
+from ...objectives import RULES as OBJECTIVE_RULES
+from ...tables import GENERATIONS
 from .adapter import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
@@ -22,6 +23,7 @@ from .upstream import WORDS, add_upstream_flags
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
+RULES = (*SETTINGS_RULES, *OBJECTIVE_RULES)  # of flags that do not go together
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -31,7 +33,7 @@ DIMENSIONS = (
     ("head_size", "head size (new model: 64)"),
 )
 LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
-OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
+OTHER_VERSIONS = ("x052", "x051")
 HEAD = """# Flags of train.py
 
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
@@ -41,8 +43,8 @@ shows the same. An unknown flag is refused with the nearest that exists.
 
 def build_parser() -> Parser:
     """Build the parser, with its flags grouped as --help shows them."""
-    versions = tuple(version for _, version in GENERATIONS)
-    names = " or ".join(name for name, _ in GENERATIONS)
+    versions = tuple(GENERATIONS)
+    names = " or ".join(map(generation, versions))
     parser = Parser(
         prog="train.py",
         usage="train.py --load_model PTH --data_file PREFIX [flags]",
@@ -128,21 +130,19 @@ def build_parser() -> Parser:
             )
     add_upstream_flags(parser)
     add_legacy_flags(parser)
-    for action in parser._actions:
-        action.help = f"{action.help}{notes(RULES, action.dest)}"
+    parser.tell(RULES)
     return parser
 
 
 def version(text: str) -> str:
     """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
     is not supported gives its name, if it is known."""
-    for name, known in GENERATIONS:
-        if text in (known, name.removeprefix("RWKV-")):
+    for known in GENERATIONS:
+        if text in (known, generation(known).removeprefix("RWKV-")):
             return known
-    known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
-    if text in dict(OTHER_VERSIONS):
-        other = dict(OTHER_VERSIONS)[text]
-        raise argparse.ArgumentTypeError(f"{text} is {other}, which is not supported yet; there is {known}")
+    known = " or ".join(f"{known} ({generation(known)})" for known in GENERATIONS)
+    if text in OTHER_VERSIONS:
+        raise argparse.ArgumentTypeError(f"{text} is {generation(text)}, which is not supported yet; there is {known}")
     raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, 6 or 7 for short")
 
 
@@ -159,8 +159,7 @@ def add_settings(
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        of = f"{config.name}: " if issubclass(config, Objective) else ""
-        parser.add_argument(f"--{flag}", help=f"{of}{field.metadata['help']}", **options)
+        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:

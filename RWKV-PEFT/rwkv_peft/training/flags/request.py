@@ -8,25 +8,26 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ... import objectives
 from ...cli import Parser
 from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS
-from ...config.rules import FLAGS, RULES, check_settings, given, values_of
-from ...data.mask_kinds import default_mask
+from ...config.rules import FLAGS, Settings, check_settings, given, values_of
+from ...data.prefix import default_mask
 from ...errors import UserError
-from ...names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
+from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
+from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .given import READ, WRITE, Entries, entries_of
 from .markers import markers_of
-from .objective import check_objective, check_rules, objective_of
+from .objective import check_objective, objective_of
 from .overwriting import check_overwriting
-from .parser import DIMENSIONS, build_parser, settings_of
+from .parser import DIMENSIONS, RULES, build_parser, settings_of
 from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
 from .train import check_tokens, check_train
@@ -122,10 +123,10 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
     objective = objective_of(args)
-    train = refusals.attempt(train_config, args, data, objective)
-    refusals.gather(contradictions, RULES, flags_given(args, *(each for each in (adapter, data, train) if each)))
+    train = refusals.attempt(train_config, args, data)
+    made = (adapter, data, train, objective if args.data_type in objective.rows else None)
+    refusals.gather(contradictions, RULES, flags_given(args, *(each for each in made if each)))
     refusals.gather(check_objective, args, objective)
-    refusals.gather(check_rules, objective, adapter, data, train)
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
     refusals.gather(check_overwriting, adapter, data, train)
@@ -134,18 +135,19 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     return Flags(args, adapter, data, train, objective, world, argv, notes)
 
 
-def flags_given(args: Namespace, *settings: AdapterConfig | DataConfig | TrainConfig) -> Given:
-    """The flags that rules judge: as parsed, and as settings have them if a default follows from other flags. A flag
+def flags_given(args: Namespace, *made: Settings) -> Given:
+    """The flags that rules judge, as settings have them: those of settings that were not made are left out. A flag
     without a default of its own counts as given, whatever its value is."""
-    parsed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
-    found = given(parsed | {"train_parts": parts_of(args)} | values_of(*settings) | {"train_type": args.train_type})
-    unset = {name for name, field in FLAGS.items() if field.metadata["unset"] and parsed[name] is not None}
-    return found._replace(names={*found.names, *unset})
+    others = {name: value for name, value in vars(args).items() if name not in (*FLAGS, "objective")}
+    found = given(others | values_of(*made) | {"train_type": args.train_type})
+    unset = {name for name, field in FLAGS.items() if field.metadata["unset"] and getattr(args, name) is not None}
+    own = {name for name, field in objectives.FLAGS.items() if getattr(args, name) != field.default}
+    return found._replace(names={*found.names, *unset, *own})
 
 
 def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
     """Tell whether no settings contradict each other, whatever the model is and wherever files lie."""
-    return not any(chain(check_settings(adapter, data, train), check_rules(objective, adapter, data, train)))
+    return not any(check_settings(adapter, data, train, objective, rules=RULES))
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
@@ -153,14 +155,14 @@ def rates_left(args: Namespace) -> tuple[str, ...]:
     return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
-def train_config(args: Namespace, data: DataConfig, objective: Objective) -> TrainConfig:
+def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
-    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs, "objective": objective.name}
+    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
@@ -184,8 +186,7 @@ def parse_run(argv: Sequence[str]) -> Request:
 
 
 def request_of(flags: Flags) -> Request:
-    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes. Raises UserError for
-    settings that cannot work together."""
+    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes."""
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
@@ -197,7 +198,7 @@ def request_of(flags: Flags) -> Request:
         require_none(check_base, args, base)
         if args.my_testing not in (None, base.config.version):
             notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
-    version = args.model_version or args.my_testing or GENERATIONS[0][1]
+    version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))

@@ -118,13 +118,7 @@ def words_of(flag: str, action: argparse.Action, node: yaml.Node, name: str) -> 
 
 def write(path: Path, entries: Mapping[str, Any]) -> None:
     """Write the flags of a command line as a settings file."""
-    nodes: list[tuple[yaml.Node, yaml.Node]] = [
-        (
-            plain(flag),
-            yaml.SequenceNode(LIST, [*map(plain, value)], flow_style=True) if isinstance(value, list) else plain(value),
-        )
-        for flag, value in entries.items()
-    ]
+    nodes = [(plain(flag), plain(value)) for flag, value in entries.items()]
     with atomic_write(path) as temporary:
         text = yaml.serialize(yaml.MappingNode(MAP, nodes), Dumper=yaml.SafeDumper, allow_unicode=True, width=SIZE)
         temporary.write_text(text, "utf-8")

@@ -143,15 +143,13 @@ def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int
 
 
 def number(environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0) -> int:
-    """A variable that holds a number; the default where it is not set."""
+    """Read a variable that holds a number; the default if it is not set."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
     if text is None or not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(
-            f"{name} is {text!r}, and a whole number is due"
-            + f", {least} or more" * bool(least)
-            + "; set it to one, or "
+            f"{name} is {text!r}, and a whole number is due{f', {least} or more' * bool(least)}; set it to one, or "
             "unset it"
         )
     return int(text)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...cli import counted
-from ...files.atomic import atomic_write
 from ..ranks.watch import Watch
+from ..saving.history import write_records
 from .examiner import Answer, Exam, answers_of
 
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
@@ -63,9 +63,7 @@ class BeforeAfter:
 
     def write(self, trainer: Any) -> None:
         if trainer.is_global_zero:
-            with atomic_write(self.path) as temporary:
-                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
-                temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
+            write_records(self.path, self.records)
 
     @property
     def changed(self) -> bool | None:

@@ -51,14 +51,14 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
         )
     tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
     exams: dict[str, Exam | HarnessExam] = {}
-    often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
     if train.eval_data:
-        exams[ANSWERS] = exam = Exam(train, tokenizer)
-        samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
+        exams[ANSWERS] = Exam(train, tokenizer)
     if train.lm_eval:
-        exams[LM_EVAL] = harness = HarnessExam(train, tokenizer, speaks)
-        source = f"lm_eval {' '.join(train.lm_eval)}"
-        samples.notes.append(f"{counted(len(harness), 'question')} of {source}, asked {often} and at the end")
+        exams[LM_EVAL] = HarnessExam(train, tokenizer, speaks)
+    sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}
+    often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
+    for name, exam in exams.items():
+        samples.notes.append(f"{counted(len(exam), 'question')} of {sources[name]}, asked {often} and at the end")
     return exams
 
 

@@ -50,11 +50,6 @@ class Validator:
         self.plan, self.lowest, self.anew, self.compile = plan, lowest, anew, train.compile
 
     @property
-    def best(self) -> float:
-        """The lowest validation loss so far, infinite if there is none."""
-        return self.lowest.loss
-
-    @property
     def exhausted(self) -> bool:
         return self.lowest.exhausts(self.patience)
 

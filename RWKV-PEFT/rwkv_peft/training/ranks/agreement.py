@@ -18,21 +18,9 @@ from ..flags.world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
-    "load_model",
-    "path",
-    "tokenizer",
-    "val_data",
-    "retain_data",
-    "eval_data",
-    "eval_template",
-    "lm_eval_include_path",
-    "proj_dir",
-    "load",
-    "init",
-    "state_load",
-    "wandb",
-    "join_minutes",
-)
+    "load_model path tokenizer val_data retain_data eval_data eval_template lm_eval_include_path proj_dir load init "
+    "state_load wandb join_minutes"
+).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
 
@@ -49,6 +37,7 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
                 found[f"--{named}" if named else field.name] = getattr(settings, field.name)
     data = identity["data"]
     found |= {
+        "the objective": found.pop("name"),
         "the data": f"{data['content']} ({data['samples']:,} samples)",
         "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],

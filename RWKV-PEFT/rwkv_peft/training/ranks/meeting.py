@@ -113,8 +113,7 @@ class Ranks:
                     )
 
     def agree(self, passport: Mapping[str, Any], folder: Path) -> None:
-        """Compare what the ranks are about to do, and check that their nodes see the same folder. Raises UserError if
-        they disagree."""
+        """Compare what the ranks are about to do, and check that their nodes see the same folder."""
         world, store = self.world, self.store
         store.set(beat(world.rank), "0")
         store.set(f"passport/{world.rank}", json.dumps({"host": self.host, **passport}))
@@ -134,7 +133,7 @@ class Ranks:
 
     def show(self, folder: Path, waiting: "Waiting", hosts: Sequence[str]) -> None:
         """Write a file into the folder, and wait until the other nodes have looked for it; hosts are the ranks'
-        machines. Raises UserError if a node does not see it."""
+        machines."""
         world, store = self.world, self.store
         token = folder / f".shared-{secrets.token_hex(8)}"
         token.touch()
@@ -255,8 +254,7 @@ class Waiting:
 
 
 def keep_store(port: int) -> dist.TCPStore:
-    """Open the store that this process keeps; for port 0 the system chooses one. Raises UserError if it cannot be
-    opened."""
+    """Open the store that this process keeps; for port 0 the system chooses one."""
     try:
         return dist.TCPStore(LOOPBACK, port, None, True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistNetworkError as error:
@@ -267,8 +265,8 @@ def keep_store(port: int) -> dist.TCPStore:
 
 
 def call(address: str, port: int, patience: timedelta = ANSWER) -> dist.TCPStore:
-    """A connection to the store that another process keeps. Raises OSError or DistError where it is not there, or does
-    not answer for so long, as another server at that port."""
+    """A connection to the store that another process keeps. Raises OSError or DistError if it is not there, or if
+    it does not answer for so long, as another server at that port."""
     socket.create_connection((address, port), timeout=1).close()
     store = dist.TCPStore(address, port, None, False, timeout=min(ANSWER, patience), wait_for_workers=False)
     store.set_timeout(ANSWER)

@@ -21,17 +21,17 @@ from .lost_pages import LostPages
 from .processes import Processes
 
 PERIOD = 1.0  # seconds per turn
-SILENT = 40  # turns without a sign of life after which a rank is lost,
-PARTED = 5  # and if some rank's connection has broken already
+SILENT = 40  # turns without a sign of life after which a rank is lost
+PARTED = 5  # the same once some rank's connection has broken
 FAREWELL = 5.0  # seconds that rank 0, which keeps the store, stays for the others to hear of an end
-GATHER = 3.0  # seconds that ranks have to tell where they are,
-PLACES = 8  # and the number of ranks whose places are told
+GATHER = 3.0  # seconds that ranks have to tell their places in the code
+PLACES = 8  # the most ranks whose places are told
 PACKAGE = str(Path(__file__).resolve().parents[1])
 
 # keys of the store
 END = "end"  # why the run ends: the first rank that knows writes it
-CAME = "came"  # how many ranks have come,
-ACKNOWLEDGED = "acknowledged"  # and how many know of the end
+CAME = "came"  # how many ranks have come
+ACKNOWLEDGED = "acknowledged"  # how many ranks know of the end
 PARENT = 5.0  # seconds for a process to end with the one that started it (processes.py)
 BROKEN = "broken"  # set once a connection between ranks is broken
 LEFT = "left"  # the beat of a rank that is done

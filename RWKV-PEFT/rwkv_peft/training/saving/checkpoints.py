@@ -16,8 +16,8 @@ CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
 ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # for --eval_data, --lm_eval, --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # by a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # told if numbers are no longer finite
-# the files of what was trained, under all labels (products.py)
-TRAINED = re.compile(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)")
+# the files of what was trained, under all labels (products.py), and the number of the epoch
+TRAINED = re.compile(r"(?:adapter|rwkv|merged|state)(?:-epoch-(\d+)|-best)?\.(?:safetensors|pth)")
 UNSAVED = ".unsaved"  # marks the folder of a run that has not saved yet; what it holds may be cleared
 
 
@@ -51,9 +51,9 @@ def how_to_go_on(folder: Path) -> str:
 
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
-    """Within, turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder
-    that do not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes
-    next, so its own traceback is not printed."""
+    """Turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder that do
+    not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes next,
+    so its own traceback is not printed."""
     hook = threading.excepthook
 
     def tell_others(thread: threading.ExceptHookArgs) -> None:

@@ -1,4 +1,4 @@
-"""Read what files of lines, such as metrics.jsonl, hold of the steps before those that a resumed run takes."""
+"""Read and write files of lines, such as metrics.jsonl, which a resumed run goes on with from its first step."""
 
 import json
 import math
@@ -47,7 +47,11 @@ def forget_rest(path: Path, plan: Plan) -> None:
     """Keep only the history in a file of lines, because a resumed run writes the later records again."""
     if not path.exists():
         return
-    kept = history(path, plan)
+    write_records(path, history(path, plan))
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of lines, a record each, atomically."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     with atomic_write(path) as temporary:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")

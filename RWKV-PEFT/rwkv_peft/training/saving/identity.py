@@ -18,8 +18,8 @@ from .run_state import STATE, UNREADABLE, read_state
 from .saved_files import require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
-SAME = ("adapter", "base", "data", "objective")  # what a resumed run must share with the first,
-SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
+SAME = ("adapter", "base", "data", "objective")  # what a resumed run must share with the first
+SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # what it must share, too, to keep the optimizer's state
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 

@@ -1,17 +1,15 @@
 """Remove old saves of a run (--keep_checkpoints), so that a kill leaves each checkpoint whole or gone."""
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .checkpoints import CHECKPOINTS, list_checkpoints
+from .checkpoints import CHECKPOINTS, TRAINED, list_checkpoints
 
 Thing = TypeVar("Thing")
 KEPT = 2  # checkpoints, if --keep_checkpoints does not say how many; the files of all epochs stay then
 HIDDEN = ".step-"  # how the name of a checkpoint begins while it is written or removed
-OF_EPOCH = re.compile(r"(adapter|rwkv|merged|state)-epoch-(\d+)\.(safetensors|pth)")
 
 
 def discard_old(folder: Path, keep: int | None) -> None:
@@ -20,7 +18,8 @@ def discard_old(folder: Path, keep: int | None) -> None:
     clear_hidden(folder)
     for checkpoint in all_but(list_checkpoints(folder), KEPT if keep is None else keep):
         remove(checkpoint)
-    epochs = {file: int(match[2]) for file in folder.iterdir() if (match := OF_EPOCH.fullmatch(file.name))}
+    matches = ((file, TRAINED.fullmatch(file.name)) for file in folder.iterdir())
+    epochs = {file: int(match[1]) for file, match in matches if match and match[1]}
     old = all_but(sorted(set(epochs.values())), keep or 0)
     for file, epoch in epochs.items():
         if epoch in old:

@@ -13,8 +13,8 @@ from .saved_files import TAG
 if TYPE_CHECKING:
     from ..step.lit import Lit
 
-GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags that optimizer groups depend on,
-OF_STATES = ("lr_init",)  # and one more if states train along: their group's lr_scale has the factor state_lr / lr_init
+GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags that optimizer groups depend on
+OF_STATES = ("lr_init",)  # another if states train along: their group's lr_scale has the factor state_lr / lr_init
 
 
 def trained_names(lit: "Lit") -> list[str]:

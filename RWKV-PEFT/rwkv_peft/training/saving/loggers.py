@@ -58,8 +58,7 @@ def wandb_has_key() -> bool:
 
 def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Any]:
     """Make Lightning's loggers, which write below `folder`, and log the RunConfig. TensorBoard no longer shows what it
-    has of steps from `first_step` on: that run ended before it saved them. Raises UserError if Weights & Biases cannot
-    be reached."""
+    has of steps from `first_step` on: that run ended before it saved them."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     loggers = [TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)]

@@ -24,9 +24,9 @@ from ...files.pth import read_pth, require_file
 
 KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # they hold only numbers and names
 MODEL_STATES = "model_states.pt"  # the names of files with the engine's state end so; the others hold the optimizer's
-COUNTS = ("global_steps", "global_samples", "skipped_steps")  # the engine's counts, which grow during a run,
-STEP = "step"  # and an optimizer's
-# entries that follow from the flags and DeepSpeed's version: the run keeps its own, and so it does for all of an
+COUNTS = ("global_steps", "global_samples", "skipped_steps")  # the engine's counts, which grow during a run
+STEP = "step"  # an optimizer's count
+# entries that follow from the flags and DeepSpeed's version: the run keeps its own, and its own of each entry of an
 # optimizer's group except the parameters
 OWN = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 PARAMETERS = "params"
@@ -127,8 +127,8 @@ def require_like(found: Any, due: torch.Tensor, place: str) -> None:
 
 @contextmanager
 def tensors_alone(engine: Any) -> Iterator[None]:
-    """Within, a DeepSpeed engine reads its files by TensorsAlone, and is given their names: its own search would take
-    the path of a folder for a pattern."""
+    """Let a DeepSpeed engine read its files by TensorsAlone, and give it their names: its own search would take the
+    path of a folder for a pattern."""
     before = engine.checkpoint_engine
     engine.checkpoint_engine = TensorsAlone(engine)
     engine._get_all_ckpt_names = lambda folder, tag: [str(require_file(engine._get_ckpt_name(folder, tag)))]

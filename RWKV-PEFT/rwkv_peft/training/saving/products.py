@@ -27,7 +27,7 @@ from ...files.base import Base
 from ...files.dtypes import DTYPES, dtype_name
 from ...files.origin import Origin
 from ...files.pth import all_finite, stream_tensors
-from ...files.pth_writer import TensorSpec, write_pth
+from ...files.pth_writer import save_pth, write_pth
 from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
@@ -155,9 +155,8 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
         name = dtype_name(dtypes[too_large])
         dtypes = {key: tensors[key].dtype for key in dtypes}
         tqdm.write(f"{path}: {too_large} is too large for {name}; kept in the training's dtype", file=sys.stderr)
-    specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}
     with atomic_write(path) as temporary:
-        write_pth(temporary, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
+        save_pth(temporary, tensors, dtypes)
 
 
 def name_too(paths: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...names import ADAPTER, METRICS, MODEL
 from ..step.plan import Plan
 from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
-from .history import Lowest, history
+from .history import Lowest
 from .identity import read_run_state
 from .products import newest_name
 
@@ -53,11 +53,6 @@ def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str)
     if state is None or state.get("validation", validation) != validation:  # earlier versions did not record it
         return plan.first_sample
     return state["validated_from"]
-
-
-def lowest_before(train: TrainConfig, plan: Plan, since: int) -> Lowest:
-    """The Lowest of the validations after the sample `since` and before the steps of a Plan."""
-    return Lowest(history(Path(train.proj_dir) / METRICS, plan, since))
 
 
 def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:

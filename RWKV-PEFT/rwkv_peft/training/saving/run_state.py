@@ -13,6 +13,7 @@ from typing import Any
 
 from .saved_files import check_records
 
+Kind = type | tuple[Any] | Callable[[Any], bool]  # of an entry, as is_of reads it
 STATE = "state.json"
 CHECKSUM = "crc32"  # its entry; earlier versions wrote none
 MOST = 1 << 62  # samples, steps, bytes: more than any run counts
@@ -53,36 +54,26 @@ def checksum_of(state: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
 
 
-def check(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]]) -> None:
+def check(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     """Raise ValueError for a value that is not of its name's kind."""
-    for name, is_of_kind in kinds.items():
-        if name in values and not is_of_kind(values[name]):
+    for name, kind in kinds.items():
+        if name in values and not is_of(kind, values[name]):
             raise ValueError(f"its {name} is not of the kind that a run writes")
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < MOST
+def is_of(kind: Kind, value: Any) -> bool:
+    """Tell whether a value of JSON is of a kind: int for a count, str, dict, (kind,) for a list, or a function that
+    tells."""
+    if isinstance(kind, tuple):
+        return isinstance(value, list) and all(is_of(kind[0], item) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < MOST
+    return isinstance(value, kind) if isinstance(kind, type) else kind(value)
 
 
 def is_rate(value: object) -> bool:
     """Tell whether a value is a finite number, a switch, or None, which means that it was left to be chosen."""
     return value is None or isinstance(value, int | float) and math.isfinite(value)
-
-
-def are_names(value: object) -> bool:
-    return isinstance(value, list) and all(map(is_text, value))
-
-
-def are_groups(value: object) -> bool:
-    return isinstance(value, list) and all(map(are_names, value))
 
 
 def are_records(value: object) -> bool:
@@ -98,29 +89,29 @@ def are_settings(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
         return False
     check(train, dict.fromkeys(("lr_init", "lr_final", "weight_decay", "layerwise_lr", "state_lr"), is_rate))
-    check(train, {"random_seed": is_count})
+    check(train, {"random_seed": int})
     return True
 
 
-DUE = MappingProxyType(
+DUE: Mapping[str, Kind] = MappingProxyType(
     {
-        "samples_seen": is_count,
-        "trained": are_names,
-        "adapter": is_object,
-        "base": is_text,
-        "strategy": is_text,
-        "world_size": is_count,
-        "precision": is_text,
+        "samples_seen": int,
+        "trained": (str,),
+        "adapter": dict,
+        "base": str,
+        "strategy": str,
+        "world_size": int,
+        "precision": str,
     }
 )
-MAY_BE = MappingProxyType(  # entries that some versions did not write
+MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did not write
     {
         "files": are_records,
-        "data": is_object,
-        "validated_from": is_count,
-        "validation": is_text,
-        "retained": is_text,
-        "groups": are_groups,
+        "data": dict,
+        "validated_from": int,
+        "validation": str,
+        "retained": str,
+        "groups": ((str,),),
         "config": are_settings,
     }
 )

@@ -9,7 +9,6 @@ proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, sta
 products.py writes the first four; keeping.py decides how many saves stay.
 """
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ import torch
 from ...adapters.methods import adapter_parameter
 from ...config import RunConfig
 from ...errors import UserError
-from ...files.atomic import CannotWrite, fsync_folder, write_failure
+from ...files.atomic import CannotWrite, fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
 from ..step.plan import Plan
@@ -63,8 +62,8 @@ class Saver:
         self.save_checkpoint(trainer, lit, done)
 
     def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
-        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none).
-        Raises UserError if they cannot be written."""
+        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft
+        none)."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
             try:
@@ -73,15 +72,11 @@ class Saver:
                 raise UserError(f"{error}; {how_to_go_on(self.folder)}") from error
         trainer.strategy.barrier()
 
-    @property
-    def full(self) -> bool:
-        """Tell whether a save holds a whole model, not an adapter."""
-        return self.config.adapter.whole_model
-
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
         """Return {name: tensor} of what the run saves, in the training's dtype: the model, or the adapter and the parts
         that train along; {} on ranks other than 0."""
-        parameters = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
+        whole = self.config.adapter.whole_model
+        parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
         return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
@@ -100,7 +95,8 @@ class Saver:
             )
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
-        exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
+        exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
+        exact = {} if exact_file else self.trained(trainer, lit)
         if not trainer.is_global_zero:
             return
         state = {
@@ -130,14 +126,15 @@ class Saver:
             if path.is_file()
         }
         write_state(hidden / STATE, state)
-        sync_files(hidden)
+        for path in (*hidden.rglob("*"), hidden):  # all is on the disk before the folder gets its name
+            fsync(path)
         final = hidden.with_name(hidden.name.removeprefix("."))
         if (final / STATE).exists():  # from before a resume, with smaller steps: it stays until this one is there
             final = final.with_name(f"{final.name}-{state['samples_seen']}")
         if final.exists():
             remove(final)
         hidden.rename(final)
-        fsync_folder(final.parent)
+        fsync(final.parent)
         (self.folder / UNSAVED).unlink(missing_ok=True)
 
     @contextmanager
@@ -160,16 +157,6 @@ class Saver:
             raise UserError(
                 f"cannot write {hidden}: {reason}; the trained tensors are in {self.newest}; {left}"
             ) from error
-
-
-def sync_files(folder: Path) -> None:
-    """Force everything below `folder` to disk, so that it is there before the folder is renamed."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
 
 
 def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:

@@ -48,11 +48,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
         guess=adapter.mode if len(forms(adapter.method)) > 1 else None,
     ).read(base.tensors)
     theirs = loaded.metadata
-    if theirs.base_fingerprint and theirs.base_fingerprint != base.fingerprint:
-        raise UserError(
-            f"{adapter.load} was trained on another base model ({theirs.base_words}; the fingerprint of {base.path} is "
-            f"{base.fingerprint}); give its own base as --load_model"
-        )
+    theirs.require_base(adapter.load, base, "give its own base as --load_model")
     if theirs.method is None:
         states = all(map(is_time_state, loaded.tensors))
         raise UserError(
@@ -94,7 +90,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
 
 def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
     """The State of one sequence that --train_parts state starts from: that of the file at `path` (--state_load), else
-    the base's, or None for zeros. Raises UserError if it does not fit the model."""
+    the base's, or None for zeros."""
     tensors = {} if base is None else split_time_states(base.tensors)[1]
     if path:
         file = read_states(path)

@@ -1,0 +1,42 @@
+"""The tables of generations, samplings and tasks by name. A thing is imported when it is first asked for, so that flags
+are judged by the names before torch is imported.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+class Table(Mapping[str, Any]):
+    """A Mapping made of {name: "module:class"}, with modules of this package."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = MappingProxyType(dict(places))
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, thing = self.places[name].partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), thing)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+# --model_version -> its Family; the first is the default of a new model
+GENERATIONS = Table({"x060": "models.rwkv6.family:RWKV6Family", "x070": "models.rwkv7.family:RWKV7Family"})
+# --dataload -> how a data set becomes Samples
+SAMPLINGS = Table(
+    {
+        "get": "data.samples:WindowSamples",
+        "pad": "data.samples:PaddedSamples",
+        "only": "data.samples:SingleSamples",
+        "pack": "data.pack:PackedSamples",
+    }
+)
+# tasks of `rwkv-peft eval` and --eval_task: whose answers the model writes, and whose continuations are scored
+WRITTEN = Table({"gsm8k": "evals.gsm8k:Gsm8k", "math": "evals.competition:Competition", "jsonl": "evals.exact:Exact"})
+SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.lambada:Lambada"})
+TASKS = Table({**WRITTEN.places, **SCORED.places})

@@ -1,0 +1,116 @@
+"""The commands' tables of rules, by entry: a command that breaks one is refused in its words, and its help tells it."""
+
+import re
+import shlex
+
+import pytest
+
+from rwkv_peft import comparison
+from rwkv_peft.cli import Parser
+from rwkv_peft.commands import main
+from rwkv_peft.compare import flags as compare
+from rwkv_peft.data import preprocess_flags as preprocess
+from rwkv_peft.errors import UserError
+from rwkv_peft.evals import flags as evals
+from rwkv_peft.generate import flags as generate
+from rwkv_peft.plan import flags as plan
+from rwkv_peft.release import flags as release
+from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
+
+TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer bytes"
+# a command, its rules, and a command line that lacks what they are about; {} is the place of that
+COMMANDS = (
+    ("generate", generate.RULES, "--model m.pth {}"),
+    ("eval", evals.RULES, "--model m.pth {}"),
+    ("merge", release.MERGE_RULES, "--base_model b.pth --bone_checkpoint a.safetensors {}"),
+    ("inspect", release.INSPECT_RULES, "m.pth {}"),
+    ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
+    ("preprocess", preprocess.RULES, "rows.jsonl {}"),
+    ("plan", plan.RULES, "{}"),
+    ("plot", comparison.RULES, "run x.png {}"),
+    ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
+)
+OURS, HARNESS, SCORED = "gsm8k", "arc_easy", "lambada"
+FACTS = {
+    comparison.SEVERAL: "other.png",
+    evals.OTHERS: f"{OURS} {HARNESS}",
+    evals.OURS: OURS,
+    evals.HARNESS: HARNESS,
+    evals.SCORED: SCORED,
+}
+# a value of a flag for which its condition holds, if another than 3
+VALUES = {
+    "--output": "x.png",
+    "--x": "tokens",
+    "--smooth": "0.5",
+    "--to": "lora",
+    "--think": "on",
+    "--gpu": "24GiB",
+    "--at_least": "0.5",
+    "--append_eod 0": "--no-append_eod",
+    "--shots !0": "--shots 3",
+    "--train_parts": "ln",
+    "--val_split": "0.1",
+}
+WITH = {"objective": "--objective dpo --data_type pairs", "methods": "--methods bone full"}
+CASES = [
+    (name, line, rule, subject, rule.others.split(", "))
+    for name, rules, line in COMMANDS
+    for rule in rules
+    for subject in rule.subjects.split(", ")
+]
+BY_CASE = pytest.mark.parametrize(
+    "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
+)
+SWITCHES = ("--panels", "--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows")
+
+
+def words(condition):
+    """A piece of a command line for which a condition holds."""
+    flag, wanted = parts_of(condition)
+    if not condition.startswith("--"):
+        return FACTS.get(condition, "")
+    if condition in SWITCHES or condition in VALUES and VALUES[condition].startswith("--"):
+        return VALUES.get(condition, condition)
+    if flag in WITH:
+        return WITH[flag]
+    return f"--{flag} {wanted.split('|')[0] or VALUES.get(condition, '3')}"
+
+
+def refusal(name, line, *conditions):
+    """What a command says of a command line for which conditions hold; no file of it exists."""
+    own = [words(condition) for condition in conditions]
+    if name == "eval" and not set(FACTS) & set(conditions):
+        own.append(OURS)
+    if name == "compare":  # behind its --: what is train.py's
+        line += "".join(f" {part}" for part in own if not part.startswith("--methods"))
+        own = [part for part in own if part.startswith("--methods")]
+    try:
+        main([name, *shlex.split(line.format(" ".join(sorted(own, reverse=True))))])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@BY_CASE
+def test_a_command_that_breaks_a_rule_is_refused_in_its_words(name, line, rule, subject, others):
+    if rule.verb == NEEDS:
+        assert f"{NEEDS} {worded(' or '.join(others))}: {rule.why}; " in refusal(name, line, subject)
+        assert all(rule.why not in refusal(name, line, subject, other) for other in others)
+        return
+    for other in others:
+        told = refusal(name, line, subject, other)
+        assert re.search(rf" {EXCLUDES} .*: {re.escape(rule.why)}; {rule.remedy or 'leave one of them out'}", told)
+
+
+@BY_CASE
+def test_the_help_of_a_flag_tells_its_rules(name, line, rule, subject, others, monkeypatch):
+    actions = {}
+    monkeypatch.setattr(Parser, "print_help", lambda parser: actions.update(parser._option_string_actions))
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    for own, other in [(subject, other) for other in others] + [(other, subject) for other in others]:
+        flag, wanted = parts_of(own)
+        if f"--{flag}" in actions and own.startswith("--") and (own == subject or rule.verb == EXCLUDES):
+            _, _, note = actions[f"--{flag}"].help.rpartition(" [")
+            assert worded(other) in note and worded(wanted) in note
