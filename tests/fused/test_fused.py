@@ -11,20 +11,24 @@ import torch
 from fused.shims import GPU, model_of, on_shims, states_of, step
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batches import collate
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.fused.feed_forward import chained, layer_by_layer
 from rwkv_peft.fused.fuse import CHAIN, TABLE
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.documents import counted_losses
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.objectives.next_token import NextToken
+from rwkv_peft.training.step.forked import forked
 from rwkv_peft.training.step.graphs import Blocks
+from rwkv_peft.training.step.steps import straight
 
 CHAINED = ("bat-in", "bat-in-scaled")
 TOKENS = torch.arange(26) * 7 % 40
 per_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-def both(model, monkeypatch, tokens, bounds=None, sequences=0):
+def both(model, monkeypatch, tokens, bounds=None, sequences=0, step=step):
     """The results of a step on the fused model, on the plain one, and on the plain one in float64."""
     fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     assert fuse(fused, GPU).startswith("2 of 2 blocks: ")
@@ -69,6 +73,23 @@ def test_packed_sequences_and_states(family, lengths, begun, monkeypatch):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     model = model_of(family, "bat-in")
     assert_as_near(*both(model, monkeypatch, TOKENS[None], bounds, len(lengths) if begun else 0))
+
+
+def of_answers(model, tokens, bounds, state):
+    """The losses of packed documents that share what they begin with, and the gradients of the parameters."""
+    batch = collate([[(document, torch.arange(len(document) - 1) >= 4) for document in tokens[0].split(bounds)]])
+    batch |= forked(batch, 2)
+    losses = counted_losses(lambda head: straight(model, batch, head), batch)
+    model.zero_grad()
+    losses.square().sum().backward()
+    return [losses, *(x.grad for x in model.parameters() if x.grad is not None)]
+
+
+@per_family
+def test_a_pass_that_only_the_state_is_wanted_of(family, monkeypatch):
+    """As over a prompt that several answers go on from."""
+    tokens = torch.cat([TOKENS[:5], TOKENS[7:12], TOKENS[:5], TOKENS[12:21]])[None]
+    assert_as_near(*both(model_of(family, "bat-in"), monkeypatch, tokens, (10, 14), step=of_answers))
 
 
 @per_family

@@ -82,18 +82,22 @@ def test_a_run_learns_which_answer_is_better(folder, learned):
 def test_a_run_goes_on_with_the_same_bits(folder, learned, train):
     """One objective for each kind of rows."""
     name, _ = learned
-    if name not in ("next_token", "dpo", "kto"):
-        return
-    shutil.copytree(folder / name, folder / f"{name}-parts")
-    first, second = sorted((folder / f"{name}-parts" / CHECKPOINTS).iterdir())
+    if name in ("next_token", "dpo", "kto"):
+        goes_on(folder, train, name, name)
+
+
+def goes_on(folder, train, name, run, *more):
+    """Resume the first half of a run of an objective: it computes the same."""
+    shutil.copytree(folder / run, folder / f"{run}-parts")
+    first, second = sorted((folder / f"{run}-parts" / CHECKPOINTS).iterdir())
     shutil.rmtree(second)
-    out = train(name, f"{name}-parts", "--micro_bsz", 2, "--resume")
+    out = train(name, f"{run}-parts", "--micro_bsz", 2, "--resume", *more)
     assert f"resuming after step {STEPS // 2}" in out
-    adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in (name, f"{name}-parts")]
+    adapters = [(folder / one / "adapter.safetensors").read_bytes() for one in (run, f"{run}-parts")]
     assert adapters[0] == adapters[1]
     lines = [
-        [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in metrics(folder, run)]
-        for run in (name, f"{name}-parts")
+        [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in metrics(folder, one)]
+        for one in (run, f"{run}-parts")
     ]
     assert lines[0] == lines[1]
 
@@ -104,10 +108,35 @@ def test_ranks_micro_batches_stages_and_checkpointed_blocks_compute_the_same(fol
     train(name, f"{name}-spread", *spread)
     ours, theirs = (metrics(folder, run) for run in (f"{name}-spread", name))
     # the first step sees the same model; later ones of KTO another kl, which is that of a micro batch
-    compared = ours[:1] if name == "kto" else ours
-    for line, expected in zip(compared, theirs):
+    same(name, ours[:1] if name == "kto" else ours, theirs)
+
+
+def same(name, ours, theirs, rel=1e-3):
+    """Require of an objective's lines of metrics that they tell the same."""
+    for line, expected in zip(ours, theirs):
         for number in ("loss", "grad_norm", *(figure.name for figure in OBJECTIVES[name].figures)):
-            assert line[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-5), (line["step"], number)
+            assert line[number] == pytest.approx(expected[number], rel=rel, abs=1e-5), (line["step"], number)
+
+
+def test_prompts_are_computed_once(folder, learned, train):
+    """Losses are those of whole rows, and --resume has the same bits."""
+    if learned[0] != "dpo":
+        return
+    assert "a prompt is computed once" not in learned[1]  # because these are short
+    out = train("dpo", "dpo-once", "--micro_bsz", 2, "--share_prompts", 1)
+    assert "a prompt is computed once for both answers, which saves" in out
+    same("dpo", metrics(folder, "dpo-once"), metrics(folder, "dpo"), rel=1e-4)
+    goes_on(folder, train, "dpo", "dpo-once", "--share_prompts", 1)
+
+
+def test_ranks_go_through_a_gathered_model_alike_if_some_rows_share_nothing(folder, train):
+    prompts = ("Q", "What", "Q", "Which of them")
+    rows = ({"prompt": prompts[i % 4], "chosen": "YES" * (1 + i % 3), "rejected": "no"} for i in range(10))
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_rows, spread = ("--data_file", folder / "short.jsonl"), ("--devices", 2, "--strategy", "deepspeed_stage_3")
+    train("dpo", "short", *of_rows, "--micro_bsz", 2, "--share_prompts", 0)
+    train("dpo", "short-once", *of_rows, *spread, "--grad_cp", 1, "--share_prompts", 1)
+    same("dpo", metrics(folder, "short-once"), metrics(folder, "short"))
 
 
 def test_another_objective_does_not_go_on(folder, learned, train):

@@ -83,12 +83,14 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
+    Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),
     Rule("--cuda_graphs 1", EXCLUDES, OFFLOAD, "a step waits for the optimizer in main memory, not for launches"),
     Rule("--cuda_graphs 1", EXCLUDES, "--grad_cp 1", "a graph keeps what backward needs"),
     Rule("--cuda_graphs 1", EXCLUDES, "--compile", "both take the blocks"),
     Rule("--cuda_graphs 1", EXCLUDES, "--train_type infctx", "segments hand states on, and a graph takes none"),
+    Rule("--cuda_graphs 1", EXCLUDES, "--share_prompts 1", "prompts hand states on, and a graph takes none"),
 )
 Settings = AdapterConfig | DataConfig | TrainConfig | Objective
 SETTINGS = tuple(field for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config))

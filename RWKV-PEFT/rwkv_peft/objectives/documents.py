@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 def log_probabilities(through: "Pass", batch: "Batch") -> torch.Tensor:
     """The log-probability of the counted tokens of each document: (rows, 2)."""
-    head = partial(token_losses, targets=batch["targets"], counted=batch["counted"])
-    return -per_document(batch, through(head)).view(-1, 2)
+    return -per_document(batch, counted_losses(through, batch)).view(-1, 2)
+
+
+def counted_losses(through: "Pass", batch: "Batch") -> torch.Tensor:
+    """The loss of each counted token (n,)."""
+    return through(partial(token_losses, targets=batch["targets"], counted=batch["counted"]))
 
 
 def counted_tokens(batch: "Batch") -> torch.Tensor:

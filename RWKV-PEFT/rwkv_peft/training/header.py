@@ -19,6 +19,7 @@ from ..ops.mix import cuda as mix_cuda
 from .flags.rates import automatic_rate
 from .inputs import Inputs
 from .measuring.learned import doubts
+from .step.forked import saved_tokens
 from .step.gathering import loses_in_sums
 from .step.plan import Plan
 
@@ -70,6 +71,8 @@ def describe(
         say(f"          {note}")
     if words := config.objective.describe():
         say(f"objective {words}")
+    if saved := saved_tokens(config, samples, accelerator):
+        say(f"          a prompt is computed once for both answers, which saves {saved:,} tokens of a micro batch")
     if train.chunk_ctx:
         cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")

@@ -32,6 +32,7 @@ from ...models.state import TIME_STATE
 from ...names import STATE
 from ...objectives.next_token import NextToken
 from ..ranks.base_guard import BaseGuard
+from ..step.forked import saved_tokens
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
@@ -42,8 +43,9 @@ from .prepared import Prepared
 from .strategy import make_strategy
 
 
-def step_of(config: RunConfig, samples: Samples, teacher: Teacher | None = None) -> Step:
-    """Choose the Step for batches of `samples`: over whole rows, or segments of them."""
+def step_of(config: RunConfig, samples: Samples, accelerator: str, teacher: Teacher | None = None) -> Step:
+    """Choose the Step for batches of `samples`: over whole rows, rows whose documents share their prompt, or segments
+    of rows."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
@@ -51,7 +53,8 @@ def step_of(config: RunConfig, samples: Samples, teacher: Teacher | None = None)
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
-        return Whole(objective, way, base_way, None if teacher is None else teacher.model)
+        group = data.documents if saved_tokens(config, samples, accelerator) else 0
+        return Whole(objective, way, base_way, group, None if teacher is None else teacher.model)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
@@ -66,7 +69,7 @@ def make_lit(run: Prepared) -> Lit:
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
     rates = run.family if train.layerwise_lr else None
-    step = step_of(run.config, run.samples, run.teacher)
+    step = step_of(run.config, run.samples, run.accelerator, run.teacher)
     return Lit(run.model, train, step, plan.total_steps, plan.first_step, rates, ratios)
 
 

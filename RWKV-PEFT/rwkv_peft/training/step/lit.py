@@ -15,6 +15,7 @@ from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
 from ...ops.recurrence.checks import vouch
 from .cpu_adam import cpu_adam
+from .forked import tokens_read
 from .steps import Step
 
 
@@ -102,7 +103,7 @@ class Lit(pl.LightningModule):
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
-        self.ask_ranks(loss.detach(), batch["tokens"].numel())
+        self.ask_ranks(loss.detach(), tokens_read(batch))
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 

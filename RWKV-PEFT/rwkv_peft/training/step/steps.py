@@ -21,6 +21,7 @@ from ...config.objective import Passes
 from ...models.parts import HeadFunction
 from ...models.state import State
 from ...objectives.next_token import NextToken
+from .forked import forked, no_head, on_device, state_before
 from .segments import Segment, filler, segments_of
 
 Batch = Mapping[str, torch.Tensor]
@@ -60,8 +61,9 @@ class Step(ABC):
 
 
 def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
-    """Go through the model by its own forward: the plain Way."""
-    result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head, keep=False)[0]
+    """Go through the model by its own forward: the plain Way, which also takes batches of forked."""
+    state = state_before(model, batch) if "shared" in batch else None
+    result: torch.Tensor = model(batch["tokens"], state, batch.get("cu_seqlens"), head, keep=False)[0]
     return result
 
 
@@ -75,16 +77,21 @@ def seen_by_teacher(batch: Batch) -> Batch:
 
 class Whole(Step):
     """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
-    before training, for objectives that ask for its word, as others do for that of a `teacher`."""
+    before training, for objectives that ask for its word, as others do for that of a `teacher`. group: so many packed
+    documents share what they begin with, which is computed once for them; 0 computes whole documents."""
 
     def __init__(
         self,
         objective: Objective = NEXT_TOKEN,
         way: Way = straight,
         base_way: Way = straight,
+        group: int = 0,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.objective, self.way, self.base_way, self.teacher = objective, way, base_way, teacher
+        self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        return on_device(forked(batch, self.group), device) if self.group else {}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         @torch.no_grad()
@@ -190,11 +197,6 @@ class Segments(Step):
             after = model(segment.tokens, befores[-1], segment.cu_seqlens, head=no_head)[1]
             befores.append(following(chain, position + 1, kept(segment.state_after(after)), none))
         return befores
-
-
-def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Stand for the head in passes that need only the state: no logits, but one zero."""
-    return x.new_zeros(())
 
 
 def of_none(model: nn.Module) -> State:

@@ -1,0 +1,130 @@
+"""Prompts that are computed once for all of their answers give the losses and gradients of whole documents: every
+parameter's, for every generation, with adapters, tuned states and checkpointed blocks."""
+
+import pytest
+import torch
+
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.data.batches import collate
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives import OBJECTIVES
+from rwkv_peft.objectives.documents import counted_losses, per_document
+from rwkv_peft.training.step import forked as module
+from rwkv_peft.training.step.forked import Handed, forked, on_device, tokens_read
+from rwkv_peft.training.step.steps import Whole, straight
+from training.test_steps import VOCABULARY, compare, gradients, shaken
+
+EVERY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+ADAPTERS = (None, AdapterConfig(rank=8), AdapterConfig(method="lora", rank=4, train_parts=("ln", "time")))
+# lengths of the prompt and the answers of each group
+SHARED = [[7, 3, 1, 9], [2, 5, 5, 1], [18, 1, 12, 2]]
+NOTHING = [[7, 3, 1, 9], [1, 4, 1, 6]]  # the second has no token before those that predict answers
+
+
+def documents(groups):
+    """Documents of prompts and answers, which count, but for one token within."""
+    generator = torch.Generator().manual_seed(1)
+    for prompt, *answers in groups:
+        begin = torch.randint(VOCABULARY, (prompt,), generator=generator)
+        for length in answers:
+            mask = torch.arange(prompt + length - 1) >= prompt - 1
+            mask[prompt : prompt + 1] &= length < 4
+            yield torch.cat([begin, torch.randint(VOCABULARY, (length,), generator=generator)]), mask
+
+
+def batches(groups=SHARED):
+    """A batch of whole documents, and the same with prompts that stand there once."""
+    batch = collate([list(documents(groups))])
+    return batch, batch | on_device(forked(batch, len(groups[0]) - 1), torch.device("cpu"))
+
+
+def weighed(model, batch):
+    """A number whose gradients are those of every counted token's loss, with a factor each."""
+    losses = counted_losses(lambda head: straight(model, batch, head), batch)
+    return (losses * torch.linspace(-1, 2, len(losses), dtype=losses.dtype)).sum(), losses.detach()
+
+
+@EVERY
+@pytest.mark.parametrize("groups", [SHARED, NOTHING], ids=["shared", "nothing"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=["all", "bat-in", "lora"])
+def test_losses_and_gradients_are_those_of_whole_documents(family, adapter, checkpointed, groups):
+    model = shaken(family, adapter=adapter, grad_checkpoint=checkpointed)
+    (expected, losses), (found, ours) = (weighed(model, batch) for batch in batches(groups))
+    torch.testing.assert_close(ours, losses, rtol=1e-9, atol=1e-12)
+    compare(gradients(model, found), gradients(model, expected))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_loses_no_more_than_in_whole_documents(family, dtype):
+    whole, once = batches([[90, 40, 33], [65, 1, 70]])
+    exact = gradients(model := shaken(family, adapter=ADAPTERS[1]), weighed(model, whole)[0])
+    low = shaken(family, adapter=ADAPTERS[1]).to(dtype)
+    errors = [
+        sum((grad.double() - exact[name]).norm() / exact[name].norm().clamp_min(1e-9) for name, grad in found.items())
+        for found in (gradients(low, weighed(low, batch)[0]) for batch in (whole, once))
+    ]
+    assert 0 < errors[1] <= 1.25 * errors[0]
+
+
+@EVERY
+@pytest.mark.parametrize("name", [name for name, one in OBJECTIVES.items() if not one.of_tokens])
+def test_every_objective_of_answers_has_the_same_loss_and_figures(family, name):
+    model, batch = shaken(family, adapter=ADAPTERS[1]), collate([list(documents([[9, 4, 2], [5, 1, 6]]))])
+    if name == "kto":
+        batch["labels"] = torch.tensor([True, True, False, False])
+    whole, once = Whole(OBJECTIVES[name]()), Whole(OBJECTIVES[name](), group=2)
+    expected = whole.loss(model, batch, 2.0)
+    laid = batch | once.sent(batch, torch.device("cpu"))
+    assert tokens_read(laid) == tokens_read(batch) - 8 - 4
+    found = once.loss(model, laid, 2.0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(dict(once.measures), dict(whole.measures), rtol=1e-9, atol=0)
+    compare(gradients(model, found), gradients(model, expected))
+    torch.testing.assert_close(once.total(model, laid), whole.total(model, batch), rtol=1e-9, atol=0)
+
+
+def test_documents_are_cut_where_they_differ_or_begin_to_count():
+    tokens = torch.arange(10)
+    other = tokens.clone()
+    other[4:] += 1
+    for count, expected in ((2, 2), (3, 3), (4, 4), (7, 4)):  # what counts first, what is shared
+        mask = torch.arange(9) >= count
+        batch = collate([[(tokens, mask), (other, mask)]])
+        laid = forked(batch, 2)
+        assert laid["shared"].tolist() == [list(range(expected))] and laid["shared_seqlens"].tolist() == [0, expected]
+        assert laid["cu_seqlens"].tolist() == [0, 9 - expected, 18 - 2 * expected] and laid["owner"].tolist() == [0, 0]
+        targets = [one["targets"].flatten()[one["counted"]].tolist() for one in (batch, laid)]
+        assert targets[0] == targets[1]
+        assert per_document(laid, torch.ones_like(laid["counted"])).tolist() == [9 - count, 9 - count]
+
+
+def test_equal_documents_keep_a_token_each_and_rows_that_count_nothing_share():
+    nothing = torch.zeros(5, dtype=torch.bool)
+    laid = forked(collate([[(torch.arange(6), nothing)] * 2]), 2)
+    assert laid["shared"].tolist() == [[0, 1, 2, 3]] and laid["tokens"].tolist() == [[4, 4]]
+
+
+def test_a_batch_with_a_group_that_shares_nothing_stays_whole():
+    batch, laid = batches(NOTHING)
+    assert all(laid[name] is batch[name] for name in batch) and laid["owner"].tolist() == []
+
+
+def test_gradients_of_answers_add_up_as_those_of_rows_that_are_indexed():
+    tensor, owner = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 0, 2, 2])
+    factors = torch.randn(5, 2, 4, dtype=torch.float64)
+    pairs = [(handed, *torch.autograd.grad((handed * factors).sum(), tensor)) for handed in (
+        Handed.apply(tensor, owner), tensor[owner]
+    )]  # fmt: skip
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=1e-14, atol=1e-14)
+
+
+@EVERY
+def test_a_step_asks_for_no_value(family, monkeypatch):
+    """On the meta device, which has no values; on a GPU, reading one would wait."""
+    monkeypatch.setattr(module, "sent", lambda x, device: x.to(device))  # no memory is pinned without a GPU
+    step, batch, meta = Whole(OBJECTIVES["dpo"](), group=2), collate([list(documents([[9, 4, 2], [5, 1, 6]]))]), "meta"
+    model = shaken(family, torch.float32, ADAPTERS[1]).to(meta)
+    laid = {name: tensor.to(meta) for name, tensor in batch.items()} | step.sent(batch, torch.device(meta))
+    assert all(grad.is_meta for grad in gradients(model, step.loss(model, laid, 2.0)).values())
