@@ -40,7 +40,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 WORDS = (
     ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # the latter two are ops/recurrence/eager.py's
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear", "KeyUpToTile", "ValueOfSquare")),
-    ("loss", ("LinearCrossEntropy",)),
+    ("loss", ("ChunkedHead",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
     ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate", "NormBonusGate")),
     ("mix", ("Lerp", "SigmoidGate", "ReluSquare", "DeltaKeys", "ValueResidual")),

@@ -91,8 +91,9 @@ class Server:
 
     def __init__(self, address):
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(address)
+        self.listener.bind(f"{address}-new")
         self.listener.listen(64)
+        os.rename(f"{address}-new", address)  # whoever sees it can connect
         self.running, self.sessions = {}, []
         self.ended, self.wakes = socket.socketpair()  # to be read from when a fork has ended
         self.wakes.setblocking(False)
@@ -181,12 +182,16 @@ folder = None  # of the session's socket; conftest.py sets it
 
 @functools.cache
 def address():
-    """The socket of the process that is forked, which is started if no worker of this session has done so."""
+    """The socket of the process that is forked, which is started if no worker of this session has done so, or if it
+    ended with those that had."""
     from filelock import FileLock
 
     path = Path(folder) / "socket"
     with FileLock(Path(folder) / "lock"):
-        if not path.exists():
+        try:
+            session.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
             program = path.with_name("python")
             program.write_text(PROGRAM.format(children=CHILDREN, python=sys.executable, warm=__file__, socket=path))
             program.chmod(0o755)
@@ -198,7 +203,7 @@ def address():
             while not path.exists():
                 assert server.poll() is None
                 time.sleep(0.01)
-    session.connect(str(path))
+            session.connect(str(path))
     session.sendall(b".")
     return str(path)
 

@@ -52,7 +52,7 @@ ROW = {
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
 COMPARED = "bone-0.001-7"  # a run of a comparison
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
-RUN |= {"objective": "next_token", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+RUN |= {"objective": "next_token", "teacher": "", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
 MODEL_STATES, OPTIMIZER_STATES = (f"{CHECKPOINT}/zero/rank_0_{name}_states.pt" for name in ("model", "optim"))
 

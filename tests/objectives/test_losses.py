@@ -11,10 +11,12 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config.objective import TEACHER
 from rwkv_peft.data.batches import collate
 from rwkv_peft.data.masks import UNDESIRABLE
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import OBJECTIVES
+from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.documents import log_probabilities
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.objectives.ipo import IPO
@@ -35,9 +37,9 @@ LENGTHS = [7, 4, 3, 11, 6, 2, -1, -1]  # of documents, two a row; below 0: nothi
 LABELS = (True, False, True, True)
 
 
-def make(family, adapter=None, grad_checkpoint=False, dtype=torch.float64):
+def make(family, adapter=None, grad_checkpoint=False, dtype=torch.float64, width=16):
     torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
+    model = family.build(family.new_dimensions(n_layer=2, n_embd=width, vocab_size=VOCABULARY, head_size=8))
     model.grad_checkpoint = grad_checkpoint
     family.init_weights(model)
     with torch.no_grad():
@@ -73,8 +75,15 @@ def answer(model, tokens, mask):
     return log_probabilities.gather(1, tokens[1:, None])[:, 0][mask != 0]
 
 
-# The papers' formulas. now and base hold, for each row, the log-probabilities of the tokens of its two answers. Each
-# gives (the loss, its figures in the order of the objective's) of each row.
+def with_all(model, tokens, mask):
+    """The log-probabilities of a document's counted tokens (n, 1), and beside them those of all tokens (n, V)."""
+    every = model(tokens[None, :-1])[0][0].log_softmax(-1)
+    return torch.cat([every.gather(1, tokens[1:, None]), every], 1)[mask != 0]
+
+
+# The papers' formulas. now and base hold, for each row, the log-probabilities of the tokens of its two answers; if a
+# teacher is asked, base is its word, and both hold what with_all gives. Each formula gives (the loss, its figures in
+# the order of the objective's) of each row.
 
 
 def next_token(one, now, base, labels):
@@ -120,6 +129,15 @@ def kto(one, now, base, labels):
         yield weight * (1 - torch.sigmoid(margin)), margin > 0, margin, torch.tensor(kl)
 
 
+def distill(one, now, base, labels):
+    ours, theirs = (torch.cat([answer for row in rows for answer in row]) for rows in (now, base))
+    p, q = ((every[:, 1:] / one.temperature).softmax(1) for every in (ours, theirs))
+    m = one.beta * q + (1 - one.beta) * p
+    apart = one.beta * (q * (q / m).log()).sum(1) + (1 - one.beta) * (p * (p / m).log()).sum(1)
+    apart = one.temperature**2 * apart
+    return [(each, each, -token) for each, token in zip(apart, ours[:, 0])]
+
+
 FORMULAS = {
     "next_token": (NextToken(), next_token),
     "dpo": (DPO(0.7, 0.3), dpo),
@@ -127,6 +145,7 @@ FORMULAS = {
     "simpo": (SimPO(1.7, 0.4), simpo),
     "orpo": (ORPO(0.6), orpo),
     "kto": (KTO(0.7, 1.3, 0.8), kto),
+    "distill": (Distill("teacher.pth", "jsd", 0.3, 1.7), distill),
 }
 
 
@@ -140,7 +159,8 @@ def naive(name, model, base, lengths, count):
     one, formula = FORMULAS[name]
     pairs = list(documents(lengths))
     rows = [pair for pair in zip(pairs[::2], pairs[1::2]) if pair[0][1].any()]
-    now, before = ([[answer(m, *document) for document in row] for row in rows] for m in (model, base))
+    read = with_all if TEACHER in one.needs else answer
+    now, before = ([[read(m, *document) for document in row] for row in rows] for m in (model, base))
     before = [[values.detach() for values in row] for row in before]
     columns = zip(*formula(one, now, before, LABELS))
     return [sum(value.double() for value in column) / count for column in columns]
@@ -149,15 +169,22 @@ def naive(name, model, base, lengths, count):
 def batch_of(name, lengths=LENGTHS):
     """A batch of packed rows, or of padded ones for an objective of tokens."""
     one, _ = FORMULAS[name]
-    if one.of_tokens:
+    if one.unit == "token":
         return collate(list(documents(lengths)))
     return collate([list(documents(lengths, LABELS if "labels" in one.rows else None))])
+
+
+def other_model(family):
+    """A teacher: wider, and of another generation."""
+    return shaken(make(next(other for other in FAMILIES if other is not family), width=24))
 
 
 def compare(name, family, adapter):
     model, base = shaken(make(family, adapter)), make(family)
     one, batch = FORMULAS[name][0], batch_of(name)
-    step = Whole(one)
+    if TEACHER in one.needs:
+        base = other_model(family)
+    step = Whole(one, teacher=base)
     found, expected = step.loss(model, batch, 2.0), naive(name, model, base, LENGTHS, 2.0)
     assert tuple(step.measures) == tuple(figure.name for figure in one.figures)
     measured = torch.stack([found, *step.measures.values()])
@@ -189,7 +216,7 @@ def test_every_method_is_asked_for_the_bases_word(family, adapter):
     compare("dpo", family, ADAPTERS[adapter])
 
 
-@pytest.mark.parametrize("name", [name for name, (one, _) in FORMULAS.items() if not (one.needs or one.of_tokens)])
+@pytest.mark.parametrize("name", [name for name, (one, _) in FORMULAS.items() if not (one.asks_base or one.of_tokens)])
 def test_a_whole_model_learns_without_a_base_its_head_too(name):
     compare(name, FAMILIES[1], None)
 
@@ -271,7 +298,7 @@ def test_checkpointed_blocks_have_the_same_gradients(name):
     for checkpoint in (False, True):
         torch.manual_seed(3)
         model = shaken(make(FAMILIES[1], ADAPTERS["bat-in"], checkpoint))
-        Whole(FORMULAS[name][0]).loss(model, batch, 1).backward()
+        Whole(FORMULAS[name][0], teacher=other_model(FAMILIES[1])).loss(model, batch, 1).backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*found, rtol=0, atol=0)
 

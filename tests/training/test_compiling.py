@@ -46,18 +46,20 @@ def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
     assert utils.counters["frames"]["total"] == 2  # the first, and all others
 
 
-def test_pairs_train_and_validate_compiled(all_or_error):
+@pytest.mark.parametrize("group", [0, 2], ids=["whole", "shared"])
+def test_pairs_train_and_validate_compiled(group, all_or_error):
     """The first block, the last and one between, with a gradient and without, as they train and as they validate, with
-    adapters and as the base."""
+    adapters and as the base; also if a prompt is computed once."""
     torch.manual_seed(0)
     family = FAMILIES[-1]
     model = family.build(family.new_dimensions(3, 64, 40))
     family.init_weights(model)
     inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)
-    step = Whole(DPO(0.1))
+    step = Whole(DPO(0.1), group=group)
     with compiled(model, DataConfig(path="", data_type="pairs")):
         for sizes in ((9, 12), (3, 5)):
-            batch = collate([[(torch.arange(size), torch.ones(size - 1, dtype=torch.bool)) for size in sizes]])
+            batch = collate([[(torch.arange(size), torch.arange(size - 1) > 0) for size in sizes]])
+            batch |= step.sent(batch, torch.device("cpu"))
             step.loss(model, batch, 1).backward()
             model.eval()
             step.total(model, batch)

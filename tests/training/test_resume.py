@@ -225,6 +225,7 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
         "adapter": asdict(AdapterConfig(rank=16)),
         "base": "abc",
         "objective": "next_token",
+        "teacher": "",
         "data": {"ctx_len": 16, "counted": "def"},
     }
     assert read_run_state(tmp_path, now, True)["base"] == "abc"

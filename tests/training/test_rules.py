@@ -21,6 +21,7 @@ FACTS = {
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}
 ANOTHER |= {"dataload": "pad", "data_type": "binidx"}
+SHARES = ("val_split", "distill_beta", "distill_weight", "top_p")  # flags whose values are at most 1
 CASES = [(rule, *pair) for rule in RULES for pair in zip(rule.subjects.split(", "), [rule.others.split(", ")] * 9)]
 
 
@@ -34,11 +35,7 @@ def words(condition):
         return FACTS.get(condition) or f"--{name} {ANOTHER[name] if wanted[0] == '!' else wanted.split('|')[-1]}"
     action = ACTIONS[condition]
     unlike = [choice for choice in action.choices or () if choice != action.default]
-    return (
-        condition
-        if action.nargs == 0
-        else f"{condition} {unlike[0] if unlike else '0.5' if name in ('val_split', 'top_p') else 3}"
-    )
+    return condition if action.nargs == 0 else f"{condition} {unlike[0] if unlike else 0.3 if name in SHARES else 3}"
 
 
 def refusals(*conditions):

@@ -7,7 +7,7 @@ file of an objective imports torch before a loss is computed, so that flags are 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..rules import Rule
 from .train import TrainConfig
@@ -15,13 +15,14 @@ from .train import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Head = Callable[[Tensor, Tensor], Tensor]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
-    Pass = Callable[[Head], Tensor]  # a pass over a batch, which ends in a Head -> its result
+    Head = Callable[[Tensor, Tensor], Any]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
+    Pass = Callable[[Head], Any]  # a pass over a batch, which ends in a Head -> its result
     Batch = Mapping[str, Tensor]
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
 ANSWERS = "answers"  # a need: answers to a batch's prompts, which the model draws before each step, and their rewards
+TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
 Exclusion = tuple[str, str, str]  # the others, why and remedy of a Rule (rules.py) of what an objective excludes
 LOADED = "an adapter to start from"  # a fact that rules name
 MEASURE = "answers are compared with what the base says of them, and"
@@ -34,11 +35,12 @@ OF_BASE: tuple[Exclusion, ...] = (
 
 
 class Passes(NamedTuple):
-    """Passes over a step's batch, for an objective to compute with: through the model, with gradients, and through the
-    model as it was before training, without."""
+    """Passes over a step's batch, for an objective to compute with: through the model, with gradients; and without,
+    through the model as it was before training, and through its teacher."""
 
     model: "Pass"
     base: "Pass"
+    teacher: "Pass"
 
 
 class Figure(NamedTuple):
@@ -57,12 +59,13 @@ class Objective(ABC):
     - name: the value of --objective; text: its line in the help
     - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
     - unit: what its loss is a mean over
-    - needs: what it asks for besides a pass through the model: BASE, ANSWERS
+    - needs: what it asks for besides a pass through the model: BASE, TEACHER, ANSWERS
     - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
-    - rules: those on its own flags, besides that these need it
+    - rules: further rules, on flags of its own
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
+    - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER
     """
 
     name: str = field(default="", init=False)  # of the class; a field, so that the files of a run tell it
@@ -74,6 +77,10 @@ class Objective(ABC):
     rules: ClassVar[tuple[Rule, ...]] = ()
     of_tokens: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
+    # without annotations, which would make them fields of every objective
+    teacher = ""
+    teacher_adapters = tuple[str, ...]()
+    teacher_state = ""
 
     @property
     def asks_base(self) -> bool:

@@ -240,7 +240,7 @@ class TrainConfig(ValidationConfig):
         None,
         "pairs and labels: compute a prompt once for both answers, which go on from its state (1), or each answer with "
         "its prompt (0) (default: 1 if that saves so many tokens of a micro batch in the mean that they are worth a "
-        "further pass, which is 64, and on a GPU 1,024)",
+        "further pass, which is 64, and on a GPU 4,096)",
         group="machine",
         type=switch,
         metavar="0|1",

@@ -8,6 +8,7 @@ from ..config import Objective
 from ..config.objective import BASE, OF_BASE, Exclusion
 from ..config.setting import flag_of
 from ..rules import EXCLUDES, NEEDS, Rule
+from .distill import Distill
 from .dpo import DPO
 from .grpo import GRPO
 from .ipo import IPO
@@ -18,7 +19,7 @@ from .simpo import SimPO
 
 # --objective -> its class; of several that learn from the same rows the first is their default
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
-    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, GRPO)}
+    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, Distill, GRPO)}
 )
 
 
@@ -37,13 +38,13 @@ def rules() -> Iterator[Rule]:
     for exclusion in dict.fromkeys(each for one in OBJECTIVES.values() for each in excluded(one)):
         those = [name for name, one in OBJECTIVES.items() if exclusion in excluded(one)]
         yield Rule(f"--objective {'|'.join(those)}", EXCLUDES, *exclusion)
+    for objective in OBJECTIVES.values():
+        yield from objective.rules
     for flag in FLAGS:
         those = [name for name, one in OBJECTIVES.items() if flag in map(flag_of, fields(one))]
         rows = " or ".join(dict.fromkeys(row for name in those for row in OBJECTIVES[name].rows))
         why = f"it is a setting of that, which learns from --data_type {rows}"
         yield Rule(f"--{flag}", NEEDS, f"--objective {'|'.join(those)}", why)
-    for one in OBJECTIVES.values():
-        yield from one.rules
 
 
 # {flag: its field} of all objectives

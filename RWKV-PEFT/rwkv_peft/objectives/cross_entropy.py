@@ -1,10 +1,11 @@
-"""Cross-entropy of the head, computed in chunks so that the logits never exist as a whole.
+"""Cross-entropy of the head, and other losses of logits, in chunks so that the logits never exist as a whole.
 
 At a vocabulary of 65,536 the logits and their gradient dwarf all else in memory. The gradient of the hidden state is
 formed while a chunk's logits are at hand, as Liger Kernel does (Hsu et al. 2024, arXiv 2410.10989), so the backward
 pass costs nothing more.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,25 +19,29 @@ GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB 
 L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logits from drifting up
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+# (logits (n, V), which it may overwrite, the part of the counted tokens that these are of, whether the gradient is
+# wanted) -> (sums over the tokens (k,), of which the first is the loss; the loss's gradient (n, V), or None)
+Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+class ChunkedHead(torch.autograd.Function):
+    """Sums of a Rule over the counted tokens: (k,), of which the first, the loss, has a gradient."""
+
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.zeros_like(rows) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-        total = torch.zeros((), dtype=accumulate, device=rows.device)
-        targets = targets.reshape(-1)
-        for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
+        total = torch.zeros(sums, dtype=accumulate, device=rows.device)
+        for first in range(0, len(counted), size):
+            part = slice(first, first + size)
+            chunk = counted[part]
             inputs = rows[chunk]  # (n, C)
-            loss, grad = cross_entropy_(
-                F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap, gradient=needs_hidden or needs_weight
-            )  # (n, V)
-            total += loss
+            found, grad = rule(F.linear(inputs, weight), part, needs_hidden or needs_weight)  # (n, V)
+            total += found
             if grad_hidden is not None and grad is not None:
                 grad_hidden[chunk] = grad @ weight
             if grad_weight is not None and grad is not None:
@@ -50,9 +55,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_output).view(ctx.shape)
+            grad_hidden = (grad_hidden * grad_output[0]).view(ctx.shape)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * grad_output[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -73,7 +78,20 @@ def linear_cross_entropy(
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
     """
-    return LinearCrossEntropy.apply(hidden, weight, targets, counted, count, l2wrap)
+    targets = targets.reshape(-1)[counted]
+
+    def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        loss, grad = cross_entropy_(logits, targets[part], 1 / count, l2wrap, gradient=gradient)
+        return loss[None], grad
+
+    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]
+
+
+def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
+    """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
+    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
+    found: Tensor = ChunkedHead.apply(hidden, weight, counted, size, sums, rule)
+    return found
 
 
 class TokenLosses(torch.autograd.Function):

@@ -75,12 +75,13 @@ def estimate_of(request: Request, accelerator: str) -> Estimate:
     """Make the Estimate of a Request. Without a base, an adapter's base is assumed to have the dtype of the training; a
     new model is made in memory."""
     config, base = request.config, request.base
+    teacher = None if request.teacher is None else request.teacher.config
     if base is None:
-        return Estimate.of(config, accelerator, mapped=config.adapter.method != NONE)
+        return Estimate.of(config, accelerator, mapped=config.adapter.method != NONE, teacher=teacher)
     dtype = DTYPES[config.train.precision]
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     mapped = all(tensor.dtype == dtype for tensor in base.tensors.values())
-    return Estimate.of(config, accelerator, size, mapped)
+    return Estimate.of(config, accelerator, size, mapped, teacher)
 
 
 def processes(estimate: Estimate, device: str) -> int:

@@ -65,7 +65,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
         if not trains(config):
             continue
         same = config.train.precision == estimate.config.train.precision
-        other = Estimate.of(config, here, estimate.file, estimate.mapped and same)
+        other = Estimate.of(config, here, estimate.file, estimate.mapped and same, estimate.teacher)
         then = peak(other.parts(data.micro_bsz, data.ctx_len), here)
         if then < now:
             found.append(Change(flags, then, largest_rows(other, room)))

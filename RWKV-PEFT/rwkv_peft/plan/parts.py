@@ -4,6 +4,7 @@ Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 19
 parameter has a float32 copy and two moments, 12 bytes in any precision.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,12 +12,13 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
-from ..config import BUCKET, RunConfig
+from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
 from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
+from ..objectives.divergence import taught_rows
 from ..training.saving.room import OPTIMIZER
 from ..training.step.gathering import exchanges_gradients, sums_apart
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
@@ -50,7 +52,8 @@ def peak(parts: Iterable[Part], device: str) -> int:
 class Estimate:
     """A run's memory. config and accelerator (CPU or GPU) are the run's; counts, step and logits (bytes a token of the
     loss) come from a rehearsal; file is the bytes of the base's tensors in its file (0: there is none), mapped whether
-    they have the dtype of the training, so that the file's pages serve as weights."""
+    they have the dtype of the training, so that the file's pages serve as weights; teacher is that of the run, or
+    None."""
 
     config: RunConfig
     accelerator: str
@@ -59,17 +62,21 @@ class Estimate:
     logits: float
     file: int = 0
     mapped: bool = True
+    teacher: ModelConfig | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, accelerator: str, file: int = 0, mapped: bool = True) -> "Estimate":
-        """Rehearse a RunConfig; file and mapped as in the class."""
+    def of(
+        cls, config: RunConfig, accelerator: str, file: int = 0, mapped: bool = True, teacher: ModelConfig | None = None
+    ) -> "Estimate":
+        """Rehearse a RunConfig; the rest as in the class."""
         model, adapter, train = config.model, config.adapter, config.train
         family, dtype = family_named(model.version), DTYPES[train.precision]
         device = "cpu" if accelerator == CPU else "meta"
         dense = replace(adapter, quant="none", load="", init="")
         step = rehearse(family, model, dense, dtype, Setting.of(config, torch.device(device)), train.grad_cp)
         counts = count(family, model, adapter)
-        return cls(config, accelerator, counts, step, logit_bytes(model.vocab_size, dtype, device), file, mapped)
+        logits = logit_bytes(model.vocab_size, dtype, device, teacher is not None)
+        return cls(config, accelerator, counts, step, logits, file, mapped, teacher)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +97,7 @@ class Estimate:
         if segment := self.config.train.chunk_ctx:
             tokens = min(tokens, segment)
             process.append(Part("gradients, summed over segments", self.accelerator, SUM * self.counts.trains))
-        found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens)]
+        found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *self.taught(rows, tokens)]
         if self.accelerator == CPU:
             found = [part._replace(when=ALWAYS) for part in found]
         return [part for part in found if part.size]
@@ -145,7 +152,8 @@ class Estimate:
     def batch(self, rows: int, tokens: int) -> list[Part]:
         """The parts that depend on the batch."""
         model, item, here = self.config.model, self.dtype.itemsize, self.accelerator
-        chunk = min(rows * tokens, chunk_rows(model.vocab_size, here == GPU))
+        at_once = chunk_rows if self.teacher is None else taught_rows
+        chunk = min(rows * tokens, at_once(model.vocab_size, here == GPU))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
@@ -161,6 +169,22 @@ class Estimate:
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
+        ]
+
+    def taught(self, rows: int, tokens: int) -> list[Part]:
+        """The parts of a teacher, which is whole on each device, and whose pass comes before the student's and keeps
+        only the hidden states."""
+        teacher, dtype, here = self.teacher, self.dtype, self.accelerator
+        if teacher is None:
+            return []
+        family = family_named(teacher.version)
+        setting = Setting(torch.device("cpu" if here == CPU else "meta"), self.config.train.fused)
+        step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, setting, False)
+        weights = sum(map(math.prod, family.shapes(teacher).values()))
+        return [
+            Part("weights of the teacher", here, weights * dtype.itemsize),
+            Part("work of a block of the teacher", here, step.kept.at(rows, tokens) // teacher.n_layer, (LOSS,)),
+            Part("hidden states of the teacher", here, rows * tokens * teacher.n_embd * dtype.itemsize, (LOSS,)),
         ]
 
     def unread(self) -> int:

@@ -30,6 +30,7 @@ from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
 from ..objectives.cross_entropy import L2WRAP
+from ..objectives.divergence import Divergence, of_logits
 from ..ops.cross_entropy import cross_entropy_
 from ..training.step.gathering import live_parameters
 
@@ -224,15 +225,21 @@ def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -
 
 
 @functools.cache
-def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
-    """Bytes that the loss needs at once for a token of a chunk: logits and their gradient, as the kernel holds them."""
+def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str, taught: bool = False) -> float:
+    """Bytes that the loss needs at once for a token of a chunk: logits and their gradient, as the kernel holds them;
+    `taught` with those of a teacher."""
     hidden = torch.empty(LOGITS, 1, dtype=dtype, device=device)
     weight = torch.empty(vocabulary, 1, dtype=dtype, device=device)
     targets = torch.zeros(LOGITS, dtype=torch.long, device=device)
     tracker = Tracker()
     tracker.ignore([hidden, weight, targets])
     with tracker:
-        cross_entropy_(F.linear(hidden, weight), targets, 1.0, L2WRAP)
+        if taught:
+            of_logits(
+                F.linear(hidden, weight), F.linear(hidden, weight), targets, 1.0, Divergence("jsd", 0.5, 1.0, 0.5)
+            )
+        else:
+            cross_entropy_(F.linear(hidden, weight), targets, 1.0, L2WRAP)
     return tracker.peak / LOGITS
 
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..evals.equivalence import require_math_verify
 from ..evals.problems import layout_of
 from ..evals.task import AnswerTask
-from ..tables import TASKS
+from ..tables import WRITTEN
 from .reward import Answer, Reward
 
 
@@ -16,12 +15,10 @@ class TaskReward(Reward):
     read from the row as eval reads it."""
 
     def __init__(self, name: str, measure: str = "") -> None:
-        task = TASKS[name]()
-        assert isinstance(task, AnswerTask)  # because the name is of WRITTEN
+        task: AnswerTask = WRITTEN[name]()
         if measure and measure not in task.measures:
             raise UserError(f"{name} has no measure {measure!r}; name {' or '.join(task.measures)}")
-        if name == "math":
-            require_math_verify()
+        task.require()
         self.name = f"{name}:{measure}" if measure else name
         self.task, self.measure, self.layout = task, measure or task.measures[0], layout_of(task, None)
 

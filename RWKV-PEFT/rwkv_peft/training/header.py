@@ -40,6 +40,9 @@ def describe(
         f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
+    if teacher := inputs.teacher:
+        size = f"{counted(teacher.config.n_layer, 'layer')}, {teacher.config.n_embd} channels"
+        say(f"teacher   {teacher.family.name}, {size}, from {teacher.path}")
     say(f"training  {describe_adapter(adapter)}: {report}")
     may_train = adapter.method != NONE and not config.objective.asks_base  # which needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):

@@ -25,13 +25,15 @@ from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from
 from .saving.saved_files import require_files
 from .step.plan import Plan
+from .step.teacher import require_own_tokens
 
 
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of a run: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
     those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
-    begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far."""
+    begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far; the
+    teacher that it learns from, or None."""
 
     config: RunConfig
     base: Base | None
@@ -43,14 +45,17 @@ class Inputs:
     identity: dict[str, Any]
     plan: Plan
     lowest: Lowest
+    teacher: Base | None
 
 
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
-    config, base, world = request.config, request.base, request.world
+    config, base, world, teacher = request.config, request.base, request.world, request.teacher
     train = config.train
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
+    if teacher is not None:
+        require_own_tokens(teacher, samples.vocabulary)
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
@@ -62,6 +67,7 @@ def find_inputs(request: Request) -> Inputs:
         "strategy": train.strategy,
         "world_size": world.size,
         "objective": config.objective.name,
+        "teacher": "" if teacher is None else teacher.fingerprint,
         "precision": train.precision,
         "validation": validation,
         "retained": retained,
@@ -80,7 +86,7 @@ def find_inputs(request: Request) -> Inputs:
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
-    return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
+    return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest, teacher)
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:

@@ -50,6 +50,7 @@ from .saving.keeping import clear_hidden, discard_old
 from .saving.resume import AUTO, completed, find_state
 from .saving.room import require_room_to_save
 from .saving.saver import Saver
+from .step.teacher import Teacher, make_teacher
 
 
 def main(argv: list[str]) -> int:
@@ -132,8 +133,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     inputs = find_inputs(request)
     if words := require_more_to_train(inputs, leads=world.rank == 0):
         return 0, words
-    if inputs.base is not None:
-        inputs.base.require_finite()
+    for base in filter(None, (inputs.base, inputs.teacher)):
+        base.require_finite()
     asked = find_questions(inputs, speaks=world.rank == 0)
     with judging(inputs.config, (inputs.samples, *inputs.measured.values())) as rewards:
         meet(ranks, inputs, asked)
@@ -163,7 +164,8 @@ def train_on(
         describe(inputs, accelerator, batches.notes, report, say)
         say(f"fused     {fused}")
         make_way(inputs, report.trainable, say)
-    return fit(prepare(inputs, asked, model, report.trainable, rewards, accelerator, ranks), say)
+    teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
+    return fit(prepare(inputs, asked, model, report.trainable, teacher, rewards, accelerator, ranks), say)
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:
@@ -191,7 +193,7 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
     }
     ranks.meet(passport(config, inputs.identity, others), Path(config.train.proj_dir), config.train.stall_minutes)
     assert ranks.watch is not None  # because they have met
-    ranks.watch.watch_files(sizes_of_mapped(inputs.base, (inputs.samples, *inputs.measured.values())))
+    ranks.watch.watch_files(sizes_of_mapped((inputs.base, inputs.teacher), (inputs.samples, *inputs.measured.values())))
 
 
 def prepare(
@@ -199,6 +201,7 @@ def prepare(
     asked: Questions,
     model: LanguageModel,
     trainable: int,
+    teacher: Teacher | None,
     rewards: Rewards | None,
     accelerator: str,
     ranks: Ranks,
@@ -225,6 +228,7 @@ def prepare(
         examiners=examiners,
         rows=None if asked.rows is None else BeforeAfter(asked.rows, folder / ROWS, watch, train.compile, anew),
         saver=saver,
+        teacher=teacher,
         rewards=rewards,
         checkpoint=None if train.fresh_optimizer else inputs.checkpoint,  # its state may belong to other ranks
         accelerator=accelerator,

@@ -16,6 +16,7 @@ from ..ranks.meeting import Ranks
 from ..ranks.watch import Watch
 from ..saving.saver import Saver
 from ..step.plan import Plan
+from ..step.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Prepared:
     """A run that is ready to begin, on Ranks that have met.
 
     trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
-    before and after training, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one
-    to go on from, or None; accelerator: "cpu" or "gpu".
+    before and after training, or None; teacher: the model that it learns from, or None; rewards: what judges answers
+    that the model draws, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig
@@ -36,6 +37,7 @@ class Prepared:
     examiners: Sequence[Examiner]
     rows: BeforeAfter | None
     saver: Saver
+    teacher: Teacher | None
     rewards: Rewards | None
     checkpoint: Path | None
     accelerator: str

@@ -39,6 +39,7 @@ from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.steps import Segments, Step, Way, Whole, straight
+from ..step.teacher import Teacher
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
@@ -49,10 +50,10 @@ def step_of(run: Prepared) -> Step:
     if isinstance(run.config.objective, GRPO):
         assert run.rewards is not None  # because its objective needs answers
         return drawing_of(run.config, run.samples, run.rewards, run.ranks.world.size, run.watch.moved)
-    return given_step(run.config, run.samples, run.accelerator)
+    return given_step(run.config, run.samples, run.accelerator, run.teacher)
 
 
-def given_step(config: RunConfig, samples: Samples, accelerator: str) -> Step:
+def given_step(config: RunConfig, samples: Samples, accelerator: str, teacher: Teacher | None = None) -> Step:
     """Choose the Step for batches of `samples` that hold all that is learned: over whole rows, rows whose documents
     share their prompt, or segments of rows."""
     train, data, objective = config.train, config.data, config.objective
@@ -62,7 +63,8 @@ def given_step(config: RunConfig, samples: Samples, accelerator: str) -> Step:
         forms = recorded_forms(data, samples.packs(data.micro_bsz))
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
-        return Whole(objective, way, base_way, data.documents if saved_tokens(config, samples, accelerator) else 0)
+        group = data.documents if saved_tokens(config, samples, accelerator) else 0
+        return Whole(objective, way, base_way, group, None if teacher is None else teacher.model)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
@@ -102,7 +104,8 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         callbacks=[
             Moves(run.watch),
             FiniteGradients(accumulate),
-            *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
+            *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
+            *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
             Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator, run.config.objective.together),
             StopSignals(say),

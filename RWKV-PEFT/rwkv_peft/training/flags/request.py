@@ -45,7 +45,7 @@ class Request(NamedTuple):
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
     check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read;
-    write_config: the file to write the flags to, and end, or None.
+    write_config: the file to write the flags to, and end, or None; teacher: the model that it learns from, or None.
     """
 
     config: RunConfig
@@ -57,6 +57,7 @@ class Request(NamedTuple):
     new_file: bool = False
     notes: tuple[str, ...] = ()
     write_config: str | None = None
+    teacher: "Base | None" = None
 
 
 class Flags(NamedTuple):
@@ -130,7 +131,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(objective.problems, train)
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
-    refusals.gather(check_overwriting, adapter, data, train)
+    refusals.gather(check_overwriting, adapter, data, train, objective)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, notes)
@@ -192,6 +193,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, notes = flags
@@ -216,8 +218,8 @@ def request_of(flags: Flags) -> Request:
             "--train_parts state, or take the model without them"
         )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
-    new_file = args.train_stage == 1
-    return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config)
+    new_file, teacher = args.train_stage == 1, open_teacher(objective, model.vocab_size)
+    return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config, teacher)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from ..flags.world import World
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
     "load_model path tokenizer val_data retain_data eval_data eval_template lm_eval_include_path proj_dir load init "
-    "state_load wandb join_minutes"
+    "state_load teacher teacher_adapters teacher_state wandb join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
@@ -61,9 +61,9 @@ def digest_of_code() -> str:
 
 
 def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
-    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: the base,
-    because its fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins with.
-    {} for one process, which has no other to compare with."""
+    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: base and
+    teacher, because a fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins
+    with. {} for one process, which has no other to compare with."""
     if world.size == 1:
         return {}
     adapter, states = config.adapter, config.train.state_load
@@ -72,7 +72,14 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
         "the factors that it began with": digest_of(adapter.init),
         "the states to start from": states and digest_of(adapter_of_run(states)),
     }
-    return {"the file of the base": digest_of(config.train.load_model)} | ({} if goes_on else begins)
+    teacher = config.objective
+    always = {
+        "the file of the base": digest_of(config.train.load_model),
+        "the file of the teacher": digest_of(teacher.teacher),
+        "the teacher's adapters": " ".join(digest_below(adapter_of_run(path)) for path in teacher.teacher_adapters),
+        "the teacher's states": teacher.teacher_state and digest_of(adapter_of_run(teacher.teacher_state)),
+    }
+    return always | ({} if goes_on else begins)
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""End a run whose base was overwritten: a memory-mapped file shows what is written into it."""
+"""End a run whose base, or teacher, was overwritten: a memory-mapped file shows what is written into it."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from ..step.lit import Lit
 
 
 class BaseGuard(pl.Callback):
-    """Raises UserError if the base was overwritten while the run's weights are mapped from its file. It checks at the
-    start and after every micro batch, and must stand before the callbacks that record and save a step."""
+    """Raises UserError if a model's file was overwritten while weights are mapped from it. It checks at the start and
+    after every micro batch, and must stand before the callbacks that record and save a step."""
 
-    def __init__(self, base: Base) -> None:
-        self.base, self.seen, self.mapped = base, base.stamp, True
+    def __init__(self, base: Base, model: nn.Module) -> None:
+        self.base, self.model, self.seen, self.mapped = base, model, base.stamp, True
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         self.look()
-        self.mapped = is_mapped(self.base, lit.model)
+        self.mapped = is_mapped(self.base, self.model)
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, *of_batch: Any) -> None:
         if self.mapped:

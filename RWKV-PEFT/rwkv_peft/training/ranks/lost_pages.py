@@ -51,9 +51,9 @@ class LostPages:
         os.close(self.pipe)
 
 
-def sizes_of_mapped(base: Base | None, found: Iterable[Samples]) -> dict[str | Path, int]:
-    """Collect {path: bytes} of the files that a run maps: its base, if any, and its data."""
-    sizes: dict[str | Path, int] = {} if base is None or base.stamp is None else {base.path: base.stamp.size}
+def sizes_of_mapped(bases: Iterable[Base | None], found: Iterable[Samples]) -> dict[str | Path, int]:
+    """Collect {path: bytes} of the files that a run maps: its base and its teacher, if any, and its data."""
+    sizes: dict[str | Path, int] = {base.path: base.stamp.size for base in bases if base and base.stamp}
     for samples in found:
         sizes.update({path: stat.st_size for path, stat in samples.dataset.mapped.items()})
     return sizes

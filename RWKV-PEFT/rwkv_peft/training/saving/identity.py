@@ -1,5 +1,5 @@
-"""The identity of a run, which a resumed run must share: adapter, base, data and objective; strategy, ranks and
-precision."""
+"""The identity of a run, which a resumed run must share: adapter, base, data, objective and teacher; strategy, ranks
+and precision."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from .run_state import STATE, UNREADABLE, read_state
 from .saved_files import require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
-SAME = ("adapter", "base", "data", "objective")  # what a resumed run must share with the first
+SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # what it must share, too, to keep the optimizer's state
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
@@ -64,8 +64,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     except UNREADABLE as error:
         raise UserError(f"{checkpoint}/{STATE} cannot be read ({told(error)}); {older}") from error
     # earlier versions recorded neither sizes nor data, nor where validation on other data had begun, and had one
-    # objective for each --data_type
-    state = {"files": {}, "data": now["data"], "validated_from": 0} | state
+    # objective for each --data_type, and no teacher
+    state = {"files": {}, "data": now["data"], "validated_from": 0, "teacher": ""} | state
     state.setdefault("objective", (*takers_of(state["data"].get("data_type", DataConfig.data_type)), "")[0])
     require_files(checkpoint, state["files"], fresh_optimizer)
     # a setting that the saved run did not know had its default

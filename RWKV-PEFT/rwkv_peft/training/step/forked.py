@@ -18,7 +18,7 @@ from ...models.state import State
 from ...ops.recurrence.checks import vouch
 from .segments import sent
 
-WORTH, GPU_WORTH = 64, 1024  # saved tokens that take as long as a further pass; on a GPU by an estimate
+WORTH, GPU_WORTH = 64, 4096  # saved tokens that are worth a further pass; on a GPU by a count of its launches
 LOOKED_AT = 64  # samples
 Batch = Mapping[str, torch.Tensor]
 

@@ -71,15 +71,28 @@ def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor
     return result
 
 
+def seen_by_teacher(batch: Batch) -> Batch:
+    """The batch that a teacher reads: the same, or if it has teacher_tokens, all that is named teacher_…, such as
+    teacher_cu_seqlens and teacher_counted, where as many tokens count as in the student's."""
+    prefix = "teacher_"
+    own = {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
+    return own or batch
+
+
 class Whole(Step):
     """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
-    before training, for objectives that ask for its word. group: so many packed documents share what they begin with,
-    which is computed once for them; 0 computes whole documents."""
+    before training, for objectives that ask for its word, as others do for that of a `teacher`. group: so many packed
+    documents share what they begin with, which is computed once for them; 0 computes whole documents."""
 
     def __init__(
-        self, objective: Objective = NEXT_TOKEN, way: Way = straight, base_way: Way = straight, group: int = 0
+        self,
+        objective: Objective = NEXT_TOKEN,
+        way: Way = straight,
+        base_way: Way = straight,
+        group: int = 0,
+        teacher: nn.Module | None = None,
     ) -> None:
-        self.objective, self.way, self.base_way, self.group = objective, way, base_way, group
+        self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         return on_device(forked(batch, self.group), device) if self.group else {}
@@ -90,7 +103,12 @@ class Whole(Step):
             with untrained(model):
                 return self.base_way(model, batch, head)
 
-        passes = Passes(partial(self.way, model, batch), through_base)
+        @torch.no_grad()
+        def through_teacher(head: HeadFunction) -> torch.Tensor:
+            assert self.teacher is not None  # because the run's objective asks for its word
+            return straight(self.teacher, seen_by_teacher(batch), head)
+
+        passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
         loss, self.measures = self.objective.loss(passes, batch, count)
         return loss
 

@@ -1,0 +1,105 @@
+"""Distillation: say what a teacher says, another model with the same tokens, at each token that counts.
+
+The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
+cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531).
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..cli import above_zero, share, that
+from ..config.objective import TEACHER, Figure, Objective, Passes
+from ..config.setting import setting
+from ..rules import NEEDS, Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.objective import Batch, Figures
+
+FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
+WORDS = MappingProxyType(
+    {FORWARD: "KL(teacher | student)", REVERSE: "KL(student | teacher)", JSD: "Jensen-Shannon divergence"}
+)
+
+
+@dataclass(frozen=True)
+class Distill(Objective):
+    """kl is the divergence from the teacher, nll the cross-entropy of the next token, both means over the tokens that
+    count. A batch may have other tokens for the teacher (training/step/steps.py), in which as many count."""
+
+    name = "distill"
+    text = "nearness to a teacher's probabilities of each token that counts"
+    rows = ("binidx", "sft")
+    needs = (TEACHER,)
+    excludes = (
+        ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
+        ("--lr_init auto", "its rule is for another loss", "give a number, such as 1e-4"),
+        ("--train_type infctx", "the teacher reads whole rows", "leave it out, and take shorter rows"),
+    )
+    rules = (
+        Rule("--objective distill", NEEDS, "--teacher_model", "it learns from one", "name a .pth of the same tokens"),
+        Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
+    )
+    figures = (Figure("kl", "divergence from the teacher"), Figure("nll"))
+    teacher: str = setting(
+        "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
+    )
+    teacher_adapters: tuple[str, ...] = setting(
+        (),
+        "adapters to merge into the teacher, in memory and in this order",
+        flag="teacher_adapter",
+        nargs="+",
+        metavar="FILE",
+    )
+    teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
+    kind: str = setting(
+        FORWARD,
+        "forward: KL(teacher | student), which covers what the teacher says; reverse: KL(student | teacher), which "
+        "seeks what it says most; jsd: the generalized Jensen-Shannon divergence between them",
+        flag="distill_kl",
+        choices=(FORWARD, REVERSE, JSD),
+    )
+    beta: float = setting(
+        0.5,
+        "jsd: share of the teacher in the mean that both are compared with; near 0 it is like forward, near 1 like "
+        "reverse",
+        flag="distill_beta",
+        type=that(above_zero, lambda value: value < 1, "must be below 1"),
+    )
+    temperature: float = setting(
+        1.0,
+        "divides the logits of both; above 1 the unlikely tokens count more",
+        flag="distill_temperature",
+        type=above_zero,
+    )
+    weight: float = setting(
+        1.0,
+        "weight of the divergence in the loss, above 0 and at most 1; the rest is that of the next token's "
+        "cross-entropy",
+        flag="distill_weight",
+        type=that(share, lambda value: value > 0, "is not above 0"),
+    )
+
+    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+        from .divergence import Divergence, linear_divergence
+
+        counted = batch.get("teacher_counted", batch["counted"])
+        # before the student's pass, so that the activations of both are never alive together
+        teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
+        settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
+
+        def head(x: "Tensor", weight: "Tensor") -> "Tensor":
+            return linear_divergence((x, weight), teacher, batch["targets"], batch["counted"], count, settings)
+
+        loss, kl, nll = passes.model(head)
+        return loss, {"kl": kl.detach(), "nll": nll.detach()}
+
+    def items(self, batch: "Batch") -> "Tensor":
+        return batch["mask"].sum()
+
+    def describe(self) -> str:
+        words = f"{WORDS[self.kind]}{f', beta {self.beta:g}' if self.kind == JSD else ''}"
+        rest = f", and {1 - self.weight:g} times the next token's loss" if self.weight < 1 else ""
+        return f"distillation: {self.weight:g} times {words}, temperature {self.temperature:g}{rest}"

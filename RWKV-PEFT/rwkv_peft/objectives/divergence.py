@@ -1,0 +1,100 @@
+"""How far a student's distribution of the next token is from its teacher's, with the gradient, in chunks of tokens.
+
+Forward KL covers all that the teacher says; reverse KL seeks what it says most; the generalized Jensen-Shannon
+divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(teacher | m) + (1 - beta)
+KL(student | m) with m = beta teacher + (1 - beta) student. Both distributions are softmax(logits / temperature), and
+the divergence is times temperature², so that its gradient stays as large at any temperature (Hinton et al. 2015, arXiv
+1503.02531).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.cross_entropy import cross_entropy_
+from .cross_entropy import L2WRAP, chunk_rows, chunked_head
+
+ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk has so many times fewer tokens
+
+
+class Divergence(NamedTuple):
+    """Settings of a divergence: kind ("forward", "reverse" or "jsd"), beta of the last, temperature; and the weight of
+    the divergence in the loss, of which the rest is the cross-entropy of the next token."""
+
+    kind: str
+    beta: float
+    temperature: float
+    weight: float
+
+
+def divergence(student: Tensor, teacher: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) of both -> the divergence of each token (n,), its gradient in the student's logits (n, V); float32,
+    or float64 for float64 logits."""
+    wide, temperature = torch.promote_types(student.dtype, torch.float32), settings.temperature
+    log_p = (student.to(wide) / temperature).log_softmax(1)
+    log_q = (teacher.to(wide) / temperature).log_softmax(1)
+    if settings.kind == "forward":
+        q = log_q.exp()
+        values = (q * log_q.sub_(log_p)).sum(1)
+        gradient = log_p.exp_().sub_(q)
+    else:
+        p = log_p.exp()
+        if settings.kind == "reverse":
+            slope = log_p.sub_(log_q)
+            values = (p * slope).sum(1)
+        else:
+            beta = settings.beta
+            log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+            of_teacher = (log_q.exp() * log_q.sub_(log_m)).sum(1)
+            slope = log_p.sub_(log_m).mul_(1 - beta)
+            values = beta * of_teacher + (p * slope).sum(1)
+        gradient = slope.sub_((p * slope).sum(1, keepdim=True)).mul_(p)
+    return values * temperature**2, gradient.mul_(temperature)
+
+
+def linear_divergence(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    targets: Tensor,
+    counted: Tensor,
+    count: float | Tensor,
+    settings: Divergence,
+) -> Tensor:
+    """Sums over the counted tokens, divided by `count`: the loss, the divergence, the cross-entropy of the next token:
+    (3,), of which the first has a gradient.
+
+    student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
+    the weight of its head (V, D); targets (B, T), counted (n,) and count as in linear_cross_entropy, whose gradient the
+    share of the cross-entropy has, L2Wrap included.
+    """
+    (hidden, weight), (known, head) = student, teacher
+    targets = targets.reshape(-1)[counted]
+
+    def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        found, grad = of_logits(logits, F.linear(known[part], head), targets[part], count, settings)
+        return found, grad.to(logits.dtype)
+
+    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule)
+
+
+def taught_rows(vocabulary: int, on_gpu: bool) -> int:
+    """The number of tokens whose logits are alive at once."""
+    return max(1, chunk_rows(vocabulary, on_gpu) // ALIVE)
+
+
+def of_logits(
+    student: Tensor, teacher: Tensor, targets: Tensor, count: float | Tensor, settings: Divergence
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) of both, targets (n,) -> the sums of linear_divergence (3,), the gradient of the first (n, V)."""
+    mixes, share = settings.weight < 1, (1 - settings.weight) / count
+    nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
+    apart, gradient = divergence(student, teacher, settings)
+    gradient.mul_(settings.weight / count)
+    if pull is not None:
+        gradient += pull
+    total = torch.stack([apart.sum() / count, nll.sum() / count])
+    loss = settings.weight * total[0] + (1 - settings.weight) * total[1]
+    return torch.cat([loss[None], total]), gradient
