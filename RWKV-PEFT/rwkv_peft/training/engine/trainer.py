@@ -6,7 +6,8 @@ A step does, in this order, for each of its micro batches:
     Record.on_train_batch_start             look at the clock
     Save.on_train_batch_start               ask for a save if --save_minutes have passed
     Lit.on_train_batch_start                set the learning rate, and seed the random draws
-    Lit.training_step                       compute the loss, and start its sum over all ranks
+    Lit.training_step                       draw answers if the objective learns from them; compute the loss, and start
+                                            its sum over all ranks
     DeepSpeedEngine.backward                compute gradients, and add them up
     Lit.on_after_backward                   read that sum, and stop the run if it is not finite
     DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, AdamW
