@@ -290,7 +290,7 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
             "give --lora_rank, at most 64",
         ),
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "was trained on another base"),
-        (("bone.safetensors", "x.safetensors", "--lora_rank", "4"), "add it"),
+        (("bone.safetensors", "x.safetensors", "--lora_rank", "4"), "add --to lora"),
         (("whole.safetensors", "x", "--to", "lora", "--base_model", "base.pth"), "1 tensors of the base trained along"),
     ],
 )

@@ -112,4 +112,10 @@ def test_one_process_makes_no_digests_of_what_it_alone_reads(tmp_path):
         MODEL, AdapterConfig(load=str(tmp_path / "absent")), DataConfig("data"), TrainConfig(), NextToken()
     )
     assert digests_of_inputs(config, World(1, 1), goes_on=False) == {}
-    assert digests_of_inputs(replace(config), World(2, 1), goes_on=True).keys() == {"the file of the base"}
+    found = digests_of_inputs(replace(config), World(2, 1), goes_on=True)
+    assert found.keys() == {
+        "the file of the base",
+        "the file of the teacher",
+        "the teacher's adapters",
+        "the teacher's states",
+    }

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .finding import INSTALL, MISSING, NOTE, OK, Finding
 
 PYTHONS = ((3, 10), (3, 14))
+MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages whose modules have other names
 OPTIONAL = (
     ("rwkv-simple", "a second runtime for merged models"),
     ("transformers", "Hugging Face models"),
@@ -94,7 +96,7 @@ def check_package(requirement: Requirement) -> Finding:
         return Finding(name, MISSING, f"{version}, and {requirement.spec} is needed", INSTALL)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            importlib.import_module(name.replace("-", "_"))
+            importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken install may raise anything, and the user must see it
         remedy = f"pip install --force-reinstall '{name}{requirement.spec}'"
         return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}", remedy)
