@@ -25,6 +25,7 @@ WAITS = {
 ALLOWED = {
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
     ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",
+    ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",
     ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
     ("training/step/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
     ("training/step/steps.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",

@@ -8,6 +8,7 @@ The workers of one session of pytest share the process that is forked, which end
     python warm.py ask SOCKET FILE argument… runs a file in a fork, as python() does
 """
 
+import atexit
 import functools
 import gc
 import importlib
@@ -162,6 +163,7 @@ def become(streams, environment, folder):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit.register(gc.unfreeze)  # so that Python's end finds nothing that was left behind
 
 
 def main(address):

@@ -188,7 +188,9 @@ class GRPO(Objective):
         if self.form == "rloo":
             each = each * lengths
         ratio = each.exp()
-        advantage = batch["advantages"] if form.whole else batch["advantages"].repeat_interleave(lengths)
+        advantage = (
+            batch["advantages"] if form.whole else batch["advantages"].repeat_interleave(lengths, output_size=len(now))
+        )
         low, high = self.bounds
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
