@@ -130,15 +130,21 @@ def number_in(value: Any) -> float | None:
 def main(argv: list[str]) -> None:
     """Serve one process until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
-    when_parent_ends(lambda: os.killpg(os.getpid(), signal.SIGKILL))
+    when_parent_ends(end_all)
     os.set_inheritable(int(argv[0]), False)
     pipe: Connection[Any, Any] = Connection(int(argv[0]))
     bench = Bench(pipe, float(argv[1]))
-    bench.serve(bench.open, argv[2:])
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pipe may tell of the parent's end first
+        bench.serve(bench.open, argv[2:])
         while True:
             kind, work = pipe.recv()
             bench.serve(bench.check if kind == "check" else bench.judge, work)
+    end_all()
+
+
+def end_all() -> None:
+    """End this process, and those that functions started."""
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
