@@ -44,8 +44,7 @@ class FunctionReward(Reward):
             )
 
     def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
-        present = dict.fromkeys(name for answer in answers for name in answer.row)
-        names = [name for name in present if name not in OWN and (self.takes_all or name in self.taken)]
+        names = dict.fromkeys(name for answer in answers for name in answer.row)
         given = {name: [answer.row.get(name) for answer in answers] for name in names}
         given["prompts"] = [answer.prompt for answer in answers]
         given["completions"] = [answer.completion for answer in answers]
