@@ -52,7 +52,7 @@ def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
     train = config.train
-    step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
+    step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
