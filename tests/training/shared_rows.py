@@ -1,9 +1,10 @@
-"""One rank of tests/training/test_shared_rows.py: computes its part of the cases' rows, and writes what it found.
+"""One rank of test_shared_rows.py: computes its part of the cases' rows, and writes what it found.
 
 python shared_rows.py RANK RANKS PORT FILE
 """
 
 import sys
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -13,6 +14,7 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.batches import collate
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step.relay import Line
 from rwkv_peft.training.step.shared import SharedRows, SharedSegments
@@ -71,8 +73,14 @@ def found_by(step, model, batch):
     batch = batch | step.sent(batch, CPU)
     step.loss(model, batch, 5.0).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    logits = torch.cat(noted, 1)
+    logits = torch.cat(noted, 1) if noted else None
     return logits, step.total(model, batch), gradients
+
+
+def taught(step):
+    """found_by of a step that learns from a teacher of the other generation."""
+    model, batch = case(FAMILIES[0], "packed")
+    return found_by(step(Distill(), teacher=case(FAMILIES[1], "packed")[0]), model, batch)
 
 
 noted = []
@@ -84,9 +92,10 @@ def main(rank, ranks, port, file):
     found = {}
     for parts in (2, 4):
         line = Line(rank, parts, 3)
+        found["taught", parts] = taught(partial(SharedRows, line=line))
         for family in FAMILIES:
             for name in CASES:
-                for step in (SharedRows(Noted(), line), SharedSegments(LENGTH, line, Noted())):
+                for step in (SharedRows(Noted(), line), SharedSegments(LENGTH, line, Noted()))[: parts // 2]:
                     model, batch = case(family, name)
                     found[family.version, parts, name, type(step).__name__] = found_by(step, model, batch)
     torch.save(found, f"{file}-{rank}")
