@@ -25,11 +25,9 @@ class SharedRows(Whole):
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         whole = padded(batch, self.line.parts)
-        size = whole["mask"].shape[1] // self.line.parts
-        start = size * self.line.part
-        part = part_of(whole, start, start + size).to(device)
-        found = part._asdict() | {"part": part, "mask": whole["mask"][:, start : start + size].to(device)}
-        return {name: value for name, value in found.items() if value is not None}
+        part = own_parts(whole, whole["mask"].shape[1], self.line)[0].to(device)
+        fields = {name: value for name, value in part._asdict().items() if value is not None}
+        return fields | {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
 
     def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
         """Go through a model with this rank's part of a batch (a Way)."""
@@ -46,10 +44,11 @@ class SharedSegments(Segments):
         self.line = line
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        segments = own_parts(padded(batch, self.line.parts), self.length, self.line)
-        mask = batch["mask"].new_ones(1, sum(len(segment.counted) for segment in segments))
+        own = own_parts(padded(batch, self.line.parts), self.length, self.line)
+        segments = [segment.to(device) for segment in own]
         tokens = torch.cat([segment.tokens for segment in segments], 1)
-        return {"segments": [segment.to(device) for segment in segments], "mask": mask, "tokens": tokens.to(device)}
+        counted = torch.cat([segment.counted for segment in segments])
+        return {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         self.line.open_ring()
