@@ -29,6 +29,19 @@ class SharedRows(Whole):
         fields = {name: value for name, value in part._asdict().items() if value is not None}
         return fields | {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
 
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        """See Step.loss. Its gradients are those of a backward pass that is over, because engines exchange gradients
+        between ranks as they come, and ranks that share rows come to a block at different times."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        loss = super().loss(model, batch, count)
+        found = torch.autograd.grad(loss, [*parameters, self.line.anchor], allow_unused=True)
+        gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
+        return delivered(loss.detach(), gradients, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return super().loss(model, batch, 1)
+
     def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
         """Go through a model with this rank's part of a batch (a Way)."""
         part = cast(Mapping[str, Any], batch)["part"]
@@ -67,7 +80,7 @@ class SharedSegments(Segments):
         for segment, relay, seed in reversed([*zip(segments, relays, seeds)]):
             torch.manual_seed(seed)
             loss = run(model, segment, self.head(segment, count), relay)
-            found = torch.autograd.grad(loss, [*parameters, relay.anchor], allow_unused=True)
+            found = torch.autograd.grad(loss, [*parameters, self.line.anchor], allow_unused=True)
             add(sums, found[:-1], parameters)
             total += loss.detach()
             relay.kept = None
