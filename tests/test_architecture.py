@@ -82,7 +82,7 @@ PARTS = (
     ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("generate",)),
     ("rewards", ("rewards",), ("evals",)),
-    ("hf", ("hf",), ("adapters", "containers")),
+    ("hf", ("hf",), ("generate", "convert")),
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),

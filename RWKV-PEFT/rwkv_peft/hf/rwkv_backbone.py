@@ -70,8 +70,8 @@ class Backbone(LanguageModel):
         begun = None if state is None else state.selected(rows)
         y, after = self.through_blocks(x[mask][None], begun, borders, keep, tuple(ids[mask][None] for ids in seen))
         if keep and len(rows) < len(mask):
-            every = torch.arange(len(mask), device=x.device)
-            whole = State.zeros(self.config, len(mask), x.device, x.dtype) if state is None else state.selected(every)
+            before = State.zeros(self.config, 1, x.device, x.dtype).repeated(len(mask)) if state is None else state
+            whole = before.repeated(1)  # a copy
             whole.put(rows, after)
             after = whole
         return torch.zeros_like(x).index_put((mask,), y[0]), after

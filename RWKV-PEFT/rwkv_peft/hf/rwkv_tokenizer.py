@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from ..data.tokenizer import BytesTokenizer, WorldTokenizer, world_vocabulary
+from ..data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, world_vocabulary
+from ..errors import UserError
 from ..release.vocabulary import CHAT_TEMPLATE, WORLD_FILE, world_file
 
 END = "<|rwkv_tokenizer_end_of_text|>"  # the text of token 0, which ends a document, as published folders spell it
@@ -26,12 +27,10 @@ class RWKVTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str | Path = "world", end: str = END, **settings: Any) -> None:
         self.vocab_file = str(vocab_file)
-        self._world: WorldTokenizer | BytesTokenizer
-        if self.vocab_file == "bytes":
-            self._world = BytesTokenizer()
-        else:
-            self._world = WorldTokenizer(None if self.vocab_file == "world" else vocab_file)
-        table = self._world.token_bytes
+        world = load_tokenizer(vocab_file)
+        if isinstance(world, JsonTokenizer):
+            raise UserError(f"{vocab_file} is no World vocabulary; transformers' PreTrainedTokenizerFast takes it")
+        self._world, table = world, world.token_bytes
         self._spelled = {number: token.decode("latin-1") for number, token in enumerate(table) if token}
         self._numbers = {spelled: number for number, spelled in self._spelled.items()}
         self._added_tokens_decoder = {0: AddedToken(end, special=True, normalized=False)}
@@ -45,6 +44,10 @@ class RWKVTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         """The number of the vocabulary's ids."""
         return self._world.vocab_size
+
+    def __len__(self) -> int:
+        """The same: ids without a token count, because a model has rows for them."""
+        return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
         return {self.eos_token: 0} | self._numbers
