@@ -81,6 +81,7 @@ def test_gradients_are_those_of_the_kept_tokens(model, ids):
         model.zero_grad()
         if checkpointing:
             model.gradient_checkpointing_enable()
+            assert model.model.grad_checkpoint
         model(ids, attention_mask=mask, labels=labels).loss.backward()
         found = {
             name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
