@@ -5,8 +5,7 @@ draw the same tokens in the `rwkv` package.
     python benchmarks/hf_trainers.py --trainers dpo kto --steps 20
     python benchmarks/hf_trainers.py --model demo/rwkv6-demo.pth
 
-| trainer | model | loss, first and last | tokens that agree |
-|---|---|---|---|
+A row tells the loss of the first step and the last, of GRPO, whose loss begins at 0, the mean reward.
 """
 
 import argparse
@@ -98,7 +97,7 @@ def agreeing(model, tokenizer, merged, length=24):
 
 
 def run(name, path, steps):
-    """Train, save, merge and compare -> a row of the table."""
+    """Train, save, merge, compare and print a row of the table -> whether all tokens agree."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -110,12 +109,13 @@ def run(name, path, steps):
         trainer.train()
         seconds = time.perf_counter() - began
         trainer.save_model(str(folder / "adapter"))
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        told = "reward" if name == "grpo" else "loss"
+        found = [entry[told] for entry in trainer.state.log_history if told in entry]
         merged = folder / "merged.pth"
         files = ["--base_model", str(path), "--bone_checkpoint", str(folder / "adapter"), "--output", str(merged)]
         merge([*files, "--output_dtype", "fp32"])
         same, total = agreeing(RWKVForCausalLM.from_pth(merged), tokenizer, merged)
-    row = f"| {name} | {Path(path).stem} | {losses[0]:.3f}, {losses[-1]:.3f} | {same} of {total} |"
+    row = f"| {name} | {Path(path).stem} | {told} {found[0]:.3f}, {found[-1]:.3f} | {same} of {total} |"
     print(row + f"  {seconds:.0f} s", flush=True)
     return same == total
 

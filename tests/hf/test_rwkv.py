@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +226,19 @@ def test_the_tokenizer_is_the_packages_own(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = RWKVTokenizer.from_pretrained(tmp_path)
     assert [again(text).input_ids for text in texts] == [world.encode(text) for text in texts]
+
+
+def test_the_guides_example_runs(tmp_path, monkeypatch, capsys):
+    root = Path(__file__).resolve().parents[2]
+    guide = (root / "docs" / "guides" / "hugging-face.md").read_text(encoding="utf-8")
+    block = next(text for text in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "from_pth(" in text)
+    (tmp_path / "demo").mkdir()
+    shutil.copy(root / "demo" / "rwkv7-demo.pth", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "hugging-face.md", "exec"), {})
+    assert "A: red" in capsys.readouterr().out
+    assert open_base("model.pth").config == open_base("demo/rwkv7-demo.pth").config
+    assert len(AutoTokenizer.from_pretrained("folder")) == 257
 
 
 def test_config_of_tells_what_a_generation_is(model):
