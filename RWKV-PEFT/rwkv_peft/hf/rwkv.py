@@ -174,6 +174,11 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs |= {"state": outputs.state, "read": True}
         return model_kwargs
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls, *_: Any) -> bool:
+        """Keep `generate` from making a cache of keys and values."""
+        return False
+
     def _reorder_cache(self, state: State, rows: torch.Tensor) -> State:
         """The State of the sequences that a search over beams goes on with."""
         return state.selected(rows.to(state[0].wkv.device))
