@@ -67,7 +67,10 @@ PARTS = (
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
         "adapter files",
-        ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
+        (
+            *("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
+            "files/lightning_folder",
+        ),
         ("bases", "containers", "models", "adapters"),
     ),
     ("data", ("data",), ("containers",)),
