@@ -13,6 +13,7 @@ from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.models import family_named
+from rwkv_peft.release.inspect_command import main as inspect
 from rwkv_peft.release.merge import merged_tensors
 
 RANK = 8
@@ -88,6 +89,7 @@ def test_a_folder_is_an_adapter_everywhere(base, adapter, tmp_path, capsys):
         key: tensor.tolist() for key, tensor in adapter.tensors.items()
     }
     assert (found.metadata.variant, found.metadata.rank, found.metadata.generation) == ("bone", RANK, "x070")
+    assert inspect([str(tmp_path / "out")]) == 0 and "bone" in capsys.readouterr().out
     convert(tmp_path / "out", tmp_path / "back.safetensors")
     merged = merged_tensors(base, [("a", adapter)])
     for path in (tmp_path / "out", tmp_path / "back.safetensors"):

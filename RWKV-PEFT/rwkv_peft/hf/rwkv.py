@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from ..errors import UserError
@@ -27,6 +28,8 @@ from .rwkv_backbone import Backbone
 from .rwkv_config import RWKV6Config, RWKV7Config, RWKVConfig, config_of
 
 PREFIX = "model."  # of the parameters' names, before the official key
+# the name under which a search over beams reorders a cache: any that is listed, or in older versions this one alone
+REORDERED = "past_key_values" if "past_key_values" in ALL_CACHE_NAMES else "state"
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -160,6 +163,7 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         """The inputs of a step of `generate`. Once the prompt was read, only the last token is new; a state that the
         caller gives is that before the prompt."""
         if read:
+            state = settings.get("past_key_values", state)
             return {"input_ids": input_ids[:, -1:].contiguous(), "state": state, "use_cache": True}
         given: dict[str, Any] = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         kept = settings.get("logits_to_keep")
@@ -171,7 +175,7 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **settings)
         if outputs.state is not None:
-            model_kwargs |= {"state": outputs.state, "read": True}
+            model_kwargs |= {REORDERED: outputs.state, "read": True}
         return model_kwargs
 
     @classmethod
