@@ -22,10 +22,10 @@ def main(argv: list[str]) -> int:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, options.port))
+            listener.listen(128)  # a browser that is quick waits
         except OSError as error:
             raise UserError(
-                f"--port {options.port} cannot be had ({error.strerror}); another page may be open there: --port 0 takes "
-                "any free one"
+                f"--port {options.port} cannot be had ({error.strerror}); another page may be open there: give --port 0"
             ) from error
         port, key = listener.getsockname()[1], secrets.token_urlsafe(24)
         address = f"http://{HOST}:{port}/?key={key}"
