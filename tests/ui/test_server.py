@@ -128,20 +128,9 @@ def test_a_command_outlives_nothing_that_it_needs(server, folder):
 
 
 def test_a_command_that_is_killed_is_told(server, folder):
-    train = [
-        "train",
-        "--load_model",
-        "base.pth",
-        "--data_file",
-        "rows.jsonl",
-        "--data_type",
-        "sft",
-        "--tokenizer",
-        "bytes",
-    ]
-    job = server.json(
-        "/api/jobs", {"words": [*train, "--proj_dir", "killed", "--epoch_count", "500", "--precision", "fp32"]}
-    )["id"]
+    train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir killed"
+    words = [*train.split(), "--epoch_count", "500", "--precision", "fp32"]
+    job = server.json("/api/jobs", {"words": words})["id"]
     lock = folder / "killed" / ".run.lock"
     for _ in range(600):
         if server.json("/api/runs") and lock.exists() and server.json("/api/runs/metrics?folder=killed")["lines"]:

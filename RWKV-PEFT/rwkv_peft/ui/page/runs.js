@@ -143,8 +143,8 @@ function table(place, found) {
 
 // A command that the page started: its words, its output as it comes, how it ended.
 export function showJob(place, id, signal, ended = () => {}) {
-  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), state = el("div"), buttons = el("div", { className: "row" });
-  place.append(el("div", { className: "job" }, title, line, state, buttons, output));
+  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), state = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
+  place.append(el("div", { className: "job" }, title, line, state, wrong, buttons, output));
   const leave = new AbortController();
   signal.addEventListener("abort", () => leave.abort());
   let next = 0;
@@ -153,7 +153,7 @@ export function showJob(place, id, signal, ended = () => {}) {
     try {
       job = await get(`/api/jobs/${id}`, { begin: next });
     } catch (problem) {
-      tell(state, problem);
+      tell(wrong, problem);
       leave.abort();
       return;
     }
@@ -163,10 +163,10 @@ export function showJob(place, id, signal, ended = () => {}) {
     if (low) output.scrollTop = output.scrollHeight;
     line.textContent = ["rwkv-peft", ...job.words].join(" ");
     state.replaceChildren(badge(job));
-    buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(state, problem)) }, "Stop") : "");
+    buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
     if (job.state === "running") return;
     leave.abort();
-    if (job.code !== 0) tell(state, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
+    if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
     ended(job);
   });
 }
@@ -176,10 +176,12 @@ function lastWords(text, code) {
   return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
 }
 
+const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order
+const failed = (job) => job.state === "lost" || (job.state === "ended" && job.code !== 0 && !STOPPED.includes(job.code));
+
 function badge(job) {
-  const failed = job.state === "lost" || (job.state === "ended" && job.code !== 0);
-  const text = job.state === "running" ? "running" : job.state === "lost" ? "lost" : job.code === 0 ? "done" : `failed (${job.code})`;
-  return el("span", { className: `state ${job.state === "running" ? "running" : failed ? "failed" : ""}` }, text);
+  const ended = job.code === 0 ? "done" : failed(job) ? `failed (${job.code})` : "stopped";
+  return el("span", { className: `state ${job.state === "running" ? "running" : failed(job) ? "failed" : ""}` }, job.state === "ended" ? ended : job.state);
 }
 
 const valueOf = (command, flag) => command[command.indexOf(flag) + 1];
