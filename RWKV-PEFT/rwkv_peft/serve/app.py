@@ -15,10 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import short
-from .forms import ChatAsked, Loaded, TextAsked
+from .forms import ChatAsked, Detokenized, Loaded, TextAsked, Tokenized
 from .guard import App, Gate, Guard
 from .refused import Refused
 from .service import Conversation, Service
+
+END = "<|endoftext|>"  # what the token that ends a document is called; it has no text
 
 
 def make_app(service: Service, args: argparse.Namespace) -> App:
@@ -34,6 +36,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
         title="rwkv-peft serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     add_routes(app, service)
+    add_token_routes(app, service)
     app.add_exception_handler(Refused, tell_refusal)
     app.add_exception_handler(RequestValidationError, tell_form)
     app.add_exception_handler(HTTPException, tell_route)
@@ -99,6 +102,25 @@ class Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.conversation.exchange.gone.set()
+
+
+def add_token_routes(app: FastAPI, service: Service) -> None:
+    """Routes by which clients that score texts, such as the lm-evaluation-harness, tokenize as the model does."""
+    tokenizer = service.catalog.tokenizer
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return {"name": tokenizer.name, "eos_token": None if tokenizer.end_id is None else END}
+
+    @app.post("/tokenize")
+    async def tokenize(form: Tokenized) -> dict[str, Any]:
+        ends = form.prompt == END and tokenizer.end_id is not None
+        tokens = [tokenizer.end_id] if ends else service.encoded(form.prompt)
+        return {"tokens": tokens, "count": len(tokens)}
+
+    @app.post("/detokenize")
+    async def detokenize(form: Detokenized) -> dict[str, Any]:
+        return {"prompt": service.decoded(form.tokens)}
 
 
 async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -> Response:

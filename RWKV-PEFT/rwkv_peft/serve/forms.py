@@ -85,6 +85,21 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class Tokenized(Form):
+    """POST /tokenize, as vLLM has it, whose clients tokenize by the server."""
+
+    prompt: str
+    model: Any = None
+    add_special_tokens: Any = None
+
+
+class Detokenized(Form):
+    """POST /detokenize."""
+
+    tokens: Tokens
+    model: Any = None
+
+
 class Loaded(Form):
     """POST /v1/adapters: the file lies below the folder of --files."""
 

@@ -82,10 +82,17 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
 
+        given_up = False
+
         async def patient(message: Message) -> None:
+            nonlocal given_up
             if message["type"] == "http.response.start":
                 self.tell(message["status"])
-            await asyncio.wait_for(send(message), self.gate.patience)
+            try:
+                await asyncio.wait_for(send(message), self.gate.patience)
+            except asyncio.TimeoutError:
+                given_up = True
+                raise
 
         try:
             headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
@@ -104,7 +111,11 @@ class Guard:
         async def replayed() -> Message:
             return parts.pop() if parts else await receive()
 
-        return await self.app(scope, replayed, patient)
+        try:
+            return await self.app(scope, replayed, patient)
+        except Exception:
+            if not given_up:
+                raise
 
     async def whole(self, receive: Receive) -> bytes | None:
         """Read the body, None if the client left. Raises Refused if it is too large."""

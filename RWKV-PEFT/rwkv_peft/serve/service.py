@@ -62,6 +62,20 @@ class Service:
             self.worker.call(partial(self.worker.engine.add, request))
         return Conversation(exchange, requests, teller, self.metrics, form.tells_usage)
 
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a text. Raises Refused for one that has none."""
+        try:
+            return self.catalog.tokenizer.encode(text)
+        except UserError as error:
+            raise Refused(400, str(error), "prompt") from error
+
+    def decoded(self, tokens: list[int]) -> str:
+        """The text of tokens. Raises Refused for one that the vocabulary lacks."""
+        try:
+            return self.catalog.tokenizer.decode(tokens)
+        except UserError as error:
+            raise Refused(400, str(error), "tokens") from error
+
     def _request(self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange) -> Request:
         """The engine's request for all answers to one of the prompts."""
         prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer

@@ -11,7 +11,7 @@ from ..generate.engine import DAMAGED
 from .worker import FAILED, Drawn, Piece
 
 Told = dict[str, Any]
-ENDS = {"end": "stop", "stop": "stop"}  # every other end is a limit
+STOPS = ("end", "stop")  # every other end is a limit
 BROKEN = (DAMAGED, FAILED)  # ends of answers that cannot be told
 
 
@@ -126,7 +126,7 @@ class TextTeller(Teller):
 
 
 def reason(end: str) -> str | None:
-    return ENDS.get(end, "length") if end else None
+    return ("stop" if end in STOPS else "length") if end else None
 
 
 def event(told: Told) -> str:
