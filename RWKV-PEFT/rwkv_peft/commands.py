@@ -63,6 +63,14 @@ COMMANDS = (
     ),
     Command(
         "Try",
+        "serve",
+        "answer over HTTP as OpenAI's interface does, with several adapters",
+        "serve.command",
+        flags="serve.flags:parse_flags",
+        needs="requirements-serve.txt",
+    ),
+    Command(
+        "Try",
         "ui",
         "open a page in the browser: data, training, runs, chat and release",
         "ui.command",

@@ -1,5 +1,6 @@
 """The page in a real browser: a stranger's way from a file of rows to a chat with the merged model."""
 
+import re
 import shutil
 
 import pytest
@@ -91,6 +92,24 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
         press(page, command)
         expect(page.locator(".job .state")).to_have_text("done", timeout=LONG)
     assert (folder / "mine.pth").exists()
+
+    go(page, "Runs")
+    page.get_by_role("link", name="out/mine", exact=True).click()
+    page.get_by_role("link", name="Chat", exact=True).last.click()
+    press(page, "Open")
+    message = page.get_by_label("message", exact=True)
+    expect(message).to_be_visible(timeout=LONG)
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Longest answer, tokens").fill("24")
+    message.fill("Ann has 3 red cups.")
+    message.press("Enter")
+    for name in ("base", "adapter"):
+        said = page.get_by_role("region", name=name).locator(".turn.assistant span")
+        expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
+    press(page, "Regenerate")
+    press(page, "Close the model")
+    expect(message).to_be_hidden()
 
 
 def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, server):

@@ -16,7 +16,7 @@ from ..children import python_command
 from ..errors import UserError, visible
 from ..files.alone import LOCK
 from ..names import METRICS
-from .chat import ask, port_of, serve
+from .chat import ask, serve
 from .form import form
 from .jobs import Jobs, interrupt
 from .places import Places
@@ -159,11 +159,11 @@ def make_app(root: Path) -> FastAPI:
 
     @app.get("/api/chat/{name}/v1/models")
     def models(name: str) -> Response:
-        return streamed(*ask(port_of(jobs, name), "v1/models"))
+        return streamed(*ask(jobs, name, "v1/models"))
 
     @app.post("/api/chat/{name}/v1/chat/completions")
     def completions(name: str, request: dict[str, Any]) -> Response:
-        return streamed(*ask(port_of(jobs, name), "v1/chat/completions", json.dumps(request).encode()))
+        return streamed(*ask(jobs, name, "v1/chat/completions", json.dumps(request).encode()))
 
     @app.get("/api/picture")
     def picture(path: str) -> Response:

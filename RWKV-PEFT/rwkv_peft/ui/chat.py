@@ -5,9 +5,12 @@ its memory back.
 """
 
 import http.client
+import os
+import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 from ..errors import UserError
 from .jobs import RUNNING, Jobs
@@ -16,12 +19,21 @@ HOST = "127.0.0.1"
 WAITED = 600  # seconds for an answer's next word
 
 
+def key_file(jobs: Jobs) -> Path:
+    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing."""
+    path = jobs.folder.with_name("key")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
 def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", tokenizer: str = "") -> str:
     """Start a server of a model, and of an adapter and a state as models beside it; -> its job."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
-    words = ["serve", "--model", model, "--port", str(port)]
+    words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start(words + ["--tokenizer", tokenizer] * bool(tokenizer))
 
@@ -35,13 +47,14 @@ def port_of(jobs: Jobs, name: str) -> int:
     return int(words[words.index("--port") + 1])
 
 
-def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
-    """Ask a server -> status, content type, and the answer piece by piece as it comes. Raises UserError if it does not
+def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
+    """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if it does not
     listen yet, or no more."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=WAITED)
+    connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
+    headers = {"Authorization": f"Bearer {key_file(jobs).read_text()}", "Content-Type": "application/json"}
     try:
         method = "GET" if body is None else "POST"
-        connection.request(method, f"/{path}", body, {"Content-Type": "application/json"} if body else {})
+        connection.request(method, f"/{path}", body, headers)
         response = connection.getresponse()
     except OSError as error:
         connection.close()
