@@ -86,7 +86,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(other.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
     assert other.locator("html").evaluate("page => page.scrollWidth") <= 390
 
-    page.get_by_role("link", name="Release", exact=True).last.click()
+    page.locator("main").get_by_role("link", name="Release", exact=True).click()
     page.get_by_label("Merged model", exact=True).fill("mine.pth")
     for command in ("Merge", "Check"):
         press(page, command)
@@ -95,7 +95,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
 
     go(page, "Runs")
     page.get_by_role("link", name="out/mine", exact=True).click()
-    page.get_by_role("link", name="Chat", exact=True).last.click()
+    page.locator("main").get_by_role("link", name="Chat", exact=True).click()
     press(page, "Open")
     message = page.get_by_label("message", exact=True)
     expect(message).to_be_visible(timeout=LONG)
