@@ -107,6 +107,7 @@ PARTS = (
         ("training", "evals", "rewards"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
+    ("page", ("ui",), ("train flags", "data")),  # it starts the commands that compute
     ("compare", ("compare",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
@@ -230,6 +231,7 @@ def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     allowed = engine | {("training", "ranks", "base_guard"), ("training", "step", "lit")}
     allowed.add(("training", "saving", "optimizer_files"))
     allowed |= {("evals", "harness"), *(("serve", name) for name in ("app", "command", "forms"))}
+    allowed |= {("ui", "app"), ("ui", "command")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"
@@ -239,7 +241,7 @@ def test_importing_the_package_costs_torch_at_most():
     light = [
         ".".join(("rwkv_peft", *module_of(path)))
         for path in FILES
-        if not heavy_imports(path) and (module_of(path)[:1] not in (("hf",), ("serve",)) or path.stem == "flags")
+        if not heavy_imports(path) and (module_of(path)[:1] not in (("hf",), ("serve",), ("ui",)) or path.stem == "flags")
     ]
     code = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"

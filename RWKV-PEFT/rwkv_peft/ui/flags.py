@@ -22,7 +22,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--files",
         default=".",
         metavar="FOLDER",
-        help="the folder whose data, models and runs the page shows, and in which its commands run",
+        help="the folder whose data, models and runs the page shows, and in which its commands run (default: the "
+        "current one)",
     )
     parser.add_argument("--port", type=up_to(PORTS, whole), default=8600, help="0: any free one (default: 8600)")
     parser.add_argument("--no_browser", action="store_true", help="open no browser, only print the address")

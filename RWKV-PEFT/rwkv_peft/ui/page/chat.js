@@ -90,13 +90,7 @@ export async function chatPage(place, about, signal, folder) {
     let messages = [], busy = null;
     const rows = () => JSON.stringify({ messages: [...(system() ? [{ role: "system", content: system() }] : []), ...messages] });
     const box = el("section", { className: "chat", "aria-label": name }, el("h2", {}, name), turns, problem,
-      el("div", { className: "row" }, copyRows()));
-
-    function copyRows() {
-      const button = copyButton(rows);
-      button.title = "copy this chat as a row of a .jsonl file";
-      return button;
-    }
+      el("div", { className: "row" }, copyButton(rows, "Copy as a row")));
 
     const bubble = (role, text) => {
       const body = el("span", {}, text);

@@ -68,12 +68,12 @@ export function figure(name, value) {
   return el("div", { className: "figure" }, el("b", {}, String(value)), el("span", {}, name));
 }
 
-export function copyButton(text) {
-  const button = el("button", { type: "button" }, "Copy");
+export function copyButton(text, label = "Copy") {
+  const button = el("button", { type: "button" }, label);
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(text());
     button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    setTimeout(() => { button.textContent = label; }, 1500);
   });
   return button;
 }
