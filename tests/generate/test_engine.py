@@ -10,7 +10,8 @@ from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.generate import Sampling, engine, generate, load_model, prefill, save_state_file
-from rwkv_peft.generate.engine import Answer, Engine, Request
+from rwkv_peft.generate.asked import Answer, Request
+from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named

@@ -1,13 +1,15 @@
 """The server's answers, asked for by the official client: they are those of `generate`."""
 
 import contextlib
+import json
 import threading
 
+import jsonschema
 import pytest
 import torch
 from serving import HEAD, wait_until
 
-from rwkv_peft.data.templates import question, stops_of
+from rwkv_peft.data.templates import question, segments, stops_of
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import open_base
@@ -105,6 +107,43 @@ def test_thinking_is_opened_as_generate_opens_it(client, server, models):
     told = client.chat.completions.create(**ask, extra_body={"think": "on"}).choices[0].message.content
     session = Session(models["base"][0], TOKENIZER, GREEDY)
     assert told == "<think" + "".join(session.answer(question("Hi", "on"), stops_of("Assistant:"), 9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_is_held_to_its_schema(client, seed):
+    city = {"type": "string", "maxLength": 5}
+    schema = {
+        "type": "object",
+        "properties": {"city": city, "warm": {"type": "boolean"}, "days": {"enum": [1, 2]}},
+        "required": ["city", "warm", "days"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=("base", "poet", "coder")[seed],
+        messages=[{"role": "user", "content": "Hi"}],
+        n=2,
+        seed=seed,
+        max_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}},
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), schema)
+
+
+def test_tools_and_their_results_are_laid_out_as_chat_data(client):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    turns = [
+        {"role": "user", "content": "Is it warm?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "31"},
+    ]
+    ask = {"model": "base", "messages": turns, "max_tokens": 2, "temperature": 0}
+    for given, told in ((tools, tools), (None, None)):
+        answer = client.chat.completions.create(**ask, **({"tools": given} if given else {}))
+        laid_out = segments({"messages": [*turns, {"role": "assistant", "content": ""}], "tools": told})[:-1]
+        assert answer.usage.prompt_tokens == len("".join(text for text, _ in laid_out).encode())
 
 
 def test_adapters_and_states_answer_at_once_as_each_does_alone(client, models):

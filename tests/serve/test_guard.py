@@ -124,8 +124,12 @@ def test_a_mistaken_body_is_told_by_its_field(server, body, field):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "messages"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "messages"),
+        ({"tools": [{"name": "f"}], "tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "think": "on"}, "response_format"),
     ],
 )
 def test_a_mistaken_chat_is_told_by_its_field(server, more, field):

@@ -6,14 +6,14 @@ for each model that has rows, whose frozen weights are the same memory (voices.p
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
 
 import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
+from .asked import Answer, Odds, Request
 from .decode import read_packed
 from .known import Known
 from .sampling import count, penalize, sample
@@ -22,56 +22,6 @@ from .voices import Voice
 
 PIECE = 256  # the most tokens of prompts that are read between two tokens of the rows that answer
 DAMAGED = "damaged"  # why a row ends whose logits are NaN or Inf
-
-
-class Odds(NamedTuple):
-    """The log-probability of a token as the model gives it, before penalties and temperature, and the most probable
-    tokens with theirs."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class Listener(Protocol):
-    """Who asked for an answer."""
-
-    def over(self) -> str:
-        """A reason to end the answer now, such as a client that went away, or ""."""
-        ...
-
-    def draw(self, token: int, odds: Odds | None) -> str:
-        """Hear of the next token -> a reason to end with it, or ""."""
-        ...
-
-    def finish(self, end: str) -> None:
-        """Hear why the answer ended: a reason of the listener's own, "length" or DAMAGED."""
-        ...
-
-
-@dataclass(eq=False)
-class Answer:
-    """One answer to a request. Its draws depend on the sampling's seed alone. odds: how many of the most probable
-    tokens its listener hears of with each token; None if it hears of no log-probabilities."""
-
-    sampling: Sampling
-    max_tokens: int
-    listener: Listener
-    odds: int | None = None
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt (tokens, at least one) that is read once, and its answers. The state after each of `marks` tokens of the
-    prompt is kept, because other prompts may begin like it; `known` tokens of it need not be read. scored, if given,
-    hears of the Odds of each token of the prompt but the first, with `top` most probable ones."""
-
-    voice: Voice
-    tokens: list[int]
-    answers: list[Answer]
-    marks: Sequence[int] = ()
-    known: int = 0
-    scored: Callable[[Odds], object] | None = None
-    top: int = 0
 
 
 @dataclass(eq=False)
@@ -249,6 +199,8 @@ class Engine:
         row.length += 1
         row.tokens.append(token)
         self.drawn += 1
+        if answer.held is not None:
+            answer.held.take(token)
         odds = None if answer.odds is None else odds_of(logits, token, answer.odds)
         return answer.listener.draw(token, odds) or ("length" if row.length >= answer.max_tokens else "")
 
@@ -264,6 +216,9 @@ class Engine:
                 zeros = own.new_zeros(1, own.shape[1])
                 counts = torch.cat([zeros if row.counts is None else row.counts for row in drawing])
                 own = penalize(own, counts, manner)
+            for place, row in enumerate(drawing):
+                if row.answer.held is not None:
+                    own[place, ~row.answer.held.allowed().to(own.device)] = -torch.inf
             found = sample(own, [row.draws.random() for row in drawing], manner)
             if manner.penalizes:
                 count(counts, found, manner.penalty_decay)

@@ -19,6 +19,7 @@ RULES = (
     Rule("--output", EXCLUDES, "--chat", "a chat is shown as it is written", "redirect the command's output"),
     Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
     Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
+    Rule("--tools", NEEDS, "--chat", "the first turn lists them", "leave it out"),
     Rule(
         "--think",
         NEEDS,
@@ -61,6 +62,12 @@ def build_parser() -> Parser:
     )
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add("--system", metavar="TEXT", help="with --chat: an instruction before the first turn, like System: in chat data")
+    add(
+        "--tools",
+        metavar="JSON",
+        help="with --chat: a file that lists the tools the model may call, {name, description, parameters} each; they "
+        "come before the first turn, as in chat data",
+    )
     add(
         "--think",
         choices=("on", "off"),

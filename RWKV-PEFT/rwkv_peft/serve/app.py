@@ -124,7 +124,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
 
 
 async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -> Response:
-    conversation = service.ask(form)
+    conversation = await service.ask(form)
     if form.stream:
         return Events(conversation)
     return JSONResponse(await conversation.whole(departure(http)))

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..data.templates import stops_of
+from ..data.templates import segments, stops_of
 from ..data.thinking import OPENINGS
 from ..data.tokenizer import Tokenizer
-from ..data.turns import chat
 from ..errors import UserError
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
@@ -70,11 +69,8 @@ def asking_of(form: TextAsked | ChatAsked, tokenizer: Tokenizer, defaults: Sampl
 
 def refuse_unfit(form: ChatAsked) -> None:
     """Raise Refused for forms of answers that this server does not give."""
-    if form.tools:
-        raise Refused(400, "tools: calls of tools are not laid out here; describe them in a message", "tools")
-    kind = (form.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise Refused(400, "response_format: answers are text; ask for the form in a message", "response_format")
+    if form.tool_choice not in (None, "auto", "none"):
+        raise Refused(400, "tool_choice: auto or none; a model cannot be made to call a tool here", "tool_choice")
 
 
 def sampling_of(form: Asked, defaults: Sampling) -> Sampling:
@@ -91,7 +87,8 @@ def sampling_of(form: Asked, defaults: Sampling) -> Sampling:
 def chat_prompt(form: ChatAsked, tokenizer: Tokenizer) -> Prompt:
     """Lay out messages as chat data is, up to the opening of the answer, each part tokenized by itself."""
     try:
-        parts = chat([*form.messages, {"role": "assistant", "content": ""}])[:-1]
+        turns = [*form.messages, {"role": "assistant", "content": ""}]
+        parts = segments({"messages": turns, "tools": form.tools if form.calls else None})[:-1]
         texts = [text for text, _ in parts]
         texts[-1] += OPENINGS.get(form.think or "", "")
         encoded = [tokenizer.encode(text) for text in texts]

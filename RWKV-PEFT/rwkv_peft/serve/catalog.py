@@ -62,7 +62,8 @@ class Catalog:
                 self.base.require_unchanged()
                 voice = self._adapter(name, path) if kind == "adapter" else self._state(name, path)
             except (UserError, OSError) as error:
-                raise Refused(400, str(error).replace(str(path), file), "file") from error
+                message = str(error).replace(str(path), file).replace(str(self.args.model), self.own.name)
+                raise Refused(400, message, "file") from error
             self.voices[name] = voice
 
     def drop(self, name: str) -> Voice:
@@ -83,9 +84,9 @@ class Catalog:
         try:
             path = (root / file).resolve()
             path = adapter_of_run(path) if path.is_relative_to(root) else path
-            inside = all(one.resolve().is_relative_to(root) for one in (path, *path.glob("*")))
-            if not inside or not (path.is_file() or path.is_dir()):
-                raise missing
+            for one in (path, *path.glob("*")):
+                if not one.resolve().is_relative_to(root) or not (one.is_file() or one.is_dir()):
+                    raise missing
         except (OSError, ValueError) as error:  # a name that is none
             raise missing from error
         return path

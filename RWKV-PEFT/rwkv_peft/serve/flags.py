@@ -19,7 +19,8 @@ PROG = "rwkv-peft serve"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 SHORTEST_KEY = 16  # characters
 SOURCE = "env:"  # begins a value of --api_key that names a variable
-RULES = (Rule("an address that others reach", NEEDS, "--api_key", "who reaches it may use it", "give one"),)
+REACHED = "an address that others reach"
+RULES = (Rule(REACHED, NEEDS, "--api_key", "who reaches it may use it", "give one"),)
 USAGE = """Answer over HTTP as OpenAI's interface does.
 
     rwkv-peft serve --model base.pth
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=PROG,
         rules=RULES,
-        facts=lambda args: {"an address that others reach": "" if is_loopback(args.host) else args.host},
+        facts=lambda args: {REACHED: "" if is_loopback(args.host) else args.host},
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -84,6 +84,11 @@ class ChatAsked(Asked):
     def odds(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def calls(self) -> bool:
+        """Tell whether an answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
 
 class Tokenized(Form):
     """POST /tokenize, as vLLM has it, whose clients tokenize by the server."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..data.thinking import OPENINGS
 from ..errors import UserError
+from ..generate.asked import Answer, Odds, Request
 from ..generate.continuation import Continuation
-from ..generate.engine import Answer, Engine, Odds, Request
+from ..generate.engine import Engine
 from ..generate.known import Known
 from ..generate.settings import Sampling
 from .asking import Asking, Bounds, Prompt, asking_of
@@ -22,6 +23,7 @@ from .catalog import Catalog
 from .forms import ChatAsked, TextAsked
 from .metrics import Metrics
 from .refused import Refused
+from .schema import Compiled, Schemas
 from .telling import BROKEN, ChatTeller, Teller, TextTeller, Usage, event, joined
 from .worker import LATE, Choice, Drawn, Exchange, Piece, Worker
 
@@ -40,21 +42,24 @@ class Service:
         self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary)
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
+        self.schemas = Schemas(catalog.tokenizer, vocabulary)
         self.worker = Worker(Engine(vocabulary, args.batch, Known(args.known_mib << 20)))
 
-    def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
+    async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
         """Give a request its places, and have it answered. Raises Refused."""
+        schema = None
+        if isinstance(form, ChatAsked) and form.response_format:
+            schema = await asyncio.to_thread(self.schemas.compiled, form.response_format, form.think or "")
         voice = self.catalog[form.model]
         asking = asking_of(form, self.catalog.tokenizer, self.defaults, self.bounds)
         due = len(asking.prompts) * asking.times
         if self.answers + due > self.places:
             raise Refused(429, "all places are taken; try again later", code="rate_limit_exceeded")
-        teller = (ChatTeller if isinstance(form, ChatAsked) else TextTeller)(
-            voice.name, self.catalog.tokenizer, asking.odds is not None
-        )
+        head = voice.name, self.catalog.tokenizer, asking.odds is not None
+        teller = ChatTeller(*head, form.calls) if isinstance(form, ChatAsked) else TextTeller(*head)
         exchange = Exchange(due, self.seconds, self._finished)
         try:
-            requests = [self._request(form, asking, place, exchange) for place in range(len(asking.prompts))]
+            requests = [self._request(form, asking, place, exchange, schema) for place in range(len(asking.prompts))]
         except UserError as error:
             raise Refused(400, str(error), "stop") from error
         self.answers += due
@@ -76,7 +81,9 @@ class Service:
         except UserError as error:
             raise Refused(400, str(error), "tokens") from error
 
-    def _request(self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange) -> Request:
+    def _request(
+        self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange, schema: Compiled | None
+    ) -> Request:
         """The engine's request for all answers to one of the prompts."""
         prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer
         think = (form.think or "") if isinstance(form, ChatAsked) else None
@@ -90,7 +97,8 @@ class Service:
                 opening = partial(Piece, number, OPENINGS["on"].lstrip(), ())
             choice = Choice(exchange, number, text, LEADS[think], opening)
             sampling = replace(asking.sampling, seed=asking.sampling.seed + number)
-            answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds))
+            held = None if schema is None else schema.held()
+            answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds, held))
         scored = scores.append if echo and asking.odds is not None else None
         return Request(self.catalog[form.model], prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
 
@@ -140,8 +148,8 @@ class Conversation:
         begun: set[int] = set()
         try:
             async for piece in self._pieces():
-                if piece.text or piece.end or piece.tokens and self.teller.odds:
-                    yield self.teller.chunk([self.teller.part(piece, piece.number not in begun)])
+                if (part := self.teller.part(piece, piece.number not in begun)) is not None:
+                    yield self.teller.chunk([part])
                     begun.add(piece.number)
             if self.tells_usage:
                 yield self.teller.chunk([], self.usage())

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
+from ..data.tools import OPENS, Call, parse_calls
 from ..generate.engine import DAMAGED
+from ..generate.text import overlap
 from .worker import FAILED, Drawn, Piece
 
 Told = dict[str, Any]
 STOPS = ("end", "stop")  # every other end is a limit
+OPENINGS = ("<tool_call>", "**Tool Call:**")  # of what OPENS finds
 BROKEN = (DAMAGED, FAILED)  # ends of answers that cannot be told
 
 
@@ -44,9 +47,12 @@ class Teller:
         """A whole answer."""
         raise NotImplementedError
 
-    def part(self, piece: Piece, first: bool) -> Told:
-        """A part of an answer; first: the first of its parts."""
+    def part(self, piece: Piece, first: bool) -> Told | None:
+        """A part of an answer, None if there is nothing to tell of it; first: the first of its parts."""
         raise NotImplementedError
+
+    def is_news(self, piece: Piece) -> bool:
+        return bool(piece.text or piece.end or (piece.tokens and self.odds))
 
     def whole(self, answers: Sequence[Piece], usage: Usage) -> Told:
         choices = [self.answer(piece) for piece in answers]
@@ -71,19 +77,41 @@ class Teller:
 
 
 class ChatTeller(Teller):
+    """calls: the answers may call tools, which are told apart from their words."""
+
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str, tokenizer: Tokenizer, odds: bool, calls: bool) -> None:
+        super().__init__(model, tokenizer, odds)
+        self.calls = calls
+        self.words: dict[int, Words] = {}
+
     def answer(self, piece: Piece) -> Told:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": piece.number, "message": message, **self._rest(piece)}
+        text, calls = parse_calls(piece.text) if self.calls else (piece.text, [])
+        message: Told = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls_told(calls)}
+        return {"index": piece.number, "message": message, **self._rest(piece, bool(calls))}
 
-    def part(self, piece: Piece, first: bool) -> Told:
-        delta = {"role": "assistant"} if first else {}
-        return {"index": piece.number, "delta": {**delta, "content": piece.text}, **self._rest(piece)}
+    def part(self, piece: Piece, first: bool) -> Told | None:
+        calls: list[Call] = []
+        if self.calls:
+            words = self.words.setdefault(piece.number, Words())
+            piece = piece._replace(text=words.feed(piece.text))
+            if piece.end:
+                rest, calls = words.finish()
+                piece = piece._replace(text=piece.text + rest)
+        if not self.is_news(piece):
+            return None
+        delta: Told = ({"role": "assistant"} if first else {}) | {"content": piece.text}
+        if calls:
+            delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls_told(calls))]
+        return {"index": piece.number, "delta": delta, **self._rest(piece, bool(calls))}
 
-    def _rest(self, piece: Piece) -> Told:
+    def _rest(self, piece: Piece, calls: bool) -> Told:
         odds = {"content": [self._odds(drawn) for drawn in piece.tokens], "refusal": None} if self.odds else None
-        return {"logprobs": odds, "finish_reason": reason(piece.end)}
+        end = reason(piece.end)
+        return {"logprobs": odds, "finish_reason": "tool_calls" if calls and end == "stop" else end}
 
     def _odds(self, drawn: Drawn) -> Told:
         assert drawn.odds is not None
@@ -110,8 +138,8 @@ class TextTeller(Teller):
             "finish_reason": reason(piece.end),
         }
 
-    def part(self, piece: Piece, first: bool) -> Told:
-        return self.answer(piece)
+    def part(self, piece: Piece, first: bool) -> Told | None:
+        return self.answer(piece) if self.is_news(piece) else None
 
     def _odds(self, piece: Piece) -> Told:
         told: Told = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -123,6 +151,34 @@ class TextTeller(Teller):
             for name, value in zip(told, (text, None if odds is None else odds.logprob, top, before)):
                 told[name].append(value)
         return told
+
+
+class Words:
+    """The words of an answer that may call tools, as they come: what may be the opening of a call is held back."""
+
+    def __init__(self) -> None:
+        self.text, self.told = "", 0
+
+    def feed(self, text: str) -> str:
+        """-> the words that are certain now."""
+        self.text += text
+        found = OPENS.search(self.text, self.told)
+        held = max(overlap(self.text, opening) for opening in OPENINGS)
+        certain = max(found.start() if found else len(self.text) - held, self.told)
+        new, self.told = self.text[self.told : certain], certain
+        return new
+
+    def finish(self) -> tuple[str, list[Call]]:
+        """-> the words that were held back, and the calls."""
+        words, calls = parse_calls(self.text)
+        if not calls:
+            return self.text[self.told :], []
+        return words[len(self.text[: self.told].strip()) :], calls
+
+
+def calls_told(calls: Sequence[Call]) -> list[Told]:
+    functions = [{"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in calls]
+    return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": each} for each in functions]
 
 
 def reason(end: str) -> str | None:

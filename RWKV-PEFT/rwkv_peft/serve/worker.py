@@ -9,8 +9,9 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
+from ..generate.asked import Odds
 from ..generate.continuation import Continuation
-from ..generate.engine import Engine, Odds
+from ..generate.engine import Engine
 
 GONE, LATE, FAILED = "gone", "late", "failed"
 
