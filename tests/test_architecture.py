@@ -37,6 +37,7 @@ HEAVY = (
     "uvicorn",
     "pydantic",
 )
+HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
@@ -241,7 +242,7 @@ def test_importing_the_package_costs_torch_at_most():
     light = [
         ".".join(("rwkv_peft", *module_of(path)))
         for path in FILES
-        if not heavy_imports(path) and (module_of(path)[:1] not in (("hf",), ("serve",), ("ui",)) or path.stem == "flags")
+        if not heavy_imports(path) and (module_of(path)[0:1] not in HEAVY_PARTS or path.stem == "flags")
     ]
     code = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"

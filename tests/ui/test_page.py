@@ -64,6 +64,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("Base model", exact=True).fill("base.pth")
     page.get_by_label("Precision", exact=True).select_option("fp32")
     page.get_by_label("Rows a step", exact=True).fill("8")
+    page.get_by_label("Epochs", exact=True).fill("4")
     page.get_by_label("Rank", exact=True).fill("7")
     expect(page.get_by_role("alert")).to_contain_text("--bone_r 7", timeout=LONG)
     expect(page.locator(".wrong").get_by_label("Rank", exact=True)).to_be_visible()

@@ -48,8 +48,8 @@ def port_of(jobs: Jobs, name: str) -> int:
 
 
 def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
-    """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if it
-    does not listen yet, or no more."""
+    """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if
+    it does not listen yet, or no more."""
     connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
     headers = {"Authorization": f"Bearer {key_file(jobs).read_text()}", "Content-Type": "application/json"}
     try:
