@@ -29,7 +29,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     samples, how many there are, hashes of a few of them and of what counts there, and a digest of the files as a whole,
     wherever they lie."""
     settings = {
-        name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
+        name: value
+        for name, value in asdict(config.data).items()
+        if name not in ("path", "more", "tokenizer", "micro_bsz")
     }
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
@@ -47,10 +49,11 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
     """The digest of the token files that samples are read from, and of their mask file if --loss_mask is file."""
-    data = samples.dataset
-    paths = [data.bin_path, data.idx_path]
-    if data.mask is not None and config.data.loss_mask == "file":
-        paths.append(data.mask_path)
+    paths: list[str] = []
+    for data in (part.dataset for part in samples.parts):
+        paths += [data.bin_path, data.idx_path]
+        if data.mask is not None and config.data.loss_mask == "file":
+            paths.append(data.mask_path)
     return hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()[:16]
 
 
