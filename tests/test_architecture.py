@@ -33,7 +33,12 @@ HEAVY = (
     "accelerate",
     "trl",
     "lm_eval",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "pydantic",
 )
+HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
@@ -56,7 +61,11 @@ PARTS = (
         ),
         (),
     ),
-    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
+    (
+        "flags",
+        ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags"),
+        ("base",),
+    ),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
@@ -82,6 +91,7 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
+    ("serve", ("serve",), ("generate",)),
     ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("generate",)),
     ("rewards", ("rewards",), ("evals",)),
@@ -103,6 +113,7 @@ PARTS = (
         ("training", "evals", "rewards"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
+    ("page", ("ui",), ("train flags", "data")),  # it starts the commands that compute
     ("compare", ("compare",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
@@ -229,18 +240,25 @@ def test_the_package_offers_names_without_importing_them():
     assert done.stdout.splitlines() == ["False False True", " ".join(rwkv_peft.__all__)], done.stderr
 
 
-def test_adapters_are_put_into_models_by_python_the_run_its_rehearsal_and_its_check_alone():
+def test_adapters_are_put_into_models_by_few_files():
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("api", "adapters"), ("plan", "rehearsal"), ("release", "check"), ("training", "model")]
+    assert injecting == [
+        ("api", "adapters"),
+        ("generate", "voices"),
+        ("plan", "rehearsal"),
+        ("release", "check"),
+        ("training", "model"),
+    ]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     engine = {("training", "engine", name) for name in ("callbacks", "data_module", "strategy", "trainer")}
     allowed = engine | {("training", "ranks", "base_guard"), ("training", "step", "lit")}
-    allowed.add(("training", "saving", "optimizer_files"))
-    allowed.add(("evals", "harness"))
+    allowed.add(("training", "saving", "deepspeed_files"))
+    allowed |= {("evals", "harness"), *(("serve", name) for name in ("app", "command", "forms"))}
+    allowed |= {("ui", "app"), ("ui", "command")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"
@@ -250,7 +268,7 @@ def test_importing_the_package_costs_torch_at_most():
     light = [
         ".".join(("rwkv_peft", *module_of(path)))
         for path in FILES
-        if not heavy_imports(path) and module_of(path)[:1] != ("hf",)
+        if not heavy_imports(path) and (module_of(path)[0:1] not in HEAVY_PARTS or path.stem == "flags")
     ]
     code = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
