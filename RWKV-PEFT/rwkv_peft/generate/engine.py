@@ -211,14 +211,14 @@ class Engine:
             manners.setdefault(row.manner, []).append(place)
         tokens = [0] * len(rows)
         for manner, places in manners.items():
-            own, drawing = logits[places], [rows[place] for place in places]
+            drawing = [rows[place] for place in places]
+            own = logits if len(manners) == 1 else logits[places]
             if manner.penalizes:
                 zeros = own.new_zeros(1, own.shape[1])
                 counts = torch.cat([zeros if row.counts is None else row.counts for row in drawing])
                 own = penalize(own, counts, manner)
-            for place, row in enumerate(drawing):
-                if row.answer.held is not None:
-                    own[place, ~row.answer.held.allowed().to(own.device)] = -torch.inf
+            if any(row.answer.held for row in drawing):
+                own = torch.stack([masked(row, logits) for row, logits in zip(drawing, own)])
             found = sample(own, [row.draws.random() for row in drawing], manner)
             if manner.penalizes:
                 count(counts, found, manner.penalty_decay)
@@ -244,6 +244,12 @@ def piece_of(reading: Reading, most: int) -> list[int]:
     tokens, begin = reading.request.tokens, reading.done
     end = min((mark for mark in reading.request.marks if mark > begin), default=len(tokens))
     return tokens[begin : min(end, begin + most)]
+
+
+def masked(row: Row, logits: torch.Tensor) -> torch.Tensor:
+    """logits (V) without the tokens that the form of a row's answer forbids."""
+    held = row.answer.held
+    return logits if held is None else logits.masked_fill(~held.allowed().to(logits.device), -torch.inf)
 
 
 def odds_of(logits: torch.Tensor, token: int, top: int) -> Odds:
