@@ -97,8 +97,8 @@ class Heard:
         self.end = end
 
 
-def engine_of(voice, batch=8, known=1 << 30):
-    return Engine(voice.model.config.vocab_size, batch, Known(known))
+def engine_of(voice, batch=8, piece=64):
+    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), piece)
 
 
 def ask(running, voice, prompt, *samplings, most=10**9, max_tokens=12, **settings):
@@ -117,10 +117,9 @@ def alone(voice, prompt, sampling, max_tokens=12):
     return [step.token for step in generate(voice.model, [prompt], sampling, max_tokens, start=voice.start)]
 
 
-@pytest.mark.parametrize("batch, piece", [(8, 256), (2, 4), (1, 1)])
-def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, monkeypatch, batch, piece):
-    monkeypatch.setattr(engine, "PIECE", piece)
-    running, heard = engine_of(voice, batch), []
+@pytest.mark.parametrize("batch, piece", [(8, 64), (2, 4), (1, 1)])
+def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece):
+    running, heard = engine_of(voice, batch, piece), []
     for prompt, sampling in zip(PROMPTS, MANNERS):  # each joins while those before it are at work
         heard += ask(running, voice, prompt, sampling)
         running.step()
@@ -177,9 +176,8 @@ def test_states_are_kept_up_to_a_limit_and_the_latest_used_stay(voice):
     assert known.size == 0 == len(known.reads)
 
 
-def test_a_long_prompt_keeps_nobody_waiting(voice, monkeypatch):
-    monkeypatch.setattr(engine, "PIECE", 8)
-    running = engine_of(voice)
+def test_a_long_prompt_keeps_nobody_waiting(voice):
+    running = engine_of(voice, piece=8)
     (speaks,) = ask(running, voice, [1], GREEDY, max_tokens=100)
     running.step()
     (long,) = ask(running, voice, [3] * 80, GREEDY)
@@ -227,14 +225,18 @@ def test_odds_are_the_models_log_probabilities(voice):
     assert len(scores) == len(prompt) - 1 and len(heard.odds[0].top) == 3
 
 
-def test_damaged_logits_end_their_row_alone(voice, tiny_state):
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3)], ids=["greedy", "top_p", "top_k"])
+def test_damaged_logits_end_their_row_alone(voice, sampling):
     state = dict(voice.model.state_dict())
     state["emb.weight"] = state["emb.weight"].clone()
     state["emb.weight"][3] = float("nan")
     broken = RWKV6(base_of(state).config)
     broken.load_state_dict(state)
     bad, running = Voice("bad", broken.requires_grad_(False)), engine_of(voice)
-    (wrong,), (right,) = ask(running, bad, [3], GREEDY), ask(running, bad, [1], GREEDY, max_tokens=2)
+    (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], GREEDY, max_tokens=2)
+    finish(running)
+    assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], sampling, max_tokens=2)
     finish(running)
     assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
 

@@ -20,7 +20,7 @@ from .sampling import count, penalize, sample
 from .settings import Sampling
 from .voices import Voice
 
-PIECE = 256  # the most tokens of prompts that are read between two tokens of the rows that answer
+ALONE = 4  # times as large a piece is read while no row answers
 DAMAGED = "damaged"  # why a row ends whose logits are NaN or Inf
 
 
@@ -66,12 +66,12 @@ class Group:
 class Engine:
     """Answers requests of any voices, `batch` answers at a time, in the order in which they were added.
 
-    Each `step` reads a piece of prompts, and draws a token for each row. Tokens from vocab_size on are never drawn.
-    A request's answers are the same up to rounding, whoever shares its batch.
+    Each `step` reads `piece` tokens of prompts at most, and draws a token for each row. Tokens from vocab_size on are
+    never drawn. A request's answers are the same up to rounding, whoever shares its batch.
     """
 
-    def __init__(self, vocab_size: int, batch: int, known: Known) -> None:
-        self.vocab_size, self.batch, self.known = vocab_size, batch, known
+    def __init__(self, vocab_size: int, batch: int, known: Known, piece: int = 64) -> None:
+        self.vocab_size, self.batch, self.known, self.piece = vocab_size, batch, known, piece
         self.waiting: deque[Request] = deque()
         self.reading: deque[Reading] = deque()
         self.groups: dict[LanguageModel, Group] = {}
@@ -130,21 +130,21 @@ class Engine:
         """Read a piece of the prompts of one model; the models take turns, and its prompts share the piece."""
         if not self.reading:
             return
-        first = self.reading[0].request
+        first, piece = self.reading[0].request, self.piece if self.groups else ALONE * self.piece
         model, scored = first.voice.model, first.scored
-        turn = [reading for reading in self.reading if reading.request.voice.model is model][:PIECE]
+        turn = [reading for reading in self.reading if reading.request.voice.model is model][:piece]
         turn = [reading for reading in turn if not reading.request.scored] if scored is None else turn[:1]
-        pieces = [piece_of(reading, PIECE // len(turn)) for reading in turn]
+        pieces = [piece_of(reading, piece // len(turn)) for reading in turn]
         state = turn[0].state
         for reading in turn[1:]:
             state = state.joined(reading.state)
         logits, state = read_packed(model, pieces, state) if scored is None else self._score(turn[0], pieces[0])
         self.read += sum(map(len, pieces))
         self.reading = deque(reading for reading in self.reading if reading not in turn)
-        for place, (reading, piece) in enumerate(zip(turn, pieces)):
+        for place, (reading, read) in enumerate(zip(turn, pieces)):
             request = reading.request
             own = logits[place : place + 1].float()
-            reading.done += len(piece)
+            reading.done += len(read)
             reading.state = state.selected(torch.tensor([place], device=logits.device))
             if reading.done in (*request.marks, len(request.tokens)):
                 self.known.add(request.voice, request.tokens[: reading.done], own, reading.state)
@@ -173,7 +173,10 @@ class Engine:
 
     def _advance(self, model: LanguageModel, group: Group) -> None:
         """Draw a token for each row, and read those of the rows that go on."""
-        finite = torch.isfinite(group.logits.sum(-1)).tolist()
+        sound = torch.isfinite(group.logits.sum(-1))
+        finite = sound.tolist()
+        if not all(finite):  # nothing can be drawn from NaN
+            group.logits = group.logits.masked_fill(~sound[:, None], 0.0)
         choices = group.logits[:, : self.vocab_size]
         staying, tokens = [], []
         for place, (row, token) in enumerate(zip(group.rows, self._draw(group.rows, choices))):
