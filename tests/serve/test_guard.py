@@ -42,6 +42,9 @@ def test_own_pages_and_allowed_ones_are_answered(server):
     assert ask(server, Origin=server.url)[0] == 200
     status, headers, _ = ask(server, Origin="https://chat.example.org")
     assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    asked = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    assert server.send("OPTIONS", "/v1/completions", **asked)[0] == 200
+    assert server.send("OPTIONS", "/v1/completions", **asked | {"Origin": "https://evil.example"})[0] == 403
 
 
 @pytest.mark.parametrize(
