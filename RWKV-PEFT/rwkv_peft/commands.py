@@ -70,6 +70,14 @@ COMMANDS = (
         needs="requirements-serve.txt",
     ),
     Command(
+        "Try",
+        "ui",
+        "open a page in the browser: data, training, runs, chat and release",
+        "ui.command",
+        flags="ui.flags:parse_flags",
+        needs="requirements-serve.txt",
+    ),
+    Command(
         "Measure",
         "eval",
         "score a model on your rows, or on tasks of the lm-evaluation-harness",

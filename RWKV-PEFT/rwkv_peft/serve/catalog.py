@@ -20,7 +20,7 @@ class Catalog:
     """Voices by name: those that the command line names, and what `load` adds from below --files."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        device = resolve_device(args)
+        device = resolve_device(args.device)
         precision = args.precision or ("bf16" if device == "cuda" else "fp32")
         self.args, self.base = args, open_base(args.model)
         model, start = load_model(args.model, (), precision, device)
