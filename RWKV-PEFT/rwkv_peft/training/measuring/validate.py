@@ -93,5 +93,5 @@ class Validator:
         if trainer.world_size > 1:
             dist.all_reduce(total)
         items, loss, *measures = total.tolist()
-        items = max(1.0, items)
+        items = items or 1.0
         return loss / items, {name: value / items for name, value in zip(lit.compute.measures, measures)}

@@ -12,14 +12,15 @@ from ...ops.recurrence.checks import vouch
 
 class Segment(NamedTuple):
     """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
-    the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
-    goes on from the segment before (every row, if nothing is packed)."""
+    the B * T; cu_seqlens (sequences + 1,) if the batch is packed, else None; carries: whether the first sequence goes
+    on from the segment before (every row, if nothing is packed); and weights (B, T) of the targets, if they differ."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     counted: torch.Tensor
     cu_seqlens: torch.Tensor | None
     carries: bool
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Segment":
         """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
@@ -28,7 +29,8 @@ class Segment(NamedTuple):
         if self.cu_seqlens is not None:
             bounds = sent(self.cu_seqlens, device)
             vouch(bounds, self.cu_seqlens, tokens.shape[1])
-        return Segment(tokens, targets, counted, bounds, self.carries)
+        weights = None if self.weights is None else sent(self.weights, device)
+        return Segment(tokens, targets, counted, bounds, self.carries, weights)
 
     def state_after(self, state: State) -> State:
         """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
@@ -55,7 +57,8 @@ def filler(segment: Segment) -> Segment:
     if segment.cu_seqlens is not None:
         bounds = torch.arange(2, device=one.device)
         vouch(bounds, torch.arange(2), 1)
-    return Segment(torch.zeros_like(one), torch.zeros_like(one), segment.counted[:0], bounds, False)
+    weights = None if segment.weights is None else segment.weights[:, :1]
+    return Segment(torch.zeros_like(one), torch.zeros_like(one), segment.counted[:0], bounds, False, weights)
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -65,8 +68,9 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _segment(batch: Mapping[str, torch.Tensor], start: int, stop: int, bounds: list[int] | None) -> Segment:
     tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
+    weights = batch["weights"][:, start:stop] if "weights" in batch else None
     if bounds is None:
-        return Segment(tokens, targets, positions(mask), None, start > 0)
+        return Segment(tokens, targets, positions(mask), None, start > 0, weights)
     inner = [bound - start for bound in bounds if start < bound < stop]
     cu_seqlens = batch["cu_seqlens"].new_tensor([0, *inner, stop - start])
-    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds)
+    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds, weights)
