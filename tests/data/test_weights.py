@@ -99,10 +99,16 @@ def test_each_target_weighs_what_its_row_does(answers, dataload, loss_mask):
 
 @pytest.mark.parametrize("flags", [(), ("--shuffle", "1", "--repeat", "2")])
 def test_weights_stay_with_their_documents(preprocess, flags):
-    rows = [{"text": chr(97 + n), "weight": str(n)} for n in range(5)]
+    rows = [{"text": chr(97 + n), "weight": "" if n == 1 else str(n)} for n in range(5)]
     dataset = preprocess(rows, *flags)
     assert len(dataset) == 5 * (2 if flags else 1)
     assert all(ord(text[0]) - 97 == weight for (text, _), weight in zip(texts(dataset), dataset.weights))
+
+
+def test_a_template_reads_only_what_it_names(preprocess, tmp_path):
+    (tmp_path / "template.txt").write_text("{text}{weight}")
+    dataset = preprocess([{"text": "a", "weight": " kg"}], "--template", str(tmp_path / "template.txt"))
+    assert texts(dataset)[0][0] == "a kg" and dataset.weights is None
 
 
 def test_weights_of_one_are_not_kept_and_old_ones_go(tmp_path):

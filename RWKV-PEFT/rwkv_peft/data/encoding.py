@@ -197,7 +197,7 @@ class Encoder:
                 whole = isinstance(item, str) and not self.settings.answered and not self.settings.prompts
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
-                weight = weight_of(row, self.settings.command)
+                weight = 1.0 if self.settings.template else weight_of(row, self.settings.command)
                 undesirable = self.settings.labels and not label_of(row, self.settings.fields)
                 if self.settings.answered and not all(map(asked_and_answered, documents)):
                     result.counts["bare"] += 1

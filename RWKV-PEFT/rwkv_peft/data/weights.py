@@ -14,17 +14,17 @@ def weight_of(row: object, command: str) -> float:
     """How much a row counts: its WEIGHT, or 1. Raises UserError for anything but a number from 0 on, and if the loss of
     the command's rows has no weights."""
     found = row.get(WEIGHT) if isinstance(row, dict) else None
-    if found is None:
+    if found is None or found == "":
         return 1.0
     try:
         weight = float(found)
     except (TypeError, ValueError):
         weight = math.nan
-    said = f"field {WEIGHT!r} holds {short(repr(found))}"
+    said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
     if isinstance(found, bool) or not 0 <= weight < math.inf:
-        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on")
+        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
     if weight != 1 and command not in OF_TOKENS:
-        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or rename it")
+        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
     return weight
 
 
