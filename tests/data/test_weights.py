@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.documents import texts
-from rwkv_peft.data.batches import EvalBatches, TrainBatches
+from rwkv_peft.data.batches import EvalBatches, TrainBatches, collate
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.preprocess import main
@@ -95,6 +95,15 @@ def test_each_target_weighs_what_its_row_does(answers, dataload, loss_mask):
     for part in (*parts, *EvalBatches(samples, rows)):
         assert torch.equal(part["mask"], part["weights"] != 0)
         assert torch.equal(part["weights"].flatten()[part["counted"]], part["weights"][part["mask"]])
+
+
+def test_a_mixture_weighs_only_the_rows_of_files_that_do():
+    plain, weighed = (torch.arange(4), torch.tensor([True, False, True])), (torch.arange(3), torch.tensor([0.0, 2.0]))
+    for rows in ([plain, weighed], [weighed, plain]):
+        batch = collate(rows)
+        assert sorted(batch["weights"].sum(1).tolist()) == [2, 2] and batch["mask"].sum() == 3
+        assert collate([rows])["weights"][0].sum() == 4
+    assert "weights" not in collate([plain, plain])
 
 
 @pytest.mark.parametrize("flags", [(), ("--shuffle", "1", "--repeat", "2")])

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def run(args: Namespace, sampling: Sampling) -> int:
     """Run the parsed command -> the exit code."""
-    resolve_device(args)
+    resolve_device(args.device)
     note_escapes(args, "--prompt, --system or --stop", [*(args.prompt or ()), args.system or "", *args.stop])
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):

@@ -12,14 +12,16 @@ from ...ops.recurrence.checks import vouch
 
 class Segment(NamedTuple):
     """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
-    the B * T; cu_seqlens (sequences + 1,) if the batch is packed, else None; carries: whether the first sequence goes
-    on from the segment before (every row, if nothing is packed); and weights (B, T) of the targets, if they differ."""
+    the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
+    goes on from the segment before (every row, if nothing is packed); goes_on: whether the last goes on after it;
+    weights (B, T): how much targets count, None if all count alike."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     counted: torch.Tensor
     cu_seqlens: torch.Tensor | None
     carries: bool
+    goes_on: bool = False
     weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Segment":
@@ -30,7 +32,7 @@ class Segment(NamedTuple):
             bounds = sent(self.cu_seqlens, device)
             vouch(bounds, self.cu_seqlens, tokens.shape[1])
         weights = None if self.weights is None else sent(self.weights, device)
-        return Segment(tokens, targets, counted, bounds, self.carries, weights)
+        return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds, weights=weights)
 
     def state_after(self, state: State) -> State:
         """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
@@ -43,11 +45,14 @@ class Segment(NamedTuple):
 def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
     """Cut a batch (of TrainBatches) -> its segments of `length` positions. Those after the last counted target are left
     out, except the first."""
-    mask = batch["mask"]
-    counted = mask.any(0).nonzero()
-    end = int(counted[-1]) + 1 if len(counted) else 1
-    bounds = None if batch.get("cu_seqlens") is None else batch["cu_seqlens"].tolist()
-    return [_segment(batch, start, min(start + length, mask.shape[1]), bounds) for start in range(0, end, length)]
+    T = batch["mask"].shape[1]
+    return [part_of(batch, start, min(start + length, T)) for start in range(0, end_of(batch), length)]
+
+
+def end_of(batch: Mapping[str, torch.Tensor]) -> int:
+    """The position behind the last target of a batch that counts, 1 at least."""
+    counted = batch["mask"].any(0).nonzero()
+    return int(counted[-1]) + 1 if len(counted) else 1
 
 
 def filler(segment: Segment) -> Segment:
@@ -58,7 +63,8 @@ def filler(segment: Segment) -> Segment:
         bounds = torch.arange(2, device=one.device)
         vouch(bounds, torch.arange(2), 1)
     weights = None if segment.weights is None else segment.weights[:, :1]
-    return Segment(torch.zeros_like(one), torch.zeros_like(one), segment.counted[:0], bounds, False, weights)
+    zeros = torch.zeros_like(one)
+    return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -66,11 +72,13 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device) if device.type == "cpu" else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def _segment(batch: Mapping[str, torch.Tensor], start: int, stop: int, bounds: list[int] | None) -> Segment:
+def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment:
+    """Cut the positions from start to stop out of a batch."""
     tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
     weights = batch["weights"][:, start:stop] if "weights" in batch else None
-    if bounds is None:
-        return Segment(tokens, targets, positions(mask), None, start > 0, weights)
+    packed = batch.get("cu_seqlens")
+    bounds = [0, batch["mask"].shape[1]] if packed is None else packed.tolist()
     inner = [bound - start for bound in bounds if start < bound < stop]
-    cu_seqlens = batch["cu_seqlens"].new_tensor([0, *inner, stop - start])
-    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds, weights)
+    cu_seqlens = None if packed is None else packed.new_tensor([0, *inner, stop - start])
+    borders = start not in bounds, stop not in bounds
+    return Segment(tokens, targets, positions(mask), cu_seqlens, *borders, weights)
