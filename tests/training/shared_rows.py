@@ -29,7 +29,7 @@ CASES = MappingProxyType(
         "packed": ((60, 2, 35, 31), True, LORA, False),  # two documents begin in one part, and one crosses two
         "at a border": ((64, 32, 32), True, None, True),
         "short": ((3,), False, None, False),
-        "weighed": ((90, 70), False, None, False),
+        "weighed": ((128, 100), False, None, False),
     }
 )
 LENGTH = 48  # of a segment
