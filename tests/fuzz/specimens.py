@@ -129,6 +129,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / COMPARED).mkdir()
     (folder / COMPARED / "result.json").write_text(json.dumps(compared))
     (folder / COMPARED / "metrics.jsonl").write_text(lines)
+    (folder / CHECKPOINT).mkdir(parents=True)
     write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
     (folder / OPTIMIZER_STATES).parent.mkdir(parents=True)
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
