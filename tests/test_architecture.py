@@ -21,9 +21,19 @@ from rwkv_peft.training.flags.parser import DIMENSIONS, build_parser
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = tuple(
-    "deepspeed lightning transformers peft matplotlib bitsandbytes datasets wandb tensorboard accelerate trl "
-    "lm_eval".split()
+HEAVY = (
+    "deepspeed",
+    "lightning",
+    "transformers",
+    "peft",
+    "matplotlib",
+    "bitsandbytes",
+    "datasets",
+    "wandb",
+    "tensorboard",
+    "accelerate",
+    "trl",
+    "lm_eval",
 )
 BASE = "children config errors streams refusals rules cli names tables memory installing gpus".split()
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
