@@ -68,7 +68,7 @@ def ours(x, bone, g, dz, level):
     return *blocks.affine(x, bone, level, FACTOR), dx, blocks.affine_backward_(dx, g, x, bone, level, FACTOR)
 
 
-@pytest.mark.parametrize("number, sizes", enumerate(SIZES), ids=str)
+@pytest.mark.parametrize("number, sizes", list(enumerate(SIZES)), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_affine_forward_and_backward(level, dtype, number, sizes):
     """One thread or two in rotation."""
