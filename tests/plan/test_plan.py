@@ -171,7 +171,7 @@ def test_files_are_counted_with_their_copies():
     assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
     assert merged.names == 1 + 3 + 1 and adapter.names == merged.names + checkpoints.copies
     assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
-    assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
+    assert checkpoints.size == OPTIMIZER * told.counts.trains
 
 
 def test_what_is_saved_is_counted_without_a_list_of_it():

@@ -19,6 +19,7 @@ from .train import STRATEGIES, TrainConfig
 ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "states that train beside others"
 WHOLE = "a model that trains itself (--peft none)"
 INIT = "pissa_init"
+SEVERAL = "several --data_file"
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
@@ -29,6 +30,7 @@ BY_PARTS = "choose what trains with --train_parts, or name a --peft"
 BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels or prompts, or leave it out"
+ONE = "make one file of them"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -70,6 +72,8 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
+    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts", "only tokens and rows of sft are mixed", ONE),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
@@ -112,6 +116,8 @@ def values_of(*settings: Settings) -> dict[str, Any]:
                 LOADED: one.load,
                 INIT: one.init,
             }
+        if isinstance(one, DataConfig):
+            values[SEVERAL] = bool(one.more)
         if isinstance(one, TrainConfig):
             values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
@@ -123,7 +129,7 @@ def values_of(*settings: Settings) -> dict[str, Any]:
 def given(values: Mapping[str, Any]) -> Given:
     """The flags that are not their defaults, and the facts that hold."""
     flags = {name for name, field in FLAGS.items() if values.get(name) not in (None, field.default)}
-    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT) if values.get(fact)})
+    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL) if values.get(fact)})
 
 
 def check_settings(*settings: Settings, rules: Sequence[Rule] = RULES) -> Iterator[str]:

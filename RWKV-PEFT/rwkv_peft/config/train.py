@@ -35,8 +35,8 @@ class TrainConfig(ValidationConfig):
     proj_dir: str = setting("out", "folder that the run writes to", group="run", metavar="DIR")
     resume: str = setting(
         "",
-        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it if there is no "
-        "checkpoint yet, for a command that is run again and again",
+        "continue the run in --proj_dir exactly where it stopped, on the same data, on these or other devices; auto: "
+        "or begin it if there is no checkpoint yet, for a command that is run again and again",
         group="run",
         nargs="?",
         const="must",
@@ -45,8 +45,8 @@ class TrainConfig(ValidationConfig):
     )
     fresh_optimizer: bool = setting(
         False,
-        "keep weights and place in the data, start the optimizer anew; for another number of devices, "
-        "strategy or precision",
+        "keep weights and place in the data, start the optimizer anew; for another precision, or for steps of another "
+        "number of samples on other devices",
         group="run",
         action="store_true",
     )

@@ -89,7 +89,7 @@ class TrainBatches:
     def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
-            self.samples.dataset.require_unchanged()
+            require_unchanged(self.samples)
             count = self.step_count(cursor)
             for micro_batch in range(self.accumulate):
                 yield self.batch(cursor, micro_batch) | {"step_count": count}
@@ -118,7 +118,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_bsz
-            self.samples.dataset.require_unchanged()
+            require_unchanged(self.samples)
             batch = collate([self._row(n) for n in range(first, first + self.micro_bsz)])
             yield batch | {"samples": self.samples, "first": first}
 
@@ -129,6 +129,12 @@ class EvalBatches:
         if isinstance(filler, list):
             return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
         return filler[0], torch.zeros_like(filler[1])
+
+
+def require_unchanged(samples: Samples) -> None:
+    """Raise UserError if a file that samples are read from was cut since."""
+    for part in samples.parts:
+        part.dataset.require_unchanged()
 
 
 def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:

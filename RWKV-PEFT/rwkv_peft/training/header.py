@@ -65,7 +65,8 @@ def describe(
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
-    say(f"data      {data.path}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
+    files = ", ".join((data.path, *data.more))
+    say(f"data      {files}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
     if words := config.objective.describe():
@@ -105,10 +106,11 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
-    times = steps * plan.step_samples / len(samples)
+    read = samples.seen(steps * plan.step_samples)
+    seen = (f"{f'of {name} ' * bool(name)}{n:.3g} {'time' if n == 1 else 'times'}" for name, n in read.items())
     yield (
         f"steps     {steps:,}: {counted(samples.size, unit)}, {epochs}, {counted(plan.step_samples, samples.kind)} a "
-        f"step; each {unit} is seen {times:.3g} {'time' if times == 1 else 'times'}"
+        f"step; each {unit} is seen {', '.join(seen)}"
     )
     if train.epochs_chosen:
         yield f"          chosen: epochs for some {AIM} steps, {MOST_EPOCHS} at most (--epoch_count)"

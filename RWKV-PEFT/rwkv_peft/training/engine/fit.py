@@ -100,9 +100,13 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, its vocabulary and what opens an answer in its data to config.json in its folder."""
+    """Write the run's settings, its steps, its vocabulary and what opens an answer in its data to config.json in its
+    folder."""
     vocabulary = run.samples.vocabulary
-    entries: dict[str, Any] = {opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary)}
+    entries: dict[str, Any] = {
+        opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary),
+        "steps": run.plan.total_steps,
+    }
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:
