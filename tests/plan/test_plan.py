@@ -81,6 +81,15 @@ def test_states_take_memory_where_they_are_handed_on():
     assert "states of the layers" not in {part.name for part in estimate().parts(1, 128)}
 
 
+def test_ranks_that_share_rows_each_hold_a_part():
+    machine = "--devices", "4"
+    alone, shared = estimate(*machine).parts(1, 512), estimate(*machine, "--context_parallel", "4").parts(1, 512)
+    assert shared[-5:] == estimate(*machine).parts(1, 128)[-5:]  # the parts that depend on the batch
+    kept = size(shared, "gradients, before they are exchanged")
+    assert kept == size(shared, "weights that train") and peak(shared, GPU) < peak(alone, GPU)
+    assert "--context_parallel 4" in {change.flags for change in changes(estimate(*machine), 2 << 30)}
+
+
 def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     told = estimate()
     room = 2 * peak(told.parts(1, 128), GPU)

@@ -28,6 +28,7 @@ OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 BY_PARTS = "choose what trains with --train_parts, or name a --peft"
 BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
+SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels or prompts, or leave it out"
 ONE = "make one file of them"
@@ -89,6 +90,11 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
+    Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
+    Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
+    Rule(
+        "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
+    ),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),

@@ -84,7 +84,7 @@ class Estimate:
 
     @property
     def ranks(self) -> int:
-        return self.config.train.devices * self.config.train.num_nodes
+        return self.config.train.ranks
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
         """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a sample of two
@@ -94,9 +94,14 @@ class Estimate:
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))
-        if segment := self.config.train.chunk_ctx:
-            tokens = min(tokens, segment)
+        train = self.config.train
+        if train.chunk_ctx:
+            tokens = min(tokens, train.chunk_ctx)
             process.append(Part("gradients, summed over segments", self.accelerator, SUM * self.counts.trains))
+        elif train.context_parallel > 1:
+            size = self.counts.trains * self.dtype.itemsize
+            process.append(Part("gradients, before they are exchanged", self.accelerator, size, (BACKWARD,)))
+        tokens = -(-tokens // train.context_parallel)
         found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *self.taught(rows, tokens)]
         if self.accelerator == CPU:
             found = [part._replace(when=ALWAYS) for part in found]

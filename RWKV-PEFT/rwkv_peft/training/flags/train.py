@@ -37,6 +37,11 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     """Yield refusals of epochs, folders and packages that a run could not use."""
     if train.epoch_begin >= train.epoch_count:
         yield (f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
+    if train.ranks % train.context_parallel:
+        yield (
+            f"--context_parallel {train.context_parallel} groups ranks by so many, and there are {train.ranks} "
+            "(--devices times --num_nodes); give a number that divides it"
+        )
     tasks = train.lm_eval_include_path
     if train.lm_eval and tasks and not Path(tasks).is_dir():
         yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"

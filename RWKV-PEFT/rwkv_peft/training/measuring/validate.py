@@ -48,7 +48,7 @@ class Validator:
     ) -> None:
         self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest, self.anew, self.compile = plan, lowest, anew, train.compile
+        self.plan, self.lowest, self.anew, self.train_config = plan, lowest, anew, train
 
     @property
     def exhausted(self) -> bool:
@@ -83,14 +83,15 @@ class Validator:
     def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
         """Return [how many items of samples count, the sums over them of the loss and the step's other measures], over
         all ranks."""
-        device = trainer.strategy.root_device
+        device, train = trainer.strategy.root_device, self.train_config
         sums: list[torch.Tensor] = []
         lit.model.eval()
-        for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+        group = trainer.global_rank // train.context_parallel
+        for batch in EvalBatches(samples, self.micro_bsz, group, train.groups):
             self.watch.moved(f"the validation at step {lit.step + 1}")
             tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
             batch |= tensors | lit.compute.sent(batch, device)
-            with uncompiled(self.compile):
+            with uncompiled(train.compile):
                 loss = lit.compute.total(lit.model, batch)
             numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
             sums.append(torch.stack([number.double() for number in numbers]))

@@ -57,7 +57,8 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
         state = {} if checkpoint is None else load_state(checkpoint)
     except UNREADABLE:  # read_run_state tells why
         return train, []
-    before, samples = state.get("world_size"), state.get("step_samples")  # earlier versions did not record the latter
+    # earlier versions did not record the size of a step, and had no ranks that share rows
+    before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
     if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
         return train, []
     passes, rest = divmod(samples, micro_bsz * ranks)

@@ -31,8 +31,7 @@ def loses_in_sums(train: TrainConfig) -> bool:
 def exchanges_gradients(train: TrainConfig) -> bool:
     """Tell whether gradients go through the engine's buckets. A single rank without ZeRO-3, offload or float32 sums
     needs none: the optimizer takes gradients from where backward left them."""
-    alone = train.devices * train.num_nodes == 1
-    return not alone or train.stage == 3 or train.offload or sums_apart(train)
+    return train.ranks > 1 or train.stage == 3 or train.offload or sums_apart(train)
 
 
 def _size(module: nn.Module) -> int:
