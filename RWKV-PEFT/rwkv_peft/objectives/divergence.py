@@ -1,4 +1,4 @@
-"""How far a student's distribution of the next token is from its teacher's, with the gradient, in chunks of tokens.
+"""The divergence of a student's next token from its teacher's, with the gradient, in chunks of tokens.
 
 Forward KL covers all that the teacher says; reverse KL seeks what it says most; the generalized Jensen-Shannon
 divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(teacher | m) + (1 - beta)
