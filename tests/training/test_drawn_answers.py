@@ -40,8 +40,19 @@ def train(folder, accelerator):
     def run(name, reward, *more, code=0):
         """Train in the folder `name` -> (stdout, stderr)."""
         flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "prompts"]
-        flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}", "--tokenizer", "bytes"]
-        flags += ["--ctx_len", 64, "--max_completion_length", 12, "--num_generations", 4, "--micro_bsz", 2]
+        flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}"] if reward else []
+        flags += [
+            "--tokenizer",
+            "bytes",
+            "--ctx_len",
+            64,
+            "--max_completion_length",
+            12,
+            "--num_generations",
+            4,
+            "--micro_bsz",
+            2,
+        ]
         flags += ["--precision", "fp32", "--accelerator", accelerator, "--bone_r", 16, "--lr_init", "3e-3"]
         flags += ["--answer_rows", 0, "--proj_dir", folder / name, *more]
         return finish(start([sys.executable, str(ROOT / "train.py"), *map(str, flags)]), code)
@@ -114,6 +125,29 @@ def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(
     assert answers(folder, again.name) == answers(folder, form)
 
 
+def test_a_teacher_scores_what_the_student_draws(folder, train, tiny_state):
+    """The student comes nearer to it on its own answers, whatever the micro batches, and goes on with the same bits."""
+    save_model(folder / "teacher.pth", tiny_state(vocab_size=257, n_embd=96))
+    more = ["--objective", "distill", "--teacher_model", folder / "teacher.pth", "--distill_kl", "jsd"]
+    more += ["--epoch_steps", 4, "--epoch_count", 2, "--val_split", 0.34, "--lr_init", "1e-2"]
+    train("taught", "", *more)
+    records, lines = answers(folder, "taught"), metrics(folder, "taught")
+    assert len(records) == 8 * 8 and not {"reward", "advantage"} & records[0].keys()
+    for line in lines:
+        mine = [record["length"] for record in records if record["step"] == line["step"]]
+        assert line["length"] == sum(mine) / 8 and line["loss"] == line["kl"] > 0 and "reward" not in line
+    assert lines[-1]["val_kl"] == lines[-1]["val_loss"] < lines[3]["val_loss"]
+    parts = ["--epoch_count", 1, "--epoch_steps", 1, "--micro_bsz", 1, "--accumulate_grad_batches", 2]
+    train("taught-parts", "", *more, *parts)
+    for name in ("loss", "kl", "nll", "grad_norm"):
+        assert metrics(folder, "taught-parts")[0][name] == pytest.approx(lines[0][name], rel=1e-3)
+    (again := folder / "taught-again").mkdir()
+    shutil.copytree(folder / "taught", again, dirs_exist_ok=True)
+    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    assert "resuming after step 4" in train(again.name, "", *more, "--resume")[0]
+    assert (again / "adapter.safetensors").read_bytes() == (folder / "taught" / "adapter.safetensors").read_bytes()
+
+
 def test_rewards_without_spread_are_told_once(folder, train):
     out, _ = train("flat", "rewards.py:nothing", "--epoch_steps", 12)
     assert out.count("for 10 steps the answers to a prompt all earned the same (0 on average)") == 1
@@ -154,12 +188,39 @@ def flags(*more):
         (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
         (["--retain_data", "x"], "--retain_data x: "),
         (["--ctx_len", "256"], "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
-        (["--num_generations", "1"], "1 is below 2"),
+        (["--num_generations", "1"], "grpo does not go with --num_generations 1: an answer is compared with others"),
+        (["--reward", "gsm8k", "gsm8k"], "--reward gsm8k is given twice; give it a weight"),
     ],
 )
 def test_flags_that_do_not_go_together(more, words):
     with pytest.raises(UserError, match=words):
         parse_flags(flags(*more))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (
+            ["--distill_weight", "0.5"],
+            "--distill_weight 0.5 does not go with --data_type prompts: the student's own words",
+        ),
+        (
+            ["--strategy", "deepspeed_stage_3"],
+            "--data_type prompts does not go with --strategy deepspeed_stage_3: ranks",
+        ),
+        (["--reward", "gsm8k"], "--reward gsm8k needs --objective grpo"),
+        (
+            ["--data_type", "sft", "--top_p", "0.9"],
+            "--top_p 0.9 does not go with --data_type sft: it is about drawn an",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
+    taught = ["--objective", "distill", "--teacher_model", "t.pth"]
+    with pytest.raises(UserError, match=words):
+        parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+    more = ["--num_generations", "1", "--top_p", "0.9"]
+    parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
 
 
 def test_flags_need_their_data():

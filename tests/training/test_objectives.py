@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rwkv_peft.config.objective import ANSWERS, TEACHER
+from rwkv_peft.config.objective import REWARDS, TEACHER
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
@@ -76,11 +76,11 @@ def learned(request, train):
 def test_a_run_learns_which_answer_is_better(folder, learned):
     name, out = learned
     objective, (first, *_, last) = OBJECTIVES[name], metrics(folder, name)
-    given = {"reward": (f"{folder / 'reward.py'}:capitals",)} if ANSWERS in objective.needs else {}
+    given = {"reward": (f"{folder / 'reward.py'}:capitals",)} if REWARDS in objective.needs else {}
     words = objective(**given).describe()
     assert (f"objective {words}\n" in out) if words else "\nobjective " not in out
     figures = {figure.name for figure in objective.figures}
-    measured = {"reward"} if ANSWERS in objective.needs else figures  # of drawn answers, held-out ones
+    measured = {"reward"} if REWARDS in objective.needs else figures  # of drawn answers, held-out ones
     assert figures <= first.keys() and {f"val_{figure}" for figure in measured} <= last.keys()
     assert ("val_ppl" in last) == (not figures)
     assert last["step"] == STEPS - 1 and last["val_loss"] < first["loss"]
@@ -177,18 +177,18 @@ OF_ANSWERS = (
     (["--peft", "lora-ga"], "--peft lora-ga: "),
     (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
     (["--train_type", "infctx"], "--train_type infctx: "),
-    (["--dataload", "pad"], "--dataload pad: "),
-    (["--loss_mask", "none"], "--loss_mask none: "),
 )
+OF_PACKED = ((["--dataload", "pad"], "--dataload pad: "), (["--loss_mask", "none"], "--loss_mask none: "))
 
 
 @pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.unit != "token"])
 def test_what_has_no_answer_to_compare_with_is_refused(name):
     objective = OBJECTIVES[name]
     data_type = objective.rows[0]
-    given = ("--reward", "gsm8k") if ANSWERS in objective.needs else ()
-    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS):
-        with pytest.raises(UserError, match=f"--objective {name} does not go with {words}"):
+    given = ("--reward", "gsm8k") if REWARDS in objective.needs else ()
+    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS, *OF_PACKED):
+        who = "--data_type prompts" if data_type == "prompts" and (more, words) in OF_PACKED else f"--objective {name}"
+        with pytest.raises(UserError, match=f"{who} does not go with {words}"):
             parse_flags(flags(data_type, "--objective", name, *given, *more))
     for more, _ in () if objective().asks_base else OF_BASE:
         assert isinstance(parse_flags(flags(data_type, "--objective", name, *given, *more)).objective, objective)
