@@ -82,6 +82,8 @@ def test_drawing_takes_states_and_logits_of_its_own():
         assert 4 * size(few, name) == size(told, name) > 0  # of 2 x 8 answers, and of 4
     rows = estimate("--dataload", "pack").parts(16, 64 + 64 // 8)  # a prompt is there once
     assert size(told, "activations") == size(rows, "activations")
+    parts = estimate(*flags, "--learn_batch", "8").parts(2, 128)
+    assert size(parts, "activations") < 0.6 * size(told, "activations") and size(parts, "gradients, summed over parts")
 
 
 def test_states_take_memory_where_they_are_handed_on():

@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
+from rwkv_peft.training.drawing.drawn import pieces
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from training.runs import ROOT, finish, metrics, start
@@ -86,13 +87,25 @@ def test_answers_are_written_beside_their_rewards(folder, train):
 
 
 def test_drawing_does_not_depend_on_how_many_are_drawn_at_a_time(folder, train):
-    """Nor on the size of micro batches."""
-    for name, more in (("few", ("--draw_batch", 1)), ("parts", ("--micro_bsz", 1, "--accumulate_grad_batches", 2))):
+    """Nor on the size of micro batches, nor on how many answers are learned at a time, a part of a group or more."""
+    runs = {"few": ("--draw_batch", 1), "parts": ("--micro_bsz", 1, "--accumulate_grad_batches", 2)}
+    runs["within"] = ("--learn_batch", 3)
+    for name, more in runs.items():
         train(name, "rewards.py:capitals", "--epoch_steps", 1, *more)
-    few, parts = (answers(folder, name) for name in ("few", "parts"))
-    assert [record["completion"] for record in few] == [record["completion"] for record in parts]
-    for name in ("loss", "grad_norm", "reward", "gap"):
-        assert metrics(folder, "few")[0][name] == pytest.approx(metrics(folder, "parts")[0][name], rel=1e-3, abs=1e-6)
+    few, *others = (answers(folder, name) for name in runs)
+    for found in others:
+        assert [record["completion"] for record in few] == [record["completion"] for record in found]
+    for name in ("loss", "grad_norm", "reward", "gap", "gap_max"):
+        expected = pytest.approx(metrics(folder, "few")[0][name], rel=1e-3, abs=1e-6)
+        assert [metrics(folder, run)[0][name] for run in runs] == [expected] * 3
+    lines = metrics(folder, "few")
+    assert 0 < lines[0]["gap"] < lines[0]["gap_max"] < 1e-4
+
+
+def test_answers_are_cut_into_parts_of_whole_groups_or_within_one():
+    cut = [[(part.start, part.stop) for part in pieces(8, 4, most)] for most in (8, 7, 4, 3, 1)]
+    assert cut[0] == [(0, 8)] and cut[1] == cut[2] == [(0, 4), (4, 8)]
+    assert cut[3] == [(0, 3), (3, 4), (4, 7), (7, 8)] and len(cut[4]) == 8
 
 
 @pytest.mark.parametrize("form", ["dr_grpo", "dapo", "gspo", "rloo"])
@@ -184,6 +197,7 @@ def flags(*more):
         (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
         (["--cuda_graphs", "1"], "--cuda_graphs 1: each step has answers of other lengths"),
         (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
+        (["--learn_batch", "0"], "0 is below 1"),
         (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),
         (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
         (["--retain_data", "x"], "--retain_data x: "),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..config.objective import Batch, Figures
 
-OF_DRAWING = "--temperature, --top_p, --draw_stop, --draw_batch"
+OF_DRAWING = "--temperature, --top_p, --draw_stop, --draw_batch, --learn_batch"
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 WORDS = MappingProxyType(
     {FORWARD: "KL(teacher | student)", REVERSE: "KL(student | teacher)", JSD: "Jensen-Shannon divergence"}

@@ -46,6 +46,13 @@ class Draws(Objective):
         metavar="TEXT",
     )
     batch: int = setting(64, "prompts: answers of a device that are drawn at a time", flag="draw_batch", type=positive)
+    learned: int | None = setting(
+        None,
+        "prompts: learn from so many answers of a device at a time, and add their gradients up: less memory, the same "
+        "step (default: from all of a micro batch)",
+        flag="learn_batch",
+        type=positive,
+    )
 
     def share(self, cut: bool) -> float:
         """How much a drawn answer counts in the loss; `cut` if it was cut at --max_completion_length."""

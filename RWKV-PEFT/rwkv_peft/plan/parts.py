@@ -99,7 +99,10 @@ class Estimate:
         if data.of_prompts:
             prompt = max(1, tokens - data.max_completion_length)
             drawn = self.drawn(prompts, prompt)
-            tokens = data.max_completion_length + -(-prompt // data.num_generations)
+            rows, whole = self.learned(prompts), rows
+            tokens = data.max_completion_length + -(-prompt // min(rows, data.num_generations))
+            sums = SUM * self.counts.trains if rows < whole else 0
+            drawn.append(Part("gradients, summed over parts", self.accelerator, sums))
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))
@@ -181,13 +184,19 @@ class Estimate:
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
         ]
 
+    def learned(self, prompts: int) -> int:
+        """The number of answers that are learned at a time, of so many prompts of a micro batch."""
+        objective, answers = self.config.objective, prompts * self.config.data.num_generations
+        assert isinstance(objective, Draws)  # because others do not take prompts
+        return min(objective.learned or answers, answers)
+
     def drawn(self, prompts: int, tokens: int) -> list[Part]:
         """The parts of drawing answers to so many prompts of a micro batch, and of learning them, each from a copy of
         its prompt's state, which has a gradient. A step of drawing has the states before and after it."""
         config, here, objective = self.config, self.accelerator, self.config.objective
         assert isinstance(objective, Draws)  # because others do not take prompts
-        model, answers = config.model, prompts * config.data.num_generations
-        batch = min(objective.batch, answers * config.train.accumulate_grad_batches)
+        model, answers = config.model, self.learned(prompts)
+        batch = min(objective.batch, prompts * config.data.num_generations * config.train.accumulate_grad_batches)
         state = sum(tensor.nbytes for layer in State.zeros(model, 1, "meta", self.dtype) for tensor in layer)
         read = self.step.kept.at(1, min(PREFILL, prompts * tokens)) // model.n_layer
         logits = drawing_bytes(model.vocab_size, objective.top_p) + model.vocab_size * self.dtype.itemsize

@@ -17,7 +17,7 @@ from ...models.parts import LanguageModel
 from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
-from ..step.steps import Batch, Whole
+from ..step.steps import Batch, Whole, add, delivered
 from .answers import Drawn, Manner, draw, packed
 
 LARGEST = ("gap_max",)  # figures that are no means
@@ -35,6 +35,8 @@ class Place(NamedTuple):
 class Drawing(Whole):
     """Before its first micro batch a step draws the answers to all of its prompts, and has them judged if its objective
     needs rewards; then it learns from them as any Step does.
+
+    A batch of it is a list of parts, each as Draws describes it, whose gradients are added up.
 
     times: answers to a prompt; moved: hears of each answer. records, seconds and most, which log.py reads, are the
     newest step's answers with their rewards, [] if it learned from those of the step before; the seconds that its parts
@@ -66,8 +68,23 @@ class Drawing(Whole):
             self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
         return self.ready[first]
 
-    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        loss = super().loss(model, batch, count)
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], count: float) -> torch.Tensor:
+        parts = batch["parts"]
+        if len(parts) == 1:
+            return self.part_loss(model, parts[0], count)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums: list[torch.Tensor] = []
+        losses, measures = [], []
+        for part in parts:
+            loss = self.part_loss(model, part, count)
+            add(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+            losses.append(loss.detach())
+            measures.append(self.measures)
+        self.measures = {name: torch.stack([each[name] for each in measures]).sum() for name in self.measures}
+        return delivered(torch.stack(losses).sum(), sums, parameters)
+
+    def part_loss(self, model: nn.Module, part: Batch, count: float) -> torch.Tensor:
+        loss = super().loss(model, part, count)
         self.measures, found = dict(self.measures), self.most
         self.most = {name: self.measures.pop(name) for name in LARGEST if name in self.measures}
         self.most = {name: value.maximum(found.get(name, value)) for name, value in self.most.items()}
@@ -85,12 +102,14 @@ class Drawing(Whole):
         advantages = self.advantages(judged)
         mean = over_ranks(self.counted(answers) / len(answers), device)
         self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
-        rows = size * self.times
-        parts = [slice(place * rows, (place + 1) * rows) for place in range(accumulate)]
-        return {
-            begin: self.laid(answers[part], self.times, advantages[part], mean, device)
-            for begin, part in zip(firsts, parts)
-        }
+        rows, times = size * self.times, self.times
+        cuts = pieces(rows, times, self.objective.learned or rows)
+
+        def part(place: int, cut: slice) -> dict[str, Any]:
+            here = slice(place * rows + cut.start, place * rows + cut.stop)
+            return self.laid(answers[here], times, advantages[here], mean, device)
+
+        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in enumerate(firsts)}
 
     def laid(
         self, answers: Sequence[Drawn], times: int, advantages: torch.Tensor, mean: float, device: torch.device
@@ -101,7 +120,7 @@ class Drawing(Whole):
         batch |= {"advantages": advantages.float()} if len(advantages) else {}
         numbers = {"prompts": len(answers) / times, "limit": self.manner.longest, "mean_length": max(mean, 1.0)}
         batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
-        return on_device(batch | forked(batch, times), device)
+        return on_device(batch | forked(batch, min(times, len(answers))), device)
 
     def counted(self, answers: Sequence[Drawn]) -> float:
         """The number of tokens of answers that count in the loss."""
@@ -140,7 +159,7 @@ class Drawing(Whole):
         answers, judged = self.answered(model, samples, numbers, 1) if numbers else ([], Judged([], {}))
         if self.rewards is None and answers:
             mean = self.counted(answers) / len(answers)
-            loss = super().total(model, self.laid(answers, 1, torch.zeros(0), mean, device))
+            loss = self.part_loss(model, self.laid(answers, 1, torch.zeros(0), mean, device), 1)
         elif self.rewards is None:
             loss = torch.zeros((), device=device)
             self.measures = {figure.name: loss for figure in self.objective.figures}
@@ -185,6 +204,15 @@ class Drawing(Whole):
             )
             for place, (owner, answer) in enumerate(zip(owners, answers))
         ]
+
+
+def pieces(rows: int, times: int, most: int) -> list[slice]:
+    """Cut `rows` answers, `times` to a prompt, into pieces of at most `most`: of whole groups, or each within one."""
+    size = most // times * times
+    if size:
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    starts = [(group, first) for group in range(0, rows, times) for first in range(group, group + times, most)]
+    return [slice(first, min(first + most, group + times)) for group, first in starts]
 
 
 def over_ranks(number: float, device: torch.device) -> float:
