@@ -2,10 +2,11 @@
 
     python benchmarks/digits.py [--digits 3] [--seeds 1 2 3] [--steps 400] [--output out/digits] [-- FLAGS OF train.py]
 
-Prompts are numbers of one to so many digits; the answer to 123 is 321. Each place that is right earns its share of 1,
-places too many count as wrong ones, and so the model finds single digits first, which are easy, and goes on from
-there. The vocabulary is ten digits, the two tokens that lay out a prompt, and the end. The share of whole answers that
-are right is measured along with a weight of 0, and after the last step on held-out numbers.
+Prompts are numbers of one to so many digits; the answer to 123 is 321. An answer of the right length earns the share
+of its places that are right, so that the model finds single digits first, which are easy, and goes on from there. The
+vocabulary is ten digits, the two tokens that lay out a prompt, and the end. The share of whole answers that are right
+is measured along with a weight of 0. A tenth of the longest numbers is held out; after the last step one answer is
+drawn to each of these, too.
 
 Writes curves.png and a line of each run to the folder of --output.
 """
@@ -39,6 +40,7 @@ def main(argv):
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.txt").write_text("".join(f"{n} {text!r} {len(text)}\n" for n, text in enumerate(TOKENS, 1)))
+    print(f"| seed | places | whole answers | held-out numbers, places | time |\n|{'---|' * 5}")
     runs = {seed: train(folder, seed, args, more) for seed in args.seeds}
     draw(runs, folder / "curves.png")
 
@@ -81,7 +83,8 @@ def train(folder, seed, args, more):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/exact" in line]
     last = [sum(step[f"reward/{name}"] for step in steps[-25:]) / len(steps[-25:]) for name in REWARDS]
-    print(f"| {seed} | {last[0]:.3f} | {last[1]:.3f} | {time.perf_counter() - began:.0f} s |", flush=True)
+    held_out, seconds = steps[-1]["val_reward"], time.perf_counter() - began
+    print(f"| {seed} | {last[0]:.3f} | {last[1]:.3f} | {held_out:.3f} | {seconds:.0f} s |", flush=True)
     return steps
 
 
