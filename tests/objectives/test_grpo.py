@@ -112,7 +112,7 @@ def naive_advantages(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_loss_and_gradients_are_the_papers(family, form, masked):
-    one = GRPO(form, temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
+    one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
     model = model_of(family, shaken=True)
     now = spoken(model, 1.5)
     rows, batch = batch_of(one, now)

@@ -29,7 +29,7 @@ def drawn(model, times=4):
 
 def gap(model, answers, *more):
     """The mean difference between the probabilities of drawing and of learning."""
-    batch, objective = packed(answers), GRPO(temperature=1.3)
+    batch, objective = packed(answers), GRPO(draw_temperature=1.3)
     batch |= {"advantages": torch.ones(len(answers)), "weights": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
     for lay in more:
         batch |= lay(batch, 4)

@@ -233,8 +233,9 @@ def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
     taught = ["--objective", "distill", "--teacher_model", "t.pth"]
     with pytest.raises(UserError, match=words):
         parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
-    more = ["--num_generations", "1", "--top_p", "0.9"]
-    parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+    more = ["--num_generations", "1", "--temperature", "0.9", "--distill_temperature", "2"]
+    found = parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+    assert (found.objective.draw_temperature, found.objective.temperature) == (0.9, 2)
 
 
 def test_flags_need_their_data():

@@ -4,10 +4,12 @@ computes the same on two ranks, under ZeRO stage 2, with --grad_cp and micro bat
 import json
 import shutil
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 
 from rwkv_peft.config.objective import REWARDS, TEACHER
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
@@ -220,6 +222,12 @@ def test_flags_of_an_objective_need_it(flag, name):
         parse_flags(flags("sft", f"--{flag}", "0.5"))
     objective = parse_flags(flags("pairs", "--objective", name, f"--{flag}", "0.5")).objective
     assert getattr(objective, flag.removeprefix(f"{name}_")) == 0.5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_no_flag_of_what_objectives_share_is_lost_to_a_field_of_the_same_name(objective):
+    for shared in filter(is_dataclass, objective.__mro__):
+        assert {flag_of(field) for field in fields(shared)} <= {flag_of(field) for field in fields(objective)}
 
 
 @pytest.mark.parametrize("flag", ["--train_type", "--data_type"])

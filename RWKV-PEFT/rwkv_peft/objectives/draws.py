@@ -24,7 +24,7 @@ class Draws(Objective):
     - prompts and limit: the number of prompts, and --max_completion_length
     """
 
-    temperature: float = setting(
+    draw_temperature: float = setting(
         1.0,
         "prompts: temperature of drawing, and in grpo of the probabilities that are learned",
         flag="temperature",

@@ -164,7 +164,7 @@ class GRPO(Draws):
         from .drawn import log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
-        now = log_probabilities(passes.model, batch, self.temperature)  # (n,)
+        now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -188,7 +188,7 @@ class GRPO(Draws):
         }
         most = {"gap_max": gap.detach().max()}
         if self.asks_base:
-            difference = log_probabilities(passes.base, batch, self.temperature) - now
+            difference = log_probabilities(passes.base, batch, self.draw_temperature) - now
             figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count

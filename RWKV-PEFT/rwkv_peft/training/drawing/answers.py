@@ -35,7 +35,7 @@ class Manner(NamedTuple):
     @classmethod
     def of(cls, config: RunConfig, drawn: Draws, tokenizer: Tokenizer) -> "Manner":
         seed = config.train.random_seed * SEEDS
-        sampling = Sampling(temperature=drawn.temperature, top_p=drawn.top_p, seed=seed, measured=True)
+        sampling = Sampling(temperature=drawn.draw_temperature, top_p=drawn.top_p, seed=seed, measured=True)
         stop = tuple(map(unescaped, drawn.stop))
         return cls(sampling, config.data.max_completion_length, stop, drawn.batch, tokenizer, config.train.compile)
 
