@@ -180,7 +180,11 @@ OF_ANSWERS = (
     (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
     (["--train_type", "infctx"], "--train_type infctx: "),
 )
-OF_PACKED = ((["--dataload", "pad"], "--dataload pad: "), (["--loss_mask", "none"], "--loss_mask none: "))
+OF_PACKED = (
+    (["--context_parallel", "2", "--devices", "2"], "--context_parallel 2: "),
+    (["--dataload", "pad"], "--dataload pad: "),
+    (["--loss_mask", "none"], "--loss_mask none: "),
+)
 
 
 @pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.unit != "token"])

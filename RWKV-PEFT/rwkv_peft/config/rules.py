@@ -19,6 +19,7 @@ from .train import STRATEGIES, TrainConfig
 ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "states that train beside others"
 WHOLE = "a model that trains itself (--peft none)"
 INIT = "pissa_init"
+SEVERAL = "several --data_file"
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
@@ -29,8 +30,10 @@ APART = "ranks draw different numbers of tokens, and none holds a whole layer"
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 BY_PARTS = "choose what trains with --train_parts, or name a --peft"
 BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
+SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels or prompts, or leave it out"
+ONE = "make one file of them"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -55,6 +58,9 @@ RULES = (
     Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),
     Rule(OF_ROWS, EXCLUDES, "--data_type binidx", "its tokens are made already", ROWS),
     Rule("--num_generations, --max_completion_length", EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
+    Rule(
+        "--data_type prompts", EXCLUDES, "--context_parallel", "a rank draws and learns whole answers", "leave it out"
+    ),
     Rule("--data_type prompts", EXCLUDES, "--dataload !pack", "answers are packed", "leave it out"),
     Rule("--data_type prompts", EXCLUDES, "--loss_mask !file", "answers alone count", "leave it out"),
     Rule("--data_type prompts", EXCLUDES, "--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),
@@ -77,6 +83,8 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
+    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts", "only tokens and rows of sft are mixed", ONE),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
@@ -92,6 +100,11 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
+    Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
+    Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
+    Rule(
+        "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
+    ),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),
@@ -119,6 +132,8 @@ def values_of(*settings: Settings) -> dict[str, Any]:
                 LOADED: one.load,
                 INIT: one.init,
             }
+        if isinstance(one, DataConfig):
+            values[SEVERAL] = bool(one.more)
         if isinstance(one, TrainConfig):
             values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
@@ -130,7 +145,7 @@ def values_of(*settings: Settings) -> dict[str, Any]:
 def given(values: Mapping[str, Any]) -> Given:
     """The flags that are not their defaults, and the facts that hold."""
     flags = {name for name, field in FLAGS.items() if values.get(name) not in (None, field.default)}
-    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT) if values.get(fact)})
+    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL) if values.get(fact)})
 
 
 def check_settings(*settings: Settings, rules: Sequence[Rule] = RULES) -> Iterator[str]:

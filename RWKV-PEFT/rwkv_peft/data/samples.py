@@ -7,6 +7,7 @@ targets tokens[1:], and mask bool (T,) says which targets count. (A packed sampl
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -69,6 +70,20 @@ class Samples(ABC):
         """How many of what people count an epoch reads."""
         return len(self)
 
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many tokens an epoch reads as inputs."""
+
+    @property
+    def parts(self) -> Sequence["Samples"]:
+        """The samples of each data set by itself."""
+        return [self]
+
+    def seen(self, number: int) -> dict[str, float]:
+        """How often `number` samples in a row read each data set, by its name; "" if there is one alone."""
+        return {"": number / len(self)}
+
     @abstractmethod
     def __getitem__(self, n: int) -> Sample:
         """Sample n."""
@@ -109,6 +124,10 @@ class WindowSamples(Samples):
         self.notes.append(f"{targets + 1:,} tokens, {counted(len(self), 'window')} of {ctx_len} an epoch")
         if self._overlap:
             self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
+
+    @property
+    def tokens(self) -> int:
+        return len(self) * self.ctx_len
 
     def __getitem__(self, n: int) -> Sample:
         start, repeated = self._window(n)
@@ -152,6 +171,14 @@ class DocumentSamples(Samples):
         self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
         if note := self._cut_answers():
             self.notes.append(note)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens_of(self.units)
+
+    def _tokens_of(self, documents: np.ndarray) -> int:
+        """How many tokens of these documents are read."""
+        return int(np.minimum(self.dataset.sizes[documents].astype(np.int64) - 1, self.ctx_len).sum())
 
     def _choose(self, units: Units) -> None:
         super()._choose(units)

@@ -84,6 +84,8 @@ class Whole(Step):
     before training, for objectives that ask for its word, as others do for that of a `teacher`. group: so many packed
     documents share what they begin with, which is computed once for them; 0 computes whole documents."""
 
+    teacher_way: Way = staticmethod(straight)
+
     def __init__(
         self,
         objective: Objective = NEXT_TOKEN,
@@ -106,7 +108,7 @@ class Whole(Step):
         @torch.no_grad()
         def through_teacher(head: HeadFunction) -> torch.Tensor:
             assert self.teacher is not None  # because the run's objective asks for its word
-            return straight(self.teacher, seen_by_teacher(batch), head)
+            return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
 
         passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
         loss, self.measures = self.objective.loss(passes, batch, count)
