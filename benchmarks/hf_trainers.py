@@ -90,7 +90,7 @@ def agreeing(model, tokenizer, merged, length=24):
     with torch.no_grad():
         drawn = model.generate(prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False)[0]
     base = open_base(merged)
-    logits = rwkv_sequence(Path(merged), drawn, base.config)
+    logits = rwkv_sequence(Path(merged), drawn, base.config).clone()
     logits[:, 0] = -torch.inf  # min_new_tokens forbids the end
     same = logits[prompt.shape[1] - 1 : -1].argmax(-1) == drawn[prompt.shape[1] :]
     return int(same.sum()), length

@@ -24,6 +24,7 @@ from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.files.lightning_folder import FORM
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.generate.continuation import Continuation
@@ -96,6 +97,12 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         (folder / kind / "adapter_config.json").write_text(json.dumps(settings))
         specs = {key: TensorSpec.of(tensor) for key, tensor in named.items()}
         write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
+    (folder / "miss").mkdir()
+    save_model(folder / "miss" / "adapter.pth", {f"{LAYER}.weight.D": torch.randn(channels, 4)})
+    layer = {"name": f"{LAYER}.weight.D", "shape": [channels, 4]}
+    (folder / "miss" / "adapter.json").write_text(
+        json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5, "targets": [layer]})
+    )
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
@@ -332,6 +339,7 @@ SPECIMENS = (
     Specimen("bone/adapter_config.json", converted("bone", "miss"), m.JSON),
     Specimen("bone/adapter_model.safetensors", converted("bone", "miss"), IN_SAFETENSORS),
     Specimen("lora/adapter_config.json", converted("lora", "a.safetensors"), m.JSON),
+    Specimen("miss/adapter.json", converted("miss", "a.safetensors"), m.JSON, 20),
     Specimen("state.pth", states_read("state.pth"), IN_PTH),
     Specimen("state.st", converted("state.st", "state.pth"), IN_SAFETENSORS),
     Specimen("data.idx", tokens_read, count=120),

@@ -39,6 +39,7 @@ def server(files):
     folder = files / "loadable"
     folder.mkdir()
     (folder / "poet.safetensors").write_bytes((files / "poet.safetensors").read_bytes())
+    (folder / "calm.pth").write_bytes((files / "state.pth").read_bytes())
     (folder / "link.safetensors").symlink_to(files / "poet.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no adapter")
     running = Server(

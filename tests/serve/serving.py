@@ -20,7 +20,7 @@ class Server:
     def __init__(self, *flags, **variables):
         argv = [sys.executable, str(warm.CHILDREN), "rwkv_peft", "serve", "--port", "0", *map(str, flags)]
         self.process = warm.Command(argv, {**os.environ, "OMP_NUM_THREADS": "1", **variables})
-        while "http" not in (line := self.process.outputs[0].read_text()):
+        while not (line := self.process.outputs[0].read_text()).endswith("/v1\n"):
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
         self.url = line.split()[-1].removesuffix("/v1")

@@ -197,12 +197,15 @@ def test_models_are_listed(client):
     assert client.models.retrieve("poet").parent == "base"
 
 
-def test_an_adapter_is_loaded_and_dropped_while_the_server_runs(client, server, models):
-    loaded = {"name": "late", "file": "poet.safetensors"}
+@pytest.mark.parametrize(
+    "file, more, name", [("poet.safetensors", {}, "poet"), ("calm.pth", {"kind": "state"}, "calm")]
+)
+def test_an_adapter_is_loaded_and_dropped_while_the_server_runs(client, server, models, file, more, name):
+    loaded = {"name": "late", "file": file, **more}
     assert server.send("POST", "/v1/adapters", loaded)[0] == 200
     assert server.send("POST", "/v1/adapters", loaded)[0] == 409
     answer = client.completions.create(model="late", prompt="x", max_tokens=12, temperature=0)
-    assert answer.choices[0].text == texts(models, "poet", ["x"], GREEDY, 12)[0]
+    assert answer.choices[0].text == texts(models, name, ["x"], GREEDY, 12)[0]
     assert server.send("DELETE", "/v1/adapters/late")[0] == 200
     assert server.send("DELETE", "/v1/adapters/base")[0] == 400
     status, _, body = server.send("POST", "/v1/completions", {"model": "late", "prompt": "x"})

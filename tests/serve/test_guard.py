@@ -1,6 +1,7 @@
 """What the server refuses: strangers' pages and names, files elsewhere, bodies and clients that take too much."""
 
 import asyncio
+import re
 import signal
 import threading
 import time
@@ -9,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 from serving import HEAD, Server, ended, wait_until
 
+from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
+from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.serve.flags import parse_flags
 from rwkv_peft.serve.guard import Gate, Guard
 
@@ -39,6 +42,9 @@ def test_own_pages_and_allowed_ones_are_answered(server):
     assert ask(server, Origin=server.url)[0] == 200
     status, headers, _ = ask(server, Origin="https://chat.example.org")
     assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    asked = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    assert server.send("OPTIONS", "/v1/completions", **asked)[0] == 200
+    assert server.send("OPTIONS", "/v1/completions", **asked | {"Origin": "https://evil.example"})[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -193,6 +199,19 @@ def test_a_client_that_does_not_read_gives_its_place_back():
     scope = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
     asyncio.run(asyncio.wait_for(guard(scope, receive, stuck), 10))
     assert gone.is_set()
+
+
+def test_an_answer_that_takes_too_long_ends():
+    worker = pytest.importorskip("rwkv_peft.serve.worker")
+
+    async def ask():
+        exchange = worker.Exchange(1, 0.0, lambda: None)
+        choice = worker.Choice(exchange, 0, Continuation({}, BytesTokenizer(), ()), re.compile(""), None)
+        assert choice.draw(66, None) == choice.over() == worker.LATE
+        choice.finish(worker.LATE)
+        return [piece async for piece in exchange.heard()]
+
+    assert [(piece.text, piece.end) for piece in asyncio.run(ask())] == [("A", ""), ("", "late")]
 
 
 def test_a_key_is_asked_for_and_sigterm_drains(files):

@@ -20,7 +20,7 @@ from .sampling import count, penalize, sample
 from .settings import Sampling
 from .voices import Voice
 
-PIECE = 256  # the most tokens of prompts that are read between two tokens of the rows that answer
+ALONE = 4  # times as large a piece is read while no row answers
 DAMAGED = "damaged"  # why a row ends whose logits are NaN or Inf
 
 
@@ -66,12 +66,12 @@ class Group:
 class Engine:
     """Answers requests of any voices, `batch` answers at a time, in the order in which they were added.
 
-    Each `step` reads a piece of prompts, and draws a token for each row. Tokens from vocab_size on are never drawn.
-    A request's answers are the same up to rounding, whoever shares its batch.
+    Each `step` reads `piece` tokens of prompts at most, and draws a token for each row. Tokens from vocab_size on are
+    never drawn. A request's answers are the same up to rounding, whoever shares its batch.
     """
 
-    def __init__(self, vocab_size: int, batch: int, known: Known) -> None:
-        self.vocab_size, self.batch, self.known = vocab_size, batch, known
+    def __init__(self, vocab_size: int, batch: int, known: Known, piece: int = 64) -> None:
+        self.vocab_size, self.batch, self.known, self.piece = vocab_size, batch, known, piece
         self.waiting: deque[Request] = deque()
         self.reading: deque[Reading] = deque()
         self.groups: dict[LanguageModel, Group] = {}
@@ -130,21 +130,21 @@ class Engine:
         """Read a piece of the prompts of one model; the models take turns, and its prompts share the piece."""
         if not self.reading:
             return
-        first = self.reading[0].request
+        first, piece = self.reading[0].request, self.piece if self.groups else ALONE * self.piece
         model, scored = first.voice.model, first.scored
-        turn = [reading for reading in self.reading if reading.request.voice.model is model][:PIECE]
+        turn = [reading for reading in self.reading if reading.request.voice.model is model][:piece]
         turn = [reading for reading in turn if not reading.request.scored] if scored is None else turn[:1]
-        pieces = [piece_of(reading, PIECE // len(turn)) for reading in turn]
+        pieces = [piece_of(reading, piece // len(turn)) for reading in turn]
         state = turn[0].state
         for reading in turn[1:]:
             state = state.joined(reading.state)
         logits, state = read_packed(model, pieces, state) if scored is None else self._score(turn[0], pieces[0])
         self.read += sum(map(len, pieces))
         self.reading = deque(reading for reading in self.reading if reading not in turn)
-        for place, (reading, piece) in enumerate(zip(turn, pieces)):
+        for place, (reading, read) in enumerate(zip(turn, pieces)):
             request = reading.request
             own = logits[place : place + 1].float()
-            reading.done += len(piece)
+            reading.done += len(read)
             reading.state = state.selected(torch.tensor([place], device=logits.device))
             if reading.done in (*request.marks, len(request.tokens)):
                 self.known.add(request.voice, request.tokens[: reading.done], own, reading.state)
@@ -173,7 +173,10 @@ class Engine:
 
     def _advance(self, model: LanguageModel, group: Group) -> None:
         """Draw a token for each row, and read those of the rows that go on."""
-        finite = torch.isfinite(group.logits.sum(-1)).tolist()
+        sound = torch.isfinite(group.logits.sum(-1))
+        finite = sound.tolist()
+        if not all(finite):  # nothing can be drawn from NaN
+            group.logits = group.logits.masked_fill(~sound[:, None], 0.0)
         choices = group.logits[:, : self.vocab_size]
         staying, tokens = [], []
         for place, (row, token) in enumerate(zip(group.rows, self._draw(group.rows, choices))):
@@ -211,14 +214,14 @@ class Engine:
             manners.setdefault(row.manner, []).append(place)
         tokens = [0] * len(rows)
         for manner, places in manners.items():
-            own, drawing = logits[places], [rows[place] for place in places]
+            drawing = [rows[place] for place in places]
+            own = logits if len(manners) == 1 else logits[places]
             if manner.penalizes:
                 zeros = own.new_zeros(1, own.shape[1])
                 counts = torch.cat([zeros if row.counts is None else row.counts for row in drawing])
                 own = penalize(own, counts, manner)
-            for place, row in enumerate(drawing):
-                if row.answer.held is not None:
-                    own[place, ~row.answer.held.allowed().to(own.device)] = -torch.inf
+            if any(row.answer.held for row in drawing):
+                own = torch.stack([masked(row, logits) for row, logits in zip(drawing, own)])
             found = sample(own, [row.draws.random() for row in drawing], manner)
             if manner.penalizes:
                 count(counts, found, manner.penalty_decay)
@@ -244,6 +247,12 @@ def piece_of(reading: Reading, most: int) -> list[int]:
     tokens, begin = reading.request.tokens, reading.done
     end = min((mark for mark in reading.request.marks if mark > begin), default=len(tokens))
     return tokens[begin : min(end, begin + most)]
+
+
+def masked(row: Row, logits: torch.Tensor) -> torch.Tensor:
+    """logits (V) without the tokens that the form of a row's answer forbids."""
+    held = row.answer.held
+    return logits if held is None else logits.masked_fill(~held.allowed().to(logits.device), -torch.inf)
 
 
 def odds_of(logits: torch.Tensor, token: int, top: int) -> Odds:

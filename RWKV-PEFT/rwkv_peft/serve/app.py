@@ -40,6 +40,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
     app.add_exception_handler(Refused, tell_refusal)
     app.add_exception_handler(RequestValidationError, tell_form)
     app.add_exception_handler(HTTPException, tell_route)
+    app.add_exception_handler(Exception, tell_failure)
     if args.allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -64,7 +65,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [catalog.told(name) for name in catalog.voices]}
+        return {"object": "list", "data": [catalog.told(name) for name in [*catalog.voices]]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
@@ -153,6 +154,10 @@ async def tell_form(http: Request, error: Exception) -> Response:
 async def tell_route(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return await tell_refusal(http, Refused(error.status_code, short(str(error.detail))))
+
+
+async def tell_failure(http: Request, error: Exception) -> Response:
+    return await tell_refusal(http, Refused(500, "the server failed; see what it has printed"))
 
 
 def place_of(location: Sequence[str | int]) -> str:

@@ -32,6 +32,8 @@ LEADS = MappingProxyType(
     {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
 )
 
+PIECES = MappingProxyType({"cpu": 64, "cuda": 256})  # tokens that are read between two that are drawn
+
 
 class Service:
     """What the routes share. answers: those that wait or are being drawn; places: the most of them."""
@@ -43,7 +45,8 @@ class Service:
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
         self.schemas = Schemas(catalog.tokenizer, vocabulary)
-        self.worker = Worker(Engine(vocabulary, args.batch, Known(args.known_mib << 20)))
+        known, piece = Known(args.known_mib << 20), PIECES[catalog.own.model.emb.weight.device.type]
+        self.worker = Worker(Engine(vocabulary, args.batch, known, piece))
 
     async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
         """Give a request its places, and have it answered. Raises Refused."""

@@ -66,7 +66,7 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "groups": train.groups,
+        "row_groups": train.groups,
         "objective": config.objective.name,
         "teacher": "" if teacher is None else teacher.fingerprint,
         "precision": train.precision,

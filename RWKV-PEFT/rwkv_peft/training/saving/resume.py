@@ -58,7 +58,7 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
     except UNREADABLE:  # read_run_state tells why
         return train, []
     # earlier versions did not record the size of a step, and had no ranks that share rows
-    before, samples = state.get("groups", state.get("world_size")), state.get("step_samples")
+    before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
     if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
         return train, []
     passes, rest = divmod(samples, micro_bsz * ranks)

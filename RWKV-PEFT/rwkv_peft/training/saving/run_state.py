@@ -118,6 +118,7 @@ MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did
         "retained": str,
         "groups": ((str,),),
         "step_samples": is_positive,
+        "row_groups": is_positive,
         "config": are_settings,
     }
 )
