@@ -77,7 +77,7 @@ def ours(family, args):
         drawn = time.process_time()
         answers = [answer for group in groups for answer in group]
         assert all(len(answer.tokens) == args.tokens for answer in answers)
-        batch = packed(answers) | {"advantages": torch.randn(number), "weights": torch.ones(number)}
+        batch = packed(answers) | {"advantages": torch.randn(number), "shares": torch.ones(number)}
         batch |= {"prompts": torch.tensor(float(args.prompts))}
         step.loss(model, batch | forked(batch, args.answers), args.prompts).backward()
         model.zero_grad()

@@ -98,7 +98,7 @@ PARTS = (
     ("hf", ("hf",), ("generate", "convert")),
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
-    ("doctor", ("doctor",), ("models", "containers")),
+    ("doctor", ("doctor",), ("models", "containers", "inspect")),
     ("step", ("training/step",), ("bases", "adapter files", "data", "plots", "merge", "fused", "objectives")),
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),

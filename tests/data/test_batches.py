@@ -20,7 +20,7 @@ class Numbered:
     dataset = SimpleNamespace(require_unchanged=lambda: None)
 
     def __init__(self, size):
-        self.size, self.notes = size, ["numbered"]
+        self.size, self.notes, self.parts = size, ["numbered"], [self]
 
     def __len__(self):
         return self.size

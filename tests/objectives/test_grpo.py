@@ -49,7 +49,7 @@ def batch_of(objective, now):
         "old": drawn,
         "sampled": drawn + 0.01,
         "advantages": objective.advantages(REWARDS).flatten(),
-        "weights": 1.0 - (CUT & objective.mask_truncated).double(),
+        "shares": 1.0 - (CUT & objective.mask_truncated).double(),
         "prompts": torch.tensor(2.0),
         "limit": torch.tensor(float(LIMIT)),
         "mean_length": torch.tensor(STEP_TOKENS / (3 * G)),  # of a step of three prompts
@@ -218,7 +218,7 @@ def test_losses_are_those_of_trl(form):
         "old": old[picked],
         "sampled": old[picked],
         "advantages": advantages,
-        "weights": torch.ones(len(ANSWERS)),
+        "shares": torch.ones(len(ANSWERS)),
         "prompts": torch.tensor(2.0),
         "limit": torch.tensor(float(LIMIT)),
         "mean_length": mask.sum() / len(ANSWERS),

@@ -30,7 +30,7 @@ def drawn(model, times=4):
 def gap(model, answers, *more):
     """The mean difference between the probabilities of drawing and of learning."""
     batch, objective = packed(answers), GRPO(draw_temperature=1.3)
-    batch |= {"advantages": torch.ones(len(answers)), "weights": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
+    batch |= {"advantages": torch.ones(len(answers)), "shares": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
     for lay in more:
         batch |= lay(batch, 4)
     step = Whole(objective)
@@ -71,7 +71,7 @@ def test_a_teacher_scores_each_drawn_token_alike(family):
         tokens = torch.tensor([answer.prompt + answer.tokens])
         p, q = (one(tokens[:, :-1])[0][0, -size:].log_softmax(-1) for one in (model, teacher))
         expected = expected + (p.exp() * (p - q)).sum() / total
-    numbers = {"weights": torch.ones(len(rows)), "prompts": torch.tensor(3.0), "mean_length": total / 2 / len(rows)}
+    numbers = {"shares": torch.ones(len(rows)), "prompts": torch.tensor(3.0), "mean_length": total / 2 / len(rows)}
     gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     for lay in (lambda batch, times: {}, forked):
         batch = packed(rows) | numbers

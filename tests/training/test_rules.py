@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_peft.config.objective import LOADED
-from rwkv_peft.config.rules import ALONE, BESIDE, INIT, WHOLE
+from rwkv_peft.config.rules import ALONE, BESIDE, INIT, SEVERAL, WHOLE
 from rwkv_peft.errors import UserError
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
@@ -16,6 +16,7 @@ FACTS = {
     BESIDE: "--train_parts state",
     WHOLE: "--peft none",
     LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
+    SEVERAL: "--data_file a b",
     INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}

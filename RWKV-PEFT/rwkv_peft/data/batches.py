@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .masks import UNDESIRABLE
+from .masks import undesirable
 from .samples import Document, Sample, Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
@@ -33,8 +33,10 @@ class TrainBatches:
     Each batch is a dict:
     - tokens, targets: int64 (B, T)
     - mask: bool (B, T), the targets that count; rows are padded with token 0, which never counts
+    - weights: float32 (B, T), how much they count, only if documents have weights
     - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
-    - step_count: the counted targets of the whole optimizer step, over all groups and micro batches
+    - step_count: the counted targets of the whole optimizer step, over all groups and micro batches; or their weights'
+      sum
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
     - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
@@ -82,8 +84,8 @@ class TrainBatches:
         starts = range(0, len(self.samples), self.micro_bsz)
         return self.batch(next(n for n in starts if any(map(self.samples.count, range(n, n + self.micro_bsz)))), 0)
 
-    def step_count(self, cursor: int) -> int:
-        """The counted targets of the optimizer step that begins at sample `cursor`."""
+    def step_count(self, cursor: int) -> float:
+        """The counted targets of the optimizer step that begins at sample `cursor`, or the sum of their weights."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
     def _batches(self) -> Iterator[TrainBatch]:
@@ -138,7 +140,8 @@ def require_unchanged(samples: Samples) -> None:
 
 
 def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted.
+    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted; and
+    weights (B, T), if the masks are weights.
 
     Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
     """
@@ -149,28 +152,34 @@ def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
     length = max(len(mask) for _, mask in documents)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    weigh = any(mask.is_floating_point() for _, mask in documents)  # of a mixture perhaps some
+    mask = torch.zeros(len(rows), length, dtype=torch.float32 if weigh else documents[0][1].dtype)
     for row, (sequence, counted) in enumerate(documents):
         size = len(counted)
         tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
-    return {"tokens": tokens, "targets": targets, "mask": mask, "counted": positions(mask)}
+    return {"tokens": tokens, "targets": targets} | told(mask)
 
 
 def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,); and
-    labels (n,), if the masks are not bool, but tell them."""
+    weights (1, sum of T_i), or labels (n,), if the masks tell them."""
     masks = [mask for _, mask in documents]
-    mask = torch.cat(masks)[None] != 0
     batch = {
         "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
         "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
-        "mask": mask,
-        "counted": positions(mask),
         "cu_seqlens": torch.tensor([0, *map(len, masks)]).cumsum(0),
+        **told(torch.cat(masks)[None]),
     }
-    if masks[0].dtype != torch.bool:
-        batch["labels"] = torch.stack([(mask != UNDESIRABLE).all() for mask in masks])
+    if masks[0].dtype == torch.uint8:
+        batch["labels"] = torch.tensor([not undesirable(mask) for mask in masks])
     return batch
+
+
+def told(mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a mask (B, T) tells of targets: mask, counted, and weights, if it is weights."""
+    counts = mask != 0
+    found = {"mask": counts, "counted": positions(counts)}
+    return found | {"weights": mask} if mask.is_floating_point() else found
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

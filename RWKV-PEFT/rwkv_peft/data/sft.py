@@ -18,6 +18,7 @@ from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from .encoding import EncodeSettings
+from .prefix import ENDINGS
 from .preprocess import write
 from .prompt_samples import ROWS
 from .report import laid_out, left_out
@@ -25,7 +26,7 @@ from .rows import KINDS
 
 FORMAT = 7
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".bin", ".idx", ".mask", ROWS)  # .mask only if some token does not count, ROWS only of prompts
+FILES = (*ENDINGS, ROWS)  # ROWS only of prompts
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:

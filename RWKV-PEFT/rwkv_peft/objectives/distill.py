@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..cli import above_zero, share, that
-from ..config.objective import TEACHER, Figure, Passes
+from ..config.objective import TEACHER, Figure, Passes, number_of_tokens
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
@@ -101,13 +101,14 @@ class Distill(Draws):
         settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
 
         def head(x: "Tensor", weight: "Tensor") -> "Tensor":
-            return linear_divergence((x, weight), teacher, batch["targets"], batch["counted"], divisor, settings)
+            of, weights = (batch["targets"], batch["counted"]), batch.get("weights")
+            return linear_divergence((x, weight), teacher, *of, divisor, settings, weights)
 
         loss, kl, nll = passes.model(head)
         return loss, {"kl": kl.detach(), "nll": nll.detach()}
 
     def items(self, batch: "Batch") -> "Tensor":
-        return batch["mask"].sum()
+        return number_of_tokens(batch)
 
     def describe(self) -> str:
         words = f"{WORDS[self.kind]}{f', beta {self.beta:g}' if self.kind == JSD else ''}"

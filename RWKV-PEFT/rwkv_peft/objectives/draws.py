@@ -18,7 +18,7 @@ class Draws(Objective):
 
     - lengths (answers,): the tokens of each answer, what ends it included
     - sampled (n,): the log-probability by which each of them was drawn
-    - weights (answers,): how much each counts, and mean_length: their mean number of tokens that count, of all answers
+    - shares (answers,): how much each counts, and mean_length: their mean number of tokens that count, of all answers
       of a step
     - advantages (answers,), if rewards judge them
     - prompts and limit: the number of prompts, and --max_completion_length

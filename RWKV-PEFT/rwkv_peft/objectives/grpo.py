@@ -177,7 +177,7 @@ class GRPO(Draws):
         low, high = self.bounds
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
-        weight = batch["weights"] / len(lengths)  # of each answer, in the mean over prompts
+        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))

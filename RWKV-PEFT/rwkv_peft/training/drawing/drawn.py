@@ -116,7 +116,7 @@ class Drawing(Whole):
     ) -> dict[str, Any]:
         """The batch of answers, `times` to a prompt, as Draws describes it; advantages are none without rewards."""
         batch = packed(answers)
-        batch |= {"weights": torch.tensor([self.objective.share(answer.cut) for answer in answers])}
+        batch |= {"shares": torch.tensor([self.objective.share(answer.cut) for answer in answers])}
         batch |= {"advantages": advantages.float()} if len(advantages) else {}
         numbers = {"prompts": len(answers) / times, "limit": self.manner.longest, "mean_length": max(mean, 1.0)}
         batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
