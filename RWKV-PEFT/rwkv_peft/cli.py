@@ -223,7 +223,6 @@ def up_to(most: int, read: Callable[[str], int]) -> Callable[[str], int]:
 
 count = up_to(MOST, that(whole, lambda value: value >= 0, "is negative"))
 positive = up_to(MOST, that(whole, lambda value: value >= 1, "is below 1"))
-at_least_two = up_to(MOST, that(whole, lambda value: value >= 2, "is below 2"))
 seed = that(whole, lambda value: -(2**63) <= value < 2**63, "does not fit in 64 bits")
 not_negative = that(finite, lambda value: value >= 0, "is negative")
 above_zero = that(finite, lambda value: value > 0, "is not above 0")

@@ -49,7 +49,7 @@ def batch_of(objective, now):
         "old": drawn,
         "sampled": drawn + 0.01,
         "advantages": objective.advantages(REWARDS).flatten(),
-        "weights": 1.0 - (CUT & objective.mask_truncated).double(),
+        "shares": 1.0 - (CUT & objective.mask_truncated).double(),
         "prompts": torch.tensor(2.0),
         "limit": torch.tensor(float(LIMIT)),
         "mean_length": torch.tensor(STEP_TOKENS / (3 * G)),  # of a step of three prompts
@@ -112,7 +112,7 @@ def naive_advantages(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_loss_and_gradients_are_the_papers(family, form, masked):
-    one = GRPO(form, temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
+    one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
     model = model_of(family, shaken=True)
     now = spoken(model, 1.5)
     rows, batch = batch_of(one, now)
@@ -218,7 +218,7 @@ def test_losses_are_those_of_trl(form):
         "old": old[picked],
         "sampled": old[picked],
         "advantages": advantages,
-        "weights": torch.ones(len(ANSWERS)),
+        "shares": torch.ones(len(ANSWERS)),
         "prompts": torch.tensor(2.0),
         "limit": torch.tensor(float(LIMIT)),
         "mean_length": mask.sum() / len(ANSWERS),

@@ -75,6 +75,17 @@ def test_a_pair_of_answers_is_two_rows():
     assert 0 < base <= size(replayed, "activations") / 4  # layers
 
 
+def test_drawing_takes_states_and_logits_of_its_own():
+    flags = "--data_type", "prompts", "--reward", "gsm8k", "--num_generations", "8", "--max_completion_length", "64"
+    told, few = (estimate(*flags, *more).parts(2, 128) for more in ((), ("--draw_batch", "4")))
+    for name in ("states of the answers that are drawn", "logits of drawing"):
+        assert 4 * size(few, name) == size(told, name) > 0  # of 2 x 8 answers, and of 4
+    rows = estimate("--dataload", "pack").parts(16, 64 + 64 // 8)  # a prompt is there once
+    assert size(told, "activations") == size(rows, "activations")
+    parts = estimate(*flags, "--learn_batch", "8").parts(2, 128)
+    assert size(parts, "activations") < 0.6 * size(told, "activations") and size(parts, "gradients, summed over parts")
+
+
 def test_states_take_memory_where_they_are_handed_on():
     segments = estimate("--train_type", "infctx", "--chunk_ctx", "64").parts(1, 128)
     assert size(segments, "states of the layers") > 0

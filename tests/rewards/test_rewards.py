@@ -162,22 +162,18 @@ def test_an_expression_that_never_ends_is_ended():
 
 
 @pytest.mark.parametrize(
-    "specs, weights, message",
+    "specs, message",
     [
-        ([], (), "--reward names nothing that judges answers; rewards are a task"),
-        (["gsm9k"], (), "--reward gsm9k: rewards are a task .gsm8k, math, jsonl; .* or FILE.py:FUNCTION"),
-        (["choices"], (), "--reward choices: rewards are a task"),
-        (["gsm8k:loose"], (), "--reward gsm8k:loose: gsm8k has no measure 'loose'; name strict or flexible"),
-        (["match:a(b"], (), r"--reward match:a\(b: no regular expression of Python: .*; mend it"),
-        (["json:no.json"], (), "--reward json:no.json: no such file; name a JSON schema"),
-        (["no.py:f"], (), "--reward no.py:f: no such file; name a Python file, as FILE.py:FUNCTION"),
-        (["match:a", "match:a"], (), "--reward match:a is given twice; give it a weight"),
-        (["match:a"], (1.0, 2.0), "2 weights for 1 rewards; give one for each"),
-        (["match:a"], (float("nan"),), "weight is nan; give a finite number"),
+        (["gsm9k"], "--reward gsm9k: rewards are a task .gsm8k, math, jsonl; .* or FILE.py:FUNCTION"),
+        (["choices"], "--reward choices: rewards are a task"),
+        (["gsm8k:loose"], "--reward gsm8k:loose: gsm8k has no measure 'loose'; name strict or flexible"),
+        (["match:a(b"], r"--reward match:a\(b: no regular expression of Python: .*; mend it"),
+        (["json:no.json"], "--reward json:no.json: no such file; name a JSON schema"),
+        (["no.py:f"], "--reward no.py:f: no such file; name a Python file, as FILE.py:FUNCTION"),
     ],
 )
-def test_words_that_name_no_reward_are_refused_at_once(specs, weights, message):
-    with pytest.raises(UserError, match=message), Rewards.open(specs, weights):
+def test_words_that_name_no_reward_are_refused_at_once(specs, message):
+    with pytest.raises(UserError, match=message), Rewards.open(specs):
         pass
 
 

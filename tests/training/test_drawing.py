@@ -10,6 +10,7 @@ from objectives.test_losses import ADAPTERS, make, shaken
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.training.drawing.answers import Manner, draw, packed
 from rwkv_peft.training.step.forked import forked
@@ -28,8 +29,8 @@ def drawn(model, times=4):
 
 def gap(model, answers, *more):
     """The mean difference between the probabilities of drawing and of learning."""
-    batch, objective = packed(answers), GRPO(temperature=1.3)
-    batch |= {"advantages": torch.ones(len(answers)), "weights": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
+    batch, objective = packed(answers), GRPO(draw_temperature=1.3)
+    batch |= {"advantages": torch.ones(len(answers)), "shares": torch.ones(len(answers)), "prompts": torch.tensor(1.0)}
     for lay in more:
         batch |= lay(batch, 4)
     step = Whole(objective)
@@ -56,6 +57,30 @@ def test_draws_begin_from_tuned_states(family):
         for block in model.blocks:
             block.att.time_state += torch.randn_like(block.att.time_state)
     assert gap(model, before) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_teacher_scores_each_drawn_token_alike(family):
+    """The loss is the mean over the step's tokens, each with the whole prompt before it, however prompts are laid."""
+    model, teacher = (shaken(make(family, width=width)) for width in (16, 24))
+    rows = drawn(model)
+    sizes = [len(answer.tokens) for answer in rows]
+    total = 2 * sum(sizes)  # as if another micro batch drew as much
+    expected = 0.0
+    for answer, size in zip(rows, sizes):
+        tokens = torch.tensor([answer.prompt + answer.tokens])
+        p, q = (one(tokens[:, :-1])[0][0, -size:].log_softmax(-1) for one in (model, teacher))
+        expected = expected + (p.exp() * (p - q)).sum() / total
+    numbers = {"shares": torch.ones(len(rows)), "prompts": torch.tensor(3.0), "mean_length": total / 2 / len(rows)}
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    for lay in (lambda batch, times: {}, forked):
+        batch = packed(rows) | numbers
+        step = Whole(Distill(kind="reverse"), teacher=teacher)
+        found = step.loss(model, batch | lay(batch, 4), 6.0)  # prompts of the step
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(torch.autograd.grad(found, list(model.parameters()), allow_unused=True), gradients):
+            if theirs is not None:  # RWKV-7's first block has parameters that it does not use
+                torch.testing.assert_close(ours, theirs)
 
 
 def test_an_answer_counts_with_what_ends_it():

@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
+from rwkv_peft.training.drawing.drawn import pieces
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from training.runs import ROOT, finish, metrics, start
@@ -40,8 +41,19 @@ def train(folder, accelerator):
     def run(name, reward, *more, code=0):
         """Train in the folder `name` -> (stdout, stderr)."""
         flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "prompts"]
-        flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}", "--tokenizer", "bytes"]
-        flags += ["--ctx_len", 64, "--max_completion_length", 12, "--num_generations", 4, "--micro_bsz", 2]
+        flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}"] if reward else []
+        flags += [
+            "--tokenizer",
+            "bytes",
+            "--ctx_len",
+            64,
+            "--max_completion_length",
+            12,
+            "--num_generations",
+            4,
+            "--micro_bsz",
+            2,
+        ]
         flags += ["--precision", "fp32", "--accelerator", accelerator, "--bone_r", 16, "--lr_init", "3e-3"]
         flags += ["--answer_rows", 0, "--proj_dir", folder / name, *more]
         return finish(start([sys.executable, str(ROOT / "train.py"), *map(str, flags)]), code)
@@ -75,13 +87,25 @@ def test_answers_are_written_beside_their_rewards(folder, train):
 
 
 def test_drawing_does_not_depend_on_how_many_are_drawn_at_a_time(folder, train):
-    """Nor on the size of micro batches."""
-    for name, more in (("few", ("--draw_batch", 1)), ("parts", ("--micro_bsz", 1, "--accumulate_grad_batches", 2))):
+    """Nor on the size of micro batches, nor on how many answers are learned at a time, a part of a group or more."""
+    runs = {"few": ("--draw_batch", 1), "parts": ("--micro_bsz", 1, "--accumulate_grad_batches", 2)}
+    runs["within"] = ("--learn_batch", 3)
+    for name, more in runs.items():
         train(name, "rewards.py:capitals", "--epoch_steps", 1, *more)
-    few, parts = (answers(folder, name) for name in ("few", "parts"))
-    assert [record["completion"] for record in few] == [record["completion"] for record in parts]
-    for name in ("loss", "grad_norm", "reward", "gap"):
-        assert metrics(folder, "few")[0][name] == pytest.approx(metrics(folder, "parts")[0][name], rel=1e-3, abs=1e-6)
+    few, *others = (answers(folder, name) for name in runs)
+    for found in others:
+        assert [record["completion"] for record in few] == [record["completion"] for record in found]
+    for name in ("loss", "grad_norm", "reward", "gap", "gap_max"):
+        expected = pytest.approx(metrics(folder, "few")[0][name], rel=1e-3, abs=1e-6)
+        assert [metrics(folder, run)[0][name] for run in runs] == [expected] * 3
+    lines = metrics(folder, "few")
+    assert 0 < lines[0]["gap"] < lines[0]["gap_max"] < 1e-4
+
+
+def test_answers_are_cut_into_parts_of_whole_groups_or_within_one():
+    cut = [[(part.start, part.stop) for part in pieces(8, 4, most)] for most in (8, 7, 4, 3, 1)]
+    assert cut[0] == [(0, 8)] and cut[1] == cut[2] == [(0, 4), (4, 8)]
+    assert cut[3] == [(0, 3), (3, 4), (4, 7), (7, 8)] and len(cut[4]) == 8
 
 
 @pytest.mark.parametrize("form", ["dr_grpo", "dapo", "gspo", "rloo"])
@@ -112,6 +136,29 @@ def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(
     assert "resuming after step 4" in out
     assert (again / "adapter.safetensors").read_bytes() == (folder / form / "adapter.safetensors").read_bytes()
     assert answers(folder, again.name) == answers(folder, form)
+
+
+def test_a_teacher_scores_what_the_student_draws(folder, train, tiny_state):
+    """The student comes nearer to it on its own answers, whatever the micro batches, and goes on with the same bits."""
+    save_model(folder / "teacher.pth", tiny_state(vocab_size=257, n_embd=96))
+    more = ["--objective", "distill", "--teacher_model", folder / "teacher.pth", "--distill_kl", "jsd"]
+    more += ["--epoch_steps", 4, "--epoch_count", 2, "--val_split", 0.34, "--lr_init", "1e-2"]
+    train("taught", "", *more)
+    records, lines = answers(folder, "taught"), metrics(folder, "taught")
+    assert len(records) == 8 * 8 and not {"reward", "advantage"} & records[0].keys()
+    for line in lines:
+        mine = [record["length"] for record in records if record["step"] == line["step"]]
+        assert line["length"] == sum(mine) / 8 and line["loss"] == line["kl"] > 0 and "reward" not in line
+    assert lines[-1]["val_kl"] == lines[-1]["val_loss"] < lines[3]["val_loss"]
+    parts = ["--epoch_count", 1, "--epoch_steps", 1, "--micro_bsz", 1, "--accumulate_grad_batches", 2]
+    train("taught-parts", "", *more, *parts)
+    for name in ("loss", "kl", "nll", "grad_norm"):
+        assert metrics(folder, "taught-parts")[0][name] == pytest.approx(lines[0][name], rel=1e-3)
+    (again := folder / "taught-again").mkdir()
+    shutil.copytree(folder / "taught", again, dirs_exist_ok=True)
+    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    assert "resuming after step 4" in train(again.name, "", *more, "--resume")[0]
+    assert (again / "adapter.safetensors").read_bytes() == (folder / "taught" / "adapter.safetensors").read_bytes()
 
 
 def test_rewards_without_spread_are_told_once(folder, train):
@@ -150,16 +197,45 @@ def flags(*more):
         (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
         (["--cuda_graphs", "1"], "--cuda_graphs 1: each step has answers of other lengths"),
         (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
+        (["--learn_batch", "0"], "0 is below 1"),
         (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),
         (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
         (["--retain_data", "x"], "--retain_data x: "),
         (["--ctx_len", "256"], "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
-        (["--num_generations", "1"], "1 is below 2"),
+        (["--num_generations", "1"], "grpo does not go with --num_generations 1: an answer is compared with others"),
+        (["--reward", "gsm8k", "gsm8k"], "--reward gsm8k is given twice; give it a weight"),
     ],
 )
 def test_flags_that_do_not_go_together(more, words):
     with pytest.raises(UserError, match=words):
         parse_flags(flags(*more))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (
+            ["--distill_weight", "0.5"],
+            "--distill_weight 0.5 does not go with --data_type prompts: the student's own words",
+        ),
+        (
+            ["--strategy", "deepspeed_stage_3"],
+            "--data_type prompts does not go with --strategy deepspeed_stage_3: ranks",
+        ),
+        (["--reward", "gsm8k"], "--reward gsm8k needs --objective grpo"),
+        (
+            ["--data_type", "sft", "--top_p", "0.9"],
+            "--top_p 0.9 does not go with --data_type sft: it is about drawn an",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
+    taught = ["--objective", "distill", "--teacher_model", "t.pth"]
+    with pytest.raises(UserError, match=words):
+        parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+    more = ["--num_generations", "1", "--temperature", "0.9", "--distill_temperature", "2"]
+    found = parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+    assert (found.objective.draw_temperature, found.objective.temperature) == (0.9, 2)
 
 
 def test_flags_need_their_data():

@@ -4,10 +4,12 @@ computes the same on two ranks, under ZeRO stage 2, with --grad_cp and micro bat
 import json
 import shutil
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 
-from rwkv_peft.config.objective import ANSWERS, TEACHER
+from rwkv_peft.config.objective import REWARDS, TEACHER
+from rwkv_peft.config.setting import flag_of
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
@@ -76,11 +78,11 @@ def learned(request, train):
 def test_a_run_learns_which_answer_is_better(folder, learned):
     name, out = learned
     objective, (first, *_, last) = OBJECTIVES[name], metrics(folder, name)
-    given = {"reward": (f"{folder / 'reward.py'}:capitals",)} if ANSWERS in objective.needs else {}
+    given = {"reward": (f"{folder / 'reward.py'}:capitals",)} if REWARDS in objective.needs else {}
     words = objective(**given).describe()
     assert (f"objective {words}\n" in out) if words else "\nobjective " not in out
     figures = {figure.name for figure in objective.figures}
-    measured = {"reward"} if ANSWERS in objective.needs else figures  # of drawn answers, held-out ones
+    measured = {"reward"} if REWARDS in objective.needs else figures  # of drawn answers, held-out ones
     assert figures <= first.keys() and {f"val_{figure}" for figure in measured} <= last.keys()
     assert ("val_ppl" in last) == (not figures)
     assert last["step"] == STEPS - 1 and last["val_loss"] < first["loss"]
@@ -177,6 +179,8 @@ OF_ANSWERS = (
     (["--peft", "lora-ga"], "--peft lora-ga: "),
     (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
     (["--train_type", "infctx"], "--train_type infctx: "),
+)
+OF_PACKED = (
     (["--context_parallel", "2", "--devices", "2"], "--context_parallel 2: "),
     (["--dataload", "pad"], "--dataload pad: "),
     (["--loss_mask", "none"], "--loss_mask none: "),
@@ -187,9 +191,10 @@ OF_ANSWERS = (
 def test_what_has_no_answer_to_compare_with_is_refused(name):
     objective = OBJECTIVES[name]
     data_type = objective.rows[0]
-    given = ("--reward", "gsm8k") if ANSWERS in objective.needs else ()
-    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS):
-        with pytest.raises(UserError, match=f"--objective {name} does not go with {words}"):
+    given = ("--reward", "gsm8k") if REWARDS in objective.needs else ()
+    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS, *OF_PACKED):
+        who = "--data_type prompts" if data_type == "prompts" and (more, words) in OF_PACKED else f"--objective {name}"
+        with pytest.raises(UserError, match=f"{who} does not go with {words}"):
             parse_flags(flags(data_type, "--objective", name, *given, *more))
     for more, _ in () if objective().asks_base else OF_BASE:
         assert isinstance(parse_flags(flags(data_type, "--objective", name, *given, *more)).objective, objective)
@@ -221,6 +226,12 @@ def test_flags_of_an_objective_need_it(flag, name):
         parse_flags(flags("sft", f"--{flag}", "0.5"))
     objective = parse_flags(flags("pairs", "--objective", name, f"--{flag}", "0.5")).objective
     assert getattr(objective, flag.removeprefix(f"{name}_")) == 0.5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_no_flag_of_what_objectives_share_is_lost_to_a_field_of_the_same_name(objective):
+    for shared in filter(is_dataclass, objective.__mro__):
+        assert {flag_of(field) for field in fields(shared)} <= {flag_of(field) for field in fields(objective)}
 
 
 @pytest.mark.parametrize("flag", ["--train_type", "--data_type"])

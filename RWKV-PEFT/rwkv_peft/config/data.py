@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cli import above_zero, alias, at_least_two, count, positive
+from ..cli import above_zero, alias, count, positive
 from ..names import LOSS_MASKS
 from ..tables import SAMPLINGS
 from .setting import setting
@@ -131,7 +131,7 @@ class DataConfig:
         "with all of its answers",
         type=positive,
     )
-    num_generations: int = setting(8, "prompts: answers that are drawn to each", type=at_least_two)
+    num_generations: int = setting(8, "prompts: answers that are drawn to each", type=positive)
     max_completion_length: int = setting(
         256,
         "prompts: the most tokens of an answer, which is cut there; a prompt has --ctx_len less these",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Figures = dict[str, Tensor]
 
 BASE = "base"  # a need: the word of the model as it was before training
-ANSWERS = "answers"  # a need: answers to a batch's prompts, which the model draws before each step, and their rewards
+REWARDS = "rewards"  # a need: judges of the answers that the model draws
 TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
 Exclusion = tuple[str, str, str]  # the others, why and remedy of a Rule (rules.py) of what an objective excludes
 LOADED = "an adapter to start from"  # a fact that rules name
@@ -64,13 +64,14 @@ class Objective(ABC):
     - name: the value of --objective; text: its line in the help
     - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
     - unit: what its loss is a mean over
-    - needs: what it asks for besides a pass through the model: BASE, TEACHER, ANSWERS
+    - needs: what it asks for besides a pass through the model: BASE, TEACHER, REWARDS
     - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
     - rules: further rules, on flags of its own
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
     - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER
+    - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS
     """
 
     name: str = field(default="", init=False)  # of the class; a field, so that the files of a run tell it
@@ -86,6 +87,8 @@ class Objective(ABC):
     teacher = ""
     teacher_adapters = tuple[str, ...]()
     teacher_state = ""
+    reward = tuple[str, ...]()
+    weights = tuple[float, ...]()
 
     @property
     def asks_base(self) -> bool:

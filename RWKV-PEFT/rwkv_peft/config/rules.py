@@ -24,6 +24,8 @@ SEVERAL = "several --data_file"
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
+# reasons
+APART = "ranks draw different numbers of tokens, and none holds a whole layer"
 # remedies
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 BY_PARTS = "choose what trains with --train_parts, or name a --peft"
@@ -56,6 +58,14 @@ RULES = (
     Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),
     Rule(OF_ROWS, EXCLUDES, "--data_type binidx", "its tokens are made already", ROWS),
     Rule("--num_generations, --max_completion_length", EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
+    Rule(
+        "--data_type prompts", EXCLUDES, "--context_parallel", "a rank draws and learns whole answers", "leave it out"
+    ),
+    Rule("--data_type prompts", EXCLUDES, "--dataload !pack", "answers are packed", "leave it out"),
+    Rule("--data_type prompts", EXCLUDES, "--loss_mask !file", "answers alone count", "leave it out"),
+    Rule("--data_type prompts", EXCLUDES, "--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),
+    Rule("--data_type prompts", EXCLUDES, "--retain_data", "it is measured by answers that rows hold", "leave it out"),
+    Rule("--data_type prompts", EXCLUDES, STAGE_3, APART, "take stage 1 or 2"),
     Rule(
         "--mask_id, --mask_end_id",
         EXCLUDES,

@@ -19,7 +19,7 @@ from .simpo import SimPO
 
 # --objective -> its class; of several that learn from the same rows the first is their default
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
-    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, Distill, GRPO)}
+    {objective.name: objective for objective in (NextToken, DPO, IPO, SimPO, ORPO, KTO, GRPO, Distill)}
 )
 
 

@@ -1,7 +1,9 @@
 """Distillation: say what a teacher says, another model with the same tokens, at each token that counts.
 
 The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
-cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531).
+cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens are those of rows, or those of
+answers that the student draws to prompts: it then learns at the places to which its own words lead, as in GKD (Agarwal
+et al. 2024, arXiv 2306.13649).
 """
 
 from dataclasses import dataclass
@@ -9,15 +11,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..cli import above_zero, share, that
-from ..config.objective import TEACHER, Figure, Objective, Passes, number_of_tokens
+from ..config.objective import TEACHER, Figure, Passes, number_of_tokens
 from ..config.setting import setting
-from ..rules import NEEDS, Rule
+from ..rules import EXCLUDES, NEEDS, Rule
+from .draws import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.objective import Batch, Figures
 
+OF_DRAWING = "--temperature, --top_p, --draw_stop, --draw_batch, --learn_batch"
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 WORDS = MappingProxyType(
     {FORWARD: "KL(teacher | student)", REVERSE: "KL(student | teacher)", JSD: "Jensen-Shannon divergence"}
@@ -25,13 +29,14 @@ WORDS = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Distill(Objective):
+class Distill(Draws):
     """kl is the divergence from the teacher, nll the cross-entropy of the next token, both means over the tokens that
-    count. A batch may have other tokens for the teacher (training/step/steps.py), in which as many count."""
+    count; of drawn answers it tells how sure the student is of its own words. A batch may have other tokens for the
+    teacher (training/step/steps.py), in which as many count."""
 
     name = "distill"
     text = "nearness to a teacher's probabilities of each token that counts"
-    rows = ("binidx", "sft")
+    rows = ("binidx", "prompts", "sft")
     needs = (TEACHER,)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
@@ -41,6 +46,8 @@ class Distill(Objective):
     rules = (
         Rule("--objective distill", NEEDS, "--teacher_model", "it learns from one", "name a .pth of the same tokens"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
+        Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
+        Rule(OF_DRAWING, EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
     )
     figures = (Figure("kl", "divergence from the teacher"), Figure("nll"))
     teacher: str = setting(
@@ -86,13 +93,16 @@ class Distill(Objective):
         from .divergence import Divergence, linear_divergence
 
         counted = batch.get("teacher_counted", batch["counted"])
+        divisor: float | Tensor = count
+        if "lengths" in batch:  # the items of drawn answers are prompts, because their tokens are not known before
+            divisor = count * batch["mean_length"] * len(batch["lengths"]) / batch["prompts"]
         # before the student's pass, so that the activations of both are never alive together
         teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
         settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
 
         def head(x: "Tensor", weight: "Tensor") -> "Tensor":
             of, weights = (batch["targets"], batch["counted"]), batch.get("weights")
-            return linear_divergence((x, weight), teacher, *of, count, settings, weights)
+            return linear_divergence((x, weight), teacher, *of, divisor, settings, weights)
 
         loss, kl, nll = passes.model(head)
         return loss, {"kl": kl.detach(), "nll": nll.detach()}

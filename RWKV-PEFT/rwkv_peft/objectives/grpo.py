@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli import above_zero, finite, not_negative, positive, share, stop_text
+from ..cli import finite, not_negative, positive
 from ..config import TrainConfig
-from ..config.objective import ANSWERS, OF_BASE, Figure, Objective, Passes
-from ..config.rules import STAGE_3
+from ..config.objective import OF_BASE, REWARDS, Figure, Passes
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
+from .draws import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,30 +60,25 @@ FORMS = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class GRPO(Objective):
+class GRPO(Draws):
     """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
     whose ratio is clipped; gap the mean difference between the log-probability by which a token was drawn and that by
-    which the step began to learn from it, which are computed in another order."""
+    which the step began to learn from it, which are computed in another order; gap_max the largest of a step."""
 
     name = "grpo"
     text = "answers that the model draws itself, judged by --reward"
     rows = ("prompts",)
     unit = "prompt"
-    needs = (ANSWERS,)
+    needs = (REWARDS,)
     figures = (REWARD, LENGTH)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
         ("--train_type infctx", "an answer is drawn and learned as a whole", "leave it out"),
-        ("--context_parallel", "an answer is drawn and learned as a whole", "leave it out"),
-        ("--dataload !pack", "answers are packed", "leave it out"),
-        ("--loss_mask !file", "answers alone count", "leave it out"),
-        ("--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),
-        ("--retain_data", "it is measured by answers that rows hold", "leave it out"),
-        (STAGE_3, "ranks draw different numbers of tokens, and none holds a whole layer", "take stage 1 or 2"),
     )
     rules = (
         Rule("--objective grpo", NEEDS, "--reward", "that judges the answers", "name a task, or FILE.py:FUNCTION"),
+        Rule("--objective grpo", EXCLUDES, "--num_generations 1", "an answer is compared with others to its prompt"),
         *(Rule("--kl_beta", EXCLUDES, *exclusion) for exclusion in OF_BASE),
     )
     form: str = setting(
@@ -109,22 +104,6 @@ class GRPO(Objective):
         nargs="+",
         metavar="N",
     )
-    temperature: float = setting(
-        1.0, "temperature of drawing, and of the probabilities that are learned", flag="temperature", type=above_zero
-    )
-    top_p: float = setting(
-        1.0, "draw from the most probable tokens that reach this probability together", flag="top_p", type=share
-    )
-    stop: tuple[str, ...] = setting(
-        (),
-        r"also end answers at these texts; \n and \t are newline and tab (always: at the end of the document, and at "
-        "the next turn of a known layout)",
-        flag="draw_stop",
-        type=stop_text,
-        nargs="+",
-        metavar="TEXT",
-    )
-    batch: int = setting(64, "answers of a device that are drawn at a time", flag="draw_batch", type=positive)
     iterations: int = setting(
         1,
         "optimizer steps on one set of answers; from the second on, ratios are clipped",
@@ -166,8 +145,11 @@ class GRPO(Objective):
     def together(self) -> int:
         return self.iterations
 
+    def share(self, cut: bool) -> float:
+        return float(not (self.mask_truncated and cut))
+
     def advantages(self, rewards: "Tensor") -> "Tensor":
-        """rewards (prompts, answers), NaN for an answer without one -> advantages of the same shape, 0 for it."""
+        """0 for an answer without a reward."""
         known = rewards.isfinite()
         number = known.sum(1, keepdim=True)
         gains = (rewards - rewards.nansum(1, keepdim=True) / number.clamp_min(1)).nan_to_num(0.0)
@@ -182,7 +164,7 @@ class GRPO(Objective):
         from .drawn import log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
-        now = log_probabilities(passes.model, batch, self.temperature)  # (n,)
+        now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -195,7 +177,7 @@ class GRPO(Objective):
         low, high = self.bounds
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
-        weight = batch["weights"] / len(lengths)  # of each answer, in the mean over prompts
+        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
@@ -204,14 +186,14 @@ class GRPO(Objective):
             "clipped": clipped.to(now.dtype) if form.whole else means(clipped.to(now.dtype), lengths),
             "gap": means(gap, lengths),
         }
+        most = {"gap_max": gap.detach().max()}
         if self.asks_base:
-            difference = log_probabilities(passes.base, batch, self.temperature) - now
+            difference = log_probabilities(passes.base, batch, self.draw_temperature) - now
             figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count
-        return (losses * weight).sum() * prompts, {
-            name: figure.detach().mean() * prompts for name, figure in figures.items()
-        }
+        averages = {name: figure.detach().mean() * prompts for name, figure in figures.items()}
+        return (losses * weight).sum() * prompts, averages | most
 
     def items(self, batch: "Batch") -> "Tensor":
         return batch["prompts"]
@@ -222,6 +204,8 @@ class GRPO(Objective):
         return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}"
 
     def problems(self, train: TrainConfig) -> Iterator[str]:
+        if repeated := [word for word in self.reward if self.reward.count(word) > 1]:
+            yield f"--reward {repeated[0]} is given twice; give it a weight instead"
         if self.weights and len(self.weights) != len(self.reward):
             given = " ".join(f"{weight:g}" for weight in self.weights)
             yield f"--reward_weights {given}: there are {len(self.reward)} rewards; give a weight for each"

@@ -26,7 +26,7 @@ from .parts import ALWAYS, CPU, GPU, Estimate, Part, peak
 
 NAMES = ((GPU, "GPU"), (CPU, "main memory"))
 COLUMN = 38  # width of a line's first column: the longest flag and its value
-MOMENTS = "at the loss", "in the backward pass", "in the update"
+MOMENTS = "while drawing", "at the loss", "in the backward pass", "in the update"
 
 
 def main(argv: list[str]) -> int:

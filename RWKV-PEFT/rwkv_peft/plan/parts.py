@@ -15,17 +15,20 @@ from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
+from ..generate.decode import PREFILL
 from ..models import family_named
+from ..models.state import State
 from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
+from ..objectives.draws import Draws
 from ..training.saving.room import OPTIMIZER
 from ..training.step.gathering import exchanges_gradients, sums_apart
-from .rehearsal import Counts, Step, count, logit_bytes, rehearse
+from .rehearsal import Counts, Step, count, drawing_bytes, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
-LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step; one of them is the peak
-ALWAYS = (LOSS, BACKWARD, UPDATE)
+DRAW, LOSS, BACKWARD, UPDATE = "draw", "loss", "backward", "update"  # the moments of a step; one of them is the peak
+ALWAYS = (DRAW, LOSS, BACKWARD, UPDATE)
 PAGE = 4096  # bytes of a page of a mapped file
 SUM = 4  # bytes of a float32 sum of gradients
 # Bytes of a process without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
@@ -87,10 +90,19 @@ class Estimate:
         return self.config.train.ranks
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a sample of two
-        documents is two rows. On a CPU all parts count at every moment, because few fit into the gaps that freed ones
-        leave in its heap."""
-        rows *= self.config.data.documents
+        """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a sample of two documents is
+        two rows, and each answer to a prompt is one, with its share of the prompt. On a CPU all parts count at every
+        moment, because few fit into the gaps that freed ones leave in its heap."""
+        data, prompts = self.config.data, rows
+        rows *= data.documents
+        drawn: list[Part] = []
+        if data.of_prompts:
+            prompt = max(1, tokens - data.max_completion_length)
+            drawn = self.drawn(prompts, prompt)
+            rows, whole = self.learned(prompts), rows
+            tokens = data.max_completion_length + -(-prompt // min(rows, data.num_generations))
+            sums = SUM * self.counts.trains if rows < whole else 0
+            drawn.append(Part("gradients, summed over parts", self.accelerator, sums))
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))
@@ -102,7 +114,8 @@ class Estimate:
             size = self.counts.trains * self.dtype.itemsize
             process.append(Part("gradients, before they are exchanged", self.accelerator, size, (BACKWARD,)))
         tokens = -(-tokens // train.context_parallel)
-        found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *self.taught(rows, tokens)]
+        found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *drawn]
+        found += self.taught(rows, tokens)
         if self.accelerator == CPU:
             found = [part._replace(when=ALWAYS) for part in found]
         return [part for part in found if part.size]
@@ -174,6 +187,29 @@ class Estimate:
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
+        ]
+
+    def learned(self, prompts: int) -> int:
+        """The number of answers that are learned at a time, of so many prompts of a micro batch."""
+        objective, answers = self.config.objective, prompts * self.config.data.num_generations
+        assert isinstance(objective, Draws)  # because others do not take prompts
+        return min(objective.learned or answers, answers)
+
+    def drawn(self, prompts: int, tokens: int) -> list[Part]:
+        """The parts of drawing answers to so many prompts of a micro batch, and of learning them, each from a copy of
+        its prompt's state, which has a gradient. A step of drawing has the states before and after it."""
+        config, here, objective = self.config, self.accelerator, self.config.objective
+        assert isinstance(objective, Draws)  # because others do not take prompts
+        model, answers = config.model, self.learned(prompts)
+        batch = min(objective.batch, prompts * config.data.num_generations * config.train.accumulate_grad_batches)
+        state = sum(tensor.nbytes for layer in State.zeros(model, 1, "meta", self.dtype) for tensor in layer)
+        read = self.step.kept.at(1, min(PREFILL, prompts * tokens)) // model.n_layer
+        logits = drawing_bytes(model.vocab_size, objective.top_p) + model.vocab_size * self.dtype.itemsize
+        return [
+            Part("states of the answers that are drawn", here, 2 * batch * state, (DRAW,)),
+            Part("work of a block that reads prompts", here, read, (DRAW,)),
+            Part("logits of drawing", here, round(batch * logits), (DRAW,)),
+            Part("states, handed from prompts to answers", here, 2 * answers * state, (LOSS, BACKWARD)),
         ]
 
     def taught(self, rows: int, tokens: int) -> list[Part]:

@@ -25,6 +25,8 @@ from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
 from ..fused import Setting, fuse
+from ..generate.sampling import sample
+from ..generate.settings import Sampling
 from ..memory import main_memory
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -39,6 +41,7 @@ DEPTH = 3  # blocks of the rehearsed model: all that follow are like its last on
 # a step is linear only if activations outweigh what wide layers need, as in long rows. A CPU has to compute the rows.
 TOKENS = MappingProxyType({"cpu": 128, "meta": 512})
 LOGITS = 64  # rows of logits that are made to find the bytes of one
+DRAWN = 2  # the same of drawing, which computes with them
 VOCABULARY = 64  # of the rehearsed model; only logit_bytes takes the true one
 
 
@@ -241,6 +244,15 @@ def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str, taught: bool =
         else:
             cross_entropy_(F.linear(hidden, weight), targets, 1.0, L2WRAP)
     return tracker.peak / LOGITS
+
+
+@functools.cache
+def drawing_bytes(vocabulary: int, top_p: float) -> float:
+    """Bytes that drawing a token of one answer needs at once, which is float32 logits and what is made of them."""
+    tracker = Tracker()
+    with tracker:
+        sample(torch.zeros(DRAWN, vocabulary), [0.5] * DRAWN, Sampling(top_p=top_p))
+    return tracker.peak / DRAWN
 
 
 class Counts(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .reward import Answer, beginning
-from .specs import KINDS
 from .workers import Failure, Place, Worker, replies
 
 SECONDS = 60.0  # that a call of a reward may take
@@ -43,7 +42,6 @@ class Rewards:
         processes, which share the answers of a call. A reward may take `timeout` seconds for the answers that it is
         given at once: a process's share if it is a function, else one. Raises UserError for what is wrong with a word,
         and with what it names."""
-        check_weights(specs, weights)
         with ExitStack() as held:
             begun = []
             for _ in range(workers):
@@ -79,23 +77,11 @@ class Rewards:
 
     def total(self, values: Sequence[float | None]) -> float | None:
         """The weighted sum of what the rewards say of an answer."""
-        said = [weight * value for weight, value in zip(self.weights, values) if value is not None]
+        said = [weight * value for weight, value in zip(self.weights, values, strict=True) if value is not None]
         return sum(said) if said else None
 
     def refusal(self, failure: Failure, place: str = "") -> UserError:
         return UserError(f"--reward {self.specs[failure.place.reward]}: {place}{failure.words}")
-
-
-def check_weights(specs: Sequence[str], weights: Sequence[float]) -> None:
-    """Raise UserError for words of --reward, or weights, that cannot be meant."""
-    if not specs:
-        raise UserError(f"--reward names nothing that judges answers; rewards are {KINDS}")
-    if repeated := [spec for spec in specs if specs.count(spec) > 1]:
-        raise UserError(f"--reward {repeated[0]} is given twice; give it a weight instead")
-    if weights and len(weights) != len(specs):
-        raise UserError(f"{len(weights)} weights for {len(specs)} rewards; give one for each, in their order")
-    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-        raise UserError(f"a reward's weight is {wrong[0]}; give a finite number")
 
 
 def told_place(answers: Sequence[Answer], place: Place) -> str:

@@ -219,7 +219,7 @@ def prepare(
         bsz = config.data.micro_bsz
         validator = Validator(inputs.measured, bsz, train, plan, saver, watch, inputs.lowest, anew)
     examiners: list[Any] = [Examiner(exam, folder / name, train, plan, watch) for name, exam in asked.exams.items()]
-    if rewards is not None:
+    if config.data.of_prompts:
         examiners.append(AnswersLog(folder / ANSWERS, plan))
     return Prepared(
         config=config,

@@ -15,7 +15,7 @@ from ...generate.decode import generate
 from ...generate.flags import unescaped
 from ...generate.settings import Sampling
 from ...models.parts import LanguageModel
-from ...objectives.grpo import GRPO
+from ...objectives.draws import Draws
 from ..step.compiling import uncompiled
 
 SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a run share a draw
@@ -33,9 +33,9 @@ class Manner(NamedTuple):
     compiles: bool
 
     @classmethod
-    def of(cls, config: RunConfig, drawn: GRPO, tokenizer: Tokenizer) -> "Manner":
+    def of(cls, config: RunConfig, drawn: Draws, tokenizer: Tokenizer) -> "Manner":
         seed = config.train.random_seed * SEEDS
-        sampling = Sampling(temperature=drawn.temperature, top_p=drawn.top_p, seed=seed, measured=True)
+        sampling = Sampling(temperature=drawn.draw_temperature, top_p=drawn.top_p, seed=seed, measured=True)
         stop = tuple(map(unescaped, drawn.stop))
         return cls(sampling, config.data.max_completion_length, stop, drawn.batch, tokenizer, config.train.compile)
 

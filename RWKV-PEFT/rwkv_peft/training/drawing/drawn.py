@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,41 +14,53 @@ from ...data.prompt_samples import PromptSamples
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...models.parts import LanguageModel
-from ...objectives.grpo import GRPO
+from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
-from ..step.steps import Batch, Whole
+from ..step.steps import Batch, Whole, add, delivered
 from .answers import Drawn, Manner, draw, packed
+
+LARGEST = ("gap_max",)  # figures that are no means
+
+
+class Place(NamedTuple):
+    """Where a rank's prompts lie: micro_bsz in a micro batch, the first ones of two micro batches `apart`, accumulate
+    micro batches in a step."""
+
+    micro_bsz: int
+    apart: int
+    accumulate: int
 
 
 class Drawing(Whole):
-    """Before its first micro batch a step draws the answers to all of its prompts and has them judged; then it learns
-    from them as any Step does.
+    """Before its first micro batch a step draws the answers to all of its prompts, and has them judged if its objective
+    needs rewards; then it learns from them as any Step does.
 
-    times: answers to a prompt; apart: how far apart the prompts of two micro batches of a rank lie; accumulate: micro
-    batches of a step; moved: hears of each answer. records and seconds, which log.py reads, are the newest step's
-    answers with their rewards, [] if it learned from those of the step before, and the seconds that its parts took.
+    A batch of it is a list of parts, each as Draws describes it, whose gradients are added up.
+
+    times: answers to a prompt; moved: hears of each answer. records, seconds and most, which log.py reads, are the
+    newest step's answers with their rewards, [] if it learned from those of the step before; the seconds that its parts
+    took; and those of the objective's figures that are no means but the largest of a step, by name.
     """
 
-    objective: GRPO
+    objective: Draws
 
     def __init__(
         self,
-        objective: GRPO,
+        objective: Draws,
         manner: Manner,
-        rewards: Rewards,
+        rewards: Rewards | None,
+        teacher: nn.Module | None,
         times: int,
-        micro_bsz: int,
-        apart: int,
-        accumulate: int,
+        place: Place,
         moved: Callable[[str], object],
     ) -> None:
-        super().__init__(objective)
-        self.manner, self.rewards, self.times, self.moved = manner, rewards, times, moved
-        self.micro_bsz, self.apart, self.accumulate = micro_bsz, apart, accumulate
+        super().__init__(objective, teacher=teacher)
+        self.manner, self.rewards, self.times, self.place, self.moved = manner, rewards, times, place, moved
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
         self.records: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.most: dict[str, torch.Tensor] = {}
 
     def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         first = batch["samples"].original(batch["first"])
@@ -56,61 +68,109 @@ class Drawing(Whole):
             self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
         return self.ready[first]
 
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], count: float) -> torch.Tensor:
+        parts = batch["parts"]
+        if len(parts) == 1:
+            return self.part_loss(model, parts[0], count)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums: list[torch.Tensor] = []
+        losses, measures = [], []
+        for part in parts:
+            loss = self.part_loss(model, part, count)
+            add(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+            losses.append(loss.detach())
+            measures.append(self.measures)
+        self.measures = {name: torch.stack([each[name] for each in measures]).sum() for name in self.measures}
+        return delivered(torch.stack(losses).sum(), sums, parameters)
+
+    def part_loss(self, model: nn.Module, part: Batch, count: float) -> torch.Tensor:
+        loss = super().loss(model, part, count)
+        self.measures, found = dict(self.measures), self.most
+        self.most = {name: self.measures.pop(name) for name in LARGEST if name in self.measures}
+        self.most = {name: value.maximum(found.get(name, value)) for name, value in self.most.items()}
+        return loss
+
     def prepared(
         self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
     ) -> dict[int, dict[str, Any]]:
         """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts, all
         with the numbers of original samples."""
-        firsts = [first + number * self.apart for number in range(self.accumulate)]
-        numbers = [begin + row for begin in firsts for row in range(self.micro_bsz)]
-        groups, judged = self.answered(model, samples, numbers, self.times)
-        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
-        advantages = self.objective.advantages(rewards.view(-1, self.times)).flatten()
-        answers = [answer for group in groups for answer in group]
-        weights = [float(not (self.objective.mask_truncated and answer.cut)) for answer in answers]
-        size = sum(len(answer.tokens) * weight for answer, weight in zip(answers, weights))
-        mean = over_ranks(size / len(answers), device)
-        same = {"prompts": float(self.micro_bsz), "limit": float(self.manner.longest), "mean_length": max(mean, 1.0)}
+        size, apart, accumulate = self.place
+        firsts = [first + number * apart for number in range(accumulate)]
+        numbers = [begin + row for begin in firsts for row in range(size)]
+        answers, judged = self.answered(model, samples, numbers, self.times)
+        advantages = self.advantages(judged)
+        mean = over_ranks(self.counted(answers) / len(answers), device)
         self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
-        rows = self.micro_bsz * self.times
-        batches = {}
-        for place, begin in enumerate(firsts):
-            part = slice(place * rows, (place + 1) * rows)
-            batch = packed(answers[part])
-            batch["advantages"], batch["weights"] = advantages[part].float(), torch.tensor(weights[part])
-            batch |= {name: torch.tensor(number) for name, number in same.items()}
-            batches[begin] = on_device(batch | forked(batch, self.times), device)
-        return batches
+        rows, times = size * self.times, self.times
+        cuts = pieces(rows, times, self.objective.learned or rows)
+
+        def part(place: int, cut: slice) -> dict[str, Any]:
+            here = slice(place * rows + cut.start, place * rows + cut.stop)
+            return self.laid(answers[here], times, advantages[here], mean, device)
+
+        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in enumerate(firsts)}
+
+    def laid(
+        self, answers: Sequence[Drawn], times: int, advantages: torch.Tensor, mean: float, device: torch.device
+    ) -> dict[str, Any]:
+        """The batch of answers, `times` to a prompt, as Draws describes it; advantages are none without rewards."""
+        batch = packed(answers)
+        batch |= {"shares": torch.tensor([self.objective.share(answer.cut) for answer in answers])}
+        batch |= {"advantages": advantages.float()} if len(advantages) else {}
+        numbers = {"prompts": len(answers) / times, "limit": self.manner.longest, "mean_length": max(mean, 1.0)}
+        batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
+        return on_device(batch | forked(batch, min(times, len(answers))), device)
+
+    def counted(self, answers: Sequence[Drawn]) -> float:
+        """The number of tokens of answers that count in the loss."""
+        return sum(len(answer.tokens) * self.objective.share(answer.cut) for answer in answers)
+
+    def advantages(self, judged: Judged) -> torch.Tensor:
+        """The advantages of the answers that were judged (answers,); of none (0,)."""
+        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
+        return self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
 
     def answered(
         self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
-    ) -> tuple[list[list[Drawn]], Judged]:
-        """Draw `times` answers to samples, and have them judged."""
+    ) -> tuple[list[Drawn], Judged]:
+        """Draw `times` answers to samples, and have them judged, if they are to be."""
         assert isinstance(model, LanguageModel)
         began = time.perf_counter()
         groups = draw(model, self.manner, samples, numbers, times, self.moved)
+        answers = [answer for group in groups for answer in group]
         between = time.perf_counter()
-        prompts = [self.manner.tokenizer.decode(group[0].prompt) for group in groups for _ in group]
-        rows = [row for number in numbers for row in [samples.row(number)] * times]
-        judged = self.rewards.judge(prompts, [answer.text for group in groups for answer in group], rows)
+        judged = Judged([], {})
+        if self.rewards is not None:
+            prompts = [self.manner.tokenizer.decode(answer.prompt) for answer in answers]
+            rows = [row for number in numbers for row in [samples.row(number)] * times]
+            judged = self.rewards.judge(prompts, [answer.text for answer in answers], rows)
         self.moved("the judged answers")
         self.seconds = {"draw_s": between - began, "judge_s": time.perf_counter() - between}
-        return groups, judged
+        return answers, judged
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The sum of the rewards, below 0, of one answer to each prompt of a batch for validation."""
-        samples, first = batch["samples"], batch["first"]
-        numbers = range(first, min(first + self.micro_bsz, len(samples)))
-        seconds = self.seconds
-        _, judged = self.answered(model, samples, numbers, 1) if numbers else ([], Judged([], {}))
-        self.seconds = seconds
-        reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=batch["tokens"].device)
-        self.measures = {"reward": reward}
-        return -reward
+        """The sum over the prompts of a batch for validation, of one answer to each: of the rewards, below 0; without
+        them the mean loss of the answers' tokens, times the number of prompts."""
+        samples, first, device = batch["samples"], batch["first"], batch["tokens"].device
+        numbers = range(first, min(first + self.place.micro_bsz, len(samples)))
+        seconds, most = self.seconds, self.most
+        answers, judged = self.answered(model, samples, numbers, 1) if numbers else ([], Judged([], {}))
+        if self.rewards is None and answers:
+            mean = self.counted(answers) / len(answers)
+            loss = self.part_loss(model, self.laid(answers, 1, torch.zeros(0), mean, device), 1)
+        elif self.rewards is None:
+            loss = torch.zeros((), device=device)
+            self.measures = {figure.name: loss for figure in self.objective.figures}
+        else:
+            reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=device)
+            self.measures, loss = {"reward": reward}, -reward
+        self.seconds, self.most = seconds, most
+        return loss
 
     def items(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        rows = min(self.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
+        rows = min(self.place.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
         return torch.tensor(float(rows), device=batch["tokens"].device)
 
     def told(
@@ -121,7 +181,7 @@ class Drawing(Whole):
         judged: Judged,
         advantages: Sequence[float],
     ) -> list[dict[str, Any]]:
-        """What is written down of answers: of which sample and row each is, and how it was judged."""
+        """What is written down of answers: of which sample and row each is, and how it was judged, if it was."""
         owners = [number for number in numbers for _ in range(self.times)]
         return [
             {
@@ -132,12 +192,27 @@ class Drawing(Whole):
                 "end": answer.end,
                 "length": len(answer.tokens),
                 "entropy": math.fsum(answer.entropies) / len(answer.entropies),
-                "reward": judged.total[place],
-                "rewards": {name: values[place] for name, values in judged.each.items()},
-                "advantage": advantages[place],
             }
+            | (
+                {
+                    "reward": judged.total[place],
+                    "rewards": {name: values[place] for name, values in judged.each.items()},
+                    "advantage": advantages[place],
+                }
+                if judged.total
+                else {}
+            )
             for place, (owner, answer) in enumerate(zip(owners, answers))
         ]
+
+
+def pieces(rows: int, times: int, most: int) -> list[slice]:
+    """Cut `rows` answers, `times` to a prompt, into pieces of at most `most`: of whole groups, or each within one."""
+    size = most // times * times
+    if size:
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    starts = [(group, first) for group in range(0, rows, times) for first in range(group, group + times, most)]
+    return [slice(first, min(first + most, group + times)) for group, first in starts]
 
 
 def over_ranks(number: float, device: torch.device) -> float:
@@ -150,19 +225,17 @@ def over_ranks(number: float, device: torch.device) -> float:
 
 
 def drawing_of(
-    config: RunConfig, samples: Samples, rewards: Rewards, ranks: int, moved: Callable[[str], object]
+    config: RunConfig,
+    samples: Samples,
+    rewards: Rewards | None,
+    teacher: nn.Module | None,
+    ranks: int,
+    moved: Callable[[str], object],
 ) -> Drawing:
     """Make the Drawing of a run on so many ranks."""
     objective, data = config.objective, config.data
-    assert isinstance(objective, GRPO)
+    assert isinstance(objective, Draws)  # because others do not take prompts
     tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
-    return Drawing(
-        objective,
-        Manner.of(config, objective, tokenizer),
-        rewards,
-        data.num_generations,
-        data.micro_bsz,
-        data.micro_bsz * ranks,
-        config.train.accumulate_grad_batches,
-        moved,
-    )
+    manner = Manner.of(config, objective, tokenizer)
+    place = Place(data.micro_bsz, data.micro_bsz * ranks, config.train.accumulate_grad_batches)
+    return Drawing(objective, manner, rewards, teacher, data.num_generations, place, moved)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...config import RunConfig
+from ...config.objective import REWARDS
 from ...data.prompt_samples import PromptSamples
 from ...data.samples import Samples
-from ...objectives.grpo import GRPO
 from ...rewards import Rewards
 
 
@@ -16,7 +16,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | No
     """Within, have the Rewards of a run, None if its objective needs none. Raises UserError for rewards that cannot be
     opened, and for a row of its data that lacks what they read."""
     objective = config.objective
-    if not isinstance(objective, GRPO):
+    if REWARDS not in objective.needs:
         yield None
         return
     with Rewards.open(objective.reward, objective.weights) as rewards:

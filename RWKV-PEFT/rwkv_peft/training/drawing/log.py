@@ -26,34 +26,37 @@ class AnswersLog:
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """Return (numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
         step: Drawing = lit.compute
-        parts: list[Any] = [step.records]
+        found: list[Any] = [(step.records, {name: value.item() for name, value in step.most.items()})]
         if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            dist.all_gather_object(parts, step.records)
-        step.records = []
+            own, found = found[0], [None] * trainer.world_size
+            dist.all_gather_object(found, own)
+        step.records, step.most = [], {}
         if not trainer.is_global_zero:
             return {}, []
+        parts, largest = zip(*found)
+        most = {name: max(each[name] for each in largest) for name in largest[0]}
         if not parts[0]:  # learned once more from the same answers
-            return self.numbers, []
+            return self.numbers | most, []
         records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records)
         numbers = summary(records)
         self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
-        return numbers | step.seconds, list(self.remarks(records, numbers))
+        return numbers | most | step.seconds, list(self.remarks(records, numbers))
 
     def remarks(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterator[str]:
         """Yield what a reader of the log should know, each kind of it once."""
-        self.flat = self.flat + 1 if numbers["flat"] == 1 else 0
+        self.flat = self.flat + 1 if numbers.get("flat") == 1 else 0
         empty = next((record["row"] for record in records if not record["completion"].strip()), None)
         for kind, holds, words in (
             (
                 "flat",
                 self.flat == LONG,
-                f"for {LONG} steps the answers to a prompt all earned the same ({numbers['reward']:g} on average), so "
-                "that nothing is learned. If none is right, the task is too hard: teach a few answers first, by "
-                "--data_type sft, or raise --num_generations. If all are right, stop here, or give harder prompts",
+                f"for {LONG} steps the answers to a prompt all earned the same ({numbers.get('reward', 0):g} on "
+                "average), so that nothing is learned. If none is right, the task is too hard: teach a few answers "
+                "first, by --data_type sft, or raise --num_generations. If all are right, stop here, or give harder "
+                "prompts",
             ),
             (
                 "cut",
@@ -77,8 +80,19 @@ def rewards_of(records: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of a step's answers: means of reward, of each reward by itself, of tokens and of entropy; the mean
-    spread of a group's rewards, and the share of groups without any; the share of answers that were cut."""
+    """The numbers of a step's answers: those of their rewards, if they were judged; means of tokens and of entropy; the
+    share of answers that were cut."""
+    found = rewarded(records) if "reward" in records[0] else {}
+    tokens = sum(record["length"] for record in records)
+    found["length"] = tokens / len(records)
+    found["cut"] = mean([float(record["end"] == "length") for record in records])
+    found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
+    return found
+
+
+def rewarded(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of reward and of each reward by itself; the mean spread of a group's rewards, and the share of groups
+    without any."""
     groups: dict[int, list[float]] = {}
     for record in records:
         groups.setdefault(record["sample"], []).extend(rewards_of([record]))
@@ -88,10 +102,6 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     for name in records[0]["rewards"]:
         values = [record["rewards"][name] for record in records]
         found[f"reward/{name}"] = mean([value for value in values if value is not None])
-    tokens = sum(record["length"] for record in records)
-    found["length"] = tokens / len(records)
-    found["cut"] = mean([float(record["end"] == "length") for record in records])
-    found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
     return found
 
 

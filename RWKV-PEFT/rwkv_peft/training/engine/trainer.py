@@ -6,7 +6,7 @@ A step does, in this order, for each of its micro batches:
     Record.on_train_batch_start             look at the clock
     Save.on_train_batch_start               ask for a save if --save_minutes have passed
     Lit.on_train_batch_start                set the learning rate, and seed the random draws
-    Lit.training_step                       draw answers if the objective learns from them; compute the loss, and start
+    Lit.training_step                       draw answers if the data is prompts; compute the loss, and start
                                             its sum over all ranks
     DeepSpeedEngine.backward                compute gradients, and add them up
     Lit.on_after_backward                   read that sum, and stop the run if it is not finite
@@ -31,7 +31,6 @@ from ...data.samples import Samples
 from ...errors import UserError
 from ...models.state import TIME_STATE
 from ...names import STATE
-from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
 from ..ranks.base_guard import BaseGuard
@@ -50,9 +49,9 @@ from .strategy import make_strategy
 
 def step_of(run: Prepared) -> Step:
     """Choose the Step of a run."""
-    if isinstance(run.config.objective, GRPO):
-        assert run.rewards is not None  # because its objective needs answers
-        return drawing_of(run.config, run.samples, run.rewards, run.ranks.world.size, run.watch.moved)
+    if run.config.data.of_prompts:
+        teacher = None if run.teacher is None else run.teacher.model
+        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, run.watch.moved)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
     return given_step(run.config, run.samples, run.accelerator, run.teacher)

@@ -4,7 +4,7 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
@@ -12,6 +12,7 @@ from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
 from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
 from ...names import TRAIN_TYPES, generation
+from ...objectives import FLAGS as OBJECTIVE_FLAGS
 from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
 from ...tables import GENERATIONS
@@ -105,8 +106,8 @@ def build_parser() -> Parser:
         default=None,
         help=f"what a step minimizes. {texts} (default: the first that learns from the --data_type)",
     )
-    for objective in OBJECTIVES.values():
-        add_settings(minimized, objective)
+    for field in OBJECTIVE_FLAGS.values():
+        add_setting(minimized, field)
     for name in ("validation", "run", "optimizer", "machine"):
         group = parser.add_argument_group(name)
         add_settings(group, TrainConfig, name)
@@ -147,19 +148,23 @@ def version(text: str) -> str:
 
 
 def add_settings(
-    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig | Objective], group: str = ""
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
 ) -> None:
     """Add the flags of one group of a settings dataclass to a parser."""
     for field in fields(config):
-        flag = flag_of(field)
-        if flag is None or field.metadata["group"] != group:
-            continue
-        options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
-        if "required" not in options:
-            many = options.get("nargs") in ("*", "+")
-            default: Any = field.default
-            options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+        if flag_of(field) is not None and field.metadata["group"] == group:
+            add_setting(parser, field)
+
+
+def add_setting(parser: argparse._ArgumentGroup, field: Field[Any]) -> None:
+    """Add the flag of a field of settings to a parser."""
+    flag = flag_of(field)
+    options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
+    if "required" not in options:
+        many = options.get("nargs") in ("*", "+")
+        default: Any = field.default
+        options["default"] = None if field.metadata["unset"] else list(default) if many else default
+    parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:

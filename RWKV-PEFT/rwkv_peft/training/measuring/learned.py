@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import RunConfig
-from ...config.objective import ANSWERS
+from ...config.objective import REWARDS
 from ..flags.rates import known_rate
 from ..step.plan import Plan
 
@@ -78,7 +78,7 @@ def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], chan
         return ""
     found = []
     if fall is not None:
-        if ANSWERS in config.objective.needs:
+        if REWARDS in config.objective.needs:
             found.append(f"the reward did not rise by more than its noise ({-fall.first:.4f} to {-fall.last:.4f})")
         else:
             found.append(f"the loss did not fall by more than its noise ({fall.first:.4f} to {fall.last:.4f})")

@@ -35,9 +35,10 @@ def saved_tokens(config: RunConfig, samples: Samples, accelerator: str) -> int:
     return mean if train.share_prompts or mean >= (GPU_WORTH if accelerator == "gpu" else WORTH) else 0
 
 
-def tokens_read(batch: Batch) -> int:
+def tokens_read(batch: Mapping[str, Any]) -> int:
     """The number of tokens that a pass over a batch reads, padding included."""
-    return sum(batch[name].numel() for name in ("tokens", "shared") if name in batch)
+    parts: Sequence[Batch] = batch.get("parts", [batch])  # of drawn answers
+    return sum(part[name].numel() for part in parts for name in ("tokens", "shared") if name in part)
 
 
 def forked(batch: Batch, size: int) -> dict[str, torch.Tensor]:
