@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.batches import TrainBatches, collate, read_ahead
+from rwkv_peft.data.batches import TrainBatches, read_ahead
+from rwkv_peft.data.collate import collate
 
 
 class Numbered:

@@ -2,13 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .masks import UNDESIRABLE
-from .samples import Document, Sample, Samples
+from .collate import Sample
+from .samples import Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
 Item = TypeVar("Item")
@@ -70,7 +70,7 @@ class TrainBatches:
     def batch(self, cursor: int, micro_batch: int) -> TrainBatch:
         """Micro batch `micro_batch` of this rank in the optimizer step that begins at sample `cursor`."""
         first = cursor + (micro_batch * self.world_size + self.rank) * self.micro_bsz
-        batch = collate([self.samples[first + row] for row in range(self.micro_bsz)])
+        batch = self.samples.collate([self.samples[first + row] for row in range(self.micro_bsz)])
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         last = micro_batch == self.accumulate - 1
@@ -119,7 +119,7 @@ class EvalBatches:
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_bsz
             self.samples.dataset.require_unchanged()
-            batch = collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+            batch = self.samples.collate([self._row(n) for n in range(first, first + self.micro_bsz)])
             yield batch | {"samples": self.samples, "first": first}
 
     def _row(self, n: int) -> Sample:
@@ -129,47 +129,6 @@ class EvalBatches:
         if isinstance(filler, list):
             return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
         return filler[0], torch.zeros_like(filler[1])
-
-
-def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted.
-
-    Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
-    """
-    packed = [document for row in rows if isinstance(row, list) for document in row]
-    if packed:
-        return collate_packed(packed)
-    documents = [row for row in rows if isinstance(row, tuple)]
-    length = max(len(mask) for _, mask in documents)
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.zeros_like(tokens)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (sequence, counted) in enumerate(documents):
-        size = len(counted)
-        tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
-    return {"tokens": tokens, "targets": targets, "mask": mask, "counted": positions(mask)}
-
-
-def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,); and
-    labels (n,), if the masks are not bool, but tell them."""
-    masks = [mask for _, mask in documents]
-    mask = torch.cat(masks)[None] != 0
-    batch = {
-        "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
-        "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
-        "mask": mask,
-        "counted": positions(mask),
-        "cu_seqlens": torch.tensor([0, *map(len, masks)]).cumsum(0),
-    }
-    if masks[0].dtype != torch.bool:
-        batch["labels"] = torch.stack([(mask != UNDESIRABLE).all() for mask in masks])
-    return batch
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """The positions at which a mask (B, T) is true, in its B * T elements: int64 (n,)."""
-    return mask.flatten().nonzero()[:, 0]
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
