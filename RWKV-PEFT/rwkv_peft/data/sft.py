@@ -17,7 +17,7 @@ from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
-from .encoding import EncodeSettings
+from .encode_settings import EncodeSettings
 from .preprocess import write
 from .prompt_samples import ROWS
 from .report import laid_out, left_out

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
 from .binidx import BinidxDataset
+from .context_samples import ContextSamples
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask
 from .order import Permutation
@@ -23,7 +24,7 @@ from .sft import prepare_sft
 
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
-    {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples}
+    {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples, "contexts": ContextSamples}
 )
 
 

@@ -217,6 +217,11 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
+    if base is not None and base.has_states and data.of_contexts and not objective.teacher:
+        raise UserError(
+            f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
+            "without them; name it as --teacher_model too"
+        )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
     new_file, teacher = args.train_stage == 1, open_teacher(objective, model.vocab_size)
     return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config, teacher)
@@ -262,7 +267,7 @@ def data_config(args: Namespace) -> DataConfig:
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.documents > 1 else "get"),
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
         loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),

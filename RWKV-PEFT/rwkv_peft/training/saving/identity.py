@@ -36,7 +36,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     content, counted = hashlib.sha256(), hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         sample = samples.collate([samples[n]])
-        content.update(sample["tokens"].numpy().tobytes())
+        content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
         counted.update(sample["mask"].numpy().tobytes())
     hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
     hashes["files"] = digest_of_data(config, samples)
