@@ -99,6 +99,7 @@ PARTS = (
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
     ("compare", ("compare",), ("run",)),
+    ("study", ("study",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

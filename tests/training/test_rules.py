@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_peft.config.objective import LOADED
+from rwkv_peft.config.objective import LOADED, OWN_TEACHER
 from rwkv_peft.config.rules import ALONE, BESIDE, INIT, WHOLE
 from rwkv_peft.errors import UserError
 from rwkv_peft.objectives import OBJECTIVES
@@ -17,6 +17,7 @@ FACTS = {
     WHOLE: "--peft none",
     LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
     INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
+    OWN_TEACHER: "--data_type contexts",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}
