@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import MappingProxyType
@@ -77,15 +78,16 @@ def saved(path, zipped):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
-def resumed(pattern, folder):
-    """A run that goes on from a checkpoint, one of whose files holds a call."""
-    file = next(folder.glob(f"run/checkpoints/*/zero/{pattern}"))
-    checkpoint = file.parents[1]
-    content = torch.load(file, weights_only=False)
-    torch.save(content | {"b": Planted(folder / "ran")}, file)
+def resumed(folder):
+    """A run that goes on from a checkpoint as earlier versions wrote it, whose file holds a call."""
+    checkpoint = next(folder.glob("run/checkpoints/*/optimizer")).parent
+    shutil.rmtree(checkpoint / "optimizer")
+    file = checkpoint / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    file.parent.mkdir()
+    torch.save({"b": Planted(folder / "ran")}, file)
     state = json.loads((checkpoint / "state.json").read_text())
     del state["crc32"]
-    state["files"][str(file.relative_to(checkpoint))] = record_of(file)
+    state["files"] = {str(file.relative_to(checkpoint)): record_of(file)}
     write_state(checkpoint / "state.json", state)
     return RUN
 
@@ -97,10 +99,7 @@ def pickles():
         for reader, words in READERS.items()
         for form, write in forms.items()
     ]
-    return calls + [
-        Attack(f"train --resume, {pattern}", functools.partial(resumed, pattern), "mkdir", writes=BEGINS)
-        for pattern in ("*model_states.pt", "*optim_states.pt")
-    ]
+    return [*calls, Attack("train --resume", resumed, "mkdir", writes=BEGINS)]
 
 
 def called(name, place, path):

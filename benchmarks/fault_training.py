@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -45,6 +46,15 @@ SAVING = 0.05  # or up to so many seconds later
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 AGAIN = ("--resume", "auto")
 NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
+# for a method: (ranks, ZeRO stage) on which a run begins, and on which it goes on, time and again
+MOVES = (
+    ("bat-in", ((2, 3), (1, 1), (4, 2))),
+    ("none", ((1, 2), (2, 1), (1, 3))),
+    ("lora", ((4, 1), (2, 2), (1, 1))),
+    ("state", ((2, 2), (4, 3), (2, 1))),
+)
+TOGETHER = 4  # samples of a step of a run that moves
+NEAR = 1e-3  # how far, in parts, its losses may be from those of the run that stayed
 LIMIT = 900  # seconds that a run may take, on a machine that others use
 
 
@@ -170,6 +180,30 @@ class Training:
         if code == stopped:
             self.goes_on(name, unbroken, [self.start(name, *flags, *AGAIN)])
         return code == stopped
+
+    def move(self, move):
+        """Kill a run after some steps, at a random moment, and let it go on on other ranks and at another stage, for
+        all of a move -> True if it was still at work each time."""
+        method, machines = move
+        flags = (*METHODS[method], *LONG)
+        unbroken = self.whole(f"{method}, stays", *flags, "--accumulate_grad_batches", str(TOGETHER))
+        name, hit = f"{method}, moves", True
+        for number, (ranks, stage) in enumerate(machines, 1):
+            machine = ("--devices", str(ranks), "--strategy", f"deepspeed_stage_{stage}")
+            begins = ("--accumulate_grad_batches", str(TOGETHER // ranks)) if number == 1 else ()  # then it follows
+            process = self.start(name, *flags, *machine, *begins, *AGAIN)
+            if number < len(machines):
+                wait_for_steps(self.folder / name, 15 * number, process)
+                time.sleep(self.rng.uniform(0, SAVING))
+                os.kill(process, signal.SIGKILL)
+                hit = wait(process) == -signal.SIGKILL and hit
+        self.expect(wait(process) == 0, name, "a run that moved did not end well")
+        moved = self.outcome(name)
+        pairs = list(zip(moved.numbers, unbroken.numbers))
+        near = all(math.isclose(ours["loss"], theirs["loss"], rel_tol=NEAR) for ours, theirs in pairs)
+        same = [line["step"] for line in moved.numbers] == [line["step"] for line in unbroken.numbers]
+        self.expect(near and same and not moved.hidden, name, "a run that moved ended otherwise")
+        return hit
 
 
 def configurations():

@@ -12,10 +12,11 @@ change nothing.
 A run of train.py is killed before its file operations, so before, while and after it saves; killed or asked to stop
 after some steps, under every method, ZeRO stage and number of ranks; and loses a rank or a node. No checkpoint may be
 torn or lost, the other ranks must end within a minute with one message, and --resume auto must end with the bits of an
-unbroken run. If its disk fills or its folder may no longer be written, it must say so, keep the checkpoint that it had,
-and resume in the same way. A machine that sleeps must lose nothing, wherever its clock jumps. Offload is left out,
-because it is not bitwise by design: DeepSpeed's Adam for CPUs multiplies up the powers of its betas from step to step,
-and computes them anew, with other roundings, after a break.
+unbroken run; on other ranks and at another stage (--moves 4) with its losses. If its disk fills or its folder may no
+longer be written, it must say so, keep the checkpoint that it had, and resume in the same way. A machine that sleeps
+must lose nothing, wherever its clock jumps. Offload is left out, because it is not bitwise by design: DeepSpeed's Adam
+for CPUs multiplies up the powers of its betas from step to step, and computes them anew, with other roundings, after a
+break.
 
 Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
 do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run must end in one message
@@ -48,7 +49,7 @@ from fault_run_folders import adapters, comparisons, edits, folders_of_runs, pre
 from fault_sleep import CASES as SLEEPS
 from fault_sleep import sleep_and_wake
 from fault_surroundings import plans, surroundings, told_names
-from fault_training import STOPPED, Training, configurations
+from fault_training import MOVES, STOPPED, Training, configurations
 from fault_writers import WRITERS, Trials, make_inputs, mounted
 
 from rwkv_peft.cli import counted
@@ -153,6 +154,8 @@ def try_training(args, folder, rng):
         chosen = [configuration for configuration in configurations()[: args.resumes] if configuration.ranks == ranks]
         if chosen:
             row(f"stopped after {STOPPED} steps, {counted(ranks, 'rank')}", map(training.stop_and_resume, chosen))
+    if args.moves:
+        row("killed, and on on other ranks", map(training.move, MOVES[: args.moves]))
     for case in DISKS[: args.disks]:
         row(case.name, (lose_and_resume(training, chosen) for chosen in [case]))
     for case in CASES[: args.ends]:
@@ -181,6 +184,7 @@ def main():
     parser.add_argument("--attacks", type=int, default=0, help="try each N-th hostile file, folder and word; 0: none")
     parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
+    parser.add_argument("--moves", type=int, default=0, help="runs that are killed and go on on other ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
     parser.add_argument("--ends", type=int, default=len(CASES), help="ways to kill one of several ranks or nodes")
     parser.add_argument("--meanwhile", type=int, default=0, help="times that each input of a run is written over")
@@ -192,7 +196,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), random.Random(args.seed)
         faults = try_writers(args, folder, rng)
-        if args.saves or args.resumes or args.disks or args.ends or args.sleeps or args.meanwhile or args.rooms:
+        if (
+            args.saves
+            or args.resumes
+            or args.moves
+            or args.disks
+            or args.ends
+            or args.sleeps
+            or args.meanwhile
+            or args.rooms
+        ):
             faults += try_training(args, folder / "training", rng)
         if args.attacks:
             prepare(folder / "inputs")

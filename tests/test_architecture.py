@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import rwkv_peft
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
@@ -32,7 +33,12 @@ HEAVY = (
     "accelerate",
     "trl",
     "lm_eval",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "pydantic",
 )
+HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
@@ -55,7 +61,11 @@ PARTS = (
         ),
         (),
     ),
-    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
+    (
+        "flags",
+        ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags"),
+        ("base",),
+    ),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
@@ -66,7 +76,10 @@ PARTS = (
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
         "adapter files",
-        ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
+        (
+            *("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
+            "files/lightning_folder",
+        ),
         ("bases", "containers", "models", "adapters"),
     ),
     ("data", ("data",), ("containers",)),
@@ -78,9 +91,11 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
+    ("serve", ("serve",), ("generate",)),
+    ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("generate",)),
     ("rewards", ("rewards",), ("evals",)),
-    ("hf", ("hf",), ("adapters", "containers")),
+    ("hf", ("hf",), ("generate", "convert")),
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
@@ -98,6 +113,7 @@ PARTS = (
         ("training", "evals", "rewards"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
+    ("page", ("ui",), ("train flags", "data")),  # it starts the commands that compute
     ("compare", ("compare",), ("run",)),
     ("study", ("study",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
@@ -139,9 +155,10 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def package_imports(path):
-    """The package's modules that a file imports anywhere in it, functions included, as paths such as ("ops", "cpu")."""
+    """The package's modules that a file imports anywhere in it, functions included, as paths such as ("ops", "cpu").
+    The package itself names for type checkers what it imports at first use."""
     here = path.relative_to(PACKAGE).parent.parts
-    for node in ast.walk(tree(path)):
+    for node in top_level(path, typing=False) if module_of(path) == () else ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             module = here[: len(here) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rwkv_peft":
@@ -157,11 +174,14 @@ def package_imports(path):
             yield (*module, alias.name) if (*module, alias.name) in MODULES else module
 
 
-def top_level(path):
-    """The statements of a file that run when it is imported, those under `if` and `try` included."""
+def top_level(path, typing=True):
+    """The statements of a file that run when it is imported, those under `if` and `try` included; without `typing`, not
+    those under `if TYPE_CHECKING`."""
     waiting = list(tree(path).body)
     while waiting:
         node = waiting.pop()
+        if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         yield node
         waiting += [
             child
@@ -210,18 +230,36 @@ def test_no_file_imports_itself_by_way_of_others():
         visit(module, ())
 
 
-def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alone():
+def test_the_package_offers_names_without_importing_them():
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        "import rwkv_peft as rp\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules, set(rp.__all__) <= set(dir(rp)))\n"
+        "print(*(getattr(rp, name).__name__ for name in rp.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False False True", " ".join(rwkv_peft.__all__)], done.stderr
+
+
+def test_adapters_are_put_into_models_by_few_files():
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "model")]
+    assert injecting == [
+        ("api", "adapters"),
+        ("generate", "voices"),
+        ("plan", "rehearsal"),
+        ("release", "check"),
+        ("training", "model"),
+    ]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     engine = {("training", "engine", name) for name in ("callbacks", "data_module", "strategy", "trainer")}
     allowed = engine | {("training", "ranks", "base_guard"), ("training", "step", "lit")}
-    allowed.add(("training", "saving", "optimizer_files"))
-    allowed.add(("evals", "harness"))
+    allowed.add(("training", "saving", "deepspeed_files"))
+    allowed |= {("evals", "harness"), *(("serve", name) for name in ("app", "command", "forms"))}
+    allowed |= {("ui", "app"), ("ui", "command")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"
@@ -231,7 +269,7 @@ def test_importing_the_package_costs_torch_at_most():
     light = [
         ".".join(("rwkv_peft", *module_of(path)))
         for path in FILES
-        if not heavy_imports(path) and module_of(path)[:1] != ("hf",)
+        if not heavy_imports(path) and (module_of(path)[0:1] not in HEAVY_PARTS or path.stem == "flags")
     ]
     code = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"

@@ -16,6 +16,7 @@ from rwkv_peft.generate import flags as generate
 from rwkv_peft.plan import flags as plan
 from rwkv_peft.release import flags as release
 from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
+from rwkv_peft.serve import flags as serve
 from rwkv_peft.study import flags as study
 
 TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer bytes"
@@ -23,6 +24,7 @@ TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer b
 COMMANDS = (
     ("generate", generate.RULES, "--model m.pth {}"),
     ("eval", evals.RULES, "--model m.pth {}"),
+    ("serve", serve.RULES, "--model m.pth {}"),
     ("merge", release.MERGE_RULES, "--base_model b.pth --bone_checkpoint a.safetensors {}"),
     ("inspect", release.INSPECT_RULES, "m.pth {}"),
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
@@ -39,6 +41,7 @@ FACTS = {
     evals.OURS: OURS,
     evals.HARNESS: HARNESS,
     evals.SCORED: SCORED,
+    serve.REACHED: "--host 0.0.0.0",
 }
 # a value of a flag for which its condition holds, if another than 3
 VALUES = {

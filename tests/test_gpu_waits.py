@@ -10,7 +10,7 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "graphs")),
+    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "graphs", "relay", "shared")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
@@ -29,9 +29,10 @@ ALLOWED = {
     ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
     ("training/step/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
     ("training/step/steps.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",
-    ("training/step/segments.py", "segments_of", "nonzero"): "of a batch on the CPU",
-    ("training/step/segments.py", "segments_of", "tolist"): "of a batch on the CPU",
-    ("training/step/segments.py", "_segment", "new_tensor"): "of a batch on the CPU",
+    ("training/step/shared.py", "loss", "tolist"): "of seeds that the CPU drew",
+    ("training/step/segments.py", "end_of", "nonzero"): "of a batch on the CPU",
+    ("training/step/segments.py", "part_of", "tolist"): "of a batch on the CPU",
+    ("training/step/segments.py", "part_of", "new_tensor"): "of a batch on the CPU",
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
     ("ops/recurrence/checks.py", "check_bounds", "tolist"): "of what nobody has vouched for",

@@ -1,9 +1,42 @@
-"""Bone fine-tuning for RWKV: models, wkv kernels, adapters, data, training, release."""
+"""Bone fine-tuning for RWKV: models, wkv kernels, adapters, data, training, release.
 
+    import rwkv_peft as rp
+
+The names of __all__ are imported at first use, so that this import costs nothing.
+"""
+
+import importlib
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .api.adapters import add_adapter, merge, save_adapter
+    from .api.model import Model, Piece, load, tokenizer
+    from .errors import UserError
+    from .generate.settings import Sampling
+    from .models.state import State
+
+__all__ = [
+    "Model",
+    "Piece",
+    "Sampling",
+    "State",
+    "UserError",
+    "add_adapter",
+    "load",
+    "merge",
+    "save_adapter",
+    "tokenizer",
+]
 __version__ = "0.2.0"
+HOMES = (
+    ("api.adapters", ("add_adapter", "merge", "save_adapter")),
+    ("api.model", ("Model", "Piece", "load", "tokenizer")),
+    ("errors", ("UserError",)),
+    ("generate.settings", ("Sampling",)),
+    ("models.state", ("State",)),
+)
 
 # GNU OpenMP's threads spin while they wait for each other. If another program uses the same cores, the spinning takes
 # time from the thread that is waited for: two runs side by side slow each other down many times. A short spin costs
@@ -18,3 +51,14 @@ def _concerns_users(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_concerns_users)
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOMES:
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

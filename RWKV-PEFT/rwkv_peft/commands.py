@@ -69,6 +69,22 @@ COMMANDS = (
         flags="generate.flags:parse_flags",
     ),
     Command(
+        "Try",
+        "serve",
+        "answer over HTTP as OpenAI's interface does, with several adapters",
+        "serve.command",
+        flags="serve.flags:parse_flags",
+        needs="requirements-serve.txt",
+    ),
+    Command(
+        "Try",
+        "ui",
+        "open a page in the browser: data, training, runs, chat and release",
+        "ui.command",
+        flags="ui.flags:parse_flags",
+        needs="requirements-serve.txt",
+    ),
+    Command(
         "Measure",
         "eval",
         "score a model on your rows, or on tasks of the lm-evaluation-harness",

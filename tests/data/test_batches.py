@@ -60,7 +60,7 @@ def test_every_split_of_a_step_reads_what_one_process_would(micro_bsz, world_siz
 
 
 def test_micro_batches_lie_rank_by_rank():
-    batches = TrainBatches(Numbered(100), 2, rank=1, world_size=3, accumulate=2)
+    batches = TrainBatches(Numbered(100), 2, group=1, groups=3, accumulate=2)
     assert [rows_of(batch) for batch in islice(batches, 4)] == [[2, 3], [8, 9], [14, 15], [20, 21]]
 
 

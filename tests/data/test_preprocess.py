@@ -107,25 +107,20 @@ def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
     assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
 
 
-CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
-CALLED = {"role": "assistant", "content": "", "tool_calls": CALL}
-
-
 @pytest.mark.parametrize(
     "row, name",
     [
         ({"query": "Hi?", "response": "Yo", "history": [["A", "B"]]}, "history"),
         ({"instruction": "Hi?", "output": "Yo", "history": [["A", "B"]]}, "history"),
-        ({"prompt": "Hi?", "completion": "Yo", "tools": CALL}, "tools"),
-        ({"messages": [{"role": "user", "content": "Hi?"}, CALLED]}, "tool_calls"),
-        ({"messages": [{"role": "user", "content": "Hi?"}], "functions": "[1]"}, "functions"),
-        ({"messages": [{"role": "user", "content": "Hi?"}], "chosen": CALLED, "rejected": CALLED}, "tool_calls"),
+        ({"prompt": "Hi?", "completion": "Yo", "tools": [{"name": "weather"}]}, "tools"),
+        ({"prompt": "Hi?", "completion": "Yo", "functions": "[1]"}, "functions"),
+        ({"query": "Hi?", "response": "Yo", "tool_calls": "[1]"}, "tool_calls"),
         ({"prompt": "Hi?", "chosen": "Yo", "rejected": "No", "history": [["A", "B"]]}, "history"),
     ],
 )
 def test_what_no_layout_has_a_place_for_is_refused_and_not_lost(row, name):
     laid_out = pair if "chosen" in row else segments
-    with pytest.raises(UserError, match=f"field '{name}' has no place in any layout"):
+    with pytest.raises(UserError, match=f"field '{name}' has no place in this layout"):
         laid_out(row)
 
 

@@ -1,4 +1,4 @@
-"""Rows of recent data sets: roles, contents in parts, turns that call tools, turns without words."""
+"""Rows of recent data sets: roles, contents in parts, turns without words."""
 
 import json
 
@@ -6,8 +6,6 @@ import pytest
 
 from data.documents import texts
 from rwkv_peft.errors import UserError
-
-CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
 
 
 def chat(*turns, **more):
@@ -46,12 +44,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (chat(("user", [7])), "a part of a turn's content is int"),
         (chat(("user", [part(7)])), "field 'text' holds int, not text"),
         (chat(("user", "Hi"), ("assistant", None)), "field 'content' of a turn is null; give it the turn's words"),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": CALL}]},
-            "field 'tool_calls' has no place in any layout",
-        ),
-        ({"messages": [{"role": "assistant", "tool_calls": CALL}]}, "field 'tool_calls' has no place in any layout"),
-        (shared(("human", "Hi"), ("function_call", "{}")), "a turn of role 'function_call' calls a tool"),
         (shared(("alien", "Hi")), "role 'alien'; known are user, .*developer, .*observation"),
     ],
 )

@@ -24,6 +24,7 @@ from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.files.lightning_folder import FORM
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.generate.continuation import Continuation
@@ -37,10 +38,12 @@ from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
+from rwkv_peft.training.saving.deepspeed_files import load_deepspeed
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
 from rwkv_peft.training.saving.identity import read_run_state
-from rwkv_peft.training.saving.loading import changes
-from rwkv_peft.training.saving.optimizer_files import TensorsAlone
+from rwkv_peft.training.saving.optimizer_files import METADATA_KEY as OPTIMIZER_KEY
+from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
+from rwkv_peft.training.saving.partitions import KINDS, Piece
 from rwkv_peft.training.saving.resume import other_retained, validated_from
 from rwkv_peft.training.step.plan import Plan
 
@@ -54,7 +57,8 @@ COMPARED = "bone-0.001-7"  # a run of a comparison
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
 RUN |= {"objective": "next_token", "teacher": "", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
-MODEL_STATES, OPTIMIZER_STATES = (f"{CHECKPOINT}/zero/rank_0_{name}_states.pt" for name in ("model", "optim"))
+PIECES = f"{CHECKPOINT}/optimizer/rank-00000.safetensors"
+OPTIMIZER_STATES = "earlier/zero/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,12 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         (folder / kind / "adapter_config.json").write_text(json.dumps(settings))
         specs = {key: TensorSpec.of(tensor) for key, tensor in named.items()}
         write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
+    (folder / "miss").mkdir()
+    save_model(folder / "miss" / "adapter.pth", {f"{LAYER}.weight.D": torch.randn(channels, 4)})
+    layer = {"name": f"{LAYER}.weight.D", "shape": [channels, 4]}
+    (folder / "miss" / "adapter.json").write_text(
+        json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5, "targets": [layer]})
+    )
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
@@ -117,13 +127,13 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / COMPARED).mkdir()
     (folder / COMPARED / "result.json").write_text(json.dumps(compared))
     (folder / COMPARED / "metrics.jsonl").write_text(lines)
-    (folder / CHECKPOINT / "zero").mkdir(parents=True)
+    write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
+    (folder / OPTIMIZER_STATES).parent.mkdir(parents=True)
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
-    run |= {"files": {"zero/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
+    run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
-    (folder / CHECKPOINT / "zero" / "a").write_text("a")
+    (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
     (folder / CHECKPOINT / "state.json").write_text(json.dumps(run))  # without its checksum, as earlier versions did
-    torch.save(model_states() | {"buffer_names": [], "ds_config": {"x": 1}}, folder / MODEL_STATES)
     torch.save({"optimizer_state_dict": optimizer_states()}, folder / OPTIMIZER_STATES)
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
@@ -144,15 +154,15 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "saved" / "state.json").write_text(json.dumps(state))
 
 
-def model_states() -> dict[str, object]:
-    """The content of DeepSpeed's file of model states for a run that trains two tensors."""
-    module = {"a.bone": torch.ones(2, 3, dtype=torch.bfloat16), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
-    numbers = {"global_steps": 3, "global_samples": 3, "skipped_steps": 0, "dp_world_size": 1, "mp_world_size": 1}
-    return {"module": module, **numbers}
+def pieces() -> list[Piece]:
+    """The optimizer's state of a run that trains two tensors."""
+    return [
+        Piece(name, size, 0, {kind: torch.ones(size) for kind in KINDS}) for name, size in (("a.bone", 6), ("b", 4))
+    ]
 
 
 def optimizer_states() -> dict[str, object]:
-    """The content of ZeRO's file of optimizer states for it, after a step."""
+    """The content of ZeRO's file of optimizer states for a run that trains 10 numbers, after a step."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -272,9 +282,8 @@ def checkpoint_read(folder):
     state = read_run_state(list_checkpoints(folder)[0], now)
     train = with_first_rates(TrainConfig(lr_init=0.1, lr_final=0.1, lr_chosen=("lr_init", "lr_final")), state)
     plan = make_plan(train, range(9), 2, state)
-    told = changes(state.get("config", {}).get("train", {}), SimpleNamespace(train_config=train, ratios=()))
     trained = sorted(set(state["trained"]) ^ {"a"})
-    return validated_from(plan, state, "v"), other_retained(state, "s"), told, trained, f"{plan.first_step:,}"
+    return validated_from(plan, state, "v"), other_retained(state, "s"), trained, f"{plan.first_step:,}"
 
 
 def history_read(folder):
@@ -287,34 +296,20 @@ def vocabulary_read(folder):
     return remarks(read_record(folder / "config.json"), read_record(folder / "config.json"), 80)
 
 
-def engine_states_read(name):
-    due = optimizer_states()
-    optimizer = SimpleNamespace(
-        state_dict=lambda: due,
-        single_partition_of_fp32_groups=due["single_partition_of_fp32_groups"],
-        optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.ones(10))]),
-    )
-    engine = SimpleNamespace(
-        optimizer=optimizer,
-        module_state_dict=lambda exclude_frozen_parameters: model_states()["module"],
-        seq_dp_world_size=1,
-        **{name: value for name, value in model_states().items() if name not in ("module", "dp_world_size")},
-    )
+def earlier_read(folder):
+    """Read an earlier version's checkpoint into the flat tensors of an engine."""
+    flat = torch.nn.Parameter(torch.zeros(10))
+    adam = torch.optim.AdamW([flat])
+    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[flat], optimizer=adam)
+    assert 0 <= load_deepspeed(folder / "earlier", optimizer, rank=0, ranks=1) < 1 << 62
+    assert adam.state[flat].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
-    def use(folder):
-        state = TensorsAlone(engine).load(str(folder / name))
-        if "module" in state:
-            assert state["module"].keys() == model_states()["module"].keys()
-        else:
-            state = state["optimizer_state_dict"]
-            assert state.keys() == due.keys() and state["base_optimizer_state"]["state"][0].keys() == {
-                "step",
-                "exp_avg",
-                "exp_avg_sq",
-            }
-            assert state["param_slice_mappings"] == due["param_slice_mappings"]
 
-    return use
+def pieces_read(folder):
+    found = SavedOptimizer(folder / CHECKPOINT)
+    for piece in pieces():
+        found.fill(piece)
+    return f"{found.steps:,}"
 
 
 def flag_read(folder):
@@ -326,6 +321,7 @@ IN_PTH = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_tensor] * 4
 IN_ENGINE_STATES = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_entry] * 12)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
+IN_PIECES = tuple(m.in_metadata(OPTIMIZER_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value, m.flipped))
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
@@ -343,6 +339,7 @@ SPECIMENS = (
     Specimen("bone/adapter_config.json", converted("bone", "miss"), m.JSON),
     Specimen("bone/adapter_model.safetensors", converted("bone", "miss"), IN_SAFETENSORS),
     Specimen("lora/adapter_config.json", converted("lora", "a.safetensors"), m.JSON),
+    Specimen("miss/adapter.json", converted("miss", "a.safetensors"), m.JSON, 20),
     Specimen("state.pth", states_read("state.pth"), IN_PTH),
     Specimen("state.st", converted("state.st", "state.pth"), IN_SAFETENSORS),
     Specimen("data.idx", tokens_read, count=120),
@@ -372,7 +369,7 @@ SPECIMENS = (
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),
     Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 80),
-    Specimen(MODEL_STATES, engine_states_read(MODEL_STATES), IN_ENGINE_STATES, 30),
-    Specimen(OPTIMIZER_STATES, engine_states_read(OPTIMIZER_STATES), IN_ENGINE_STATES, 80),
+    Specimen(PIECES, pieces_read, IN_SAFETENSORS + IN_PIECES, 100),
+    Specimen(OPTIMIZER_STATES, earlier_read, IN_ENGINE_STATES, 80),
     Specimen("flag.json", flag_read, m.JSON),
 )

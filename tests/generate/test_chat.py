@@ -1,6 +1,7 @@
 """The chat: the layout of the training data, a memory that is only the state, and an end for every way out."""
 
 import io
+import json
 import os
 import shlex
 import signal
@@ -15,7 +16,9 @@ from rwkv_peft import commands
 from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.encoding import Encoder
 from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.data.tools import Call, parse_calls
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
@@ -302,3 +305,41 @@ def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in error
+
+
+PARIS, NOON = {"name": "weather", "arguments": {"city": "Paris\n\nUser:"}}, {"name": "time", "arguments": {}}
+
+
+def test_calls_of_tools_are_shown_and_answered_as_the_data_has_them(chat, model, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"name": "weather"}, {"type": "function", "function": {"name": "time"}}]))
+    called = {"role": "assistant", "content": "Well.", "tool_calls": [PARIS, NOON]}
+    turns = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}, called]
+    turns += [{"role": "tool", "content": text} for text in ("sun", "12")] + [{"role": "assistant", "content": ""}]
+    laid_out = segments({"messages": turns, "tools": json.loads(tools.read_text())})
+    answer = next(text for text, counts in laid_out if counts)
+    lines = ["/tool early", "Hi", "/tool sun", "/tool 12", "/reset", "Hi"]
+    says = [f"{answer}\n\nTool:", " Fine.|", " Yo|"]
+    out, error, logits = chat(lines, "--tools", tools, "--system", "Be.", says=says)
+    assert parse_calls(out.split("\n\nAssistant:")[0])[1] == [Call(**PARIS), Call(**NOON)]
+    assert f"(call 1 of 2: {Call(**PARIS)}; /tool TEXT is its result)\n(call 2 of 2: " in error
+    assert error.count("(call 2 of 2: its result?)") == 1 and error.count("/reset forgets the chat") == 2
+    tokens = [token for text, _ in laid_out[:-1] for token in tokens_of(text)]
+    torch.testing.assert_close(logits[len(says[0])], after(model, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0], logits[len(says[0]) + len(says[1])], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1]", "--tools .*tools.json: a tool is 1; it needs a name"),
+        ("x", "--tools .*tools.json: the list of tools is a text that is not JSON"),
+        ("[]", "--tools .*tools.json lists no tool"),
+        (None, "--tools .*tools.json: No such file or directory; check the name"),
+    ],
+)
+def test_a_file_that_lists_no_tools_is_refused(model, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        commands.main(["generate", "--model", str(model), "--chat", "--tools", str(tmp_path / "tools.json")])

@@ -81,6 +81,14 @@ def test_states_take_memory_where_they_are_handed_on():
     assert "states of the layers" not in {part.name for part in estimate().parts(1, 128)}
 
 
+def test_ranks_that_share_rows_each_hold_a_part():
+    machine = "--devices", "4"
+    alone, shared = estimate(*machine).parts(1, 512), estimate(*machine, "--context_parallel", "4").parts(1, 512)
+    assert shared[-5:] == estimate(*machine).parts(1, 128)[-5:]  # the parts that depend on the batch
+    assert size(shared, "gradients, in buckets") == size(alone, "gradients, in buckets") / 2  # nothing overlaps
+    assert "--context_parallel 4" in {change.flags for change in changes(estimate(*machine), 2 << 30)}
+
+
 def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     told = estimate()
     room = 2 * peak(told.parts(1, 128), GPU)
@@ -171,7 +179,7 @@ def test_files_are_counted_with_their_copies():
     assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
     assert merged.names == 1 + 3 + 1 and adapter.names == merged.names + checkpoints.copies
     assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
-    assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
+    assert checkpoints.size == OPTIMIZER * told.counts.trains
 
 
 def test_what_is_saved_is_counted_without_a_list_of_it():

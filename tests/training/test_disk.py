@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rwkv_peft.errors import UserError
 from training.runs import finish, start
@@ -36,21 +37,26 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, c
         ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
     ],
 )
-def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(tmp_path, reason, kind, words):
+def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(
+    tmp_path, monkeypatch, reason, kind, words
+):
     from rwkv_peft.config import AdapterConfig
+    from rwkv_peft.training.saving import saver
     from rwkv_peft.training.saving.checkpoints import list_checkpoints
-    from rwkv_peft.training.saving.saver import Saver
 
     def refuse(*args, **settings):
         raise RuntimeError(reason)
 
+    monkeypatch.setattr(saver, "write_pieces", refuse)
+    monkeypatch.setattr(saver, "steps_taken", lambda optimizer: 8)
     earlier = tmp_path / "checkpoints" / "step-00000004"
     earlier.mkdir(parents=True)
     (earlier / "state.json").write_text('{"samples_seen": 4}')
-    strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
-    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
+    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, optimizers=[None])
+    trainer.strategy = SimpleNamespace(barrier=lambda: None)
+    saves = saver.Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     with pytest.raises(kind, match=words):
-        saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
+        saves.save_checkpoint(trainer, SimpleNamespace(model=torch.nn.Linear(2, 2)), 8)
     assert list_checkpoints(tmp_path) == [earlier]
     if kind is UserError:
         assert os.listdir(earlier.parent) == [earlier.name]

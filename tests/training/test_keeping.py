@@ -21,7 +21,7 @@ from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refu
 from rwkv_peft.training.saving.keeping import discard_old
 from rwkv_peft.training.step.plan import Plan
 
-FILES = ("adapter.safetensors", "state.json", "zero/optimizer.pt")
+FILES = ("adapter.safetensors", "state.json", "optimizer/rank-00000.safetensors")
 CHANGES = ("os.rename", "os.remove", "os.rmdir")
 BY_EPOCH = [f"{kind}-epoch-{epoch}.{end}" for kind, end in (("adapter", "safetensors"), ("merged", "pth"))
             for epoch in (2, 9, 10)]  # fmt: skip

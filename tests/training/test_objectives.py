@@ -177,6 +177,7 @@ OF_ANSWERS = (
     (["--peft", "lora-ga"], "--peft lora-ga: "),
     (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
     (["--train_type", "infctx"], "--train_type infctx: "),
+    (["--context_parallel", "2", "--devices", "2"], "--context_parallel 2: "),
     (["--dataload", "pad"], "--dataload pad: "),
     (["--loss_mask", "none"], "--loss_mask none: "),
 )

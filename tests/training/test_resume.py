@@ -83,9 +83,11 @@ def test_a_second_sigterm_has_its_exit_code(files, command):
     finish(process, 128 + signal.SIGTERM)
 
 
-def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):
+def test_resume_refuses_ranks_that_do_not_divide_a_step_and_a_finished_run(train, unbroken):
     _, err = train("unbroken", *LONG, "--resume", "--devices", "2", code=2)
-    assert "world_size 1" in err and "--fresh_optimizer" in err and "Traceback" not in err
+    assert "takes 1 sample, and 2 ranks" in err and "--fresh_optimizer" in err and "Traceback" not in err
+    _, err = train("unbroken", *LONG, "--resume", "--precision", "fp32", code=2)
+    assert "has precision bf16, this command fp32" in err and "--fresh_optimizer" in err
     _, err = train("unbroken", *LONG, "--resume", code=2)
     assert "complete" in err
     _, err = train("unbroken", *LONG, code=2)
@@ -110,7 +112,7 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     _, err = train("unbroken", *more, "--data_file", str(files / "masked"), code=2)
     assert "'counted': " in err
     shutil.copytree(unbroken, files / "damaged")
-    optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("*optim_states.pt"))
+    optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("rank-*"))
     whole = optimizer.read_bytes()
     for content, what in (
         (whole[:1000], "is missing or not of the"),
@@ -124,10 +126,12 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
 def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroken):
     shutil.copytree(unbroken, files / "strange")
     checkpoint = files / "strange" / "checkpoints" / "step-00000060"
-    optimizer = next(checkpoint.rglob("*optim_states.pt"))
-    torch.save(torch.load(optimizer, weights_only=False) | {"planted": Planted(files / "ran")}, optimizer)
+    shutil.rmtree(checkpoint / "optimizer")
+    optimizer = checkpoint / "zero" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"  # as earlier versions wrote it
+    optimizer.parent.mkdir()
+    torch.save({"planted": Planted(files / "ran")}, optimizer)
     state = json.loads((checkpoint / "state.json").read_text())
-    state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
+    state["files"] = {str(optimizer.relative_to(checkpoint)): record_of(optimizer)}
     write_state(checkpoint / "state.json", {name: value for name, value in state.items() if name != "crc32"})
     _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
     assert f"{optimizer.name} holds code or objects (" in err and "Traceback" not in err

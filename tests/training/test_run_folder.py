@@ -69,7 +69,7 @@ PLACES = [
         *"adapter-epoch-1.safetensors".split(),
     ),
     *("tensorboard", "tensorboard/hparams.yaml", "checkpoints", "checkpoints/step-00000001", ".step-00000002"),
-    *("checkpoints/step-00000001/state.json", "checkpoints/step-00000001/zero/optim_states.pt", ".unsaved"),
+    *("checkpoints/step-00000001/state.json", "checkpoints/step-00000001/optimizer/rank-00000.safetensors", ".unsaved"),
 ]
 
 

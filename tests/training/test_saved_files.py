@@ -5,12 +5,13 @@ import pytest
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.saved_files import check_records, record_of, require_files
 
-NAMES = ("adapter.safetensors", "zero/optim_states.pt")
+NAMES = ("adapter.safetensors", "optimizer/rank-00000.safetensors", "zero/optim_states.pt")
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    (tmp_path / "zero").mkdir()
+    for folder in ("optimizer", "zero"):
+        (tmp_path / folder).mkdir()
     for name in NAMES:
         (tmp_path / name).write_bytes(bytes(range(256)) * 8)
     return tmp_path
@@ -33,8 +34,8 @@ def test_damage_is_told_with_the_older_checkpoint_as_the_remedy(checkpoint, name
     (checkpoint / name).write_bytes(change((checkpoint / name).read_bytes()))
     with pytest.raises(UserError, match=f"{name} .*{what}.*delete {checkpoint} to resume from an older") as error:
         require_files(checkpoint, records, fresh_optimizer=False, contents=True)
-    assert ("--fresh_optimizer" in str(error.value)) == name.startswith("zero")
-    if name.startswith("zero"):
+    assert ("--fresh_optimizer" in str(error.value)) == ("/" in name)
+    if "/" in name:
         require_files(checkpoint, records, fresh_optimizer=True, contents=True)
 
 

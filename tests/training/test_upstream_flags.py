@@ -47,6 +47,12 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ("--avg_loss 1", "every token of a step weighs the same"),
         ("--chunk_ctx many", "--chunk_ctx: "),
         ("--bptt_segments 2", "--bptt_segments 2 needs --train_type infctx: it counts segments"),
+        ("--context_parallel 2", "--context_parallel 2 groups ranks by so many, and there are 1 ("),
+        ("--context_parallel 2 --devices 2 --strategy deepspeed_stage_3", "ranks would wait for weights and states of"),
+        (
+            "--context_parallel 2 --devices 2 --objective dpo --data_type pairs",
+            "an answer's probability is that of all",
+        ),
         ('--lisa_config {"lisa_r":4}', "LISA, which is no method here"),
         ("--merge 1", "--merge_on_save writes one here"),
         ("--my_testing x051", "x051 is RWKV-5, which is not supported yet; there is x060 (RWKV-6) or x070 (RWKV-7)"),

@@ -51,7 +51,7 @@ def data_of(comparison: Comparison) -> str:
     """A hash of samples of the files that the runs train and validate on, as they are on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     digest = hashlib.sha256()
-    for path in filter(None, (flags.data.path, flags.train.val_data, flags.train.retain_data)):
+    for path in filter(None, (flags.data.path, *flags.data.more, flags.train.val_data, flags.train.retain_data)):
         prefix = binidx_prefix(path)
         within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
         for file in (Path(path), *(Path(prefix + end) for end in (".bin", ".idx", ".mask")), *within):

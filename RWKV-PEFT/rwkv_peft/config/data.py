@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cli import alias, at_least_two, count, positive
+from ..cli import above_zero, alias, at_least_two, count, positive
 from ..names import LOSS_MASKS
 from ..tables import SAMPLINGS
 from .setting import setting
@@ -36,19 +36,31 @@ OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
 class DataConfig:
     """The data, and the order in which it is read.
 
-    path is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer turns into
-    tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), prompts with an answer and its label
-    ("labels"), prompts that the model answers itself ("prompts"), or questions and answers with a context that only
-    a teacher reads ("contexts"). seed draws the order of the samples; None keeps
-    that of the file.
+    path and `more` are the data files, mixed by the shares of `mix`. Each is the prefix of a .bin/.idx pair (data_type
+    "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
+    two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
+    ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
+    the samples; None keeps that of the file.
     """
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; for rows a .jsonl, .json, .csv or .parquet, or a folder of rows",
+        "PREFIX of PREFIX.bin and PREFIX.idx; for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; several "
+        "are mixed, by --data_mix",
         flag="data_file",
         required=True,
+        nargs="+",
         metavar="PREFIX",
+    )
+    more: tuple[str, ...] = setting(())
+    mix: tuple[float, ...] = setting(
+        (),
+        "the share of the tokens that each --data_file has, such as 0.7 0.3; an epoch reads as many tokens as all hold "
+        "(default: each file's own share, so that all are read equally often)",
+        flag="data_mix",
+        nargs="+",
+        type=above_zero,
+        metavar="SHARE",
     )
     data_type: str = setting(
         "binidx",

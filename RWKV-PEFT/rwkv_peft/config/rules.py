@@ -19,7 +19,8 @@ from .train import STRATEGIES, TrainConfig
 ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "states that train beside others"
 WHOLE = "a model that trains itself (--peft none)"
 INIT = "pissa_init"
-FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, OWN_TEACHER)
+SEVERAL = "several --data_file"
+FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL, OWN_TEACHER)
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
@@ -28,8 +29,10 @@ OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
 BY_PARTS = "choose what trains with --train_parts, or name a --peft"
 BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
+SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
+ONE = "make one file of them"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -71,6 +74,8 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
+    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts|contexts", "only tokens and rows of sft are mixed", ONE),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
@@ -89,12 +94,18 @@ RULES = (
     Rule(
         "--data_type contexts", EXCLUDES, "--dataload !pack, --loss_mask !file", "its rows are laid out", "leave it out"
     ),
+    Rule("--data_type contexts", EXCLUDES, "--context_parallel", "a teacher reads longer rows", "leave it out"),
     Rule(
         OWN_TEACHER,
         EXCLUDES,
         f"{WHOLE}, --train_parts !state, {LOADED}",
         "its teacher is the base, which has to stay as it is",
         "name the base as --teacher_model too, or leave it out",
+    ),
+    Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
+    Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
+    Rule(
+        "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
     ),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
@@ -123,6 +134,8 @@ def values_of(*settings: Settings) -> dict[str, Any]:
                 LOADED: one.load,
                 INIT: one.init,
             }
+        if isinstance(one, DataConfig):
+            values[SEVERAL] = bool(one.more)
         if isinstance(one, TrainConfig):
             values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}

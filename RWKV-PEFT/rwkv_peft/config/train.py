@@ -19,8 +19,8 @@ STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md
 class TrainConfig(ValidationConfig):
     """The settings of training, its machine, and where a run writes.
 
-    A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
-    epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
+    A step is one optimizer step of groups x micro_bsz x accumulate_grad_batches samples; an epoch is epoch_steps of
+    them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
     epochs_chosen says the same of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx
     tokens if that is not 0.
     """
@@ -35,8 +35,8 @@ class TrainConfig(ValidationConfig):
     proj_dir: str = setting("out", "folder that the run writes to", group="run", metavar="DIR")
     resume: str = setting(
         "",
-        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it if there is no "
-        "checkpoint yet, for a command that is run again and again",
+        "continue the run in --proj_dir exactly where it stopped, on the same data, on these or other devices; auto: "
+        "or begin it if there is no checkpoint yet, for a command that is run again and again",
         group="run",
         nargs="?",
         const="must",
@@ -45,8 +45,8 @@ class TrainConfig(ValidationConfig):
     )
     fresh_optimizer: bool = setting(
         False,
-        "keep weights and place in the data, start the optimizer anew; for another number of devices, "
-        "strategy or precision",
+        "keep weights and place in the data, start the optimizer anew; for another precision, or for steps of another "
+        "number of samples on other devices",
         group="run",
         action="store_true",
     )
@@ -208,6 +208,13 @@ class TrainConfig(ValidationConfig):
         group="machine",
         type=not_negative,
     )
+    context_parallel: int = setting(
+        1,
+        "ranks that share each row: each computes a part of its time and hands the states on, for rows that are too "
+        "long for one device; --devices times --num_nodes is a multiple of it",
+        group="machine",
+        type=positive,
+    )
     strategy: str = setting(
         "deepspeed_stage_1", "ZeRO stage, by which devices share memory", group="machine", choices=STRATEGIES
     )
@@ -262,6 +269,16 @@ class TrainConfig(ValidationConfig):
         type=switch,
         metavar="0|1",
     )
+
+    @property
+    def ranks(self) -> int:
+        """The processes of the run."""
+        return self.devices * self.num_nodes
+
+    @property
+    def groups(self) -> int:
+        """The groups of ranks, each of which has rows of its own."""
+        return self.ranks // self.context_parallel
 
     @property
     def stage(self) -> int:

@@ -21,11 +21,11 @@ class Ended(NamedTuple):
 
 
 class TrainBatches:
-    """An endless iterable of micro batches for one rank of world_size.
+    """An endless iterable of micro batches for one of `groups`: a rank, or several that share their rows.
 
-    With the cursor at c when an optimizer step begins, row b of micro batch a on rank r is sample
-    c + (a * world_size + r) * micro_bsz + b, and the step moves the cursor by
-    micro_bsz * world_size * accumulate: every number of ranks, rows and micro batches with the same
+    With the cursor at c when an optimizer step begins, row b of micro batch a of group g is sample
+    c + (a * groups + g) * micro_bsz + b, and the step moves the cursor by
+    micro_bsz * groups * accumulate: every number of groups, rows and micro batches with the same
     product reads the same samples in the same step, given the same order of samples. The order depends on the seed, and
     with --dataload pad also on whether rows share a batch (micro_bsz above 1, samples.py): then 1 row x 8 micro batches
     reads other samples than 8 rows x 1, but 2 x 4 reads the same as 8 x 1.
@@ -34,7 +34,7 @@ class TrainBatches:
     - tokens, targets: int64 (B, T)
     - mask: bool (B, T), the targets that count; rows are padded with token 0, which never counts
     - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
-    - step_count: the counted targets of the whole optimizer step, over all ranks and micro batches
+    - step_count: the counted targets of the whole optimizer step, over all groups and micro batches
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
     - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
@@ -49,17 +49,17 @@ class TrainBatches:
         self,
         samples: Samples,
         micro_bsz: int,
-        rank: int = 0,
-        world_size: int = 1,
+        group: int = 0,
+        groups: int = 1,
         accumulate: int = 1,
         samples_seen: int = 0,
         read_ahead: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
+        self.samples, self.micro_bsz, self.group, self.groups = samples, micro_bsz, group, groups
         self.accumulate, self.samples_seen = accumulate, samples_seen
         self.read_ahead, self.pin_memory = read_ahead, pin_memory
-        self.step_samples = micro_bsz * world_size * accumulate
+        self.step_samples = micro_bsz * groups * accumulate
         self.notes = list(samples.notes)
         if len(samples) < self.step_samples:
             self.notes.append(
@@ -68,8 +68,8 @@ class TrainBatches:
             )
 
     def batch(self, cursor: int, micro_batch: int) -> TrainBatch:
-        """Micro batch `micro_batch` of this rank in the optimizer step that begins at sample `cursor`."""
-        first = cursor + (micro_batch * self.world_size + self.rank) * self.micro_bsz
+        """Micro batch `micro_batch` of this group in the optimizer step that begins at sample `cursor`."""
+        first = cursor + (micro_batch * self.groups + self.group) * self.micro_bsz
         batch = self.samples.collate([self.samples[first + row] for row in range(self.micro_bsz)])
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
@@ -89,7 +89,7 @@ class TrainBatches:
     def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
-            self.samples.dataset.require_unchanged()
+            require_unchanged(self.samples)
             count = self.step_count(cursor)
             for micro_batch in range(self.accumulate):
                 yield self.batch(cursor, micro_batch) | {"step_count": count}
@@ -102,23 +102,23 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Yields every sample once, for one rank of world_size, for validation.
+    """Yields every sample once, for one of `groups`, for validation.
 
     Batches are dicts of tokens, targets, mask, counted, cu_seqlens, samples and first as TrainBatches gives them. All
-    ranks get the same number of batches, because collective operations need it; rows that fill up the last ones do not
+    groups get the same number of batches, because collective operations need it; rows that fill up the last ones do not
     count.
     """
 
-    def __init__(self, samples: Samples, micro_bsz: int, rank: int = 0, world_size: int = 1) -> None:
-        self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
+    def __init__(self, samples: Samples, micro_bsz: int, group: int = 0, groups: int = 1) -> None:
+        self.samples, self.micro_bsz, self.group, self.groups = samples, micro_bsz, group, groups
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // (self.micro_bsz * self.world_size))
+        return -(-len(self.samples) // (self.micro_bsz * self.groups))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self)):
-            first = (index * self.world_size + self.rank) * self.micro_bsz
-            self.samples.dataset.require_unchanged()
+            first = (index * self.groups + self.group) * self.micro_bsz
+            require_unchanged(self.samples)
             batch = self.samples.collate([self._row(n) for n in range(first, first + self.micro_bsz)])
             yield batch | {"samples": self.samples, "first": first}
 
@@ -129,6 +129,12 @@ class EvalBatches:
         if isinstance(filler, list):
             return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
         return filler[0], torch.zeros_like(filler[1])
+
+
+def require_unchanged(samples: Samples) -> None:
+    """Raise UserError if a file that samples are read from was cut since."""
+    for part in samples.parts:
+        part.dataset.require_unchanged()
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:

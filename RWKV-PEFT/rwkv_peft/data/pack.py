@@ -34,6 +34,10 @@ class PackedSamples(DocumentSamples):
     def size(self) -> int:
         return sum(len(self._rows[unit]) for unit in self.units)
 
+    @property
+    def tokens(self) -> int:
+        return self._tokens_of(np.concatenate([self._rows[unit] for unit in self.units]))
+
     def __getitem__(self, n: int) -> list[Document]:
         return [self.document(index) for index in self._rows[self.unit(n)]]
 

@@ -69,6 +69,20 @@ class Samples(ABC):
         """How many of what people count an epoch reads."""
         return len(self)
 
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many tokens an epoch reads as inputs."""
+
+    @property
+    def parts(self) -> Sequence["Samples"]:
+        """The samples of each data set by itself."""
+        return [self]
+
+    def seen(self, number: int) -> dict[str, float]:
+        """How often `number` samples in a row read each data set, by its name; "" if there is one alone."""
+        return {"": number / len(self)}
+
     @abstractmethod
     def __getitem__(self, n: int) -> Sample:
         """Sample n."""
@@ -114,6 +128,10 @@ class WindowSamples(Samples):
         if self._overlap:
             self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
 
+    @property
+    def tokens(self) -> int:
+        return len(self) * self.ctx_len
+
     def __getitem__(self, n: int) -> Sample:
         start, repeated = self._window(n)
         tokens = self.dataset.tokens[start : start + self.ctx_len + 1].astype(np.int64)
@@ -156,6 +174,14 @@ class DocumentSamples(Samples):
         self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
         if note := self._cut_answers():
             self.notes.append(note)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens_of(self.units)
+
+    def _tokens_of(self, documents: np.ndarray) -> int:
+        """How many tokens of these documents are read."""
+        return int(np.minimum(self.dataset.sizes[documents].astype(np.int64) - 1, self.ctx_len).sum())
 
     def _choose(self, units: Units) -> None:
         super()._choose(units)

@@ -23,7 +23,7 @@ from .prompt_samples import ROWS
 from .report import laid_out, left_out
 from .rows import KINDS
 
-FORMAT = 6
+FORMAT = 7
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".bin", ".idx", ".mask", ROWS)  # .mask only if some token does not count, ROWS only of prompts
 

@@ -60,13 +60,20 @@ def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokeni
 def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
     """The text of tokens, with marks around each run of counted ones and the end token visible; a long text is
     shortened in its middle, and says so."""
-    parts = []
-    for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1]):
-        text = shortened(plain_text([token for token, _ in run], tokenizer))
-        parts.append(f"{marks[0]}{text}{marks[1]}" if counts else text)
-    if len(parts) > RUNS:
-        parts[RUNS // 2 : -(RUNS // 2)] = [f"\n… {len(parts) - RUNS:,} pieces are not shown …\n"]
+    parts = [f"{marks[0]}{text}{marks[1]}" if counts else text for text, counts in pieces(tokens, counted, tokenizer)]
     return "".join(parts)
+
+
+def pieces(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of tokens in pieces that count, or do not: [(text, counts)]. Long pieces lose their middle, and so do
+    long lists of them, which say so."""
+    found = [
+        (shortened(plain_text([token for token, _ in run], tokenizer)), bool(counts))
+        for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1])
+    ]
+    if len(found) > RUNS:
+        found[RUNS // 2 : -(RUNS // 2)] = [(f"\n… {len(found) - RUNS:,} pieces are not shown …\n", False)]
+    return found
 
 
 def shortened(text: str) -> str:

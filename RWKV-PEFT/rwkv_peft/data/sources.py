@@ -1,6 +1,8 @@
 """Builds the samples that settings name: their data, sampling and mask."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -15,10 +17,12 @@ from .binidx import BinidxDataset
 from .context_samples import ContextSamples
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask
+from .mixture import Joined, Mixture
 from .order import Permutation
 from .pair_samples import PairSamples
+from .prefix import default_mask
 from .prompt_samples import PromptSamples
-from .recorded import find_tokenizer, recorded_of_data, require_within, vocabulary_of
+from .recorded import find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
 from .sft import prepare_sft
 
@@ -37,6 +41,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     contradict each other.
     """
     check_config(config)
+    if config.more:
+        return mixed({name: build_samples(part, vocab_size) for name, part in parts_of(config).items()}, config)
     notes: list[str] = []
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
@@ -68,6 +74,11 @@ def split_samples(
 
     The two share no sample; with dataload "get" a document on the edge of a window may lie in both.
     """
+    if config.more:
+        parts = parts_of(config)
+        halves = {name: split_samples(part, vocab_size, fraction, seed) for name, part in parts.items()}
+        train, held_out = ({name: pair[half] for name, pair in halves.items()} for half in (0, 1))
+        return mixed(train, config), Joined(held_out)
     samples = build_samples(config, vocab_size)
     count = max(1, round(fraction * len(samples)))
     if not 0 < fraction < 1 or count >= len(samples):
@@ -78,11 +89,35 @@ def split_samples(
     drawn = Permutation(len(samples), config.seed if seed is None else seed, "validation")
     validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
     training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
-    train, held_out = samples.subset(training), samples.subset(validation)
-    require_counted(train, config)
-    require_counted(held_out, config)
-    train.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
-    return train, held_out
+    kept, held = samples.subset(training), samples.subset(validation)
+    require_counted(kept, config)
+    require_counted(held, config)
+    kept.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
+    return kept, held
+
+
+def parts_of(config: DataConfig) -> dict[str, DataConfig]:
+    """The settings of each data file by itself, by the file's name, or its whole path if names are alike. Token files
+    without a .mask count every token, even beside others that have one."""
+    paths = (config.path, *config.more)
+    names = [Path(path).name for path in paths]
+    found = {}
+    for name, path in zip(names, paths):
+        masked = config.loss_mask == "file" and not config.of_rows
+        mask = default_mask(path) if masked else config.loss_mask
+        key = name if names.count(name) == 1 else path
+        if key in found:
+            raise UserError(f"--data_file {path} is given twice; leave one out, and give its --data_mix to the other")
+        found[key] = replace(config, path=path, more=(), mix=(), loss_mask=mask)
+    return found
+
+
+def mixed(sources: Mapping[str, Samples], config: DataConfig) -> Mixture:
+    """Mix samples of several data files by --data_mix. Raises UserError if they were made with different tokenizers."""
+    first, *others = sources.items()
+    for name, other in others:
+        require_same(first[1].vocabulary, first[0], other.vocabulary, f"--data_file {name}")
+    return Mixture(sources, config.mix)
 
 
 def require_counted(samples: Samples, config: DataConfig) -> None:

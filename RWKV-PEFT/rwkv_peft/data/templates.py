@@ -13,11 +13,12 @@ from ..errors import UserError
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
 from .thinking import OPENINGS, answered, without_opening
+from .tools import LISTS, listed
 from .turns import TURN_END, Segment, chat, field, refuse_unplaced
 
 FORMS = (
-    "text; messages or conversations; query and response; question and answer; instruction, input "
-    "and output; prompt and completion"
+    "text; messages or conversations; query and response; question and answer; query, tools and answers (calls); "
+    "instruction, input and output; prompt and completion"
 )
 ANSWERED = (  # the fields of the forms in which only answers count
     ("messages",),
@@ -53,6 +54,9 @@ def segments(row: object, think: str = "") -> list[Segment]:
     for name in ("messages", "conversations"):
         if name in row:
             return behind_system(row, chat(row[name], think))
+    if "query" in row and "answers" in row and any(map(row.get, LISTS)):
+        turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
+        return behind_system(row, chat(turns, think))
     for question, answer in (("query", "response"), ("question", "answer")):
         if question in row and answer in row:
             return named_segments(row, (question, answer), think)
@@ -67,7 +71,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
         answer = field(row, "output").strip()
         return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)])
     if "prompt" in row and "completion" in row:
-        refuse_unplaced(row)
+        refuse_unplaced(row, LISTS)
         if system_of(row):
             raise UnknownForm(
                 "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you name "
@@ -86,13 +90,15 @@ def system_of(row: Mapping[str, Any]) -> str:
 
 
 def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
-    """Put the system text of a row before its segments, unless they begin with one. Raises UserError if another field
-    of the row would be lost."""
+    """Put the system text of a row before its segments, unless they begin with one, and the row's tools into that turn.
+    Raises UserError if another field of the row would be lost."""
     refuse_unplaced(row)
-    words = system_of(row)
-    if not words or parts[0][0].startswith("System:"):
-        return parts
-    return [(f"System: {words}{TURN_END}", False), *parts]
+    tools, words, begins = listed(row), system_of(row), parts[0][0].startswith("System:")
+    if not tools:
+        return [(f"System: {words}{TURN_END}", False)] * bool(words and not begins) + parts
+    if begins:  # as turns.chat lays it out
+        words, parts = parts[1][0].strip(), parts[2:]
+    return [("System:", False), (" " + "\n".join(filter(None, (words, tools))) + TURN_END, False), *parts]
 
 
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
@@ -171,10 +177,16 @@ def thinks(parts: Sequence[Segment]) -> bool:
     return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
 
 
-def question(words: str, think: str = "", system: str = "") -> list[str]:
-    """The texts that `chat` makes of a system text, if there is one, a user's turn, and the opening of the answer."""
-    turns = [("system", system)] * bool(system) + [("user", words), ("assistant", "")]
-    laid_out = chat([{"role": role, "content": content} for role, content in turns])
+def question(words: str, think: str = "", system: str = "", tools: str = "") -> list[str]:
+    """The texts that `chat` makes of a system text and tools_text, if there are any, a user's turn, and the opening of
+    the answer."""
+    told = "\n".join(filter(None, (system.strip(), tools)))
+    return before_answer([("system", told)] * bool(told) + [("user", words)], think)
+
+
+def before_answer(turns: Sequence[tuple[str, str]], think: str = "") -> list[str]:
+    """The texts that `chat` makes of turns (role, words) and the opening of the answer to them."""
+    laid_out = chat([{"role": role, "content": content} for role, content in [*turns, ("assistant", "")]])
     *texts, opening = (text for text, counts in laid_out if not counts)
     return [*texts, opening + OPENINGS.get(think, "")]
 

@@ -1,18 +1,19 @@
 """Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, short
 from .thinking import answered
+from .tools import NOTHING, called, calls_text, listed, ordered
 
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 
-# fields of a row or a turn for which the layouts have no place
-UNPLACED = ("tools", "tool_calls", "functions", "function_call", "history")
-CALL = "function_call"  # ShareGPT's role of a turn that calls a tool
+# fields of a row for which the layouts have no place
+UNPLACED = ("tool_calls", "function_call", "history")
+CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
 SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World chats give to it
     {
         "user": "User",
@@ -26,6 +27,8 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World c
         "tool": "Tool",
         "function": "Tool",
         "observation": "Tool",
+        "tool_response": "Tool",
+        **dict.fromkeys(CALLS, "Assistant"),
     }
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
@@ -42,18 +45,14 @@ def chat(messages: object, think: str = "") -> list[Segment]:
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
     parts: list[Segment] = []
-    for turn in messages:
+    for turn in ordered(messages):
         if not isinstance(turn, dict):
             raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
-        role_name, words_name = ("role", "content") if "role" in turn else ("from", "value")
-        role = speaker(field(turn, role_name)) if role_name in turn else ""
-        refuse_unplaced(turn)  # before its words, which a turn that calls a tool may lack
-        if not role or words_name not in turn:
-            raise UserError(
-                f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
-            )
-        words = words_of(turn, words_name).strip()
+        role, words = said(turn)
         answered_before = bool(parts) and parts[-1][1]
+        if answered_before and only_calls(turn):
+            parts[-1] = (f"{parts[-1][0]}\n{words}", True)
+            continue
         if answered_before:
             parts.append((TURN_END, True))
         elif parts:
@@ -66,13 +65,32 @@ def chat(messages: object, think: str = "") -> list[Segment]:
     return parts
 
 
+def said(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The speaker of a turn and its words, with the calls of the assistant's and the tools of the system's."""
+    role_name, words_name = ("role", "content") if "role" in turn else ("from", "value")
+    role = speaker(field(turn, role_name)) if role_name in turn else ""
+    calls, tools = called(turn), listed(turn)
+    if not role or (words_name not in turn and not calls):
+        raise UserError(
+            f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
+        )
+    for more, speaks, what in ((calls, "Assistant", "calls a tool"), (tools, "System", "lists tools")):
+        if more and role != speaks:
+            raise UserError(f"a turn of role {turn[role_name]!r} {what}, which only the {speaks.lower()} does")
+    if only_calls(turn):
+        return role, calls or calls_text(turn[words_name])
+    words = "" if calls and turn.get(words_name) is None else words_of(turn, words_name).strip()
+    return role, "\n".join(filter(None, (words, calls, tools)))
+
+
+def only_calls(turn: Mapping[str, Any]) -> bool:
+    """Return whether a turn's role is one of CALLS: then its words are the calls, and it continues the answer before
+    it."""
+    return str(turn.get("role", turn.get("from"))).lower() in CALLS
+
+
 def speaker(role: str) -> str:
     """The name that RWKV World chats give to a role."""
-    if role.lower() == CALL:
-        raise UserError(
-            f"a turn of role {role!r} calls a tool, and no layout has a place for calls; write it out as a turn of the "
-            "assistant's, or leave such rows out"
-        )
     if role.lower() not in SPEAKERS:
         raise UserError(f"role {short(role)!r}; known are {', '.join(SPEAKERS)}")
     return SPEAKERS[role.lower()]
@@ -101,13 +119,13 @@ def part_text(part: object) -> str:
     return field(part, "text")
 
 
-def refuse_unplaced(holder: Mapping[str, Any]) -> None:
-    """Raise UserError if a row or a turn holds one of UNPLACED, which would be lost."""
-    for name in UNPLACED:
-        if holder.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
+def refuse_unplaced(row: Mapping[str, Any], more: Sequence[str] = ()) -> None:
+    """Raise UserError if a row holds one of UNPLACED, or of more fields, which would be lost."""
+    for name in (*UNPLACED, *more):
+        if row.get(name) not in NOTHING:
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
             raise UserError(
-                f"field {name!r} has no place in any layout; {remedy}, or remove the field if it should not be learned"
+                f"field {name!r} has no place in this layout; {remedy}, or remove the field if it should not be learned"
             )
 
 

@@ -22,6 +22,7 @@ OPTIONAL = (
     ("bitsandbytes", "quantized bases"),
     ("math-verify", "rwkv-peft eval math"),
     ("lm_eval", "rwkv-peft eval, tasks of the harness"),
+    ("fastapi", "rwkv-peft serve"),
     ("wandb", "--wandb"),
 )
 

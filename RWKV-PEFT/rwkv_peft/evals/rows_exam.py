@@ -29,7 +29,9 @@ class Row(NamedTuple):
 
 def rows_of(of: str, samples: Samples, number: int) -> list[Row]:
     """The first `number` rows that a run reads of samples and that have a prompt and an answer; of a packed sample the
-    first row. A stream has none."""
+    first row. A stream has none. Of several data sets it is the first that has some."""
+    if len(samples.parts) > 1:
+        return next(filter(None, (rows_of(of, part, number) for part in samples.parts)), [])
     if not isinstance(samples, DocumentSamples):
         return []
     rows: list[Row] = []

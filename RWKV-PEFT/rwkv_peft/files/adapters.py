@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
 from .adapter_file import Adapter, check_names, read_own
 from .adapter_folder import CONFIG, is_adapter_folder
+from .lightning_folder import is_lightning_folder, read_lightning_folder
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -32,14 +33,16 @@ class AdapterSource:
     guess: str | None = None
 
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
-        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py).
+        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py, lightning_folder.py).
 
         base is {key: tensor}; its shapes may tell the form. Raises UserError for a file that is missing, broken, of a
         later format or no adapter; a form that contradicts mode or cannot be told; init or alpha that contradicts the
         file; a tensor that is empty or holds NaN or Inf.
         """
         path = adapter_of_run(self.path)
-        if path.is_dir():
+        if is_lightning_folder(path):
+            adapter = read_lightning_folder(path)
+        elif path.is_dir():
             adapter = read_hf_folder(path)
         elif path.suffix == ".safetensors":
             adapter = read_own(path)
@@ -89,7 +92,7 @@ def adapter_of_run(path: str | Path) -> Path:
             f"{path} holds two adapters, {ADAPTER} of a run and {CONFIG} with that of peft; name {path / ADAPTER}, or "
             f"move {CONFIG} and its tensors into a folder of their own and name that"
         )
-    if not path.is_dir() or is_adapter_folder(path):
+    if not path.is_dir() or is_adapter_folder(path) or is_lightning_folder(path):
         return path
     if (path / ADAPTER).exists():
         return path / ADAPTER

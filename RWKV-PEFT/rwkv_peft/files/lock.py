@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from ..errors import told
 
@@ -67,3 +68,23 @@ def _holder(file: FileIO) -> str:
         return f"process {values['process']} on {values['host']}, since {values['since']}"
     except (ValueError, LookupError, TypeError, RecursionError) as error:  # it has not written yet
         return f"another process, which does not say who it is ({told(error)})"
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """What the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None if no
+    process holds it."""
+    try:
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "r")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            pass
+        try:
+            values = json.loads(file.read(LONGEST))
+            return values if isinstance(values, dict) else {}
+        except (ValueError, RecursionError):
+            return {}

@@ -74,7 +74,7 @@ class Judge(pickle.Unpickler):
         super().__init__(io.BytesIO(pickled), encoding="bytes")
         self.path = path
         self.storages: dict[object, int] = {}
-        added = torch.serialization.get_safe_globals()  # such as DeepSpeed's (training/saving/optimizer_files.py)
+        added = torch.serialization.get_safe_globals()  # such as DeepSpeed's (training/saving/deepspeed_files.py)
         classes = (item[0] if isinstance(item, tuple) else item for item in added)
         self.allowed = BUILDERS | {f"{cls.__module__}.{cls.__qualname__}" for cls in classes}
 

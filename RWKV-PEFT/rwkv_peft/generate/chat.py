@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from ..data.templates import question
+from ..data.templates import before_answer, question
+from ..data.tools import parse_calls
 from ..errors import UserError, short
 from ..files.atomic import check_output, same_file
 from ..files.state_file import check_session_output
@@ -18,8 +19,8 @@ from .session import Session
 from .showing import show
 
 HELP = (
-    "/reset forgets the chat, /save FILE keeps it for --state, /exit or Ctrl-D ends it; Ctrl-C ends an answer, twice "
-    "the chat"
+    "/reset forgets the chat, /save FILE keeps it for --state, /tool TEXT is the result of a call, /exit or Ctrl-D "
+    "ends it; Ctrl-C ends an answer, twice the chat"
 )
 CODE = 130  # the exit code after Ctrl-C
 
@@ -29,7 +30,8 @@ class Chat:
 
     stops end an answer; change(line) is applied to a line before it is sent; inputs are the (flag, path) pairs that
     /save must not overwrite, except --state, because a session may go on in its own file; think ("", "on", "off") opens
-    the answers (data/thinking.py); system is the text before the first turn, also after /reset ("": none).
+    the answers (data/thinking.py); system and tools (tools_text) come before the first turn, also after /reset ("":
+    none). If an answer calls tools, so many results are awaited before the next one.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Chat:
         inputs: Sequence[tuple[str, str | None]],
         think: str = "",
         system: str = "",
+        tools: str = "",
     ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
         self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
         self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
-        self.think, self.system = think, system
+        self.think, self.system, self.tools = think, system, tools
+        self.awaited, self.results = 1, list[str]()
 
     def run(self) -> int:
         """Talk until the input ends -> the exit code. A UserError is printed on a terminal and raised if the lines come
@@ -75,13 +79,32 @@ class Chat:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        texts = question(words, self.think, self.system if self.session.begins else "")
+        begins = self.session.begins
+        self.say(question(words, self.think, self.system if begins else "", self.tools if begins else ""))
+
+    def take_result(self, text: str) -> None:
+        """Take the result of a call; the last that is awaited is answered."""
+        self.results.append(text)
+        if len(self.results) < self.awaited:
+            remark(f"(call {len(self.results) + 1} of {self.awaited}: its result?)")
+            return
+        turns = [("tool", result) for result in self.results]
+        self.say(before_answer(turns, self.think))
+
+    def say(self, texts: Sequence[str]) -> None:
+        """Show the answer to texts, and the calls that it holds."""
+        self.results, shown = [], list[str]()
         show(texts[-1])
         try:
             for text in self.session.answer(texts, self.stops, self.max_tokens):
                 show(text)
+                shown.append(text)
         finally:
             show("\n\n")
+        _, calls = parse_calls("".join(shown))
+        self.awaited = max(1, len(calls))
+        for number, call in enumerate(calls, start=1):
+            remark(f"(call {number} of {len(calls)}: {call}; /tool TEXT is its result)")
         if self.session.cut:
             remark(f"(cut off after --max_tokens {self.max_tokens})")
 
@@ -92,7 +115,10 @@ class Chat:
             return False
         if name == "/reset":
             self.session.reset()
+            self.awaited, self.results = 1, []
             remark("the chat is forgotten")
+        elif name == "/tool" and argument and not self.session.begins:
+            self.take_result(self.change(argument))
         elif name == "/save" and argument:
             self.save(argument)
         else:

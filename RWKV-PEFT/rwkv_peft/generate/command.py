@@ -18,7 +18,7 @@ from .decode import prefill
 from .flags import note_escapes, parse_flags, unescaped
 from .kept import Kept
 from .loading import load_subject, resolve_device, save_state_file
-from .prompts import encode, read_prompt_file
+from .prompts import encode, read_prompt_file, read_tools
 from .session import Session
 from .settings import Sampling
 from .showing import Unheard, show
@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
 
 def run(args: Namespace, sampling: Sampling) -> int:
     """Run the parsed command -> the exit code."""
-    resolve_device(args)
+    resolve_device(args.device)
     note_escapes(args, "--prompt, --system or --stop", [*(args.prompt or ()), args.system or "", *args.stop])
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
-    rows = read_rows(args)
+    rows, tools = read_rows(args), read_tools(args.tools) if args.tools else ""
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     subject = load_subject(args, warn)
@@ -53,7 +53,8 @@ def run(args: Namespace, sampling: Sampling) -> int:
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
         inputs = [*inputs_of(args), ("--state", args.state)]
-        return Chat(session, stops, args.max_tokens, change, inputs, args.think or "", args.system or "").run()
+        told = args.think or "", args.system or "", tools
+        return Chat(session, stops, args.max_tokens, change, inputs, *told).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [
@@ -107,5 +108,5 @@ def check_outputs(args: Namespace) -> None:
 
 def inputs_of(args: Namespace) -> list[tuple[str, str | None]]:
     """The (flag, path) pairs of the files that are read, except --state."""
-    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
-    return inputs + [("--adapter", path) for path in args.adapter]
+    names = ("model", "prompt_file", "lora_init", "tokenizer", "tools")
+    return [(f"--{name}", getattr(args, name)) for name in names] + [("--adapter", path) for path in args.adapter]

@@ -19,6 +19,7 @@ RULES = (
     Rule("--output", EXCLUDES, "--chat", "a chat is shown as it is written", "redirect the command's output"),
     Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
     Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
+    Rule("--tools", NEEDS, "--chat", "the first turn lists them", "leave it out"),
     Rule(
         "--think",
         NEEDS,
@@ -62,6 +63,12 @@ def build_parser() -> Parser:
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add("--system", metavar="TEXT", help="with --chat: an instruction before the first turn, like System: in chat data")
     add(
+        "--tools",
+        metavar="JSON",
+        help="with --chat: a file that lists the tools the model may call, {name, description, parameters} each; they "
+        "come before the first turn, as in chat data",
+    )
+    add(
         "--think",
         choices=("on", "off"),
         help="with --chat, as RWKV-7 G1 is prompted: open each answer with <think, or with <think></think",
@@ -95,10 +102,19 @@ def build_parser() -> Parser:
         action="store_true",
         help=r"read \n, \t and \\ in --prompt, --system and --stop as newline, tab, backslash",
     )
+    add_sampling_flags(parser)
+    return parser
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in SAMPLING:
         default = getattr(Sampling, name)
-        add(f"--{name}", type=kind, default=default, help=f"{text} (default {default:g})")
-    return parser
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default:g})")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The Sampling that flags give. Raises UserError for a value out of range."""
+    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__ if name in args})
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,16 +129,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="adapters to apply to the model, in order; no file is changed",
     )
+    add(
+        "--state",
+        metavar="PTH",
+        help="state to start from: time states (.pth, .st, or a run that tuned only them), or a file of --save_state",
+    )
+    add_running_flags(parser)
+
+
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how files are read and a model runs."""
+    add = parser.add_argument
     add_source_flags(parser)
     add(
         "--any_base",
         action="store_true",
         help="use an adapter or states that were trained on another base of the same shape",
-    )
-    add(
-        "--state",
-        metavar="PTH",
-        help="state to start from: time states (.pth, .st, or a run that tuned only them), or a file of --save_state",
     )
     add(
         "--tokenizer",
@@ -145,7 +167,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
         args.stop = [unescaped(text) for text in args.stop]
     if args.system is not None and not args.system.strip():
         raise UserError("--system: an empty text says nothing; leave it out")
-    return args, Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__ if name in args})
+    return args, sampling_of(args)
 
 
 def note_escapes(args: argparse.Namespace, flags: str, texts: Iterable[str]) -> None:

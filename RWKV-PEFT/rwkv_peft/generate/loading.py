@@ -36,29 +36,40 @@ def load_model(
     and no step pays for the adapter. any_base allows an adapter of another base of the same shape. Raises UserError as
     open_base, AdapterSource.read and merging do, and for weights that are not finite.
     """
+    model, start = model_of(merged_base(path, adapters, any_base), precision, device)
+    if device == "cpu" and precision == "fp32":
+        store_by_columns(model)
+    return model, start
+
+
+def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_base: bool = False) -> Base:
+    """Open the .pth at path as a Base whose weights are finite, with adapters merged into it in memory. Arguments and
+    errors are those of load_model."""
     base = open_base(path)
-    if adapters:
-        named = [(source.path, source.read(base.tensors)) for source in adapters]
-        if not any_base:
-            check_fingerprints(base, named)
-        base = base_of(merged_tensors(base, named), path)
-    else:
+    if not adapters:
         base.require_finite()  # merging checks it by itself
+        return base
+    named = [(source.path, source.read(base.tensors)) for source in adapters]
+    if not any_base:
+        check_fingerprints(base, named)
+    return base_of(merged_tensors(base, named), path)
+
+
+def model_of(base: Base, precision: str, device: str) -> tuple[LanguageModel, State | None]:
+    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none)."""
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config)
     model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
-    if device == "cpu" and precision == "fp32":
-        store_by_columns(model)
-    return model, read_state(states, model, path) if states else None
+    return model, read_state(states, model, base.path) if states else None
 
 
-def resolve_device(args: Namespace) -> str:
-    """Choose "cpu" or "cuda": --device, or else cuda if there is one. Raises UserError for a GPU that torch cannot
-    use."""
-    if args.device == "cpu":
+def resolve_device(asked: str | None) -> str:
+    """Choose "cpu" or "cuda": the device asked for (--device), or else cuda if there is one. Raises UserError for a GPU
+    that torch cannot use."""
+    if asked == "cpu":
         return "cpu"
     gpus = count_gpus("run on the CPU with --device cpu")
-    if args.device == "cuda" and not gpus:
+    if asked == "cuda" and not gpus:
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
     return "cuda" if gpus else "cpu"
 
@@ -74,7 +85,7 @@ class Subject(NamedTuple):
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
     recorded one. Raises UserError for files that cannot be read or do not fit together."""
-    device = resolve_device(args)
+    device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
     model, start = load_model(args.model, sources, precision, device, args.any_base)

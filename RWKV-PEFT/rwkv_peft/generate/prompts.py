@@ -7,6 +7,7 @@ from typing import Any
 from ..data.encoding import parse
 from ..data.rows import JSON_ENDINGS, held_chunks
 from ..data.tokenizer import Tokenizer
+from ..data.tools import tools_text
 from ..errors import UserError
 
 WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
@@ -26,16 +27,28 @@ def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
     """Read a text, without the byte order mark that editors on Windows write. Raises UserError if it is missing or not
     UTF-8."""
     try:
         text = read_input() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--prompt_file {path}: {error.strerror}; check the name") from error
+        raise UserError(f"{flag} {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file {path} is not UTF-8 (byte {error.start}); convert it") from error
+        raise UserError(f"{flag} {path} is not UTF-8 (byte {error.start}); convert it") from error
     return text.removeprefix("\ufeff")
+
+
+def read_tools(path: str) -> str:
+    """Read the tools that a file of JSON lists -> tools_text. Raises UserError if it cannot be read or lists none."""
+    listed = read_text(path, "--tools")
+    try:
+        text = tools_text(listed)
+    except UserError as error:
+        raise UserError(f"--tools {path}: {error}") from error
+    if not text:
+        raise UserError(f"--tools {path} lists no tool; write one, or leave the flag out")
+    return text
 
 
 def read_input() -> str:

@@ -1,4 +1,4 @@
-"""Bone for Hugging Face models: importing this registers BONE with the installed peft.
+"""Hugging Face: importing this registers BONE with the installed peft, and RWKV with transformers' Auto classes.
 
     from rwkv_peft.hf import BoneConfig
     model = get_peft_model(model, BoneConfig(r=64, init_weights="bat-in"))
@@ -10,8 +10,21 @@
 from .config import BoneConfig
 from .layer import BoneLinear
 from .model import BoneModel
-from .register import register
+from .register import register, register_rwkv
+from .rwkv import RWKVForCausalLM
+from .rwkv_config import RWKV6Config, RWKV7Config
+from .rwkv_tokenizer import RWKVTokenizer
 
-__all__ = ["BoneConfig", "BoneLinear", "BoneModel", "register"]
+__all__ = [
+    "BoneConfig",
+    "BoneLinear",
+    "BoneModel",
+    "RWKV6Config",
+    "RWKV7Config",
+    "RWKVForCausalLM",
+    "RWKVTokenizer",
+    "register",
+]
 
 register()
+register_rwkv()

@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import UserError
+from ..models import family_named
 from .config import BoneConfig
 from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
+from .rwkv_config import CONFIGS
 
 # Linear layers in modules of transformers that read their weights without calling them: in Mamba for fused kernels,
 # dt_proj in plain torch too; in a router for float32; elsewhere as a convolution's kernel, or beside the embeddings.
@@ -37,9 +39,11 @@ CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft adds them to modules
 
 
 def default_targets() -> dict[str, list[str]]:
-    """peft's default target modules by model type: those of MiSS, or those of LoRA if this peft has no MiSS."""
+    """peft's default target modules by model type: those of MiSS, or those of LoRA if this peft has no MiSS; of an RWKV
+    all linear layers of a block."""
     names = ("TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
-    return next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
+    found = next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
+    return found | {config.model_type: list(family_named(config.version).targets) for config in CONFIGS}
 
 
 def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: nn.Module) -> None:

@@ -1,10 +1,13 @@
-"""Registration of Bone with the installed peft."""
+"""Registration of Bone with the installed peft, and of RWKV with the Auto classes of the installed transformers."""
 
 import peft
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .config import BoneConfig
 from .installed import add_member, check_version, configs, enter
 from .model import BoneModel
+from .rwkv import MODELS
+from .rwkv_tokenizer import RWKVTokenizer
 
 
 def register(replace: bool = False) -> None:
@@ -21,3 +24,12 @@ def register(replace: bool = False) -> None:
         return
     enter(member, BoneConfig, BoneModel)
     peft.BoneConfig, peft.BoneModel = BoneConfig, BoneModel
+
+
+def register_rwkv() -> None:
+    """Register RWKV-6 and RWKV-7, so that AutoModelForCausalLM, AutoTokenizer and pipelines load their folders."""
+    for model in MODELS:
+        config = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        AutoTokenizer.register(config, slow_tokenizer_class=RWKVTokenizer, exist_ok=True)

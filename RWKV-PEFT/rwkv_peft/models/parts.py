@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,6 +10,18 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from .state import TIME_STATE, State, swapped, wkv_shape
+
+
+class Relay(Protocol):
+    """Brings the states before a row's part from the process that computes the part before, block by block, and takes
+    the states after it on."""
+
+    def before(self, layer: int) -> Any:
+        """The state before the part at a block, of as many sequences as go on from the part before."""
+
+    def after(self, layer: int, x: torch.Tensor, state: Any) -> torch.Tensor:
+        """Take x (B, T, C) and the state that a block left -> x."""
+
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, the head's weight) -> a result for logits
 
@@ -91,15 +103,17 @@ class LanguageModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         head: HeadFunction | None = None,
         keep: bool = True,
+        relay: Relay | None = None,
     ) -> tuple[torch.Tensor, State]:
         """tokens (B, T) int64, state State or None -> logits (B, T, V), State (empty unless `keep`).
 
         cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. state
         is that of all n sequences, or of the first few; the others begin from the tuned time states, or from zeros.
-        If `head` is given, head(x, weight) takes the place of the logits (see Head).
+        If `head` is given, head(x, weight) takes the place of the logits (see Head). A relay brings the states in place
+        of `state`.
         """
         seen = (tokens,) if self.sees_tokens else ()
-        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, seen)
+        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, seen, relay)
         return self.head(self.ln_out(x), head), after
 
     def through_blocks(
@@ -109,6 +123,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         keep: bool = True,
         seen: tuple[torch.Tensor, ...] = (),
+        relay: Relay | None = None,
     ) -> tuple[torch.Tensor, State]:
         """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. seen holds the tokens if
         blocks see them. The states of many packed sequences are large: without `keep`, each layer's is dropped at
@@ -117,12 +132,14 @@ class LanguageModel(nn.Module):
         sequences = count_sequences(x, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
-            before = None if state is None else shifts_begun(state[layer], sequences)
-            inputs = (x, *carried, before, cu_seqlens, *seen)
+            before = relay.before(layer) if relay else state[layer] if state else None
+            inputs = (x, *carried, before and shifts_begun(before, sequences), cu_seqlens, *seen)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, *carried, layer_state = block(*inputs)
+            if relay:
+                x = relay.after(layer, x, layer_state)
             if keep:
                 states.append(layer_state)
             del layer_state

@@ -75,6 +75,7 @@ class GRPO(Objective):
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
         ("--train_type infctx", "an answer is drawn and learned as a whole", "leave it out"),
+        ("--context_parallel", "an answer is drawn and learned as a whole", "leave it out"),
         ("--dataload !pack", "answers are packed", "leave it out"),
         ("--loss_mask !file", "answers alone count", "leave it out"),
         ("--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),

@@ -19,7 +19,7 @@ from ..memory import main_memory
 from ..models import family_named
 from ..names import NONE
 from ..training.flags.request import Request, request_of
-from ..training.header import describe_adapter
+from ..training.header import describe_adapter, shared_rows
 from .disk import written
 from .fits import LARGEST, TOKENS, changes, largest_rows, largest_tokens, usable
 from .flags import parse_flags
@@ -119,6 +119,8 @@ def head(request: Request, estimate: Estimate) -> Iterator[str]:
         f"batch     {data.micro_bsz} x {data.ctx_len} tokens a device, {train.num_nodes} x {train.devices} "
         f"{estimate.accelerator}, {train.strategy}, {train.precision}, --grad_cp {int(train.grad_cp)}"
     )
+    if train.context_parallel > 1:
+        yield f"          {shared_rows(estimate.config)}"
 
 
 def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:

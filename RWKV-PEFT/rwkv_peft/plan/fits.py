@@ -89,6 +89,8 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     adapter, train = config.adapter, config.train
     if not train.grad_cp:
         yield "--grad_cp 1", replace(config, train=replace(train, grad_cp=True))
+    if train.context_parallel < train.ranks:
+        yield f"--context_parallel {train.ranks}", replace(config, train=replace(train, context_parallel=train.ranks))
     if train.cuda_graphs:
         yield "--cuda_graphs 0", replace(config, train=replace(train, cuda_graphs=False))
     if train.precision == "fp32":

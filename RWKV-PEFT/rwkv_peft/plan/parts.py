@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
-from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
+from ..config import AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
@@ -20,7 +20,7 @@ from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
 from ..training.saving.room import OPTIMIZER
-from ..training.step.gathering import exchanges_gradients, sums_apart
+from ..training.step.gathering import bucket_size, exchanges_gradients, sums_apart, waits_for_backward
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -84,7 +84,7 @@ class Estimate:
 
     @property
     def ranks(self) -> int:
-        return self.config.train.devices * self.config.train.num_nodes
+        return self.config.train.ranks
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
         """The parts of one process at micro batches of `rows` samples of `tokens` tokens; a sample of two
@@ -94,9 +94,11 @@ class Estimate:
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))
-        if segment := self.config.train.chunk_ctx:
-            tokens = min(tokens, segment)
+        train = self.config.train
+        if train.chunk_ctx:
+            tokens = min(tokens, train.chunk_ctx)
             process.append(Part("gradients, summed over segments", self.accelerator, SUM * self.counts.trains))
+        tokens = -(-tokens // train.context_parallel)
         found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *self.taught(rows, tokens)]
         if self.accelerator == CPU:
             found = [part._replace(when=ALWAYS) for part in found]
@@ -130,9 +132,10 @@ class Estimate:
         train, item, trains = self.config.train, self.dtype.itemsize, self.counts.trains
         own = trains // self.ranks
         place = CPU if train.offload else self.accelerator
-        buffers = 2 if self.accelerator == GPU else 1  # a CPU touches the second only if the first is full
+        # the second is for overlapping, and a CPU touches it only if the first is full
+        buffers = 2 if self.accelerator == GPU and not waits_for_backward(train) else 1
         exchange = exchanges_gradients(train)
-        bucket = min(BUCKET, trains) if exchange else 0
+        bucket = bucket_size(train, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
             Part("optimizer", place, OPTIMIZER * own),

@@ -14,9 +14,7 @@ import torch
 
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
-from ..adapters.methods import words_of
 from ..cli import counted
-from ..config import AdapterConfig
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import source_of
@@ -24,13 +22,12 @@ from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base
 from ..files.pth_writer import save_pth
 from ..files.state_file import read_states
-from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
-from ..names import NONE
 from .differences import differences
 from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
 from .merge import Merge, check_fingerprints
+from .rebuilt import adapter_config
 from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
@@ -61,24 +58,6 @@ def adapted_logits(
         start = state_of(tuned or states, start, base.family.rows_are_keys, name)
     with torch.inference_mode():
         return model(tokens[None], start)[0][0]
-
-
-def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
-    """The AdapterConfig that rebuilds the layers of an Adapter: their places and shapes."""
-    metadata = adapter.metadata
-    # files of other tools name single tensors, not parts; they need none, because every tensor of a file is loaded
-    parts = tuple(part for part in metadata.train_parts if part in family.parts)
-    targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files adapt only some layers
-    if metadata.method is None:
-        return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
-    return AdapterConfig(
-        **words_of(metadata.method),
-        **{field: getattr(metadata, field) for field in metadata.method.tensors.size},
-        alpha=metadata.alpha,
-        targets=targets,
-        train_parts=parts,
-        quant=metadata.quant,
-    )
 
 
 def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:

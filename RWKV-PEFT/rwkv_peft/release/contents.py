@@ -17,6 +17,7 @@ from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
 from ..files.dtypes import dtype_name
+from ..files.lightning_folder import is_lightning_folder
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
@@ -43,7 +44,7 @@ def contents_of(source: AdapterSource) -> Contents:
     if path.suffix == ".gguf":
         return Contents(list(gguf_lines(path)))
     if path.is_dir():
-        if is_adapter_folder(path):
+        if is_adapter_folder(path) or is_lightning_folder(path):
             return adapter_contents(source)
         return tensor_contents(read_hf_model(path), path, "Hugging Face")
     if path.suffix in (".safetensors", ".st", ".state"):

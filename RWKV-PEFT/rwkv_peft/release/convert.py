@@ -8,6 +8,7 @@ INPUT's content and OUTPUT's ending say what is converted:
 - a state file (.pth with time_state tensors only) <-> .st, .state, .safetensors (Ai00); an adapter that holds only
   time states -> the same
 - with --to lora, an adapter -> plain LoRA (lora.py)
+- with --to lightning, a bone adapter -> the folder that rwkv_lightning_cuda serves; such a folder is read as an adapter
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 - a BONE folder of peft, of any model -> a MISS folder, and back (miss.py)
 
@@ -30,6 +31,7 @@ from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.dtypes import DTYPES, dtype_name
+from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
@@ -40,6 +42,7 @@ from .formats import GGUF_TYPE, Wanted, cast, format_of
 from .lora import adapter_files, as_lora, describe_errors, write_lora
 from .miss import rename_folder
 
+LIGHTNING = "lightning"
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
@@ -51,11 +54,13 @@ def main(argv: list[str]) -> int:
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
     form, adapted = format_of(target), is_adapter(source)
     files = [target] if form is None else form.files(target)
-    for file in adapter_files(target) if adapted else files:
+    if adapted:
+        files = [target / MANIFEST, target / WEIGHTS] if args.to == LIGHTNING else adapter_files(target)
+    for file in files:
         check_output("the output", file, inputs)
     refuse_inside(target, Path(args.input))
     if args.to and not adapted:
-        raise UserError(f"{source} holds no adapter, and only adapters convert to LoRA; leave --to {args.to} out")
+        raise UserError(f"{source} holds no adapter, and only adapters convert to {args.to}; leave --to {args.to} out")
     refuse_unread(args, target, adapted)
     written = convert_adapter(source, target, args) if adapted else convert_model(source, target, args)
     for line in written:
@@ -91,7 +96,7 @@ def is_adapter(path: Path) -> bool:
     """Tell whether a file or folder holds an adapter; one of time states only does not count. Unknown endings are left
     to the reader that follows."""
     if path.is_dir():
-        return is_adapter_folder(path)
+        return is_adapter_folder(path) or is_lightning_folder(path)
     if path.suffix in (".safetensors", ".st", ".state"):
         tensors, header = read_safetensors(path)
         return METADATA_KEY in header and not all(map(is_time_state, tensors))
@@ -100,11 +105,13 @@ def is_adapter(path: Path) -> bool:
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
     """Write an adapter in the target's format; return the paths written, or lines about them."""
-    if source.is_dir() and not target.suffix and not args.to:
+    if is_adapter_folder(source) and not target.suffix and not args.to:
         return [rename_folder(source, target)]
     model = open_base(args.base_model) if args.base_model else None
     base = None if model is None else model.tensors
     adapter = source_of(args, source).read(base)
+    if args.to == LIGHTNING:
+        return [convert_to_lightning(source, adapter, target, model)]
     if args.to:
         return [convert_to_lora(source, adapter, target, model, args.lora_rank)]
     if target.suffix == ".pth":
@@ -131,6 +138,20 @@ def convert_to_lora(name: Path, adapter: Adapter, target: Path, base: Base | Non
     quant = metadata.quant
     kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
     return f"{target}: {what}, {describe_errors(form)}{kept}; {loader}"
+
+
+def convert_to_lightning(name: Path, adapter: Adapter, target: Path, base: Base | None) -> str:
+    """Write an adapter, called `name`, as the folder that rwkv_lightning_cuda serves; return a line about it. Raises
+    UserError without its own base, and for an adapter that is not served there."""
+    if base is None:
+        raise UserError(f"--to {LIGHTNING} records the base's file, by its SHA-256; give it as --base_model")
+    if target.suffix:
+        raise UserError(f"--to {LIGHTNING} writes a folder, and {target} names a {target.suffix} file; leave that out")
+    adapter.metadata.require_base(name, base, "give its own base as --base_model")
+    kept = write_lightning_folder(target, adapter, base)
+    quant = adapter.metadata.quant
+    note = "" if quant == "none" else f" (it was trained on the base as --quant {quant} keeps it)"
+    return f"{target}: MiSS of {counted(len(adapter.modules()), 'layer')}, {kept}{note}; rwkv_lightning_cuda serves it"
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:

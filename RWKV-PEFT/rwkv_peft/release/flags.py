@@ -33,7 +33,7 @@ MERGE_RULES = (
     Rule("--read_back", EXCLUDES, "--dry_run", "it reads the output, and that writes none"),
 )
 INSPECT_RULES = (Rule("--output", NEEDS, "--base_model", "it is a picture of the change from that", "name the base"),)
-CONVERT_RULES = (Rule("--lora_rank", NEEDS, "--to", "it is the rank of that form", "add --to lora"),)
+CONVERT_RULES = (Rule("--lora_rank", NEEDS, "--to lora", "it is the rank of that form", "add --to lora"),)
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
@@ -200,9 +200,10 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--to",
-        choices=("lora",),
-        help="write an adapter as plain LoRA: into a folder (Hugging Face peft), .gguf (llama.cpp), .pth (RWKV-PEFT) "
-        "or .safetensors; bone exactly, bat-in by its largest singular values, and print the error",
+        choices=("lora", "lightning"),
+        help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
+        "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
+        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves",
     )
     parser.add_argument(
         "--lora_rank",

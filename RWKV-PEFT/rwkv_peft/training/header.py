@@ -22,6 +22,7 @@ from .measuring.learned import doubts
 from .step.forked import saved_tokens
 from .step.gathering import loses_in_sums
 from .step.plan import Plan
+from .step.relay import waiting
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
@@ -59,6 +60,8 @@ def describe(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if train.context_parallel > 1:
+        say(f"          {shared_rows(config)}")
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
     if train.cuda_graphs:
@@ -69,7 +72,8 @@ def describe(
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
-    say(f"data      {data.path}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
+    files = ", ".join((data.path, *data.more))
+    say(f"data      {files}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
     if words := config.objective.describe():
@@ -109,10 +113,11 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
-    times = steps * plan.step_samples / len(samples)
+    read = samples.seen(steps * plan.step_samples)
+    seen = (f"{f'of {name} ' * bool(name)}{n:.3g} {'time' if n == 1 else 'times'}" for name, n in read.items())
     yield (
         f"steps     {steps:,}: {counted(samples.size, unit)}, {epochs}, {counted(plan.step_samples, samples.kind)} a "
-        f"step; each {unit} is seen {times:.3g} {'time' if times == 1 else 'times'}"
+        f"step; each {unit} is seen {', '.join(seen)}"
     )
     if train.epochs_chosen:
         yield f"          chosen: epochs for some {AIM} steps, {MOST_EPOCHS} at most (--epoch_count)"
@@ -120,6 +125,15 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
             yield "          saved at the end (--epoch_save 1: after each epoch too)"
     if data.of_answers and data.dataload == "pad":
         yield "          each row by itself (--dataload pad; pack puts several into one, for fewer, longer steps)"
+
+
+def shared_rows(config: RunConfig) -> str:
+    """Say how ranks share rows, and how long they wait for each other at most: rows may be shorter."""
+    parts, segment, length = config.train.context_parallel, config.train.chunk_ctx, config.data.ctx_len
+    segments = -(-length // segment) if segment else 1
+    share = waiting(parts, config.model.n_layer, segments)
+    what = "segment of a row" if segment else "row"
+    return f"{parts} ranks share each {what} (--context_parallel), and wait {share:.1%} of a pass for each other"
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:

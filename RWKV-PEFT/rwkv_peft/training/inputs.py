@@ -22,7 +22,7 @@ from .flags.request import Request
 from .measuring.validate import RETAINED, VALIDATION
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, other_retained, validated_from
+from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
 from .saving.saved_files import require_files
 from .step.plan import Plan
 from .step.teacher import require_own_tokens
@@ -51,8 +51,8 @@ class Inputs:
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
-    train = config.train
-    step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
+    train, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
+    step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
@@ -66,6 +66,7 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
+        "row_groups": train.groups,
         "objective": config.objective.name,
         "teacher": "" if teacher is None else teacher.fingerprint,
         "precision": train.precision,
@@ -75,7 +76,7 @@ def find_inputs(request: Request) -> Inputs:
     checkpoint, state = find_state(Path(train.proj_dir), train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
-    samples.notes += other_retained(state, retained)
+    samples.notes += kept + other_retained(state, retained)
     if state:
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
@@ -106,7 +107,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
-    whole = replace(data, sft_split=parse_split(data.sft_split)[0])
+    whole = replace(data, sft_split=parse_split(data.sft_split)[0], more=(), mix=())
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:

@@ -34,7 +34,8 @@ def make_model(
     def gradients() -> dict[str, torch.Tensor]:
         if config.train.stage != 3:  # stage 3 is for models that one GPU may not hold
             model.to(device)
-        return estimate_gradients(model, layers, batches.first_counted(), config.train.chunk_ctx)
+        part = -(-config.data.ctx_len // config.train.context_parallel) if config.train.context_parallel > 1 else 0
+        return estimate_gradients(model, layers, batches.first_counted(), config.train.chunk_ctx or part)
 
     report = adapt(model, config.adapter, layers, family, base, gradients, checkpoint, device)
     if checkpoint is not None and config.train.fresh_optimizer and config.adapter.whole_model:

@@ -153,7 +153,10 @@ def train_on(
     """Do the work of `run` on Ranks that have met."""
     world, config = request.world, inputs.config
     batches = TrainBatches(
-        inputs.samples, config.data.micro_bsz, world_size=world.size, accumulate=config.train.accumulate_grad_batches
+        inputs.samples,
+        config.data.micro_bsz,
+        groups=config.train.groups,
+        accumulate=config.train.accumulate_grad_batches,
     )
     device = own_device(accelerator, world.local_rank)
     model, report = make_model(inputs, request.layers, batches, device)

@@ -5,6 +5,7 @@ from itertools import islice
 
 import lightning.pytorch as pl
 
+from ...config import TrainConfig
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.samples import Samples
 from ..step.plan import Plan
@@ -24,21 +25,21 @@ class RunBatches:
 
 
 class RunData(pl.LightningDataModule):
-    """This rank's share of `samples`, from the plan's first step on."""
+    """This rank's samples, or those of its group, from the plan's first step on."""
 
-    def __init__(self, samples: Samples, plan: Plan, micro_bsz: int, accumulate: int) -> None:
+    def __init__(self, samples: Samples, plan: Plan, micro_bsz: int, train: TrainConfig) -> None:
         super().__init__()
-        self.samples, self.plan, self.micro_bsz, self.accumulate = samples, plan, micro_bsz, accumulate
+        self.samples, self.plan, self.micro_bsz, self.train_config = samples, plan, micro_bsz, train
 
     def train_dataloader(self) -> RunBatches:
-        plan = self.plan
+        plan, train = self.plan, self.train_config
         batches = TrainBatches(
             self.samples,
             self.micro_bsz,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=self.accumulate,
+            group=self.trainer.global_rank // train.context_parallel,
+            groups=train.groups,
+            accumulate=train.accumulate_grad_batches,
             samples_seen=plan.first_sample,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
-        return RunBatches(batches, (plan.total_steps - plan.first_step) * self.accumulate)
+        return RunBatches(batches, (plan.total_steps - plan.first_step) * train.accumulate_grad_batches)

@@ -69,9 +69,9 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         from .trainer import make_lit, make_trainer
 
     quiet()
-    data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
+    data, train = run.config.data, run.config.train
     try:
-        compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
+        compiling = compiled(run.model, data) if train.compile else nullcontext()
         with telling_refusals(run.folder), compiling:
             loggers = []
             if run.leads:
@@ -79,7 +79,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
+            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, train))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -100,9 +100,13 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, its vocabulary and what opens an answer in its data to config.json in its folder."""
+    """Write the run's settings, its steps, its vocabulary and what opens an answer in its data to config.json in its
+    folder."""
     vocabulary = run.samples.vocabulary
-    entries: dict[str, Any] = {opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary)}
+    entries: dict[str, Any] = {
+        opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary),
+        "steps": run.plan.total_steps,
+    }
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:

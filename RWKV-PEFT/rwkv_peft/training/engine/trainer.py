@@ -39,6 +39,8 @@ from ..step.forked import saved_tokens
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
+from ..step.relay import Line
+from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.teacher import Teacher
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
@@ -51,7 +53,19 @@ def step_of(run: Prepared) -> Step:
     if isinstance(run.config.objective, GRPO):
         assert run.rewards is not None  # because its objective needs answers
         return drawing_of(run.config, run.samples, run.rewards, run.ranks.world.size, run.watch.moved)
+    if run.config.train.context_parallel > 1:
+        return shared_step(run)
     return given_step(run.config, run.samples, run.accelerator, run.teacher)
+
+
+def shared_step(run: Prepared) -> Step:
+    """Choose the Step of a run whose ranks share rows."""
+    train, objective = run.config.train, run.config.objective
+    line = Line(run.ranks.world.rank, train.context_parallel, run.config.model.n_layer)
+    if not train.chunk_ctx:
+        return SharedRows(objective, line, None if run.teacher is None else run.teacher.model)
+    assert isinstance(objective, NextToken)  # the rules of the others refuse segments
+    return SharedSegments(train.chunk_ctx, line, objective)
 
 
 def given_step(config: RunConfig, samples: Samples, accelerator: str, teacher: Teacher | None = None) -> Step:

@@ -115,6 +115,8 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
     """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
     refusals, earlier ones included."""
+    first, *more = [args.data_file] if isinstance(args.data_file, str) else args.data_file or [""]
+    args.data_file, args.more_data = first, more
     notes = tuple(adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
@@ -263,13 +265,15 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else default_mask(args.data_file))
+    files = (args.data_file, *args.more_data)
+    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else min(map(default_mask, files)))
     kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
     return settings_of(
         args,
         DataConfig,
         dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
         loss_mask=loss_mask,
+        more=tuple(args.more_data),
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )

@@ -112,7 +112,7 @@ JOINED = (
 )
 SEVERAL = MappingProxyType(
     {
-        **dict.fromkeys(("--data_file", "--val_data", "--retain_data"), JOINED),
+        **dict.fromkeys(("--val_data", "--retain_data"), JOINED),
         "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl",
     }
 )

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...cli import counted
 from ...config import DataConfig, TrainConfig
 from ...files.readable import home_meant
 from ..saving.loggers import check_wandb
@@ -12,7 +13,13 @@ MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bi
 
 
 def check_tokens(data: DataConfig) -> Iterator[str]:
-    """Yield the refusals of a micro batch of more than MOST_TOKENS, and of prompts without room."""
+    """Yield the refusals of a micro batch of more than MOST_TOKENS, of prompts without room, and of shares that are
+    not one a file."""
+    if data.mix and len(data.mix) != 1 + len(data.more):
+        yield (
+            f"--data_mix {' '.join(f'{share:g}' for share in data.mix)}: {counted(len(data.mix), 'share')} of "
+            f"{counted(1 + len(data.more), '--data_file')}; give one for each"
+        )
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
         yield (
@@ -30,6 +37,11 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     """Yield refusals of epochs, folders and packages that a run could not use."""
     if train.epoch_begin >= train.epoch_count:
         yield (f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
+    if train.ranks % train.context_parallel:
+        yield (
+            f"--context_parallel {train.context_parallel} groups ranks by so many, and there are {train.ranks} "
+            "(--devices times --num_nodes); give a number that divides it"
+        )
     tasks = train.lm_eval_include_path
     if train.lm_eval and tasks and not Path(tasks).is_dir():
         yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"

@@ -89,7 +89,8 @@ def newest_model(folder: Path) -> str:
 
 def step_samples(args: argparse.Namespace) -> int:
     """The number of samples in an optimizer step."""
-    return args.micro_bsz * args.devices * args.num_nodes * args.accumulate_grad_batches
+    groups = max(1, args.devices * args.num_nodes // args.context_parallel)
+    return args.micro_bsz * groups * args.accumulate_grad_batches
 
 
 def total_steps(args: argparse.Namespace) -> int:

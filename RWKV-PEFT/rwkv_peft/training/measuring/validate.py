@@ -2,7 +2,7 @@
 of what should be retained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ...config import TrainConfig
 from ...data.batches import EvalBatches
+from ...data.mixture import Several
 from ...data.samples import Samples
 from ..ranks.watch import Watch
 from ..saving.history import Lowest
@@ -47,7 +48,7 @@ class Validator:
     ) -> None:
         self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest, self.anew, self.compile = plan, lowest, anew, train.compile
+        self.plan, self.lowest, self.anew, self.train_config = plan, lowest, anew, train
 
     @property
     def exhausted(self) -> bool:
@@ -58,33 +59,39 @@ class Validator:
         the run goes on. All ranks call it."""
         if RETAINED not in self.measured or not self.anew:
             return {}
-        return {f"{RETAINED}_start": self.measure(self.measured[RETAINED], trainer, lit)[0]}
+        return {f"{RETAINED}_start": means(self.sums(self.measured[RETAINED], trainer, lit))[0]}
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """Return {"val_loss"} and its perplexity "val_ppl", or in its place the step's other measures, if it has any;
-        and the same of RETAINED as "retain_…". {} if this step does not validate."""
+        and the same of RETAINED as "retain_…"; of several data sets also
+        "val_loss/NAME", the loss of each. {} if this step does not validate."""
         if done % self.every and done != self.plan.total_steps:
             return {}
         found: dict[str, float] = {}
         for name, samples in self.measured.items():
-            loss, measures = self.measure(samples, trainer, lit)
-            measures = measures or {"ppl": math.exp(min(loss, 700.0))}
+            sums = [self.sums(part, trainer, lit) for part in samples.parts]
+            loss, *numbers = means([sum(each) for each in zip(*sums)])
+            measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
             found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+            if isinstance(samples, Several):
+                found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
         if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
             self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
     @torch.no_grad()
-    def measure(self, samples: Samples, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
-        """Return (the mean loss of samples, {name: mean} of the step's other measures), over all ranks."""
-        device = trainer.strategy.root_device
+    def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
+        """Return [how many items of samples count, the sums over them of the loss and the step's other measures], over
+        all ranks."""
+        device, train = trainer.strategy.root_device, self.train_config
         sums: list[torch.Tensor] = []
         lit.model.eval()
-        for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+        group = trainer.global_rank // train.context_parallel
+        for batch in EvalBatches(samples, self.micro_bsz, group, train.groups):
             self.watch.moved(f"the validation at step {lit.step + 1}")
             tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
             batch |= tensors | lit.compute.sent(batch, device)
-            with uncompiled(self.compile):
+            with uncompiled(train.compile):
                 loss = lit.compute.total(lit.model, batch)
             numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
             sums.append(torch.stack([number.double() for number in numbers]))
@@ -92,6 +99,10 @@ class Validator:
         total = torch.stack(sums).sum(0)
         if trainer.world_size > 1:
             dist.all_reduce(total)
-        items, loss, *measures = total.tolist()
-        items = max(1.0, items)
-        return loss / items, {name: value / items for name, value in zip(lit.compute.measures, measures)}
+        return total.tolist()
+
+
+def means(sums: Sequence[float]) -> list[float]:
+    """[items, sum, …] -> [mean, …]."""
+    items, *others = sums
+    return [other / max(1.0, items) for other in others]

@@ -55,5 +55,6 @@ def sizes_of_mapped(bases: Iterable[Base | None], found: Iterable[Samples]) -> d
     """Collect {path: bytes} of the files that a run maps: its base and its teacher, if any, and its data."""
     sizes: dict[str | Path, int] = {base.path: base.stamp.size for base in bases if base and base.stamp}
     for samples in found:
-        sizes.update({path: stat.st_size for path, stat in samples.dataset.mapped.items()})
+        for part in samples.parts:
+            sizes.update({path: stat.st_size for path, stat in part.dataset.mapped.items()})
     return sizes

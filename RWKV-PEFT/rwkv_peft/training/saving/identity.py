@@ -14,11 +14,12 @@ from ...errors import UserError, told
 from ...files.digest import digest_of
 from ...objectives import takers_of
 from .run_state import STATE, UNREADABLE, read_state
-from .saved_files import require_files
+from .saved_files import is_of_deepspeed, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
-SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # what it must share, too, to keep the optimizer's state
+SAME_OPTIMIZER = ("precision",)  # what it must share, too, to keep the optimizer's state,
+SAME_RANKS = ("strategy", "world_size")  # and this, if an earlier version kept it by ranks
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
@@ -27,7 +28,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     samples, how many there are, hashes of a few of them and of what counts there, and a digest of the files as a whole,
     wherever they lie."""
     settings = {
-        name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
+        name: value
+        for name, value in asdict(config.data).items()
+        if name not in ("path", "more", "tokenizer", "micro_bsz")
     }
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
@@ -45,17 +48,18 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
     """The digest of the token files that samples are read from, and of their mask file if --loss_mask is file."""
-    data = samples.dataset
-    paths = [data.bin_path, data.idx_path]
-    if data.mask is not None and config.data.loss_mask == "file":
-        paths.append(data.mask_path)
+    paths: list[str] = []
+    for data in (part.dataset for part in samples.parts):
+        paths += [data.bin_path, data.idx_path]
+        if data.mask is not None and config.data.loss_mask == "file":
+            paths.append(data.mask_path)
     return hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()[:16]
 
 
 def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
-    """Read state.json of a checkpoint; compare it with `now`, the resuming run's own SAME and SAME_OPTIMIZER entries,
-    and the checkpoint's other files with the sizes in it. Raises UserError if they differ; fresh_optimizer leaves
-    SAME_OPTIMIZER out."""
+    """Read state.json of a checkpoint; compare it with `now`, the resuming run's own entries that must be the same,
+    and the checkpoint's other files with the sizes in it. Raises UserError if they differ; fresh_optimizer leaves out
+    what only the optimizer's state needs."""
     older = f"delete {checkpoint} to resume from an older checkpoint"
     now = json.loads(json.dumps(now))
     try:
@@ -71,7 +75,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
     state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
+    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if is_of_deepspeed(checkpoint) else ())
+    for key in SAME + (() if fresh_optimizer else of_optimizer):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])
             raise UserError(
@@ -79,7 +84,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
                 + (
                     "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
                     "data go on"
-                    if key in SAME_OPTIMIZER
+                    if key in of_optimizer
                     else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
                     "train this adapter on other data"
                     if key == "data"

@@ -1,6 +1,7 @@
 """Decide whether a run begins or goes on, by --resume and what its folder holds."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
 from .history import Lowest
 from .identity import read_run_state
 from .products import newest_name
+from .run_state import UNREADABLE, load_state
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
@@ -45,6 +47,35 @@ def find_state(
             "write --resume auto to start or go on, or give the --proj_dir of the run"
         )
     return None, None
+
+
+def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[TrainConfig, list[str]]:
+    """Return (the TrainConfig with as many forward passes a step as give a run that goes on on another number of ranks
+    the samples a step that it had, a note in a list if they are not the flags'). Raises UserError if none do."""
+    checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume and not train.fresh_optimizer else None
+    try:
+        state = {} if checkpoint is None else load_state(checkpoint)
+    except UNREADABLE:  # read_run_state tells why
+        return train, []
+    # earlier versions did not record the size of a step, and had no ranks that share rows
+    before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
+    if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
+        return train, []
+    passes, rest = divmod(samples, micro_bsz * ranks)
+    if rest or not passes:
+        fit = next((rows for rows in range(micro_bsz, 0, -1) if samples % (rows * ranks) == 0), None)
+        raise UserError(
+            f"--resume: a step of the run in {train.proj_dir} takes {counted(samples, 'sample')}, and {ranks} ranks of "
+            f"--micro_bsz {micro_bsz} do not divide that; "
+            + (f"give --micro_bsz {fit}" if fit else "take a number of ranks that divides it")
+            + ", or add --fresh_optimizer to go on with steps of another size"
+        )
+    if passes == train.accumulate_grad_batches:
+        return train, []
+    note = (
+        f"note: --accumulate_grad_batches {passes}, so that a step on {counted(ranks, 'rank')} takes {samples} samples"
+    )
+    return replace(train, accumulate_grad_batches=passes), [f"{note}, as before on {before}"]
 
 
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:

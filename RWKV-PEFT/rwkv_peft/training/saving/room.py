@@ -10,13 +10,13 @@ OPTIMIZER = 12  # bytes a number: a float32 copy and Adam's two moments
 SMALLEST = 2  # least bytes of a number in a model's file
 
 
-def checkpoint_size(trains: int, item: int) -> int:
-    """The bytes of a checkpoint's tensors if `trains` numbers of `item` bytes train."""
-    return (OPTIMIZER + item) * trains
+def checkpoint_size(trains: int) -> int:
+    """The bytes of a checkpoint's tensors, beside the file of what trained, if `trains` numbers train."""
+    return OPTIMIZER * trains
 
 
 def require_room_to_save(folder: Path, config: RunConfig, trains: int) -> None:
     """Raise UserError if the disk of a run's folder cannot hold one save, the least that any run leaves."""
     item = DTYPES[config.train.precision].itemsize
     file = (SMALLEST if config.adapter.whole_model else item) * trains
-    require_room("--proj_dir", folder, file + checkpoint_size(trains, item), "a save")
+    require_room("--proj_dir", folder, file + checkpoint_size(trains), "a save")

@@ -76,6 +76,11 @@ def is_rate(value: object) -> bool:
     return value is None or isinstance(value, int | float) and math.isfinite(value)
 
 
+def is_positive(value: object) -> bool:
+    """Tell whether a value is a count of at least 1."""
+    return is_of(int, value) and value != 0
+
+
 def are_records(value: object) -> bool:
     if not isinstance(value, dict):
         return False
@@ -112,6 +117,8 @@ MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did
         "validation": str,
         "retained": str,
         "groups": ((str,),),
+        "step_samples": is_positive,
+        "row_groups": is_positive,
         "config": are_settings,
     }
 )

@@ -9,8 +9,13 @@ from typing import Any
 
 from ...errors import UserError, short
 
-TAG = "zero"  # DeepSpeed's name for the folder of its own files
+OPTIMIZER, DEEPSPEED = "optimizer", "zero"  # folders of the optimizer's state: ours, and that of earlier versions
 CHUNK = 1 << 24
+
+
+def is_of_deepspeed(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is of an earlier version, which kept DeepSpeed's files."""
+    return (checkpoint / DEEPSPEED).is_dir()
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -44,10 +49,10 @@ def size_of(record: Any) -> Any:
 
 def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer: bool, contents: bool = False) -> None:
     """Raise UserError for a file of a checkpoint that is missing or of another size than its record says or, with
-    `contents`, of another checksum. With fresh_optimizer DeepSpeed's own files are not checked."""
+    `contents`, of another checksum. With fresh_optimizer those of the optimizer's state are not checked."""
     for name, record in records.items():
-        path = checkpoint / name
-        if fresh_optimizer and name.startswith(TAG):
+        path, of_optimizer = checkpoint / name, Path(name).parts[:1] in ((OPTIMIZER,), (DEEPSPEED,))
+        if fresh_optimizer and of_optimizer:
             continue
         if not path.is_file() or path.stat().st_size != size_of(record):
             what = f"is missing or not of the {size_of(record):,} bytes that were saved"
@@ -57,5 +62,5 @@ def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer:
             continue
         raise UserError(
             f"--resume: {path} {what}; delete {checkpoint} to resume from an older checkpoint"
-            + (", or add --fresh_optimizer to go on without the optimizer's state" if name.startswith(TAG) else "")
+            + (", or add --fresh_optimizer to go on without the optimizer's state" if of_optimizer else "")
         )

@@ -4,7 +4,7 @@ proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
-proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json
+proj_dir/checkpoints/step-NNNNNNNN/    the optimizer's state, the trained tensors, state.json
 
 products.py writes the first four; keeping.py decides how many saves stay.
 """
@@ -28,10 +28,12 @@ from ..step.plan import Plan
 from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
 from .connection import is_of_connection
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
-from .loading import grouped_names, trained_names
+from .loading import trained_names
+from .optimizer_files import write_pieces
+from .partitions import pieces_of, steps_taken
 from .products import Products, keeps_all, model_dtypes, share_file
 from .run_state import STATE, write_state
-from .saved_files import TAG, record_of
+from .saved_files import OPTIMIZER, record_of
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
@@ -81,18 +83,18 @@ class Saver:
         return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
-        """Write DeepSpeed's state, the trained tensors and state.json to a hidden folder, which gets its name when it
-        is complete."""
+        """Write the optimizer's state, the trained tensors and state.json to a hidden folder, which gets its name when
+        it is complete."""
         hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
             with self.telling(hidden):
                 clear_hidden(self.folder)
-                hidden.mkdir(parents=True)
+                (hidden / OPTIMIZER).mkdir(parents=True)
         trainer.strategy.barrier()
         with self.telling(hidden):
-            trainer.strategy.deepspeed_engine.save_checkpoint(
-                hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
-            )
+            optimizer = trainer.optimizers[0]
+            pieces = pieces_of(optimizer, lit.model.named_parameters())
+            write_pieces(hidden, trainer.global_rank, pieces, steps_taken(optimizer))
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
@@ -103,8 +105,8 @@ class Saver:
             "step": done,
             "epoch": done // self.plan.epoch_steps,
             "samples_seen": self.plan.samples_seen(done),
+            "step_samples": self.plan.step_samples,
             "trained": trained_names(lit),
-            "groups": grouped_names(lit),
             "config": asdict(self.config),
             **self.identity,
         }
@@ -113,8 +115,7 @@ class Saver:
             discard_old(self.folder, self.config.train.keep_checkpoints)
 
     def complete(self, hidden: Path, state: dict[str, Any], exact: Mapping[str, torch.Tensor]) -> None:
-        """Add to a checkpoint what DeepSpeed does not write, the trained tensors (`exact`, or the newest file) and
-        state.json, and give it its name."""
+        """Add the trained tensors (`exact`, or the newest file) and state.json to a checkpoint; give it its name."""
         if exact:
             order = model_dtypes(self.config, self.base)
             save_pth(hidden / self.newest.name, {key: exact[key] for key in order})
@@ -122,7 +123,7 @@ class Saver:
             share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
             str(path.relative_to(hidden)): record_of(path)
-            for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
+            for path in (hidden / self.newest.name, *sorted((hidden / OPTIMIZER).iterdir()))
             if path.is_file()
         }
         write_state(hidden / STATE, state)

@@ -88,9 +88,11 @@ class Lit(pl.LightningModule):
             self.step_loss, self.step_tokens, self.step_measures = 0.0, batch["step_count"], {}
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
-        micro = self.step * accumulate + batch_idx % accumulate
-        torch.manual_seed(((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank) % 2**63)
+        # Random draws depend on the seed, the step and the micro batch's place in it alone, whichever rank has it, so
+        # that a resumed run repeats them.
+        place = batch_idx % accumulate * self.trainer.world_size + self.global_rank
+        micro = self.step * accumulate * self.trainer.world_size + place
+        torch.manual_seed((self.train_config.random_seed * 1_000_003 + micro) * 65_537 % 2**63)
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)

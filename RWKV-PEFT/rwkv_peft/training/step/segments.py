@@ -13,13 +13,14 @@ from ...ops.recurrence.checks import vouch
 class Segment(NamedTuple):
     """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
     the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
-    goes on from the segment before (every row, if nothing is packed)."""
+    goes on from the segment before (every row, if nothing is packed); goes_on: whether the last goes on after it."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     counted: torch.Tensor
     cu_seqlens: torch.Tensor | None
     carries: bool
+    goes_on: bool = False
 
     def to(self, device: torch.device) -> "Segment":
         """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
@@ -28,7 +29,7 @@ class Segment(NamedTuple):
         if self.cu_seqlens is not None:
             bounds = sent(self.cu_seqlens, device)
             vouch(bounds, self.cu_seqlens, tokens.shape[1])
-        return Segment(tokens, targets, counted, bounds, self.carries)
+        return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds)
 
     def state_after(self, state: State) -> State:
         """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
@@ -41,11 +42,14 @@ class Segment(NamedTuple):
 def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
     """Cut a batch (of TrainBatches) -> its segments of `length` positions. Those after the last counted target are left
     out, except the first."""
-    mask = batch["mask"]
-    counted = mask.any(0).nonzero()
-    end = int(counted[-1]) + 1 if len(counted) else 1
-    bounds = None if batch.get("cu_seqlens") is None else batch["cu_seqlens"].tolist()
-    return [_segment(batch, start, min(start + length, mask.shape[1]), bounds) for start in range(0, end, length)]
+    T = batch["mask"].shape[1]
+    return [part_of(batch, start, min(start + length, T)) for start in range(0, end_of(batch), length)]
+
+
+def end_of(batch: Mapping[str, torch.Tensor]) -> int:
+    """The position behind the last target of a batch that counts, 1 at least."""
+    counted = batch["mask"].any(0).nonzero()
+    return int(counted[-1]) + 1 if len(counted) else 1
 
 
 def filler(segment: Segment) -> Segment:
@@ -63,10 +67,11 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device) if device.type == "cpu" else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def _segment(batch: Mapping[str, torch.Tensor], start: int, stop: int, bounds: list[int] | None) -> Segment:
+def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment:
+    """Cut the positions from start to stop out of a batch."""
     tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
-    if bounds is None:
-        return Segment(tokens, targets, positions(mask), None, start > 0)
+    packed = batch.get("cu_seqlens")
+    bounds = [0, batch["mask"].shape[1]] if packed is None else packed.tolist()
     inner = [bound - start for bound in bounds if start < bound < stop]
-    cu_seqlens = batch["cu_seqlens"].new_tensor([0, *inner, stop - start])
-    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds)
+    cu_seqlens = None if packed is None else packed.new_tensor([0, *inner, stop - start])
+    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds, stop not in bounds)

@@ -85,6 +85,8 @@ class Whole(Step):
     as it was before training teaches, which reads more of each row. group: so many packed
     documents share what they begin with, which is computed once for them; 0 computes whole documents."""
 
+    teacher_way: Way = staticmethod(straight)
+
     def __init__(
         self,
         objective: Objective = NEXT_TOKEN,
@@ -107,7 +109,7 @@ class Whole(Step):
         @torch.no_grad()
         def through_teacher(head: HeadFunction) -> torch.Tensor:
             if self.teacher is not None:
-                return straight(self.teacher, seen_by_teacher(batch), head)
+                return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
             with untrained(model):
                 return straight(model, seen_by_teacher(batch), head)
 

@@ -1,0 +1,192 @@
+"""Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import nn
+
+from ..config import AdapterConfig
+from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.templates import stops_of
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..errors import UserError
+from ..files.adapters import AdapterSource
+from ..files.base import Base, open_base
+from ..files.dtypes import DTYPES
+from ..generate.continuation import Continuation
+from ..generate.decode import generate
+from ..generate.loading import merged_base, model_of, read_state_file, resolve_device
+from ..generate.prompts import encode
+from ..generate.settings import Sampling
+from ..models.state import State
+
+DEVICES = ("cpu", "cuda")
+
+
+class Piece(NamedTuple):
+    """A piece of the continuation of the prompt of this number; end is "" while it goes on, and with its last piece
+    says why it ends: "end" (of the document), "stop" or "length"."""
+
+    number: int
+    text: str
+    end: str = ""
+
+
+class Model(nn.Module):
+    """A model with all that belongs to it: network is the generation's own torch module, base the file it was read
+    from, start the State of one sequence before the first token (None: zeros), adapter the settings of what
+    rp.add_adapter put in (None: nothing).
+
+    It is frozen and in eval mode until rp.add_adapter.
+    """
+
+    __call__: Callable[..., tuple[torch.Tensor, State]]
+
+    def __init__(self, base: Base, precision: str, device: str) -> None:
+        super().__init__()
+        self.base = base
+        self.network, self.start = model_of(base, precision, device)
+        self.adapter: AdapterConfig | None = None
+        self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that load was given, or else the one that the files' run recorded or the vocabulary's size
+        implies. Raises UserError if none is known."""
+        return self._find_tokenizer()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.network.emb.weight.device
+
+    def begun(self) -> State | None:
+        """The State of one sequence before the first token, tuned or loaded, on the model's device; None for zeros."""
+        if (tuned := self.network.tuned_states()) is not None or self.start is None:
+            return tuned
+        return State(layer._make(tensor.to(self.device) for tensor in layer) for layer in self.start)
+
+    def forward(self, tokens: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
+        """Compute tokens (B, T) int64, which go on from state -> logits (B, T, V), the State after them.
+
+        Without a state they are the beginning. A state of one sequence serves all B.
+        """
+        if state is None and self.start is not None:
+            state = self.begun()
+        if state is not None and state[0].wkv.shape[0] == 1 < len(tokens):
+            state = state.repeated(len(tokens))
+        return self.network(tokens, state)
+
+    @overload
+    def generate(self, prompts: str, max_tokens: int = ..., **settings: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], max_tokens: int = ..., **settings: Any) -> list[str]: ...
+
+    def generate(self, prompts: str | Sequence[str], max_tokens: int = 256, **settings: Any) -> str | list[str]:
+        """Continue one prompt -> a text, or many at once -> their texts. settings are those of `stream`."""
+        texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
+        for piece in self.stream(prompts, max_tokens, **settings):
+            texts[piece.number] += piece.text
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        max_tokens: int = 256,
+        *,
+        stop: str | Iterable[str] | None = None,
+        batch: int = 32,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Continue one prompt or many, `batch` at a time, and yield each Piece of text as soon as it is certain.
+
+        An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
+        known chat layout begins its next question, () nowhere. sampling are fields of rp.Sampling, such as
+        temperature=0. Tokens are those of `rwkv-peft generate`. Raises UserError.
+        """
+        if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
+            known = ", ".join(field.name for field in fields(Sampling))
+            raise UserError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting of generate; known are {known}")
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = [encode(self.tokenizer, prompt, number) for number, prompt in enumerate(asked)]
+        stops = None if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        pieces: list[Piece] = []  # of the token drawn last
+
+        def showing(number: int) -> Callable[[str], object]:
+            return lambda text: pieces.append(Piece(number, text))
+
+        answers = [
+            Continuation({}, self.tokenizer, stops_of(prompt) if stops is None else stops, showing(number))
+            for number, prompt in enumerate(asked)
+        ]
+        steps = generate(
+            self.network,
+            tokens,
+            Sampling(**sampling),
+            max_tokens,
+            lambda number, token: answers[number].feed(token),
+            self.begun(),
+            batch,
+            self.tokenizer.vocab_size,
+        )
+        training = self.training
+        self.eval()
+        try:
+            for step in steps:
+                if step.end:
+                    answers[step.number].finish(step.end)
+                    pieces.append(Piece(step.number, "", answers[step.number].end))
+                yield from pieces
+                pieces.clear()
+        finally:
+            self.train(training)
+
+
+def load(
+    base: str | Path,
+    adapters: Iterable[str | Path | AdapterSource] = (),
+    state: str | Path | None = None,
+    *,
+    precision: str | None = None,
+    device: str | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    any_base: bool = False,
+) -> Model:
+    """Load the .pth of a model, with adapters merged into it in memory, as merge_bone.py would merge them.
+
+    base and adapters may be folders of runs. state is a file of time states or a saved session that every sequence
+    starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a GPU, else fp32), device "cpu" or "cuda"
+    (default: the GPU if there is one). any_base takes an adapter or state of another base of the same shape. Raises
+    UserError for files that cannot be read or do not fit together.
+    """
+    if device not in (*DEVICES, None):
+        raise UserError(
+            f"device={device!r} is not one of {', '.join(DEVICES)}; model.to({device!r}) moves a model there"
+        )
+    if precision not in (*DTYPES, None):
+        raise UserError(f"precision={precision!r} is not one of {', '.join(DTYPES)}")
+    if isinstance(adapters, (str, Path)):
+        raise UserError(f"adapters={str(adapters)!r} is one path, and a list is due; give [{str(adapters)!r}]")
+    device = resolve_device(device)
+    sources = [path if isinstance(path, AdapterSource) else AdapterSource(path) for path in adapters]
+    model = Model(merged_base(base, sources, any_base), precision or ("bf16" if device == "cuda" else "fp32"), device)
+    if state is not None:
+        model.start = read_state_file(state, model.network, None if any_base else open_base(base))
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        model.tokenizer = tokenizer
+    else:
+        recorded = recorded_beside(*(source.path for source in reversed(sources)), state, base)
+        name = None if tokenizer is None else str(tokenizer)
+        model._find_tokenizer = partial(find_tokenizer, name, model.base.config.vocab_size, recorded)
+    return model
+
+
+def tokenizer(name: str | Path = "world") -> Tokenizer:
+    """Load a tokenizer, with encode(text) -> token ids and decode(ids): "world", "bytes", or the path of a World
+    vocabulary (.txt) or a tokenizer.json. Raises UserError for any other name."""
+    return load_tokenizer(name)

@@ -1,0 +1,103 @@
+"""Samples of several data sets: mixed by shares of the tokens, or one set after the other."""
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from ..cli import counted
+from .samples import Sample, Samples
+
+WHOLE = 1 << 32  # shares are whole numbers of this part, so that every machine mixes alike
+HALF = WHOLE // 2
+
+
+class Several(Samples):
+    """Samples of several sources by name, `length` an epoch. What they share is that of the first."""
+
+    def __init__(self, sources: Mapping[str, Samples], length: int) -> None:
+        first = next(iter(sources.values()))
+        self.sources, self.dataset, self.kind, self.counted = sources, first.dataset, first.kind, first.counted
+        super().__init__(range(length), first.seed)
+        self.vocabulary = first.vocabulary
+        self.notes += [f"{name}: {note}" for name, source in sources.items() for note in source.notes]
+
+    @abstractmethod
+    def place(self, n: int) -> tuple[Samples, int]:
+        """Sample n -> its source, and its number there."""
+
+    @property
+    def parts(self) -> Sequence[Samples]:
+        return list(self.sources.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    def packs(self, rows: int) -> tuple[int, int]:
+        fewest, most = zip(*(part.packs(rows) for part in self.parts))
+        return min(fewest), max(most)
+
+    def __getitem__(self, n: int) -> Sample:
+        source, number = self.place(n)
+        return source[number]
+
+    def count(self, n: int) -> int:
+        source, number = self.place(n)
+        return source.count(number)
+
+
+class Mixture(Several):
+    """A stream in which each source has its share of the tokens, as even as whole samples allow: of any samples in a
+    row, a source has its share to within a sample for each source before it.
+
+    The order follows from the shares alone: what is read at a place needs no more than its number. An epoch reads as
+    many tokens as the sources hold; a source goes through epochs of its own.
+    """
+
+    def __init__(self, sources: Mapping[str, Samples], shares: Sequence[float]) -> None:
+        tokens = [source.tokens for source in sources.values()]
+        weights = [float(share) for share in shares or tokens]
+        self.shares = [weight / sum(weights) for weight in weights]
+        means = [held / len(source) for held, source in zip(tokens, sources.values())]
+        each = [share / mean for share, mean in zip(self.shares, means)]  # samples, for a token of the mixture
+        length = max(1, round(sum(tokens) * sum(each)))
+        rest = reversed(list(accumulate(reversed(each))))
+        self._cuts = [round(WHOLE * part / left) for part, left in zip(each, rest)]  # of what sources before it leave
+        self.of_samples = dict(zip(sources, (part / sum(each) for part in each)))
+        super().__init__(sources, length)
+        read = self.seen(length)
+        self.notes = [
+            *(
+                f"{share:.1%} of the tokens are of {name}, read {read[name]:.3g} times an epoch"
+                for name, share in zip(sources, self.shares)
+            ),
+            *self.notes,
+        ]
+
+    def place(self, n: int) -> tuple[Samples, int]:
+        for cut, source in zip(self._cuts, self.parts):
+            before, after = (n * cut + HALF) // WHOLE, ((n + 1) * cut + HALF) // WHOLE
+            if after > before:
+                return source, before
+            n -= before
+        raise AssertionError("the last source takes what is left")
+
+    def seen(self, number: int) -> dict[str, float]:
+        return {name: number * self.of_samples[name] / len(source) for name, source in self.sources.items()}
+
+
+class Joined(Several):
+    """Each sample of each source once, one source after the other."""
+
+    def __init__(self, sources: Mapping[str, Samples]) -> None:
+        self._ends = list(accumulate(map(len, sources.values())))
+        super().__init__(sources, self._ends[-1])
+        self.notes.insert(
+            0, ", ".join(f"{counted(len(source), source.kind)} of {name}" for name, source in sources.items())
+        )
+
+    def place(self, n: int) -> tuple[Samples, int]:
+        n %= len(self)
+        number = bisect_right(self._ends, n)
+        return self.parts[number], n - ([0, *self._ends][number])

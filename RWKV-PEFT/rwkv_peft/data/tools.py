@@ -1,0 +1,136 @@
+"""Lays out tools, calls of tools and their results in chats, and reads the calls back out of an answer.
+
+RWKV-7 G1 was trained on many forms of calls (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt), among them the data sets of
+Glaive, xLAM and Hermes (RWKV-LM, #308). This is the form of Hermes, which RWKV runtimes ask for and parse, too
+(RWKV-Vibe/rwkv_lightning, API_servers/openai_adapter.py), in the turns of RWKV's own chats: the system's turn lists the
+tools, as short as it can, an answer holds each call as JSON between <tool_call> and </tool_call>, and a turn of the
+speaker Tool holds a result.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import UserError, short
+
+LISTS = ("tools", "functions")  # fields of a row, or of the system's turn, that list tools
+TURN_CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
+ASKED = 'To call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
+NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
+THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)", re.DOTALL)  # with or without its prompt's part
+OPENS = re.compile(r"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*")  # the second as in RWKV-LM's templates
+SPACE = re.compile(r"\s*")
+CLOSES = re.compile(r"\s*(?:</tool_call>|```)?")
+
+
+class Call(NamedTuple):
+    """A call of the tool `name`."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return json.dumps(self._asdict(), ensure_ascii=False)
+
+
+def tools_text(tools: object) -> str:
+    """The part of a system's turn that lists tools, "" if there is none: a list, or its JSON as text, of functions
+    {name, description, parameters}, each perhaps within {"type": "function", "function": …}."""
+    found = parsed(tools, "the list of tools")
+    if found in NOTHING:
+        return ""
+    functions = [each.get("function", each) if isinstance(each, dict) else each for each in as_list(found)]
+    for function in functions:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"a tool is {short(repr(function))}; it needs a name, and mostly has parameters")
+    lines = [json.dumps(function, ensure_ascii=False) for function in functions]
+    return "\n".join(["<tools>", *lines, "</tools>", ASKED])
+
+
+def listed(holder: Mapping[str, Any]) -> str:
+    """tools_text of a row or a turn that lists tools in one of LISTS."""
+    return tools_text(next((holder[name] for name in LISTS if holder.get(name)), None))
+
+
+def calls_text(calls: object) -> str:
+    """The part of an answer that calls tools, "" if it calls none: a call, a list of calls, or the JSON of either as
+    text; each is {name, arguments}, perhaps within {"type": "function", "function": …}."""
+    found = parsed(calls, "a call of a tool")
+    each_call = () if found in NOTHING else map(call_of, as_list(found))
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in each_call)
+
+
+def call_of(value: object) -> Call:
+    """The Call that a row's value is. Raises UserError for any other value, and for arguments that are no object."""
+    call = value.get("function", value) if isinstance(value, dict) else value
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+        raise UserError(f"a call of a tool is {short(repr(value))}; it needs a name and arguments")
+    arguments = parsed(call.get("arguments", call.get("parameters")), f"the arguments of the call of {call['name']}")
+    if arguments in NOTHING:
+        return Call(call["name"], {})
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"the arguments of the call of {call['name']} are {short(repr(arguments))}, and an object is due"
+        )
+    return Call(call["name"], arguments)
+
+
+def parsed(value: object, what: str) -> object:
+    """The value itself, or what it means if it is JSON as text."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is a text that is not JSON ({error}): {short(value)}") from error
+
+
+def as_list(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def called(turn: Mapping[str, Any]) -> str:
+    """The calls of a turn in its TURN_CALLS, as an answer's words; "" if it has none."""
+    return "\n".join(filter(None, (calls_text(turn.get(name)) for name in TURN_CALLS)))
+
+
+def ordered(turns: Sequence[Any]) -> list[Any]:
+    """Turns in which results that name their call (tool_call_id) follow in the order of the calls, because the layout
+    has no place for ids."""
+    keys, calls, asked = list[tuple[int, int]](), dict[str, int](), 0
+    for place, turn in enumerate(turns):
+        fields = turn if isinstance(turn, dict) else {}
+        if isinstance(found := fields.get("tool_calls"), list) and found:
+            asked, calls = place, {str(each.get("id")): n for n, each in enumerate(found, 1) if isinstance(each, dict)}
+        named = fields.get("tool_call_id") is not None and str(fields["tool_call_id"]) in calls
+        keys.append((asked, calls[str(fields["tool_call_id"])]) if named else (place, 0))
+    return [turns[place] for place in sorted(range(len(turns)), key=keys.__getitem__)]
+
+
+def parse_calls(text: str) -> tuple[str, list[Call]]:
+    """Split the text of an answer -> (the rest of its words, the calls that it holds). What the model thought is among
+    the words, and calls nothing; neither does an opening without JSON of a call behind it."""
+    thought = skipped(THOUGHT, text, 0)
+    kept, calls, place = [text[:thought]], list[Call](), thought
+    decode = json.JSONDecoder().raw_decode
+    while opening := OPENS.search(text, place):
+        found, end = list[Call](), opening.end()
+        try:
+            while text.startswith(("{", "["), end):
+                value, end = decode(text, end)
+                found += [call_of(each) for each in as_list(value)]
+                end = skipped(SPACE, text, end)
+        except (ValueError, RecursionError):  # not JSON, or not that of a call
+            found = []
+        end = skipped(CLOSES, text, end) if found else opening.end()
+        kept.append(text[place : opening.start() if found else end])
+        calls += found
+        place = end
+    return "".join([*kept, text[place:]]).strip(), calls
+
+
+def skipped(pattern: re.Pattern[str], text: str, place: int) -> int:
+    """The place behind what a pattern matches at `place`, or `place` itself."""
+    match = pattern.match(text, place)
+    return match.end() if match else place

@@ -1,0 +1,65 @@
+"""The config.json of an RWKV model for transformers: that of RWKV's own Hugging Face folders, with the exact sizes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..config import ModelConfig
+from ..models import family_named
+from ..models.family import Family
+
+
+class RWKVConfig(PretrainedConfig):
+    """Settings of a generation's model: its sizes under the names of RWKV's own folders, and in `dimensions` under
+    ours, which are exact. A config without dimensions describes a new model of the generation's usual widths."""
+
+    version = ""  # the generation's key in GENERATIONS
+    keys_to_ignore_at_inference = ["state"]
+
+    def __init__(self, dimensions: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        self.dimensions = None if dimensions is None else dict(dimensions)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+        super().__init__(**(ends | {"tie_word_embeddings": False, "use_cache": True} | settings))
+
+    @property
+    def family(self) -> Family[Any, Any]:
+        """The generation."""
+        return family_named(self.version)
+
+    def model_config(self) -> ModelConfig:
+        """The dimensions of the model. Raises UserError for sizes that do not fit together."""
+        if self.dimensions is not None:
+            kind = type(self.family.new_dimensions(1, 64, 2))
+            return kind(**(self.dimensions | {"vocab_size": self.vocab_size}))
+        sizes = {"dim_att": "attention_hidden_size", "dim_ffn": "intermediate_size", "head_size": "head_size"}
+        given = {name: getattr(self, theirs, None) or 0 for name, theirs in sizes.items()}
+        return self.family.new_dimensions(self.num_hidden_layers, self.hidden_size, self.vocab_size, **given)
+
+
+class RWKV6Config(RWKVConfig):
+    """Settings of an RWKV-6."""
+
+    model_type = "rwkv6"
+    version = "x060"
+    __init__ = RWKVConfig.__init__  # transformers writes one for a class that has none of its own
+
+
+class RWKV7Config(RWKVConfig):
+    """Settings of an RWKV-7."""
+
+    model_type = "rwkv7"
+    version = "x070"
+    __init__ = RWKVConfig.__init__
+
+
+CONFIGS = (RWKV6Config, RWKV7Config)
+
+
+def config_of(dimensions: ModelConfig, **settings: Any) -> RWKVConfig:
+    """The RWKVConfig of a model's dimensions; settings such as eos_token_id replace those of RWKV's folders."""
+    kind = next(kind for kind in CONFIGS if kind.version == dimensions.version)
+    told = family_named(dimensions.version).hf_settings(dimensions)
+    told = {name: value for name, value in told.items() if name not in ("architectures", "model_type")}
+    return kind(dimensions=asdict(dimensions), **(told | settings))

@@ -1,0 +1,98 @@
+"""The models that requests name: the base, and adapters and states on it, loaded and dropped while the server runs."""
+
+import argparse
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ..data.recorded import find_tokenizer, recorded_beside
+from ..errors import UserError, short
+from ..files.adapters import adapter_of_run, source_of
+from ..files.base import open_base
+from ..generate.loading import load_model, resolve_device
+from ..generate.voices import Voice, adapter_voice, state_voice
+from .flags import NAME
+from .refused import Refused
+
+
+class Catalog:
+    """Voices by name: those that the command line names, and what `load` adds from below --files."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        device = resolve_device(args.device)
+        precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+        self.args, self.base = args, open_base(args.model)
+        model, start = load_model(args.model, (), precision, device)
+        self.own = Voice(args.name, model, start)
+        files = [given.path for given in (*args.adapter, *args.state)]
+        recorded = recorded_beside(*reversed(files), args.model)
+        self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
+        self.voices = {args.name: self.own}
+        self.since = int(time.time())
+        self._loading = threading.Lock()
+        for given in args.adapter:
+            self.voices[given.name] = self._adapter(given.name, given.path)
+        for given in args.state:
+            self.voices[given.name] = self._state(given.name, given.path)
+
+    def __getitem__(self, name: str) -> Voice:
+        """The voice of a name. Raises Refused for an unknown one."""
+        if name not in self.voices:
+            message = f"there is no model {short(name)!r} here; GET /v1/models lists them"
+            raise Refused(404, message, "model", "model_not_found")
+        return self.voices[name]
+
+    def told(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI lists it."""
+        self[name]
+        parent = None if name == self.own.name else self.own.name
+        return {"id": name, "object": "model", "created": self.since, "owned_by": "rwkv-peft", "parent": parent}
+
+    def load(self, name: str, file: str, kind: str) -> None:
+        """Load an adapter or a state from below --files. Raises Refused for a name that is taken or none, for a file
+        that lies elsewhere, and for what is in it."""
+        path = self.below(file)
+        if not NAME.fullmatch(name):
+            raise Refused(400, "a name has at most 64 letters, digits and ._:+-", "name")
+        with self._loading:
+            if name in self.voices:
+                raise Refused(409, f"there is a model {name} already; drop it first, or give another name", "name")
+            try:
+                self.base.require_unchanged()
+                voice = self._adapter(name, path) if kind == "adapter" else self._state(name, path)
+            except (UserError, OSError) as error:
+                message = str(error).replace(str(path), file).replace(str(self.args.model), self.own.name)
+                raise Refused(400, message, "file") from error
+            self.voices[name] = voice
+
+    def drop(self, name: str) -> Voice:
+        """Take an adapter or a state out; answers that it is giving go on. Raises Refused for the base."""
+        voice = self[name]
+        if voice is self.own:
+            raise Refused(400, f"{name} is the base, which the others stand on; it stays", "name")
+        del self.voices[name]
+        return voice
+
+    def below(self, file: str) -> Path:
+        """The path of a file, or a folder of files, below --files. Raises Refused for any other: also one that a link
+        leads to."""
+        if self.args.files is None:
+            raise Refused(403, "no files are loaded while this server runs; start it with --files FOLDER", "file")
+        root = Path(self.args.files).resolve()
+        missing = Refused(404, f"there is no such file below --files: {short(file)!r}", "file")
+        try:
+            path = (root / file).resolve()
+            path = adapter_of_run(path) if path.is_relative_to(root) else path
+            for one in (path, *path.glob("*")):
+                if not one.resolve().is_relative_to(root) or not (one.is_file() or one.is_dir()):
+                    raise missing
+        except (OSError, ValueError) as error:  # a name that is none
+            raise missing from error
+        return path
+
+    def _adapter(self, name: str, path: str | Path) -> Voice:
+        return adapter_voice(name, source_of(self.args, path), self.own, self.base, self.args.any_base)
+
+    def _state(self, name: str, path: str | Path) -> Voice:
+        return state_voice(name, path, self.own, None if self.args.any_base else self.base)

@@ -1,0 +1,113 @@
+"""The bodies of requests: OpenAI's fields, and a few of ours. A field that is not here is refused, not passed over.
+
+`top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Whole = Annotated[int, Field(strict=True)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Tokens = list[Annotated[Whole, Field(ge=0)]]
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Form):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Asked(Form):
+    """What all requests for answers have. Fields from `user` on say nothing to a model."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: Seed | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_decay: float | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def tells_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextAsked(Asked):
+    """POST /v1/completions."""
+
+    prompt: str | Tokens | list[str] | list[Tokens]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+    @property
+    def odds(self) -> int | None:
+        """How many of the most probable tokens are told with each token; None without log-probabilities."""
+        return self.logprobs
+
+
+class ChatAsked(Asked):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    think: Literal["on", "off"] | None = None
+
+    @property
+    def odds(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def calls(self) -> bool:
+        """Tell whether an answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+
+class Tokenized(Form):
+    """POST /tokenize, as vLLM has it, whose clients tokenize by the server."""
+
+    prompt: str
+    model: Any = None
+    add_special_tokens: Any = None
+
+
+class Detokenized(Form):
+    """POST /detokenize."""
+
+    tokens: Tokens
+    model: Any = None
+
+
+class Loaded(Form):
+    """POST /v1/adapters: the file lies below the folder of --files."""
+
+    name: str
+    file: Annotated[str, Field(min_length=1, max_length=4096)]
+    kind: Literal["adapter", "state"] = "adapter"

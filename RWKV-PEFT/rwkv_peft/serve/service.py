@@ -1,0 +1,184 @@
+"""Answers requests: gives them places, has the engine draw, and tells what it draws."""
+
+import argparse
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from ..data.thinking import OPENINGS
+from ..errors import UserError
+from ..generate.asked import Answer, Odds, Request
+from ..generate.continuation import Continuation
+from ..generate.engine import Engine
+from ..generate.known import Known
+from ..generate.settings import Sampling
+from .asking import Asking, Bounds, Prompt, asking_of
+from .catalog import Catalog
+from .forms import ChatAsked, TextAsked
+from .metrics import Metrics
+from .refused import Refused
+from .schema import Compiled, Schemas
+from .telling import BROKEN, ChatTeller, Teller, TextTeller, Usage, event, joined
+from .worker import LATE, Choice, Drawn, Exchange, Piece, Worker
+
+# ChatAsked.think, None for a text -> what an answer begins with that is not told
+LEADS = MappingProxyType(
+    {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
+)
+
+PIECES = MappingProxyType({"cpu": 64, "cuda": 256})  # tokens that are read between two that are drawn
+
+
+class Service:
+    """What the routes share. answers: those that wait or are being drawn; places: the most of them."""
+
+    def __init__(self, args: argparse.Namespace, defaults: Sampling, catalog: Catalog) -> None:
+        self.catalog, self.defaults, self.seconds = catalog, defaults, args.max_seconds
+        vocabulary = min(catalog.tokenizer.vocab_size, catalog.own.model.config.vocab_size)
+        self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary)
+        self.places, self.answers = args.batch + args.queue, 0
+        self.metrics = Metrics()
+        self.schemas = Schemas(catalog.tokenizer, vocabulary)
+        known, piece = Known(args.known_mib << 20), PIECES[catalog.own.model.emb.weight.device.type]
+        self.worker = Worker(Engine(vocabulary, args.batch, known, piece))
+
+    async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
+        """Give a request its places, and have it answered. Raises Refused."""
+        schema = None
+        if isinstance(form, ChatAsked) and form.response_format:
+            schema = await asyncio.to_thread(self.schemas.compiled, form.response_format, form.think or "")
+        voice = self.catalog[form.model]
+        asking = asking_of(form, self.catalog.tokenizer, self.defaults, self.bounds)
+        due = len(asking.prompts) * asking.times
+        if self.answers + due > self.places:
+            raise Refused(429, "all places are taken; try again later", code="rate_limit_exceeded")
+        head = voice.name, self.catalog.tokenizer, asking.odds is not None
+        teller = ChatTeller(*head, form.calls) if isinstance(form, ChatAsked) else TextTeller(*head)
+        exchange = Exchange(due, self.seconds, self._finished)
+        try:
+            requests = [self._request(form, asking, place, exchange, schema) for place in range(len(asking.prompts))]
+        except UserError as error:
+            raise Refused(400, str(error), "stop") from error
+        self.answers += due
+        for request in requests:
+            self.worker.call(partial(self.worker.engine.add, request))
+        return Conversation(exchange, requests, teller, self.metrics, form.tells_usage)
+
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a text. Raises Refused for one that has none."""
+        try:
+            return self.catalog.tokenizer.encode(text)
+        except UserError as error:
+            raise Refused(400, str(error), "prompt") from error
+
+    def decoded(self, tokens: list[int]) -> str:
+        """The text of tokens. Raises Refused for one that the vocabulary lacks."""
+        try:
+            return self.catalog.tokenizer.decode(tokens)
+        except UserError as error:
+            raise Refused(400, str(error), "tokens") from error
+
+    def _request(
+        self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange, schema: Compiled | None
+    ) -> Request:
+        """The engine's request for all answers to one of the prompts."""
+        prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer
+        think = (form.think or "") if isinstance(form, ChatAsked) else None
+        echo = isinstance(form, TextAsked) and bool(form.echo)
+        scores: list[Odds] = []
+        answers = []
+        for number in range(place * asking.times, (place + 1) * asking.times):
+            text = Continuation({}, tokenizer, asking.stops)
+            opening = self._opening(prompt, number, scores) if echo else None
+            if think == "on":
+                opening = partial(Piece, number, OPENINGS["on"].lstrip(), ())
+            choice = Choice(exchange, number, text, LEADS[think], opening)
+            sampling = replace(asking.sampling, seed=asking.sampling.seed + number)
+            held = None if schema is None else schema.held()
+            answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds, held))
+        scored = scores.append if echo and asking.odds is not None else None
+        return Request(self.catalog[form.model], prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
+
+    def _opening(self, prompt: Prompt, number: int, scores: list[Odds]) -> Callable[[], Piece]:
+        """The prompt as the first piece of an answer that repeats it, with its scores, if there are any by then."""
+
+        def opening() -> Piece:
+            odds = (None, *scores) if scores or len(prompt.tokens) == 1 else (None,) * len(prompt.tokens)
+            text = self.catalog.tokenizer.decode(prompt.tokens)
+            return Piece(number, text, tuple(map(Drawn, prompt.tokens, odds)))
+
+        return opening
+
+    def _finished(self) -> None:
+        self.answers -= 1
+
+
+class Conversation:
+    """The answers to one request as HTTP tells them."""
+
+    def __init__(
+        self, exchange: Exchange, requests: list[Request], teller: Teller, metrics: Metrics, tells_usage: bool
+    ) -> None:
+        self.exchange, self.requests, self.teller, self.metrics = exchange, requests, teller, metrics
+        self.tells_usage = tells_usage
+
+    async def whole(self, left: Awaitable[object]) -> dict[str, Any]:
+        """The body of a whole answer; `left` is done if the client goes away before. Raises Refused for answers that
+        could not be drawn."""
+        reading = asyncio.ensure_future(self._gathered())
+        leaving = asyncio.ensure_future(left)
+        try:
+            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise Refused(499, "the client went away")
+            answers = [joined(pieces) for _, pieces in sorted(reading.result().items())]
+            return self.teller.whole(answers, self.usage())
+        finally:
+            self.exchange.gone.set()
+            for task in (reading, leaving):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Refused):
+                    await task
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The events of an answer that is told as it is drawn."""
+        begun: set[int] = set()
+        try:
+            async for piece in self._pieces():
+                if (part := self.teller.part(piece, piece.number not in begun)) is not None:
+                    yield self.teller.chunk([part])
+                    begun.add(piece.number)
+            if self.tells_usage:
+                yield self.teller.chunk([], self.usage())
+            yield "data: [DONE]\n\n"
+        except Refused as refused:
+            yield event(refused.body)
+
+    def usage(self) -> Usage:
+        prompts = sum(len(request.tokens) for request in self.requests)
+        return Usage(prompts, sum(request.known for request in self.requests), self.exchange.drawn)
+
+    async def _gathered(self) -> dict[int, list[Piece]]:
+        found: dict[int, list[Piece]] = {}
+        async for piece in self._pieces():
+            found.setdefault(piece.number, []).append(piece)
+        return found
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        """The pieces of all answers. Raises Refused for one that could not be drawn."""
+        waits = True
+        async for piece in self.exchange.heard():
+            if piece.end in BROKEN:
+                raise Refused(500, "the model's values are NaN or Inf, or it failed; see what the server has printed")
+            if piece.end == LATE and waits:
+                raise Refused(503, "the time was over before the answer began; try again later")
+            if piece.tokens and waits:
+                waits = False
+                self.metrics.began(time.monotonic() - self.exchange.began)
+            yield piece

@@ -1,0 +1,91 @@
+"""Find the pieces of the optimizer's state that a rank holds under ZeRO, by parameter.
+
+ZeRO lays parameters one behind the other into flat tensors and gives each rank a part of every one: a part of all of
+them together in stages 1 and 2, a part of each parameter in stage 3. What is kept by parameter fits any of these, and
+so any number of ranks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")  # the float32 weight, and Adam's two moments of it
+KINDS = (MASTER, *MOMENTS)
+STEP = "step"  # Adam's count of steps
+
+
+class Piece(NamedTuple):
+    """The elements from `start` on of a flattened parameter of `size` elements: {kind: float32 (n,)}, views into the
+    optimizer's tensors."""
+
+    name: str
+    size: int
+    start: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """The flat float32 weights of a ZeRO optimizer that this rank updates."""
+    stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    return list(optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups)
+
+
+def adam_state(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
+    """Adam's state of a flat tensor; before Adam's first step it is made here, as Adam would."""
+    state = optimizer.optimizer.state[flat]
+    if not state:
+        counts_in_tensors = isinstance(optimizer.optimizer, torch.optim.AdamW)  # DeepSpeed's own counts in numbers
+        state[STEP] = torch.zeros((), device=flat.device) if counts_in_tensors else 0
+        state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+    return state
+
+
+def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+    """The pieces that this rank holds of the parameters that train, of all given by name."""
+    flats = flat_tensors(optimizer)
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        size, start, number, place, length = _place(optimizer, parameter)
+        if length > 0:
+            state = adam_state(optimizer, flats[number])
+            whole = {MASTER: flats[number].data, **{kind: state[kind] for kind in MOMENTS}}
+            views = {kind: tensor.narrow(0, place, length) for kind, tensor in whole.items()}
+            yield Piece(name, size, start, views)
+
+
+def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
+    """(elements of a parameter, the first that this rank holds, the number of the flat tensor that holds them, where
+    there, how many)."""
+    if hasattr(parameter, "ds_numel"):  # stage 3: each rank has as many, and what is beyond the parameter's end is none
+        number, place, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = dist.get_rank(optimizer.dp_process_group) * length
+        return parameter.ds_numel, start, number, place, min(length, parameter.ds_numel - start)
+    found = parameter._hp_mapping
+    if found is None:
+        return parameter.numel(), 0, 0, 0, 0
+    inner, outer = found.lp_fragment_address, found.hp_fragment_address
+    return parameter.numel(), inner.start, found.param_group_index, outer.start, outer.numel
+
+
+def steps_taken(optimizer: Any) -> int:
+    """How many steps Adam has taken."""
+    return max((int(adam_state(optimizer, flat)[STEP]) for flat in flat_tensors(optimizer)), default=0)
+
+
+@torch.no_grad()
+def take_up(optimizer: Any, steps: int) -> None:
+    """Let a ZeRO optimizer go on after `steps` steps from the pieces as they are now, and give the model its weights.
+    Every rank calls it at once."""
+    for flat in flat_tensors(optimizer):
+        state = adam_state(optimizer, flat)
+        state[STEP] = torch.full_like(state[STEP], steps) if isinstance(state[STEP], torch.Tensor) else steps
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for number in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    optimizer.checkpoint_event_epilogue()

@@ -1,0 +1,112 @@
+"""The training steps of ranks that share rows: each computes a part of a row's time, and hands states on (relay.py)."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...config import Objective
+from ...models.parts import HeadFunction, LanguageModel
+from ...objectives.next_token import NextToken
+from .forked import no_head
+from .relay import Line, Relay
+from .segments import Segment, end_of, part_of
+from .steps import Batch, Segments, Whole, add, delivered
+
+
+class SharedRows(Whole):
+    """Compute this rank's part of all positions of a batch."""
+
+    def __init__(self, objective: Objective, line: Line, teacher: nn.Module | None = None) -> None:
+        super().__init__(objective, self.along, teacher=teacher)
+        self.line, self.teacher_way = line, self.along
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        whole = padded(batch, self.line.parts)
+        size = whole["mask"].shape[1] // self.line.parts
+        start = size * self.line.part
+        part = part_of(whole, start, start + size).to(device)
+        found = part._asdict() | {"part": part, "mask": whole["mask"][:, start : start + size].to(device)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
+        """Go through a model with this rank's part of a batch (a Way)."""
+        part = cast(Mapping[str, Any], batch)["part"]
+        return run(model, part, head, Relay(self.line, cast(LanguageModel, model), part))
+
+
+class SharedSegments(Segments):
+    """Compute this rank's part of each segment of a batch; see Segments. A rank begins a segment while others are still
+    at the one before."""
+
+    def __init__(self, length: int, line: Line, objective: NextToken) -> None:
+        super().__init__(max(1, length // line.parts) * line.parts, objective=objective)
+        self.line = line
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        segments = own_parts(padded(batch, self.line.parts), self.length, self.line)
+        mask = batch["mask"].new_ones(1, sum(len(segment.counted) for segment in segments))
+        tokens = torch.cat([segment.tokens for segment in segments], 1)
+        return {"segments": [segment.to(device) for segment in segments], "mask": mask, "tokens": tokens.to(device)}
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        self.line.open_ring()
+        segments = self.segments(batch)
+        seeds = torch.randint(2**62, (len(segments),)).tolist()  # so a segment draws the same in both passes
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        plain = cast(LanguageModel, model)
+        relays = [Relay(self.line, plain, segment, keep=segment is not segments[-1]) for segment in segments]
+        for segment, relay, seed in zip(segments[:-1], relays, seeds):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                run(model, segment, no_head, relay)
+            relay.again = True
+        sums: list[torch.Tensor] = []
+        total = torch.zeros((), device=batch["tokens"].device)
+        for segment, relay, seed in reversed([*zip(segments, relays, seeds)]):
+            torch.manual_seed(seed)
+            loss = run(model, segment, self.head(segment, count), relay)
+            found = torch.autograd.grad(loss, [*parameters, relay.anchor], allow_unused=True)
+            add(sums, found[:-1], parameters)
+            total += loss.detach()
+            relay.kept = None
+        return delivered(total, sums, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        self.line.open_ring()
+        total = torch.zeros((), device=batch["tokens"].device)
+        for segment in self.segments(batch):
+            relay = Relay(self.line, cast(LanguageModel, model), segment)
+            total += run(model, segment, self.head(segment, 1), relay)
+        return total
+
+
+def run(model: nn.Module, segment: Segment, head: HeadFunction, relay: Relay) -> torch.Tensor:
+    result: torch.Tensor = model(segment.tokens, None, segment.cu_seqlens, head, keep=False, relay=relay)[0]
+    return result
+
+
+def padded(batch: Batch, multiple: int) -> Batch:
+    """Lengthen the rows of a batch to a multiple, by tokens that do not count behind their last."""
+    missing = -batch["mask"].shape[1] % multiple
+    if not missing:
+        return batch
+    found = {name: F.pad(batch[name], (0, missing)) for name in ("tokens", "targets", "mask")}
+    if "cu_seqlens" in batch:
+        found["cu_seqlens"] = torch.cat([batch["cu_seqlens"][:-1], batch["cu_seqlens"][-1:] + missing])
+    return found
+
+
+def own_parts(batch: Batch, length: int, line: Line) -> list[Segment]:
+    """This rank's part of each segment of `length` positions; both are multiples of the line's parts."""
+    T, found = batch["mask"].shape[1], []
+    for start in range(0, end_of(batch), length):
+        size = (min(start + length, T) - start) // line.parts
+        first = start + line.part * size
+        found.append(part_of(batch, first, first + size))
+    if line.part == line.parts - 1:  # nothing follows the last segment, though the row may go on
+        found[-1] = found[-1]._replace(goes_on=False)
+    return found

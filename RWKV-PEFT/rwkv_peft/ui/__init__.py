@@ -1,0 +1,4 @@
+"""A page in the browser where people look at their data, train, watch runs, chat and release.
+
+It starts the commands that a terminal starts and reads the files that they write, so that either sees the other's runs.
+"""

@@ -1,0 +1,175 @@
+"""The page's server: its files, and what they ask for as JSON."""
+
+import json
+import mimetypes
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+
+from .. import __version__
+from ..children import python_command
+from ..errors import UserError, visible
+from ..files.alone import LOCK
+from ..names import METRICS
+from .chat import ask, serve
+from .form import form
+from .jobs import Jobs, interrupt
+from .places import Places
+from .runs import ANSWERS, find_runs, lines_of
+
+PAGE = Path(__file__).parent / "page"
+SHOWN = (".png",)  # files of a run that the page shows as they are
+PLANNED = 120  # seconds for a plan or a preview
+
+
+class Words(BaseModel):
+    """A command's words, without `rwkv-peft`."""
+
+    words: list[str]
+
+
+class Rows(BaseModel):
+    """What a preview reads, and how."""
+
+    path: str
+    tokenizer: str = "world"
+    data_type: str = "sft"
+    think: str = ""
+
+
+class Folder(BaseModel):
+    folder: str
+
+
+class Chat(BaseModel):
+    """A model to talk to, and what answers beside it."""
+
+    model: str
+    adapter: str = ""
+    state: str = ""
+    tokenizer: str = ""
+
+
+def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
+    return StreamingResponse(pieces, status, media_type=kind)
+
+
+def make_app(root: Path) -> FastAPI:
+    """The application that shows the files below `root` and starts commands there."""
+    places, jobs = Places(root), Jobs(root.resolve())
+    app = FastAPI(title="rwkv-peft", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(UserError)
+    def refuse(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, 400)
+
+    def page(name: str) -> Callable[[], Response]:
+        kind = mimetypes.guess_type(name)[0] or "text/plain"
+        return lambda: Response((PAGE / name).read_bytes(), media_type=kind)
+
+    app.get("/")(page("index.html"))
+    for file in sorted(PAGE.rglob("*.*")):
+        name = file.relative_to(PAGE).as_posix()
+        app.get(f"/page/{name}")(page(name))
+
+    @app.get("/api/about")
+    def about() -> dict[str, Any]:
+        return {"version": __version__, "root": str(places.root), "form": form()}
+
+    @app.get("/api/files")
+    def files(path: str = "") -> list[dict[str, Any]]:
+        return places.entries(path)
+
+    @app.post("/api/preview")
+    def preview(rows: Rows) -> dict[str, Any]:
+        path = places.path(rows.path)
+        _, text = finished("rwkv_peft.ui.preview", json.dumps(rows.model_dump() | {"path": str(path)}))
+        try:
+            found = json.loads(text.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise UserError(f"{rows.path} could not be read: {visible(text[-500:]) or 'no answer'}") from None
+        if "error" in found:
+            raise UserError(str(found["error"]))
+        return dict(found)
+
+    @app.post("/api/plan")
+    def plan(command: Words) -> dict[str, Any]:
+        code, text = finished("rwkv_peft", "plan", *command.words)
+        return {"code": code, "text": visible(text)}
+
+    def finished(module: str, *words: str) -> tuple[int, str]:
+        """Run a module in the root -> its exit code, and what it printed."""
+        try:
+            done = subprocess.run(
+                python_command(module, *words),
+                cwd=places.root,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=PLANNED,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"no answer within {PLANNED} seconds") from None
+        except ValueError as error:  # a zero byte
+            raise UserError(f"the command cannot be started: {error}") from None
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    @app.get("/api/jobs")
+    def all_jobs() -> list[dict[str, Any]]:
+        return jobs.all()
+
+    @app.post("/api/jobs")
+    def start(command: Words) -> dict[str, str]:
+        return {"id": jobs.start(command.words)}
+
+    @app.get("/api/jobs/{name}")
+    def job(name: str, begin: int = 0) -> dict[str, Any]:
+        return jobs.read(name, begin)
+
+    @app.post("/api/jobs/{name}/stop")
+    def stop(name: str) -> dict[str, str]:
+        jobs.stop(name)
+        return {"id": name}
+
+    @app.get("/api/runs")
+    def runs() -> list[dict[str, Any]]:
+        return find_runs(places)
+
+    @app.get("/api/runs/metrics")
+    def metrics(folder: str, begin: int = 0) -> dict[str, Any]:
+        return lines_of(places.inside(folder) / METRICS, begin)
+
+    @app.get("/api/runs/answers")
+    def answers(folder: str) -> dict[str, Any]:
+        return {name: lines_of(places.inside(folder) / name)["lines"] for name in ANSWERS}
+
+    @app.post("/api/runs/stop")
+    def stop_run(run: Folder) -> dict[str, str]:
+        interrupt(places.path(run.folder) / LOCK, f"the run in {run.folder}")
+        return {"folder": run.folder}
+
+    @app.post("/api/chat")
+    def open_chat(chat: Chat) -> dict[str, str]:
+        return {"id": serve(jobs, **chat.model_dump())}
+
+    @app.get("/api/chat/{name}/v1/models")
+    def models(name: str) -> Response:
+        return streamed(*ask(jobs, name, "v1/models"))
+
+    @app.post("/api/chat/{name}/v1/chat/completions")
+    def completions(name: str, request: dict[str, Any]) -> Response:
+        return streamed(*ask(jobs, name, "v1/chat/completions", json.dumps(request).encode()))
+
+    @app.get("/api/picture")
+    def picture(path: str) -> Response:
+        file = places.path(path)
+        if file.suffix not in SHOWN or not file.is_file():
+            raise UserError(f"{path} is no picture")
+        return Response(file.read_bytes(), media_type=mimetypes.types_map[file.suffix])
+
+    return app

@@ -1,0 +1,68 @@
+"""Servers of models that the page opens for a chat, and the way to them.
+
+Each is `rwkv-peft serve` on a port of its own: a model that fails or is closed takes nothing else with it, and gives
+its memory back.
+"""
+
+import http.client
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+from ..errors import UserError
+from .jobs import RUNNING, Jobs
+
+HOST = "127.0.0.1"
+WAITED = 600  # seconds for an answer's next word
+
+
+def key_file(jobs: Jobs) -> Path:
+    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing."""
+    path = jobs.folder.with_name("key")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", tokenizer: str = "") -> str:
+    """Start a server of a model, and of an adapter and a state as models beside it; -> its job."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
+    words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
+    return jobs.start(words + ["--tokenizer", tokenizer] * bool(tokenizer))
+
+
+def port_of(jobs: Jobs, name: str) -> int:
+    """The port of a running server. Raises UserError if the job is none."""
+    job = jobs.read(name)
+    words = job["words"]
+    if words[0] != "serve" or "--port" not in words or job["state"] != RUNNING:
+        raise UserError(f"job {name} serves no model now; open it again")
+    return int(words[words.index("--port") + 1])
+
+
+def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
+    """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if
+    it does not listen yet, or no more."""
+    connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
+    headers = {"Authorization": f"Bearer {key_file(jobs).read_text()}", "Content-Type": "application/json"}
+    try:
+        method = "GET" if body is None else "POST"
+        connection.request(method, f"/{path}", body, headers)
+        response = connection.getresponse()
+    except OSError as error:
+        connection.close()
+        raise UserError("the model is not loaded yet, or its server is gone") from error
+
+    def pieces() -> Iterator[bytes]:
+        with closing(connection):
+            while piece := response.read1(1 << 16):
+                yield piece
+
+    return response.status, response.getheader("Content-Type", "application/json"), pieces()

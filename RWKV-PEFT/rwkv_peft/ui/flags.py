@@ -1,0 +1,33 @@
+"""The flags of `rwkv-peft ui`, judged before any server is imported."""
+
+import argparse
+from pathlib import Path
+
+from ..cli import Parser, up_to, whole
+from ..errors import UserError
+
+PROG = "rwkv-peft ui"
+PORTS = 65535
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """argv -> the flags. Raises UserError for mistaken ones, and for a folder that is not there."""
+    parser = Parser(
+        prog=PROG,
+        synonyms={"--folder": "--files", "--dir": "--files", "--root": "--files", "--open": "what it does by itself"},
+        description="Serve a page on this machine to look at data, train, watch runs, chat with models and release "
+        "them. It listens on 127.0.0.1 alone, and the address that it prints holds the key to it.",
+    )
+    parser.add_argument(
+        "--files",
+        default=".",
+        metavar="FOLDER",
+        help="the folder whose data, models and runs the page shows, and in which its commands run (default: the "
+        "current one)",
+    )
+    parser.add_argument("--port", type=up_to(PORTS, whole), default=8600, help="0: any free one (default: 8600)")
+    parser.add_argument("--no_browser", action="store_true", help="open no browser, only print the address")
+    options = parser.parse_args(argv)
+    if not Path(options.files).is_dir():
+        raise UserError(f"--files {options.files}: no such folder; name the one that holds your data and models")
+    return options

@@ -1,0 +1,88 @@
+"""The flags of train.py as fields of a form, made from its parser, so that a new flag is a new field."""
+
+import argparse
+import re
+from typing import Any
+
+from ..cli import switch
+from ..training.flags.parser import build_parser
+
+FIRST = (  # the flags that matter first, in the form's order
+    "load_model",
+    "data_file",
+    "data_type",
+    "proj_dir",
+    "tokenizer",
+    "peft",
+    "bone_r",
+    "ctx_len",
+    "micro_bsz",
+    "epoch_count",
+    "lr_init",
+    "val_split",
+    "precision",
+    "merge_on_save",
+)
+PATHS = (  # flags that name a file or folder
+    "load_model",
+    "data_file",
+    "proj_dir",
+    "tokenizer",
+    "val_data",
+    "retain_data",
+    "eval_data",
+    "bone_load",
+    "teacher_model",
+    "state_load",
+)
+LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples")  # the page has its own ways for these
+RULES = re.compile(r" \[[^]]*\]$")  # what the help says of other flags: the page shows it as a refusal
+FOREIGN = "flags of RWKV-LM"  # how the groups of other tools' flags begin
+
+
+def form() -> list[dict[str, Any]]:
+    """The groups of fields, FIRST's before all others: [{"title", "fields": [field_of's …]}]."""
+    groups, first = [], {}
+    for group in build_parser()._action_groups:
+        if group.title is None or group.title.startswith(FOREIGN):
+            continue
+        fields = []
+        for action in group._group_actions:
+            field = field_of(action)
+            if field["flag"] in LEFT_OUT:
+                continue
+            if field["flag"] in FIRST:
+                first[field["flag"]] = field
+            else:
+                fields.append(field)
+        if fields:
+            groups.append({"title": group.title, "fields": fields})
+    return [{"title": "first", "fields": [first[flag] for flag in FIRST]}, *groups]
+
+
+def field_of(action: argparse.Action) -> dict[str, Any]:
+    """A flag as a field: its name, help, kind (on: given or not; switch: 0 or 1; choice; list; path; text), the
+    values of a choice and the default as text."""
+    name = action.option_strings[0].removeprefix("--")
+    kind, values = "text", []
+    if action.nargs == 0:
+        kind = "on"
+    elif action.type is switch:
+        kind, values = "switch", ["0", "1"]
+    elif action.nargs in ("+", "*"):
+        kind = "list"
+    elif action.choices:
+        kind, values = "choice", [str(choice) for choice in action.choices]
+    elif name in PATHS:
+        kind = "path"
+    default, text = action.default, action.help or ""
+    if default is True:
+        default = 1
+    return {
+        "flag": name,
+        "help": RULES.sub("", text % vars(action) if "%(" in text else text.replace("%%", "%")),
+        "kind": kind,
+        "values": values,
+        "default": "" if kind == "on" or default in (None, False, []) else str(default),
+        "required": action.required,
+    }

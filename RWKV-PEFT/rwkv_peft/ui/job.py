@@ -1,0 +1,41 @@
+"""Runs one command for the page, and records how it ended: a process that outlives the page's server.
+
+    python -m rwkv_peft.ui.job FOLDER COMMAND argument…
+
+The command's output goes to FOLDER/output.txt and its exit code to FOLDER/exit. Signals to this process go to the
+command, so that Ctrl-C's end a run after its step.
+"""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from ..children import python_command
+from ..files.atomic import atomic_write
+from ..files.lock import hold
+
+OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
+
+
+def main(argv: list[str]) -> int:
+    folder, words = Path(argv[0]), argv[1:]
+    with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
+        process = subprocess.Popen(
+            python_command("rwkv_peft", *words), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward)
+        code = process.wait()
+        with atomic_write(folder / EXIT) as temporary:
+            temporary.write_text(str(code if code >= 0 else 128 - code))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

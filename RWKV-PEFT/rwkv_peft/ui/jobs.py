@@ -1,0 +1,127 @@
+"""The commands that the page starts: each is a process of its own, with a folder that tells about it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..children import python_command
+from ..errors import UserError, visible
+from ..files.lock import holder
+from .job import COMMAND, EXIT, LOCK, OUTPUT
+
+HELD = 50  # jobs that are remembered
+COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "eval", "serve", "doctor")
+TAIL = 200_000  # bytes of output that are shown at a time
+STARTING = 20.0  # seconds in which a job takes its lock
+RUNNING, ENDED, LOST = "running", "ended", "lost"
+
+
+class Jobs:
+    """Starts commands in the folder `root`, and finds those that it started, also before this process began."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
+
+    def start(self, words: Sequence[str]) -> str:
+        """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
+        if not words or words[0] not in COMMANDS:
+            raise UserError(f"the page starts {', '.join(COMMANDS)}, and not {' '.join(words[:1]) or 'nothing'}")
+        if any("\0" in word for word in words):
+            raise UserError("an argument has no zero byte")
+        folder = self.new_folder()
+        (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
+        with open(folder / OUTPUT, "ab") as output:
+            subprocess.Popen(
+                python_command("rwkv_peft.ui.job", folder, *words),
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the server's terminal is not for it
+            )
+        return folder.name
+
+    def new_folder(self) -> Path:
+        """Make the folder of the next job, and forget the oldest that have ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        numbers = self.numbers()
+        for number in numbers[:-HELD]:
+            if self.state(self.folder / str(number)) != RUNNING:
+                for name in (OUTPUT, EXIT, COMMAND):
+                    (self.folder / str(number) / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.folder / str(number)).rmdir()
+        number = numbers[-1] + 1 if numbers else 1
+        while True:
+            with suppress(FileExistsError):
+                (self.folder / str(number)).mkdir()
+                return self.folder / str(number)
+            number += 1
+
+    def numbers(self) -> list[int]:
+        """The numbers of all jobs, in their order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal())
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every job, the newest first, without its output."""
+        found = (self.described(self.folder / str(number)) for number in reversed(self.numbers()))
+        return [job for job in found if job is not None]
+
+    def described(self, folder: Path) -> dict[str, Any] | None:
+        """A job's number, words, state, exit code and when it began; None if its folder tells nothing."""
+        try:
+            command = json.loads((folder / COMMAND).read_text())
+        except (OSError, ValueError):
+            return None
+        state = self.state(folder, command["began"])
+        code = (folder / EXIT).read_text() if state == ENDED else ""
+        return {"id": folder.name, **command, "state": state, "code": int(code) if code.isdecimal() else None}
+
+    def state(self, folder: Path, began: float = 0.0) -> str:
+        """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
+        if (folder / EXIT).exists():
+            return ENDED
+        starting = time.time() - began < STARTING
+        if starting or holder(folder / LOCK) is not None:
+            return RUNNING
+        return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
+
+    def read(self, name: str, begin: int = 0) -> dict[str, Any]:
+        """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
+        folder = self.folder_of(name)
+        job = self.described(folder)
+        if job is None:
+            raise UserError(f"there is no job {name}")
+        with suppress(FileNotFoundError), open(folder / OUTPUT, "rb") as output:
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(begin, size - TAIL, 0))
+            text = output.read(TAIL)
+            job |= {"output": visible(text.decode("utf-8", "replace").replace("\r", "\n")), "next": output.tell()}
+        return job
+
+    def stop(self, name: str) -> None:
+        """End a job as Ctrl-C does: a run saves after its step."""
+        interrupt(self.folder_of(name) / LOCK, f"job {name}")
+
+    def folder_of(self, name: str) -> Path:
+        if not (name.isdecimal() and name.isascii() and (self.folder / name).is_dir()):
+            raise UserError(f"there is no job {name}")
+        return self.folder / name
+
+
+def interrupt(lock: Path, what: str) -> None:
+    """Send Ctrl-C's signal to the process that holds a lock. Raises UserError if there is none on this machine."""
+    held = holder(lock)
+    if held is None:
+        raise UserError(f"{what} does not run")
+    if held.get("host") != os.uname().nodename or not isinstance(held.get("process"), int):
+        raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
+    os.kill(held["process"], signal.SIGINT)

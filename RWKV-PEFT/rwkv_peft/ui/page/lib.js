@@ -1,0 +1,166 @@
+// What all pages share: elements, requests, fields, charts. Text from files is put in as text, never as HTML.
+
+export function el(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name in node && name !== "list") node[name] = value;
+    else if (value !== null) node.setAttribute(name, value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+async function answer(response) {
+  const text = await response.text();
+  let found;
+  try {
+    found = JSON.parse(text);
+  } catch {
+    throw new Error(text || `the server answered ${response.status}`);
+  }
+  if (!response.ok) throw new Error(found.error?.message ?? found.error ?? text);
+  return found;
+}
+
+const gone = () => { throw new Error("the page's server does not answer; is rwkv-peft ui still running?"); };
+
+export async function get(path, query = {}) {
+  return answer(await fetch(`${path}?${new URLSearchParams(query)}`).catch(gone));
+}
+
+export function send(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return fetch(path, { method: "POST", headers, body: JSON.stringify(body) }).catch(gone);
+}
+
+export async function post(path, body = {}) {
+  return answer(await send(path, body));
+}
+
+// Shows an error where it belongs: in `place`, which a screen reader then reads.
+export function tell(place, error) {
+  place.replaceChildren(error ? el("div", { className: "error", role: "alert" }, error.message ?? String(error)) : "");
+}
+
+// Calls `act` now and every `seconds` until its page is left, one call at a time.
+export function repeat(signal, seconds, act) {
+  const turn = async () => {
+    if (signal.aborted) return;
+    await act();
+    if (!signal.aborted) setTimeout(turn, 1000 * seconds);
+  };
+  return turn();
+}
+
+export const words = (command) => ["rwkv-peft", ...command].map(quoted).join(" ");
+const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
+
+export function duration(seconds) {
+  const s = Math.round(seconds), h = Math.floor(s / 3600), m = Math.floor((s % 3600) / 60);
+  return h ? `${h} h ${m} min` : m ? `${m} min ${s % 60} s` : `${s} s`;
+}
+
+export const number = (value, digits = 4) =>
+  typeof value !== "number" ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(digits)).toString();
+
+export function figure(name, value) {
+  return el("div", { className: "figure" }, el("b", {}, String(value)), el("span", {}, name));
+}
+
+export function copyButton(text, label = "Copy") {
+  const button = el("button", { type: "button" }, label);
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = label; }, 1500);
+  });
+  return button;
+}
+
+// A labelled field for a file below the root, with a button that looks for it.
+export function pathField(name, label, { value = "", help = "", folders = false, endings = [], change = () => {} } = {}) {
+  const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off", oninput: change });
+  const browse = el("button", { type: "button", title: `look for ${label}`, "aria-label": `look for ${label}` }, "…");
+  browse.addEventListener("click", async () => {
+    const found = await choose(label, input.value, folders, endings);
+    if (found !== null) {
+      input.value = found;
+      input.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+  });
+  const box = el("div", {}, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
+    help ? el("p", { className: "help" }, help) : null);
+  return { box, input };
+}
+
+// A dialog with the files below the root; -> the one chosen, or null.
+function choose(label, start, folders, endings) {
+  return new Promise((resolve) => {
+    const list = el("ul", { className: "list" }), where = el("p", { className: "note" }), error = el("div");
+    const done = (value) => { dialog.close(); dialog.remove(); resolve(value); };
+    const here = { path: "" };
+    const pick = folders ? el("button", { type: "button", className: "main", onclick: () => done(here.path || ".") }, "This folder") : null;
+    const dialog = el("dialog", { oncancel: () => done(null), "aria-label": label }, el("h2", {}, label), where, error, list,
+      el("div", { className: "row" }, pick, el("button", { type: "button", onclick: () => done(null) }, "Cancel")));
+    async function open(path) {
+      try {
+        const entries = await get("/api/files", { path });
+        here.path = path;
+        where.textContent = path || "the folder of --files";
+        const rows = entries.filter((entry) => entry.folder || !endings.length || endings.some((end) => entry.name.endsWith(end)));
+        const up = path ? [{ name: path.split("/").slice(0, -1).join("/"), folder: true, up: true }] : [];
+        list.replaceChildren(...[...up, ...rows].map((entry) => el("li", {}, el("button", {
+          type: "button", className: "entry", onclick: () => (entry.folder ? open(entry.name) : done(entry.name)),
+        }, entry.up ? "↑ up" : `${entry.folder ? "▸ " : ""}${entry.name.split("/").at(-1)}`),
+        entry.folder ? null : el("span", { className: "state" }, size(entry.bytes)))));
+        tell(error, null);
+      } catch (problem) {
+        if (path) open(""); else tell(error, problem);
+      }
+    }
+    document.body.append(dialog);
+    dialog.showModal();
+    open(start.split("/").slice(0, -1).join("/"));
+  });
+}
+
+export function size(bytes) {
+  const units = ["B", "KB", "MB", "GB", "TB"];
+  const power = Math.min(bytes ? Math.floor(Math.log10(bytes) / 3) : 0, units.length - 1);
+  return `${(bytes / 1000 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
+}
+
+const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+
+// Draws lines over steps into `place`: lines = [{label, x, y}], each with its own steps.
+export function chart(place, title, lines) {
+  const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+  const rows = lines.map((line) => {
+    const at = new Map(line.x.map((x, n) => [x, line.y[n]]));
+    return steps.map((x) => at.get(x) ?? null);
+  });
+  const style = getComputedStyle(document.documentElement);
+  const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line"), width: 0.5 } };
+  const options = {
+    title, width: Math.max(place.clientWidth, 260), height: 260, scales: { x: { time: false } }, axes: [axis, { ...axis, size: 70, values: (plot, ticks) => ticks.map((tick) => number(tick)) }],
+    series: [{ label: "step" }, ...lines.map((line, n) => ({
+      label: line.label, stroke: COLOURS[n % COLOURS.length], width: 1.7, spanGaps: true, points: { show: line.x.length < 20 },
+      dash: line.dash, value: (plot, value) => (value === null ? "–" : number(value)),
+    }))],
+  };
+  place.replaceChildren();
+  place.plot = new uPlot(options, [steps, ...rows], place);
+}
+
+export function remember(name, value) {
+  localStorage.setItem(`rwkv-peft ${name}`, JSON.stringify(value));
+}
+
+export function recall(name, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(`rwkv-peft ${name}`)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}

@@ -1,0 +1,189 @@
+// Runs: those below the folder, live; several in one picture.
+import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell } from "./lib.js";
+
+const HELD_OUT = ["val_loss", "retain_loss"];
+const LOSSES = ["loss", "reward"];
+
+export async function runsPage(place, about, signal, chosen) {
+  const list = el("ul", { className: "list" }), jobs = el("ul", { className: "list" }), view = el("div");
+  place.append(el("h1", {}, "Runs"), el("div", { className: "columns side" },
+    el("div", {}, el("h2", {}, "Runs"), list, el("h2", {}, "Commands started here"), jobs), view));
+  const compared = new Set(recall("compared", []));
+  let runs = [], shown = null;
+  const job = chosen.startsWith("job:") ? chosen.slice(4) : "";
+  const leave = new AbortController();
+  signal.addEventListener("abort", () => leave.abort());
+
+  await repeat(signal, 3, async () => {
+    try {
+      const [found, started] = await Promise.all([get("/api/runs"), get("/api/jobs")]);
+      runs = found;
+      drawList();
+      jobs.replaceChildren(...started.slice(0, 12).map((one) => el("li", {},
+        el("a", { href: `#runs:job:${one.id}`, "aria-current": one.id === job ? "true" : null }, `${one.id}: ${one.words.slice(0, 1)} ${target(one.words)}`), badge(one))));
+      if (!jobs.childElementCount) jobs.append(el("li", { className: "note" }, "none yet"));
+      if (shown === null) open(started);
+    } catch (problem) {
+      tell(list, problem);
+    }
+  });
+
+  function drawList() {
+    const folder = job ? "" : chosen;
+    list.replaceChildren(...runs.map((run) => {
+      const box = el("input", { type: "checkbox", checked: compared.has(run.folder), "aria-label": `compare ${run.folder}`, title: "draw into one picture" });
+      box.addEventListener("change", () => {
+        if (box.checked) compared.add(run.folder); else compared.delete(run.folder);
+        remember("compared", [...compared]);
+        shown?.again();
+      });
+      return el("li", {}, box, el("a", { href: `#runs:${run.folder}`, "aria-current": run.folder === folder ? "true" : null }, run.folder),
+        el("span", { className: `state ${run.running ? "running" : ""}` }, run.running ? "running" : ""));
+    }));
+    if (!runs.length) list.append(el("li", { className: "note" }, "no run yet; start one under Train"));
+  }
+
+  function open(started) {
+    const one = job ? started.find((found) => found.id === job) : null;
+    const folder = job ? (one ? folderOf(one.words) : "") : chosen || runs[0]?.folder || "";
+    shown = { again() {} };
+    if (job) showJob(view, job, leave.signal);
+    if (folder && (!job || one?.words[0] === "train")) showRun(folder);
+    if (!job && !folder) view.append(el("p", { className: "note" }, "Nothing to show yet."));
+  }
+
+  function showRun(folder) {
+    const place = el("div"), lines = [];
+    view.append(place);
+    const title = el("h2", {}, folder), figures = el("div", { className: "figures" }), bar = el("progress", { max: 1, value: 0, "aria-label": "steps" });
+    const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div", { className: "scroll" });
+    place.append(title, figures, bar, buttons, error, losses, rates, el("h2", {}, "Answers before and after"), answers);
+    let next = 0, drawn = "", many = new Map();
+
+    async function turn() {
+      const found = await get("/api/runs/metrics", { folder, begin: next }).catch(() => null);
+      if (!found) return;
+      if (found.again) lines.length = 0;
+      next = found.next;
+      lines.push(...found.lines);
+      const run = runs.find((one) => one.folder === folder) ?? { flags: {}, files: [] };
+      for (const other of compared) if (other !== folder && !many.has(other)) many.set(other, await wholeOf(other));
+      const stamp = `${lines.length} ${run.running} ${[...compared].sort()}`;
+      if (stamp === drawn) return;
+      drawn = stamp;
+      draw(run);
+      table(answers, (await get("/api/runs/answers", { folder }).catch(() => ({}))));
+    }
+
+    async function wholeOf(other) {
+      const all = [];
+      for (let begin = 0; ;) {
+        const part = await get("/api/runs/metrics", { folder: other, begin }).catch(() => ({ lines: [], next: begin }));
+        all.push(...part.lines);
+        if (part.next <= begin) return all;
+        begin = part.next;
+      }
+    }
+
+    function draw(run) {
+      const name = LOSSES.find((one) => lines.some((line) => typeof line[one] === "number")) ?? "loss";
+      const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {};
+      const held = lines.filter((line) => typeof line.val_loss === "number").at(-1);
+      const done = steps.length ? last.step + 1 : 0, total = run.steps ?? 0;
+      const speeds = steps.slice(-20).filter((line) => line.tokens && line.tokens_per_s).map((line) => line.tokens / line.tokens_per_s);
+      const pace = speeds.reduce((a, b) => a + b, 0) / Math.max(speeds.length, 1);
+      figures.replaceChildren(figure("state", run.running ? "running" : total && done >= total ? "done" : "stopped"),
+        figure("step", total ? `${number(done)} of ${number(total)}` : number(done)), figure(name, number(last[name])),
+        figure("validation", number(held?.val_loss)), figure("rate", number(last.lr, 3)), figure("tokens/s", number(Math.round(last.tokens_per_s ?? 0))),
+        figure("time left", run.running && total ? duration((total - done) * pace) : "–"));
+      bar.max = total || 1;
+      bar.value = Math.min(done, total || 1);
+      buttons.replaceChildren(
+        run.running ? el("button", { type: "button", onclick: () => post("/api/runs/stop", { folder }).catch((problem) => tell(error, problem)) }, "Stop after this step") : "",
+        !run.running && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
+        run.files.some((file) => file.endsWith(".safetensors") || file === "state.pth") ? el("a", { className: "button", href: `#release:${folder}` }, "Release") : "",
+        run.files.length ? el("a", { className: "button", href: `#chat:${folder}` }, "Chat") : "");
+      const others = [...compared].filter((one) => one !== folder);
+      chart(losses, name, [...linesOf(lines, name, others.length ? folder : ""),
+        ...others.flatMap((other) => linesOf(many.get(other) ?? [], name, other))]);
+      chart(rates, "learning rate", linesOf(lines, "lr", "").slice(0, 1));
+    }
+
+    async function resume(run) {
+      try {
+        const argv = Object.entries(run.flags).filter(([flag]) => flag !== "resume").flatMap(([flag, value]) =>
+          value === true ? [`--${flag}`] : [`--${flag}`, ...(Array.isArray(value) ? value : [value]).map(String)]);
+        const { id } = await post("/api/jobs", { words: ["train", ...argv, "--resume"] });
+        location.hash = `#runs:job:${id}`;
+      } catch (problem) {
+        tell(error, problem);
+      }
+    }
+
+    shown = { again: turn };
+    repeat(leave.signal, 2, turn);
+  }
+}
+
+function linesOf(lines, name, run) {
+  const title = (one) => (run ? `${run}: ${one}` : one);
+  const names = name === "lr" ? ["lr"] : [name, ...HELD_OUT];
+  return names.map((one) => lines.filter((line) => typeof line[one] === "number")).map((found, n) => ({
+    label: title(names[n]), x: found.map((line) => line.step), y: found.map((line) => line[names[n]]), dash: n ? [6, 4] : undefined,
+  })).filter((line) => line.x.length);
+}
+
+function table(place, found) {
+  const rows = (found["rows.jsonl"] ?? []).slice(-16);
+  if (!rows.length) return place.replaceChildren(el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
+  const said = (one) => one?.text ?? "";
+  place.replaceChildren(el("table", {}, el("tr", {}, ...["prompt", "the row's answer", "before", "after"].map((name) => el("th", {}, name))),
+    ...rows.map((row) => el("tr", {}, [row.prompt, said(row.answer), said(row.before), said(row.after)].map((text) => el("td", {}, el("div", {}, text)))))));
+}
+
+// A command that the page started: its words, its output as it comes, how it ended.
+export function showJob(place, id, signal, ended = () => {}) {
+  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), state = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
+  place.append(el("div", { className: "job" }, title, line, state, wrong, buttons, output));
+  const leave = new AbortController();
+  signal.addEventListener("abort", () => leave.abort());
+  let next = 0;
+  return repeat(leave.signal, 1, async () => {
+    let job;
+    try {
+      job = await get(`/api/jobs/${id}`, { begin: next });
+    } catch (problem) {
+      tell(wrong, problem);
+      leave.abort();
+      return;
+    }
+    next = job.next ?? next;
+    const low = output.scrollHeight - output.scrollTop - output.clientHeight < 30;
+    output.append(job.output ?? "");
+    if (low) output.scrollTop = output.scrollHeight;
+    line.textContent = ["rwkv-peft", ...job.words].join(" ");
+    state.replaceChildren(badge(job));
+    buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
+    if (job.state === "running") return;
+    leave.abort();
+    if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
+    ended(job);
+  });
+}
+
+function lastWords(text, code) {
+  const at = text.lastIndexOf("error: ");
+  return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
+}
+
+const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order
+const failed = (job) => job.state === "lost" || (job.state === "ended" && job.code !== 0 && !STOPPED.includes(job.code));
+
+function badge(job) {
+  const ended = job.code === 0 ? "done" : failed(job) ? `failed (${job.code})` : "stopped";
+  return el("span", { className: `state ${job.state === "running" ? "running" : failed(job) ? "failed" : ""}` }, job.state === "ended" ? ended : job.state);
+}
+
+const valueOf = (command, flag) => command[command.indexOf(flag) + 1];
+const folderOf = (command) => (command.includes("--proj_dir") ? valueOf(command, "--proj_dir") : "out");
+const target = (command) => (command[0] === "train" ? folderOf(command) : command.includes("--output") ? valueOf(command, "--output") : "");

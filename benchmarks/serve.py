@@ -1,0 +1,149 @@
+"""Tokens a second and the longest waits of `rwkv-peft serve` under load, beside llama.cpp's server (`xllamacpp`).
+
+    python benchmarks/serve.py [--generation 7] [--layers 12] [--channels 768] [--threads 2] [--clients 1 8 64]
+
+Makes a random model in a temporary folder, which both serve on 127.0.0.1, in float32 and with the same threads. So many
+clients at once each ask for a stream of --tokens tokens after a prompt of 8; the two servers take turns. The best of
+the rounds counts. first: the longest wait from a request to its first piece of text; gap: the longest between two
+pieces. Tokens of a random model are often parts of characters, which our server holds back until they are whole, and so
+a gap may span several tokens.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from generate import VERSIONS, make_model
+
+PROMPT = 8
+SECONDS = 600  # the longest that a round may take
+PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generation", choices=("6", "7"), default="7")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=768)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, nargs="+", default=(1, 8, 64))
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="leave llama.cpp out")
+    parser.add_argument("--llama", metavar="PTH", help=argparse.SUPPRESS)  # set where this program runs itself
+    args = parser.parse_args()
+    if args.llama:
+        return serve_llama(args)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        make_model(path, VERSIONS[args.generation], args.layers, args.channels)
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        batch = str(max(args.clients))
+        ours = [PACKAGE / "children.py", "rwkv_peft", "serve", "--model", path, "--port", "0", "--batch", batch]
+        commands = {"rwkv-peft serve": [sys.executable, *map(str, ours)]}
+        if not args.alone:
+            theirs = [__file__, "--llama", path, "--threads", args.threads, "--clients", batch]
+            commands["llama.cpp"] = [sys.executable, *map(str, theirs)]
+        with Servers(commands, environment) as addresses:
+            print("| clients | server | tokens/s | first, s | gap, s |\n|---|---|---|---|---|", flush=True)
+            for clients in args.clients:
+                for address in addresses.values():
+                    load(address, clients, 4, 0)
+                found = {name: [] for name in addresses}
+                for number in range(1, args.rounds + 1):
+                    for name, address in addresses.items():
+                        found[name].append(load(address, clients, args.tokens, number))
+                for name, rounds in found.items():
+                    rate, first, gap = max(rounds)
+                    print(f"| {clients} | {name} | {rate:.1f} | {first:.2f} | {gap:.2f} |", flush=True)
+
+
+class Servers:
+    """Runs commands that print their address in the last word of a line with http in it -> {name: address}."""
+
+    def __init__(self, commands, environment):
+        self.commands, self.environment, self.processes = commands, environment, []
+
+    def __enter__(self):
+        found = {}
+        for name, command in self.commands.items():
+            process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
+            self.processes.append(process)
+            line = next(line for line in process.stdout if "http://" in line)
+            found[name] = line.split()[-1].removesuffix("/v1")
+        return found
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def serve_llama(args):
+    """Be llama.cpp's server, until the process is ended."""
+    import xllamacpp
+
+    from rwkv_peft.files.base import open_base
+    from rwkv_peft.release.verify import written
+
+    places = args.clients[0]
+    params = xllamacpp.CommonParams()
+    params.model.path = str(written(Path(args.llama).parent, "f32", open_base(args.llama)))
+    params.n_ctx, params.n_parallel, params.verbosity = 256 * places, places, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
+    params.port = 0
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    threading.Event().wait()
+
+
+def load(address, clients, tokens, seed):
+    """Ask by so many clients at once -> (tokens a second, the longest wait for a first piece, the longest gap)."""
+    found = [None] * clients
+    barrier = threading.Barrier(clients + 1)
+
+    def ask(number):
+        prompt = [(7919 * (seed * clients + number) + 97 * place) % 60000 + 1 for place in range(PROMPT)]
+        body = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), head)
+        barrier.wait()
+        began = time.perf_counter()
+        moments, usage = [], 0
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    usage = (event.get("usage") or {}).get("completion_tokens", usage)
+                    if event["choices"]:
+                        moments.append(time.perf_counter())
+        gaps = [after - before for before, after in zip(moments, moments[1:])]
+        found[number] = usage, moments[0] - began, max(gaps, default=0.0)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    began = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    drawn, firsts, gaps = zip(*found)
+    return sum(drawn) / seconds, max(firsts), max(gaps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Several data sets in one stream: shares of the tokens, an order without state, and what is read of each."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.mixture import Joined, Mixture
+from rwkv_peft.data.recorded import record_of
+from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+
+LENGTHS = {"a": (40, 30), "b": (25, 12), "c": (9, 60)}  # documents, and tokens of each
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Three token files, whose tokens are 10 to 19, 20 to 29 and 30 to 39; the second has a .mask."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number, (name, (documents, size)) in enumerate(LENGTHS.items(), 1):
+        with BinidxWriter(folder / name, vocab_size=80, mask=name == "b") as writer:
+            for _ in range(documents):
+                tokens = [10 * number + i % 10 for i in range(size)]
+                writer.add(tokens, *([[0, 1] * (size // 2)] if name == "b" else []))
+    paths = [str(folder / name) for name in LENGTHS]
+    return DataConfig(path=paths[0], more=tuple(paths[1:]), ctx_len=16, dataload="get")
+
+
+def source_of(sample):
+    """The number of the file that a sample is of, by its tokens."""
+    tokens = (sample[0] if isinstance(sample, list) else sample)[0]
+    return int(tokens[0]) // 10
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "only", "pack"])
+@pytest.mark.parametrize("mix", [(), (0.7, 0.2, 0.1), (1, 1, 1), (5, 0.01, 1)])
+def test_each_file_has_its_share_of_the_tokens_at_every_place(config, dataload, mix):
+    samples = build_samples(replace(config, dataload=dataload, mix=mix, ctx_len=64), 80)
+    read, whole = Counter(), 4 * len(samples)
+    for n in range(whole):
+        rows = samples[n] if isinstance(samples[n], list) else [samples[n]]
+        read[source_of(samples[n])] += sum(len(tokens) - 1 for tokens, _ in rows)
+    shares = mix or [part.tokens for part in samples.parts]
+    total = sum(read.values())
+    for number, share in enumerate(shares, 1):
+        longest = 64 * 3 / total  # a sample for each source before it, and its own
+        assert read[number] / total == pytest.approx(share / sum(shares), abs=longest, rel=0.02)
+    seen = samples.seen(whole)
+    counts = Counter(source_of(samples[n]) for n in range(whole))
+    for number, (name, part) in enumerate(zip(samples.sources, samples.parts), 1):
+        assert counts[number] / len(part) == pytest.approx(seen[name], abs=3 / len(part))
+    if not mix:
+        assert all(times == pytest.approx(4, rel=0.05) for times in seen.values())
+
+
+def test_samples_come_in_the_order_of_their_file_and_by_their_number_alone(config):
+    samples = build_samples(replace(config, mix=(0.5, 0.3, 0.2)), 80)
+    numbers = {id(part): [] for part in samples.parts}
+    for n in range(300):
+        part, number = samples.place(n)
+        numbers[id(part)].append(number)
+    assert all(found == list(range(len(found))) for found in numbers.values())
+    again = build_samples(replace(config, mix=(0.5, 0.3, 0.2)), 80)
+    for n in (299, 0, 123_456_789_012):
+        for tensor, same in zip(samples[n], again[n]):
+            assert torch.equal(tensor, same)
+    for first in range(0, 300, 10):  # in any stretch, each has its share to within a sample or two
+        counts = Counter(source_of(samples[n]) for n in range(first, first + 10))
+        assert all(abs(counts[number] - 10 * share) <= 2 for number, share in ((1, 0.5), (2, 0.3), (3, 0.2)))
+
+
+def test_a_mask_belongs_to_its_file(config):
+    masked = replace(config, loss_mask="file", dataload="pad")
+    samples = build_samples(masked, 80)
+    for n in range(60):
+        _, mask = samples[n]
+        assert bool(mask.all()) == (source_of(samples[n]) != 2)
+        assert samples.count(n) == int(mask.sum())
+
+
+def test_held_out_samples_are_some_of_each_file_and_none_that_trains(config):
+    train, held_out = split_samples(replace(config, dataload="pad", mix=(1, 1, 1)), 80, 0.2)
+    assert isinstance(train, Mixture) and isinstance(held_out, Joined)
+    assert [len(part) for part in held_out.parts] == [8, 5, 2] and len(held_out) == 15
+    assert [len(part) for part in train.parts] == [32, 20, 7]
+    order = [source_of(held_out[n]) for n in range(15)]
+    assert order == [1] * 8 + [2] * 5 + [3] * 2
+    for kept, held in zip(train.parts, held_out.parts):
+        assert not {kept.unit(n) for n in range(len(kept))} & {held.unit(n) for n in range(len(held))}
+
+
+def test_files_that_do_not_go_together_are_refused(config, tmp_path):
+    with pytest.raises(UserError, match="--data_file .*a is given twice"):
+        build_samples(replace(config, more=(config.path,)), 80)
+    for name, vocabulary in (("d", "bytes"), ("e", "world")):
+        with BinidxWriter(tmp_path / name, vocab_size=80) as writer:
+            writer.add(range(1, 40))
+        (tmp_path / f"{name}.json").write_text(record_of(load_tokenizer(vocabulary), []))
+    other = replace(config, path=str(tmp_path / "d"), more=(str(tmp_path / "e"),))
+    with pytest.raises(UserError, match="--data_file e was made with world .*, and --data_file d with bytes"):
+        build_samples(other, 1 << 17)

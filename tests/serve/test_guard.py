@@ -1,0 +1,264 @@
+"""What the server refuses: strangers' pages and names, files elsewhere, bodies and clients that take too much."""
+
+import asyncio
+import re
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from serving import HEAD, Server, ended, wait_until
+
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.generate.continuation import Continuation
+from rwkv_peft.serve.flags import parse_flags
+from rwkv_peft.serve.guard import Gate, Guard
+
+ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
+
+
+def told(answer):
+    status, _, body = answer
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return status
+
+
+def ask(server, **headers):
+    return server.send("POST", "/v1/completions", ASK, **headers)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "http://localhost.evil"]
+)
+def test_pages_of_other_sites_are_refused(server, origin):
+    assert told(ask(server, Origin=origin)) in (400, 403)
+    assert told(server.send("DELETE", "/v1/adapters/poet", Origin=origin)) in (400, 403)
+    assert told(server.send("GET", "/v1/models", Sec_Fetch_Site="cross-site")) == 403
+
+
+def test_own_pages_and_allowed_ones_are_answered(server):
+    assert ask(server, Origin=server.url)[0] == 200
+    status, headers, _ = ask(server, Origin="https://chat.example.org")
+    assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    asked = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    assert server.send("OPTIONS", "/v1/completions", **asked)[0] == 200
+    assert server.send("OPTIONS", "/v1/completions", **asked | {"Origin": "https://evil.example"})[0] == 403
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "", "["]
+)
+def test_a_name_that_is_not_the_servers_is_refused(server, host):
+    assert told(ask(server, Host=host)) in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:80", "192.168.1.7"])
+def test_own_names_and_digits_are_taken(server, host):
+    assert ask(server, Host=host)[0] == 200
+
+
+def test_a_form_of_a_page_is_no_body(server):
+    assert told(ask(server, Content_Type="text/plain")) == 415
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../poet.safetensors",
+        "/etc/passwd",
+        "link.safetensors",
+        "a/../../poet.safetensors",
+        "absent",
+        "x\0y",
+        "",
+        "~/x",
+        "\ud800",
+    ],
+)
+def test_files_elsewhere_are_not_loaded(server, files, file):
+    for name in (file, file.replace("../", f"{files}/")):
+        answer = server.send("POST", "/v1/adapters", {"name": "new", "file": name})
+        assert told(answer) in (400, 404) and str(files) not in answer[2]["error"]["message"].replace(name, "")
+    assert len(server.send("GET", "/v1/models")[2]["data"]) == 4
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", "a\nb", "é", "x" * 65, "base", "\x1b[31m"])
+def test_hostile_names_are_refused(server, name):
+    assert told(server.send("POST", "/v1/adapters", {"name": name, "file": "poet.safetensors"})) in (400, 409)
+    if name != "base":
+        answer = server.send("POST", "/v1/completions", ASK | {"model": name})
+        assert told(answer) == 404 and "\x1b" not in answer[2]["error"]["message"]
+
+
+def test_a_file_that_is_no_adapter_is_told_without_its_place(server, files):
+    answer = server.send("POST", "/v1/adapters", {"name": "new", "file": "broken.safetensors"})
+    assert told(answer) == 400 and str(files) not in answer[2]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body, field",
+    [
+        (b"{", ""),
+        (b"\xff", ""),
+        (b"[" * 500_000, ""),
+        (b"[]", ""),
+        ({}, "model"),
+        (ASK | {"tempreature": 1}, "tempreature"),
+        (ASK | {"temperature": -1}, "temperature"),
+        (ASK | {"top_p": float("nan")}, "top_p"),
+        (ASK | {"max_tokens": 0}, "max_tokens"),
+        (ASK | {"max_tokens": 10**7}, "max_tokens"),
+        (ASK | {"n": 5}, None),
+        (ASK | {"stop": [""]}, "stop"),
+        (ASK | {"prompt": [300]}, "prompt"),
+        (ASK | {"prompt": "\ud800"}, "prompt"),
+        (ASK | {"prompt": "x" * 70_000}, None),
+        (ASK | {"\ud800": 1}, ""),
+    ],
+)
+def test_a_mistaken_body_is_told_by_its_field(server, body, field):
+    answer = server.send("POST", "/v1/completions", body)
+    assert told(answer) == 400
+    assert not field or answer[2]["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    "more, field",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages"),
+        ({"tools": [{"type": "function"}]}, "messages"),
+        ({"tools": [{"name": "f"}], "tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "think": "on"}, "response_format"),
+    ],
+)
+def test_a_mistaken_chat_is_told_by_its_field(server, more, field):
+    answer = server.send(
+        "POST", "/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "x"}]} | more
+    )
+    assert told(answer) == 400 and answer[2]["error"]["param"] == field
+
+
+def test_unknown_routes_are_told_in_the_same_form(server):
+    assert told(server.send("GET", "/v1/nothing")) == 404 and told(server.send("GET", "/v1/completions")) == 405
+    assert told(server.send("GET", "/docs")) == 404
+
+
+def test_a_body_of_100_megabytes_is_not_read(server):
+    with server.raw(HEAD + b"Content-Length: 104857600\r\n\r\n" + b"x" * 1000) as connection:
+        assert b"413" in ended(connection).split(b"\r\n")[0]
+    with server.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
+        sent = 0
+        try:
+            while sent < 100:  # megabytes
+                connection.sendall(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n")
+                sent += 1
+        except OSError:
+            pass
+    assert sent < 100
+    assert ask(server)[0] == 200
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/comp", HEAD + b"Content-Length: 50\r\n\r\n{"])
+def test_a_client_that_stops_in_the_midst_of_a_request_is_given_up(server, begun):
+    with server.raw(begun) as connection:
+        assert ended(connection)[:12] in (b"", b"HTTP/1.1 408")
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_given_up(server):
+    with server.raw(b"POST / HTTP/1.1\r\nX: ") as connection:
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < began + 30:
+                connection.sendall(b"x")
+                time.sleep(0.2)
+
+
+def test_a_client_that_does_not_read_gives_its_place_back():
+    app = pytest.importorskip("rwkv_peft.serve.app")
+    gone, requests = threading.Event(), [{"type": "http.request", "body": b""}]
+
+    async def endless():
+        while True:
+            yield "data: x\n\n"
+
+    async def receive():
+        return requests.pop() if requests else await asyncio.sleep(3600)
+
+    async def stuck(message):
+        await asyncio.sleep(3600)
+
+    conversation = SimpleNamespace(stream=endless, exchange=SimpleNamespace(gone=gone))
+    guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05), lambda status: None)
+    scope = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    asyncio.run(asyncio.wait_for(guard(scope, receive, stuck), 10))
+    assert gone.is_set()
+
+
+def test_an_answer_that_takes_too_long_ends():
+    worker = pytest.importorskip("rwkv_peft.serve.worker")
+
+    async def ask():
+        exchange = worker.Exchange(1, 0.0, lambda: None)
+        choice = worker.Choice(exchange, 0, Continuation({}, BytesTokenizer(), ()), re.compile(""), None)
+        assert choice.draw(66, None) == choice.over() == worker.LATE
+        choice.finish(worker.LATE)
+        return [piece async for piece in exchange.heard()]
+
+    assert [(piece.text, piece.end) for piece in asyncio.run(ask())] == [("A", ""), ("", "late")]
+
+
+def test_a_key_is_asked_for_and_sigterm_drains(files):
+    key = "k" * 32
+    server = Server("--model", files / "base.pth", "--api_key", "env:SERVE_KEY", SERVE_KEY=key)
+    try:
+        assert server.send("GET", "/health")[0] == 200
+        for header in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Bearer \xe9"}):
+            assert told(server.send("GET", "/v1/models", **header)) == 401
+            assert told(server.send("POST", "/v1/completions", ASK, **header)) == 401
+            assert told(server.send("GET", "/metrics", **header)) == 401
+        right = {"Authorization": f"Bearer {key}"}
+        found = []
+        long = ASK | {"max_tokens": 400, "temperature": 0}
+        asking = threading.Thread(target=lambda: found.append(server.send("POST", "/v1/completions", long, **right)))
+        asking.start()
+        wait_until(lambda: "answers_drawn_now 1" in server.send("GET", "/metrics", **right)[2])
+        server.process.send_signal(signal.SIGTERM)
+        asking.join()
+        assert found[0][0] == 200 and found[0][2]["usage"]["completion_tokens"] == 400
+        out, err = server.process.communicate(timeout=60)
+        assert server.process.returncode == 0 and err.endswith("stopped\n") and key not in out + err
+    finally:
+        server.stop()
+
+
+def refused(*flags):
+    with pytest.raises(UserError) as error:
+        parse_flags(["--model", "m.pth", *map(str, flags)])
+    return str(error.value)
+
+
+def test_other_addresses_take_a_key_that_is_not_on_the_command_line(tmp_path, monkeypatch):
+    assert "an address that others reach (0.0.0.0) needs --api_key" in refused("--host", "0.0.0.0")
+    assert "not the key itself" in refused("--api_key", "sk-secret")
+    assert "sk-secret" not in refused("--api_key", "sk-secret")
+    (tmp_path / "key").write_text("short\n")
+    assert "at least 16" in refused("--api_key", tmp_path / "key")
+    assert "the variable holds no key" in refused("--api_key", "env:ABSENT")
+    (tmp_path / "key").write_text("0123456789abcdef\n")
+    args, _ = parse_flags(["--model", "m.pth", "--host", "0.0.0.0", "--api_key", str(tmp_path / "key")])
+    assert args.key == "0123456789abcdef"
+
+
+def test_names_are_told_apart_before_anything_is_loaded():
+    assert "is not NAME=FILE" in refused("--adapter", "poet.safetensors")
+    assert "poet names two models" in refused("--adapter", "poet=a", "--state", "poet=b")
+    assert "m names two models" in refused("--adapter", "m=a")
+    assert "no such folder" in refused("--files", "absent")
+    assert parse_flags(["--model", "dir/My model.pth"])[0].name == "My-model"

@@ -1,0 +1,184 @@
+"""The package in Python: the documented examples run, and what they compute is what the commands do."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwkv_peft as rp
+from rwkv_peft.adapters.methods import METHODS, words_of
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapters import read_adapter
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.generate import command, load_model, save_state_file
+from rwkv_peft.generate.decode import prefill
+from rwkv_peft.release import check, merge_command
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["Two birds sing. ", "Q: What?\nA:", "One"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_state):
+    """The path of a random byte-vocabulary model."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    save_model(path, tiny_state(vocab_size=257, seed=3))
+    return path
+
+
+@pytest.fixture
+def model(base):
+    return rp.load(base, device="cpu")
+
+
+def train(model, steps=2):
+    """Take a few steps on random tokens -> the loss of each."""
+    tokens = torch.randint(1, 257, (2, 9), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(steps):
+        logits, _ = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "demo").mkdir()
+    shutil.copy(ROOT / "demo" / "rwkv7-demo.pth", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "python.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.startswith(" red\n")
+    assert "18 layers adapted" in printed
+    assert printed.rstrip().endswith(" Aye, white spoons!")
+    assert names["loss"].item() < 0.2
+    assert torch.isfinite(names["more"]).all()
+
+
+def test_prompts_are_continued_as_by_the_command(base, model, capsys):
+    expected = []
+    for prompt in PROMPTS:
+        assert command.main(f"--model {base} --max_tokens 12 --top_p 0.5".split() + ["--prompt", prompt]) == 0
+        expected.append(capsys.readouterr().out.removesuffix("\n"))
+    assert model.generate(PROMPTS[0], 12, top_p=0.5) == expected[0]
+    many = model.generate(PROMPTS, 12, temperature=0, batch=2)
+    assert many == [model.generate(prompt, 12, temperature=0) for prompt in PROMPTS]
+    pieces = list(model.stream(PROMPTS, 12, temperature=0))
+    assert ["".join(p.text for p in pieces if p.number == n) for n in range(3)] == many
+    ends = [piece for piece in pieces if piece.end]
+    assert sorted(piece.number for piece in ends) == [0, 1, 2] and {piece.end for piece in ends} <= {"length", "end"}
+    first = many[0][3]
+    assert model.generate(PROMPTS[0], 12, temperature=0, stop=first) == many[0].split(first)[0]
+
+
+def test_a_state_goes_on_and_starts_every_sequence(base, tmp_path, model):
+    tokens = torch.randint(1, 257, (2, 7), generator=torch.Generator().manual_seed(0))
+    whole, _ = model(tokens)
+    first, state = model(tokens[:, :3])
+    rest, _ = model(tokens[:, 3:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
+    network, _ = load_model(base)
+    _, one = prefill(network, [tokens[0, :3].tolist()])
+    save_state_file(tmp_path / "state.pth", one, network)
+    begun = rp.load(base, state=tmp_path / "state.pth", device="cpu")
+    torch.testing.assert_close(begun(tokens[:1, 3:])[0], rest[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(begun(tokens[[0, 0], 3:])[0], rest[[0, 0]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if not (method.held and method.held.from_gradient)]
+)
+def test_an_adapter_trained_here_is_what_the_commands_take(base, tmp_path, name):
+    """It merges to the bits of merge_bone.py, in which `check` finds the adapter's own logits."""
+    torch.manual_seed(0)
+    model = rp.load(base, device="cpu")
+    words = words_of(METHODS[name])
+    sizes = {"rank": 8} | ({"mini_rank": 8} if "mini_rank" in METHODS[name].tensors.size else {})
+    rp.add_adapter(model, **words, **sizes)
+    losses = train(model)
+    assert losses[1] < losses[0]
+    rp.save_adapter(model, tmp_path / "a.safetensors")
+    metadata = read_adapter(tmp_path / "a.safetensors").metadata
+    assert (metadata.variant, metadata.precision, metadata.generation) == (METHODS[name].file_name, "fp32", "x060")
+    assert metadata.base_fingerprint == open_base(base).fingerprint and metadata.origin.base == "base.pth"
+    rp.merge(base, tmp_path / "a.safetensors", tmp_path / "m.pth")
+    files = f"--base_model {base} --bone_checkpoint {tmp_path}/a.safetensors"
+    assert merge_command.main(f"{files} --output {tmp_path}/n.pth".split()) == 0
+    assert (tmp_path / "m.pth").read_bytes() == (tmp_path / "n.pth").read_bytes()
+    if name in ("bat-in", "lora"):
+        assert check.main(f"{files} --merged {tmp_path}/m.pth".split()) == 0
+    again = rp.load(base, device="cpu")
+    rp.add_adapter(again, load=tmp_path / "a.safetensors")
+    tokens = torch.arange(1, 9)[None]
+    torch.testing.assert_close(again.eval()(tokens)[0], model.eval()(tokens)[0])
+    merged = rp.load(base, [tmp_path / "a.safetensors"], device="cpu")
+    torch.testing.assert_close(merged(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_states_train_and_are_generated_from(base, tmp_path, model):
+    report = rp.add_adapter(model, "none", train_parts=["state"])
+    assert report.replaced == () and len(train(model)) == 2
+    rp.save_adapter(model, tmp_path / "s.safetensors")
+    begun = rp.load(base, state=tmp_path / "s.safetensors", device="cpu")
+    assert begun.generate("One", 9, temperature=0) == model.generate("One", 9, temperature=0)
+    assert model.training
+    tokens = torch.arange(1, 9)[None]
+    torch.testing.assert_close(begun(tokens)[0], model(tokens)[0])
+
+
+def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):
+    rp.add_adapter(model, rank=8)
+    train(model)
+    rp.save_adapter(model, tmp_path / "a.safetensors")
+    second = rp.load(base, [tmp_path / "a.safetensors"], device="cpu")
+    rp.add_adapter(second, "lora", rank=4)
+    train(second)
+    rp.save_adapter(second, tmp_path / "b.safetensors")
+    rp.merge(base, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "m.pth")
+    tokens = torch.arange(1, 9)[None]
+    merged = rp.load(tmp_path / "m.pth", device="cpu")
+    torch.testing.assert_close(merged(tokens)[0], second(tokens)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="trained on another base"):
+        rp.merge(base, tmp_path / "b.safetensors", tmp_path / "n.pth")
+    assert not (tmp_path / "n.pth").exists()
+
+
+def test_mistakes_are_told_before_work(base, tmp_path, model):
+    def twice():
+        rp.add_adapter(model, rank=8)
+        rp.add_adapter(model, rank=8)
+
+    half = rp.load(base, precision="fp16", device="cpu")
+    for mistake, words in (
+        (lambda: rp.load(base, device="gpu"), "device='gpu' is not one of cpu, cuda"),
+        (lambda: rp.load(base, precision="int8", device="cpu"), "precision='int8' is not one of bf16"),
+        (lambda: rp.load(base, "a.safetensors", device="cpu"), r"give \['a.safetensors'\]"),
+        (lambda: model.generate("a", temprature=1), "temprature=1 is no setting of generate; known are"),
+        (lambda: model.generate("a", top_p=2), "it is a probability from 0 to 1"),
+        (lambda: rp.tokenizer("wrld"), "give world, bytes"),
+        (lambda: rp.save_adapter(model, "a.safetensors"), "no adapter to save; rp.add_adapter puts one in"),
+        (lambda: rp.add_adapter(half), "in torch.float16, in which no adapter trains; load it with precision='fp32'"),
+        (lambda: rp.add_adapter(model, "bome"), "method='bome' is not one of bone, lora"),
+        (lambda: rp.add_adapter(model, r=8), "r=8 is no setting of an adapter; known are .*rank"),
+        (lambda: rp.add_adapter(model, rank="8"), "rank='8': a whole number is due"),
+        (lambda: rp.add_adapter(model, targets="att"), "targets='att': a list of names is due"),
+        (lambda: rp.add_adapter(model, "none"), "name train_parts, or train a whole model"),
+        (lambda: rp.add_adapter(model, "lora-ga", rank=4), "train it with train.py --peft lora-ga"),
+        (lambda: rp.add_adapter(model, rank=7), "--bone_r 7 .*; try --bone_r 8"),
+        (lambda: rp.add_adapter(model, load="x", rank=7), "load='x' tells its method and settings itself"),
+        (twice, "has an adapter already"),
+        (lambda: rp.save_adapter(model, tmp_path / "a.pth"), "a name that ends in .safetensors is due"),
+        (lambda: rp.merge(base, base, tmp_path / "m.st"), "a name that ends in .pth is due"),
+        (lambda: rp.merge(base, base, base), "must not be overwritten"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mistake()

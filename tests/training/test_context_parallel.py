@@ -1,0 +1,53 @@
+"""Ranks that share rows, by the command that a user types: the losses of one rank, resumed bitwise, refused clearly."""
+
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from training.runs import finish, metrics, start_ranks, wait_for_steps
+
+PLAIN = ("--precision", "fp32", "--micro_bsz", "2", "--val_split", "0.1", "--random_seed", "3")
+PACKED = ("--dataload", "pack", "--ctx_len", "80", "--train_parts", "state", "ln", "--accumulate_grad_batches", "2")
+SHARED = ("--context_parallel", "2", "--devices", "2")
+
+
+def agree(mine, theirs, rel=1e-4):
+    assert len(mine) == len(theirs) > 0
+    for ours, other in zip(mine, theirs):
+        for key in {"loss", "grad_norm", "val_loss", "samples"} & other.keys():
+            assert ours[key] == pytest.approx(other[key], rel=rel), key
+
+
+@pytest.mark.parametrize(
+    "more, shared",
+    [
+        ((), ("--strategy", "deepspeed_stage_1")),
+        (PACKED, ("--strategy", "deepspeed_stage_2", "--grad_cp", "1")),
+        (PACKED, ("--train_type", "infctx", "--chunk_ctx", "22", "--strategy", "deepspeed_stage_2")),
+    ],
+    ids=["stage 1", "packed, stage 2", "packed, segments"],
+)
+def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
+    name = f"one-{len(more)}"
+    if not (files / name).exists():
+        train(name, *PLAIN, *more)
+    out, _ = train(f"shared-{len(shared)}", *PLAIN, *more, *SHARED, *shared)
+    assert "2 ranks share each " in out
+    agree(metrics(files, f"shared-{len(shared)}"), metrics(files, name))
+
+
+def test_a_rank_that_dies_ends_the_other_and_the_run_goes_on_with_the_same_bits(files, command, train):
+    more = (*PLAIN, *PACKED, *SHARED, "--epoch_count", "4", "--save_every", "3", "--resume", "auto")
+    train("unbroken", *more)
+    first, second = start_ranks(command("broken", *more))
+    wait_for_steps(files, "broken", 5, first)
+    second.kill()
+    second.communicate()
+    began = time.monotonic()
+    _, err = finish(first, 1)
+    assert time.monotonic() - began < 60
+    assert err.count("error: ") == 1 and "rank 1 has given no sign" in err and "--resume goes on" in err
+    assert "resuming after step" in train("broken", *more)[0]
+    mine, theirs = (load_file(files / name / "adapter.safetensors") for name in ("broken", "unbroken"))
+    assert mine.keys() == theirs.keys() and all((mine[key] == tensor).all() for key, tensor in theirs.items())

@@ -1,0 +1,56 @@
+"""Several data files in one run: its header, its metrics, and that it goes on to the bit."""
+
+import shutil
+
+import pytest
+
+from rwkv_peft.data.binidx_writer import BinidxWriter
+from training.runs import metrics
+
+FLAGS = (
+    *"--precision fp32 --data_mix 0.25 0.75 --val_split 0.2 --lr_schedule constant --epoch_steps 3".split(),
+    *"--micro_bsz 2 --answer_rows 0".split(),
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(files):
+    with BinidxWriter(files / "code", vocab_size=80) as writer:
+        for start in range(30):
+            writer.add([1 + (3 * start + 5 * i) % 79 for i in range(30)] + [0])
+    return (*FLAGS, "--data_file", str(files / "data"), str(files / "code"))
+
+
+def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed):
+    out, _ = train("mixed-whole", *mixed)
+    assert "25.0% of the tokens are of data, read" in out and "is seen of data " in out, out
+    train("mixed", *mixed, "--epoch_count", "1")
+    train("mixed", *mixed, "--resume")
+    whole, parts = (metrics(files, name) for name in ("mixed-whole", "mixed"))
+    keys = ("loss", "val_loss", "val_loss/data", "val_loss/code")
+    assert [[line.get(key) for key in keys] for line in parts] == [[line.get(key) for key in keys] for line in whole]
+    last = parts[-1]
+    assert min(last[key] for key in keys[2:]) < last["val_loss"] < max(last[key] for key in keys[2:])
+    first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("mixed-whole", "mixed"))
+    assert first == second
+    shutil.copytree(files / "mixed", files / "mixed-otherwise")
+    _, err = train("mixed-otherwise", *mixed, "--data_mix", "0.5", "0.5", "--epoch_count", "3", "--resume", code=2)
+    assert "has data {'mix': [0.25, 0.75], 'content'" in err and "this command {'mix': [0.5, 0.5], 'content'" in err
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--data_mix", "1"), "--data_mix 1: 1 share of 2 --data_files; give one for each"),
+        (("--data_mix", "1", "0"), "argument --data_mix"),
+        (("--data_type", "pairs"), "several --data_file does not go with --data_type pairs"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(train, mixed, more, words):
+    _, err = train("refused", *mixed, *more, code=2)
+    assert words in err and "Traceback" not in err
+
+
+def test_a_share_needs_several_files(train):
+    _, err = train("refused", "--data_mix", "0.5", "0.5", code=2)
+    assert "--data_mix 0.5 0.5 needs several --data_file: it is the share of each" in err

@@ -1,0 +1,110 @@
+"""A run that goes on on other ranks and another stage is the run that would have been, but for the order of sums."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.saving.checkpoints import find_checkpoint
+from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
+from rwkv_peft.training.saving.resume import with_kept_steps
+from training.runs import finish, metrics, start
+
+FLAGS = (
+    *"--epoch_steps 2 --epoch_count 3 --lr_schedule constant --train_parts ln --dataload pad".split(),
+    *("--lora_config", '{"lora_r":4,"lora_alpha":8,"lora_dropout":0.3}', "--peft", "lora"),
+)
+# (ranks, stage): the first begins, and each goes on from the one before
+MOVES = {"fp32": ((2, 3), (1, 1), (2, 2)), "bf16": ((1, 2), (2, 3), (1, 1))}
+
+
+def flags(precision, ranks, stage):
+    machine = ("--devices", str(ranks), "--strategy", f"deepspeed_stage_{stage}")
+    return (*FLAGS, "--precision", precision, "--micro_bsz", "1", *machine)
+
+
+def state_of(folder):
+    """{(kind, name): values} of the optimizer in a run's newest checkpoint."""
+    found = SavedOptimizer(find_checkpoint(folder)).found
+    return {place: torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]) for place, parts in found.items()}
+
+
+@pytest.mark.parametrize("precision, most", [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_run_that_moves_is_the_run_that_stayed(files, train, precision, most):
+    stayed, moved = f"stayed-{precision}", f"moved-{precision}"
+    train(stayed, *flags(precision, 1, 1), "--accumulate_grad_batches", "2")
+    told = ""
+    for number, (ranks, stage) in enumerate(MOVES[precision], 1):
+        given = ("--accumulate_grad_batches", str(2 // ranks)) if number == 1 else ("--resume",)
+        told += train(moved, *flags(precision, ranks, stage), "--epoch_count", str(number), *given)[0]
+    assert told.count("so that a step on 1 rank takes 2 samples, as before on 2") == 1
+    lines = [[line["loss"] for line in metrics(files, name)] for name in (stayed, moved)]
+    assert lines[1] == pytest.approx(lines[0], rel=most) and len(lines[1]) == 6
+    (ours, steps), (theirs, other) = ((state_of(files / name), name) for name in (moved, stayed))
+    assert ours.keys() == theirs.keys()
+    for place, tensor in ours.items():
+        off = (tensor - theirs[place]).norm() / theirs[place].norm()
+        assert off < 20 * most, (place, float(off))
+    assert all(SavedOptimizer(find_checkpoint(files / name)).steps == 6 for name in (steps, other))
+
+
+OLD = """
+from rwkv_peft.commands import run
+from rwkv_peft.training.saving import saver, loading
+
+def save(self, trainer, lit, done):
+    hidden = self.folder / "checkpoints" / f".step-{done:08d}"
+    hidden.mkdir(parents=True)
+    trainer.strategy.deepspeed_engine.save_checkpoint(
+        hidden, tag="zero", client_state={}, save_latest=False, exclude_frozen_parameters=True
+    )
+    (hidden / "optimizer").mkdir()
+    state = {"step": done, "epoch": 1, "samples_seen": self.plan.samples_seen(done)}
+    state |= {"trained": loading.trained_names(lit), "groups": loading.grouped_names(lit), **self.identity}
+    self.complete(hidden, state, {})
+
+saver.Saver.save_checkpoint = save
+run("train")
+"""
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_bit_where_it_was(files, command, train):
+    script, old, stage, precision = files / "old.py", "old", 3, "fp32"
+    script.write_text(OLD)
+    argv = command(old, *flags(precision, 1, stage), "--epoch_count", "2")
+    finish(start([argv[0], str(script), *argv[2:]]))
+    checkpoint = find_checkpoint(files / old)
+    (checkpoint / "optimizer").rmdir()
+    _, err = train(old, *flags(precision, 1, 1), "--resume", code=2)
+    assert f"has strategy deepspeed_stage_{stage}" in err and "--fresh_optimizer" in err
+    train(old, *flags(precision, 1, stage), "--resume")
+    train("new", *flags(precision, 1, stage))
+    ours, theirs = (load_file(files / name / "adapter.safetensors") for name in (old, "new"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def kept_steps(tmp_path, state, micro_bsz, ranks, **settings):
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text(json.dumps({"samples_seen": 8, **state}))
+    train = TrainConfig(proj_dir=str(tmp_path), resume="must", **settings)
+    kept, notes = with_kept_steps(train, micro_bsz, ranks)
+    return kept.accumulate_grad_batches, notes
+
+
+def test_a_step_keeps_its_samples_on_other_ranks(tmp_path):
+    eight = {"world_size": 8, "step_samples": 32}
+    passes, notes = kept_steps(tmp_path, eight, 4, 4)
+    assert passes == 2 and notes == [
+        "note: --accumulate_grad_batches 2, so that a step on 4 ranks takes 32 samples, as before on 8"
+    ]
+    assert kept_steps(tmp_path, eight, 4, 8, accumulate_grad_batches=3) == (3, [])  # the same ranks: the flags decide
+    assert kept_steps(tmp_path, eight, 4, 4, accumulate_grad_batches=5, fresh_optimizer=True) == (5, [])
+    assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, [])  # of an earlier version
+    with pytest.raises(UserError, match="32 samples, and 2 ranks of --micro_bsz 3 do not divide .*give --micro_bsz 2,"):
+        kept_steps(tmp_path, eight, 3, 2)
+    with pytest.raises(UserError, match="and 5 ranks of .*take a number of ranks that divides it, or"):
+        kept_steps(tmp_path, eight, 4, 5)

@@ -1,0 +1,136 @@
+"""The page in a real browser: a stranger's way from a file of rows to a chat with the merged model."""
+
+import re
+import shutil
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
+expect = playwright.expect
+LONG = 120_000  # milliseconds for what computes
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Open the address that was printed, as a browser of its own would; errors of the page's programs fail the test."""
+    problems, contexts = [], []
+
+    def opened(width=1200):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(server.url)
+        assert "key" not in page.url
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def go(page, name):
+    page.get_by_role("navigation").get_by_role("link", name=name).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(name)
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
+    page = open_page()
+    page.get_by_label("File or folder of rows", exact=True).fill("missing.jsonl")
+    press(page, "Show")
+    expect(page.get_by_role("alert")).to_contain_text("missing.jsonl: there is no such file")
+    press(page, "look for File or folder of rows")
+    page.get_by_role("dialog").get_by_text("rows.jsonl").click()
+    page.get_by_label("Tokenizer").fill("bytes")
+    press(page, "Show")
+    expect(page.locator("mark").first).to_have_text(' {"name": "Ann"}\n<end>', timeout=LONG)
+    press(page, "Train on this")
+
+    expect(page.get_by_label("Data", exact=True)).to_have_value("rows.jsonl")
+    page.get_by_label("Base model", exact=True).fill("base.pth")
+    page.get_by_label("Precision", exact=True).select_option("fp32")
+    page.get_by_label("Rows a step", exact=True).fill("8")
+    page.get_by_label("Epochs", exact=True).fill("4")
+    page.get_by_label("Rank", exact=True).fill("7")
+    expect(page.get_by_role("alert")).to_contain_text("--bone_r 7", timeout=LONG)
+    expect(page.locator(".wrong").get_by_label("Rank", exact=True)).to_be_visible()
+    page.get_by_label("Rank", exact=True).fill("32")
+    expect(page.locator("#plan")).to_contain_text("fits", timeout=LONG)
+    expect(page.locator("#command")).to_contain_text("--bone_r 32")
+    press(page, "Start")
+
+    state = page.locator(".figure", has_text="state")
+    expect(state).to_contain_text("done", timeout=LONG)
+    page.reload()
+    expect(state).to_contain_text("done", timeout=LONG)
+    expect(page.locator(".u-legend").first).to_contain_text("val_loss")
+    expect(page.locator("td", has_text='{"name":').first).to_be_visible()
+    assert (folder / "out/mine/adapter.safetensors").exists()
+
+    other = open_page(width=390)  # another browser, on a narrow screen
+    go(other, "Runs")
+    expect(other.get_by_role("link", name="out/mine", exact=True)).to_be_visible()
+    expect(other.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+    assert other.locator("html").evaluate("page => page.scrollWidth") <= 390
+
+    page.locator("main").get_by_role("link", name="Release", exact=True).click()
+    page.get_by_label("Merged model", exact=True).fill("mine.pth")
+    for command in ("Merge", "Check"):
+        press(page, command)
+        expect(page.locator(".job .state")).to_have_text("done", timeout=LONG)
+    assert (folder / "mine.pth").exists()
+
+    go(page, "Runs")
+    page.get_by_role("link", name="out/mine", exact=True).click()
+    page.locator("main").get_by_role("link", name="Chat", exact=True).click()
+    press(page, "Open")
+    message = page.get_by_label("message", exact=True)
+    expect(message).to_be_visible(timeout=LONG)
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Longest answer, tokens").fill("24")
+    message.fill("Ann has 3 red cups.")
+    message.press("Enter")
+    for name in ("base", "adapter"):
+        said = page.get_by_role("region", name=name).locator(".turn.assistant span")
+        expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
+    press(page, "Regenerate")
+    press(page, "Close the model")
+    expect(message).to_be_hidden()
+
+
+def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, server):
+    page = open_page()
+    go(page, "Train")
+    fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "long"}
+    for label, value in {**fields, "Epochs": "40", "Rows a step": "8"}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_label("Precision", exact=True).select_option("fp32")
+    press(page, "Start")
+    press(page, "Stop after this step")
+    expect(page.locator(".job .state")).to_have_text("stopped", timeout=LONG)
+    expect(page.locator(".figure", has_text="state")).to_contain_text("stopped", timeout=LONG)
+    press(page, "Resume")
+    expect(page.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+
+    go(page, "Release")
+    page.get_by_label("Run, or adapter", exact=True).fill("none.safetensors")
+    page.get_by_label("Base model", exact=True).fill("base.pth")
+    page.get_by_label("Merged model", exact=True).fill("x.pth")
+    press(page, "Merge")
+    expect(page.locator(".job .state")).to_have_text("failed (2)", timeout=LONG)
+    expect(page.get_by_role("alert")).to_contain_text("none.safetensors", timeout=LONG)

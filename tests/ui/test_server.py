@@ -1,0 +1,160 @@
+"""The page's server: who may use it, which files it shows, and the commands that it starts."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.ui.flags import parse_flags
+from rwkv_peft.ui.form import FIRST, form
+from rwkv_peft.ui.places import Places
+from rwkv_peft.ui.runs import lines_of
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Cookie": ""},
+        {"Cookie": "rwkv-peft-1=wrong"},
+        {"Cookie": "rwkv-peft-{port}=wrong"},
+        {"Host": "evil.example:{port}"},  # a name that was bound to 127.0.0.1
+        {"Host": "127.0.0.1:1"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "https://127.0.0.1:{port}"},
+    ],
+    ids=str,
+)
+def test_only_the_page_itself_is_answered(server, headers):
+    given = {name: value.format(port=server.port) for name, value in headers.items()}
+    for path, body in (("/", None), ("/api/files", None), ("/api/jobs", {"words": ["doctor"]})):
+        status, text = server.ask(path, body, **given)
+        assert status == 403 and "rwkv" not in text.replace("rwkv-peft ui", "")
+    assert server.json("/api/jobs") == []
+
+
+def test_the_printed_address_gives_the_key_as_a_cookie_that_other_sites_do_not_send(server):
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("GET", f"/?key={server.key}")
+    response = connection.getresponse()
+    cookie = response.getheader("Set-Cookie")
+    assert response.status == 303 and response.getheader("Location") == "/"
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "default-src 'self'" in response.getheader("Content-Security-Policy")
+
+
+def test_bodies_have_a_size(server):
+    status, text = server.ask("/api/jobs", b"{}", **{"Content-Length": str(100 << 20)})
+    assert status == 413 and "1,048,576" in text
+
+
+@pytest.mark.parametrize("path", ["../..", "/etc", "a/../../..", "link", "link/passwd", "x\0y"])
+def test_no_name_leads_out_of_the_folder(server, folder, path):
+    if not (folder / "link").is_symlink():
+        (folder / "link").symlink_to("/etc")
+    places = Places(folder)
+    with pytest.raises(UserError, match="not within|zero byte"):
+        places.inside(path)
+    assert all(entry["name"] != "link" for entry in places.entries(""))
+    status, text = server.ask("/api/preview", {"path": path})
+    assert status == 400 and "root:" not in text
+
+
+def test_files_of_the_package_are_not_served_beside_those_of_the_page(server):
+    assert server.ask("/page/main.js")[0] == 200
+    for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/app.py", "/docs", "/openapi.json"):
+        assert server.ask(path)[0] == 404
+
+
+def test_every_flag_of_train_is_a_field_once():
+    fields = [field for group in form() for field in group["fields"]]
+    names = [field["flag"] for field in fields]
+    assert len(set(names)) == len(names) > 100 and tuple(names[: len(FIRST)]) == FIRST
+    assert {field["kind"] for field in fields} == {"on", "switch", "choice", "list", "path", "text"}
+
+
+def test_a_preview_shows_what_counts(server):
+    found = server.json("/api/preview", {"path": "rows.jsonl", "tokenizer": "bytes"})
+    first = found["documents"][0]["pieces"]
+    assert [counts for _, counts in first] == [False, True] and first[1][0] == ' {"name": "Ann"}\n<end>'
+    assert len(found["sizes"]) == 40 and found["bad"] == 0
+    assert 0 < found["counted"] < sum(found["sizes"])
+
+
+def test_a_preview_tells_which_rows_are_refused(server, folder):
+    (folder / "bad.jsonl").write_text('{"text": "good"}\nnot json\n{"nothing": 1}\n')
+    found = server.json("/api/preview", {"path": "bad.jsonl", "tokenizer": "bytes"})
+    assert found["bad"] == 2 and any("not JSON" in line for line in found["notes"])
+    (folder / "worse.jsonl").write_text("not json\n")
+    status, text = server.ask("/api/preview", {"path": "worse.jsonl", "tokenizer": "bytes"})
+    assert status == 400 and "not JSON" in json.loads(text)["error"]
+
+
+def test_a_plan_refuses_flags_in_their_own_words(server):
+    found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--bone_r", "7", "--micro_bz", "2"]})
+    assert found["code"] == 2 and "did you mean --micro_bsz" in found["text"]
+
+
+def test_other_commands_are_not_started(server):
+    for words in ([], ["--version"], ["ui"], ["-c", "print()"]):
+        status, text = server.ask("/api/jobs", {"words": words})
+        assert status == 400 and "the page starts" in text
+    assert server.ask("/api/jobs/..%2f..")[0] in (400, 404)
+    assert server.ask("/api/jobs/1%D9%A3")[0] in (400, 404)
+
+
+def wait_for(server, job, state="ended"):
+    for _ in range(600):
+        found = server.json(f"/api/jobs/{job}")
+        if found["state"] != "running":
+            assert found["state"] == state, found
+            return found
+        time.sleep(0.1)
+    raise AssertionError(found)
+
+
+def test_a_command_outlives_nothing_that_it_needs(server, folder):
+    job = server.json("/api/jobs", {"words": ["inspect", "base.pth"]})["id"]
+    found = wait_for(server, job)
+    assert found["code"] == 0 and "RWKV-7" in found["output"]
+    assert server.json(f"/api/jobs/{job}?begin={found['next']}")["output"] == ""
+    refused = wait_for(server, server.json("/api/jobs", {"words": ["inspect", "missing.pth"]})["id"])
+    assert refused["code"] == 2 and "error: " in refused["output"]
+
+
+def test_a_command_that_is_killed_is_told(server, folder):
+    train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir killed"
+    words = [*train.split(), "--epoch_count", "500", "--precision", "fp32"]
+    job = server.json("/api/jobs", {"words": words})["id"]
+    lock = folder / "killed" / ".run.lock"
+    for _ in range(600):
+        if server.json("/api/runs") and lock.exists() and server.json("/api/runs/metrics?folder=killed")["lines"]:
+            break
+        time.sleep(0.1)
+    (run,) = [run for run in server.json("/api/runs") if run["folder"] == "killed"]
+    assert run["running"] and run["flags"]["load_model"] == "base.pth" and run["steps"] >= 500
+    os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
+    assert wait_for(server, job)["code"] not in (0, None)
+    status, text = server.ask("/api/runs/stop", {"folder": "killed"})
+    assert status == 400 and "does not run" in text
+
+
+def test_lines_that_are_not_whole_are_read_later(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
+    found = lines_of(path)
+    assert found == {"lines": [{"step": 0, "loss": None}], "next": 25, "again": False}
+    path.write_bytes(b'{"step": 9}\n')
+    assert lines_of(path, 25) == {"lines": [{"step": 9}], "next": 12, "again": True}
+
+
+def test_mistaken_flags_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        parse_flags(["--files", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="--port"):
+        parse_flags(["--port", "70000"])
