@@ -22,7 +22,7 @@ class Numbered:
     collate = staticmethod(collate)
 
     def __init__(self, size):
-        self.size, self.notes = size, ["numbered"]
+        self.size, self.notes, self.parts = size, ["numbered"], [self]
 
     def __len__(self):
         return self.size

@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_peft.config.objective import LOADED, OWN_TEACHER
-from rwkv_peft.config.rules import ALONE, BESIDE, INIT, WHOLE
+from rwkv_peft.config.rules import ALONE, BESIDE, INIT, SEVERAL, WHOLE
 from rwkv_peft.errors import UserError
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
@@ -17,6 +17,7 @@ FACTS = {
     WHOLE: "--peft none",
     LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
     INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
+    SEVERAL: "--data_file a b",
     OWN_TEACHER: "--data_type contexts",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
