@@ -90,7 +90,13 @@ def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, famil
     """Whatever an adapter and tuned states have become."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     data = DataConfig(
-        str(folder / "rows.jsonl"), "contexts", "bytes", dataload="pack", loss_mask="file", ctx_len=64, seed=None
+        str(folder / "rows.jsonl"),
+        data_type="contexts",
+        tokenizer="bytes",
+        dataload="pack",
+        loss_mask="file",
+        ctx_len=64,
+        seed=None,
     )
     samples = build_samples(data, 257)
     batch = samples.collate([samples[n] for n in range(3)])
