@@ -9,10 +9,11 @@ from training.runs import finish, metrics, start_ranks, wait_for_steps
 
 PLAIN = ("--precision", "fp32", "--micro_bsz", "2", "--val_split", "0.1", "--random_seed", "3")
 PACKED = ("--dataload", "pack", "--ctx_len", "80", "--train_parts", "state", "ln", "--accumulate_grad_batches", "2")
+WHOLE = ("--peft", "none", "--epoch_steps", "1", "--epoch_count", "1")
 SHARED = ("--context_parallel", "2", "--devices", "2")
 
 
-def agree(mine, theirs, rel=1e-4):
+def agree(mine, theirs, rel):
     assert len(mine) == len(theirs) > 0
     for ours, other in zip(mine, theirs):
         for key in {"loss", "grad_norm", "val_loss", "samples"} & other.keys():
@@ -22,11 +23,11 @@ def agree(mine, theirs, rel=1e-4):
 @pytest.mark.parametrize(
     "more, shared",
     [
-        ((), ("--strategy", "deepspeed_stage_1")),
-        (PACKED, ("--strategy", "deepspeed_stage_2", "--grad_cp", "1")),
+        (WHOLE, ("--strategy", "deepspeed_stage_2")),  # whose gradients would show another order on another rank
+        (PACKED, ("--strategy", "deepspeed_stage_1", "--grad_cp", "1")),
         (PACKED, ("--train_type", "infctx", "--chunk_ctx", "22", "--strategy", "deepspeed_stage_2")),
     ],
-    ids=["stage 1", "packed, stage 2", "packed, segments"],
+    ids=["whole model", "packed", "packed, segments"],
 )
 def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
     name = f"one-{len(more)}"
@@ -34,7 +35,7 @@ def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
         train(name, *PLAIN, *more)
     out, _ = train(f"shared-{len(shared)}", *PLAIN, *more, *SHARED, *shared)
     assert "2 ranks share each " in out
-    agree(metrics(files, f"shared-{len(shared)}"), metrics(files, name))
+    agree(metrics(files, f"shared-{len(shared)}"), metrics(files, name), 1e-5 if more == WHOLE else 1e-4)
 
 
 def test_a_rank_that_dies_ends_the_other_and_the_run_goes_on_with_the_same_bits(files, command, train):

@@ -17,7 +17,7 @@ class Relay(Protocol):
     the states after it on."""
 
     def before(self, layer: int) -> Any:
-        """The state before the part at a block, of as many sequences as go on from the part before."""
+        """The state before the part at a block, of the sequences that go on from the part before; None if none does."""
 
     def after(self, layer: int, x: torch.Tensor, state: Any) -> torch.Tensor:
         """Take x (B, T, C) and the state that a block left -> x."""

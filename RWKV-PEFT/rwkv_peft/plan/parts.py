@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
-from ..config import AdapterConfig, ModelConfig, RunConfig
+from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
 from ..models import family_named
@@ -20,7 +20,7 @@ from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
 from ..training.saving.room import OPTIMIZER
-from ..training.step.gathering import bucket_size, exchanges_gradients, sums_apart, waits_for_backward
+from ..training.step.gathering import exchanges_gradients, sums_apart
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -98,6 +98,9 @@ class Estimate:
         if train.chunk_ctx:
             tokens = min(tokens, train.chunk_ctx)
             process.append(Part("gradients, summed over segments", self.accelerator, SUM * self.counts.trains))
+        elif train.context_parallel > 1:
+            size = self.counts.trains * self.dtype.itemsize
+            process.append(Part("gradients, before they are exchanged", self.accelerator, size, (BACKWARD,)))
         tokens = -(-tokens // train.context_parallel)
         found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens), *self.taught(rows, tokens)]
         if self.accelerator == CPU:
@@ -132,10 +135,9 @@ class Estimate:
         train, item, trains = self.config.train, self.dtype.itemsize, self.counts.trains
         own = trains // self.ranks
         place = CPU if train.offload else self.accelerator
-        # the second is for overlapping, and a CPU touches it only if the first is full
-        buffers = 2 if self.accelerator == GPU and not waits_for_backward(train) else 1
+        buffers = 2 if self.accelerator == GPU else 1  # a CPU touches the second only if the first is full
         exchange = exchanges_gradients(train)
-        bucket = bucket_size(train, trains) if exchange else 0
+        bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
             Part("optimizer", place, OPTIMIZER * own),

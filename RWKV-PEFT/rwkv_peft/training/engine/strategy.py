@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from ...config import TrainConfig
+from ...config import BUCKET, TrainConfig
 from ..flags.world import World
 from ..ranks.meeting import Ranks
-from ..step.gathering import bucket_size, exchanges_gradients, sums_apart, waits_for_backward
+from ..step.gathering import exchanges_gradients, sums_apart
 from ..step.norms import gradient_norm
 
 FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
@@ -118,7 +118,7 @@ def make_strategy(
 
         # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    bucket, exchange = bucket_size(train, trainable), exchanges_gradients(train)
+    bucket, exchange = min(BUCKET, max(trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
         ranks,
         exchange,
@@ -129,7 +129,6 @@ def make_strategy(
         pin_memory=train.offload and accelerator == "gpu",
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket if exchange else 1,
-        overlap_comm=not waits_for_backward(train),
         exclude_frozen_parameters=True,
         logging_batch_size_per_gpu=micro_bsz,
         logging_level=logging.ERROR,

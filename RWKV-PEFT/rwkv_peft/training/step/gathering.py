@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ...config import BUCKET, TrainConfig
+from ...config import TrainConfig
 from ...models.parts import LanguageModel
 
 MANY = 256  # gradients: from about here on, one more hardly changes a sum of bfloat16, whose significand has 8 bits
@@ -32,19 +32,6 @@ def exchanges_gradients(train: TrainConfig) -> bool:
     """Tell whether gradients go through the engine's buckets. A single rank without ZeRO-3, offload or float32 sums
     needs none: the optimizer takes gradients from where backward left them."""
     return train.ranks > 1 or train.stage == 3 or train.offload or sums_apart(train)
-
-
-def waits_for_backward(train: TrainConfig) -> bool:
-    """Tell whether gradients are exchanged only once all ranks are through with backward, because ranks that share rows
-    reach a block at different times, and would wait for each other there."""
-    return train.context_parallel > 1
-
-
-def bucket_size(train: TrainConfig, trainable: int) -> int:
-    """The elements of a bucket in which ranks exchange gradients: all, if backward must not wait for a full one, as it
-    would in stage 2."""
-    whole = waits_for_backward(train) and train.stage == 2
-    return max(1, trainable if whole else min(BUCKET, trainable))
 
 
 def _size(module: nn.Module) -> int:

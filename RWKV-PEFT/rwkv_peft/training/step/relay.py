@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...models.parts import LanguageModel, Recurrent
+from ...models.parts import LanguageModel
 from ...models.state import State
 from .segments import Segment
 
@@ -27,12 +27,15 @@ class Line:
     rank computes; the oldest is waited for if `most` are on their way. Those that close the ring, from the last part of
     a segment to the first of the next, have a channel of their own, because NCCL keeps the order of all messages
     between two ranks, whichever way they go.
+
+    anchor: a number that all states that come in depend on, so that whoever asks for its gradient has the line served.
     """
 
     def __init__(self, rank: int, parts: int, most: int) -> None:
         self.rank, self.parts, self.part, self.most = rank, parts, rank % parts, most
         self.pending: deque[tuple[Any, torch.Tensor]] = deque()  # a message must live until it has left
         self.ring: Any = None
+        self.anchor = torch.zeros((), requires_grad=True)
 
     def open_ring(self) -> None:
         """Make the channel that closes the ring. All ranks of the run call it, if any does."""
@@ -69,31 +72,22 @@ class Relay:
     """A pass through a model's blocks over this rank's part of a batch (models/parts.py).
 
     With `keep`, a pass without gradients is followed by one that computes the same again, from the states that the
-    first received, and sends none; it only goes back along the line. anchor: a tensor that every state before the part
-    depends on, so that whoever asks for its gradient has the line served.
-
-    Autograd enters the same nodes in the same order on every rank of the line, because ZeRO-2 expects gradients so. A
-    part that begins anew therefore gets a state, too, that of no sequence; and tuned states that no sequence of a part
-    begins from get a gradient, of zeros.
-    """
+    first received, and sends none; it only goes back along the line."""
 
     def __init__(self, line: Line, model: LanguageModel, segment: Segment, keep: bool = False) -> None:
         config, weight = model.config, model.emb.weight
         rows = len(segment.tokens)  # or the one sequence that crosses a border, if the batch is packed
         self.line, self.model, self.device = line, model, weight.device
         self.carries, self.goes_on, self.packed = segment.carries, segment.goes_on, segment.cu_seqlens is not None
-        self.like = State.zeros(config, rows if segment.carries else 0, "meta", weight.dtype)[0]
-        self.anchor = torch.zeros((), device=weight.device, requires_grad=True)
+        self.like = State.zeros(config, rows, "meta", weight.dtype)[0]
         self.kept: list[Tensors] | None = [] if keep else None
         self.again = False
 
     def before(self, layer: int) -> Any:
-        anchors = [self.anchor] if self.trains_until(layer) else []
-        att = self.model.blocks[layer].att
-        assert isinstance(att, Recurrent)
-        if anchors and att.time_state is not None:
-            anchors.append(att.time_state)
-        return self.like._make(Receive.apply(self, layer, *anchors))
+        if not self.carries:
+            return None
+        anchor = self.line.anchor if self.trains_until(layer) else None
+        return self.like._make(Receive.apply(self, layer, anchor))
 
     def after(self, layer: int, x: torch.Tensor, state: Any) -> torch.Tensor:
         if not self.goes_on:
@@ -112,30 +106,25 @@ class Relay:
         if self.again:
             assert self.kept is not None  # because only such a pass is repeated
             return self.kept[layer]
-        if self.carries:
-            found: Tensors = self.line.receive(self.like, self.device, -1)
-        else:
-            found = [torch.empty_like(tensor, device=self.device) for tensor in self.like]
+        found = self.line.receive(self.like, self.device, -1)
         if self.kept is not None:
             self.kept.append(found)
         return found
 
 
 class Receive(torch.autograd.Function):
-    """The state before a part at a block; backward sends its gradient to the part before, and gives anchors zeros."""
+    """The state before a part at a block; backward sends its gradient to the part before."""
 
     @staticmethod
-    def forward(ctx: Any, relay: Relay, layer: int, *anchors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, relay: Relay, layer: int, anchor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         ctx.relay = relay
-        ctx.save_for_backward(*anchors)
         return tuple(tensor.clone() if relay.again else tensor for tensor in relay.received(layer))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.relay.carries:
-            ctx.relay.line.send(gradients, -1)
-        return None, None, *map(torch.zeros_like, ctx.saved_tensors)
+        ctx.relay.line.send(gradients, -1)
+        return None, None, torch.zeros_like(ctx.relay.line.anchor)
 
 
 class Send(torch.autograd.Function):

@@ -25,11 +25,22 @@ class SharedRows(Whole):
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         whole = padded(batch, self.line.parts)
-        size = whole["mask"].shape[1] // self.line.parts
-        start = size * self.line.part
-        part = part_of(whole, start, start + size).to(device)
-        found = part._asdict() | {"part": part, "mask": whole["mask"][:, start : start + size].to(device)}
-        return {name: value for name, value in found.items() if value is not None}
+        part = own_parts(whole, whole["mask"].shape[1], self.line)[0].to(device)
+        fields = {name: value for name, value in part._asdict().items() if value is not None}
+        return fields | {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        """See Step.loss. Its gradients are those of a backward pass that is over, because engines exchange gradients
+        between ranks as they come, and ranks that share rows come to a block at different times."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        loss = super().loss(model, batch, count)
+        found = torch.autograd.grad(loss, [*parameters, self.line.anchor], allow_unused=True)
+        gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
+        return delivered(loss.detach(), gradients, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return super().loss(model, batch, 1)
 
     def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
         """Go through a model with this rank's part of a batch (a Way)."""
@@ -46,10 +57,11 @@ class SharedSegments(Segments):
         self.line = line
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        segments = own_parts(padded(batch, self.line.parts), self.length, self.line)
-        mask = batch["mask"].new_ones(1, sum(len(segment.counted) for segment in segments))
+        own = own_parts(padded(batch, self.line.parts), self.length, self.line)
+        segments = [segment.to(device) for segment in own]
         tokens = torch.cat([segment.tokens for segment in segments], 1)
-        return {"segments": [segment.to(device) for segment in segments], "mask": mask, "tokens": tokens.to(device)}
+        counted = torch.cat([segment.counted for segment in segments])
+        return {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         self.line.open_ring()
@@ -68,7 +80,7 @@ class SharedSegments(Segments):
         for segment, relay, seed in reversed([*zip(segments, relays, seeds)]):
             torch.manual_seed(seed)
             loss = run(model, segment, self.head(segment, count), relay)
-            found = torch.autograd.grad(loss, [*parameters, relay.anchor], allow_unused=True)
+            found = torch.autograd.grad(loss, [*parameters, self.line.anchor], allow_unused=True)
             add(sums, found[:-1], parameters)
             total += loss.detach()
             relay.kept = None
