@@ -197,7 +197,10 @@ class Training:
                 time.sleep(self.rng.uniform(0, SAVING))
                 os.kill(process, signal.SIGKILL)
                 hit = wait(process) == -signal.SIGKILL and hit
-        self.expect(wait(process) == 0, name, "a run that moved did not end well")
+        well = wait(process) == 0
+        self.expect(well, name, "a run that moved did not end well")
+        if not well:
+            return hit
         moved = self.outcome(name)
         pairs = list(zip(moved.numbers, unbroken.numbers))
         near = all(math.isclose(ours["loss"], theirs["loss"], rel_tol=NEAR) for ours, theirs in pairs)

@@ -85,7 +85,8 @@ def try_mutants(count, seed, folder):
     from fuzz.test_broken_files import broken
 
     with contextlib.redirect_stdout(io.StringIO()):
-        specimens.write_all(folder, conftest.make_tiny_state(1, 16, None, 16, 8, 257, 2, 2))
+        sizes = dict(n_layer=1, n_embd=16, dim_ffn=16, head_size=8, vocab_size=257, maa_rank=2, decay_rank=2)
+        specimens.write_all(folder, conftest.make_tiny_state(**sizes))
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}

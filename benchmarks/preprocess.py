@@ -5,6 +5,7 @@
 Without a file it makes 20 MB of mixed text from a seed. Prints MB of text per second of processor time.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -18,9 +19,12 @@ from rwkv_peft.data.preprocess import write
 from rwkv_peft.data.rows import read_chunks
 
 
-def main(argv):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="FILE.jsonl|FILE.txt", help="texts; without one, 20 MB are made")
+    files = parser.parse_args().files
     with tempfile.TemporaryDirectory() as folder:
-        paths = argv or [make_text(Path(folder) / "mixed.jsonl", 20_000_000)]
+        paths = files or [make_text(Path(folder) / "mixed.jsonl", 20_000_000)]
         settings = EncodeSettings()
         encoder(settings)  # loading the vocabulary is not what is timed
         chunks = [chunk for path in paths for chunk in read_chunks(path, pieces=True)]
@@ -93,4 +97,4 @@ def make_text(path, size):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

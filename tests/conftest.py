@@ -96,29 +96,14 @@ def tiny_state():
     return make_tiny_state
 
 
-def make_tiny_state(
-    n_layer=2,
-    n_embd=64,
-    dim_att=None,
-    dim_ffn=96,
-    head_size=16,
-    vocab_size=80,
-    maa_rank=8,
-    decay_rank=12,
-    dtype=torch.float32,
-    seed=0,
-):
-    """A state dict whose scales resemble a trained model's, so that its logits are neither flat nor huge."""
-    config = RWKV6Config(
-        n_layer=n_layer,
-        n_embd=n_embd,
-        vocab_size=vocab_size,
-        dim_att=dim_att or n_embd,
-        dim_ffn=dim_ffn,
-        head_size=head_size,
-        maa_rank=maa_rank,
-        decay_rank=decay_rank,
-    )
+TINY = dict(n_layer=2, n_embd=64, dim_ffn=96, head_size=16, vocab_size=80, maa_rank=8, decay_rank=12)
+
+
+def make_tiny_state(dtype=torch.float32, seed=0, **sizes):
+    """A state dict of TINY's sizes but those given, whose scales resemble a trained model's, so that its logits are
+    neither flat nor huge."""
+    sizes = TINY | sizes
+    config = RWKV6Config(**({"dim_att": sizes["n_embd"]} | sizes))
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(key, shape):

@@ -89,8 +89,8 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{action.help}{notes(rules, action.dest)}"
 
     def given(self, namespace: argparse.Namespace) -> Given:
-        """What rules judge: all flags and facts, and the names of flags that are not their defaults, and of facts that
-        hold."""
+        """Collect what rules judge: all flags and facts, and the names of flags that are not their defaults, and of
+        facts that hold."""
         flags = {action.dest: action.default for action in self._actions if action.dest in namespace}
         facts = {self.prog: True, **self.facts(namespace)}
         values = {name: getattr(namespace, name) for name in flags}

@@ -1,4 +1,7 @@
-"""Names of files, and values of flags that no table holds."""
+"""Names of files and folders, and values of flags that no table holds."""
+
+import os
+from pathlib import Path
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 METRICS = "metrics.jsonl"  # a line for each step of a run
@@ -13,6 +16,15 @@ FINETUNE, INFCTX = "finetune", "infctx"
 TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
 AUTO = "auto"  # value of --lr_init: the rate is chosen
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def user_cache() -> Path | None:
+    """rwkv_peft in the user's cache folder (XDG base directory rules); None for a user without a home folder, as in
+    some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_peft"
+    except RuntimeError:
+        return None
 
 
 def generation(version: str) -> str:

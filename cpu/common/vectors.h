@@ -16,6 +16,7 @@
 #define UNROLL VECTORS_PRAGMA(GCC unroll 16)
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))  // of seldom run code, which else would be compiled at each call
 
 namespace {  // each library has its own copies, compiled for its instruction set
 

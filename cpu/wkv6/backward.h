@@ -119,6 +119,12 @@ INLINE void start_chunk(BackwardWork<N>& q, int m, const Element* r, const Eleme
     copy_rows<N>(q.gy + chunk, gy, stride);
 }
 
+// The same from q.padded, for chunks that are not whole.
+template <int N>
+APART void start_padded_chunk(BackwardWork<N>& q, int m, const float* gy) {
+    start_chunk<N>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy, N);
+}
+
 // Places for a chunk's gradients: kChunk rows of N numbers each.
 template <class Element, class Gradient>
 struct ChunkGradients {
@@ -278,8 +284,7 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
             pad_rows<N>(q.padded[2], v + offset, stride, left, n);
             pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
             if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
-            start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr,
-                                  N);
+            start_padded_chunk(q, m, gy ? padded_gy : nullptr);
         }
         state_pass<N>(q, values, chunks, outputs);
         const int64_t previous = (start - kTile) * stride;

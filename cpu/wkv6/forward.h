@@ -84,8 +84,8 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
 
 // Chunk m of a span from rows of N elements: v in floats, the pass's operands, and y's terms within the chunk.
 template <int N, class Element>
-INLINE void start_chunk(ForwardWork<N>& q, Range values, int m, const Element* r, const Element* k, const Element* v,
-                        const Element* w, int64_t stride) {
+void start_chunk(ForwardWork<N>& q, Range values, int m, const Element* r, const Element* k, const Element* v,
+                 const Element* w, int64_t stride) {
     const int chunk = m * kChunk * N;
     float* A = q.A + m * kPairs;
     prepare<N, false>(r, k, w, stride, q.u, {q.R + chunk, q.K + chunk, q.W + m * N, A, nullptr, nullptr});

@@ -47,7 +47,7 @@ struct StepRows {
 // `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; missing steps are `filler`, missing
 // channels 0.
 template <int N, class Element>
-void pad_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
+APART void pad_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
     for (int t = 0; t < kChunk; t++) {
         float* row = to + t * N;
         const int present = t < steps ? n : 0;
@@ -81,7 +81,7 @@ void load_state(float* S, const float* from, int n) {
 }
 
 template <int N>
-void load_transposed_state(float* S, const float* from, int n) {
+APART void load_transposed_state(float* S, const float* from, int n) {
     if (!from || n < N) memset(S, 0, sizeof(float) * N * N);
     for (int i = 0; from && i < n; i += 4)
         for (int j = 0; j < n; j += 4) transpose_quads(S + j * N + i, N, from + i * n + j, n);

@@ -3,52 +3,28 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_peft.children import python_command
+from compare.lines import MODEL, OWN, TRAIN
 from rwkv_peft.compare import runs
 from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
-from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx_writer import BinidxWriter
-from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
+from rwkv_peft.errors import UserError
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.plan.rehearsal import count
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
 from rwkv_peft.training.measuring.validate import VALIDATION
-from rwkv_peft.training.saving.checkpoints import DIVERGED, find_checkpoint
 
-MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
-TRAIN = (*MODEL, "--val_split", "0.2")
-OWN = ("--methods", "bone", "lora", "--rank", "8", "--seeds", "7", "--steps", "2")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, tiny_state):
-    folder = tmp_path_factory.mktemp("compare")
-    torch.save(tiny_state(n_layer=1), folder / "base.pth")
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
-        for first in range(20):
-            writer.add([1 + (first + 7 * i) % 79 for i in range(30)] + [0])
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def there(files, monkeypatch):
-    monkeypatch.chdir(files)
+pytestmark = pytest.mark.usefixtures("there")
 
 
 def keep(folder, cell, loss):
@@ -129,25 +105,17 @@ DAMAGED = (
     ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
     ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
     ("compare.json", b"[]", "compare.json holds no settings, but a list"),
+    *(
+        (name, make, f"{name}.* is (a pipe or a device|a folder|no file)")
+        for name in ("result.json", "metrics.jsonl", "compare.json")
+        for make in (os.mkfifo, os.mkdir)
+    ),
 )
 
 
 @pytest.mark.parametrize("name, content, message", DAMAGED, ids=range(len(DAMAGED)))
-def test_damaged_files_of_runs_are_told(files, tmp_path, monkeypatch, name, content, message):
-    monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
-    words = [*OWN, "--output", str(tmp_path), "--rates", "1e-3", "--", *TRAIN]
-    keep(tmp_path, Cell("bone", -6, 7), 1.0)
-    if name == "compare.json":
-        assert main(words) == 0
-    path = tmp_path / name if name == "compare.json" else tmp_path / "runs" / Cell("bone", -6, 7).folder / name
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        main(words)
-
-
-@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "compare.json"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-def test_a_pipe_or_a_folder_is_no_file_of_a_run(files, tmp_path, monkeypatch, name, make):
+def test_damaged_files_of_runs_are_told(tmp_path, monkeypatch, name, content, message):
+    """content: bytes, or what makes the file."""
     monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
     words = [*OWN, "--output", str(tmp_path), "--rates", "1e-3", "--", *TRAIN]
     keep(tmp_path, Cell("bone", -6, 7), 1.0)
@@ -155,8 +123,8 @@ def test_a_pipe_or_a_folder_is_no_file_of_a_run(files, tmp_path, monkeypatch, na
         assert main(words) == 0
     path = tmp_path / name if name == "compare.json" else tmp_path / "runs" / Cell("bone", -6, 7).folder / name
     path.unlink(missing_ok=True)
-    make(path)
-    with pytest.raises(UserError, match=f"{name}.* is (a pipe or a device|a folder|no file)"):
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    with pytest.raises(UserError, match=message):
         main(words)
 
 
@@ -287,125 +255,3 @@ def test_without_rates_those_of_the_width_are_due_and_told(files, capsys):
     assert main([*OWN, "--output", str(folder), "--", *TRAIN]) == 0
     out = capsys.readouterr().out
     assert "learning rates to begin with: 0.0003 0.001 0.003\n" in out and "due" not in out
-
-
-def sleeping(comparison, cell, size, folder):
-    folder.mkdir(parents=True)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    return Process(cell, folder, time.monotonic(), child)
-
-
-class Clock:
-    """A clock that goes on only while somebody waits."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
-def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
-    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
-    begun = []
-
-    def begin(*arguments):
-        begun.append(sleeping(*arguments))
-        return begun[-1]
-
-    monkeypatch.setattr(runs, "start", begin)
-    monkeypatch.setattr(runs, "time", Clock())
-    cells, sizes = [Cell("bone", -6, 7), Cell("bone", -5, 7)], {"bone": None}
-    assert not run_cells(comparison, cells, sizes, 2.0, lambda *rest: None)
-    assert [process.child.returncode for process in begun] == [-15]
-    assert not run_cells(comparison, cells[1:], sizes, 1.0, lambda *rest: None)
-    assert len(begun) == 1
-
-
-@pytest.mark.parametrize(
-    "code, log, diverged",
-    [
-        (0, "finished", False),
-        (1, f"error: the loss became nan at step 3; {DIVERGED}. No checkpoint had been saved yet", True),
-        (1, "error: rank 1 was ended by SIGKILL; no checkpoint had been saved yet; …", None),
-        (1, "Traceback …", None),
-        (2, "", None),
-    ],
-)
-def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, code, log, diverged):
-    (tmp_path / "log.txt").write_text(log + "\n\n")
-    process = Process(Cell("bone", -6, 7), tmp_path, 0.0, None, code, 500.0)
-    if diverged is None:
-        with pytest.raises(UserError, match=f"bone, rate 0.001, seed 7 ended with exit code {code}: {log[:9]}"):
-            finish(process)
-        assert not (tmp_path / "result.json").exists()
-        return
-    finish(process)
-    assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
-
-
-def test_a_comparison_that_is_killed_leaves_no_run_behind(files, warm_python):
-    folder = files / "killed"
-    run = folder / "runs" / Cell("bone", -6, 7).folder
-    words = ["--methods", "bone", "--rank", "8", "--seeds", "7", "--steps", "100000", "--output", folder]
-    comparison = subprocess.Popen(python_command("rwkv_peft", "compare", *words, "--rates", "1e-3", "--", *TRAIN))
-    try:
-        wait_until(lambda: (run / "metrics.jsonl").exists() or comparison.poll() is not None)
-    finally:
-        comparison.kill()
-        comparison.wait()
-    wait_until(lambda: not trains(run))
-    assert find_checkpoint(run), (run / "log.txt").read_text()  # with which the same command goes on
-
-
-def trains(run):
-    try:
-        with alone_in(run):
-            return False
-    except UserError:
-        return True
-
-
-def wait_until(true, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-@pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")
-def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
-    begun = []
-
-    def begin(*arguments):
-        begun.append(sleeping(*arguments))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
-        return begun[-1]
-
-    monkeypatch.setattr(runs, "start", begin)
-    with ending_in_order():
-        code = main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN])
-    assert code == 128 + signal.SIGHUP
-    assert {process.child.returncode for process in begun} == {-15}
-
-
-def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
-    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
-    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is training there"):
-        start(comparison, Cell("bone", -6, 7), runs.Size(8, 0, 100), tmp_path / "run")
-    argvs = []
-    monkeypatch.setattr(runs.subprocess, "Popen", lambda argv, **rest: argvs.append(argv))
-    size = runs.Size(8, 0, 100)
-    start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "--resume" not in argvs[0]
-    monkeypatch.setattr(runs, "find_checkpoint", lambda folder: folder)
-    start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
-    assert argvs[-1][-2:] == [
-        "--resume",
-        "auto",
-    ]  # of a run that has done its steps too, whose picture the disk refused

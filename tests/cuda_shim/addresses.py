@@ -1,10 +1,11 @@
-"""Does a CUDA kernel leave its tensors' memory? Runs a family's on the CPU under the address sanitizer.
+"""Does a CUDA kernel leave its tensors' memory? Runs families of them on the CPU under the address sanitizer.
 
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-        python tests/cuda_shim/addresses.py wkv6|wkv7|mix|bone|cross_entropy|short
+        python tests/cuda_shim/addresses.py FOLDER [wkv6|wkv7|mix|bone|cross_entropy|short …]
 
-The process aborts at the first access outside a tensor; "short" gives cross_entropy a tensor that is too small. Prints
-the kernels that no case runs.
+FOLDER keeps what is built; without names all families but "short" run, which gives cross_entropy a tensor that is too
+small. The process aborts at the first access outside a tensor. Prints a line for each family: its name, and the kernels
+that no case runs.
 """
 
 import sys
@@ -20,17 +21,23 @@ GUARDS = ("-O1", "-fsanitize=address")
 
 def main():
     torch.set_num_threads(1)
-    name, cache = sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    cache, *names = sys.argv[1:]
+    for name in names or FAMILIES:
+        run(name, Path(cache))
+
+
+def run(name, cache):
+    print(name, end=":", flush=True)
     family, results = FAMILIES["cross_entropy" if name == "short" else name]
     kernels, launched = shim.build(family, cache=cache, guards=GUARDS), set()
-    run = kernels.run
-    kernels.run = lambda name, *rest: launched.add(name) or run(name, *rest)
+    launch = kernels.run
+    kernels.run = lambda name, *rest: launched.add(name) or launch(name, *rest)
     if name == "short":
         logits, targets = torch.zeros(3, 64), torch.zeros(3, dtype=torch.int64)
         tensors = dict(logits=logits, targets=targets, losses=torch.empty(2))
         kernel_cases.cross_entropy_cuda.call(logits, tensors, kernels, vocabulary=64, scale=1.0, pull=0.0)
     results(kernels)
-    print(*sorted({*family.module.args[0]} - launched))
+    print(*sorted({*family.module.args[0]} - launched), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def decays(kind, shape, generator):
     return {"ordinary": ordinary, "none": none, "all": everything, "mix": mix}[kind]
 
 
-def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=None, seed=0):
-    """A random case. `lengths`, whose sum is T, packs that many sequences into one row."""
+def make_case(shape, dtype, *, decay="ordinary", with_state=True, lengths=None, seed=0):
+    """A random case of a shape (B, T, H, N). `lengths`, whose sum is T, packs that many sequences into one row."""
+    B, T, H, N = shape
     g = torch.Generator().manual_seed(seed)
     r, k, v, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(4))
     n = B if lengths is None else len(lengths)

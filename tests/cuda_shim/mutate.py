@@ -42,7 +42,7 @@ def recurrence(cases):
     """kernels -> the results of a recurrence's cases, of KINDS."""
 
     def run(kernels):
-        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=LENGTHS), way) for N, dtype, way in KINDS]
+        made = [(cases.make_case((1, 129, 1, N), dtype, lengths=LENGTHS), way) for N, dtype, way in KINDS]
         return [x for case, way in made for x in cases.run(kernels, case, **way)]
 
     return run

@@ -5,7 +5,7 @@ import subprocess
 
 from rwkv_peft.ops.native import gpu
 
-ARCHITECTURES = ("80", "89", "120")  # besides "90", which NVRTC compiles in a test
+ARCHITECTURES = ("80", "120")  # the oldest and the newest; NVRTC compiles for "90" in a test
 
 
 def assembler_reports(source, nvcc, folder):

@@ -32,12 +32,14 @@ class Case:
         return tuple(getattr(self, name) for name in INPUTS)
 
 
-def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None, repeated=False, seed=0):
-    """A random case, with a and b as the model makes them: a direction to remove, and the same times a learning rate.
+def make_case(shape, dtype, *, decay="usual", with_state=True, lengths=None, repeated=False, seed=0):
+    """A random case of a shape (B, T, H, N), with a and b as the model makes them: a direction to remove, and the same
+    times a learning rate.
 
     lengths, whose sum is T, packs that many sequences into one row. repeated: all tokens share one direction and a
     learning rate of 1, so that each removes what the one before has written.
     """
+    B, T, H, N = shape
     g = torch.Generator().manual_seed(seed)
     low, high = DECAYS[decay]
     r, k, v, direction, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(5))
@@ -89,7 +91,7 @@ def make_keys_case(B, T, H, *, with_bonus=True, **kinds):
     low, a0, k_k, k_a, r_k = (torch.randn(*shape, generator=g) for shape in ((B, T, H, 64), *4 * [(H, 64)]))
     tensors = (x.bfloat16() for x in (3 * low, a0, 0.8 + 0.2 * k_k, 1 + 0.2 * k_a, 0.3 * r_k))
     gbonus = torch.randn(B, T, H, generator=g) if with_bonus else None
-    return KeysCase(make_case(B, T, H, 64, torch.bfloat16, **kinds), *tensors, gbonus)
+    return KeysCase(make_case((B, T, H, 64), torch.bfloat16, **kinds), *tensors, gbonus)
 
 
 def run_keys(kernels, made, group=0):

@@ -1,4 +1,4 @@
-"""Documents of a data set as text."""
+"""Documents of a data set, and the segments that they are made of, as text."""
 
 from rwkv_peft.data.tokenizer import load_tokenizer
 
@@ -16,3 +16,11 @@ def texts(dataset):
             )
         )
     return result
+
+
+def text(segments):
+    return "".join(words for words, _ in segments)
+
+
+def counted(segments):
+    return "".join(words for words, counts in segments if counts)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.labels import label_of, labelled
 from rwkv_peft.data.show import show_samples
@@ -14,14 +15,6 @@ from rwkv_peft.evals.rows_exam import rows_of
 USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 PROMPT = "User: Hi?\n\nAssistant:"
-
-
-def text(segments):
-    return "".join(words for words, _ in segments)
-
-
-def counted(segments):
-    return "".join(words for words, counts in segments if counts)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.pairs import pair
 from rwkv_peft.data.show import show_samples
@@ -14,14 +15,6 @@ USER, GOOD, BAD = (
 )
 EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
-
-
-def text(segments):
-    return "".join(words for words, _ in segments)
-
-
-def counted(segments):
-    return "".join(words for words, counts in segments if counts)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_math_rows(row):
             "System: s\n\nUser: u\n\nAssistant:",
             " a",
         ),
+        ({"segments": [{"text": text, "train": text in "bd"} for text in ("a", "b", "c", "d", "d")]}, "", "abc", "dd"),
     ],
 )
 def test_rows_of_ones_own(row, layout, prompt, solution):

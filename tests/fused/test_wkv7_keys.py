@@ -109,7 +109,7 @@ def plainly(rows, keys, g, r_k, weight, bias, state, cu_seqlens):
 )
 def test_every_result_is_as_exact_as_plain_torch(on_shim, monkeypatch, B, T, lengths, with_state, group):
     monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
-    case = wkv7_cases.make_case(B, T, 2, 64, torch.bfloat16, lengths=lengths, with_state=with_state, decay="mixed")
+    case = wkv7_cases.make_case((B, T, 2, 64), torch.bfloat16, lengths=lengths, with_state=with_state, decay="mixed")
     ours = results(case, torch.bfloat16, fused)
     assert on_shim == ["bonus_gate_forward", "bonus_gate_backward"]
     true, plain = (results(case, dtype, plainly) for dtype in (torch.float64, torch.bfloat16))
@@ -125,13 +125,13 @@ def test_empty_sequences_at_the_end_change_no_bit_of_the_others(on_shim, monkeyp
     """A recorded step has such sequences, because nobody can read its bounds."""
     monkeypatch.setattr(checks, "_has_values", lambda x: False)
     monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
-    raised = wkv7_cases.make_case(1, 147, 2, 64, torch.bfloat16, lengths=[1, 130, 16, 0, 0], seed=2)
+    raised = wkv7_cases.make_case((1, 147, 2, 64), torch.bfloat16, lengths=[1, 130, 16, 0, 0], seed=2)
     check_empty_ends(raised, lambda case: results(case, torch.bfloat16, fused))
 
 
 def test_the_bonus_is_in_the_gradients(on_shim):
     """With a single token r has no gradient through the state, so that the bonus's part is large."""
-    case = wkv7_cases.make_case(1, 1, 2, 64, torch.bfloat16, with_state=False)
+    case = wkv7_cases.make_case((1, 1, 2, 64), torch.bfloat16, with_state=False)
     inputs = inputs_of(case)
     inputs[GIVEN + 3] = torch.zeros_like(inputs[GIVEN + 3])  # r_k
     leaves = [x.requires_grad_(i < 5) for i, x in enumerate(inputs)]
@@ -145,7 +145,7 @@ def test_the_bonus_is_in_the_gradients(on_shim):
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_the_results_alone(on_shim, which):
     """The final state's gradient needs no gate; without it, zeros are taken for it."""
-    case = wkv7_cases.make_case(1, 5, 1, 64, torch.bfloat16)
+    case = wkv7_cases.make_case((1, 5, 1, 64), torch.bfloat16)
     leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
     apply(fused, leaves, case.state)[which].sum().backward()
     assert ("bonus_gate_backward" in on_shim) == (which == 0)
@@ -153,7 +153,7 @@ def test_one_of_the_results_alone(on_shim, which):
 
 
 def test_a_second_derivative_is_refused(on_shim):
-    case = wkv7_cases.make_case(1, 3, 1, 64, torch.bfloat16)
+    case = wkv7_cases.make_case((1, 3, 1, 64), torch.bfloat16)
     leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
     out, _ = apply(fused, leaves)
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -161,7 +161,7 @@ def test_a_second_derivative_is_refused(on_shim):
 
 
 def test_without_gradients_nothing_is_kept_and_the_results_are_the_same(on_shim):
-    case = wkv7_cases.make_case(1, 40, 2, 64, torch.bfloat16)
+    case = wkv7_cases.make_case((1, 40, 2, 64), torch.bfloat16)
     with torch.no_grad():
         out, state = apply(fused, inputs_of(case), case.state)
     found = results(case, torch.bfloat16, fused)

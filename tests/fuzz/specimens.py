@@ -4,6 +4,7 @@ import datetime
 import gzip
 import importlib.util
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     with BinidxWriter(folder / "data", mask=True) as writer:
         for length in (3, 1, 7):
             writer.add(range(length), [1] + [0] * (length - 1))
+    (folder / "data.weights").write_bytes(struct.pack("<3f", 1.0, 0.5, 2.0))
     (folder / "rows.jsonl").write_bytes(LINES)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES * 20, mtime=0))
     (folder / "rows.json").write_text(json.dumps([ROW] * 3))
@@ -127,6 +129,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / COMPARED).mkdir()
     (folder / COMPARED / "result.json").write_text(json.dumps(compared))
     (folder / COMPARED / "metrics.jsonl").write_text(lines)
+    (folder / CHECKPOINT).mkdir(parents=True)
     write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
     (folder / OPTIMIZER_STATES).parent.mkdir(parents=True)
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
@@ -345,6 +348,7 @@ SPECIMENS = (
     Specimen("data.idx", tokens_read, count=120),
     Specimen("data.bin", tokens_read),
     Specimen("data.mask", tokens_read, count=20),
+    Specimen("data.weights", tokens_read, count=20),
     Specimen("rows.jsonl", rows_read("rows.jsonl"), IN_LINES, 80),
     Specimen("rows.jsonl", rows_read("rows.jsonl", "--skip_bad_rows"), IN_LINES, 40),
     Specimen("rows.jsonl.gz", rows_read("rows.jsonl.gz"), count=100),

@@ -5,12 +5,11 @@ The seed is fixed, so that a failure repeats; a case's name tells the file, the 
 """
 
 import random
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
+from fuzz.bounds import memory_bound
 from fuzz.mutations import BYTES
 from fuzz.specimens import SPECIMENS, write_all
 from rwkv_peft.errors import UserError
@@ -33,17 +32,8 @@ def folder(tmp_path_factory, tiny_state):
 
 @pytest.fixture
 def bounded():
-    """Let the process take at most MEMORY more than it has, if the system can limit it."""
-    if not sys.platform.startswith("linux"):
+    with memory_bound(MEMORY):
         yield
-        return
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (has + MEMORY, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def broken(specimen, number, others):

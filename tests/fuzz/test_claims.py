@@ -4,12 +4,11 @@ more memory than an honest file."""
 import gzip
 import pickle
 import struct
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from fuzz.bounds import memory_bound
 from fuzz.claims import (
     GGUFS,
     bare,
@@ -33,17 +32,8 @@ HUGE = 6_000_000_000
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """Let the process take at most ROOM more than it has, if the system can limit it."""
-    if not sys.platform.startswith("linux"):
+    with memory_bound(ROOM):
         yield
-        return
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (has + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def refused(*words):

@@ -18,7 +18,7 @@ from rwkv_peft.data.encoding import Encoder
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.data.tools import Call, parse_calls
+from rwkv_peft.data.tools import Call, calls_text, parse_calls
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
@@ -327,6 +327,14 @@ def test_calls_of_tools_are_shown_and_answered_as_the_data_has_them(chat, model,
     tokens = [token for text, _ in laid_out[:-1] for token in tokens_of(text)]
     torch.testing.assert_close(logits[len(says[0])], after(model, tokens), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[0], logits[len(says[0]) + len(says[1])], rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_was_only_thought_of_is_none(chat):
+    thought = f">\n{calls_text(NOON)}"
+    _, error, _ = chat(
+        ["Hi", "So?"], "--think", "on", says=[f"{thought}|", f"{thought}\n</think>\n{calls_text(PARIS)}|"]
+    )
+    assert error.count("(call 1 of 1: ") == 1 and str(Call(**PARIS)) in error
 
 
 @pytest.mark.parametrize(

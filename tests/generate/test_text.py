@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
 from rwkv_peft.errors import UserError
+from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.generate.text import TextStream, overlap
 
 MIXED = "naïve 你好 🙂 — end"
@@ -128,3 +129,11 @@ def test_a_special_token_stops_though_it_has_no_text(straddling):
     assert pieces(stream, tokens) == ["a", "", "", "é", "", ""] and stream.stopped
     with pytest.raises(UserError, match="holds <.im_end.>, a token without text.*give only <.im_end.>"):
         TextStream(straddling, ["<|im_end|>b"])
+
+
+def test_a_stop_text_that_begins_inside_of_a_token_leaves_the_part_before_it(tmp_path):
+    (tmp_path / "words.txt").write_text("1 'a' 1\n2 'b' 1\n3 'ab' 2\n4 '|' 1\n5 'b|' 2\n")
+    continuation = Continuation({}, load_tokenizer(tmp_path / "words.txt"), ["|"])
+    assert [continuation.feed(token) for token in (3, 1, 5)] == ["", "", "stop"]
+    continuation.finish("stop")
+    assert continuation.text == "abab" and continuation.shown_tokens() == [3, 1, 2]

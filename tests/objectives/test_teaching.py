@@ -73,6 +73,25 @@ def test_values_and_gradients(monkeypatch, elements, kind, beta, temperature, we
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_weights_multiply_what_tokens_add():
+    """Whole numbers are as many tokens of the same kind."""
+    student, (hidden, head), targets, _ = problem()
+    weights = torch.randint(3, targets.shape, generator=torch.Generator().manual_seed(1)).double()
+    settings = Divergence("jsd", 0.3, 1.5, 0.4)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    once, often = positions(weights != 0), torch.arange(targets.numel()).repeat_interleave(weights.flatten().long())
+    ours = linear_divergence(student, (rows[once], head), targets, once, 5, settings, weights)
+    due = linear_divergence(student, (rows[often], head), targets, often, 5, settings)
+    torch.testing.assert_close(ours, due, rtol=1e-12, atol=0)
+    logits = [F.linear(side.reshape(-1, side.shape[-1]), matrix) for side, matrix in (student, (hidden, head))]
+    gradient = torch.zeros_like(logits[0])
+    gradient.index_add_(
+        0, often, divergence.of_logits(*(side[often] for side in logits), targets.flatten()[often], 5, settings)[1]
+    )
+    expected = (gradient.detach() @ student[1]).view_as(student[0])
+    torch.testing.assert_close(torch.autograd.grad(ours[0], student[0])[0], expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("V, T", [(2, 1), (7, 3), (257, 5)])
 def test_odd_sizes(V, T):
     student, teacher, targets, _ = problem(B=1, T=T, V=V)

@@ -40,6 +40,21 @@ def test_value_and_gradients(monkeypatch, elements, l2wrap):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the second by the kernel, where it can be built
+def test_weights_multiply_values_and_gradients(dtype):
+    hidden, weight, targets, mask = problem(dtype=dtype)
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) * 3 * mask
+    value, with_penalty = plain(hidden, weight, targets, weights, 5, 0.01)
+    expected = torch.autograd.grad(3 * with_penalty, (hidden, weight))
+    ours = linear_cross_entropy(hidden, weight, targets, positions(mask), 5, 0.01, weights)
+    close = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours, value, **close)
+    for mine, theirs in zip(torch.autograd.grad(3 * ours, (hidden, weight)), expected):
+        torch.testing.assert_close(mine, theirs, **close)
+    same = linear_cross_entropy(hidden, weight, targets, positions(mask), 5, 0.01, torch.full(mask.shape, 2.0))
+    torch.testing.assert_close(same, 2 * linear_cross_entropy(hidden, weight, targets, positions(mask), 5), **close)
+
+
 def test_micro_batches_add_up_to_the_whole_batch():
     hidden, weight, targets, mask = problem(B=4)
     count = int(mask.sum())

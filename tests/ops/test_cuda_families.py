@@ -82,4 +82,4 @@ def test_a_failed_launch_is_an_error(nvcc):
         pytest.skip("launches do not fail where there is a GPU")
     library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
     with pytest.raises(RuntimeError, match="CUDA error"):
-        cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
+        cases.run(library, cases.make_case((1, 4, 1, 64), torch.bfloat16))

@@ -60,7 +60,7 @@ def chunked(cuda):
 @pytest.mark.parametrize("N, group", WAYS)
 @pytest.mark.parametrize("lengths", [(12, 0, 131), (12, 131, 0, 0)])
 def test_an_empty_sequence_hands_its_state_on(run, cuda, cases, lengths, N, group):
-    case = cases.make_case(1, 143, 2, N, torch.bfloat16, lengths=lengths)
+    case = cases.make_case((1, 143, 2, N), torch.bfloat16, lengths=lengths)
     y, final, *gradients, gstate = run(case, group=group)
     empty = torch.tensor(lengths) == 0
     assert torch.equal(final[empty], case.state[empty]) and torch.equal(gstate[empty], case.gfinal[empty])
@@ -74,7 +74,7 @@ def test_an_empty_sequence_hands_its_state_on(run, cuda, cases, lengths, N, grou
 
 @pytest.mark.parametrize("N", [8, 64])
 def test_no_tokens_hand_the_state_on(run, cases, N):
-    case = cases.make_case(2, 0, 2, N, torch.bfloat16)
+    case = cases.make_case((2, 0, 2, N), torch.bfloat16)
     y, final, *gradients, gstate = run(case)
     assert y.shape == (2, 0, 2, N) and not any(x.any() for x in gradients)
     assert torch.equal(final, case.state) and torch.equal(gstate, case.gfinal)
@@ -83,7 +83,7 @@ def test_no_tokens_hand_the_state_on(run, cases, N):
 @pytest.mark.parametrize("N", [12, 64])
 @pytest.mark.parametrize("at", [16, 33])
 def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases, at, N):
-    whole = cases.make_case(2, 70, 2, N, torch.bfloat16, seed=at)
+    whole = cases.make_case((2, 70, 2, N), torch.bfloat16, seed=at)
 
     def part(span, state, gfinal):
         cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cuda.RECURRENCE.signature.rows, "gy")}
@@ -104,7 +104,7 @@ def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
     shim. One sequence has no tokens, and some places have no group."""
     if group and N != CHUNKED_SIZE:
         pytest.skip("time is not split at this head size")
-    case = cases.make_case(1, 135, 2, N, torch.bfloat16, lengths=[1, 0, 130, 4])
+    case = cases.make_case((1, 135, 2, N), torch.bfloat16, lengths=[1, 0, 130, 4])
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -118,7 +118,7 @@ def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
 
 @pytest.mark.parametrize("N", [8, 64])
 def test_without_gradients_wanted_nothing_is_kept(family, cuda, cases, N):
-    case = cases.make_case(1, 70, 1, N, torch.bfloat16)
+    case = cases.make_case((1, 70, 1, N), torch.bfloat16)
     kernels = shim_kernels(family)
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=False)
@@ -129,7 +129,7 @@ def test_without_gradients_wanted_nothing_is_kept(family, cuda, cases, N):
 
 @pytest.mark.parametrize("N", [8, 64])
 def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
-    case = cases.make_case(1, 40, 1, N, torch.bfloat16)
+    case = cases.make_case((1, 40, 1, N), torch.bfloat16)
     kernels = shim_kernels(family)
     given = (*case.inputs, case.state, None)
     checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)[2]
@@ -143,7 +143,7 @@ def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
     "N, dtype, group", [(64, torch.float32, 64), (20, torch.bfloat16, 64), (64, torch.bfloat16, 96)]
 )
 def test_a_group_that_the_kernels_do_not_take_is_refused(cuda, cases, N, dtype, group):
-    case = cases.make_case(1, 3, 1, N, dtype)
+    case = cases.make_case((1, 3, 1, N), dtype)
     rule = "a multiple of 64 tokens, for torch.bfloat16 and head size .*64.*: give such, or 0"
     for way, more in ((cuda.RECURRENCE.run_forward, ()), (cuda.RECURRENCE.run_backward, (None, case.gy, None))):
         saving = {} if more else dict(save=True)
@@ -152,7 +152,7 @@ def test_a_group_that_the_kernels_do_not_take_is_refused(cuda, cases, N, dtype, 
 
 
 def test_inputs_off_the_16_byte_grid(run, cases):
-    case = cases.make_case(1, 20, 1, 64, torch.bfloat16)
+    case = cases.make_case((1, 20, 1, 64), torch.bfloat16)
     storage = torch.zeros(case.k.numel() + 1, dtype=torch.bfloat16)
     storage[1:] = case.k.flatten()
     shifted = dataclasses.replace(case, k=storage[1:].view(case.k.shape))
@@ -172,7 +172,7 @@ def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
             inputs.update({name: getattr(arguments, name) for name in ("state", "gy", "gfinal", "r")})
             return 0
 
-    case = cases.make_case(1, 20, 1, 8, torch.float32)
+    case = cases.make_case((1, 20, 1, 8), torch.float32)
     gfinal = torch.cat([torch.zeros(1), case.gfinal.flatten()])[1:].view(case.gfinal.shape)
     cuda.RECURRENCE.run_backward(Recorded, *case.inputs, None, None, torch.zeros(2, 1, 8, 8), None, gfinal)
     assert gfinal.data_ptr() % 16 and inputs["gfinal"] % 16 == 0 and inputs["gy"] % 16 == 0
@@ -180,7 +180,7 @@ def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
 
 @pytest.mark.parametrize("N", [8, 64])
 def test_a_nan_is_not_hidden(run, cuda, cases, N):
-    case = cases.make_case(1, 40, 1, N, torch.bfloat16)
+    case = cases.make_case((1, 40, 1, N), torch.bfloat16)
     for name in cuda.RECURRENCE.signature.rows:
         poisoned = getattr(case, name).clone()
         poisoned[0, 20, 0, 7] = float("nan")
@@ -194,7 +194,7 @@ def test_the_order_of_the_threads_does_not_matter(family, cuda, cases, N, group)
     if group and N != CHUNKED_SIZE:
         pytest.skip("time is not split at this head size")
     kernels = shim_kernels(family)
-    case = cases.make_case(1, 100, 1, N, torch.bfloat16)
+    case = cases.make_case((1, 100, 1, N), torch.bfloat16)
     expected = cases.run(kernels, case, group=group)
     for order in shim.ORDERS[1:]:
         kernels.set_order(order)
@@ -218,7 +218,7 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
-        cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16))
+        cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 5, 3, N), torch.bfloat16))
     planned = [
         cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)

@@ -29,6 +29,7 @@ CASES = MappingProxyType(
         "packed": ((60, 2, 35, 31), True, LORA, False),  # two documents begin in one part, and one crosses two
         "at a border": ((64, 32, 32), True, None, True),
         "short": ((3,), False, None, False),
+        "weighed": ((128, 100), False, None, False),
     }
 )
 LENGTH = 48  # of a segment
@@ -51,14 +52,16 @@ def case(family, name):
     documents = [(torch.randint(VOCABULARY, (size + 1,)), torch.rand(size) < 0.7) for size in sizes]
     for _, mask in documents:
         mask[0] = True
+    if name == "weighed":
+        documents = [(tokens, mask * (0.5 + torch.rand(len(mask)))) for tokens, mask in documents]
     return model, collate([documents] if packed else documents)
 
 
 class Noted(NextToken):
     """NextToken that notes the logits."""
 
-    def head(self, targets, counted, count):
-        loss = super().head(targets, counted, count)
+    def head(self, targets, counted, count, weights=None):
+        loss = super().head(targets, counted, count, weights)
 
         def head(x, weight):
             noted.append((x @ weight.t()).detach())

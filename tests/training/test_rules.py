@@ -16,8 +16,8 @@ FACTS = {
     BESIDE: "--train_parts state",
     WHOLE: "--peft none",
     LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
-    INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
     SEVERAL: "--data_file a b",
+    INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
     OWN_TEACHER: "--data_type contexts",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}

@@ -79,6 +79,17 @@ def test_gradients_are_those_of_whole_rows(family, packed, length, adapter):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_targets_are_those_of_whole_rows(family, packed):
+    model, batch = shaken(family, adapter=ADAPTERS[1]), a_batch(packed)
+    batch["weights"] = torch.rand(batch["mask"].shape, generator=torch.Generator().manual_seed(2)) * batch["mask"]
+    expected = Whole().loss(model, batch, 5.0)
+    assert not torch.isclose(expected, Whole().loss(model, a_batch(packed), 5.0))
+    loss = Segments(4).loss(model, batch, 5.0)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-10, atol=0, check_dtype=False)
+    compare(gradients(model, loss), gradients(model, expected))
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("step", [Whole(), Segments(4), Segments(4, 1)], ids=["whole", "segments", "cut"])
 def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed, step, monkeypatch):
     """On the meta device, which has no values; on a GPU, reading one would wait."""

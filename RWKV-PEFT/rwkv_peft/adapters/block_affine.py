@@ -1,5 +1,5 @@
-"""What Bone's block affine forms share: each rank x rank block W_ab of the weight, a over out/rank and b over in/rank,
-becomes W_ab + W_ab B + B, with one small matrix B for each b (bat-in) or each a (bat-out).
+"""The part that Bone's block affine forms share: each rank x rank block W_ab of the weight, a over out/rank and b over
+in/rank, becomes W_ab + W_ab B + B, with one small matrix B for each b (bat-in) or each a (bat-out).
 
 Kang and Yin 2024, arXiv 2409.15371 (its first versions).
 """

@@ -10,7 +10,7 @@ from .method import Method
 
 
 class LearningRates(Protocol):
-    """What is asked of a generation (a Family of models/) here."""
+    """The part of a generation (a Family of models/) that is needed here."""
 
     def learning_rate(self, key: str) -> tuple[float, bool]: ...
 

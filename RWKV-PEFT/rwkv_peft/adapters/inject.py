@@ -18,7 +18,7 @@ from .methods import METHODS, method_of, word_of
 
 
 class Generation(Protocol):
-    """What is asked of a generation (a Family of models/) here."""
+    """The part of a generation (a Family of models/) that is needed here."""
 
     targets: tuple[str, ...]
     parts: tuple[str, ...]
@@ -28,7 +28,7 @@ class Generation(Protocol):
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What `inject` did: names of the replaced modules, parameters that train, parameters in all."""
+    """The outcome of `inject`: names of the replaced modules, parameters that train, parameters in all."""
 
     replaced: tuple[str, ...]
     trainable: int

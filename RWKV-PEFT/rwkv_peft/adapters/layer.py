@@ -52,7 +52,7 @@ class AdapterLinear(nn.Module):
 
     @property
     def product(self) -> Product:
-        """How to multiply by `base`; see product.py."""
+        """Multiplies by `base`; see product.py."""
         if self.quant == "none":
             return DENSE
         return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)

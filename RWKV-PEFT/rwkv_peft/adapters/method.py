@@ -34,7 +34,7 @@ class Layer(Protocol):
 
 
 class BlockTerm(NamedTuple):
-    """What an adapter adds to y = W x, as data, if it works on blocks of the input: with u_b = B_b x_b for each b,
+    """An adapter's addition to y = W x, as data, if it works on blocks of the input: with u_b = B_b x_b for each b,
     y = W (x + u) and, added to each block of y, factor Σ_b u_b. matrices: B (in/r, r, r)."""
 
     matrices: torch.Tensor
@@ -200,7 +200,7 @@ class Method:
         return () if self.held is None else self.held.names
 
     def scale(self, config: AdapterConfig) -> float:
-        """What multiplies the update of an AdapterConfig's adapter."""
+        """The factor of the update of an AdapterConfig's adapter."""
         return 1.0 if self.alpha is None else self.alpha.scale(config)
 
     def size_words(self, sizes: Mapping[str, int]) -> str:

@@ -19,7 +19,7 @@ def _load(name: str) -> Method:
 
 
 METHODS: MappingProxyType[str, Method] = MappingProxyType({name: _load(name) for word in WORDS for name in forms(word)})
-# tensor names by which other tools' files hold what METHODS know by theirs, or what none of them knows
+# names in other tools' files for tensors that METHODS name otherwise, or do not have
 FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TENSORS = (
     tuple(dict.fromkeys(name for method in METHODS.values() for name in (*method.parameters, *method.constants)))

@@ -1,5 +1,5 @@
-"""How an adapter multiplies by its frozen weight: one small interface, so that every adapter
-works on a dense weight and on a quantized one.
+"""Multiplies by an adapter's frozen weight, through one small interface, so that every adapter works on a dense weight
+and on a quantized one.
 
 A product has `forward(z, weight, bias)` = z weightᵀ + bias and `backward(g, weight)` = g weight for z (T, in) and g (T,
 out); `add_forward_` and `add_backward_` add the same to what is there, which they read while they compute: an adapter's
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 
 class Product(Protocol):
-    """What the module's docstring says of a product; bias may be None."""
+    """The interface that the module's docstring describes; bias may be None."""
 
     def shape(self, weight: torch.Tensor, /) -> tuple[int, int]: ...
 

@@ -24,7 +24,7 @@ def block_size(kind: str) -> int:
 
 
 def stored_bytes(weights: int, kind: str) -> int:
-    """What so many quantized weights take, their scales (float32) included."""
+    """The bytes that so many quantized weights take, their scales (float32) included."""
     return weights // (2 if kind == "nf4" else 1) + 4 * -(-weights // block_size(kind))
 
 

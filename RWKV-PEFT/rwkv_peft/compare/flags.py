@@ -178,7 +178,7 @@ def parse_flags(argv: list[str]) -> Comparison:
 
 
 def given(comparison: Comparison, flags: Flags) -> Given:
-    """What RULES judge: the comparison's methods, and the flags of train.py that all runs share."""
+    """Collect what RULES judge: the comparison's methods, and the flags of train.py that all runs share."""
     parts = any(word.split("=")[0] == "--train_parts" for word in comparison.train)
     own = {PROG: True, "methods": comparison.methods, "train_parts": parts}
     values = values_of(flags.train, flags.objective) | own

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.prefix import binidx_prefix
+from ..data.prefix import ENDINGS, binidx_prefix
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.readable import require_readable
@@ -54,7 +54,7 @@ def data_of(comparison: Comparison) -> str:
     for path in filter(None, (flags.data.path, *flags.data.more, flags.train.val_data, flags.train.retain_data)):
         prefix = binidx_prefix(path)
         within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
-        for file in (Path(path), *(Path(prefix + end) for end in (".bin", ".idx", ".mask")), *within):
+        for file in (Path(path), *(Path(prefix + end) for end in ENDINGS), *within):
             if file.is_file():
                 digest.update(file.name.encode() + sample_of(file))
     return digest.hexdigest()[:16]

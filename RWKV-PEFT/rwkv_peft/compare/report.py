@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
     @property
     def changes(self) -> tuple[float, ...]:
-        """How far each of them is above the loss before the first step."""
+        """The rise of each of them above the loss before the first step."""
         return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.measured))
 
     @property

@@ -203,7 +203,7 @@ class Word(NamedTuple):
         return any(field.name == name for field in fields(self.settings))
 
     def flag_of(self, name: str) -> str:
-        """How people give a setting: "--bone_r", or "lora_r in --lora_config"; "" if no flag does."""
+        """The words in which people give a setting: "--bone_r", or "lora_r in --lora_config"; "" if no flag does."""
         metadata = next(field.metadata for field in fields(self.settings) if field.name == name)
         key = f"{metadata['key']} in --{self.json_flag}" if metadata["key"] else ""
         return f"--{metadata['flag']}" if metadata["flag"] else key

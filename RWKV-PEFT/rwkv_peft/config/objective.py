@@ -44,6 +44,11 @@ class Passes(NamedTuple):
     teacher: "Pass"
 
 
+def number_of_tokens(batch: "Batch") -> "Tensor":
+    """The number of a batch's tokens that count, or the sum of their weights, ()."""
+    return batch["weights"].double().sum() if "weights" in batch else batch["mask"].sum()
+
+
 class Figure(NamedTuple):
     """A number that an objective reports beside its loss, a mean over the same items: its key in metrics.jsonl, also
     its word in messages; in pictures its label, and the axis that it is drawn at, "" if it is not."""

@@ -33,8 +33,10 @@ class TrainBatches:
     Each batch is a dict:
     - tokens, targets: int64 (B, T)
     - mask: bool (B, T), the targets that count; rows are padded with token 0, which never counts
+    - weights: float32 (B, T), how much they count, only if documents have weights
     - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
-    - step_count: the counted targets of the whole optimizer step, over all groups and micro batches
+    - step_count: the counted targets of the whole optimizer step, over all groups and micro batches; or their weights'
+      sum
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
     - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
@@ -82,8 +84,8 @@ class TrainBatches:
         starts = range(0, len(self.samples), self.micro_bsz)
         return self.batch(next(n for n in starts if any(map(self.samples.count, range(n, n + self.micro_bsz)))), 0)
 
-    def step_count(self, cursor: int) -> int:
-        """The counted targets of the optimizer step that begins at sample `cursor`."""
+    def step_count(self, cursor: int) -> float:
+        """The counted targets of the optimizer step that begins at sample `cursor`, or the sum of their weights."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
     def _batches(self) -> Iterator[TrainBatch]:

@@ -5,7 +5,7 @@
 number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in bytes into .bin), and m
 boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
 does). An optional PREFIX.mask holds a byte a token: 1 if the token counts in the loss, 2 if it counts
-in an answer labelled undesirable.
+in an answer labelled undesirable. An optional PREFIX.weights holds the weight of each document in the loss (f32).
 """
 
 import os
@@ -22,8 +22,8 @@ from numpy.typing import DTypeLike
 
 from ..errors import UserError
 from ..files.readable import choice_in, require_readable
-from .prefix import binidx_prefix
-from .rows import ENDINGS
+from .prefix import ENDINGS, binidx_prefix
+from .rows import ENDINGS as ROWS
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -46,20 +46,28 @@ def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
 class BinidxDataset:
     """A .bin/.idx pair, memory-mapped and validated when opened.
 
-    len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D) and
-    mask (uint8 by token, or None) are memory maps; sizes (n,) int32 and pointers (n,) int64 come
-    from the index; mapped is {path: stat} of the files as they were opened. Raises
+    len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D), mask (uint8 by
+    token, or None) and weights (float32 by document, or None: all 1) are memory maps; sizes (n,) int32
+    and pointers (n,) int64 come from the index; mapped is {path: stat} of the files as they were opened. Raises
     UserError for files that are missing, truncated, or disagree.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.prefix = binidx_prefix(path)
-        self.idx_path, self.bin_path, self.mask_path = (self.prefix + end for end in (".idx", ".bin", ".mask"))
+        self.bin_path, self.idx_path, self.mask_path, self.weights_path = (self.prefix + end for end in ENDINGS)
         self._read_index()
         self._map_tokens()
-        self.mask = self._map_mask()
+        self.mask = self._companion(
+            self.mask_path, np.uint8, len(self.tokens), "mask has a byte for each of its tokens"
+        )
+        self.weights = self._companion(
+            self.weights_path, "<f4", len(self), "weight of 4 bytes is due for each document"
+        )
+        if self.weights is not None and not (np.isfinite(self.weights) & (self.weights >= 0)).all():
+            raise UserError(f"{self.weights_path}: holds a weight that is negative or no number; {REMEDY}")
         self.vocab_size: int | None = None  # of the model, once it is checked
-        mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
+        companions = {self.mask_path: self.mask, self.weights_path: self.weights}
+        mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
         self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
@@ -128,7 +136,7 @@ class BinidxDataset:
             folder = f"{self.prefix} is a folder, and the PREFIX of PREFIX.bin and PREFIX.idx is due"
             if pairs := choice_in(self.prefix, ".idx"):
                 raise UserError(folder + pairs)
-            rows = choice_in(self.prefix, *ENDINGS) or "; give a text"
+            rows = choice_in(self.prefix, *ROWS) or "; give a text"
             raise UserError(f"{folder}; the folder holds no .idx{rows} to rwkv-peft preprocess, which makes them")
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
@@ -136,7 +144,7 @@ class BinidxDataset:
                 "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
                 "rejected answer"
             )
-        missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # a missing file of rows, in place of a PREFIX
+        missing = self.prefix if self.prefix.endswith(ROWS) else path  # a missing file of rows, in place of a PREFIX
         require_readable(
             path, f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
         )
@@ -205,14 +213,14 @@ class BinidxDataset:
             raise UserError(f"{self.bin_path}: holds no token; {REMEDY}")
         self.tokens = map_file(self.bin_path, self.dtype)
 
-    def _map_mask(self) -> np.ndarray | None:
-        if not os.path.isfile(self.mask_path):
+    def _companion(self, path: str, dtype: DTypeLike, number: int, due: str) -> np.ndarray | None:
+        """Map a further file of the set, None if there is none."""
+        if not os.path.isfile(path):
             return None
-        require_readable(self.mask_path, f"{self.mask_path}: no such file")
-        length = os.path.getsize(self.mask_path)
-        if length != len(self.tokens):
+        require_readable(path, f"{path}: no such file")
+        if (length := os.path.getsize(path)) != number * np.dtype(dtype).itemsize:
             raise UserError(
-                f"{self.mask_path}: {length} bytes, but {self.bin_path} holds {len(self.tokens)} "
-                f"tokens and a mask has a byte for each; {REMEDY}, or remove the mask"
+                f"{path}: {length} bytes, but {self.bin_path} holds {len(self.tokens)} "
+                f"tokens in {len(self)} documents, and a {due}; {REMEDY}, or remove the file"
             )
-        return map_file(self.mask_path, np.uint8)
+        return map_file(path, dtype)

@@ -19,13 +19,13 @@ from .prefix import binidx_prefix
 
 
 class BinidxWriter:
-    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, and PREFIX.json if its text is given as `record`; a
-    context manager.
+    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, PREFIX.weights, and PREFIX.json if its text is given as
+    `record`; a context manager.
 
     The files appear, whole, when the block ends without an exception, the index last. Until then they are hidden
     temporary files in the same folder, which are removed if the block fails, or by the next writer there if the process
-    was killed. A mask of ones is not kept, because it says nothing. Raises UserError if another process
-    is writing the same data set, and if the files cannot be written.
+    was killed. A mask of ones is not kept, nor are weights of 1, because they say nothing. Raises UserError if another
+    process is writing the same data set, and if the files cannot be written.
     """
 
     def __init__(
@@ -36,10 +36,11 @@ class BinidxWriter:
         self.dtype = np.dtype(TOKEN_TYPES[self.code])
         self.with_mask = mask
         self._something_masked = False
-        self.sizes = array("i")
+        self.sizes, self.weights = array("i"), array("f")
 
     def __enter__(self) -> "BinidxWriter":
-        wanted = {".bin": True, ".mask": self.with_mask, ".json": self.record is not None, ".idx": True}
+        wanted = {".bin": True, ".weights": True, ".mask": self.with_mask}
+        wanted |= {".json": self.record is not None, ".idx": True}
         endings = [end for end, is_wanted in wanted.items() if is_wanted]
         with ExitStack() as stack:
             # the first temporary file makes the folder
@@ -73,9 +74,15 @@ class BinidxWriter:
         )
 
     def add_documents(
-        self, tokens: bytes, sizes: Sequence[int], mask: bytes | None = None, continues: bool = False
+        self,
+        tokens: bytes,
+        sizes: Sequence[int],
+        mask: bytes | None = None,
+        continues: bool = False,
+        weights: Sequence[float] = (),
     ) -> None:
-        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
+        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token; weights are those
+        of the documents, (): 1 each.
 
         With continues=True the first of them continues the document before.
         """
@@ -90,8 +97,9 @@ class BinidxWriter:
         try:
             if continues and self.sizes and sizes:
                 self.sizes[-1] += sizes[0]
-                sizes = sizes[1:]
+                sizes, weights = sizes[1:], weights[1:]
             self.sizes.extend(sizes)
+            self.weights.extend(weights or [1.0] * len(sizes))
         except OverflowError:
             raise UserError(
                 f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
@@ -111,14 +119,16 @@ class BinidxWriter:
         """Give the files their names. The old index is removed first and the new one comes last, so that a kill in
         between leaves a set that is refused, not one that mixes old and new."""
         self._write_index(self._files[".idx"])
+        weights = np.frombuffer(self.weights, dtype=np.float32)
+        self._files[".weights"].write(weights.astype("<f4").tobytes())
+        said = {".mask": self._something_masked, ".weights": bool((weights != 1).any())}
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        gone = (".idx",) if self._something_masked else (".idx", ".mask")  # an old mask would not fit these tokens
-        for end in gone:
+        for end in (".idx", *(end for end, says in said.items() if not says)):  # an old mask would not fit these tokens
             Path(self.prefix + end).unlink(missing_ok=True)
         for end, file in self._files.items():
-            if end != ".mask" or self._something_masked:
+            if said.get(end, True):
                 os.replace(file.name, self.prefix + end)
 
     def _write_index(self, file: BinaryIO) -> None:

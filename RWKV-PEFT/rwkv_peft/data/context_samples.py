@@ -30,7 +30,7 @@ class ContextSamples(DocumentSamples):
         whole = torch.cat([context, own[0]]), torch.cat([own[1].new_zeros(len(context)), own[1]])
         return [own, whole]
 
-    def count(self, n: int) -> int:
+    def count(self, n: int) -> float:
         return self.document_count(2 * self.unit(n) + 1)
 
     def packs(self, rows: int) -> tuple[int, int]:

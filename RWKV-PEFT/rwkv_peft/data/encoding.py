@@ -26,6 +26,7 @@ from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
+from .weights import weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
 
@@ -39,8 +40,9 @@ MOST_DIGESTS = 1 << 24  # rows that are compared to find repeated ones; each tak
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
-    bad holds the rows that cannot be read; digests has a hash of each row that is written, and rows the row itself as
-    JSON, if it is a prompt. counts has the characters of text that were read. Of documents, or of pairs: empty,
+    weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has a hash of each
+    row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that were
+    read. Of documents, or of pairs: empty,
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another empty
     turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and without,
@@ -48,6 +50,7 @@ class Encoded:
     """
 
     sizes: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     tokens: bytes = b""
     mask: bytes = b""
     continues: bool = False
@@ -138,6 +141,7 @@ class Encoder:
                 whole = isinstance(item, str) and self.settings.command in ("preprocess", "train")
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
+                weight = 1.0 if self.settings.template else weight_of(row, self.settings.command)
                 undesirable = self.settings.labels and not label_of(row, self.settings.fields)
                 if self.settings.answered and not all(map(asked_and_answered, documents)):
                     result.counts["bare"] += 1
@@ -153,6 +157,7 @@ class Encoder:
             if added and not whole:
                 self._count(self.told(documents), result.counts)
                 size = sum(result.sizes[-len(documents) :])
+                result.weights[-1] = weight
                 if undesirable:
                     mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
                 if self.settings.prompts:
@@ -208,6 +213,7 @@ class Encoder:
                 tokens += array(self.code, ids)  # faster than extend(ids)
                 mask.extend((b"\1" if counts else b"\0") * len(ids))
             result.sizes.append(length(pieces))
+            result.weights.append(1.0)
         return True
 
 

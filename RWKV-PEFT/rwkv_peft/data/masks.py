@@ -1,19 +1,21 @@
 """Masks select the targets that count in the loss: all, those of a .mask file, or those between token markers.
 
 A mask is a function (start, stop) -> bool (stop - start,), true for each token in [start, stop) of the data set's
-stream that counts when it is the target.
+stream that counts when it is the target; or, of documents that have weights, float32: how much it counts.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from .binidx import BinidxDataset
 
-Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
+Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
 CHUNK = 1 << 24
 UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
@@ -36,6 +38,26 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
             "with answers, or take --loss_mask none"
         )
     return f"loss on {counted:,} of {total:,} tokens (answers)"
+
+
+def undesirable(mask: Tensor) -> bool:
+    """Return whether a sample's mask tells that its answer is labelled undesirable."""
+    return mask.dtype == torch.uint8 and UNDESIRABLE in mask
+
+
+def weighted(mask: Mask | None, dataset: BinidxDataset) -> Mask | None:
+    """A mask times the weights of a BinidxDataset's documents, if it has any."""
+    weights = dataset.weights
+    if weights is None:
+        return mask
+
+    def times(start: int, stop: int) -> np.ndarray:
+        first, last = dataset.document_at(start), dataset.document_at(max(start, stop - 1))
+        begins = dataset.pointers[first : last + 1] // dataset.dtype.itemsize
+        found = weights[first + np.searchsorted(begins, np.arange(start, stop), side="right") - 1]
+        return found if mask is None else found * mask(start, stop)
+
+    return times
 
 
 def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:

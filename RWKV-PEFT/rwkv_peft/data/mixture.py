@@ -42,7 +42,7 @@ class Several(Samples):
         source, number = self.place(n)
         return source[number]
 
-    def count(self, n: int) -> int:
+    def count(self, n: int) -> float:
         source, number = self.place(n)
         return source.count(number)
 

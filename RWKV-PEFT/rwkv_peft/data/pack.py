@@ -45,8 +45,7 @@ class PackedSamples(DocumentSamples):
         numbers = [len(self._rows[unit]) for unit in self.units]
         return rows * min(numbers), rows * max(numbers)
 
-    def count(self, n: int) -> int:
-        """The number of targets of sample n that count."""
+    def count(self, n: int) -> float:
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])
 
 

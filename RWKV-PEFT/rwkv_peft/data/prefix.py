@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; the last two only if they say something
+
 
 def binidx_prefix(path: str | Path) -> str:
     """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""

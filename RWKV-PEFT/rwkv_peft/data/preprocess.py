@@ -5,7 +5,7 @@
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
 datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
-loss, and PREFIX.json, which names the tokenizer.
+loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer.
 
     rwkv-peft preprocess --ids "Assistant:"    prints the token ids of a text
 """
@@ -26,7 +26,7 @@ from .binidx_writer import BinidxWriter
 from .encode_settings import EncodeSettings
 from .encoding import Encoded, encoder
 from .order import Permutation
-from .prefix import binidx_prefix
+from .prefix import ENDINGS, binidx_prefix
 from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     )
     output = binidx_prefix(options.output)
     check_record(output, options.input)
-    for end in (".bin", ".idx", ".mask"):
+    for end in ENDINGS:
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(encoder(settings).tokenizer, options.input)
     if not options.overwrite:
@@ -114,7 +114,7 @@ def write(
     )
     with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
         for part in encode_all(chunks, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
-            writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
+            writer.add_documents(part.tokens, part.sizes, part.mask, part.continues, part.weights)
             totals.add_counts(part)
             bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
@@ -144,4 +144,5 @@ def rewrite(
             for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
                 start, size = source.start(index), int(source.sizes[index])
                 mask = None if source.mask is None else source.mask[start : start + size].tobytes()
-                writer.add_documents(source[index].tobytes(), [size], mask)
+                weights = () if source.weights is None else (float(source.weights[index]),)
+                writer.add_documents(source[index].tobytes(), [size], mask, weights=weights)

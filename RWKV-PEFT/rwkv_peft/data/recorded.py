@@ -16,7 +16,7 @@ from ..errors import UserError, told
 from ..files.atomic import same_file
 from ..files.readable import require_readable
 from ..names import RUN
-from .prefix import binidx_prefix
+from .prefix import ENDINGS, binidx_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
@@ -58,7 +58,7 @@ def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
 def require_own(prefix: str, record: str) -> None:
     """Raise UserError if there is a data set PREFIX with another record, because of other inputs or another
     tokenizer, or with none."""
-    found = next((path for end in (".bin", ".idx", ".mask") if os.path.lexists(path := prefix + end)), None)
+    found = next((path for end in ENDINGS if os.path.lexists(path := prefix + end)), None)
     if found is not None and _content(record_path(prefix)) != json.loads(record):
         raise UserError(
             f"--output {prefix}: {found} exists, made from other inputs or with another tokenizer; choose another "

@@ -17,6 +17,8 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
         lines.append(
             f"{np.count_nonzero(dataset.mask):,} tokens count in the loss ({dataset.mask_path}, which training reads)"
         )
+    if dataset.weights is not None:
+        lines.append(f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g} ({dataset.weights_path})")
     if totals is not None:
         lines += laid_out(totals) + left_out(totals)
     lines += histogram(sizes) + suggestions(sizes, tokens, dataset.mask is not None)

@@ -2,7 +2,8 @@
 
 Sample n, for any n >= 0, is sample n % len of epoch n // len; each epoch visits every sample once,
 in its own order. A sample is (tokens, mask): tokens int64 (T + 1,), inputs are tokens[:-1] and
-targets tokens[1:], and mask bool (T,) says which targets count. (A packed sample or a pair is a list of these.)
+targets tokens[1:], and mask bool (T,) says which targets count, or float32 (T,) how much. (A packed sample or a pair is
+a list of these.)
 """
 
 import copy
@@ -88,8 +89,8 @@ class Samples(ABC):
         """Sample n."""
 
     @abstractmethod
-    def count(self, n: int) -> int:
-        """The number of targets of sample n that count."""
+    def count(self, n: int) -> float:
+        """The number of targets of sample n that count, or the sum of their weights."""
 
     def collate(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """The tensors of a batch of samples."""
@@ -137,10 +138,9 @@ class WindowSamples(Samples):
         tokens = self.dataset.tokens[start : start + self.ctx_len + 1].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, repeated))
 
-    def count(self, n: int) -> int:
-        """The number of targets of sample n that count."""
+    def count(self, n: int) -> float:
         start, repeated = self._window(n)
-        return self.ctx_len - repeated if self._mask is None else int(self._counted(start, repeated).sum())
+        return self.ctx_len - repeated if self._mask is None else total(self._counted(start, repeated))
 
     def _window(self, n: int) -> tuple[int, int]:
         """Sample n -> the window's first token, and the number of its first targets that the window before counts."""
@@ -190,8 +190,7 @@ class DocumentSamples(Samples):
     def __getitem__(self, n: int) -> Sample:
         return self.document(self.unit(n))
 
-    def count(self, n: int) -> int:
-        """The number of targets of sample n that count."""
+    def count(self, n: int) -> float:
         return self.document_count(self.unit(n))
 
     def unit(self, n: int) -> int:
@@ -206,10 +205,10 @@ class DocumentSamples(Samples):
         tokens = self.dataset.tokens[start : start + size].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
 
-    def document_count(self, index: int) -> int:
-        """The number of targets of document `index` that count."""
+    def document_count(self, index: int) -> float:
+        """The number of targets of document `index` that count, or the sum of their weights."""
         start, size = self._extent(index)
-        return size - 1 if self._mask is None else int(self._counted(start, size).sum())
+        return size - 1 if self._mask is None else total(self._counted(start, size))
 
     def _cut_answers(self) -> str:
         """A note on the tokens that the mask counts and that documents lose because they are cut at --ctx_len; "" if
@@ -223,7 +222,7 @@ class DocumentSamples(Samples):
         # documents that lie near each other share a call, because a call for each takes long
         for near in np.split(np.arange(len(cut)), np.flatnonzero(np.diff(begins // STRETCH)) + 1):
             first, last = int(begins[near].min()), int(ends[near].max())
-            before = np.concatenate(([0], np.cumsum(mask(first, last))))  # counted tokens before each
+            before = np.concatenate(([0], np.cumsum(mask(first, last) != 0)))  # counted tokens before each
             begin, end = begins[near] - first, ends[near] - first
             behind = before[end] - before[begin + limit]
             lost += int(behind.sum())
@@ -265,6 +264,12 @@ class PaddedSamples(DocumentSamples):
 
 class SingleSamples(DocumentSamples):
     """Dataload "only": one document at a time, never padded."""
+
+
+def total(counted: np.ndarray) -> float:
+    """The sum of a mask: a number of targets, or the sum of their weights."""
+    found: float = counted.sum(dtype=None if counted.dtype == bool else np.float64).item()
+    return found
 
 
 def readable_documents(dataset: BinidxDataset) -> np.ndarray:

@@ -6,7 +6,6 @@ that shapes the tokens, so that a second run, or another rank, reads what the fi
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,9 @@ from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
+from ..names import user_cache
 from .encode_settings import EncodeSettings
+from .prefix import ENDINGS
 from .preprocess import write
 from .prompt_samples import ROWS
 from .report import laid_out, left_out
@@ -25,7 +26,7 @@ from .rows import KINDS
 
 FORMAT = 7
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".bin", ".idx", ".mask", ROWS)  # .mask only if some token does not count, ROWS only of prompts
+FILES = (*ENDINGS, ROWS)  # ROWS only of prompts
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
@@ -34,7 +35,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
     rows. Documents longer than ctx_len, or prompts that leave no room there for an answer, lose the front of their
     prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder,
-    by default rwkv_peft/data under the user's cache folder (XDG base directory rules).
+    by default rwkv_peft/data under the user's cache folder.
     """
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
@@ -117,13 +118,12 @@ def sizes_beside(done: Path) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft" / "data"
-    except RuntimeError as error:
+    folder = user_cache()
+    if folder is None:
         raise UserError(
             "this user has no home folder to keep the tokens of --data_type sft in; point XDG_CACHE_HOME at one"
-        ) from error
+        )
+    return folder / "data"
 
 
 def key_of(path: Path, settings: EncodeSettings, split: str) -> str:

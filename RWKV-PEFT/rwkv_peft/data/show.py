@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import visible
 from .binidx import BinidxDataset
-from .masks import UNDESIRABLE
+from .masks import undesirable
 from .samples import Samples
 from .tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def show_samples(samples: Samples, number: int, tokenizer: Tokenizer, marks: Mar
         rows = sample if isinstance(sample, list) else [sample]
         for part, (tokens, mask) in enumerate(rows, start=1):
             title = f"sample {n + 1}" + (f", document {part}" if len(rows) > 1 else "")
-            title += ", undesirable" if UNDESIRABLE in mask else ""
+            title += ", undesirable" if undesirable(mask) else ""
             counted = np.concatenate([[False], mask.numpy() != 0])  # nothing predicts the first token
             blocks.append(block(title, tokens.numpy(), counted, tokenizer, marks))
     return "\n".join(blocks)

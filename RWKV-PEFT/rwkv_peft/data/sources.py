@@ -16,7 +16,7 @@ from ..tables import SAMPLINGS
 from .binidx import BinidxDataset
 from .context_samples import ContextSamples
 from .label_samples import LabelSamples
-from .masks import describe_mask, make_mask
+from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
 from .order import Permutation
 from .pair_samples import PairSamples
@@ -56,11 +56,16 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         mask = None  # every token of these rows counts
     else:
         mask = make_mask(dataset, config)
+    mask = weighted(mask, dataset)
     sampling = OF_TYPES.get(config.data_type) or SAMPLINGS[config.dataload]
     samples: Samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
     counts = [] if config.of_prompts else [describe_mask(dataset, config)]
+    if dataset.weights is not None:
+        counts.append(
+            f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g}; the loss is the mean by weight"
+        )
     samples.notes, samples.row_notes = [*counts, *notes, *samples.notes], notes
     require_counted(samples, config)
     return samples

@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
 from .thinking import OPENINGS, answered, without_opening
 from .tools import LISTS, listed
 from .turns import TURN_END, Segment, chat, field, refuse_unplaced
+from .weights import TRAIN
 
 FORMS = (
-    "text; messages or conversations; query and response; question and answer; query, tools and answers (calls); "
-    "instruction, input and output; prompt and completion"
+    "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
+    "(calls); instruction, input and output; prompt and completion"
 )
 ANSWERED = (  # the fields of the forms in which only answers count
+    ("segments",),
     ("messages",),
     ("conversations",),
     ("query", "response"),
@@ -65,6 +67,9 @@ def segments(row: object, think: str = "") -> list[Segment]:
             "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
             f"fields {', '.join(map(str, row)) or '(none)'}; leave the flag out for such rows"
         )
+    if "segments" in row:
+        refuse_unplaced(row, LISTS)
+        return given_segments(row["segments"])
     if "instruction" in row and "output" in row:
         extra = field(row, "input") if row.get("input") else ""
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
@@ -99,6 +104,16 @@ def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]
     if begins:  # as turns.chat lays it out
         words, parts = parts[1][0].strip(), parts[2:]
     return [("System:", False), (" " + "\n".join(filter(None, (words, tools))) + TURN_END, False), *parts]
+
+
+def given_segments(parts: object) -> list[Segment]:
+    """The segments that a row gives itself, {text, train} each: its texts as they are, and whether they count."""
+    if not isinstance(parts, list) or not parts:
+        raise UserError("segments must be a list of objects with text and train")
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get(TRAIN), bool) or "text" not in part:
+            raise UserError(f"a segment is {short(repr(part))}; it needs a text, and train, true or false")
+    return [(field(part, "text"), part[TRAIN]) for part in parts]
 
 
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:

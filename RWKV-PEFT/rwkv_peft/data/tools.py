@@ -109,8 +109,9 @@ def ordered(turns: Sequence[Any]) -> list[Any]:
 
 
 def parse_calls(text: str) -> tuple[str, list[Call]]:
-    """Split the text of an answer -> (the rest of its words, the calls that it holds). What the model thought is among
-    the words, and calls nothing; neither does an opening without JSON of a call behind it."""
+    """Split the text of an answer, all that stands behind "Assistant:" -> (its other words, the calls that it holds).
+    What the model thought is among the words, and calls nothing; neither does an opening without JSON of a call behind
+    it."""
     thought = skipped(THOUGHT, text, 0)
     kept, calls, place = [text[:thought]], list[Call](), thought
     decode = json.JSONDecoder().raw_decode

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError, short
 from .thinking import answered
 from .tools import NOTHING, called, calls_text, listed, ordered
+from .weights import is_learned
 
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
@@ -35,8 +36,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of 
 
 
 def chat(messages: object, think: str = "") -> list[Segment]:
-    """Lay out turns {role, content} or {from, value}: the assistant's words count, the others' do not; think is as in
-    templates.segments.
+    """Lay out turns {role, content} or {from, value}: the assistant's words count, unless the turn says otherwise
+    (weights.py), the others' do not; think is as in templates.segments.
 
     The blank line behind an assistant's turn and the next speaker's name count, too: both together say that the model
     is done, because a blank line alone may only separate two paragraphs (stops_of). They are segments of their own, so
@@ -45,23 +46,25 @@ def chat(messages: object, think: str = "") -> list[Segment]:
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
     parts: list[Segment] = []
+    before = ""  # the speaker of the turn before
     for turn in ordered(messages):
         if not isinstance(turn, dict):
             raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
         role, words = said(turn)
-        answered_before = bool(parts) and parts[-1][1]
-        if answered_before and only_calls(turn):
-            parts[-1] = (f"{parts[-1][0]}\n{words}", True)
+        learned_before = bool(parts) and parts[-1][1]
+        if before == role == "Assistant" and only_calls(turn):
+            parts[-1] = (f"{parts[-1][0]}\n{words}", learned_before)
             continue
-        if answered_before:
-            parts.append((TURN_END, True))
+        if before == "Assistant":
+            parts.append((TURN_END, learned_before))
         elif parts:
             parts[-1] = (parts[-1][0] + TURN_END, False)
         if role == "Assistant":
             opening, rest = answered(words, turn, think)
-            parts += [(f"{role}:{opening}", False), (rest, True)]
+            parts += [(f"{role}:{opening}", False), (rest, is_learned(turn))]
         else:
-            parts += [(f"{role}:", answered_before), (f" {words}", False)]
+            parts += [(f"{role}:", learned_before), (f" {words}", False)]
+        before = role
     return parts
 
 

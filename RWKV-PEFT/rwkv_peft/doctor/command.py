@@ -1,9 +1,11 @@
 """Report what this machine can do, what is missing, and the command that mends it.
 
     rwkv-peft doctor
+    rwkv-peft doctor --model FILE
 
 Exit code 0 if training can run here, else 1. Nothing is changed, but kernels that compile on first use are compiled,
-because only that tells whether they work.
+because only that tells whether they work. With --model it says instead what a file holds, and which commands suit it;
+exit code 1 if none does.
 """
 
 import sys
@@ -40,10 +42,18 @@ def examine() -> Iterator[Finding]:
 
 def main(argv: list[str]) -> int:
     """Print the report; -> 0 if nothing that training needs is missing, else 1."""
-    Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
+    parser = Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.")
+    parser.add_argument(
+        "--model", metavar="FILE", help="say instead what this file or folder holds, and which commands suit it"
+    )
+    args = parser.parse_args(argv)
     if not installed("torch"):  # there is no environment yet, and little to look at
         print(f"no environment: this Python, {sys.executable}, has no torch; {how_to_install()}")
         return 1
+    if args.model:
+        from .model import report  # which imports torch
+
+        return report(args.model)
     missing = []
     for finding in examine():
         print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)

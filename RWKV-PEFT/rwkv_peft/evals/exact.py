@@ -22,7 +22,8 @@ class Exact(AnswerTask):
         answers = [n for n in range(1, len(parts)) if parts[n][1] and not parts[n - 1][1]]
         if not answers:
             raise UserError("the row is one text, with no question before an answer")
-        solution = parts[answers[-1]][0]
+        first, *rest = parts[answers[-1] :]
+        solution = "".join([first[0], *(text for text, _ in rest if all(counts for _, counts in rest))])
         return Problem("".join(text for text, _ in parts[: answers[-1]]), solution, solution.strip())
 
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:

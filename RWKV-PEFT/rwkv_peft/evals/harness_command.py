@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
+from ..files.base import open_base
 from ..generate.loading import load_subject
 
 INTERRUPTED = 130
@@ -17,6 +18,7 @@ INPUTS = ("model", "state", "tokenizer", "include_path")
 def ask_harness(args: Any) -> int:
     """Ask the tasks -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in files and tasks."""
     check_outputs(args)
+    open_base(args.model)  # before the files of the tasks, which take half a minute to read
     from .harness import evaluate, load_tasks, plain, tables
 
     try:

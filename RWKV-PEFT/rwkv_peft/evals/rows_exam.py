@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..data.collate import Document
-from ..data.masks import UNDESIRABLE
+from ..data.masks import undesirable
 from ..data.samples import DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def last_answer(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]] |
     """(the tokens before the last stretch that counts in the loss, those of it); None if all counts, or nothing, or an
     undesirable answer."""
     tokens, mask = document[0].tolist(), document[1].tolist()  # mask[i] says whether tokens[i + 1] counts
-    if UNDESIRABLE in mask:
+    if undesirable(document[1]):
         return None
     end = len(tokens)
     while end > 1 and not mask[end - 2]:

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..names import user_cache
 from .atomic import atomic_write
 
 CHUNK = 1 << 24
@@ -57,10 +57,8 @@ def places_of(path: Path) -> list[Path]:
     real = Path(os.path.realpath(path))
     name = hashlib.sha256(str(real).encode(errors="surrogateescape")).hexdigest()[:32]
     places = [real.with_name(f".{real.name}.digest")]
-    with suppress(RuntimeError):  # a user without a home folder
-        cache = os.environ.get("XDG_CACHE_HOME")
-        places.append((Path(cache) if cache else Path.home() / ".cache") / "rwkv_peft" / "digests" / f"{name}.json")
-    return places
+    cache = user_cache()
+    return places if cache is None else [*places, cache / "digests" / f"{name}.json"]
 
 
 def kept_in(place: Path, stamp: dict[str, int]) -> str:

@@ -101,7 +101,8 @@ class Chat:
                 shown.append(text)
         finally:
             show("\n\n")
-        _, calls = parse_calls("".join(shown))
+        opening = texts[-1].partition(":")[2]  # that of a thinking, in which nothing is called
+        _, calls = parse_calls(opening + "".join(shown))
         self.awaited = max(1, len(calls))
         for number, call in enumerate(calls, start=1):
             remark(f"(call {number} of {len(calls)}: {call}; /tool TEXT is its result)")

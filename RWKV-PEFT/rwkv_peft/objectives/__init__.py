@@ -29,7 +29,7 @@ def takers_of(data_type: str) -> tuple[str, ...]:
 
 
 def excluded(objective: type[Objective]) -> tuple[Exclusion, ...]:
-    """What an objective does not go with."""
+    """The flags and methods that an objective does not go with."""
     return objective.excludes + (OF_BASE if BASE in objective.needs else ())
 
 

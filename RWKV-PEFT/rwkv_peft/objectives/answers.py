@@ -33,7 +33,7 @@ class Answers(NamedTuple):
 
     @property
     def gains(self) -> "tuple[Tensor, Tensor]":
-        """How much likelier the first and the second answer of each row became in training: log-ratios (rows,)."""
+        """Log-ratios (rows,) of the first and of the second answer: how much likelier each became in training."""
         first, second = (self.likelihood - self.base).unbind(1)
         return first, second
 

@@ -67,21 +67,35 @@ def chunk_rows(vocabulary: int, on_gpu: bool) -> int:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float = L2WRAP
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    count: float | Tensor,
+    l2wrap: float = L2WRAP,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the counted tokens' cross-entropy, divided by `count`.
+    """Sum of the counted tokens' cross-entropy, each times its own of weights (B, T) if they are given, divided by
+    `count`.
 
     hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in
     B * T, of the targets that count; only they need logits;
-    count: the number of counted tokens that the average is over, a number or a 0-dim tensor (a whole optimizer
-    step's, over all ranks and micro batches; at least 1). Returns a float32 scalar (float64 for float64 input).
+    count: the number of counted tokens that the average is over, or the sum of their weights, a number or a 0-dim
+    tensor (a whole optimizer step's, over all ranks and micro batches; above 0). Returns a float32 scalar (float64 for
+    float64 input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
     """
     targets = targets.reshape(-1)[counted]
+    weights = None if weights is None else weights.reshape(-1)[counted]
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        loss, grad = cross_entropy_(logits, targets[part], 1 / count, l2wrap, gradient=gradient)
+        loss, grad = cross_entropy_(
+            logits, targets[part], 1 / count, l2wrap, gradient=gradient, each=weights is not None
+        )
+        if weights is not None:
+            loss = (loss * weights[part]).sum() / count
+            grad = grad if grad is None else grad.mul_(weights[part, None])
         return loss[None], grad
 
     return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]

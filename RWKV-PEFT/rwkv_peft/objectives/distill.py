@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..cli import above_zero, share, that
-from ..config.objective import TEACHER, Figure, Objective, Passes
+from ..config.objective import TEACHER, Figure, Objective, Passes, number_of_tokens
 from ..config.setting import setting
 from ..rules import NEEDS, Rule
 
@@ -100,13 +100,14 @@ class Distill(Objective):
         settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
 
         def head(x: "Tensor", weight: "Tensor") -> "Tensor":
-            return linear_divergence((x, weight), teacher, batch["targets"], batch["counted"], count, settings)
+            of, weights = (batch["targets"], batch["counted"]), batch.get("weights")
+            return linear_divergence((x, weight), teacher, *of, count, settings, weights)
 
         loss, kl, nll = passes.model(head)
         return loss, {"kl": kl.detach(), "nll": nll.detach()}
 
     def items(self, batch: "Batch") -> "Tensor":
-        return batch["mask"].sum()
+        return number_of_tokens(batch)
 
     def describe(self) -> str:
         words = f"{WORDS[self.kind]}{f', beta {self.beta:g}' if self.kind == JSD else ''}"

@@ -1,4 +1,4 @@
-"""How far a student's distribution of the next token is from its teacher's, with the gradient, in chunks of tokens.
+"""The divergence of a student's next token from its teacher's, with the gradient, in chunks of tokens.
 
 Forward KL covers all that the teacher says; reverse KL seeks what it says most; the generalized Jensen-Shannon
 divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(teacher | m) + (1 - beta)
@@ -62,19 +62,22 @@ def linear_divergence(
     counted: Tensor,
     count: float | Tensor,
     settings: Divergence,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Sums over the counted tokens, divided by `count`: the loss, the divergence, the cross-entropy of the next token:
-    (3,), of which the first has a gradient.
+    """Sums over the counted tokens, each times its weight, divided by `count`: the loss, the divergence, the
+    cross-entropy of the next token: (3,), of which the first has a gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
-    the weight of its head (V, D); targets (B, T), counted (n,) and count as in linear_cross_entropy, whose gradient the
-    share of the cross-entropy has, L2Wrap included.
+    the weight of its head (V, D); the others as in linear_cross_entropy, whose gradient the share of the cross-entropy
+    has, L2Wrap included.
     """
     (hidden, weight), (known, head) = student, teacher
     targets = targets.reshape(-1)[counted]
+    weights = None if weights is None else weights.reshape(-1)[counted]
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        found, grad = of_logits(logits, F.linear(known[part], head), targets[part], count, settings)
+        own = None if weights is None else weights[part]
+        found, grad = of_logits(logits, F.linear(known[part], head), targets[part], count, settings, own)
         return found, grad.to(logits.dtype)
 
     return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule)
@@ -86,15 +89,24 @@ def taught_rows(vocabulary: int, on_gpu: bool) -> int:
 
 
 def of_logits(
-    student: Tensor, teacher: Tensor, targets: Tensor, count: float | Tensor, settings: Divergence
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    count: float | Tensor,
+    settings: Divergence,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) of both, targets (n,) -> the sums of linear_divergence (3,), the gradient of the first (n, V)."""
+    """Logits (n, V) of both, targets and weights (n,) -> the sums of linear_divergence (3,), and the gradient of the
+    first (n, V)."""
     mixes, share = settings.weight < 1, (1 - settings.weight) / count
     nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
     apart, gradient = divergence(student, teacher, settings)
     gradient.mul_(settings.weight / count)
     if pull is not None:
         gradient += pull
+    if weights is not None:
+        apart, nll = apart * weights, nll * weights
+        gradient.mul_(weights[:, None])
     total = torch.stack([apart.sum() / count, nll.sum() / count])
     loss = settings.weight * total[0] + (1 - settings.weight) * total[1]
     return torch.cat([loss[None], total]), gradient

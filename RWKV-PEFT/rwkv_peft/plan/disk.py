@@ -83,7 +83,7 @@ def file_count(train: TrainConfig, held: int) -> int:
 
 
 def epoch_count(train: TrainConfig) -> int:
-    """How many epochs have files at once."""
+    """The number of epochs that have files at once."""
     saved, keep = saved_epochs(train), train.keep_checkpoints
     return min(saved, keep + 1) if keep else saved  # an old one goes when the next is there
 
@@ -94,11 +94,11 @@ def best_count(train: TrainConfig) -> int:
 
 
 def saved_epochs(train: TrainConfig) -> int:
-    """How many epochs are saved, the last among them."""
+    """The number of epochs that are saved, the last included."""
     first, last, every = train.epoch_begin, train.epoch_count, train.epoch_save
     return multiples(first, last, every) + bool(last > first and (not every or last % every))
 
 
 def multiples(first: int, last: int, step: int) -> int:
-    """How many multiples of `step` are above `first` and up to `last`; none of 0."""
+    """The number of multiples of `step` above `first` and up to `last`; none of 0."""
     return last // step - first // step if step and last > first else 0

@@ -27,22 +27,26 @@ from .gguf import import_gguf
 from .gguf_header import read_header
 
 Line = tuple[str, str]
+MODEL, ADAPTER, STATES, SESSION, UNKNOWN = "model", "adapter", "states", "session", ""  # what a file may hold
 SHOWN = 3  # keys of a foreign file that are quoted
 
 
 class Contents(NamedTuple):
-    """The description of a file: lines (name, value), and the Base or Adapter in it that a change can be computed from,
-    or None."""
+    """The description of a file: lines (name, value); the Base or Adapter in it that a change can be computed from, or
+    None; and what it is that the commands here take: MODEL, ADAPTER, STATES, SESSION or UNKNOWN."""
 
     lines: list[Line]
     holds: Base | Adapter | None = None
+    what: str = UNKNOWN
 
 
 def contents_of(source: AdapterSource) -> Contents:
     """Read the Contents of source.path, a file or a folder. Raises UserError if it holds no tensors at all."""
     path = product_of_run(source.path)
     if path.suffix == ".gguf":
-        return Contents(list(gguf_lines(path)))
+        lines = list(gguf_lines(path))
+        read = ("kind", "GGUF model, rwkv6") in lines or ("kind", "GGUF model, rwkv7") in lines
+        return Contents(lines, None, MODEL if read else UNKNOWN)
     if path.is_dir():
         if is_adapter_folder(path) or is_lightning_folder(path):
             return adapter_contents(source)
@@ -95,7 +99,7 @@ def adapter_contents(source: AdapterSource) -> Contents:
     ]
     origin = asdict(metadata.origin)
     lines += [(name, origin[name]) for name in ("tokenizer", "data", "rate", "versions") if origin[name]]
-    return Contents(lines, adapter)
+    return Contents(lines, adapter, ADAPTER)
 
 
 def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) -> Contents:
@@ -106,10 +110,10 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
         check_time_states(states, path)
         shape = tuple(next(iter(states.values())).shape)
         kind = f"time states of {counted(len(states), 'layer')}, (heads, N, N) = {shape}"
-        return Contents([("kind", kind), *numbers(tensors)])
+        return Contents([("kind", kind), *numbers(tensors)], None, STATES)
     if states and all(key in states or key.endswith(".shift") for key in tensors):
         kind = f"session of {counted(len(states), 'layer')}, which generate --state goes on from"
-        return Contents([("kind", kind), *numbers(tensors)])
+        return Contents([("kind", kind), *numbers(tensors)], None, SESSION)
     try:
         base = base_of(tensors, path)
     except UserError as error:
@@ -123,7 +127,7 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
     ]
     if states:
         lines.append(("states", f"tuned, of {counted(len(states), 'layer')}"))
-    return Contents(lines, base)
+    return Contents(lines, base, MODEL)
 
 
 def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:

@@ -61,7 +61,7 @@ class Bench:
                     raise
 
     def judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
-        """What each reward says of answers."""
+        """Ask each reward for its numbers of the answers."""
         return [self.values(number, answers) for number in range(len(self.rewards))]
 
     def serve(self, act: Callable[[Any], object], work: Any) -> None:
@@ -74,7 +74,7 @@ class Bench:
         self.pipe.send(reply)
 
     def values(self, number: int, answers: Sequence[Answer]) -> list[float | None]:
-        """What a reward says of answers. Raises UserError if it raises, or if that is no number."""
+        """Ask a reward for its numbers of the answers. Raises UserError if it raises, or returns another thing."""
         reward, found = self.rewards[number], []
         parts = [[answer] for answer in answers] if reward.alone else [list(answers)]
         for first, part in enumerate(parts):

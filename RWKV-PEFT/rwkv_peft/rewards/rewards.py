@@ -16,8 +16,8 @@ ROWS = 1000  # rows that are checked at a time
 
 
 class Judged(NamedTuple):
-    """What rewards say of answers: the weighted sum for each answer, None for one that none of them judges, and what
-    each reward says by its name."""
+    """The numbers that rewards give answers: the weighted sum for each answer, None for one that none of them judges,
+    and each reward's own by its name."""
 
     total: list[float | None]
     each: dict[str, list[float | None]]

@@ -15,7 +15,7 @@ LOADING = 60.0  # seconds that a process may take at least to begin, and to load
 
 
 class Place(NamedTuple):
-    """What a process is at: the number of a reward, and those of the first and the last item that it is given."""
+    """The call that a process is in: the numbers of the reward, and of the first and the last item that it is given."""
 
     reward: int
     first: int

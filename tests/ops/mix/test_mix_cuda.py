@@ -32,9 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, T, C, m", [(1, 1, 4, 1), (2, 7, 34, 2), (3, 45, 132, 6)])
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 7, 34, 2), (3, 45, 132, 6)], ids=str)
 @pytest.mark.parametrize("with_last, rank", [(False, None), (True, 4), (True, None), (False, 7)])
-def test_lerp(kernels, B, T, C, m, with_last, rank, dtype, monkeypatch):
+def test_lerp(kernels, sizes, with_last, rank, dtype, monkeypatch):
+    B, T, C, m = sizes
     inputs = [randn(B, T, C), randn(B, C) if with_last else None, randn(m, C), *low_rank(B, T, C, m, rank)]
     assert_as_accurate(lerp, inputs, dtype, monkeypatch)
 

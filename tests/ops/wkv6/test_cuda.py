@@ -52,21 +52,21 @@ def test_results_and_gradients_match_the_reference(run, T, N, dtype):
     B, H = 1 + T % 3, 1 + (T + N // 8) % 4
     if T > 100:
         B, H = 1, 1
-    check(run, cases.make_case(B, T, H, N, dtype, with_state=T % 2 == 1 or T == 64, seed=T + N))
+    check(run, cases.make_case((B, T, H, N), dtype, with_state=T % 2 == 1 or T == 64, seed=T + N))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("N", HEAD_SIZES)
 @pytest.mark.parametrize("decay", ["none", "all", "mix"])
 def test_extreme_decays(run, decay, N, dtype):
-    check(run, cases.make_case(2, 37, 2, N, dtype, decay=decay, seed=N))
+    check(run, cases.make_case((2, 37, 2, N), dtype, decay=decay, seed=N))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("N", HEAD_SIZES)
 def test_packed_sequences_are_independent(run, N, dtype):
     lengths = [1, 17, 64, 65, 3]
-    check(run, cases.make_case(1, sum(lengths), 1, N, dtype, lengths=lengths, seed=N))
+    check(run, cases.make_case((1, sum(lengths), 1, N), dtype, lengths=lengths, seed=N))
 
 
 SPLIT_CASES = [  # B, T or the lengths of packed sequences, N, a group's tokens, decays, with a state
@@ -83,7 +83,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, N, group, decay, w
     packed = isinstance(lengths, list)
     T = sum(lengths) if packed else lengths
     kinds = dict(decay=decay, with_state=with_state, lengths=lengths if packed else None)
-    check(functools.partial(run, group=group), cases.make_case(B, T, 2, N, torch.bfloat16, seed=N + group, **kinds))
+    check(functools.partial(run, group=group), cases.make_case((B, T, 2, N), torch.bfloat16, seed=N + group, **kinds))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
@@ -103,7 +103,7 @@ def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype)
         torch.autograd.backward([y, final], [case.gy, case.gfinal])
         return y.detach(), final.detach(), *(x.grad for x in leaves)
 
-    check(compute, cases.make_case(1, 260, 2, 64, dtype))
+    check(compute, cases.make_case((1, 260, 2, 64), dtype))
     splits = {*cuda.SPLIT.names()}
     assert splits & {*launched} == (splits if dtype == torch.bfloat16 else set())
 

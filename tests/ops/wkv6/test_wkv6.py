@@ -30,9 +30,9 @@ def device_of(backend):
     return "cuda" if backend == "cuda" else "cpu"
 
 
-def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=True, sequences=None, seed=0):
+def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=True, sequences=None):
     """([r, k, v, w, u, state], [gradient of y, gradient of the final state])"""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     low, high = DECAYS[decay]
     r, k, v, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(4))
     w = low + (high - low) * torch.rand(B, T, H, N, generator=g)

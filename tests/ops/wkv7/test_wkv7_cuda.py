@@ -58,21 +58,21 @@ def check(run, case):
 @pytest.mark.parametrize("T, N, decay", CASES)
 def test_results_and_gradients_match_the_reference(run, T, N, decay, dtype):
     B, H = (1, 1) if T > 64 else (1 + T % 3, 1 + (T + N // 8) % 3)
-    check(run, cases.make_case(B, T, H, N, dtype, decay=decay, with_state=T % 2 == 1 or T == 64, seed=T + N))
+    check(run, cases.make_case((B, T, H, N), dtype, decay=decay, with_state=T % 2 == 1 or T == 64, seed=T + N))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("N", [4, 36, 64])
 def test_tokens_that_take_away_what_the_one_before_wrote(run, N, dtype):
     """The worst triangular system of a chunk: all tokens have one key, and nothing fades."""
-    check(run, cases.make_case(1, 40, 2, N, dtype, decay="none", repeated=True))
+    check(run, cases.make_case((1, 40, 2, N), dtype, decay="none", repeated=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("N", [12, 64])
 def test_packed_sequences_are_independent(run, N, dtype):
     lengths = [1, 17, 64, 33, 3]
-    check(run, cases.make_case(1, sum(lengths), 2, N, dtype, lengths=lengths, seed=N))
+    check(run, cases.make_case((1, sum(lengths), 2, N), dtype, lengths=lengths, seed=N))
 
 
 @pytest.mark.parametrize("B, lengths, decay, repeated, with_state", SPLIT_CASES)
@@ -80,14 +80,14 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, w
     """At both ends of the decays' range, and in a case in which nothing fades and a group removes one direction."""
     T = 129 if lengths is None else sum(lengths)
     kinds = dict(decay=decay, repeated=repeated, with_state=with_state)
-    case = cases.make_case(B, T, 1, 64, torch.bfloat16, lengths=lengths, seed=T, **kinds)
+    case = cases.make_case((B, T, 1, 64), torch.bfloat16, lengths=lengths, seed=T, **kinds)
     check(lambda case: run(case, group=64), case)
 
 
 def test_groups_are_launched_in_their_order(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
-    cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 130, 3, 64, torch.bfloat16), group=64)
+    cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 130, 3, 64), torch.bfloat16), group=64)
     groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
     assert [sizes[0] for sizes, *_ in recorder.launches] == 2 * [groups_of, scan, groups_of]  # forward, backward
     assert all((a.group, a.groups, a.sequences, a.length) == (64, 6, 2, 130) for _, _, a, _ in recorder.launches)
@@ -135,7 +135,7 @@ def test_the_operation_calls_them(monkeypatch, bounds, N, group):
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
     lengths = None if bounds is None else [b - a for a, b in zip(bounds, bounds[1:])]
     T, dtype = 80 if bounds is None else bounds[-1], torch.bfloat16 if group else torch.float32
-    case = cases.make_case(1, T, 2, N, dtype, lengths=lengths)
+    case = cases.make_case((1, T, 2, N), dtype, lengths=lengths)
 
     def compute(case):
         leaves = [x.clone().requires_grad_() for x in (*case.inputs, case.state)]

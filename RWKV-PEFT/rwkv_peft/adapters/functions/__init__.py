@@ -1,1 +1,1 @@
-"""How layers compute y = x W'ᵀ + bias without a merged weight that lives on: a file a form, over tokens.py."""
+"""Computes y = x W'ᵀ + bias of a layer without keeping a merged weight: a file a form, over tokens.py."""

@@ -77,7 +77,7 @@ class _BatOut(Function):
         d_bone = torch.empty_like(bone) if need_bone else None
         for some, rows in _row_chunks(bone, in_features):
             g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[some]
-            # (a r, in): the gradient of W' as yet, where that is needed
+            # (a r, in): the gradient of W' so far, if that is needed
             merged = weight_gradient(g_rows, x) if need_weight or need_bone else w_rows
             if d_weight is not None:
                 d_merged = rows_by_block(merged, b_rows)

@@ -1,4 +1,4 @@
-"""What evaluations without a merged weight share: autograd Functions over the flattened tokens.
+"""The base of evaluations without a merged weight: autograd Functions over the flattened tokens.
 
 Each method's function computes y = x W'ᵀ + bias for x (..., in), with a hand-derived backward that saves the least.
 None saves a tensor of the weight's size besides the weight itself, which may be frozen or trainable, dense or quantized

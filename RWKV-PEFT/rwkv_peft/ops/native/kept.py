@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ...names import user_cache
 from .errors import BuildError
 
 COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user
@@ -21,13 +22,11 @@ SEAL = hashlib.sha256().digest_size  # bytes
 
 
 def cache_directory() -> Path:
-    """The folder of these files: rwkv_peft in the user's cache folder (XDG base directory rules). Raises BuildError for
-    a user without a home folder, as in some containers."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
-    except RuntimeError as error:
-        raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one") from error
+    """The folder of these files. Raises BuildError for a user without a home folder."""
+    folder = user_cache()
+    if folder is None:
+        raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one")
+    return folder
 
 
 def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:

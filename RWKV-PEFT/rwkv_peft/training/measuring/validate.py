@@ -105,4 +105,4 @@ class Validator:
 def means(sums: Sequence[float]) -> list[float]:
     """[items, sum, …] -> [mean, …]."""
     items, *others = sums
-    return [other / max(1.0, items) for other in others]
+    return [other / (items or 1.0) for other in others]

@@ -40,19 +40,22 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         sample = samples.collate([samples[n]])
         content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
-        counted.update(sample["mask"].numpy().tobytes())
+        counted.update(sample.get("weights", sample["mask"]).numpy().tobytes())
     hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
     hashes["files"] = digest_of_data(config, samples)
     return settings | {"val_split": config.train.val_split, "samples": len(samples)} | hashes
 
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
-    """The digest of the token files that samples are read from, and of their mask file if --loss_mask is file."""
+    """The digest of the token files that samples are read from, with their weights, and their mask file if --loss_mask
+    is file."""
     paths: list[str] = []
     for data in (part.dataset for part in samples.parts):
         paths += [data.bin_path, data.idx_path]
         if data.mask is not None and config.data.loss_mask == "file":
             paths.append(data.mask_path)
+        if data.weights is not None:
+            paths.append(data.weights_path)
     return hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()[:16]
 
 

@@ -35,7 +35,8 @@ def estimate_gradients(
     with torch.enable_grad():
         segments = segments_of(batch, length or batch["tokens"].shape[1])
         segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
-        head = NEXT_TOKEN.head(segment.targets, segment.counted, max(1, len(segment.counted)))
+        count = max(1, len(segment.counted))
+        head = NEXT_TOKEN.head(segment.targets, segment.counted, count, segment.weights)
         run(model, segment, None, head)[0].backward()
     for hook in hooks:
         hook.remove()

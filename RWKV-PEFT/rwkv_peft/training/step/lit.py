@@ -106,7 +106,7 @@ class Lit(pl.LightningModule):
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         whole = self.compute.completed(self.model, batch)
-        loss = self.compute.loss(self.model, whole, max(1, batch["step_count"]) / parts)
+        loss = self.compute.loss(self.model, whole, (batch["step_count"] or 1) / parts)
         self.ask_ranks(loss.detach(), tokens_read(whole))
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches

@@ -13,7 +13,8 @@ from ...ops.recurrence.checks import vouch
 class Segment(NamedTuple):
     """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
     the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
-    goes on from the segment before (every row, if nothing is packed); goes_on: whether the last goes on after it."""
+    goes on from the segment before (every row, if nothing is packed); goes_on: whether the last goes on after it;
+    weights (B, T): how much targets count, None if all count alike."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -21,6 +22,7 @@ class Segment(NamedTuple):
     cu_seqlens: torch.Tensor | None
     carries: bool
     goes_on: bool = False
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Segment":
         """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
@@ -29,7 +31,8 @@ class Segment(NamedTuple):
         if self.cu_seqlens is not None:
             bounds = sent(self.cu_seqlens, device)
             vouch(bounds, self.cu_seqlens, tokens.shape[1])
-        return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds)
+        weights = None if self.weights is None else sent(self.weights, device)
+        return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds, weights=weights)
 
     def state_after(self, state: State) -> State:
         """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
@@ -59,7 +62,9 @@ def filler(segment: Segment) -> Segment:
     if segment.cu_seqlens is not None:
         bounds = torch.arange(2, device=one.device)
         vouch(bounds, torch.arange(2), 1)
-    return Segment(torch.zeros_like(one), torch.zeros_like(one), segment.counted[:0], bounds, False)
+    weights = None if segment.weights is None else segment.weights[:, :1]
+    zeros = torch.zeros_like(one)
+    return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -70,8 +75,10 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment:
     """Cut the positions from start to stop out of a batch."""
     tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
+    weights = batch["weights"][:, start:stop] if "weights" in batch else None
     packed = batch.get("cu_seqlens")
     bounds = [0, batch["mask"].shape[1]] if packed is None else packed.tolist()
     inner = [bound - start for bound in bounds if start < bound < stop]
     cu_seqlens = None if packed is None else packed.new_tensor([0, *inner, stop - start])
-    return Segment(tokens, targets, positions(mask), cu_seqlens, start not in bounds, stop not in bounds)
+    borders = start not in bounds, stop not in bounds
+    return Segment(tokens, targets, positions(mask), cu_seqlens, *borders, weights)

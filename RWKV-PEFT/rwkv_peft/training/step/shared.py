@@ -61,7 +61,9 @@ class SharedSegments(Segments):
         segments = [segment.to(device) for segment in own]
         tokens = torch.cat([segment.tokens for segment in segments], 1)
         counted = torch.cat([segment.counted for segment in segments])
-        return {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
+        found = {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
+        weights = [segment.weights.flatten()[segment.counted] for segment in segments if segment.weights is not None]
+        return found | {"weights": torch.cat(weights)} if weights else found
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         self.line.open_ring()
@@ -106,7 +108,8 @@ def padded(batch: Batch, multiple: int) -> Batch:
     missing = -batch["mask"].shape[1] % multiple
     if not missing:
         return batch
-    found = {name: F.pad(batch[name], (0, missing)) for name in ("tokens", "targets", "mask")}
+    names = [name for name in ("tokens", "targets", "mask", "weights") if name in batch]
+    found = {name: F.pad(batch[name], (0, missing)) for name in names}
     if "cu_seqlens" in batch:
         found["cu_seqlens"] = torch.cat([batch["cu_seqlens"][:-1], batch["cu_seqlens"][-1:] + missing])
     return found

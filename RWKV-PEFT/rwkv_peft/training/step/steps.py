@@ -192,7 +192,7 @@ class Segments(Step):
 
     def head(self, segment: Segment, count: float) -> HeadFunction:
         """A segment's part of the loss as a function that the model's head takes."""
-        return self.objective.head(segment.targets, segment.counted, count)
+        return self.objective.head(segment.targets, segment.counted, count, segment.weights)
 
     @torch.no_grad()
     def states(

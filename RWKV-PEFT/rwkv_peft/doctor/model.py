@@ -1,0 +1,58 @@
+"""Say in short what a file holds, and which commands suit it: `rwkv-peft doctor --model FILE`; `rwkv-peft inspect` has
+all that is known of it."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+from ..files.adapters import AdapterSource, product_of_run
+from ..release.contents import ADAPTER, MODEL, SESSION, STATES, contents_of, formatted
+
+SHORT = ("kind", "dimensions", "method", "trained whole", "base", "parameters", "dtype", "states", "keys", "not read")
+FOREIGN_FORMAT = "a model in another tool's format"
+# what a file holds -> (a purpose, the command); {} is the file
+COMMANDS = MappingProxyType(
+    {
+        MODEL: (
+            ("see what fits", "rwkv-peft plan --load_model {} --ctx_len 1024"),
+            ("train on rows", "rwkv-peft train --load_model {} --data_file rows.jsonl --data_type sft --proj_dir out"),
+            ("talk to it", "rwkv-peft generate --model {} --chat"),
+            ("score it on rows", "rwkv-peft eval jsonl --model {} --data rows.jsonl"),
+            ("bring it to Ai00", "rwkv-peft convert {} model.st"),
+            ("bring it to llama.cpp", "rwkv-peft convert {} model.gguf"),
+        ),
+        FOREIGN_FORMAT: (("make it a base", "rwkv-peft convert {} base.pth"),),
+        ADAPTER: (
+            ("talk to it", "rwkv-peft generate --model base.pth --adapter {} --chat"),
+            ("make one model", "rwkv-peft merge --base_model base.pth --peft_checkpoint {} --output merged.pth"),
+        ),
+        STATES: (
+            ("talk to it", "rwkv-peft generate --model base.pth --state {} --chat"),
+            ("make one model", "rwkv-peft merge --base_model base.pth --state_checkpoint {} --output merged.pth"),
+            ("bring it to Ai00", "rwkv-peft convert {} state.st"),
+        ),
+        SESSION: (("go on talking", "rwkv-peft generate --model base.pth --state {} --chat"),),
+    }
+)
+
+
+def report(path: str) -> int:
+    """Print what a file or folder holds, and the commands -> 0, or 1 if nothing here reads it. Raises UserError if it
+    holds no tensors."""
+    contents = contents_of(AdapterSource(path))
+    print(formatted(line for line in contents.lines if line[0] in SHORT))
+    commands = list(suited(path, contents.what))
+    if not commands:
+        print("\nno command of rwkv-peft takes it")
+        return 1
+    print(f"\n{formatted(commands)}")
+    return 0
+
+
+def suited(path: str, what: str) -> Iterator[tuple[str, str]]:
+    """Yield (purpose, command) for a file or folder that holds one of COMMANDS, or nothing known."""
+    if what == MODEL and product_of_run(path).suffix != ".pth":
+        what = FOREIGN_FORMAT
+    for purpose, command in COMMANDS.get(what, ()):
+        yield purpose, command.format(shlex.quote(str(Path(path))))
