@@ -13,7 +13,7 @@ import time
 import gpu_budget as budget
 import torch
 
-from rwkv_peft.data.batches import collate
+from rwkv_peft.data.collate import collate
 from rwkv_peft.models import family_named
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.steps import Whole

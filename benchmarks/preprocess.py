@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rwkv_peft.data.encoding import EncodeSettings, encode_chunk, encoder
+from rwkv_peft.data.encode_settings import EncodeSettings
+from rwkv_peft.data.encoding import encode_chunk, encoder
 from rwkv_peft.data.preprocess import write
 from rwkv_peft.data.rows import read_chunks
 

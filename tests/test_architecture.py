@@ -83,6 +83,7 @@ PARTS = (
     ("plan", ("plan",), ("training",)),
     ("page", ("ui",), ("train flags", "data")),  # it starts the commands that compute
     ("compare", ("compare",), ("run",)),
+    ("study", ("study",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

@@ -17,6 +17,7 @@ from rwkv_peft.plan import flags as plan
 from rwkv_peft.release import flags as release
 from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
 from rwkv_peft.serve import flags as serve
+from rwkv_peft.study import flags as study
 
 TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer bytes"
 # a command, its rules, and a command line that lacks what they are about; {} is the place of that
@@ -30,6 +31,7 @@ COMMANDS = (
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),
     ("plot", comparison.RULES, "run x.png {}"),
+    ("study", study.RULES, "--load_model b.pth --output s {}"),
     ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
 )
 OURS, HARNESS, SCORED = "gsm8k", "arc_easy", "lambada"
@@ -49,6 +51,8 @@ VALUES = {
     "--to": "lora",
     "--think": "on",
     "--gpu": "24GiB",
+    "--part_tokens": "64",
+    "--top_p": "0.5",
     "--at_least": "0.5",
     "--append_eod 0": "--no-append_eod",
     "--shots !0": "--shots 3",

@@ -53,6 +53,13 @@ COMMANDS = (
         "training.run",
         flags="training.flags.request:judge",
     ),
+    Command(
+        "Train",
+        "study",
+        "learn a document by questions that the model asks itself, in a state or an adapter",
+        "study.command",
+        flags="study.flags:parse_flags",
+    ),
     Command("Train", "plot", "draw the loss curve of a run, or the curves of several into one picture", "comparison"),
     Command(
         "Try",

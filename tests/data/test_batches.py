@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.batches import TrainBatches, collate, read_ahead
+from rwkv_peft.data.batches import TrainBatches, read_ahead
+from rwkv_peft.data.collate import collate
 
 
 class Numbered:
     """`size` samples in an epoch; sample n holds n + 1, and each row has its own length."""
 
     dataset = SimpleNamespace(require_unchanged=lambda: None)
+    collate = staticmethod(collate)
 
     def __init__(self, size):
         self.size, self.notes, self.parts = size, ["numbered"], [self]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.batches import TrainBatches, collate
+from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.collate import collate
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.models.rwkv6.model import RWKV6

@@ -13,7 +13,7 @@ import pytest
 from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.pairs import pair
 from rwkv_peft.data.pieces import shorten
 from rwkv_peft.data.preprocess import main

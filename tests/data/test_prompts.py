@@ -80,7 +80,7 @@ def config(tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         more = {"ctx_len": 64, "max_completion_length": 16, "seed": 1} | more
         path = str(tmp_path / "rows.jsonl")
-        return DataConfig(path, "prompts", "bytes", dataload="pack", loss_mask="file", **more)
+        return DataConfig(path, data_type="prompts", tokenizer="bytes", dataload="pack", loss_mask="file", **more)
 
     return write
 

@@ -10,7 +10,7 @@ import pytest
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.sft import prepare_sft

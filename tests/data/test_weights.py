@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data.documents import texts
-from rwkv_peft.data.batches import EvalBatches, TrainBatches, collate
+from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.collate import collate
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import segments

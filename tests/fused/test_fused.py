@@ -11,7 +11,7 @@ import torch
 from fused.shims import GPU, model_of, on_shims, states_of, step
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.batches import collate
+from rwkv_peft.data.collate import collate
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.fused.feed_forward import chained, layer_by_layer
 from rwkv_peft.fused.fuse import CHAIN, TABLE

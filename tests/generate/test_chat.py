@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rwkv_peft import commands
-from rwkv_peft.data.encoding import Encoder, EncodeSettings
+from rwkv_peft.data.encode_settings import EncodeSettings
+from rwkv_peft.data.encoding import Encoder
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import BytesTokenizer

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.batches import collate
+from rwkv_peft.data.collate import collate
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.answers import OfAnswers

@@ -11,7 +11,7 @@ import torch
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.batches import collate_packed
+from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.grpo import FORMS, GRPO
 from rwkv_peft.training.step.steps import Whole

@@ -7,7 +7,7 @@ from torch._dynamo import utils
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
-from rwkv_peft.data.batches import collate
+from rwkv_peft.data.collate import collate
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.compiling import compiled, uncompiled

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
-from rwkv_peft.data.batches import collate
 from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.collate import collate
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES

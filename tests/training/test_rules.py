@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_peft.config.objective import LOADED
+from rwkv_peft.config.objective import LOADED, OWN_TEACHER
 from rwkv_peft.config.rules import ALONE, BESIDE, INIT, SEVERAL, WHOLE
 from rwkv_peft.errors import UserError
 from rwkv_peft.objectives import OBJECTIVES
@@ -18,6 +18,7 @@ FACTS = {
     LOADED: '--peft pissa --pissa_config {"pissa_load":"x"}',
     SEVERAL: "--data_file a b",
     INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
+    OWN_TEACHER: "--data_type contexts",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}

@@ -6,7 +6,7 @@ import torch
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.batches import collate, positions
+from rwkv_peft.data.collate import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
 from rwkv_peft.objectives.next_token import NextToken

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,12 +101,13 @@ class AdapterLinear(nn.Module):
 
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the adapters of a model are as they were before training. For passes without gradients."""
-    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
-    for layer in layers:
-        layer.untrained = True
+    """Meanwhile the adapters of a model are as they were before training, and it begins without tuned states: so are
+    all modules that have an attribute `untrained`. For passes without gradients."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "untrained")]
+    for module in modules:
+        module.untrained = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.untrained = False
+        for module in modules:
+            module.untrained = False

@@ -26,6 +26,7 @@ DATA_TYPES = MappingProxyType(
         "pairs": DataType(2, (3,), "pairs have three fields, the prompt, the better answer and the worse"),
         "labels": DataType(2, (3,), "labelled rows have three fields, the prompt, its answer and the label"),
         "prompts": DataType(8, (1,), "prompts have one field"),
+        "contexts": DataType(1, (3,), "rows with contexts have three fields, the context, the question and its answer"),
     }
 )
 OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
@@ -37,8 +38,9 @@ class DataConfig:
 
     path and `more` are the data files, mixed by the shares of `mix`. Each is the prefix of a .bin/.idx pair (data_type
     "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
-    two answers each ("pairs"), prompts with an answer and its label ("labels"), or prompts that the model answers
-    itself ("prompts"). seed draws the order of the samples; None keeps that of the file.
+    two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
+    ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
+    the samples; None keeps that of the file.
     """
 
     path: str = setting(
@@ -64,7 +66,8 @@ class DataConfig:
         "binidx",
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
         "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; "
-        "prompts: rows of a prompt, which the model answers itself, and of what --reward reads; jsonl is RWKV-PEFT's "
+        "prompts: rows of a prompt, which the model answers itself, and of what --reward reads; contexts: rows of a "
+        "context, a question and its answer, which is learned without the context; jsonl is RWKV-PEFT's "
         "word for sft",
         type=alias((("jsonl", "sft"),)),
         choices=tuple(DATA_TYPES),
@@ -73,7 +76,8 @@ class DataConfig:
     sft_field: tuple[str, ...] = setting(
         (),
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
-        "rejected; labels: those of prompt, answer and label; prompts: that of the prompt (default: recognised)",
+        "rejected; labels: those of prompt, answer and label; prompts: that of the prompt; contexts: those of "
+        "context, question and answer (default: recognised)",
         nargs="+",
         metavar="FIELD",
     )
@@ -84,7 +88,10 @@ class DataConfig:
         metavar="SPLIT",
     )
     sft_long: str = setting(
-        "left", "rows longer than --ctx_len lose the front of their prompt, or are left out", choices=("left", "skip")
+        "left",
+        "rows longer than --ctx_len lose the front of their prompt, or are left out; with a context they are refused, "
+        "or left out",
+        choices=("left", "skip"),
     )
     sft_think: str = setting(
         "",
@@ -102,7 +109,7 @@ class DataConfig:
         "get",
         "get: windows of the token stream; pad: one document in a row, padded; only: one document without padding; "
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
-        "and token files with a PREFIX.mask; pack for pairs, labels and prompts; else get)",
+        "and token files with a PREFIX.mask; pack for other rows; else get)",
         unset=True,
         choices=tuple(SAMPLINGS),
     )
@@ -153,6 +160,11 @@ class DataConfig:
     def of_prompts(self) -> bool:
         """True if the data is prompts, which the model answers itself."""
         return self.data_type == "prompts"
+
+    @property
+    def of_contexts(self) -> bool:
+        """True if only a teacher reads a part of each row."""
+        return self.data_type == "contexts"
 
     @property
     def longest(self) -> int:

@@ -25,6 +25,7 @@ REWARDS = "rewards"  # a need: judges of the answers that the model draws
 TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
 Exclusion = tuple[str, str, str]  # the others, why and remedy of a Rule (rules.py) of what an objective excludes
 LOADED = "an adapter to start from"  # a fact that rules name
+OWN_TEACHER = "a model that teaches itself (--data_type contexts without --teacher_model)"  # a fact that rules name
 MEASURE = "answers are compared with what the base says of them, and"
 WITHOUT = "leave it out, or take an --objective that does not ask the base"
 OF_BASE: tuple[Exclusion, ...] = (
@@ -70,7 +71,8 @@ class Objective(ABC):
     - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
-    - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER
+    - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER and
+      the model is not its own
     - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS
     """
 

@@ -11,7 +11,7 @@ from ..tables import WRITTEN
 from .adapter import AdapterConfig
 from .data import DataConfig
 from .methods import MINI
-from .objective import LOADED, Objective
+from .objective import LOADED, OWN_TEACHER, Objective
 from .setting import flag_of
 from .train import STRATEGIES, TrainConfig
 
@@ -20,6 +20,7 @@ ALONE, BESIDE = "states that train alone (--peft none --train_parts state)", "st
 WHOLE = "a model that trains itself (--peft none)"
 INIT = "pissa_init"
 SEVERAL = "several --data_file"
+FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL, OWN_TEACHER)
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
@@ -32,7 +33,7 @@ BY_PARTS = "choose what trains with --train_parts, or name a --peft"
 BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
 SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
-ROWS = "take --data_type sft, pairs, labels or prompts, or leave it out"
+ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
 ONE = "make one file of them"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
@@ -84,7 +85,7 @@ RULES = (
         "take --dataload pad, which batches",
     ),
     Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
-    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts", "only tokens and rows of sft are mixed", ONE),
+    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts|contexts", "only tokens and rows of sft are mixed", ONE),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
@@ -100,6 +101,17 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
+    Rule(
+        "--data_type contexts", EXCLUDES, "--dataload !pack, --loss_mask !file", "its rows are laid out", "leave it out"
+    ),
+    Rule("--data_type contexts", EXCLUDES, "--context_parallel", "a teacher reads longer rows", "leave it out"),
+    Rule(
+        OWN_TEACHER,
+        EXCLUDES,
+        f"{WHOLE}, --train_parts !state, {LOADED}",
+        "its teacher is the base, which has to stay as it is",
+        "name the base as --teacher_model too, or leave it out",
+    ),
     Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
     Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
     Rule(
@@ -139,13 +151,14 @@ def values_of(*settings: Settings) -> dict[str, Any]:
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
         if isinstance(one, Objective):
             values["objective"] = one.name
+    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not values.get("teacher_model")
     return values
 
 
 def given(values: Mapping[str, Any]) -> Given:
     """The flags that are not their defaults, and the facts that hold."""
     flags = {name for name, field in FLAGS.items() if values.get(name) not in (None, field.default)}
-    return Given(values, flags | {fact for fact in (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL) if values.get(fact)})
+    return Given(values, flags | {fact for fact in FACTS if values.get(fact)})
 
 
 def check_settings(*settings: Settings, rules: Sequence[Rule] = RULES) -> Iterator[str]:

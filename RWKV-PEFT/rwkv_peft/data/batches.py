@@ -2,13 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .masks import undesirable
-from .samples import Document, Sample, Samples
+from .collate import Sample
+from .samples import Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
 Item = TypeVar("Item")
@@ -72,7 +72,7 @@ class TrainBatches:
     def batch(self, cursor: int, micro_batch: int) -> TrainBatch:
         """Micro batch `micro_batch` of this group in the optimizer step that begins at sample `cursor`."""
         first = cursor + (micro_batch * self.groups + self.group) * self.micro_bsz
-        batch = collate([self.samples[first + row] for row in range(self.micro_bsz)])
+        batch = self.samples.collate([self.samples[first + row] for row in range(self.micro_bsz)])
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         last = micro_batch == self.accumulate - 1
@@ -121,7 +121,7 @@ class EvalBatches:
         for index in range(len(self)):
             first = (index * self.groups + self.group) * self.micro_bsz
             require_unchanged(self.samples)
-            batch = collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+            batch = self.samples.collate([self._row(n) for n in range(first, first + self.micro_bsz)])
             yield batch | {"samples": self.samples, "first": first}
 
     def _row(self, n: int) -> Sample:
@@ -137,54 +137,6 @@ def require_unchanged(samples: Samples) -> None:
     """Raise UserError if a file that samples are read from was cut since."""
     for part in samples.parts:
         part.dataset.require_unchanged()
-
-
-def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted; and
-    weights (B, T), if the masks are weights.
-
-    Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
-    """
-    packed = [document for row in rows if isinstance(row, list) for document in row]
-    if packed:
-        return collate_packed(packed)
-    documents = [row for row in rows if isinstance(row, tuple)]
-    length = max(len(mask) for _, mask in documents)
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.zeros_like(tokens)
-    weigh = any(mask.is_floating_point() for _, mask in documents)  # of a mixture perhaps some
-    mask = torch.zeros(len(rows), length, dtype=torch.float32 if weigh else documents[0][1].dtype)
-    for row, (sequence, counted) in enumerate(documents):
-        size = len(counted)
-        tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
-    return {"tokens": tokens, "targets": targets} | told(mask)
-
-
-def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,); and
-    weights (1, sum of T_i), or labels (n,), if the masks tell them."""
-    masks = [mask for _, mask in documents]
-    batch = {
-        "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
-        "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
-        "cu_seqlens": torch.tensor([0, *map(len, masks)]).cumsum(0),
-        **told(torch.cat(masks)[None]),
-    }
-    if masks[0].dtype == torch.uint8:
-        batch["labels"] = torch.tensor([not undesirable(mask) for mask in masks])
-    return batch
-
-
-def told(mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a mask (B, T) tells of targets: mask, counted, and weights, if it is weights."""
-    counts = mask != 0
-    found = {"mask": counts, "counted": positions(counts)}
-    return found | {"weights": mask} if mask.is_floating_point() else found
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """The positions at which a mask (B, T) is true, in its B * T elements: int64 (n,)."""
-    return mask.flatten().nonzero()[:, 0]
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:

@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
 from .bad_rows import BadRows
 from .binidx import dtype_code
+from .contexts import in_context
+from .encode_settings import EncodeSettings
 from .labels import label_of, labelled
 from .masks import UNDESIRABLE
 from .pairs import pair
@@ -30,72 +31,9 @@ from .weights import weight_of
 Documents = list[list[Segment]]  # the documents of one row
 
 
-class Remedies(NamedTuple):
-    """The remedies for mistakes, in the flags of the command that reads the rows."""
-
-    unknown_form: str
-    no_end: str
-
-
-REMEDIES = MappingProxyType(
-    {
-        "preprocess": Remedies("name others with --fields", "take --no-append_eod"),
-        "train": Remedies("name others with --sft_field", "make token files with rwkv-peft preprocess --no-append_eod"),
-        "pairs": Remedies("name others with --sft_field", "take one that does"),
-        "labels": Remedies("name others with --sft_field", "take one that does"),
-        "prompts": Remedies("name another with --sft_field", "take one that does"),
-    }
-)
 # a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
 MOST_DIGESTS = 1 << 24  # rows that are compared to find repeated ones; each takes 8 bytes
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """The settings by which rows become documents.
-
-    - tokenizer: a name or path for load_tokenizer
-    - end_token: whether each document ends with the tokenizer's end_id
-    - fields: the field of the row's text, or those of its prompt and answer, or of its prompt, better and worse answer,
-      if they are not to be recognised
-    - template: the text of a template
-    - think: how answers of chats are opened, "", "on" or "off" (thinking.py)
-    - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
-    - max_tokens: the most that a document may have (0: no limit)
-    - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
-      "skip" leaves the document out
-    - command: the key of REMEDIES whose flags messages name; with "pairs" each row is two documents, its better and its
-      worse answer (pairs.py), with "labels" an answer with its label (labels.py), and with "prompts" a prompt
-      (prompts.py)
-    """
-
-    tokenizer: str = "world"
-    end_token: bool = True
-    fields: tuple[str, ...] = ()
-    template: str = ""
-    think: str = ""
-    skip_bad_rows: bool = False
-    max_tokens: int = 0
-    too_long: str = "left"
-    command: str = "preprocess"
-
-    @property
-    def pairs(self) -> bool:
-        return self.command == "pairs"
-
-    @property
-    def labels(self) -> bool:
-        return self.command == "labels"
-
-    @property
-    def prompts(self) -> bool:
-        return self.command == "prompts"
-
-    @property
-    def answered(self) -> bool:
-        """True if each document needs a prompt and an answer."""
-        return self.pairs or self.labels
 
 
 @dataclass
@@ -149,7 +87,7 @@ class Encoder:
     """A tokenizer and a template, ready to encode chunks."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        self.settings, self.remedies = settings, REMEDIES[settings.command]
+        self.settings, self.remedies = settings, settings.remedies
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
         self.end_id = self.tokenizer.end_id if settings.end_token else None
@@ -172,6 +110,8 @@ class Encoder:
             self.layout = lambda row, think: [labelled(row, settings.fields, think)]
         elif settings.prompts:
             self.layout = lambda row, think: [opened(row, settings.fields, think)]
+        elif settings.contexts:
+            self.layout = lambda row, think: in_context(row, settings.fields, think)
         elif settings.template:
             template = Template(settings.template)
             self.layout = lambda row, think: [template(row)]
@@ -184,9 +124,13 @@ class Encoder:
         """The documents of a row. If thinking is asked for and the row holds none, its answer is laid out as one at
         once; if either answer of a pair holds none, both are, because they answer the same prompt."""
         found = self.layout(row, self.settings.think)
-        if self.settings.think != "on" or all(map(thinks, found)):
+        if self.settings.think != "on" or all(map(thinks, self.told(found))):
             return found
         return self.layout(row, "off")
+
+    def told(self, documents: list[Any]) -> list[Any]:
+        """Those of a row's documents that ask and answer: all but a context."""
+        return documents[1:] if self.settings.contexts else documents
 
     def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -194,7 +138,7 @@ class Encoder:
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                whole = isinstance(item, str) and not self.settings.answered and not self.settings.prompts
+                whole = isinstance(item, str) and self.settings.command in ("preprocess", "train")
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
                 weight = 1.0 if self.settings.template else weight_of(row, self.settings.command)
@@ -204,13 +148,14 @@ class Encoder:
                     continue
                 convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
                 pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
+                added = not judge and self._add(pieces, chunk, result, tokens, mask)
             except UserError as error:
                 more = f"; {self.remedies.unknown_form}" if isinstance(error, UnknownForm) else ""
                 result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
                 continue
             result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
-            if not judge and self._add(pieces, chunk, result, tokens, mask) and not whole:
-                self._count(documents, result.counts)
+            if added and not whole:
+                self._count(self.told(documents), result.counts)
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -239,7 +184,7 @@ class Encoder:
         self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
     ) -> bool:
         """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask; ->
-        False if they are left out."""
+        False if they are left out. Raises UserError for a context that is too long."""
         if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
             result.counts["empty"] += 1
             return False
@@ -247,13 +192,20 @@ class Encoder:
             result.counts["equal"] += 1
             return False
         if self.end_id is not None and chunk.ends:
-            for pieces in documents:
+            for pieces in self.told(documents):
                 pieces.append(([self.end_id], pieces[-1][1]))
-        longest, limit = max(map(length, documents)), self.settings.max_tokens
+        read_at_once = sum if self.settings.contexts else max
+        longest, limit = read_at_once(map(length, documents)), self.settings.max_tokens
         if limit and longest > limit:
             if self.settings.too_long == "skip":
                 result.counts["too_long"] += 1
                 return False
+            if self.settings.contexts:
+                raise UserError(
+                    f"the context with its question and answer has {longest:,} tokens, and --ctx_len {limit - 1:,} is "
+                    f"the most; take --ctx_len {longest - 1} or more, a shorter context, or --sft_long skip to leave "
+                    "such rows out"
+                )
             documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
             result.counts["shortened"] += 1
         for pieces in documents:

@@ -6,9 +6,10 @@ import torch
 from ..cli import counted
 from ..errors import UserError
 from .binidx import BinidxDataset
+from .collate import Document
 from .masks import Mask
 from .pair_samples import AnswerSamples
-from .samples import Document, Units
+from .samples import Units
 
 
 class LabelSamples(AnswerSamples):

@@ -5,8 +5,9 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from .binidx import BinidxDataset
+from .collate import Document
 from .masks import Mask
-from .samples import Document, DocumentSamples
+from .samples import DocumentSamples
 
 
 class PackedSamples(DocumentSamples):

@@ -4,8 +4,9 @@ import numpy as np
 
 from ..cli import counted
 from .binidx import BinidxDataset
+from .collate import Document
 from .masks import Mask
-from .samples import Document, DocumentSamples
+from .samples import DocumentSamples
 
 
 class AnswerSamples(DocumentSamples):

@@ -23,7 +23,8 @@ from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
 from .binidx import BinidxDataset
 from .binidx_writer import BinidxWriter
-from .encoding import Encoded, EncodeSettings, encoder
+from .encode_settings import EncodeSettings
+from .encoding import Encoded, encoder
 from .order import Permutation
 from .prefix import ENDINGS, binidx_prefix
 from .preprocess_flags import parse_flags

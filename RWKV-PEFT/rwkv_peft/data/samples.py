@@ -17,6 +17,7 @@ import torch
 from ..cli import counted
 from ..errors import UserError
 from .binidx import BinidxDataset
+from .collate import Document, Sample, collate
 from .masks import Mask
 from .order import Permutation
 from .recorded import Vocabulary
@@ -24,8 +25,6 @@ from .recorded import Vocabulary
 BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of similar length that stay together
 STRETCH = 1 << 14  # documents that begin in the same stretch of so many tokens are masked in one call
 Units = range | np.ndarray
-Document = tuple[torch.Tensor, torch.Tensor]  # its tokens and its mask
-Sample = Document | list[Document]
 
 
 class Samples(ABC):
@@ -92,6 +91,10 @@ class Samples(ABC):
     @abstractmethod
     def count(self, n: int) -> float:
         """The number of targets of sample n that count, or the sum of their weights."""
+
+    def collate(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """The tensors of a batch of samples."""
+        return collate(rows)
 
     def packs(self, rows: int) -> tuple[int, int]:
         """The fewest and the most documents that `rows` samples pack into one row; (0, 0) if nothing is packed."""

@@ -17,7 +17,7 @@ from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from ..names import user_cache
-from .encoding import EncodeSettings
+from .encode_settings import EncodeSettings
 from .prefix import ENDINGS
 from .preprocess import write
 from .prompt_samples import ROWS

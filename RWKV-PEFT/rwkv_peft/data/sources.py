@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
 from .binidx import BinidxDataset
+from .context_samples import ContextSamples
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
@@ -27,7 +28,7 @@ from .sft import prepare_sft
 
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
-    {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples}
+    {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples, "contexts": ContextSamples}
 )
 
 

@@ -12,7 +12,8 @@ from multiprocessing import get_context, parent_process
 
 from ..children import elsewhere
 from ..errors import UserError
-from .encoding import Encoded, EncodeSettings, encode_chunk
+from .encode_settings import EncodeSettings
+from .encoding import Encoded, encode_chunk
 from .rows import Chunk
 
 

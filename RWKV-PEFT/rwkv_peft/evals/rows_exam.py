@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..data.collate import Document
 from ..data.masks import undesirable
-from ..data.samples import Document, DocumentSamples, Samples
+from ..data.samples import DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError

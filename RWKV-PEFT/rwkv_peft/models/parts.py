@@ -28,11 +28,13 @@ HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, the h
 
 class Recurrent(nn.Module):
     """A time mix whose wkv state before the first token may be tuned: time_state (H, N value, N key), as in files, or
-    None for zeros. rows_are_keys tells the axes of the states that it computes with (Family.rows_are_keys).
+    None for zeros; while `untrained` is set, it is zeros. rows_are_keys tells the axes of the states that it computes
+    with (Family.rows_are_keys).
     """
 
     rows_are_keys: bool
     time_state: nn.Parameter | None
+    untrained = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +44,13 @@ class Recurrent(nn.Module):
         """The wkv states (sequences, H, N, N) before the first token, or None for zeros. carried (m, H, N, N) or None
         are those of the first m sequences; the others begin from time_state."""
         missing = sequences - (0 if carried is None else carried.shape[0])
-        if missing == 0 or (carried is None and self.time_state is None):
+        tuned = None if self.untrained else self.time_state
+        if missing == 0 or (carried is None and tuned is None):
             return carried
-        if self.time_state is None:
+        if tuned is None:
             assert carried is not None
             return torch.cat([carried, carried.new_zeros(missing, *carried.shape[1:])])
-        start = swapped(self.time_state) if self.rows_are_keys else self.time_state
+        start = swapped(tuned) if self.rows_are_keys else tuned
         # so that backward sums over the sequences in float32, also for a bfloat16 model
         fresh = start.to(torch.promote_types(start.dtype, torch.float32)).expand(missing, -1, -1, -1)
         return fresh if carried is None else torch.cat([carried, fresh])

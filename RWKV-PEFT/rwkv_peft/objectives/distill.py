@@ -1,4 +1,6 @@
-"""Distillation: say what a teacher says, another model with the same tokens, at each token that counts.
+"""Distillation: say what a teacher says at each token that counts: another model with the same tokens, or the model
+as it was before training, which reads a context that its student does not see (context distillation: Askell et al.
+2021, arXiv 2112.00861, section 2.1; Snell et al. 2022, arXiv 2209.15189).
 
 The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
 cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens are those of rows, or those of
@@ -36,7 +38,7 @@ class Distill(Draws):
 
     name = "distill"
     text = "nearness to a teacher's probabilities of each token that counts"
-    rows = ("binidx", "prompts", "sft")
+    rows = ("binidx", "contexts", "prompts", "sft")
     needs = (TEACHER,)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
@@ -44,7 +46,14 @@ class Distill(Draws):
         ("--train_type infctx", "the teacher reads whole rows", "leave it out, and take shorter rows"),
     )
     rules = (
-        Rule("--objective distill", NEEDS, "--teacher_model", "it learns from one", "name a .pth of the same tokens"),
+        Rule(
+            "--objective distill",
+            NEEDS,
+            "--teacher_model, --data_type contexts",
+            "it learns from one",
+            "name a .pth of the same tokens, or give rows with contexts, in which the model teaches itself",
+        ),
+        Rule("--teacher_adapter, --teacher_state", NEEDS, "--teacher_model", "it belongs to that model"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
         Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
         Rule(OF_DRAWING, EXCLUDES, "--data_type !prompts", "it is about drawn answers"),

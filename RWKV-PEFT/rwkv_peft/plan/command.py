@@ -9,6 +9,7 @@ import torch
 
 from ..adapters.inject import InjectReport
 from ..cli import counted
+from ..config.objective import TEACHER
 from ..errors import UserError
 from ..files.base import Base
 from ..files.dtypes import DTYPES
@@ -76,6 +77,8 @@ def estimate_of(request: Request, accelerator: str) -> Estimate:
     new model is made in memory."""
     config, base = request.config, request.base
     teacher = None if request.teacher is None else request.teacher.config
+    if teacher is None and TEACHER in config.objective.needs:
+        teacher = config.model  # which teaches itself
     if base is None:
         return Estimate.of(config, accelerator, mapped=config.adapter.method != NONE, teacher=teacher)
     dtype = DTYPES[config.train.precision]

@@ -213,8 +213,8 @@ class Estimate:
         ]
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of a teacher, which is whole on each device, and whose pass comes before the student's and keeps
-        only the hidden states."""
+        """The parts of a teacher, which is whole on each device unless the model teaches itself, and whose pass comes
+        before the student's and keeps only the hidden states."""
         teacher, dtype, here = self.teacher, self.dtype, self.accelerator
         if teacher is None:
             return []
@@ -223,7 +223,7 @@ class Estimate:
         step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, setting, False)
         weights = sum(map(math.prod, family.shapes(teacher).values()))
         return [
-            Part("weights of the teacher", here, weights * dtype.itemsize),
+            Part("weights of the teacher", here, weights * dtype.itemsize if self.config.objective.teacher else 0),
             Part("work of a block of the teacher", here, step.kept.at(rows, tokens) // teacher.n_layer, (LOSS,)),
             Part("hidden states of the teacher", here, rows * tokens * teacher.n_embd * dtype.itemsize, (LOSS,)),
         ]

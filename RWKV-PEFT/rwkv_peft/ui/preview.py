@@ -14,7 +14,8 @@ import numpy as np
 
 from ..config import DATA_TYPES
 from ..data.binidx import BinidxDataset
-from ..data.encoding import EncodeSettings, encoder
+from ..data.encode_settings import EncodeSettings
+from ..data.encoding import encoder
 from ..data.preprocess import write
 from ..data.report import laid_out, left_out
 from ..data.show import pieces

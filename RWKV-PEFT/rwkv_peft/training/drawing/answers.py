@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ...config import RunConfig
-from ...data.batches import collate_packed
+from ...data.collate import collate_packed
 from ...data.prompt_samples import PromptSamples
 from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer

@@ -166,7 +166,8 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
-    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
+    learned = data.of_answers or data.of_contexts
+    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and learned
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
@@ -219,6 +220,11 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
+    if base is not None and base.has_states and data.of_contexts and not objective.teacher:
+        raise UserError(
+            f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
+            "without them; name it as --teacher_model too"
+        )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
     new_file, teacher = args.train_stage == 1, open_teacher(objective, model.vocab_size)
     return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config, teacher)
@@ -265,7 +271,7 @@ def data_config(args: Namespace) -> DataConfig:
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.documents > 1 else "get"),
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
         loss_mask=loss_mask,
         more=tuple(args.more_data),
         seed=args.random_seed if args.data_shuffle else None,

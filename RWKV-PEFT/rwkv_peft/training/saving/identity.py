@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
-from ...data.batches import collate
 from ...data.samples import Samples
 from ...errors import UserError, told
 from ...files.digest import digest_of
@@ -39,8 +38,8 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
         settings["val_seed"] = config.train.val_seed
     content, counted = hashlib.sha256(), hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
-        sample = collate([samples[n]])
-        content.update(sample["tokens"].numpy().tobytes())
+        sample = samples.collate([samples[n]])
+        content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
         counted.update(sample.get("weights", sample["mask"]).numpy().tobytes())
     hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
     hashes["files"] = digest_of_data(config, samples)

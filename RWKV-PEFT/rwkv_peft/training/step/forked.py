@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...config import RunConfig
-from ...data.batches import collate, positions
+from ...data.collate import positions
 from ...data.samples import Samples
 from ...models.state import State
 from ...ops.recurrence.checks import vouch
@@ -29,7 +29,7 @@ def saved_tokens(config: RunConfig, samples: Samples, accelerator: str) -> int:
     data, train = config.data, config.train
     if data.documents == 1 or data.of_prompts or train.cuda_graphs or train.share_prompts is False:
         return 0
-    batches = [collate([samples[n]]) for n in range(0, len(samples), -(-len(samples) // LOOKED_AT))]
+    batches = [samples.collate([samples[n]]) for n in range(0, len(samples), -(-len(samples) // LOOKED_AT))]
     saved = [batch["tokens"].numel() - tokens_read(batch | forked(batch, data.documents)) for batch in batches]
     mean = max(0, sum(saved) * data.micro_bsz // len(saved))
     return mean if train.share_prompts or mean >= (GPU_WORTH if accelerator == "gpu" else WORTH) else 0

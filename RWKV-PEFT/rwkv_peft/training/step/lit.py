@@ -96,8 +96,9 @@ class Lit(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if "cu_seqlens" in batch:  # checked on the CPU: reading a GPU's copy would wait for the GPU
-            vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
+        for reader in ("", "teacher_"):
+            if (bounds := f"{reader}cu_seqlens") in batch:  # on the CPU: reading a GPU's copy would wait for the GPU
+                vouch(moved[bounds], batch[bounds], batch[f"{reader}tokens"].shape[1])
         return moved | self.compute.sent(batch, device)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...data.batches import positions
+from ...data.collate import positions
 from ...models.state import State
 from ...ops.recurrence.checks import vouch
 

@@ -81,7 +81,8 @@ def seen_by_teacher(batch: Batch) -> Batch:
 
 class Whole(Step):
     """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
-    before training, for objectives that ask for its word, as others do for that of a `teacher`. group: so many packed
+    before training, for objectives that ask for its word, as others do for that of a `teacher`; without one, the model
+    as it was before training teaches, which reads more of each row. group: so many packed
     documents share what they begin with, which is computed once for them; 0 computes whole documents."""
 
     teacher_way: Way = staticmethod(straight)
@@ -107,8 +108,10 @@ class Whole(Step):
 
         @torch.no_grad()
         def through_teacher(head: HeadFunction) -> torch.Tensor:
-            assert self.teacher is not None  # because the run's objective asks for its word
-            return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
+            if self.teacher is not None:
+                return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
+            with untrained(model):
+                return straight(model, seen_by_teacher(batch), head)
 
         passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
         loss, self.measures = self.objective.loss(passes, batch, count)

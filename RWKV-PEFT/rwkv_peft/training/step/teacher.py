@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from ...config import Objective, RunConfig
-from ...config.objective import TEACHER
 from ...data.recorded import Vocabulary, recorded_beside
 from ...errors import UserError
 from ...files.adapters import read_adapter
@@ -26,9 +25,9 @@ class Teacher(NamedTuple):
 
 
 def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
-    """Open the teacher that an objective asks for, with its adapters and states, None if it asks for none. Raises
+    """Open the teacher that an objective names, with its adapters and states, None if it names none. Raises
     UserError as opening and merging do, and for another vocabulary than the student's."""
-    if TEACHER not in objective.needs:
+    if not objective.teacher:
         return None
     teacher = open_base(objective.teacher)
     if teacher.config.vocab_size != vocab_size:

@@ -1,0 +1,58 @@
+"""Measures how likely a model finds the answers to held-out questions, with the text before them and without."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..data.samples import Samples
+from ..evals.rows_exam import last_answer
+from ..evals.scoring import score
+from ..generate.loading import Subject
+
+BATCH = 16  # questions that are read at once
+LEAST = 0.01  # of what the text tells, that counts as learned
+ALONE, BEHIND = 0, 1  # the documents of a sample: a question with its answer, and the same behind its context
+
+
+class Word(NamedTuple):
+    """What a model says of answers: nats a token, and the share that it gives itself, word for word."""
+
+    nats: float
+    right: float
+
+    def __str__(self) -> str:
+        return f"{self.nats:.3f} nats a token, {self.right:.0%} word for word"
+
+
+def word_of(subject: Subject, samples: Samples, document: int) -> Word:
+    """What a model says of the answers in one of the documents (ALONE, BEHIND) of samples of rows with contexts."""
+    questions = list(answers_in(samples, document, subject.tokenizer.end_id))
+    logprob, right = 0.0, 0
+    for first in range(0, len(questions), BATCH):
+        prompts, answers = zip(*questions[first : first + BATCH])
+        for [found] in score(subject.model, prompts, [[answer] for answer in answers], subject.start):
+            logprob += found.logprob
+            right += found.greedy
+    return Word(-logprob / sum(len(answer) for _, answer in questions), right / len(questions))
+
+
+def answers_in(samples: Samples, document: int, end_id: int | None) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the tokens of each question and of its answer, without the end of the document, which a text that goes on
+    does not have."""
+    for n in range(len(samples)):
+        sample = samples[n]
+        assert isinstance(sample, list)  # because these are rows with contexts
+        if found := last_answer(sample[document]):
+            prompt, answer = map(list, found)
+            yield prompt, answer[:-1] if answer[-1] == end_id and len(answer) > 1 else answer
+
+
+def verdict(behind: Word, alone: Word, after: Word) -> str:
+    """Say in words what was learned: behind and alone are the base's words with the text and without, after that of the
+    trained model without."""
+    helped, learned = alone.nats - behind.nats, alone.nats - after.nats
+    if helped <= 0:
+        return "nothing can be learned: the text before the questions does not make their answers likelier to the model"
+    if learned < LEAST * helped:
+        why = "raise the rate or the number of epochs, or train an adapter (--peft bone)"
+        return f"nothing was learned: without the text the answers are no likelier than before; {why}"
+    return f"learned {min(learned / helped, 1):.0%} of what the text before the questions tells"

@@ -1,0 +1,180 @@
+"""--data_type contexts by the command that a user types: the base, which reads the contexts, teaches what trains."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.data.collate import collate_packed
+from rwkv_peft.data.sources import build_samples
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.objectives.distill import Distill
+from rwkv_peft.ops.recurrence.checks import bounds_on_host
+from rwkv_peft.plan.command import main as plan
+from rwkv_peft.training.flags.request import parse_flags, parse_run
+from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
+from rwkv_peft.training.step.lit import Lit
+from rwkv_peft.training.step.steps import Whole
+from training.runs import ROOT, finish, metrics, start_ranks
+
+STATE = ("--peft", "none", "--train_parts", "state", "--lr_init", "0.1", "--lr_final", "0.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    folder = tmp_path_factory.mktemp("contexts")
+    save_model(folder / "base.pth", tiny_state(vocab_size=257, dtype=torch.bfloat16))
+    rows = ({"context": "AB" * (1 + i % 7), "question": f"{i}?", "answer": f"{i % 3}!"} for i in range(20))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder, accelerator):
+    def run(name, *more):
+        flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "contexts"]
+        flags += ["--tokenizer", "bytes", "--ctx_len", 64, "--accumulate_grad_batches", 2, "--val_split", 0.2]
+        flags += [
+            "--accelerator",
+            accelerator,
+            "--epoch_count",
+            2,
+            "--epoch_save",
+            1,
+            "--data_shuffle",
+            0,
+            "--answer_rows",
+            0,
+        ]
+        flags += ["--lr_schedule", "constant", "--proj_dir", folder / name, *more]
+        ranks = start_ranks([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
+        return [finish(rank) for rank in ranks][0][0]
+
+    return run
+
+
+def test_states_come_nearer_to_what_the_base_says_with_the_context(folder, train):
+    """And a run goes on with the same bits."""
+    more = ("--precision", "bf16", "--micro_bsz", 2, *STATE)
+    out = train("state", *more)
+    assert "teacher   the base, without what trains, which reads each row behind its context\n" in out
+    first, *_, last = (line["val_loss"] for line in metrics(folder, "state") if "val_loss" in line)
+    assert last < first
+    shutil.copytree(folder / "state", folder / "parts")
+    _, second = sorted((folder / "parts" / CHECKPOINTS).iterdir())
+    shutil.rmtree(second)
+    assert "resuming after step 4" in train("parts", *more, "--resume")
+    whole, parts = ((folder / name / "adapter.safetensors").read_bytes() for name in ("state", "parts"))
+    assert whole == parts
+
+
+def test_ranks_with_gathered_weights_compute_the_same(folder, train):
+    """Of an adapter and states, of which neither changes what the base says."""
+    more = ("--precision", "fp32", "--bone_r", 16, "--lr_init", "3e-3", "--train_parts", "state", "--epoch_count", 1)
+    train("one", "--micro_bsz", 2, *more)
+    train("cut", "--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_3", "--grad_cp", 1, *more)
+    for ours, theirs in zip(metrics(folder, "cut"), metrics(folder, "one"), strict=True):
+        for number in ("loss", "kl", "nll"):
+            assert ours[number] == pytest.approx(theirs[number], rel=1e-3), (ours["step"], number)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, family, monkeypatch):
+    """Whatever an adapter and tuned states have become."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    data = DataConfig(
+        str(folder / "rows.jsonl"),
+        data_type="contexts",
+        tokenizer="bytes",
+        dataload="pack",
+        loss_mask="file",
+        ctx_len=64,
+        seed=None,
+    )
+    samples = build_samples(data, 257)
+    batch = samples.collate([samples[n] for n in range(3)])
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=257, head_size=8)).double()
+    base = family.build(model.config).double()
+    family.init_weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    base.load_state_dict(model.state_dict())
+    model.tune_states()
+    inject(model, AdapterConfig(rank=8, train_parts=("state",)), family=family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    step = Whole(Distill())
+    due = 0.0
+    for n in range(3):
+        (own, mask), (whole, its) = samples[n]
+        p, q = (net(tokens[None, :-1])[0][0, counts].log_softmax(1) for net, tokens, counts in (
+            (model, own, mask), (base, whole, its)
+        ))  # fmt: skip
+        due += (q.exp() * (q - p)).sum().item()
+    assert step.loss(model, batch, 1).item() == pytest.approx(due, rel=1e-9)
+    assert not any(getattr(module, "untrained", False) for module in model.modules())
+
+
+def test_the_teachers_bounds_are_vouched_for(monkeypatch):
+    """Nobody reads them from a GPU: the meta device has no values."""
+    own, whole = (collate_packed([(torch.arange(size), torch.ones(size - 1).bool())] * 2) for size in (4, 9))
+    batch = own | {f"teacher_{name}": tensor for name, tensor in whole.items()}
+    lit = Lit(torch.nn.Linear(1, 1), TrainConfig(), Whole(Distill()), 1)
+    moved = lit.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert bounds_on_host(moved["cu_seqlens"]) == [0, 3, 6]
+    assert bounds_on_host(moved["teacher_cu_seqlens"]) == [0, 8, 16]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--peft", "none"),
+            r"\(--data_type contexts without --teacher_model\) does not go with a model that trains it",
+        ),
+        (("--train_parts", "ln", "state"), "does not go with --train_parts ln state: its teacher is the base, which"),
+        (("--bone_load", "x.safetensors"), r"does not go with an adapter to start from \(x.safetensors\): its teacher"),
+        (("--dataload", "pad"), "--data_type contexts does not go with --dataload pad"),
+        (("--loss_mask", "none"), "--data_type contexts does not go with --loss_mask none"),
+        (("--teacher_state", "s.pth"), "--teacher_state s.pth needs --teacher_model: it belongs to that model"),
+        (
+            ("--objective", "next_token"),
+            "--objective next_token learns from --data_type binidx or sft, and the data is",
+        ),
+    ],
+)
+def test_what_does_not_go_with_contexts_is_refused(flags, message):
+    given = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--data_type", "contexts"]
+    with pytest.raises(UserError, match=message):
+        parse_flags([*given, *flags])
+    if "--dataload" not in flags and len(flags) == 2 and flags[0] in ("--peft", "--bone_load"):
+        assert parse_flags([*given, *flags, "--teacher_model", "t.pth"]).objective == Distill("t.pth")
+    assert parse_flags([*given, *STATE]).data.dataload == "pack"
+
+
+def test_a_base_that_holds_states_is_no_teacher_of_itself(folder, tiny_state):
+    weights = tiny_state(vocab_size=257)
+    model = parse_run(["--load_model", str(folder / "base.pth"), "--data_file", "x", "--peft", "none"]).config.model
+    states = {key: torch.ones(shape) for key, shape in time_state_shapes(model).items()}
+    save_model(folder / "begun.pth", weights | states)
+    given = ["--load_model", str(folder / "begun.pth"), "--data_file", "x", "--data_type", "contexts", *STATE]
+    with pytest.raises(UserError, match="begun.pth holds tuned time states, .* name it as --teacher_model too"):
+        parse_run(given)
+    assert parse_run([*given, "--teacher_model", str(folder / "begun.pth")]).teacher.has_states
+
+
+def test_a_plan_counts_what_the_model_teaches_itself(folder, capsys):
+    plan(["--load_model", str(folder / "base.pth"), "--data_type", "contexts", *STATE, "--accelerator", "cpu"])
+    out = capsys.readouterr().out
+    assert "hidden states of the teacher" in out and "weights of the teacher" not in out
