@@ -20,7 +20,7 @@ CONNECTIONS = 512  # the most at a time; a process may have 1,024 open files
 class Protocol(H11Protocol):
     """A connection that ends if the head of a request does not come in time, and if there are too many others."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
