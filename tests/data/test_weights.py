@@ -64,7 +64,6 @@ def test_what_says_nothing_is_a_bad_row(preprocess, row, message):
     [
         ("pairs", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
         ("labels", {"prompt": "Q", "completion": "A", "label": True}),
-        ("prompts", {"prompt": "QQ"}),
     ],
 )
 def test_rows_whose_loss_has_no_weights_refuse_them(answers, data_type, row):

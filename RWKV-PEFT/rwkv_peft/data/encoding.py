@@ -141,7 +141,9 @@ class Encoder:
                 whole = isinstance(item, str) and self.settings.command in ("preprocess", "train")
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
-                weight = 1.0 if self.settings.template else weight_of(row, self.settings.command)
+                weight = (
+                    1.0 if self.settings.template or self.settings.prompts else weight_of(row, self.settings.command)
+                )
                 undesirable = self.settings.labels and not label_of(row, self.settings.fields)
                 if self.settings.answered and not all(map(asked_and_answered, documents)):
                     result.counts["bare"] += 1

@@ -10,14 +10,33 @@ export async function chatPage(place, about, signal, folder) {
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
   const tokenizer = el("input", { id: "tokenizer", value: kept.tokenizer ?? "", placeholder: "as the files say", spellcheck: false });
-  const error = el("div"), status = el("div"), talk = el("div");
+  const error = el("div"), status = el("div"), talk = el("div"), running = el("ul", { className: "list" });
+  let used = "", loading = null;
   const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
   place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
   el("div", { className: "fields" }, model.box, adapter.box, state.box, el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer)),
-  el("div", { className: "row" }, open), error, status, talk);
-  const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.words[0] === "serve" && job.state === "running");
-  if (jobs.length && !run) enter(jobs[0].id);
+  el("div", { className: "row" }, open), running, error, status, talk);
+  const served = await list();
+  if (served.length && !run) enter(served[0].id);
+
+  // Lists the models that are open, each with its memory, until someone closes them.
+  async function list() {
+    const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.words[0] === "serve" && job.state === "running");
+    running.replaceChildren(...jobs.map((job) => el("li", {}, el("span", {}, `open: ${job.words.filter((word) => /\.(pth|safetensors)$/.test(word)).join(", ")}`),
+      el("button", { type: "button", onclick: () => enter(job.id) }, "Use"), el("button", { type: "button", onclick: () => close(job.id) }, "Close"))));
+    return jobs;
+  }
+
+  async function close(id) {
+    try {
+      await post(`/api/jobs/${id}/stop`);
+      if (id === used) talk.replaceChildren();
+      setTimeout(list, 2000);
+    } catch (problem) {
+      tell(error, problem);
+    }
+  }
 
   async function begin() {
     const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), state: state.input.value.trim(), tokenizer: tokenizer.value.trim() };
@@ -34,9 +53,11 @@ export async function chatPage(place, about, signal, folder) {
   }
 
   function enter(id) {
+    used = id;
     talk.replaceChildren();
     status.replaceChildren(el("p", { className: "note" }, "loading the model …"));
-    const leave = new AbortController();
+    loading?.abort();
+    const leave = (loading = new AbortController());
     signal.addEventListener("abort", () => leave.abort());
     repeat(leave.signal, 1, async () => {
       const job = await get(`/api/jobs/${id}`).catch((problem) => ({ state: "lost", problem }));
@@ -46,8 +67,9 @@ export async function chatPage(place, about, signal, folder) {
         return showJob(status, id, signal);
       }
       const models = await get(`/api/chat/${id}/v1/models`).catch(() => null);
-      if (!models) return;
+      if (!models || leave.signal.aborted) return;
       leave.abort();
+      list();
       status.replaceChildren();
       draw(id, models.data.map((one) => one.id));
     });
@@ -68,7 +90,7 @@ export async function chatPage(place, about, signal, folder) {
     const say = el("button", { className: "main" }, "Send");
     const again = el("button", { type: "button", onclick: () => { seed.input.value = Number(seed.input.value) + 1; columns.forEach((one) => one.again()); } }, "Regenerate");
     const clear = el("button", { type: "button", onclick: () => columns.forEach((one) => one.clear()) }, "New chat");
-    const end = el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).then(() => talk.replaceChildren(), (problem) => tell(error, problem)) }, "Close the model");
+    const end = el("button", { type: "button", onclick: () => close(id) }, "Close the model");
     const form = el("form", { onsubmit: (event) => {
       event.preventDefault();
       const said = text.value.trim();
