@@ -109,7 +109,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
         said = page.get_by_role("region", name=name).locator(".turn.assistant span")
         expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
     press(page, "Regenerate")
-    expect(page.get_by_text("open: base.pth, out/mine/adapter.safetensors")).to_be_visible()
+    expect(page.get_by_text("open: base.pth, adapter=out/mine/adapter.safetensors")).to_be_visible()
     press(page, "Close the model")
     expect(message).to_be_hidden()
     expect(page.get_by_text("open: base.pth")).to_be_hidden(timeout=LONG)
@@ -119,7 +119,7 @@ def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_pag
     page = open_page()
     go(page, "Train")
     fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "long"}
-    for label, value in {**fields, "Epochs": "40", "Rows a step": "8"}.items():
+    for label, value in {**fields, "Epochs": "20", "Rows a step": "8"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")

@@ -19,10 +19,14 @@ export async function chatPage(place, about, signal, folder) {
   el("div", { className: "row" }, open), running, error, status, talk);
   const served = await list();
   if (served.length && !run) enter(served[0].id);
+  repeat(signal, 3, list);
 
   // Lists the models that are open, each with its memory, until someone closes them.
   async function list() {
     const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.words[0] === "serve" && job.state === "running");
+    const open = jobs.map((job) => job.id).join();
+    if (running.dataset.open === open) return jobs;
+    running.dataset.open = open;
     running.replaceChildren(...jobs.map((job) => el("li", {}, el("span", {}, `open: ${job.words.filter((word) => /\.(pth|safetensors)$/.test(word)).join(", ")}`),
       el("button", { type: "button", onclick: () => enter(job.id) }, "Use"), el("button", { type: "button", onclick: () => close(job.id) }, "Close"))));
     return jobs;
@@ -32,7 +36,6 @@ export async function chatPage(place, about, signal, folder) {
     try {
       await post(`/api/jobs/${id}/stop`);
       if (id === used) talk.replaceChildren();
-      setTimeout(list, 2000);
     } catch (problem) {
       tell(error, problem);
     }
@@ -69,7 +72,6 @@ export async function chatPage(place, about, signal, folder) {
       const models = await get(`/api/chat/${id}/v1/models`).catch(() => null);
       if (!models || leave.signal.aborted) return;
       leave.abort();
-      list();
       status.replaceChildren();
       draw(id, models.data.map((one) => one.id));
     });
