@@ -15,6 +15,7 @@ LONG = 120_000  # milliseconds for what computes
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
+        expect.set_options(timeout=30_000)  # the other worker's tests slow the page down
         chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield chromium
         chromium.close()
