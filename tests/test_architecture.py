@@ -59,7 +59,8 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
-    ("serve", ("serve",), ("generate",)),
+    ("gate", ("serve/guard", "serve/refused"), ("base",)),  # of any server
+    ("serve", ("serve",), ("generate", "gate")),
     ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("generate",)),
     ("rewards", ("rewards",), ("evals",)),
@@ -81,7 +82,7 @@ PARTS = (
         ("training", "evals", "rewards"),
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
-    ("page", ("ui",), ("train flags", "data")),  # it starts the commands that compute
+    ("page", ("ui",), ("train flags", "data", "gate")),  # it starts the commands that compute
     ("compare", ("compare",), ("run",)),
     ("study", ("study",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name

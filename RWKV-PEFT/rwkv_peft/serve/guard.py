@@ -50,6 +50,10 @@ class Gate:
             raise Refused(401, "the key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise Refused(415, f"a body is due as {JSON}")
+        self.judge_size(headers)
+
+    def judge_size(self, headers: dict[str, str]) -> None:
+        """Raise Refused for a body that says that it is too large."""
         size = headers.get("content-length", "0")
         if not size.isdecimal() or int(size) > self.most:
             raise self.too_large

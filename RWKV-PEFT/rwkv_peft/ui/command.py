@@ -11,7 +11,7 @@ import uvicorn
 from ..errors import UserError
 from .app import make_app
 from .flags import parse_flags
-from .guard import Guard
+from .guard import Page
 
 HOST = "127.0.0.1"
 
@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
         print("          Ctrl-C ends the page; what it started goes on", flush=True)
         if not options.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        app = Guard(make_app(Path(options.files)), key, port)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
+        app = Page(make_app(Path(options.files)), key, port)
+        server = uvicorn.Server(
+            uvicorn.Config(app, ws="none", log_level="warning", access_log=False, server_header=False)
+        )
         server.run(sockets=[listener])
     return 0
