@@ -40,7 +40,7 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", tokenizer:
 
 def port_of(jobs: Jobs, name: str) -> int:
     """The port of a running server. Raises UserError if the job is none."""
-    job = jobs.read(name)
+    job = jobs.job(name)
     words = job["words"]
     if words[0] != "serve" or "--port" not in words or job["state"] != RUNNING:
         raise UserError(f"job {name} serves no model now; open it again")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -53,10 +55,7 @@ class Jobs:
         numbers = self.numbers()
         for number in numbers[:-HELD]:
             if self.state(self.folder / str(number)) != RUNNING:
-                for name in (OUTPUT, EXIT, COMMAND):
-                    (self.folder / str(number) / name).unlink(missing_ok=True)
-                with suppress(OSError):
-                    (self.folder / str(number)).rmdir()
+                shutil.rmtree(self.folder / str(number), ignore_errors=True)
         number = numbers[-1] + 1 if numbers else 1
         while True:
             with suppress(FileExistsError):
@@ -94,12 +93,16 @@ class Jobs:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
 
-    def read(self, name: str, begin: int = 0) -> dict[str, Any]:
-        """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
-        folder = self.folder_of(name)
-        job = self.described(folder)
+    def job(self, name: str) -> dict[str, Any]:
+        """A job without its output. Raises UserError if there is none of that number."""
+        job = self.described(self.folder_of(name))
         if job is None:
             raise UserError(f"there is no job {name}")
+        return job
+
+    def read(self, name: str, begin: int = 0) -> dict[str, Any]:
+        """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
+        folder, job = self.folder_of(name), self.job(name)
         with suppress(FileNotFoundError), open(folder / OUTPUT, "rb") as output:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(begin, size - TAIL, 0))
@@ -122,6 +125,6 @@ def interrupt(lock: Path, what: str) -> None:
     held = holder(lock)
     if held is None:
         raise UserError(f"{what} does not run")
-    if held.get("host") != os.uname().nodename or not isinstance(held.get("process"), int):
+    if held.get("host") != platform.node() or not isinstance(held.get("process"), int):
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
     os.kill(held["process"], signal.SIGINT)
