@@ -231,6 +231,11 @@ share = that(not_negative, lambda value: value <= 1, "is no share, which is from
 stop_text = that(str, bool, "is an empty text, which would stop before the first token; leave it out")
 
 
+def add_stop_flag(add: Callable[..., object], text: str) -> None:
+    """Add --stop, texts that end what a model writes, to a parser by its `add`; text is the flag's help."""
+    add("--stop", type=stop_text, nargs="+", default=[], metavar="TEXT", help=text)
+
+
 def rate(text: str) -> float | str:
     """Read a learning rate, or AUTO, for one that is chosen."""
     return text if text == AUTO else not_negative(text)

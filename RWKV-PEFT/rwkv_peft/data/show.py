@@ -29,12 +29,17 @@ def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer, ma
     """The first `number` documents of a BinidxDataset, one below the other."""
     blocks: list[str] = []
     for index in range(min(number, len(dataset))):
-        start, tokens = dataset.start(index), dataset[index]
-        counted = np.ones(len(tokens), dtype=bool)
-        if dataset.mask is not None:
-            counted = dataset.mask[start : start + len(tokens)] != 0
-        blocks.append(block(f"document {index + 1}", tokens, counted, tokenizer, marks))
+        tokens = dataset[index]
+        blocks.append(block(f"document {index + 1}", tokens, counted_in(dataset, index), tokenizer, marks))
     return "\n".join(blocks)
+
+
+def counted_in(dataset: BinidxDataset, index: int) -> np.ndarray:
+    """Tell which tokens of a document count in the loss: (n,), bool."""
+    start, size = dataset.start(index), int(dataset.sizes[index])
+    if dataset.mask is None:
+        return np.ones(size, dtype=bool)
+    return np.asarray(dataset.mask[start : start + size] != 0)
 
 
 def show_samples(samples: Samples, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:

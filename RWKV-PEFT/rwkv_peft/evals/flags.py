@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 from pathlib import Path
 
-from ..cli import Parser, count, positive, share, stop_text
+from ..cli import Parser, add_stop_flag, count, positive, share
 from ..errors import UserError
 from ..generate.flags import add_model_flags, unescaped
 from ..installing import how_to_install
@@ -69,14 +69,7 @@ def add_own_flags(parser: Parser) -> None:
     )
     add("--shots_data", metavar="FILE", help="the file whose first rows are --shots; another than --data")
     add("--max_tokens", type=positive, default=512, help="the most tokens of an answer (default 512)")
-    add(
-        "--stop",
-        type=stop_text,
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="texts that end an answer, beside the layout's own",
-    )
+    add_stop_flag(add, "texts that end an answer, beside the layout's own")
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --stop as newline, tab, backslash")
     add(
         "--at_least",

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from ..cli import Parser, count, positive, stop_text
+from ..cli import Parser, add_stop_flag, count, positive
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
 from ..rules import EXCLUDES, NEEDS, Rule
@@ -87,13 +87,9 @@ def build_parser() -> Parser:
         "they are put in order",
     )
     add("--max_tokens", type=count, default=256, help="the most tokens of a continuation (default 256)")
-    add(
-        "--stop",
-        type=stop_text,
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="texts that end a continuation; default for a prompt that ends in Assistant:, Answer: or Response:, or in "
+    add_stop_flag(
+        add,
+        "texts that end a continuation; default for a prompt that ends in Assistant:, Answer: or Response:, or in "
         "the opening of a thinking after it: the opening of the next turn, such as \\n\\nUser:; with --chat in "
         "addition to it",
     )

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.templates import segments, stops_of
 from ..data.thinking import OPENINGS
@@ -100,13 +100,13 @@ def chat_prompt(form: ChatAsked, tokenizer: Tokenizer) -> Prompt:
 
 
 def text_prompts(form: TextAsked, tokenizer: Tokenizer, bounds: Bounds) -> list[Prompt]:
-    given = form.prompt
+    given: Any = form.prompt  # which of the four forms it is, mypy does not see
     if isinstance(given, str) or not given or isinstance(given[0], int):
-        given = [given]  # type: ignore[assignment]  # which of the four forms it is, mypy does not see
+        given = [given]
     prompts = []
     for number, one in enumerate(given):
         try:
-            tokens = encode(tokenizer, one, number) if isinstance(one, str) else list(one)  # type: ignore[call-overload]
+            tokens = encode(tokenizer, one, number) if isinstance(one, str) else list(one)
         except UserError as error:
             raise Refused(400, str(error), "prompt") from error
         if not tokens or max(tokens) >= bounds.vocabulary:

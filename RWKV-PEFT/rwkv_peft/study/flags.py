@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..cli import FLAG, Parser, above_zero, count, positive, share, stop_text, that
+from ..cli import FLAG, Parser, above_zero, add_stop_flag, count, positive, share, that
 from ..errors import UserError
 from ..generate.flags import unescaped
 from ..names import NONE, STATE
@@ -108,14 +108,7 @@ def build_parser() -> Parser:
         metavar="TEXT",
         help=r"the same to answer, with {question} in it, such as 'Q: {question}\nA:' (default: a chat's turn)",
     )
-    add(
-        "--stop",
-        type=stop_text,
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="texts that end an answer, besides the next turn of a chat; a question also ends with its line",
-    )
+    add_stop_flag(add, "texts that end an answer, besides the next turn of a chat; a question also ends with its line")
     return parser
 
 

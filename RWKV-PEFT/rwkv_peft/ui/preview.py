@@ -18,7 +18,7 @@ from ..data.encode_settings import EncodeSettings
 from ..data.encoding import encoder
 from ..data.preprocess import write
 from ..data.report import laid_out, left_out
-from ..data.show import pieces
+from ..data.show import counted_in, pieces
 from ..errors import UserError
 from ..files.readable import require_readable
 
@@ -49,8 +49,7 @@ def preview(options: Mapping[str, str]) -> dict[str, Any]:
         data = BinidxDataset(f"{folder}/data")
         tokenizer, documents = encoder(settings).tokenizer, []
         for index in range(min(SHOWN, len(data))):
-            tokens, start = data[index], data.start(index)
-            counted = np.ones(len(tokens), bool) if data.mask is None else data.mask[start : start + len(tokens)] != 0
+            tokens, counted = data[index], counted_in(data, index)
             title = f"{len(tokens):,} tokens, {int(counted.sum()):,} count"
             documents.append({"title": title, "pieces": pieces(tokens, counted, tokenizer)})
         return {
