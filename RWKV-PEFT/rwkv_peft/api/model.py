@@ -61,7 +61,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model computes."""
         return self.network.emb.weight.device
 
     def begun(self) -> State | None:

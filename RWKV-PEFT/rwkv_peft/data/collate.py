@@ -47,7 +47,7 @@ def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
 
 
 def told(mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a mask (B, T) tells of targets: mask, counted, and weights, if it is weights."""
+    """Turn a mask (B, T) into entries of a batch: mask, counted, and weights if it is of weights."""
     counts = mask != 0
     found = {"mask": counts, "counted": positions(counts)}
     return found | {"weights": mask} if mask.is_floating_point() else found

@@ -1,4 +1,4 @@
-"""How much rows and turns count in the loss: a row's field "weight", and a turn's "weight" of 0 or 1, or "train"."""
+"""Reads the loss weights of rows and turns: a row's field "weight", and a turn's "weight" of 0 or 1, or "train"."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ OF_TOKENS = ("preprocess", "train")  # the commands of encoding.REMEDIES whose r
 
 
 def weight_of(row: object, command: str) -> float:
-    """How much a row counts: its WEIGHT, or 1. Raises UserError for anything but a number from 0 on, and if the loss of
-    the command's rows has no weights."""
+    """Return the weight of a row: its WEIGHT, or 1. Raises UserError for anything but a number from 0 on, and if
+    the loss of the command's rows has no weights."""
     found = row.get(WEIGHT) if isinstance(row, dict) else None
     if found is None or found == "":
         return 1.0

@@ -71,8 +71,8 @@ def _holder(file: FileIO) -> str:
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """What the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None if no
-    process holds it."""
+    """Return what the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None
+    if no process holds it."""
     try:
         file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "r")
     except OSError:

@@ -1,4 +1,4 @@
-"""What is asked of the engine: a prompt that a voice continues, and who hears the answers."""
+"""A request to the engine: a prompt that a voice continues, and who hears the answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def rows(self) -> int:
-        """How many places of the batch are taken."""
+        """The number of places of the batch that are taken."""
         reading = sum(len(reading.request.answers) for reading in self.reading)
         return reading + sum(len(group.rows) for group in self.groups.values())
 

@@ -1,4 +1,4 @@
-"""What answers under a name: a model, or the same model with an adapter or a state of its own.
+"""Voices, which answer under a name: a model, or the same model with an adapter or a state of its own.
 
 Voices of one base share its weights. An adapter stays beside them as layers of its method, and only the tensors that it
 replaces whole are copies. If it was trained on a quantized base, or on one that something was taken out of, its merged
@@ -24,7 +24,7 @@ from .loading import read_state, read_state_file
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """What answers under a name: a model, and the State of one sequence that it starts from (None: zeros)."""
+    """One that answers under a name: a model, and the State of one sequence that it starts from (None: zeros)."""
 
     name: str
     model: LanguageModel

@@ -65,7 +65,7 @@ def linear_divergence(
     weights: Tensor | None = None,
 ) -> Tensor:
     """Sums over the counted tokens, each times its weight, divided by `count`: the loss, the divergence, the
-    cross-entropy of the next token: (3,), of which the first has a gradient.
+    cross-entropy of the next token: (3,); only the first has a gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
     the weight of its head (V, D); the others as in linear_cross_entropy, whose gradient the share of the cross-entropy

@@ -1,4 +1,4 @@
-"""What objectives share that learn from answers which the model draws itself, to --data_type prompts."""
+"""The base of objectives that learn from answers which the model draws itself, to --data_type prompts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class Draws(Objective):
     )
 
     def share(self, cut: bool) -> float:
-        """How much a drawn answer counts in the loss; `cut` if it was cut at --max_completion_length."""
+        """Return the weight of a drawn answer in the loss; `cut` is true if it was cut at --max_completion_length."""
         return 1.0
 
     def advantages(self, rewards: "Tensor") -> "Tensor":

@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a request may ask: answers at once, tokens of a prompt and of an answer, tokens that the model knows."""
+    """Limits of a request: answers at once, tokens of a prompt and of an answer, tokens that the model knows."""
 
     answers: int
     prompt: int

@@ -23,7 +23,7 @@ class StreamOptions(Form):
 
 
 class Asked(Form):
-    """What all requests for answers have. Fields from `user` on say nothing to a model."""
+    """The fields of all requests for answers. Fields from `user` on say nothing to a model."""
 
     model: str
     stream: bool | None = None
@@ -63,7 +63,7 @@ class TextAsked(Asked):
 
     @property
     def odds(self) -> int | None:
-        """How many of the most probable tokens are told with each token; None without log-probabilities."""
+        """The number of most probable tokens that are told with each token; None without log-probabilities."""
         return self.logprobs
 
 

@@ -36,7 +36,7 @@ PIECES = MappingProxyType({"cpu": 64, "cuda": 256})  # tokens that are read betw
 
 
 class Service:
-    """What the routes share. answers: those that wait or are being drawn; places: the most of them."""
+    """State that the routes share. answers: those that wait or are being drawn; places: the most of them."""
 
     def __init__(self, args: argparse.Namespace, defaults: Sampling, catalog: Catalog) -> None:
         self.catalog, self.defaults, self.seconds = catalog, defaults, args.max_seconds

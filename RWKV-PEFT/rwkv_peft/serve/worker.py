@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is new of the answer of this number: text, tokens, and why it ended, "" while it goes on."""
+    """The news of the answer of this number: text, tokens, and why it ended, "" while it goes on."""
 
     number: int
     text: str

@@ -80,7 +80,7 @@ def reader_of(request: Request, base: Base) -> Subject:
 
 
 def learner_of(request: Request, base: Base) -> Subject:
-    """What a run trained, ready to answer, with its adapter beside the base's weights, as it was in training."""
+    """Open what a run trained, ready to answer, with its adapter beside the base's weights, as it was in training."""
     config, folder = request.config, Path(request.config.train.proj_dir)
     if config.adapter.whole_model:
         return reader_of(request, open_base(folder / MODEL))

@@ -14,7 +14,7 @@ ALONE, BEHIND = 0, 1  # the documents of a sample: a question with its answer, a
 
 
 class Word(NamedTuple):
-    """What a model says of answers: nats a token, and the share that it gives itself, word for word."""
+    """A model's word on answers: nats a token, and the share that it gives itself, word for word."""
 
     nats: float
     right: float
@@ -24,7 +24,7 @@ class Word(NamedTuple):
 
 
 def word_of(subject: Subject, samples: Samples, document: int) -> Word:
-    """What a model says of the answers in one of the documents (ALONE, BEHIND) of samples of rows with contexts."""
+    """Measure a model's word on the answers in one document (ALONE, BEHIND) of samples of rows with contexts."""
     questions = list(answers_in(samples, document, subject.tokenizer.end_id))
     logprob, right = 0.0, 0
     for first in range(0, len(questions), BATCH):

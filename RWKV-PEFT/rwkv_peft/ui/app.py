@@ -34,7 +34,7 @@ class Words(BaseModel):
 
 
 class Rows(BaseModel):
-    """What a preview reads, and how."""
+    """A file for a preview, and how to read it."""
 
     path: str
     tokenizer: str = "world"

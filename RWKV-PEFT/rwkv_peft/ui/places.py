@@ -36,7 +36,7 @@ class Places:
         return path.relative_to(self.root).as_posix()
 
     def entries(self, name: str) -> list[dict[str, Any]]:
-        """What a folder holds, folders first, without hidden entries and links that lead out: name, whether it is a
+        """List a folder, folders first, without hidden entries and links that lead out: name, whether it is a
         folder, bytes. Raises UserError if it is no folder, or cannot be read."""
         folder = self.path(name)
         try:

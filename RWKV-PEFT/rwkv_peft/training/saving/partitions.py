@@ -71,7 +71,7 @@ def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
 
 
 def steps_taken(optimizer: Any) -> int:
-    """How many steps Adam has taken."""
+    """Return the number of steps that Adam has taken."""
     return max((int(adam_state(optimizer, flat)[STEP]) for flat in flat_tensors(optimizer)), default=0)
 
 
