@@ -11,10 +11,11 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.generate import Sampling, engine, generate, load_model, prefill, save_state_file
+from rwkv_peft.generate import Sampling, generate, load_model, prefill, save_state_file
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
+from rwkv_peft.generate.rows import DAMAGED
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -235,10 +236,10 @@ def test_damaged_logits_end_their_row_alone(voice, sampling):
     bad, running = Voice("bad", broken.requires_grad_(False)), engine_of(voice)
     (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], GREEDY, max_tokens=2)
     finish(running)
-    assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
     (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], sampling, max_tokens=2)
     finish(running)
-    assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
 
 
 def test_adapters_and_states_answer_side_by_side_as_each_alone(files, voice):

@@ -74,9 +74,9 @@ class State(tuple[Any, ...]):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
 
-    def joined(self, other: "State") -> "State":
-        """The State of the sequences of both, its own first."""
-        return State(layer._make(map(torch.cat, zip(layer, more))) for layer, more in zip(self, other))
+    def joined(self, *others: "State") -> "State":
+        """The State of the sequences of all, its own first."""
+        return State(layers[0]._make(map(torch.cat, zip(*layers))) for layers in zip(self, *others))
 
 
 def is_time_state(key: str) -> bool:
