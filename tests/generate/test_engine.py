@@ -15,6 +15,7 @@ from rwkv_peft.generate import Sampling, generate, load_model, prefill, save_sta
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
+from rwkv_peft.generate.pace import Pace
 from rwkv_peft.generate.rows import DAMAGED
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
@@ -98,8 +99,8 @@ class Heard:
         self.end = end
 
 
-def engine_of(voice, batch=8, piece=64):
-    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), piece)
+def engine_of(voice, batch=8, piece=64, ahead=False):
+    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), Pace(piece), ahead)
 
 
 def ask(running, voice, prompt, *samplings, most=10**9, max_tokens=12, **settings):
@@ -118,9 +119,9 @@ def alone(voice, prompt, sampling, max_tokens=12):
     return [step.token for step in generate(voice.model, [prompt], sampling, max_tokens, start=voice.start)]
 
 
-@pytest.mark.parametrize("batch, piece", [(8, 64), (2, 4), (1, 1)])
-def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece):
-    running, heard = engine_of(voice, batch, piece), []
+@pytest.mark.parametrize("batch, piece, ahead", [(8, 64, False), (8, 64, True), (2, 4, True), (1, 1, False)])
+def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece, ahead):
+    running, heard = engine_of(voice, batch, piece, ahead), []
     for prompt, sampling in zip(PROMPTS, MANNERS):  # each joins while those before it are at work
         heard += ask(running, voice, prompt, sampling)
         running.step()

@@ -71,11 +71,12 @@ def generate(
     for number, prompt in numbered:
         if not prompt:
             raise UserError(f"prompt {number} holds no token; a model continues at least one")
-    if max_tokens < 1:
+    if max_tokens < 1 or not numbered:
         return
     steps = deque[Step]()
     listeners = [Heard(number, steps, ends, max_tokens) for number, _ in numbered]
-    engine = Engine(min(vocab_size or model.config.vocab_size, model.config.vocab_size), batch)
+    vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    engine = Engine(vocab_size, min(batch, len(numbered)), ahead=model.emb.weight.is_cuda)
     voice = Voice("", model, start)
     waiting = deque[Request]()
     for listener, (number, prompt) in zip(listeners, numbered):

@@ -14,10 +14,11 @@ from ..models.parts import LanguageModel
 from ..models.state import State
 from .asked import Request
 from .known import Known, Read
+from .pace import Pace
 from .reading import prefill, read_packed
+from .replay import Forward, forward_of
 from .rows import DAMAGED, Group, Row, odds_of, placed, told_odds
-
-ALONE = 4  # times as large a piece is read while no row answers
+from .voices import Voice
 
 
 @dataclass(eq=False)
@@ -38,16 +39,22 @@ class Reading:
 class Engine:
     """Answers requests of any voices, `batch` answers at a time, in the order in which they were added.
 
-    Each `step` reads `piece` tokens of prompts at most (None: all, because nobody waits for a token), and draws a token
-    for each row. Tokens from vocab_size on are never drawn. A request's answers are the same up to rounding, whoever
-    shares its batch. `known` has the states that are kept (None: none is).
+    Each `step` reads as many tokens of prompts as `pace` tells (None: all, because nobody waits for a token), and draws
+    a token for each row. Tokens from vocab_size on are never drawn. A request's answers are the same up to rounding,
+    whoever shares its batch. `known` has the states that are kept (None: none is). `ahead` hears of a token when the
+    next is being computed, so that a GPU has work while the host looks at it; a row that ends is computed once too
+    often.
     """
 
-    def __init__(self, vocab_size: int, batch: int, known: Known | None = None, piece: int | None = None) -> None:
-        self.vocab_size, self.batch, self.known, self.piece = vocab_size, batch, known or Known(0), piece
+    def __init__(
+        self, vocab_size: int, batch: int, known: Known | None = None, pace: Pace | None = None, ahead: bool = False
+    ) -> None:
+        self.vocab_size, self.batch, self.known, self.pace = vocab_size, batch, known or Known(0), pace
+        self.ahead = ahead
         self.waiting: deque[Request] = deque()
         self.reading: deque[Reading] = deque()
         self.groups: dict[LanguageModel, Group] = {}
+        self.forwards: dict[LanguageModel, Forward] = {}
         self.drawn = self.read = self.reused = 0  # tokens since the start
 
     @property
@@ -70,19 +77,32 @@ class Engine:
         for answer in rows + asked:
             answer.listener.finish(reason)
 
+    def forget(self, voice: Voice) -> None:
+        """Drop what is kept for a voice that nobody will ask for."""
+        self.known.forget(voice)
+        self.forwards.pop(voice.model, None)
+
     @torch.inference_mode()
     def step(self) -> None:
         """Read the tokens that were drawn last and a piece of the prompts, and draw a token for each row."""
         self.waiting = deque(request for request in self.waiting if not ended(request))
         self.reading = deque(reading for reading in self.reading if not ended(reading.request))
         for group in self.groups.values():
-            group.read()
+            group.read(self._forward(group.model))
+        if self.ahead:
+            self._hear()
         while self.waiting and (free := self.batch - self.rows) > 0:
             self._let_in(self.waiting.popleft(), free)
         self._read()
-        for group in [*self.groups.values()]:
-            group.draw(self.vocab_size)
-            self._hear(group)
+        for group in self.groups.values():
+            group.draw(self.vocab_size, not self.ahead)
+        if not self.ahead:
+            self._hear()
+
+    def _forward(self, model: LanguageModel) -> Forward:
+        if model not in self.forwards:
+            self.forwards[model] = forward_of(model, self.batch)
+        return self.forwards[model]
 
     def _let_in(self, request: Request, free: int) -> None:
         """Give a request places; answers for which there are none wait, and need no second reading of the prompt."""
@@ -111,12 +131,14 @@ class Engine:
         own = [reading for reading in self.reading if reading.request.voice.model is model]
         turn = self._turn([reading for reading in own if not reading.request.scored] if scored is None else own[:1])
         pieces = [piece for _, piece in turn]
+        if self.pace is not None:
+            self.pace.begin(sum(map(len, pieces)))
         before, *others = (reading.state for reading, _ in turn)
         state = before.joined(*others) if others else before
         if scored is not None:
             logits, state = self._score(turn[0][0], pieces[0])
         else:
-            logits, state = (prefill if self.piece is None else read_packed)(model, pieces, state)
+            logits, state = (prefill if self.pace is None else read_packed)(model, pieces, state)
         self.read += sum(map(len, pieces))
         begun = []
         for place, (reading, piece) in enumerate(turn):
@@ -137,12 +159,12 @@ class Engine:
             self._begin(begun, logits.float(), state)
 
     def _turn(self, readings: Sequence[Reading]) -> list[tuple[Reading, list[int]]]:
-        """Share a piece among readings -> those that read, each with its next tokens. The first gets half of it or
-        more, if it needs as much; the others as they end: the shortest first, so that their answers begin early."""
-        if self.piece is None:
+        """Share a piece among readings -> those that read, each with its next tokens. The first gets half of it, if it
+        needs as much; then the shortest come first, so that their answers begin early."""
+        if self.pace is None:
             return [(reading, piece_of(reading, reading.left)) for reading in readings]
         first, *others = readings
-        free = self.piece if self.groups else ALONE * self.piece
+        free = self.pace.piece(len(readings), sum(len(group.rows) for group in self.groups.values()))
         free -= (own := min(first.left, (free + 1) // 2))
         turn = []
         for reading in sorted(others, key=lambda reading: reading.left):
@@ -179,22 +201,26 @@ class Engine:
         else:
             self.groups[model] = group
 
-    def _hear(self, group: Group) -> None:
-        """Tell of the tokens that were drawn; the rows that end with them leave."""
-        staying = []
-        for place, row, token, odds in group.heard():
-            end = DAMAGED if token is None else row.hear(token, odds)
-            self.drawn += token is not None
-            if not end:
-                staying.append(place)
-                continue
-            if self.known.limit and row.length > 1 and token is not None:
-                self.known.add(row.voice, row.tokens[:-1], *group.own(place))
-            row.answer.listener.finish(end)
-        if not staying:
-            del self.groups[group.model]
-        elif len(staying) < len(group.rows):
-            group.keep(staying)
+    def _hear(self) -> None:
+        """Tell of the tokens that were drawn last; the rows that end with them leave."""
+        for group in [*self.groups.values()]:
+            staying = []
+            for place, row, token, odds in group.heard():
+                end = DAMAGED if token is None else row.hear(token, odds)
+                self.drawn += token is not None
+                if not end:
+                    staying.append(place)
+                    continue
+                read = row.tokens if self.ahead else row.tokens[:-1]
+                if self.known.limit and (self.ahead or row.length > 1) and token is not None:
+                    self.known.add(row.voice, read, *group.own(place))
+                row.answer.listener.finish(end)
+            if not staying:
+                del self.groups[group.model]
+            elif len(staying) < len(group.rows):
+                group.keep(staying)
+        if self.pace is not None:
+            self.pace.end()
 
 
 def ended(request: Request) -> bool:

@@ -10,6 +10,7 @@ import torch
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .asked import Answer, Odds
+from .replay import Forward
 from .sampling import count, measure, penalize, sample
 from .settings import Sampling
 from .voices import Voice
@@ -54,14 +55,15 @@ class Drawn(NamedTuple):
 
 @dataclass(eq=False)
 class Group:
-    """Rows of a model, with the logits (n, V) and the State after what they have read; `drawn` is what was drawn from
-    these and is not read yet."""
+    """Rows of a model, with the logits (n, V) and the State after what they have read; `drawn` is what was drawn last,
+    which may be `unread` yet."""
 
     model: LanguageModel
     rows: list[Row]
     logits: torch.Tensor
     state: State
     drawn: Drawn | None = None
+    unread = False
 
     def join(self, other: "Group") -> None:
         self.rows += other.rows
@@ -91,16 +93,16 @@ class Group:
         """The logits (1, V) and the State of one row, in memory of their own."""
         return self.logits[place : place + 1].clone(), self.state.selected(placed([place], self.logits.device))
 
-    def read(self) -> None:
+    def read(self, forward: Forward) -> None:
         """Read the tokens that were drawn."""
         assert self.drawn is not None
-        logits, self.state = self.model(self.drawn.tokens[:, None], self.state)
-        self.logits = logits[:, 0].float()
+        logits, self.state = forward(self.drawn.tokens[:, None], self.state)
+        self.logits, self.unread = logits[:, 0].float(), False
 
-    def draw(self, vocab_size: int) -> None:
-        """Draw a token below vocab_size for each row; the host does not wait for a GPU that draws."""
+    def draw(self, vocab_size: int, waits: bool) -> None:
+        """Draw a token below vocab_size for each row. Unless it `waits`, the host needs nothing from a GPU for it."""
         sound = torch.isfinite(self.logits.sum(-1))  # a sum with NaN or Inf in it is not finite
-        if self.logits.is_cuda or not sound.all():  # nothing can be drawn from NaN
+        if not waits or not sound.all():  # nothing can be drawn from NaN
             self.logits = self.logits.masked_fill(~sound[:, None], 0.0)
         choices = self.logits[:, :vocab_size]
         manners: dict[Sampling, list[int]] = {}
@@ -119,6 +121,7 @@ class Group:
         told = torch.cat([found[:1], sound[None].double(), found[1:]])
         sent = {place: numbers.to("cpu", non_blocking=True) for place, numbers in odds.items()}
         self.drawn = Drawn(tokens, told.to("cpu", non_blocking=True), sent, event_of(tokens))
+        self.unread = True
 
 
 def draws(rows: Sequence[Row], logits: torch.Tensor, manner: Sampling) -> torch.Tensor:

@@ -81,34 +81,40 @@ class Session:
         """
         self.close()
         asked = [token for text in texts for token in self.tokenizer.encode(text)]
-        self.closed = False
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the last text that ended in TURN_END, and the state after it
+        whole_turn: State | None = None
         heard, engine = Heard(), Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
         answer = Answer(self.sampling, max_tokens + 1, heard, draws=self.random)
         engine.add(Request(Voice("", self.model, self.state), asked, [answer]))
-        for _ in range(max_tokens):
-            engine.step()
-            if heard.damaged:
-                raise refuse_damaged(self.model, 0, len(heard.tokens))
-            self.state, self.tail = engine.groups[self.model].state, []
-            if (whole := shown + stream.held).endswith(TURN_END):
-                turn_end = whole, self.state
-            token = heard.tokens[-1]
-            if token == self.tokenizer.end_id:
-                break
-            self.tail = [token]
-            text = stream.feed(token)
-            shown += text
-            if text:
-                yield text
-            if stream.stopped:
-                self.tail = []
-                if turn_end is not None and turn_end[0] == shown + TURN_END:
-                    self.state, self.closed = turn_end[1], True  # without the words that open the next turn
-                return
-        else:
-            self.cut = True
+        try:
+            for _ in range(max_tokens):
+                engine.step()
+                if heard.damaged:
+                    raise refuse_damaged(self.model, 0, len(heard.tokens))
+                if (whole := shown + stream.held).endswith(TURN_END):
+                    turn_end = whole, engine.groups[self.model].own(0)[1]
+                token, self.tail = heard.tokens[-1], []
+                if token == self.tokenizer.end_id:
+                    break
+                self.tail = [token]
+                text = stream.feed(token)
+                shown += text
+                if text:
+                    yield text
+                if stream.stopped:
+                    self.tail = []
+                    if turn_end is not None and turn_end[0] == shown + TURN_END:
+                        whole_turn = turn_end[1]  # without the words that open the next turn
+                    return
+            else:
+                self.cut = True
+        finally:
+            if (group := engine.groups.get(self.model)) is not None:
+                self.closed = whole_turn is not None
+                self.state = group.own(0)[1] if whole_turn is None else whole_turn
+                if not group.unread:  # an interrupt came after its reading
+                    self.tail = []
         rest = stream.finish()
         self.closed = (shown + rest).endswith(TURN_END)
         if rest:

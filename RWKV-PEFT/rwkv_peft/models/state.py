@@ -64,6 +64,10 @@ class State(tuple[Any, ...]):
         """The State of some sequences, chosen by rows (m,) int64."""
         return State(layer._make(tensor[rows] for tensor in layer) for layer in self)
 
+    def first(self, n: int) -> "State":
+        """The State of its first n sequences, in the same memory."""
+        return State(layer._make(tensor[:n] for tensor in layer) for layer in self)
+
     def repeated(self, n: int) -> "State":
         """The State of n copies of each of its sequences, side by side."""
         return State(layer._make(tensor.repeat_interleave(n, 0) for tensor in layer) for layer in self)

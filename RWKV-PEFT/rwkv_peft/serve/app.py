@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.delete("/v1/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
         voice = catalog.drop(name)
-        service.worker.call(lambda: service.worker.engine.known.forget(voice))
+        service.worker.call(lambda: service.worker.engine.forget(voice))
         return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/v1/completions")

@@ -17,6 +17,7 @@ from ..generate.asked import Answer, Odds, Request
 from ..generate.continuation import Continuation
 from ..generate.engine import Engine
 from ..generate.known import Known
+from ..generate.pace import Pace
 from ..generate.settings import Sampling
 from .asking import Asking, Bounds, Prompt, asking_of
 from .catalog import Catalog
@@ -32,7 +33,7 @@ LEADS = MappingProxyType(
     {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
 )
 
-PIECES = MappingProxyType({"cpu": 64, "cuda": 256})  # tokens that are read between two that are drawn
+PIECE, STEP_SECONDS = 64, 0.1  # tokens that are read at first between two that are drawn, and how long that may take
 
 
 class Service:
@@ -45,8 +46,8 @@ class Service:
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
         self.schemas = Schemas(catalog.tokenizer, vocabulary)
-        known, piece = Known(args.known_mib << 20), PIECES[catalog.own.model.emb.weight.device.type]
-        self.worker = Worker(Engine(vocabulary, args.batch, known, piece))
+        known, ahead = Known(args.known_mib << 20), catalog.own.model.emb.weight.is_cuda
+        self.worker = Worker(Engine(vocabulary, args.batch, known, Pace(PIECE, STEP_SECONDS), ahead))
 
     async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
         """Give a request its places, and have it answered. Raises Refused."""
