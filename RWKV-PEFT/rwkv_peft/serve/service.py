@@ -19,6 +19,7 @@ from ..generate.engine import Engine
 from ..generate.known import Known
 from ..generate.pace import Pace
 from ..generate.settings import Sampling
+from ..generate.voices import Voice
 from .asking import Asking, Bounds, Prompt, asking_of
 from .catalog import Catalog
 from .forms import ChatAsked, TextAsked
@@ -52,9 +53,9 @@ class Service:
     async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
         """Give a request its places, and have it answered. Raises Refused."""
         schema = None
-        if isinstance(form, ChatAsked) and form.response_format:
-            schema = await asyncio.to_thread(self.schemas.compiled, form.response_format, form.think or "")
-        voice = self.catalog[form.model]
+        if isinstance(form, ChatAsked) and (form.response_format or form.must_call):
+            schema = await asyncio.to_thread(self.schemas.compiled, form)
+        voice = self.catalog.voice(form.model, form.state)
         asking = asking_of(form, self.catalog.tokenizer, self.defaults, self.bounds)
         due = len(asking.prompts) * asking.times
         if self.answers + due > self.places:
@@ -63,7 +64,9 @@ class Service:
         teller = ChatTeller(*head, form.calls) if isinstance(form, ChatAsked) else TextTeller(*head)
         exchange = Exchange(due, self.seconds, self._finished)
         try:
-            requests = [self._request(form, asking, place, exchange, schema) for place in range(len(asking.prompts))]
+            requests = [
+                self._request(form, voice, asking, place, exchange, schema) for place in range(len(asking.prompts))
+            ]
         except UserError as error:
             raise Refused(400, str(error), "stop") from error
         self.answers += due
@@ -86,7 +89,13 @@ class Service:
             raise Refused(400, str(error), "tokens") from error
 
     def _request(
-        self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange, schema: Compiled | None
+        self,
+        form: TextAsked | ChatAsked,
+        voice: Voice,
+        asking: Asking,
+        place: int,
+        exchange: Exchange,
+        schema: Compiled | None,
     ) -> Request:
         """The engine's request for all answers to one of the prompts."""
         prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer
@@ -104,7 +113,7 @@ class Service:
             held = None if schema is None else schema.held()
             answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds, held))
         scored = scores.append if echo and asking.odds is not None else None
-        return Request(self.catalog[form.model], prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
+        return Request(voice, prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
 
     def _opening(self, prompt: Prompt, number: int, scores: list[Odds]) -> Callable[[], Piece]:
         """The prompt as the first piece of an answer that repeats it, with its scores, if there are any by then."""
