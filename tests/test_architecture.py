@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = (
-    *"deepspeed lightning transformers peft matplotlib bitsandbytes datasets wandb trackio swanlab tensorboard accelerate".split(),
+    *"deepspeed lightning transformers peft matplotlib bitsandbytes datasets".split(),
+    *"wandb trackio swanlab tensorboard accelerate".split(),
     *"trl lm_eval fastapi starlette uvicorn pydantic".split(),
 )
 BASE = "children config errors streams refusals rules cli names tables memory installing gpus".split()
