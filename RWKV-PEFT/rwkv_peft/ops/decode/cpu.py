@@ -18,13 +18,11 @@ class ProductArguments(ctypes.Structure):
 FAMILY = CpuFamily("decode", (("decode_product", None, ProductArguments),))
 
 
-def product(x: Tensor, weight: Tensor | Blocks, level: str = "") -> Tensor:
-    """x (n, in), contiguous, times the transpose of weight (out, in): -> (n, out)."""
+def product_into(x: Tensor, weight: Tensor | Blocks, y: Tensor) -> None:
+    """Fill y (n, out), contiguous, with x (n, in), contiguous, times the transpose of weight (out, in)."""
     if isinstance(weight, Blocks):
-        tensors, bits, out = dict(w=weight.words, scales=weight.scales), weight.bits, weight.out_features
+        tensors, bits = dict(x=x, w=weight.words, scales=weight.scales, y=y), weight.bits
     else:
-        tensors, bits, out = dict(w=weight.contiguous()), 0, weight.shape[0]
-    y = x.new_empty(x.shape[0], out)
-    sizes = dict(rows=x.shape[0], in_features=x.shape[1], out_features=out, bits=bits)
-    FAMILY.library(level).decode_product(fill(ProductArguments, x, dict(x=x, y=y, **tensors), **sizes))
-    return y
+        tensors, bits = dict(x=x, w=weight.contiguous(), y=y), 0
+    sizes = dict(rows=x.shape[0], in_features=x.shape[1], out_features=y.shape[1], bits=bits)
+    FAMILY.library().decode_product(fill(ProductArguments, x, tensors, **sizes))

@@ -17,9 +17,12 @@ def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
     if isinstance(weight, Blocks):
         if not cpu.FAMILY.takes(rows):
             return F.linear(x, weight.dequantized(x.dtype))
-        found = torch.cat([cpu.product(part, weight) for part in rows.split(MOST_ROWS)])
+        found = rows.new_empty(len(rows), weight.out_features)
+        for first in range(0, len(rows), MOST_ROWS):
+            cpu.product_into(rows[first : first + MOST_ROWS], weight, found[first : first + MOST_ROWS])
     elif 0 < len(rows) <= MOST_ROWS and not trains(x, weight) and cpu.FAMILY.takes(rows, weight):
-        found = cpu.product(rows, weight)
+        found = rows.new_empty(len(rows), len(weight))
+        cpu.product_into(rows, weight, found)
     else:
         return F.linear(x, weight)
     return found.view(*x.shape[:-1], found.shape[-1])
