@@ -21,7 +21,7 @@ def level(request, monkeypatch):
     if reason := FAMILY.unavailable(request.param):
         pytest.skip(reason)
     library = FAMILY.library(request.param)
-    monkeypatch.setattr(FAMILY, "library", lambda: library)
+    monkeypatch.setattr(FAMILY, "library", lambda level="": library)
     return request.param
 
 
