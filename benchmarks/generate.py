@@ -3,10 +3,9 @@
     python benchmarks/generate.py [--generation 6 7] [--sizes 12x768 3x2048] [--threads 2] [--weights fp32 int8]
 
 Makes random models of some layers and channels and the World vocabulary in a temporary folder; each generation, size
-and
-number of threads has a process of its own. Both sides continue prompts of 8 tokens greedily. They take turns, and the
-best of the rounds counts, because other work on the machine can only slow one down. llama.cpp has a GGUF of the same
-numbers (int8: q8_0), and as many places as there are sequences. "reading" is our time of a step over the time of
+and number of threads has a process of its own. Both sides continue prompts of 8 tokens greedily. They take turns, and
+the best of the rounds counts, because other work on the machine can only slow one down. llama.cpp has a GGUF of the
+same numbers (int8: q8_0), and as many places as there are sequences. "reading" is our time of a step over the time of
 reading the weights, which is their size over the rate at which all threads add up 512 MB of floats in large pages, in
 the same rounds.
 """
@@ -24,18 +23,7 @@ from pathlib import Path
 PROMPT = 8
 GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 VERSIONS = {"6": "x060", "7": "x070"}
-COLUMNS = "RWKV size threads weights MB sequences tokens/s reading llama.cpp ratio".split()
-    "RWKV",
-    "size",
-    "threads",
-    "weights",
-    "MB",
-    "sequences",
-    "tokens/s",
-    "reading",
-    "llama.cpp, tokens/s",
-    "ratio",
-)
+COLUMNS = "RWKV;size;threads;weights;MB;sequences;tokens/s;reading;llama.cpp;ratio".split(";")
 
 
 def main():
