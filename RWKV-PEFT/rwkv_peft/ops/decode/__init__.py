@@ -1,0 +1,6 @@
+"""Products of a few rows with a large matrix, plain or in blocks of integers, as a step of decoding takes them."""
+
+from .blocks import BITS, BLOCK, Blocks, quantize
+from .op import MOST_ROWS, product
+
+__all__ = ["BITS", "BLOCK", "MOST_ROWS", "Blocks", "product", "quantize"]
