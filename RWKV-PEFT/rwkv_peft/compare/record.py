@@ -51,7 +51,8 @@ def data_of(comparison: Comparison) -> str:
     """A hash of samples of the files that the runs train and validate on, as they are on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     digest = hashlib.sha256()
-    for path in filter(None, (flags.data.path, *flags.data.more, flags.train.val_data, flags.train.retain_data)):
+    data, train = flags.data, flags.train
+    for path in filter(None, (data.path, *data.more, train.val_data, *train.more_val, train.retain_data)):
         prefix = binidx_prefix(path)
         within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
         for file in (Path(path), *(Path(prefix + end) for end in ENDINGS), *within):

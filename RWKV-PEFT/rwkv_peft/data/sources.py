@@ -101,9 +101,9 @@ def split_samples(
     return kept, held
 
 
-def parts_of(config: DataConfig) -> dict[str, DataConfig]:
-    """The settings of each data file by itself, by the file's name, or its whole path if names are alike. Token files
-    without a .mask count every token, even beside others that have one."""
+def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataConfig]:
+    """The settings of each data file that a flag names, by the file's name, or its whole path if names are alike. Token
+    files without a .mask count every token, even beside others that have one."""
     paths = (config.path, *config.more)
     names = [Path(path).name for path in paths]
     found = {}
@@ -112,7 +112,9 @@ def parts_of(config: DataConfig) -> dict[str, DataConfig]:
         mask = default_mask(path) if masked else config.loss_mask
         key = name if names.count(name) == 1 else path
         if key in found:
-            raise UserError(f"--data_file {path} is given twice; leave one out, and give its --data_mix to the other")
+            raise UserError(
+                f"{flag} {path} is given twice; leave one out (of --data_file, give its share to the other)"
+            )
         found[key] = replace(config, path=path, more=(), mix=(), loss_mask=mask)
     return found
 
