@@ -13,7 +13,6 @@ from ..config.rules import check_settings
 from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
-from .binidx import BinidxDataset
 from .context_samples import ContextSamples
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask, weighted
@@ -25,6 +24,7 @@ from .prompt_samples import PromptSamples
 from .recorded import find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
 from .sft import prepare_sft
+from .shards import open_dataset
 
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
@@ -49,7 +49,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
-    dataset = BinidxDataset(config.path)
+    dataset = open_dataset(config.path)
     require_within(vocabulary, config.path, vocab_size)
     dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:

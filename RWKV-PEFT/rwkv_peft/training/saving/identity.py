@@ -52,7 +52,7 @@ def digest_of_data(config: RunConfig, samples: Samples) -> str:
     """The digest of the token files that samples are read from, with their weights, and their mask file if --loss_mask
     is file."""
     paths: list[str] = []
-    for data in (part.dataset for part in samples.parts):
+    for data in (files for part in samples.parts for files in part.dataset.sets):
         paths += [data.bin_path, data.idx_path]
         if data.mask is not None and config.data.loss_mask == "file":
             paths.append(data.mask_path)
