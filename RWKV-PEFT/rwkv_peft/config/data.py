@@ -45,8 +45,8 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; several "
-        "are mixed, by --data_mix",
+        "PREFIX of PREFIX.bin and PREFIX.idx, or of shards that PREFIX.json lists; for rows a .jsonl, .json, .csv or "
+        ".parquet, or a folder of rows; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",

@@ -13,6 +13,7 @@ import struct
 import time
 import warnings
 from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -69,6 +70,11 @@ class BinidxDataset:
         companions = {self.mask_path: self.mask, self.weights_path: self.weights}
         mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
         self.mapped = {path: os.stat(path) for path in mapped}
+
+    @property
+    def sets(self) -> Sequence["BinidxDataset"]:
+        """The sets of files that these tokens are read from: this one, or its shards (shards.py)."""
+        return [self]
 
     def require_unchanged(self) -> None:
         """Raise UserError if a file has another length than when it was opened, because reading a part that is gone

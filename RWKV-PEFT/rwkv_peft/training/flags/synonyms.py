@@ -111,8 +111,5 @@ JOINED = (
     f"of rows is one input of --data_type {', '.join(OF_ROWS)}"
 )
 SEVERAL = MappingProxyType(
-    {
-        **dict.fromkeys(("--val_data", "--retain_data"), JOINED),
-        "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl",
-    }
+    {"--retain_data": JOINED, "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl"}
 )

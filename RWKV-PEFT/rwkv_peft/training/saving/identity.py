@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
+from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...errors import UserError, told
 from ...files.digest import digest_of
@@ -34,6 +35,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
+    settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
     content, counted = hashlib.sha256(), hashlib.sha256()
@@ -50,7 +52,7 @@ def digest_of_data(config: RunConfig, samples: Samples) -> str:
     """The digest of the token files that samples are read from, with their weights, and their mask file if --loss_mask
     is file."""
     paths: list[str] = []
-    for data in (part.dataset for part in samples.parts):
+    for data in (files for part in samples.parts for files in part.dataset.sets):
         paths += [data.bin_path, data.idx_path]
         if data.mask is not None and config.data.loss_mask == "file":
             paths.append(data.mask_path)
@@ -77,6 +79,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     # a setting that the saved run did not know had its default
     defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
     state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
+    state["data"]["mix"] = shares_of(state["data"].get("mix") or ())
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if is_of_deepspeed(checkpoint) else ())
     for key in SAME + (() if fresh_optimizer else of_optimizer):
