@@ -94,11 +94,14 @@ class Whole(Step):
         base_way: Way = straight,
         group: int = 0,
         teacher: nn.Module | None = None,
+        stored: Callable[[Batch], Batch] | None = None,
     ) -> None:
         self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
+        self.stored = stored
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        return on_device(forked(batch, self.group), device) if self.group else {}
+        laid = forked(batch, self.group) if self.group else {}
+        return on_device(laid if self.stored is None else {**laid, **self.stored(batch)}, device)
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         @torch.no_grad()
