@@ -9,15 +9,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rwkv_peft.data.batches import EvalBatches
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
+from rwkv_peft.training.engine.trainer import given_step
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.inputs import find_inputs
+from rwkv_peft.training.step.steps import Whole
 from rwkv_peft.training.step.stored import ENTRY, StoredTeacher, documents_of, open_stored
+from rwkv_peft.training.step.teacher import make_teacher
 from rwkv_peft.training.storing import store
 from training.runs import finish, metrics, start
 from training.test_distill import write_model
@@ -172,3 +176,24 @@ def test_a_document_of_contexts_is_found_by_what_the_teacher_reads():
     seen = {"tokens": torch.tensor([[1, 7, 8]]), "counted": torch.tensor([2]), "cu_seqlens": torch.tensor([0, 3])}
     behind = own | {f"teacher_{name}": tensor for name, tensor in seen.items()}
     assert list(documents_of(behind)) == list(documents_of(seen)) != list(documents_of(own))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_base_stores_its_word_on_rows_with_contexts(tmp_path, family, monkeypatch):
+    """And the divergence from that is the one from the base itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base, path = write_model(tmp_path / "base.pth", family, vocab_size=257), str(tmp_path / "said.safetensors")
+    rows = ({"context": "AB" * (1 + i % 3), "question": f"{i}?", "answer": f"{i % 3}!"} for i in range(8))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--load_model", str(base), "--data_file", str(tmp_path / "rows.jsonl"), "--data_type", "contexts"]
+    flags += ["--tokenizer", "bytes", "--ctx_len", "64", "--precision", "fp32", "--bone_r", "16", "--lr_init", "1e-3"]
+    store(
+        parse_run([*flags, "--store_teacher", path, "--teacher_top_k", "256", "--micro_bsz", "3"]), lambda *_, **__: 0
+    )
+    inputs = find_inputs(parse_run([*flags, "--teacher_logprobs", path]))
+    model = make_teacher(inputs.base, inputs.config, torch.device("cpu")).model
+    told = given_step(inputs.config, inputs.samples, "cpu", stored=inputs.stored)
+    for batch in EvalBatches(inputs.samples, 4):
+        loss = told.total(model, batch | told.sent(batch, torch.device("cpu")))
+        torch.testing.assert_close(loss, Whole(Distill()).total(model, batch), rtol=1e-3, atol=1e-6)
+        assert loss > 1e-3

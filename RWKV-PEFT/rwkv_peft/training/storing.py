@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ from ..objectives.stored import Stored, most_probable
 from .engine.machine import own_device, resolve_accelerator
 from .flags.request import Request
 from .inputs import find_samples
-from .step.steps import seen_by_teacher
+from .step.contexts import Contexts
+from .step.steps import Whole, seen_by_teacher
 from .step.stored import Source, documents_of, write_stored
 from .step.teacher import make_teacher, require_own_tokens
 
@@ -63,17 +65,20 @@ def words_on(
     found: Iterable[Samples], model: LanguageModel, config: RunConfig, objective: Distill
 ) -> Iterator[tuple[bytes, Stored]]:
     """Yield the key of each document of samples, as documents_of makes it, and what a teacher says there."""
-    device = next(model.parameters()).device
+    device, contexts = next(model.parameters()).device, Contexts()
+    through: Any = contexts.through  # whose head here gives no tensor
     number = min(objective.top_k, config.model.vocab_size - 1)
+    step = Whole(contexts=contexts if config.data.of_contexts else None)
     for batch in (batch for samples in found for batch in EvalBatches(samples, config.data.micro_bsz)):
-        seen = {name: tensor.to(device) for name, tensor in seen_by_teacher(batch).items() if torch.is_tensor(tensor)}
+        seen = dict(seen_by_teacher(batch | step.sent(batch, device)))
+        seen |= {name: tensor.to(device) for name, tensor in seen.items() if torch.is_tensor(tensor)}
 
         def head(x: torch.Tensor, weight: torch.Tensor, counted: torch.Tensor = seen["counted"]) -> Stored:
             parts = x.reshape(-1, x.shape[-1])[counted].split(taught_rows(len(weight), weight.is_cuda))
             said = [most_probable(part @ weight.t(), number, objective.temperature) for part in parts]
             return Stored(*map(torch.cat, zip(*said)))
 
-        word = model(seen["tokens"], None, seen.get("cu_seqlens"), head, keep=False)[0]
+        word = through(model, seen, head)
         word = Stored(word.words.int().cpu(), word.logprobs.float().cpu())
         for key, place in documents_of(batch):
             yield key, word.part(place)

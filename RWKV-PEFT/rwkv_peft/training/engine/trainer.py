@@ -34,6 +34,7 @@ from ...names import STATE
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
 from ..ranks.base_guard import BaseGuard
+from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
@@ -85,8 +86,11 @@ def given_step(
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
         group = data.documents if saved_tokens(config, samples, accelerator) else 0
-        word = None if stored is None else stored.of
-        return Whole(objective, way, base_way, group, None if teacher is None else teacher.model, word)
+        word, other = None if stored is None else stored.of, None if teacher is None else teacher.model
+        # ranks that gather each other's weights enter a model together, and each would read other contexts anew
+        apart = other is not None or "stage_3" not in train.strategy
+        contexts = Contexts() if data.of_contexts and stored is None and apart else None
+        return Whole(objective, way, base_way, group, other, word, contexts)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
