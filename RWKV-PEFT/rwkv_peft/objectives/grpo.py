@@ -15,7 +15,9 @@ probability of a token by the model over that by which it was drawn. A step mini
               (Ahmadian et al. 2024, arXiv 2402.14740)
 
 and --kl_beta times an estimate of the distance from the base, exp(d) - d - 1 of each token with d = log(p_base / p)
-(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean.
+(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean. --entropy_bonus times the
+entropy of the next token at each token, averaged alike, is taken off (Williams and Peng 1991, Function Optimization
+Using Connectionist Reinforcement Learning Algorithms, section 4).
 """
 
 from collections.abc import Iterator
@@ -113,6 +115,12 @@ class GRPO(Draws):
     kl_beta: float = setting(
         0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
     )
+    entropy_bonus: float = setting(
+        0.0,
+        "also keep the model from being sure too early: weight of the entropy of its next token, such as 0.01",
+        flag="entropy_bonus",
+        type=not_negative,
+    )
     clip_low: float | None = setting(
         None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", flag="clip_low", type=not_negative
     )
@@ -161,10 +169,18 @@ class GRPO(Draws):
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        from .drawn import log_probabilities, means
+        from .drawn import entropy_and_log_probabilities, log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
-        now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
+        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
+        if self.form in ("dr_grpo", "dapo"):
+            weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
+        entropy: Tensor | float = 0.0
+        if self.entropy_bonus:
+            of_token = weight if self.form == "rloo" else weight / lengths
+            entropy, now = entropy_and_log_probabilities(passes.model, batch, self.draw_temperature, of_token)
+        else:
+            now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -177,9 +193,6 @@ class GRPO(Draws):
         low, high = self.bounds
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
-        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
-        if self.form in ("dr_grpo", "dapo"):
-            weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
         gap = (drawn - batch["sampled"]).abs()
         figures = {
@@ -193,7 +206,7 @@ class GRPO(Draws):
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count
         averages = {name: figure.detach().mean() * prompts for name, figure in figures.items()}
-        return (losses * weight).sum() * prompts, averages | most
+        return ((losses * weight).sum() - self.entropy_bonus * entropy) * prompts, averages | most
 
     def items(self, batch: "Batch") -> "Tensor":
         return batch["prompts"]
@@ -201,7 +214,8 @@ class GRPO(Draws):
     def describe(self) -> str:
         low, high = self.bounds
         kl = f", and {self.kl_beta:g} times the distance from the base" if self.asks_base else ""
-        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}"
+        bonus = f", less {self.entropy_bonus:g} times the entropy" if self.entropy_bonus else ""
+        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}{bonus}"
 
     def problems(self, train: TrainConfig) -> Iterator[str]:
         if repeated := [word for word in self.reward if self.reward.count(word) > 1]:

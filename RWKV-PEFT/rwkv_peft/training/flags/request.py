@@ -220,7 +220,7 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    if base is not None and base.has_states and data.of_contexts and not objective.teacher:
+    if base is not None and base.has_states and data.of_contexts and not (objective.teacher or objective.stored):
         raise UserError(
             f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"

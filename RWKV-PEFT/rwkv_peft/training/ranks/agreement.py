@@ -75,7 +75,7 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
     teacher = config.objective
     always = {
         "the file of the base": digest_of(config.train.load_model),
-        "the file of the teacher": digest_of(teacher.teacher),
+        "the file of the teacher": digest_of(teacher.teacher or teacher.stored),
         "the teacher's adapters": " ".join(digest_below(adapter_of_run(path)) for path in teacher.teacher_adapters),
         "the teacher's states": teacher.teacher_state and digest_of(adapter_of_run(teacher.teacher_state)),
     }

@@ -21,6 +21,7 @@ from ...config.objective import Passes
 from ...models.parts import HeadFunction
 from ...models.state import State
 from ...objectives.next_token import NextToken
+from .contexts import Contexts
 from .forked import forked, no_head, on_device, state_before
 from .segments import Segment, filler, segments_of
 
@@ -94,11 +95,21 @@ class Whole(Step):
         base_way: Way = straight,
         group: int = 0,
         teacher: nn.Module | None = None,
+        stored: Callable[[Batch], Batch] | None = None,
+        contexts: Contexts | None = None,
     ) -> None:
         self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
+        self.stored, self.contexts = stored, contexts
+        if contexts is not None:
+            self.teacher_way = contexts.through
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        return on_device(forked(batch, self.group), device) if self.group else {}
+        laid = forked(batch, self.group) if self.group else {}
+        if self.stored is not None:
+            laid |= self.stored(batch)
+        if self.contexts is None:
+            return on_device(laid, device)
+        return on_device(laid | self.contexts.laid(batch), device) | {"teacher_contexts": self.contexts.texts(batch)}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         @torch.no_grad()
@@ -111,7 +122,7 @@ class Whole(Step):
             if self.teacher is not None:
                 return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
             with untrained(model):
-                return straight(model, seen_by_teacher(batch), head)
+                return self.teacher_way(model, seen_by_teacher(batch), head)
 
         passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
         loss, self.measures = self.objective.loss(passes, batch, count)
