@@ -207,7 +207,8 @@ class TrainConfig(ValidationConfig):
     devices: int = setting(1, "GPUs, or CPU processes, of each node", group="machine", type=positive)
     num_nodes: int = setting(
         1,
-        "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
+        "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun; under "
+        "torchrun, whose ranks are those that it started, this and --devices only say how many samples a step has",
         group="machine",
         type=positive,
     )

@@ -54,7 +54,7 @@ class Inputs:
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
-    train, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
+    train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
     step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     if teacher is not None:
@@ -72,7 +72,7 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "row_groups": train.groups,
+        "row_groups": meant_for,
         "objective": config.objective.name,
         "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,

@@ -89,7 +89,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
-        return (1 if run.leads else 0), ""
+        return (1 if run.leads or run.ranks.world.elastic else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
             raise error.__context__ from None
@@ -97,7 +97,10 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return ended(run, lit, say) if run.leads else (0, "")
+    if run.leads:
+        return ended(run, lit, say)
+    # torchrun starts a node anew only if its ranks end with an error, and takes 0 for the end of the run
+    return (stopped(run, lit) if run.ranks.world.elastic else 0), ""
 
 
 def record(run: Prepared) -> None:
@@ -114,6 +117,13 @@ def record(run: Prepared) -> None:
         temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
 
 
+def stopped(run: Prepared, lit: "Lit") -> int:
+    """The exit code of a run that ends before its last step because a rank was asked to stop, else 0."""
+    exhausted = run.validator is not None and run.validator.exhausted
+    early = lit.stopping and lit.step < run.plan.total_steps and not exhausted
+    return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
+
+
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
     losses: list[float] = []
@@ -123,15 +133,12 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
-    total = run.plan.total_steps
-    figures = [("steps", f"{total:,}")]
-    exhausted = run.validator is not None and run.validator.exhausted
-    if lit.stopping and lit.step < total and not exhausted:
-        return 128 + (lit.stop_requested or signal.SIGTERM), (
-            f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
+    if code := stopped(run, lit):
+        return code, (
+            f"stopped after {lit.step:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    told, rows = "", run.rows
+    told, rows, figures = "", run.rows, [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
         figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
     if rows is not None:
@@ -142,7 +149,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     if run.validator is not None and VALIDATION in run.validator.measured:
         figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
         told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
-        if exhausted:
+        if run.validator.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
     try:

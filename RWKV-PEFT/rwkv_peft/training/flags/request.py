@@ -23,6 +23,7 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .elastic import fit
 from .given import READ, WRITE, Entries, entries_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
@@ -117,7 +118,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals, earlier ones included."""
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
-    notes = tuple(adopt(args))
+    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]
