@@ -31,7 +31,6 @@ from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import read_chunks
-from .show import marks_for, show_documents
 from .templates import read_template
 from .thinking import FIELDS
 from .tokenizer import load_tokenizer
@@ -76,6 +75,8 @@ def main(argv: list[str]) -> int:
     written = BinidxDataset(output)
     print(describe(written, totals))
     if options.show:
+        from .show import marks_for, show_documents  # by torch, which nothing else here needs
+
         print(show_documents(written, options.show, encoder(settings).tokenizer, marks_for(sys.stdout)))
     return 0
 
