@@ -12,3 +12,28 @@ struct ProductArguments {
     int bits;  // of a block's weights: 8 or 4; 0 for a plain matrix
     int bfloat16, threads;
 };
+
+// x += add, unless that is null, then y = LayerNorm(x); x, add, y (rows, channels), weight and bias (channels).
+struct NormArguments {
+    void* x;
+    const void *add, *weight, *bias;
+    void* y;
+    int64_t rows, channels;
+    float eps;
+    int bfloat16, threads;
+};
+
+// x (rows, channels) = f(x + bias) in place; bias (channels) or null. kind: 0 f(x) = x, 1 tanh, 2 sigmoid.
+struct ElementArguments {
+    void* x;
+    const void* bias;
+    int64_t rows, channels;
+    int kind, bfloat16, threads;
+};
+
+// A C function of any family and its arguments. A checked one returns an int, 0 for success; others return nothing.
+struct Call {
+    void* function;
+    const void* arguments;
+    int64_t checked;
+};

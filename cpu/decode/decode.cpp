@@ -6,6 +6,7 @@
 #include "decode/arguments.h"
 #include "decode/blocks.h"
 #include "decode/dense.h"
+#include "decode/elements.h"
 
 namespace {
 
@@ -25,4 +26,20 @@ void product(const ProductArguments* a) {
 extern "C" {
 
 BY_TYPE(decode_product, ProductArguments, product<E>(a))
+BY_TYPE(decode_norm, NormArguments,
+        norm_rows<E>(*a, out<E>(a->x), in<E>(a->add), in<E>(a->weight), in<E>(a->bias), out<E>(a->y)))
+BY_TYPE(decode_elements, ElementArguments, elements<E>(*a, out<E>(a->x), in<E>(a->bias)))
+
+// Makes calls one after the other: a step of decoding, whose calls take Python longer than the processor. Returns 0, or
+// the result of the first checked call that fails.
+int decode_run(const Call* calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        if (!calls[i].checked) {
+            reinterpret_cast<void (*)(const void*)>(calls[i].function)(calls[i].arguments);
+        } else if (const int failed = reinterpret_cast<int (*)(const void*)>(calls[i].function)(calls[i].arguments)) {
+            return failed;
+        }
+    }
+    return 0;
+}
 }

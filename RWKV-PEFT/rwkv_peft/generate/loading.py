@@ -20,6 +20,7 @@ from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
+from .stepping import step_by_tape
 from .weights import decoding, place, quantize_products
 
 
@@ -47,6 +48,7 @@ def load_model(
     if device == "cpu":
         place(model)
         decoding(model)
+        step_by_tape(model)
     return model, start
 
 

@@ -21,6 +21,7 @@ from ..models.state import State, split_time_states
 from ..release.merge import Merge, check_fingerprints
 from ..release.rebuilt import adapter_config
 from .loading import read_state, read_state_file
+from .stepping import step_by_tape
 from .weights import decoding, quantize_products, rounded
 
 
@@ -59,6 +60,7 @@ def adapter_voice(name: str, source: AdapterSource, voice: Voice, base: Base, an
     model.requires_grad_(False).eval()
     if model.emb.weight.is_cpu:
         decoding(model)
+        step_by_tape(model)
     return Voice(name, model, read_state(states, model, source.path) if states else voice.start)
 
 

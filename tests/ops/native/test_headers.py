@@ -35,7 +35,7 @@ STRUCTURES = (
     (wkv7_cuda.RECURRENCE.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy_cuda.CrossEntropyArguments, CUDA, "cross_entropy/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
-    (decode.ProductArguments, CPU, "decode/arguments.h"),
+    *((getattr(decode, name), CPU, "decode/arguments.h") for name in dir(decode) if name.endswith("Arguments")),
     *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
     *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),
 )

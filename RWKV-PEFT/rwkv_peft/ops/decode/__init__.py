@@ -2,5 +2,6 @@
 
 from .blocks import BITS, BLOCK, Blocks, quantize
 from .op import MOST_ROWS, product
+from .tape import Tape
 
-__all__ = ["BITS", "BLOCK", "MOST_ROWS", "Blocks", "product", "quantize"]
+__all__ = ["BITS", "BLOCK", "MOST_ROWS", "Blocks", "Tape", "product", "quantize"]
