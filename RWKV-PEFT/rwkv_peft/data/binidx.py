@@ -13,7 +13,6 @@ import struct
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import UserError
+from ..files.digest import digest_of
 from ..files.readable import choice_in, require_readable
 from .prefix import ENDINGS, binidx_prefix
 from .rows import ENDINGS as ROWS
@@ -71,10 +71,10 @@ class BinidxDataset:
         mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
         self.mapped = {path: os.stat(path) for path in mapped}
 
-    @property
-    def sets(self) -> Sequence["BinidxDataset"]:
-        """The sets of files that these tokens are read from: this one, or its shards (shards.py)."""
-        return [self]
+    def digest(self, with_mask: bool) -> str:
+        """The digests of the files, with the mask's if that counts, one behind the other."""
+        paths = [self.bin_path, self.idx_path, *([self.mask_path] if with_mask and self.mask is not None else [])]
+        return "".join(map(digest_of, [*paths, *([] if self.weights is None else [self.weights_path])]))
 
     def require_unchanged(self) -> None:
         """Raise UserError if a file has another length than when it was opened, because reading a part that is gone

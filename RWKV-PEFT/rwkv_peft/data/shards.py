@@ -75,9 +75,8 @@ class ShardedDataset(BinidxDataset):
         self.pointers = (ends - self.sizes) * self.dtype.itemsize
         self.mapped = {path: stat for part in self.parts for path, stat in part.mapped.items()}
 
-    @property
-    def sets(self) -> Sequence[BinidxDataset]:
-        return self.parts
+    def digest(self, with_mask: bool) -> str:
+        return "".join(part.digest(with_mask) for part in self.parts)
 
     def require_unchanged(self) -> None:
         for part in self.parts:

@@ -21,10 +21,11 @@ from .order import Permutation
 from .pair_samples import PairSamples
 from .prefix import default_mask
 from .prompt_samples import PromptSamples
-from .recorded import find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
+from .recorded import Vocabulary, find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
-from .sft import prepare_sft
+from .sft import prepare_sft, settings_of
 from .shards import open_dataset
+from .stream_samples import StreamSamples
 
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
@@ -47,6 +48,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
+        if config.stream:
+            return streamed(config, vocabulary)
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
     dataset = open_dataset(config.path)
@@ -67,6 +70,15 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
             f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g}; the loss is the mean by weight"
         )
     samples.notes, samples.row_notes = [*counts, *notes, *samples.notes], notes
+    require_counted(samples, config)
+    return samples
+
+
+def streamed(config: DataConfig, vocabulary: Vocabulary) -> Samples:
+    """The samples of rows that are tokenized as they are read (--stream)."""
+    samples = StreamSamples(config, settings_of(config))
+    samples.share_batches(config.micro_bsz)
+    samples.vocabulary = vocabulary
     require_counted(samples, config)
     return samples
 
