@@ -46,6 +46,7 @@ def reward(tmp_path):
         ("jsonl", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 0, 0]),
         ("jsonl:flexible", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 1, 0]),
         ("math", ["\\boxed{\\frac{1}{2}}", "\\boxed{2}"], [{"problem": "x?", "solution": "\\boxed{0.5}"}] * 2, [1, 0]),
+        ("choices", [" B", "(B).", "blue", "A"], [{"choices": ["red", "blue"], "answer": 1}] * 4, [1, 1, 1, 0]),
         (r"match:\d+", [" 12\n", "12 a", ""], [{}] * 3, [1, 0, 0]),
         (r"match:(?s)<think>.*:.*</think>", ["<think>a:\nb</think>"], [{}], [1]),
     ],
@@ -171,8 +172,8 @@ def test_an_expression_that_never_ends_is_ended():
 @pytest.mark.parametrize(
     "specs, message",
     [
-        (["gsm9k"], "--reward gsm9k: rewards are a task .gsm8k, math, jsonl; .* or FILE.py:FUNCTION"),
-        (["choices"], "--reward choices: rewards are a task"),
+        (["gsm9k"], "--reward gsm9k: rewards are a task .gsm8k, math, jsonl, choices; .* or FILE.py:FUNCTION"),
+        (["lambada"], "--reward lambada: rewards are a task"),
         (["gsm8k:loose"], "--reward gsm8k:loose: gsm8k has no measure 'loose'; name strict or flexible"),
         (["match:a(b"], r"--reward match:a\(b: no regular expression of Python: .*; mend it"),
         (["json:no.json"], "--reward json:no.json: no such file; name a JSON schema"),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
 REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
+ENTROPY = Figure("entropy", "entropy of a draw", "nats")
 
 
 class Form(NamedTuple):
@@ -73,7 +74,7 @@ class GRPO(Draws):
     rows = ("prompts",)
     unit = "prompt"
     needs = (REWARDS,)
-    figures = (REWARD, LENGTH)
+    figures = (REWARD, LENGTH, ENTROPY)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
@@ -93,7 +94,7 @@ class GRPO(Draws):
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, "
+        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
         flag="reward",
         nargs="+",
