@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli import finite, not_negative, positive
+from ..cli import finite, not_negative, positive, switch
 from ..config import TrainConfig
 from ..config.objective import OF_BASE, REWARDS, Figure, Passes
 from ..config.setting import setting
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
 REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
+ENTROPY = Figure("entropy", "entropy of a draw", "nats")
 
 
 class Form(NamedTuple):
@@ -65,14 +66,15 @@ FORMS = MappingProxyType(
 class GRPO(Draws):
     """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
     whose ratio is clipped; gap the mean difference between the log-probability by which a token was drawn and that by
-    which the step began to learn from it, which are computed in another order; gap_max the largest of a step."""
+    which the step began to learn from it, which are computed in another order, and with --draw_ahead a step of learning
+    apart; gap_max the largest of a step."""
 
     name = "grpo"
     text = "answers that the model draws itself, judged by --reward"
     rows = ("prompts",)
     unit = "prompt"
     needs = (REWARDS,)
-    figures = (REWARD, LENGTH)
+    figures = (REWARD, LENGTH, ENTROPY)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
@@ -92,7 +94,7 @@ class GRPO(Draws):
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, "
+        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
         flag="reward",
         nargs="+",
@@ -111,6 +113,14 @@ class GRPO(Draws):
         "optimizer steps on one set of answers; from the second on, ratios are clipped",
         flag="num_iterations",
         type=positive,
+    )
+    ahead: bool = setting(
+        False,
+        "1: draw the answers of the next step before this one learns, so that rewards judge them meanwhile; ratios "
+        "tell how far the model has come since",
+        flag="draw_ahead",
+        type=switch,
+        metavar="0|1",
     )
     kl_beta: float = setting(
         0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
@@ -194,7 +204,7 @@ class GRPO(Draws):
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        gap = (drawn - batch["sampled"]).abs()
+        gap = ((now.detach() if self.ahead else drawn) - batch["sampled"]).abs()
         figures = {
             "clipped": clipped.to(now.dtype) if form.whole else means(clipped.to(now.dtype), lengths),
             "gap": means(gap, lengths),

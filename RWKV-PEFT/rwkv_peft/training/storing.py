@@ -19,8 +19,8 @@ from ..objectives.stored import Stored, most_probable
 from .engine.machine import own_device, resolve_accelerator
 from .flags.request import Request
 from .inputs import find_samples
-from .step.contexts import Contexts
-from .step.steps import Whole, seen_by_teacher
+from .step.contexts import Contexts, seen_by_teacher
+from .step.steps import Whole
 from .step.stored import Source, documents_of, write_stored
 from .step.teacher import make_teacher, require_own_tokens
 

@@ -53,7 +53,8 @@ def step_of(run: Prepared) -> Step:
     """Choose the Step of a run."""
     if run.config.data.of_prompts:
         teacher = None if run.teacher is None else run.teacher.model
-        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, run.watch.moved)
+        end = run.plan.total_steps * run.plan.step_samples
+        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, end, run.watch.moved)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
     return given_step(run.config, run.samples, run.accelerator, run.teacher, run.stored)

@@ -28,7 +28,8 @@ from ...files.digest import digest_of
 from ...files.pth import all_finite, require_file
 from ...objectives.distill import Distill
 from ...objectives.stored import Stored
-from .steps import Batch, seen_by_teacher
+from .contexts import seen_by_teacher
+from .steps import Batch
 
 ENTRY = "rwkv_peft.teacher"  # in the metadata
 TENSORS = ("bounds", "keys", "logprobs", "words")
