@@ -22,7 +22,7 @@ from rwkv_peft.training.flags.request import request_of
 from rwkv_peft.training.step.relay import waiting
 
 GIB = 1 << 30
-# hours of a GPU between unexpected interruptions: 419 in 54 days of 16,384 H100s (Llama Team 2024, arXiv 2407.21783)
+# H100 SXM and DGX H100 (NVIDIA's data sheets): memory, bfloat16 without sparsity, a direction of NVLink, of the port
 # of 400 Gbit/s that each GPU has to other nodes, and of PCIe
 MEMORY, FLOPS, NVLINK, NETWORK, PCIE = 80 * GIB, 989e12, 450e9, 50e9, 64e9
 NODE = 8  # GPUs
