@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..models.parts import LanguageModel
 from ..models.state import State
+from ..ops.decode import product
 
 PREFILL = 4096  # tokens of prompts read in one pass
 
@@ -41,5 +42,5 @@ def read_packed(model: LanguageModel, pieces: Sequence[list[int]], state: State)
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
     ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
     return model(
-        tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: F.linear(x[0, ends - 1], weight)
+        tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: product(x[0, ends - 1], weight)
     )

@@ -17,7 +17,7 @@ BYTES = 4 << 20  # of a file, that are read at a time
 TAIL = 1 << 18  # bytes at the end of a file of answers
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
-SKIPPED = ("checkpoints", "tensorboard", "wandb", "node_modules")
+SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 
 
 def find_runs(places: Places) -> list[dict[str, Any]]:
