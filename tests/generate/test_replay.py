@@ -122,7 +122,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling, launches", zip(SAMPLINGS, (10, 22, 20)), ids=["greedy", "measured", "top_k"])
+@pytest.mark.parametrize("sampling, launches", [*zip(SAMPLINGS, (10, 22, 20))], ids=["greedy", "measured", "top_k"])
 def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
     monkeypatch.setattr(replay, "recordable", lambda model: True)
     running, listeners = Engine(VOCABULARY, 4, ahead=True), [Heard() for _ in range(4)]
