@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
     parser.add_argument("--weights", nargs="+", default=("fp32", "bf16", "int8", "int4"))
     parser.add_argument("--tokens", type=int, default=16, help="tokens of one sequence in a round; of several a half")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", help=argparse.SUPPRESS)  # set where this program runs itself
     args = parser.parse_args()
     if args.model:
