@@ -98,8 +98,8 @@ class Subject(NamedTuple):
 
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
-    recorded one, and
-    is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit together."""
+    recorded one, and is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit
+    together."""
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
