@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rwkv_peft as rp
+from families import DISTINCT
 from release.conversions import convert
 from release.test_convert_fla import in_fla, write
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.hf.rwkv_config import config_of
-from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.models import family_named
 from rwkv_peft.models.state import State, time_state_shapes
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -31,7 +32,7 @@ def random_state(family, vocab_size=257, n_layer=2, n_embd=64, head_size=32):
     return {key: tensor + 0.1 * torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=DISTINCT, ids=lambda family: family.name)
 def path(request, tmp_path_factory):
     """The path of a random byte-vocabulary model."""
     path = tmp_path_factory.mktemp("base") / "base.pth"

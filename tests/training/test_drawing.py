@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from families import DISTINCT
 from objectives.test_losses import ADAPTERS, make, shaken
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.training.drawing.answers import Manner, draw, packed
@@ -39,7 +39,7 @@ def gap(model, answers, *more):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_drawing_and_learning_agree(family, adapter):
     model = shaken(make(family, ADAPTERS[adapter], dtype=torch.float32))
     answers = drawn(model)
@@ -47,7 +47,7 @@ def test_drawing_and_learning_agree(family, adapter):
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_draws_begin_from_tuned_states(family):
     model = make(family, dtype=torch.float32)
     model.tune_states()
@@ -59,7 +59,7 @@ def test_draws_begin_from_tuned_states(family):
     assert gap(model, before) > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_teacher_scores_each_drawn_token_alike(family):
     """The loss is the mean over the step's tokens, each with the whole prompt before it, however prompts are laid."""
     model, teacher = (shaken(make(family, width=width)) for width in (16, 24))
@@ -84,7 +84,7 @@ def test_a_teacher_scores_each_drawn_token_alike(family):
 
 
 def test_an_answer_counts_with_what_ends_it():
-    model = make(FAMILIES[1], dtype=torch.float32)
+    model = make(DISTINCT[1], dtype=torch.float32)
     answers = drawn(model)
     assert {answer.end for answer in answers} <= {"end", "length"} and any(answer.cut for answer in answers)
     for answer in answers:

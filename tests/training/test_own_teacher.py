@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.checks import bounds_on_host
@@ -85,7 +85,7 @@ def test_ranks_with_gathered_weights_compute_the_same(folder, train):
             assert ours[number] == pytest.approx(theirs[number], rel=1e-3), (ours["step"], number)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, family, monkeypatch):
     """Whatever an adapter and tuned states have become."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
