@@ -14,7 +14,19 @@ from training.runs import metrics
 
 NEW = ("--load_model", "", "--my_testing", "x070a", "--peft", "none", "--precision", "fp32", "--epoch_count", "1")
 SIZES = ("--n_layer", "2", "--n_embd", "64", "--dim_ffn", "64", "--vocab_size", "257")
-ADAPTED = ("--train_type", "infctx", "--chunk_ctx", "7", "--train_parts", "state", "time", "--precision", "fp32")
+ADAPTED = (
+    "--train_type",
+    "infctx",
+    "--chunk_ctx",
+    "7",
+    "--train_parts",
+    "state",
+    "time",
+    "--precision",
+    "fp32",
+    "--lr_init",
+    "1e-3",
+)
 
 
 @pytest.fixture(scope="module")

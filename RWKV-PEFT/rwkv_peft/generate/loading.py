@@ -36,7 +36,7 @@ def load_model(
     and no step pays for the adapter. any_base allows an adapter of another base of the same shape. Raises UserError as
     open_base, AdapterSource.read and merging do, and for weights that are not finite.
     """
-    model, start = model_of(merged_base(path, adapters, any_base), precision, device)
+    model, start = model_of(merged_base(path, adapters, any_base), precision, device, settled=True)
     if device == "cpu" and precision == "fp32":
         store_by_columns(model)
     return model, start
@@ -55,11 +55,14 @@ def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_ba
     return base_of(merged_tensors(base, named), path)
 
 
-def model_of(base: Base, precision: str, device: str) -> tuple[LanguageModel, State | None]:
-    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none)."""
+def model_of(base: Base, precision: str, device: str, settled: bool = False) -> tuple[LanguageModel, State | None]:
+    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none).
+    `settled`: no part of it will train."""
     weights, states = split_time_states(base.tensors)
-    model = base.family.load(weights, base.config)
-    model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
+    model = base.family.load(weights, base.config).requires_grad_(False).eval()
+    if settled:
+        model.settle()
+    model = model.to(device=device, dtype=DTYPES[precision])
     return model, read_state(states, model, base.path) if states else None
 
 
