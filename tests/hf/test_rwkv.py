@@ -246,3 +246,11 @@ def test_config_of_tells_what_a_generation_is(model):
     config = config_of(model.model.config, eos_token_id=5)
     assert config.model_config() == model.model.config and config.eos_token_id == 5
     assert config.family.version == model.model.config.version
+
+
+def test_a_generation_without_a_form_is_refused(tmp_path):
+    family = family_named("x070a")
+    config = family.new_dimensions(1, 64, 2, head_size=32)
+    save_model(tmp_path / "7a.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
+    with pytest.raises(UserError, match="RWKV-7a has no form as a Hugging Face folder here"):
+        RWKVForCausalLM.from_pth(tmp_path / "7a.pth")
