@@ -218,9 +218,9 @@ class Estimate:
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
         """The parts of a teacher, which is whole on each device unless the model teaches itself, and whose pass comes
-        before the student's and keeps only the hidden states."""
+        before the student's and keeps only the hidden states; none if its word is stored."""
         teacher, dtype, here = self.teacher, self.dtype, self.accelerator
-        if teacher is None:
+        if teacher is None or self.config.objective.stored:
             return []
         family = family_named(teacher.version)
         setting = Setting(torch.device("cpu" if here == CPU else "meta"), self.config.train.fused)
