@@ -96,7 +96,7 @@ def main(rank, ranks, port, file):
     for parts in (2, 4):
         line = Line(rank, parts, 3)
         found["taught", parts] = taught(partial(SharedRows, line=line))
-        for family in FAMILIES:
+        for family in FAMILIES[:2]:  # as tests/families.py has them
             for name in CASES:
                 for step in (SharedRows(Noted(), line), SharedSegments(LENGTH, line, Noted()))[: parts // 2]:
                     model, batch = case(family, name)

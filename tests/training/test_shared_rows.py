@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.models import FAMILIES
+from families import DISTINCT
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, free_port, start
 from training.shared_rows import CASES, Noted, case, found_by, taught
@@ -30,7 +30,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("step, parts", [("SharedRows", 2), ("SharedRows", 4), ("SharedSegments", 4)])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_ranks_that_share_rows_find_what_one_finds(found, family, parts, step, name):
     expected = found_by(Whole(Noted()), *case(family, name))
     group = [rank[family.version, parts, name, step] for rank in found[:parts]]
