@@ -183,7 +183,9 @@ def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    with pytest.raises(UserError, match=r"cannot record what the blocks do \(operation not permitted.*; leave it out"):
+    with pytest.raises(
+        UserError, match=r"cannot record what the model does \(operation not permitted.*; leave --cuda_graphs out"
+    ):
         Whole(way=Graphed([Form(T)])).loss(make(DISTINCT[0], "bat-in"), a_batch(0), 1)
 
 

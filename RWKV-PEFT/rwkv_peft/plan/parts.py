@@ -15,7 +15,7 @@ from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
-from ..generate.decode import PREFILL
+from ..generate.reading import PREFILL
 from ..models import family_named
 from ..models.state import State
 from ..names import NONE
