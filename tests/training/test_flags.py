@@ -254,7 +254,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--resume"], "no complete checkpoint"),
         (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
         (["--model_version", "x070"], "x060"),
-        (["--optimizer", "adamw"], "there is no --optimizer here; it is AdamW, which --beta1"),
+        (["--optimizer", "adamw"], "there is no --optimizer here; it is --optim"),
         (["--cfg", "run.yaml"], "there is no --cfg here; it is --config"),
         (["--loss_mask", "qa"], "--mask_id"),
         (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),

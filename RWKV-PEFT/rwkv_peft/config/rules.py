@@ -34,7 +34,7 @@ BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
 SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
-ONE = "make one file of them"
+ONE, OUT = "make one file of them", "leave the schedule out"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -117,6 +117,14 @@ RULES = (
     Rule(
         "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
     ),
+    Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
+    Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
+    Rule("--optim schedule_free", EXCLUDES, STAGE_3, "its steps would be counted more than once there", SHARE),
+    Rule("--optim muon", EXCLUDES, ALONE, "states are no matrices of layers", "leave it out"),
+    Rule(
+        "--optim schedule_free", EXCLUDES, "--lr_schedule !constant", "it averages in place of a rate that falls", OUT
+    ),
+    Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", "leave it out"),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),

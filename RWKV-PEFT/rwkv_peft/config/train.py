@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
+from ..tables import OPTIMS
 from .schedules import SCHEDULES
 from .setting import setting
 from .validation import ValidationConfig
 
 SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
+SCHEDULE_FREE = "schedule_free"
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens of a segment
@@ -155,13 +157,24 @@ class TrainConfig(ValidationConfig):
         unset=True,
         type=not_negative,
     )
+    optim: str = setting(
+        "adamw",
+        "optimizer. adamw8bit: AdamW with moments of 8 bits, 6 bytes in place of 12 for each number that trains; lion: "
+        "moves each number by the rate, up or down, with one moment (8 bytes), at about a third of AdamW's rate; muon: "
+        "updates of matrices with all singular values alike, AdamW for what is no matrix of a block, at AdamW's rate; "
+        "schedule_free: AdamW that averages its weights, at a rate that stays, for runs whose end is open. All but "
+        "adamw and muon take packages of requirements-optim.txt",
+        group="optimizer",
+        type=alias((("none", "adamw"), ("schedulefree", SCHEDULE_FREE))),
+        choices=("adamw", *OPTIMS),
+    )
     lr_schedule: str = setting(
         "cosine",
         "schedule of the learning rate from a = lr_init to z = lr_final, at step s = 0 … S - 1, W of them warm-up: "
         + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
         + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
         "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
-        "--my_exit_tokens and --magic_prime rwkv-lm)",
+        "--my_exit_tokens and --magic_prime rwkv-lm, with --optim schedule_free constant)",
         group="optimizer",
         unset=True,
         type=alias(SCHEDULE_ALIASES),
@@ -170,8 +183,8 @@ class TrainConfig(ValidationConfig):
     warmup_steps: int = setting(
         0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
     )
-    beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
-    beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)
+    beta1: float = setting(0.9, "Adam, and Lion", group="optimizer", type=below_one)
+    beta2: float = setting(0.99, "Adam, and Lion", group="optimizer", type=below_one)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(

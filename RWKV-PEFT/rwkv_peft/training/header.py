@@ -96,7 +96,7 @@ def describe(
         )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
-    chosen = f"{train.lr_init:g} to {train.lr_final:g}"
+    chosen = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_schedule != "constant")
     if train.lr_chosen:
         why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
@@ -104,6 +104,8 @@ def describe(
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
     else:
         say(f"rate      {chosen}")
+    if train.optim != "adamw":
+        say(f"optimizer {train.optim}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")
 

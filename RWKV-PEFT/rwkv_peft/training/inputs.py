@@ -70,6 +70,7 @@ def find_inputs(request: Request) -> Inputs:
         "objective": config.objective.name,
         "teacher": "" if teacher is None else teacher.fingerprint,
         "precision": train.precision,
+        "optim": train.optim,
         "validation": validation,
         "retained": retained,
     }

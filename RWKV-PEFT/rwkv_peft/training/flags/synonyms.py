@@ -60,7 +60,7 @@ MEANINGS = (
     ("--wandb PROJECT", ("report_to", "wandb_project")),
     ("--strategy", ("deepspeed", "fsdp")),
     ("--merge_on_save", ("merge_and_save",)),
-    ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
+    ("--optim", ("optimizer", "optimizer_name", "optim_type")),
     ("--config", ("config_file", "config_path", "cfg")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
@@ -85,6 +85,10 @@ VALUE_MEANINGS = (
     *QUANTS,
     ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
+    ("--optim", "--optim adamw", ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam")),
+    ("--optim", "--optim adamw8bit", ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")),
+    ("--optim", "--optim lion", ("lion_32bit",)),
+    ("--optim", "--optim schedule_free", ("schedule_free_adamw",)),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
     ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
