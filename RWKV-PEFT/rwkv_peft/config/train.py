@@ -108,7 +108,7 @@ class TrainConfig(ValidationConfig):
         "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "
         "--precision",
         group="run",
-        choices=("keep", "bf16", "fp32"),
+        choices=("keep", "bf16", "fp16", "fp32"),
     )
     merge_on_save: bool = setting(
         False,
@@ -231,7 +231,13 @@ class TrainConfig(ValidationConfig):
     strategy: str = setting(
         "deepspeed_stage_1", "ZeRO stage, by which devices share memory", group="machine", choices=STRATEGIES
     )
-    precision: str = setting("bf16", "dtype of weights and activations", group="machine", choices=("bf16", "fp32"))
+    precision: str = setting(
+        "bf16",
+        "dtype of weights and activations. fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly; "
+        "the loss is scaled, and a step whose gradients overflow is skipped",
+        group="machine",
+        choices=("bf16", "fp16", "fp32"),
+    )
     chunk_ctx: int = setting(
         0,
         "with --train_type infctx: tokens of a segment (default 512); accepted and not used with other types",

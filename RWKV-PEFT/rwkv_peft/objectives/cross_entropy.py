@@ -88,6 +88,7 @@ def linear_cross_entropy(
     """
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
+    count, after = divisors(hidden, count)
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         loss, grad = cross_entropy_(
@@ -98,7 +99,13 @@ def linear_cross_entropy(
             grad = grad if grad is None else grad.mul_(weights[part, None])
         return loss[None], grad
 
-    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]
+    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), 1, rule)[0] / after
+
+
+def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """What a loss of a head is divided by before its gradient is formed, and after. In float16 all is after: the loss
+    scale comes then, too, and until then numbers as small as 1 / count would vanish."""
+    return (1.0, count) if hidden.dtype == torch.float16 else (count, 1.0)
 
 
 def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:

@@ -10,6 +10,7 @@ from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
+from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
 from ..names import NONE, STATE
@@ -60,6 +61,8 @@ def describe(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if note := better_precision(train.precision, accelerator):
+        say(f"          {note}")
     if train.context_parallel > 1:
         say(f"          {shared_rows(config)}")
     if train.compile:

@@ -104,7 +104,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         devices=train.devices,
         num_nodes=train.num_nodes,
         strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
-        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
+        precision={"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,
         max_epochs=1,

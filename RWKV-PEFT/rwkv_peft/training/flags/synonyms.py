@@ -84,6 +84,7 @@ VALUE_MEANINGS = (
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
     *QUANTS,
     ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16")),
+    ("--precision", "--precision fp16", ("float16", "half", "16", "16-mixed", "16-true")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
     ("--optim", "--optim adamw", ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam")),
     ("--optim", "--optim adamw8bit", ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")),
@@ -94,19 +95,8 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
-# (flag, what to give instead, values whose meaning is not supported here)
-INSTEAD = (
-    (
-        "--precision",
-        "float16 is not here; --precision bf16 takes as much memory, and does not overflow",
-        ("fp16", "float16", "half", "16", "16-mixed", "16-true"),
-    ),
-)
 VALUES = MappingProxyType(
-    {
-        **{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values},
-        **{(flag, value): instead for flag, instead, values in INSTEAD for value in values},
-    }
+    {**{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}}
 )
 
 # the remedy if several files are given to a flag that takes one

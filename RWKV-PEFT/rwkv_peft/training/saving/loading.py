@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..optimizers.choice import Averaging
+from ..step.loss_scale import go_on_with
 from .optimizer_files import SavedOptimizer
 from .partitions import codes_of, is_by_parameter, pieces_of, take_up
 from .run_state import read_state
@@ -57,6 +58,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
         for piece in pieces_of(optimizer, lit.model.named_parameters()):
             found.fill(piece)
         found.fill_codes(trainer.global_rank, codes_of(optimizer))
+        go_on_with(optimizer, found.scale)
         steps = found.steps
     take_up(optimizer, steps)
     if isinstance(optimizer.optimizer, Averaging):

@@ -24,6 +24,7 @@ from ...errors import UserError
 from ...files.atomic import CannotWrite, fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
+from ..step.loss_scale import counters_of
 from ..step.plan import Plan
 from .averaging import averaged
 from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
@@ -96,7 +97,9 @@ class Saver:
         with self.telling(hidden):
             optimizer = trainer.optimizers[0]
             pieces = pieces_of(optimizer, lit.model.named_parameters())
-            write_pieces(hidden, trainer.global_rank, pieces, steps_taken(optimizer), codes_of(optimizer))
+            write_pieces(
+                hidden, trainer.global_rank, pieces, steps_taken(optimizer), codes_of(optimizer), counters_of(optimizer)
+            )
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
