@@ -32,7 +32,7 @@ from .connection import is_of_connection
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
 from .loading import grouped_names, trained_names
 from .optimizer_files import write_pieces
-from .partitions import codes_of, pieces_of, steps_taken
+from .partitions import codes_of, is_by_parameter, pieces_of, steps_taken
 from .products import Products, keeps_all, model_dtypes, share_file
 from .run_state import STATE, write_state
 from .saved_files import OPTIMIZER, record_of
@@ -112,10 +112,11 @@ class Saver:
             "samples_seen": self.plan.samples_seen(done),
             "step_samples": self.plan.step_samples,
             "trained": trained_names(lit),
-            "groups": grouped_names(lit),
             "config": asdict(self.config),
             **self.identity,
         }
+        if not is_by_parameter(optimizer):
+            state["groups"] = grouped_names(lit)
         with self.telling(hidden):
             self.complete(hidden, state, exact)
             discard_old(self.folder, self.config.train.keep_checkpoints)
