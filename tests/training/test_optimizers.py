@@ -127,11 +127,18 @@ def test_muon_over_ranks_is_torchs_over_whole_matrices(monkeypatch, ranks):
 
 def test_muon_takes_the_matrices_of_blocks_and_of_adapters():
     names = {"emb.weight": 2, "blocks.0.att.key.weight": 2, "blocks.0.att.key.bone": 2, "blocks.0.ln1.weight": 1}
-    names |= {"blocks.0.att.time_faaaa": 2, "blocks.0.att.value.bone": 3, "head.weight": 2}
+    names |= {"blocks.0.att.time_faaaa": 2, "blocks.0.att.value.bone": 3, "head.weight": 2, "a.shira_values": 2}
     parameters = [(name, nn.Parameter(torch.ones((4,) * dims))) for name, dims in names.items()]
     model = SimpleNamespace(named_parameters=lambda: parameters)
     whole, matrices = parameter_groups(model, matrices_apart=True)
-    assert (len(whole["params"]), whole["shapes"], matrices["shapes"]) == (5, (), ((4, 4), (4, 4)))
+    assert (len(whole["params"]), whole["shapes"], matrices["shapes"]) == (5, (), ((4, 4), (4, 4), (4, 4, 4)))
+
+
+def test_a_row_of_matrices_is_as_each_by_itself():
+    matrices = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(muon.orthogonal(matrices), torch.stack([muon.orthogonal(x) for x in matrices]))
+    values = torch.linalg.svdvals(muon.orthogonal(matrices).float())
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_schedule_free_measures_the_mean_of_the_points_that_steps_lead_to():

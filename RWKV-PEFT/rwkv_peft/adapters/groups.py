@@ -7,7 +7,6 @@ from torch import nn
 
 from ..config import AdapterConfig
 from .method import Method
-from .methods import adapter_parameter
 
 
 class LearningRates(Protocol):
@@ -51,10 +50,12 @@ def parameter_groups(
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is the matrix of a layer within a block, or of its adapter."""
+    """Tell whether a parameter is the matrix of a layer within a block, or a matrix, or a row of them, of its
+    adapter."""
     part, *_, leaf = name.split(".")
-    inner = part not in ("emb", "head") and (leaf == "weight" or adapter_parameter(name) is not None)
-    return inner and parameter.dim() == 2 and min(parameter.shape) > 1
+    of_adapter = leaf.startswith(("bone", "lora_"))  # others' numbers are no matrix
+    inner = part not in ("emb", "head") and (leaf == "weight" or of_adapter)
+    return inner and parameter.dim() in (2, 2 + of_adapter) and min(parameter.shape[-2:]) > 1
 
 
 def learning_ratios(method: Method | None, config: AdapterConfig) -> tuple[tuple[str, float], ...]:

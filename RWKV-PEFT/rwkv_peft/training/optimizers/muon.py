@@ -1,5 +1,6 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a matrix is updated by its momentum with all
-singular values near 1. Other tensors, the embedding and the head learn by AdamW.
+singular values near 1. Other tensors, the embedding and the head learn by AdamW. bat-in's and bat-out's blocks are
+matrices each.
 
 An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one weight
 decay serve both. torch.optim.Muon takes whole matrices; ZeRO cuts them. Here ranks gather the momenta of all, and each
@@ -60,7 +61,7 @@ class Muon(torch.optim.AdamW):
             start, stop = max(place, first), min(end, after)
             if start < stop:
                 matrix = orthogonal(whole[place:end].view(shape)).reshape(-1)[start - place : stop - place]
-                update[start - first : stop - first] = matrix.float() * (SIZE * math.sqrt(max(shape)))
+                update[start - first : stop - first] = matrix.float() * (SIZE * math.sqrt(max(shape[-2:])))
             place = end
         flat.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
@@ -74,13 +75,14 @@ def gathered(part: Tensor) -> tuple[Tensor, int]:
     return whole, dist.get_rank() * len(part)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (a, b) with its singular values moved to between 0.7 and 1.2, by Newton and Schulz's iteration ->
-    bfloat16 (a, b)."""
-    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).bfloat16()
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (a, b) or (n, a, b) with their singular values moved to between 0.7 and 1.2, by Newton and Schulz's
+    iteration -> bfloat16."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).view(-1, *x.shape[-2:])
     first, third, fifth = FACTORS
     for _ in range(ROUNDS):
         square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=third, alpha=fifth), x, beta=first)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=third, alpha=fifth), x, beta=first)
+    return (x.mT if tall else x).reshape(matrices.shape)
