@@ -9,7 +9,7 @@ from ...cli import counted
 from ...config import SCHEDULE_FREE, DataConfig, TrainConfig
 from ...files.readable import home_meant
 from ...installing import how_to_install
-from ..saving.loggers import check_wandb
+from ..saving.trackers import check_trackers
 
 # of optimizers that others have written
 PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes", "lion": "lion_pytorch", SCHEDULE_FREE: "schedulefree"})
@@ -54,8 +54,7 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     package = PACKAGES.get(train.optim)
     if package and importlib.util.find_spec(package) is None:
         yield f"--optim {train.optim} needs the package {package}; {how_to_install('requirements-optim.txt')}"
-    if train.wandb:
-        yield from check_wandb(train.wandb)
+    yield from check_trackers(train)
     if not train.proj_dir:
         yield "--proj_dir is empty; name the folder of the run"
         return

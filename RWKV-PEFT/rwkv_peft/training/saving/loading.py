@@ -42,6 +42,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
+    lit.compute.restore(checkpoint)
     optimizer = trainer.optimizers[0]
     by_ranks = is_of_deepspeed(checkpoint) or not is_by_parameter(optimizer)
     if by_ranks and state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions recorded none
