@@ -1,7 +1,7 @@
 """A run's memory, part by part: formulas over the numbers of a rehearsal.
 
 Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each trained
-parameter has a float32 copy and two moments, 12 bytes in any precision.
+parameter has a float32 copy and two moments, 12 bytes in any precision; other optimizers than AdamW keep less.
 """
 
 import math
@@ -155,7 +155,8 @@ class Estimate:
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
-            Part("optimizer", place, OPTIMIZER * own),
+            Part("optimizer", place, OPTIMIZER[train.optim] * own),
+            Part("updates, gathered", place, 4 * trains if train.optim == "muon" else 0, (UPDATE,)),
             Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
             Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
