@@ -211,6 +211,15 @@ def test_the_package_offers_names_without_importing_them():
     assert done.stdout.splitlines() == ["False False True", " ".join(rwkv_peft.__all__)], done.stderr
 
 
+def test_preprocess_and_its_workers_start_without_torch():
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        "import rwkv_peft.data.preprocess; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
+
+
 def test_adapters_are_put_into_models_by_few_files():
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())

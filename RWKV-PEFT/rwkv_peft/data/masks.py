@@ -5,19 +5,20 @@ stream that counts when it is the target; or, of documents that have weights, fl
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
-from .binidx import BinidxDataset
+from .binidx import BinidxDataset, counting
+from .labels import UNDESIRABLE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
-CHUNK = 1 << 24
-UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
@@ -40,14 +41,9 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
     return f"loss on {counted:,} of {total:,} tokens (answers)"
 
 
-def counting(stored: np.ndarray) -> int:
-    """The number of tokens that a .mask counts."""
-    return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
-
-
-def undesirable(mask: Tensor) -> bool:
+def undesirable(mask: "Tensor") -> bool:
     """Return whether a sample's mask tells that its answer is labelled undesirable."""
-    return mask.dtype == torch.uint8 and UNDESIRABLE in mask
+    return not mask.is_floating_point() and UNDESIRABLE in mask
 
 
 def weighted(mask: Mask | None, dataset: BinidxDataset) -> Mask | None:
