@@ -171,7 +171,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
