@@ -19,12 +19,12 @@ from .objectives import OBJECTIVES
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
 COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
 HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
-DRAWN = len(COLORS) - 3  # the most tasks of lm_eval, because right answers, pairs and their margin need colours too
+DRAWN = len(COLORS) - 4  # the most tasks of lm_eval, because right answers and an objective's figures need colours too
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is lost in print;
 # line styles tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
-AXES = ("share", "margin (nats)", "reward", "tokens")  # of the figures of objectives
+AXES = ("share", "margin (nats)", "reward", "tokens", "nats")  # of the figures of objectives
 MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
 LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
@@ -142,7 +142,7 @@ def wants_logarithm(values: Sequence[float]) -> bool:
 def drawn_below(records: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Series]]:
     """{axis: {label: its series}} of what records hold besides losses and rates: the shares of right answers (of the
     pairs that a run learns from, its own questions, and the first few tasks of lm_eval), the margins of pairs, and the
-    rewards and lengths of drawn answers."""
+    rewards, lengths and entropy of drawn answers."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
     shown = {axis: drawn_figures(axis) for axis in AXES}

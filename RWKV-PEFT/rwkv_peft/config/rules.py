@@ -156,7 +156,8 @@ def values_of(*settings: Settings) -> dict[str, Any]:
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
         if isinstance(one, Objective):
             values["objective"] = one.name
-    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not values.get("teacher_model")
+    other = values.get("teacher_model") or values.get("teacher_logprobs")
+    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not other
     return values
 
 

@@ -16,7 +16,7 @@ from .binidx import BinidxDataset, counting
 from .labels import UNDESIRABLE
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor  # whose import takes seconds, of each process that encodes rows
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
@@ -42,7 +42,7 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
 
 
 def undesirable(mask: "Tensor") -> bool:
-    """Return whether a sample's mask tells that its answer is labelled undesirable."""
+    """Return whether a sample's mask tells that its answer is labelled undesirable; one of weights does not."""
     return not mask.is_floating_point() and UNDESIRABLE in mask
 
 

@@ -39,7 +39,6 @@ from .rows import read_chunks
 from .seen import Seen
 from .shard_writer import ShardWriter
 from .shards import open_dataset
-from .show import marks_for, show_documents
 from .templates import read_template
 from .thinking import FIELDS
 from .tokenizer import load_tokenizer
@@ -89,6 +88,8 @@ def main(argv: list[str]) -> int:
     written = open_dataset(output)
     print(describe(written, totals))
     if options.show:
+        from .show import marks_for, show_documents  # by torch, which nothing else here needs
+
         print(show_documents(written, options.show, tokenizer, marks_for(sys.stdout)))
     return 0
 

@@ -26,6 +26,7 @@ from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
 from .saving.saved_files import require_files
 from .step.plan import Plan
+from .step.stored import StoredTeacher, open_stored
 from .step.teacher import require_own_tokens
 
 
@@ -34,7 +35,7 @@ class Inputs:
     """The inputs of a run: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
     those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
     begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far; the
-    teacher that it learns from, or None."""
+    teacher that it learns from, or what one said of its rows before, or None."""
 
     config: RunConfig
     base: Base | None
@@ -47,16 +48,20 @@ class Inputs:
     plan: Plan
     lowest: Lowest
     teacher: Base | None
+    stored: StoredTeacher | None
 
 
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
-    train, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
+    train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
     step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
+    stored = open_stored(config.objective, config.model.vocab_size)
+    if stored is not None:
+        stored.require_rows(samples.vocabulary, (samples, *measured.values()))
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
@@ -67,9 +72,9 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "row_groups": train.groups,
+        "row_groups": meant_for,
         "objective": config.objective.name,
-        "teacher": "" if teacher is None else teacher.fingerprint,
+        "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,
         "validation": validation,
         "retained": retained,
@@ -88,7 +93,8 @@ def find_inputs(request: Request) -> Inputs:
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
-    return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest, teacher)
+    found = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
+    return Inputs(config, base, *found, teacher, stored)
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:

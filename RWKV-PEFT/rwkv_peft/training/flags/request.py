@@ -23,6 +23,7 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .elastic import fit
 from .given import READ, WRITE, Entries, entries_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
@@ -117,7 +118,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals, earlier ones included."""
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
-    notes = tuple(adopt(args))
+    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]
@@ -220,7 +221,7 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    if base is not None and base.has_states and data.of_contexts and not objective.teacher:
+    if base is not None and base.has_states and data.of_contexts and not (objective.teacher or objective.stored):
         raise UserError(
             f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"
