@@ -182,7 +182,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
     if args.optim == SCHEDULE_FREE and args.lr_schedule is None:
         train = replace(train, lr_schedule="constant")
     if args.peft == NONE and parts_of(args) == (STATE,):
