@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -160,6 +161,22 @@ def drawn_figures(axis: str) -> dict[str, str]:
     return {figure.label: figure.name for figure in figures if figure.axis == axis}
 
 
+def by_source(
+    records: Iterable[dict[str, Any]], name: str, label: str, color: str
+) -> list[tuple[str, dict[str, Any], list[int], list[float]]]:
+    """[(label, look, steps, losses)] of several data files, whose losses are the records' NAME/FILE: in one colour, and
+    told apart by the style of their lines."""
+    names = dict.fromkeys(found for record in records for found in record if found.startswith(f"{name}/"))
+    return [
+        (
+            legend_text(f"{label} of {found.partition('/')[2]}"),
+            {"color": color, "linestyle": style},
+            *series(records, found),
+        )
+        for found, style in zip(names, cycle(LINE_STYLES[1:]))
+    ]
+
+
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
     """The unit that a run's loss is a mean over: that of the objective with the most figures in its records."""
     names = {name for record in records for name in record}
@@ -185,8 +202,11 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     axes.spines["top"].set_visible(False)
     if not losses:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
-    held_out = [(label, color, *series(records, name)) for label, name, color in HELD_OUT]
-    shown = losses + [value for *_, values in held_out for value in values]
+    held_out = [(label, {"color": color}, *series(records, name)) for label, name, color in HELD_OUT]
+    for label, name, color in HELD_OUT:
+        held_out += by_source(records, name, label, color)
+    sources = by_source(records, "loss", "loss", "tab:blue")
+    shown = losses + [value for *_, values in held_out + sources for value in values]
     logarithm, few = wants_logarithm(shown), len(losses) < MANY
     axes.plot(
         steps,
@@ -200,9 +220,12 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     )
     if not few:
         axes.plot(steps, smooth_drawn(losses, logarithm), color="tab:blue", linewidth=2, label="loss, smoothed")
-    for label, color, at, values in held_out:
+    for label, style, at, values in held_out:
         if values:
-            axes.plot(at, values, color=color, linewidth=2, marker="o", markersize=3, label=label)
+            axes.plot(at, values, linewidth=2, marker="o", markersize=3, label=label, **style)
+    for label, style, at, values in sources:
+        line = values if few else smooth_drawn(values, logarithm)
+        axes.plot(at, line, linewidth=1, marker="o" if few else None, markersize=3, label=label, **style)
     for start in series(records, "retain_start")[1]:
         axes.axhline(start, color=HELD_OUT[1][2], linewidth=1, linestyle=":")
     if logarithm:

@@ -275,6 +275,11 @@ def f(completions):
 """
 
 
+def test_judging_takes_no_torch(reward):
+    code = "import sys\ndef f(completions): return ['torch' in sys.modules] * len(completions)"
+    assert list(judge(["gsm8k", reward(code)], ["4", "#### 5"]).total) == [0, 1]
+
+
 def test_processes_end_with_the_rewards(reward):
     pids = judge([reward(STARTS)], ["a", "b"]).total
     assert all(gone(int(pid)) for pid in pids)

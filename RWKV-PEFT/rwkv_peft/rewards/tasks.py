@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evals.choices import choices_of, right_of
-from ..evals.problems import layout_of
+from ..evals.layouts import read_layout
 from ..evals.task import AnswerTask
 from ..tables import WRITTEN
 from .reward import Answer, Reward
@@ -21,7 +21,8 @@ class TaskReward(Reward):
             raise UserError(f"{name} has no measure {measure!r}; name {' or '.join(task.measures)}")
         task.require()
         self.name = f"{name}:{measure}" if measure else name
-        self.task, self.measure, self.layout = task, measure or task.measures[0], layout_of(task, None)
+        self.task, self.measure = task, measure or task.measures[0]
+        self.layout = read_layout(task.layout, "--reward") if task.layout else ""
 
     def check(self, row: Mapping[str, Any]) -> None:
         self.task.problem(row, self.layout)

@@ -18,8 +18,8 @@ from ..flags.world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
-    "load_model path more tokenizer val_data retain_data eval_data eval_template lm_eval_include_path proj_dir load "
-    "init state_load teacher teacher_adapters teacher_state wandb join_minutes"
+    "load_model path more tokenizer val_data more_val retain_data eval_data eval_template lm_eval_include_path "
+    "proj_dir load init state_load teacher teacher_adapters teacher_state wandb trackio swanlab join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
