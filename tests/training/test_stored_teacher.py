@@ -179,9 +179,8 @@ def test_a_document_of_contexts_is_found_by_what_the_teacher_reads():
 
 
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
-def test_the_base_stores_its_word_on_rows_with_contexts(tmp_path, family, monkeypatch):
+def test_the_base_stores_its_word_on_rows_with_contexts(tmp_path, family):
     """And the divergence from that is the one from the base itself."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base, path = write_model(tmp_path / "base.pth", family, vocab_size=257), str(tmp_path / "said.safetensors")
     rows = ({"context": "AB" * (1 + i % 3), "question": f"{i}?", "answer": f"{i % 3}!"} for i in range(8))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
