@@ -2,8 +2,9 @@
 
     python benchmarks/elastic.py [--kills 4] [--steps 400] [--seed 0]
 
-A node is an agent of torchrun with one rank, on a CPU. After a random number of steps one of the agents is killed by
-SIGKILL, the first or the last, alone or with its rank; another takes its place some seconds later. This script keeps
+A node is an agent of torchrun with one rank, on a CPU. After a random number of steps one of the agents, the first or
+the last, is killed by SIGKILL, alone or with its rank, or asked to leave by SIGTERM, as nodes are that are preempted;
+another takes its place some seconds later. This script keeps
 torchrun's meeting place, so that any node may be lost. The run must end by itself: each step once, on the same samples,
 with the losses and weights of the other run up to the order of sums.
 """
@@ -30,6 +31,7 @@ from rwkv_peft.models import family_named
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 2
+ALONE, WHOLE, ASKED = WAYS = "killed", "killed with its rank", "asked to leave"
 CONF = "is_host=0,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8"
 FLAGS = "--ctx_len 32 --micro_bsz 1 --precision fp32 --accelerator cpu --bone_r 8 --lr_init 3e-3 --lr_schedule constant"
 FLAGS += " --save_every 10 --epoch_count 1 --resume auto --answer_rows 0"
@@ -90,12 +92,12 @@ def run_and_kill(folder, args, draw):
             if all(agent.poll() is not None for agent in agents):
                 sys.exit(f"the run ended early:\n{(folder / 'log').read_text()}")
             time.sleep(0.02)
-        victim, whole = draw.choice((0, -1)), draw.random() < 0.5
+        victim, way = draw.choice((0, -1)), draw.choice(WAYS)
         agent = agents.pop(victim)
-        ranks = psutil.Process(agent.pid).children(recursive=True) if whole else []
+        ranks = psutil.Process(agent.pid).children(recursive=True) if way == WHOLE else []
         for process in (agent, *ranks):
-            process.kill()
-        print(f"after {moment} steps: agent {victim} killed{', with its rank' * whole}", flush=True)
+            process.terminate() if way == ASKED else process.kill()
+        print(f"after {moment} steps: agent {victim} {way}", flush=True)
         time.sleep(draw.uniform(0, 5))
         agents.append(start(command, log))
     codes = [agent.wait() for agent in agents]
