@@ -85,8 +85,9 @@ class Parser(argparse.ArgumentParser):
 
     def tell(self, rules: Sequence[Rule]) -> None:
         """Add to the help of each flag what rules say of it."""
+        told = notes(rules)
         for action in self._actions:
-            action.help = f"{action.help}{notes(rules, action.dest)}"
+            action.help = f"{action.help}{told.get(action.dest, '')}"
 
     def given(self, namespace: argparse.Namespace) -> Given:
         """Collect what rules judge: all flags and facts, and the names of flags that are not their defaults, and of

@@ -63,21 +63,25 @@ def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:
                 yield f"{given.shown(subject)} {rule.verb} {other}: {rule.why}; {remedy}"
 
 
-def notes(rules: Sequence[Rule], flag: str) -> str:
-    """Say for the help of a flag what it, or a value of it, needs and does not go with."""
-    found: dict[tuple[str, str], list[str]] = {}
+def notes(rules: Sequence[Rule]) -> dict[str, str]:
+    """Say for the help of each flag what it, or a value of it, needs and does not go with."""
+    found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for rule in rules:
         others = rule.others.split(", ")
         objects = others if rule.verb == EXCLUDES else [" or ".join(others)]
         pairs = [(subject, other) for subject in rule.subjects.split(", ") for other in objects]
         pairs += [(other, subject) for subject, other in pairs if rule.verb == EXCLUDES]
-        for (name, wanted), other in ((parts_of(own), other) for own, other in pairs):
-            if name == flag:
-                verb = "not with" if rule.verb == EXCLUDES else rule.verb
-                found.setdefault((wanted.removeprefix("1"), verb), []).append(worded(other))
-    said = ((worded(wanted), verb, ", ".join(dict.fromkeys(words))) for (wanted, verb), words in found.items())
-    text = "; ".join(f"{wanted + ': ' * bool(wanted)}{verb} {words}" for wanted, verb, words in said)
-    return f" [{text}]" if text else ""
+        verb = "not with" if rule.verb == EXCLUDES else rule.verb
+        for own, other in pairs:
+            name, wanted = parts_of(own)
+            found.setdefault(name, {}).setdefault((wanted.removeprefix("1"), verb), []).append(worded(other))
+    return {name: " [" + "; ".join(note(*each) for each in said.items()) + "]" for name, said in found.items()}
+
+
+def note(case: tuple[str, str], words: Sequence[str]) -> str:
+    """What one value of a flag, "" for any, needs or does not go with: case is (that value, the verb)."""
+    wanted, verb = case
+    return f"{worded(wanted) + ': ' * bool(wanted)}{verb} {', '.join(dict.fromkeys(words))}"
 
 
 def parts_of(condition: str) -> tuple[str, str]:

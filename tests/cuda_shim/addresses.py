@@ -16,7 +16,7 @@ import shim
 import torch
 from mutate import FAMILIES
 
-GUARDS = ("-O1", "-fsanitize=address")
+GUARDS = ("-Og", "-fsanitize=address")  # which compile in half the time of -O1
 
 
 def main():

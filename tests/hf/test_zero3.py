@@ -1,7 +1,6 @@
 """Bone under DeepSpeed's ZeRO-3, which gathers a layer's weight only while it is in use."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from finetuning import QUIET
 
 import tiny_llama
+from training.runs import finish, start
 
 ZERO_3 = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -22,11 +22,8 @@ ZERO_3 = {
 
 
 def test_training_under_zero_3_is_training_without_it():
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("zero3_steps.py"))], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    traces = json.loads(done.stdout.split("TRACES ")[1])
+    out, _ = finish(start([sys.executable, str(Path(__file__).with_name("zero3_steps.py"))]))
+    traces = json.loads(out.split("TRACES ")[1])
     for plain, zero in traces.values():
         assert plain[0] > plain[1] > plain[2]
         assert zero == pytest.approx(plain, rel=1e-6)
@@ -58,8 +55,7 @@ def test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone
     finetune.main(arguments("plain"))
     command = [sys.executable, str(Path(__file__).with_name("zero3_command.py"))]
     command += arguments("zero3", "--deepspeed", str(tmp_path / "zero3.json"))
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(start(command))
     losses = [
         [
             row["loss"]

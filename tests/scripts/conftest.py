@@ -24,6 +24,10 @@ def warm_environment(tmp_path_factory, accelerator):
     )
     (environment / "bin" / "rwkv-peft").write_text(command)
     (environment / "bin" / "rwkv-peft").chmod(0o755)
-    needs = "".join((ROOT / name).read_text() for name in ("requirements.txt", "pyproject.toml"))
-    (environment / ".rwkv-peft-requirements").write_text(f"{ROOT}\n{needs}")
+    for name, *files in (
+        ("requirements", "requirements.txt", "pyproject.toml"),
+        ("requirements-hf", "requirements-hf.txt"),
+    ):
+        needs = "".join((ROOT / file).read_text() for file in files)
+        (environment / f".rwkv-peft-{name}").write_text(f"{ROOT}\n{needs}")
     return {"VIRTUAL_ENV": str(environment)}

@@ -18,8 +18,8 @@ def script(variables, *flags, root=ROOT):
     )
 
 
-def test_it_runs_on_what_it_makes_itself(tmp_path):
-    done = script({"OUTPUT_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}, "--max_steps", "2")
+def test_it_runs_on_what_it_makes_itself(tmp_path, warm_environment):
+    done = script(warm_environment | {"OUTPUT_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}, "--max_steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "bone_ft" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "bone_merged" / "model.safetensors").is_file()

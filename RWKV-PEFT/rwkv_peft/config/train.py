@@ -123,6 +123,18 @@ class TrainConfig(ValidationConfig):
         group="run",
         metavar="PROJECT",
     )
+    trackio: str = setting(
+        "",
+        "also log to this trackio project, on this machine (`trackio show`), or in the Space of TRACKIO_SPACE_ID",
+        group="run",
+        metavar="PROJECT",
+    )
+    swanlab: str = setting(
+        "",
+        "also log to this SwanLab project (after `swanlab login`, or with SWANLAB_MODE=offline)",
+        group="run",
+        metavar="PROJECT",
+    )
     state_load: str = setting(
         "",
         "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned only states",

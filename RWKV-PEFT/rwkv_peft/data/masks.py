@@ -5,15 +5,17 @@ stream that counts when it is the target; or, of documents that have weights, fl
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from .binidx import BinidxDataset
+
+if TYPE_CHECKING:
+    from torch import Tensor  # whose import takes seconds, of each process that encodes rows
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
 CHUNK = 1 << 24
@@ -31,7 +33,7 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
         return f"loss on all {total:,} tokens"
     if kind != "file":
         return f"loss on all {total:,} tokens: --loss_mask {kind} leaves {dataset.mask_path} aside"
-    counted = sum(int(np.count_nonzero(dataset.mask[i : i + CHUNK])) for i in range(0, total, CHUNK))
+    counted = counting(dataset.mask)
     if not counted:
         raise UserError(
             f"{dataset.mask_path} counts none of {total:,} tokens, so that there is nothing to learn; preprocess rows "
@@ -40,9 +42,14 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
     return f"loss on {counted:,} of {total:,} tokens (answers)"
 
 
-def undesirable(mask: Tensor) -> bool:
-    """Return whether a sample's mask tells that its answer is labelled undesirable."""
-    return mask.dtype == torch.uint8 and UNDESIRABLE in mask
+def counting(stored: np.ndarray) -> int:
+    """The number of tokens that a .mask counts."""
+    return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
+
+
+def undesirable(mask: "Tensor") -> bool:
+    """Return whether a sample's mask tells that its answer is labelled undesirable; one of weights does not."""
+    return not mask.is_floating_point() and UNDESIRABLE in mask
 
 
 def weighted(mask: Mask | None, dataset: BinidxDataset) -> Mask | None:

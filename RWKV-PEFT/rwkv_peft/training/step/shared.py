@@ -48,7 +48,8 @@ class SharedRows(Whole):
         return self.forward(model, batch, 1)
 
     def forward(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        """The sum of the segments' losses. Autograd goes back through what came last first, on every rank."""
+        """The sum of the segments' losses. Autograd goes back through what came last first, on every rank. The shares
+        of data files are told of whole rows only."""
         self.line.open_ring()
         total, measures = torch.zeros((), device=batch["tokens"].device), dict[str, torch.Tensor]()
         for part in cast(Mapping[str, Any], batch)["segments"]:
