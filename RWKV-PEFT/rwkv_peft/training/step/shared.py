@@ -21,7 +21,7 @@ GRAIN = 32  # positions whose multiples kernels compute as they compute the whol
 class SharedRows(Whole):
     """Compute this rank's part of all positions of a batch, in segments that follow each other along the line
     (in_flight). All go forward, and then all go back, so that ranks wait only at both ends. No pass is repeated, and
-    activations take the memory of one segment's that is as long. least: see in_flight."""
+    activations take no more memory than those of one segment. least: see in_flight."""
 
     def __init__(self, objective: Objective, line: Line, teacher: nn.Module | None = None, least: int = LEAST) -> None:
         super().__init__(objective, self.along, teacher=teacher)
