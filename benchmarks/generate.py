@@ -1,56 +1,58 @@
-"""Tokens a second of decoding, beside the `rwkv` package and llama.cpp (`xllamacpp`) with the same model.
+"""Tokens a second of decoding on a CPU, beside llama.cpp (`xllamacpp`) with the same model, and the time of reading.
 
-    python benchmarks/generate.py [--generation 6 7] [--layers 12] [--channels 768] [--threads 1 2] [--batches 1 16]
+    python benchmarks/generate.py [--generation 6 7] [--sizes 12x768 3x2048] [--threads 2] [--weights fp32 int8]
 
-Makes a random model in a temporary folder. All continue greedily, from prompts of 8 tokens, each generation and number
-of threads in a process of its own; they take turns, and the best of the rounds counts, because other work on the
-machine can only slow one down. Beside it is the median, over the rounds, of the ratio of our tokens a second to the
-other's in the same round. The package has no batches: it advances the sequences one after the other; llama.cpp, with a
-GGUF in the same precision, gets only one sequence. For one thread, tokens per second of processor time are printed
-beside those of the clock, but not for llama.cpp.
+Makes random models of some layers and channels and the World vocabulary in a temporary folder; each generation, size
+and number of threads has a process of its own. Both sides continue prompts of 8 tokens greedily. They take turns, and
+the best of the rounds counts, because other work on the machine can only slow one down. llama.cpp has a GGUF of the
+same numbers (int8: q8_0), and as many places as there are sequences. "reading" is our time of a step over the time of
+reading the weights, which is their size over the rate at which all threads add up 512 MB of floats in large pages, in
+the same rounds.
 """
 
 import argparse
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROMPT = 8
-GGUF = {"fp32": "f32", "bf16": "bf16"}
+GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 VERSIONS = {"6": "x060", "7": "x070"}
+COLUMNS = "RWKV;size;threads;weights;MB;sequences;tokens/s;reading;llama.cpp;ratio".split(";")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", nargs="+", choices=("6", "7"), default=("6", "7"))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--channels", type=int, default=768)
-    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--sizes", nargs="+", default=("12x768", "3x2048"), help="layers x channels")
+    parser.add_argument("--threads", type=int, nargs="+", default=(2,))
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens of each sequence in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", nargs="+", default=("fp32", "bf16", "int8", "int4"))
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of one sequence in a round; of several a half")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", help=argparse.SUPPRESS)  # set where this program runs itself
     args = parser.parse_args()
     if args.model:
         return measure(args)
-    print("| RWKV | threads | sequences | clock | rwkv_peft, tokens/s | beside | tokens/s | median ratio |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for line in (COLUMNS, ("---",) * len(COLUMNS)):
+        print(f"| {' | '.join(line)} |", flush=True)
     for generation in args.generation:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pth"
-            make_model(path, VERSIONS[generation], args.layers, args.channels)
-            for threads in args.threads:
-                flags = {"model": path, "generation": generation, "threads": threads, "precision": args.precision}
-                flags |= {"tokens": args.tokens, "rounds": args.rounds}
-                command = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-                batches = ["--batches", *map(str, args.batches)]
-                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                subprocess.run([sys.executable, __file__, *command, *batches], env=environment, check=True)
+        for size in args.sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.pth"
+                make_model(path, VERSIONS[generation], *map(int, size.split("x")))
+                for threads in args.threads:
+                    flags = {"model": path, "generation": generation, "sizes": size, "threads": threads}
+                    flags |= {"tokens": args.tokens, "rounds": args.rounds}
+                    command = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+                    command += ["--batches", *map(str, args.batches), "--weights", *args.weights]
+                    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                    subprocess.run([sys.executable, __file__, *command], env=environment, check=True)
 
 
 def make_model(path, version, layers, channels):
@@ -70,91 +72,75 @@ def make_model(path, version, layers, channels):
 
 
 def measure(args):
-    """Print the rows of the table for one generation and number of threads."""
+    """Print the rows of the table for one model and number of threads."""
     import torch
 
     from rwkv_peft.generate import load_model
+    from rwkv_peft.generate.weights import large_pages, rounded
 
-    generation, threads = args.generation[0], args.threads[0]
-    torch.set_num_threads(threads)
-    ours, _ = load_model(args.model, precision=args.precision)
-    package = rwkv_package(args.model, generation, args.precision)
-    server = llama_cpp(args.model, args.precision, threads)
-    for batch in args.batches:
-        prompts = torch.randint(1, 60000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
-        tokens = args.tokens if batch == 1 else max(args.tokens // 4, 2)
-        others = {"rwkv": (package_rates, package)} | ({"llama.cpp": (llama_rates, server)} if batch == 1 else {})
-        rounds = []
-        for _ in range(args.rounds + 1):  # the first warms up
-            rates = {name: ask(model, prompts, tokens) for name, (ask, model) in others.items()}
-            rounds.append((our_rates(ours, prompts, tokens), rates))
-        for name in others:
-            clocks = ("wall", "processor")[: 2 if threads == 1 and name == "rwkv" else 1]
-            for clock, word in enumerate(clocks):
-                pairs = [(mine[clock], rates[name][clock]) for mine, rates in rounds[1:]]
-                mine, other = (max(side) for side in zip(*pairs))
-                ratio = statistics.median(a / b for a, b in pairs)
-                cells = generation, threads, batch, word, f"{mine:.1f}", name, f"{other:.1f}", f"{ratio:.2f}"
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def rwkv_package(path, generation, precision):
-    """The `rwkv` package's model; it reads the generation when it is imported."""
-    import contextlib
-    import io
-
-    os.environ["RWKV_V7_ON"] = "1" if generation == "7" else "0"
-    with contextlib.redirect_stdout(io.StringIO()):
-        from rwkv.model import RWKV
-
-        return RWKV(model=path.removesuffix(".pth"), strategy=f"cpu {precision}")
+    torch.set_num_threads(args.threads[0])
+    torch.set_grad_enabled(False)
+    stream = large_pages(1 << 29).view(torch.float32).fill_(1.0)
+    for kind in args.weights:
+        quantized = {"weights": kind} if kind.startswith("int") else {"precision": kind}
+        ours, _ = load_model(args.model, **quantized)
+        size = sum(weight.nbytes for name, weight in ours.named_parameters() if name != "emb.weight")
+        size += sum(product.weight.nbytes for product in rounded(ours).values())
+        for batch in args.batches:
+            server = llama_cpp(args.model, GGUF[kind], args.threads[0], batch) if kind in GGUF else None
+            prompts = torch.randint(1, 60000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+            tokens = args.tokens if batch == 1 else max(args.tokens // 2, 2)
+            mine = theirs = reading = 0.0
+            for _ in range(args.rounds + 1):  # the first warms up
+                began = time.perf_counter()
+                stream.sum()
+                reading = max(reading, stream.nbytes / (time.perf_counter() - began))
+                mine = max(mine, our_rate(ours, prompts, tokens))
+                theirs = max(theirs, llama_rate(server, prompts, tokens)) if server else math.nan
+            share = batch / mine / (size / reading)
+            cells = f"{size / 1e6:,.0f}", batch, f"{mine:.1f}", f"{share:.2f}", f"{theirs:.1f}", f"{mine / theirs:.2f}"
+            row = (args.generation[0], args.sizes[0], args.threads[0], kind, *cells)
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+            del server
+        del ours
 
 
-def llama_cpp(path, precision, threads):
-    """llama.cpp's server, on a GGUF of the same precision beside the model."""
+def llama_cpp(path, kind, threads, places):
+    """llama.cpp's server, on a GGUF of a type beside the model."""
     import xllamacpp
 
     from rwkv_peft.files.base import open_base
     from rwkv_peft.release.verify import written
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(written(Path(path).parent, GGUF[precision], open_base(path)))
-    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 512, 1, -1, False
+    params.model.path = str(written(Path(path).parent, kind, open_base(path)))
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256 * places, places, -1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     return xllamacpp.Server(params)
 
 
-def our_rates(model, prompts, tokens):
-    """Tokens a second by the wall clock and by processor time; prompts are read before the clocks start."""
+def our_rate(model, prompts, tokens):
+    """Tokens a second; prompts are read before the clock starts."""
     from rwkv_peft.generate import Sampling, generate
 
     steps = generate(model, prompts, Sampling(temperature=0), tokens + 1)
     for _ in prompts:  # the first token of each comes of reading its prompt
         next(steps)
-    began = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     drawn = sum(1 for _ in steps)
-    return drawn / (time.perf_counter() - began[0]), drawn / (time.process_time() - began[1])
+    return drawn / (time.perf_counter() - began)
 
 
-def package_rates(model, prompts, tokens):
-    """The same for the package."""
-    import torch
+def llama_rate(server, prompts, tokens):
+    """The same for llama.cpp, by its own clock, which leaves prompts out: all tokens over the longest time of one."""
 
-    with torch.inference_mode():
-        rows = [model.forward(prompt, None) for prompt in prompts]
-        began = time.perf_counter(), time.process_time()
-        for _ in range(tokens):
-            rows = [model.forward([int(logits.argmax())], state) for logits, state in rows]
-        drawn = tokens * len(prompts)
-        return drawn / (time.perf_counter() - began[0]), drawn / (time.process_time() - began[1])
+    def ask(prompt):
+        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+        return server.handle_completions(asked)["timings"]
 
-
-def llama_rates(server, prompts, tokens):
-    """The same for llama.cpp, one prompt, only by its own clock, which leaves the prompt out."""
-    answer = server.handle_completions(
-        {"prompt": prompts[0], "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
-    )
-    return (answer["timings"]["predicted_per_second"],)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        timings = list(pool.map(ask, prompts))
+    return sum(one["predicted_n"] for one in timings) / max(one["predicted_ms"] for one in timings) * 1e3
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rwkv_peft.doctor import model
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import base_of, save_model
+from rwkv_peft.models import family_named
 
 BASE, CONVERT = "train on rows", "make it a base"
 
@@ -27,6 +28,8 @@ def folder(tmp_path_factory, tiny_state):
     save_model(folder / "state.pth", {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
     for name in ("model.st", "model.gguf", "hf"):
         main(["convert", str(folder / "base.pth"), str(folder / name)])
+    config = (family := family_named("x070a")).new_dimensions(1, 64, 257)
+    save_model(folder / "7a.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
     deep = tiny_state(dtype=torch.bfloat16) | {"blocks.0.ffn.s_emb.weight": torch.zeros(2, 4)}
     torch.save(deep, folder / "deep.pth")
     return folder
@@ -40,6 +43,7 @@ def folder(tmp_path_factory, tiny_state):
         ("hf", "model, RWKV-6", CONVERT),
         ("model.gguf", "GGUF model, rwkv6", CONVERT),
         ("bone.safetensors", "adapter, written by rwkv_peft", "make one model"),
+        ("7a.pth", "model, RWKV-7a (x070a)", BASE),
         ("state.pth", "time states of 2 layers", "bring it to Ai00"),
     ],
 )
@@ -49,6 +53,7 @@ def test_a_file_is_named_with_the_commands_that_suit_it(folder, capsys, name, ki
     said = capsys.readouterr().out
     about, suited = said.split("\n\n")
     assert about.startswith("kind") and kind in about
+    assert ("convert" in suited) == (name not in ("7a.pth", "bone.safetensors"))  # for which there is no such form
     assert any(
         line.startswith(f"{purpose}  ") and shlex.quote(str(folder / name)) in line for line in suited.split("\n")
     )

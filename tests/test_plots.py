@@ -11,6 +11,7 @@ from rwkv_peft.plots import (
     COLORS,
     DRAWN,
     HELD_OUT,
+    by_source,
     drawn_below,
     plot_loss,
     read_metrics,
@@ -21,6 +22,7 @@ from rwkv_peft.plots import (
     wants_logarithm,
 )
 
+LOSS = ("loss", "loss", "tab:blue")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -55,6 +57,17 @@ def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
     assert series(records, "absent") == ([], [])
 
 
+def test_the_losses_of_several_files_are_drawn_in_the_colour_of_the_loss(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": n, "loss": 1.0, "loss/a": 2.0, "loss/b$": 0.5}) + "\n" for n in range(3))
+    )
+    labels = {label: (look["linestyle"], values) for label, look, _, values in by_source(read_metrics(path), *LOSS)}
+    assert labels == {"loss of a": ("--", [2.0] * 3), r"loss of b\$": ("-.", [0.5] * 3)}
+    plot_loss(path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
 def test_the_shares_of_right_answers_are_drawn(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
     shares = {"right answers": ([10, 20], [0.5, 0.5]), "t/acc": ([10, 20], [0.4, 0.4])}
@@ -86,7 +99,7 @@ def height(picture):
 def test_each_curve_has_its_colour():
     """In one picture: the loss, the curves on held-out data, and all that is drawn below them."""
     used = ["tab:blue", *(color for _, _, color in HELD_OUT), *COLORS]
-    assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 3
+    assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 4
 
 
 def test_a_null_is_no_point():

@@ -134,6 +134,14 @@ COMMANDS = (
         "release.convert",
         flags="release.flags:convert_flags",
     ),
+    Command(
+        "Release",
+        "push",
+        "push an adapter or a model to the Hugging Face hub, with a card",
+        "release.push",
+        flags="release.flags:push_flags",
+        needs="requirements-hf.txt",
+    ),
     Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "doctor.command"),
 )
 # {a name that a command had: the words that took its place}: it works for one more release

@@ -28,8 +28,8 @@ def user_cache() -> Path | None:
 
 
 def generation(version: str) -> str:
-    """The name of a generation: "x060" -> "RWKV-6"."""
-    return f"RWKV-{version[2]}"
+    """The name of a generation: "x060" -> "RWKV-6", "x070a" -> "RWKV-7a"."""
+    return f"RWKV-{version[2]}{version[4:]}"
 
 
 def called(value: str, ours: str) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,12 +19,12 @@ from .objectives import OBJECTIVES
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
 COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
 HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
-DRAWN = len(COLORS) - 3  # the most tasks of lm_eval, because right answers, pairs and their margin need colours too
+DRAWN = len(COLORS) - 4  # the most tasks of lm_eval, because right answers and an objective's figures need colours too
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is lost in print;
 # line styles tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
-AXES = ("share", "margin (nats)", "reward", "tokens")  # of the figures of objectives
+AXES = ("share", "margin (nats)", "reward", "tokens", "nats")  # of the figures of objectives
 MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
 LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
@@ -141,7 +142,7 @@ def wants_logarithm(values: Sequence[float]) -> bool:
 def drawn_below(records: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Series]]:
     """{axis: {label: its series}} of what records hold besides losses and rates: the shares of right answers (of the
     pairs that a run learns from, its own questions, and the first few tasks of lm_eval), the margins of pairs, and the
-    rewards and lengths of drawn answers."""
+    rewards, lengths and entropy of drawn answers."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
     shown = {axis: drawn_figures(axis) for axis in AXES}
@@ -158,6 +159,22 @@ def drawn_figures(axis: str) -> dict[str, str]:
     """{label: name} of the figures of objectives that are drawn at an axis."""
     figures = (figure for objective in OBJECTIVES.values() for figure in objective.figures)
     return {figure.label: figure.name for figure in figures if figure.axis == axis}
+
+
+def by_source(
+    records: Iterable[dict[str, Any]], name: str, label: str, color: str
+) -> list[tuple[str, dict[str, Any], list[int], list[float]]]:
+    """[(label, look, steps, losses)] of several data files, whose losses are the records' NAME/FILE: in one colour, and
+    told apart by the style of their lines."""
+    names = dict.fromkeys(found for record in records for found in record if found.startswith(f"{name}/"))
+    return [
+        (
+            legend_text(f"{label} of {found.partition('/')[2]}"),
+            {"color": color, "linestyle": style},
+            *series(records, found),
+        )
+        for found, style in zip(names, cycle(LINE_STYLES[1:]))
+    ]
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
@@ -185,8 +202,11 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     axes.spines["top"].set_visible(False)
     if not losses:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
-    held_out = [(label, color, *series(records, name)) for label, name, color in HELD_OUT]
-    shown = losses + [value for *_, values in held_out for value in values]
+    held_out = [(label, {"color": color}, *series(records, name)) for label, name, color in HELD_OUT]
+    for label, name, color in HELD_OUT:
+        held_out += by_source(records, name, label, color)
+    sources = by_source(records, "loss", "loss", "tab:blue")
+    shown = losses + [value for *_, values in held_out + sources for value in values]
     logarithm, few = wants_logarithm(shown), len(losses) < MANY
     axes.plot(
         steps,
@@ -200,9 +220,12 @@ def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     )
     if not few:
         axes.plot(steps, smooth_drawn(losses, logarithm), color="tab:blue", linewidth=2, label="loss, smoothed")
-    for label, color, at, values in held_out:
+    for label, style, at, values in held_out:
         if values:
-            axes.plot(at, values, color=color, linewidth=2, marker="o", markersize=3, label=label)
+            axes.plot(at, values, linewidth=2, marker="o", markersize=3, label=label, **style)
+    for label, style, at, values in sources:
+        line = values if few else smooth_drawn(values, logarithm)
+        axes.plot(at, line, linewidth=1, marker="o" if few else None, markersize=3, label=label, **style)
     for start in series(records, "retain_start")[1]:
         axes.axhline(start, color=HELD_OUT[1][2], linewidth=1, linestyle=":")
     if logarithm:

@@ -26,7 +26,13 @@ class Table(Mapping[str, Any]):
 
 
 # --model_version -> its Family; the first is the default of a new model
-GENERATIONS = Table({"x060": "models.rwkv6.family:RWKV6Family", "x070": "models.rwkv7.family:RWKV7Family"})
+GENERATIONS = Table(
+    {
+        "x060": "models.rwkv6.family:RWKV6Family",
+        "x070": "models.rwkv7.family:RWKV7Family",
+        "x070a": "models.rwkv7a.family:RWKV7aFamily",
+    }
+)
 # --dataload -> how a data set becomes Samples
 SAMPLINGS = Table(
     {

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rwkv_peft.config import DataConfig
+from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx_writer import BinidxWriter
-from rwkv_peft.data.mixture import Joined, Mixture
+from rwkv_peft.data.mixture import Joined, Mixture, shares_of
 from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.inputs import find_samples
 
 LENGTHS = {"a": (40, 30), "b": (25, 12), "c": (9, 60)}  # documents, and tokens of each
 
@@ -91,6 +95,37 @@ def test_held_out_samples_are_some_of_each_file_and_none_that_trains(config):
     assert order == [1] * 8 + [2] * 5 + [3] * 2
     for kept, held in zip(train.parts, held_out.parts):
         assert not {kept.unit(n) for n in range(len(kept))} & {held.unit(n) for n in range(len(held))}
+
+
+def test_shares_are_parts_of_their_sum_as_they_are_written():
+    assert shares_of((7, 3)) == shares_of((0.7, 0.3)) == [0.7, 0.3]
+    assert shares_of((0.1, 0.2, 0.3)) == shares_of((1.0, 2.0, 3.0)) == [1 / 6, 1 / 3, 0.5]
+
+
+@pytest.mark.parametrize("dataload", ["pad", "pack"])
+def test_a_batch_tells_which_file_each_counted_target_is_of(config, dataload):
+    samples = build_samples(replace(config, dataload=dataload, loss_mask="file", mix=(1, 1, 1)), 80)
+    batches = TrainBatches(samples, 4, accumulate=2, read_ahead=0)
+    for batch in islice(batches, 6):
+        targets = batch["targets"].flatten()[batch["counted"]] // 10
+        assert torch.equal(batch["of_source"], targets == torch.tensor([[1], [2], [3]]))
+    counts = {name: batches.step_count(0) * share for name, share in batches.shares(0).items()}
+    read = Counter()
+    for n in range(8):
+        read["abc"[source_of(samples[n]) - 1]] += samples.count(n)
+    assert counts == pytest.approx({name: read[name] for name in "abc"})
+
+
+def test_several_files_to_validate_on_are_told_apart(config):
+    data = DataConfig(path=config.path, ctx_len=16)
+    train = TrainConfig(val_data=config.more[0], more_val=config.more[1:])
+    run = SimpleNamespace(data=data, train=train, model=SimpleNamespace(vocab_size=80))
+    samples, measured = find_samples(run)
+    assert list(measured["val"].sources) == ["b", "c"]
+    assert any(f"validation on 34 samples of {config.more[1]}" in note for note in samples.notes)
+    twice = replace(train, more_val=(*config.more[1:], config.more[0]))
+    with pytest.raises(UserError, match="--val_data .*b is given twice"):
+        find_samples(SimpleNamespace(data=data, train=twice, model=run.model))
 
 
 def test_files_that_do_not_go_together_are_refused(config, tmp_path):

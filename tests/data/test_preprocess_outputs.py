@@ -71,7 +71,7 @@ def endless(tmp_path):
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        while not any(path.stat().st_size for path in tmp_path.glob(".data.bin.*")):
+        while not any(path.stat().st_size for path in tmp_path.glob(".data.unfinished/*.bin")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         yield process

@@ -138,9 +138,9 @@ def test_a_cache_that_cannot_be_written_names_the_variable(config, tmp_path):
 def test_a_disk_of_the_cache_that_is_full_names_the_variable(config, monkeypatch):
     rows = config(ROWS)
 
-    def full(writer, file):
+    def full(writer, *files):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rwkv_peft.data.binidx_writer.BinidxWriter._write_index", full)
+    monkeypatch.setattr("rwkv_peft.data.token_files.TokenFiles.write_index", full)
     with pytest.raises(UserError, match="disk is full; .* kept there, and XDG_CACHE_HOME names another place"):
         prepare_sft(rows)

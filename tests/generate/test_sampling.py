@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.generate.sampling import candidates, count, most_probable, penalize, pick, sample
+from rwkv_peft.generate.sampling import candidates, count, largest, most_probable, penalize, pick, sample
 from rwkv_peft.generate.settings import Sampling
 
 
@@ -162,3 +162,11 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("size, k", [(64 * 40, 10), (64 * 40 + 1, 3), (64 * 300 + 63, 64), (5, 2), (900, 64)])
+def test_the_largest_are_those_of_topk(size, k):
+    x = torch.randperm(3 * size, generator=torch.Generator().manual_seed(k)).view(3, size).float()
+    x[1] = x[1].sort().values  # all in the last places
+    found, due = largest(x, k), x.topk(k)
+    assert all(map(torch.equal, found, due))

@@ -56,7 +56,7 @@ def test_states_that_nobody_wants_are_held_no_longer_than_their_block(model, gra
 def test_a_checkpoint_is_known_by_its_sign_alone(family, model):
     tensors = model.state_dict()
     assert family_of(tensors) is family
-    assert [other for other in FAMILIES if other.sign in tensors] == [family]
+    assert [other for other in FAMILIES if other.sign in tensors][-1] is family
     with pytest.raises(UserError, match="no RWKV version known here"):
         family_of({"emb.weight": tensors["emb.weight"]})
 
@@ -77,7 +77,8 @@ def test_each_missing_extra_or_misshapen_tensor_is_told(family, config, model):
 
 def test_targets_are_the_linear_layers_of_a_block(family, model):
     linear = {name for name, module in model.blocks[1].named_modules() if isinstance(module, nn.Linear)}
-    assert linear == set(family.targets)
+    own = {name for name in linear if family.part_of(f"blocks.1.{name}.weight")}  # of an embedding of the block
+    assert linear - own == set(family.targets)
 
 
 def test_parts_name_parameters_that_no_adapter_takes(family, model):
@@ -99,11 +100,17 @@ def test_other_formats_names_lead_back(family, config):
     for key in family.shapes(config):
         assert family.from_hf(family.to_hf(key)) == key == family.from_hf(key)
         assert official_key(family.to_hf(key)) == key
-        assert family.from_web(family.to_web(key)) == key
+        if family.gguf_architecture:
+            assert family.from_web(family.to_web(key)) == key
 
 
 def test_gguf_takes_every_value_once(family, config, model):
     tensors = dict(model.state_dict())
+    if not family.gguf_architecture:
+        for form in (family.to_web, family.hf_settings, family.gguf_settings):
+            with pytest.raises(UserError, match=f"{family.name} has no form as .* here; take a .pth"):
+                form(config)
+        return
     made = list(family.gguf_tensors(tensors, config))
     assert len({name for name, *_ in made}) == len(made)
     assert all(tuple(make().shape) == shape for _, shape, make, _ in made)

@@ -1,77 +1,22 @@
-"""RWKV-7 against a plain float64 model written out here, against stored logits of another implementation, and by
+"""RWKV-7 against a plain float64 model (plain.py), against stored logits of another implementation, and by
 laws."""
-
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from models.plain import plain, random_tensors
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import base_of, open_base
 from rwkv_peft.models import family_named
-from rwkv_peft.models.rwkv7.keys import SIGN, new_dimensions, shapes
+from rwkv_peft.models.rwkv7.keys import SIGN
 
 FAMILY = family_named("x070")
 
 
-def random_tensors(first_value=True, dtype=torch.float64, **sizes):
-    """A random checkpoint whose decays and learning rates vary, and its config."""
-    config = new_dimensions(**{"n_layer": 3, "n_embd": 32, "vocab_size": 40, "head_size": 8, "dim_ffn": 48} | sizes)
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(key, shape):
-        random = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if ".ln" in key or key.startswith("ln_out"):
-            return (1 if key.endswith("weight") else 0) + 0.1 * random
-        if key.endswith((".w0", ".a0", ".v0")):
-            return 2 * random
-        return random / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
-
-    skipped = () if first_value else tuple(f"blocks.0.att.v{n}" for n in "012")
-    tensors = {key: tensor(key, shape).to(dtype) for key, shape in shapes(config).items() if key not in skipped}
-    return tensors, FAMILY.config_of(tensors)
-
-
-def plain(tensors, config, tokens):
-    """Logits (T, V) of one sequence: section 2 of the paper, token by token, nothing shared with the package."""
-    H, N, C, T = config.n_head, config.head_size, config.n_embd, len(tokens)
-    shifted = lambda x: torch.cat([torch.zeros_like(x[:1]), x[:-1]])  # noqa: E731
-    norm = lambda x, name: F.layer_norm(x, (C,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-5)  # noqa: E731
-    x, first = norm(tensors["emb.weight"][tokens], "blocks.0.ln0"), None
-    for i in range(config.n_layer):
-        att = lambda name, i=i: tensors[f"blocks.{i}.att.{name}"]  # noqa: E731
-        inner = norm(x, f"blocks.{i}.ln1")
-        r, w, k, v, a, g = (inner + (shifted(inner) - inner) * att(f"x_{name}").view(-1) for name in "rwkvag")
-        decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(att("w0").view(-1) + torch.tanh(w @ att("w1")) @ att("w2")))
-        r, k, value = r @ att("receptance.weight").T, k @ att("key.weight").T, v @ att("value.weight").T
-        if first is None:
-            first = value
-        else:
-            value = value + (first - value) * torch.sigmoid(att("v0").view(-1) + v @ att("v1") @ att("v2"))
-        rate = torch.sigmoid(att("a0").view(-1) + a @ att("a1") @ att("a2"))
-        gate = torch.sigmoid(g @ att("g1")) @ att("g2")
-        kk = F.normalize((k * att("k_k").view(-1)).view(T, H, N), dim=-1, eps=1e-12)
-        k = k * (1 + (rate - 1) * att("k_a").view(-1))
-        r, k, value, rate, decay = (each.view(T, H, N) for each in (r, k, value, rate, decay))
-        S, rows = torch.zeros(H, N, N, dtype=x.dtype), []
-        for t in range(T):
-            sa = -(S @ kk[t, :, :, None])
-            S = S * decay[t, :, None] + sa @ (kk * rate)[t, :, None] + value[t, :, :, None] @ k[t, :, None]
-            rows.append((S @ r[t, :, :, None])[..., 0])
-        y = F.group_norm(torch.stack(rows).reshape(T, C), H, att("ln_x.weight"), att("ln_x.bias"), 64e-5)
-        y = y + ((r * k * att("r_k")).sum(-1, keepdim=True) * value).reshape(T, C)
-        x = x + (y * gate) @ att("output.weight").T
-        inner = norm(x, f"blocks.{i}.ln2")
-        k = inner + (shifted(inner) - inner) * tensors[f"blocks.{i}.ffn.x_k"].view(-1)
-        k = torch.relu(k @ tensors[f"blocks.{i}.ffn.key.weight"].T) ** 2
-        x = x + k @ tensors[f"blocks.{i}.ffn.value.weight"].T
-    return norm(x, "ln_out") @ tensors["head.weight"].T
-
-
 @pytest.mark.parametrize("first_value", [True, False])
 def test_logits_and_all_gradients_are_the_plain_models(first_value):
-    tensors, config = random_tensors(first_value)
+    tensors, config = random_tensors(FAMILY, first_value)
     tokens, targets = torch.arange(1, 12), torch.arange(2, 13)
     model = FAMILY.load(tensors, config)
     F.cross_entropy(model(tokens[None])[0][0], targets).backward()
@@ -101,7 +46,7 @@ def test_stored_logits_of_a_real_model(shared_data, dtype, bound):
 
 
 def test_a_sequence_in_parts_and_packed_is_the_whole():
-    tensors, config = random_tensors(dtype=torch.float32)
+    tensors, config = random_tensors(FAMILY, dtype=torch.float32)
     model = FAMILY.load(tensors, config)
     tokens = torch.randint(40, (1, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -116,7 +61,7 @@ def test_a_sequence_in_parts_and_packed_is_the_whole():
 
 
 def test_recomputing_blocks_gives_the_same_gradients():
-    tensors, config = random_tensors(dtype=torch.float32)
+    tensors, config = random_tensors(FAMILY, dtype=torch.float32)
     gradients = []
     for grad_checkpoint in (False, True):
         model = FAMILY.load({key: tensor.clone() for key, tensor in tensors.items()}, config, grad_checkpoint)
@@ -127,7 +72,7 @@ def test_recomputing_blocks_gives_the_same_gradients():
 
 
 def test_widths_come_from_the_file_and_not_from_a_formula():
-    tensors, config = random_tensors(first_value=False)
+    tensors, config = random_tensors(FAMILY, first_value=False)
     wide = dict(tensors)
     for i in range(3):
         wide[f"blocks.{i}.att.g1"], wide[f"blocks.{i}.att.g2"] = torch.ones(32, 7), torch.ones(7, 32)
@@ -135,22 +80,15 @@ def test_widths_come_from_the_file_and_not_from_a_formula():
     assert (found.gate_rank, found.first_value, found.head_size, found.n_head) == (7, False, 8, 4)
 
 
-@pytest.mark.parametrize(
-    "key, words",
-    [
-        ("blocks.0.ffn.s_emb.weight", r"DeepEmbed \(v7a\)"),
-        ("blocks.0.qkv.qq.weight", r"\(v7b\)"),
-        ("blocks.0.ffn.enn.weight", "RWKV-8"),
-    ],
-)
+@pytest.mark.parametrize("key, words", [("blocks.0.qkv.qq.weight", r"\(v7b\)"), ("blocks.0.ffn.enn.weight", "RWKV-8")])
 def test_other_architectures_are_refused_by_name(key, words):
-    tensors, _ = random_tensors()
+    tensors, _ = random_tensors(FAMILY)
     with pytest.raises(UserError, match=words):
         base_of(tensors | {key: torch.ones(1)}, "the file")
 
 
 def test_an_unknown_addition_and_a_missing_value_residual_are_told():
-    tensors, _ = random_tensors()
+    tensors, _ = random_tensors(FAMILY)
     with pytest.raises(UserError, match="1 unexpected tensors .blocks.0.att.other"):
         base_of(tensors | {"blocks.0.att.other": torch.ones(1)})
     with pytest.raises(UserError, match="1 missing tensors .blocks.1.att.v0"):

@@ -67,11 +67,18 @@ def spoken(model, temperature=1.0):
     return lambda rows: list(of(rows))
 
 
-def formula(form, one, now, old, base, advantages, counts):
-    """The loss of a step by the papers, from the log-probabilities of each answer's tokens."""
+def entropies(model, rows, temperature):
+    """The entropies of the next token at the tokens of each answer."""
+    for row, size in zip(rows, ANSWERS):
+        p = (model(row[None, :-1])[0][0] / temperature).softmax(-1)[-size:]
+        yield -(p * p.log()).sum(1)
+
+
+def formula(form, one, now, old, base, undecided, advantages, counts):
+    """The loss of a step by the papers, from the log-probabilities of each answer's tokens, and from entropies."""
     low, high = one.bounds
     total = 0.0
-    for p, q, b, A, counted in zip(now, old, base, advantages, counts):
+    for p, q, b, H, A, counted in zip(now, old, base, undecided, advantages, counts):
         if not counted:
             continue
         ratio = torch.exp(p - q)
@@ -80,17 +87,17 @@ def formula(form, one, now, old, base, advantages, counts):
         if form == "rloo":
             ratio = torch.exp((p - q).sum())
         gain = torch.min(ratio * A, ratio.clamp(low, high) * A)
-        kl = torch.exp(b - p) - (b - p) - 1
+        added = one.kl_beta * (torch.exp(b - p) - (b - p) - 1) - one.entropy_bonus * H
         if form == "grpo":
-            total += (-gain + one.kl_beta * kl).mean() / (3 * G)
+            total += (-gain + added).mean() / (3 * G)
         if form == "dr_grpo":
-            total += (-gain + one.kl_beta * kl).sum() / LIMIT / (3 * G)
+            total += (-gain + added).sum() / LIMIT / (3 * G)
         if form == "dapo":
-            total += (-gain + one.kl_beta * kl).sum() / STEP_TOKENS
+            total += (-gain + added).sum() / STEP_TOKENS
         if form == "gspo":
-            total += (-gain + one.kl_beta * kl.mean()) / (3 * G)
+            total += (-gain + added.mean()) / (3 * G)
         if form == "rloo":
-            total += (-gain + one.kl_beta * kl.sum()) / (3 * G)
+            total += (-gain + added.sum()) / (3 * G)
     return total
 
 
@@ -108,11 +115,12 @@ def naive_advantages(form):
                 yield (reward - mean) / (1 if form == "dr_grpo" else std + 1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked, bonus", [(False, 0.0), (True, 0.2)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_loss_and_gradients_are_the_papers(family, form, masked):
-    one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, clip_low=0.1, clip_high=0.15, mask_truncated=masked)
+def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
+    bounds = {"clip_low": 0.1, "clip_high": 0.15}
+    one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, entropy_bonus=bonus, mask_truncated=masked, **bounds)
     model = model_of(family, shaken=True)
     now = spoken(model, 1.5)
     rows, batch = batch_of(one, now)
@@ -122,7 +130,8 @@ def test_loss_and_gradients_are_the_papers(family, form, masked):
         base = spoken(model, 1.5)(rows)
     old = batch["old"].split(ANSWERS)
     counts = [not (masked and cut) for cut in CUT.tolist()]
-    expected = formula(form, one, now(rows), old, base, list(naive_advantages(form)), counts)
+    undecided = list(entropies(model, rows, 1.5))
+    expected = formula(form, one, now(rows), old, base, undecided, list(naive_advantages(form)), counts)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for ours, theirs in zip(*(torch.autograd.grad(each, trained, allow_unused=True) for each in (loss, expected))):

@@ -46,6 +46,7 @@ def reward(tmp_path):
         ("jsonl", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 0, 0]),
         ("jsonl:flexible", ["yes ", "Yes.", "no"], [{"prompt": "Is it?", "completion": " yes"}] * 3, [1, 1, 0]),
         ("math", ["\\boxed{\\frac{1}{2}}", "\\boxed{2}"], [{"problem": "x?", "solution": "\\boxed{0.5}"}] * 2, [1, 0]),
+        ("choices", [" B", "(B).", "blue", "A"], [{"choices": ["red", "blue"], "answer": 1}] * 4, [1, 1, 1, 0]),
         (r"match:\d+", [" 12\n", "12 a", ""], [{}] * 3, [1, 0, 0]),
         (r"match:(?s)<think>.*:.*</think>", ["<think>a:\nb</think>"], [{}], [1]),
     ],
@@ -103,6 +104,13 @@ def test_totals_are_weighted_sums_of_those_that_judge_in_any_number_of_processes
     assert judged.total == [1.5, -0.0, 6, 3.5]
     assert judge(specs[:1], ["none", "1"], workers=workers).total == [None, 1]
     assert judge(specs, [], workers=workers) == ([], {"f": [], "match": []})
+
+
+def test_judgements_may_be_waited_for_later(reward):
+    code = "def f(completions): return [len(text) for text in completions]"
+    with Rewards.open([reward(code)], workers=2) as rewards:
+        asked = [rewards.ask(["q"] * 2, texts, [{}] * 2) for texts in (["a", "bb"], ["ccc", "dddd"])]
+        assert [judgement().total for judgement in reversed(asked)] == [[3, 4], [1, 2]]
 
 
 def test_rewards_of_one_name_are_told_apart():
@@ -164,8 +172,8 @@ def test_an_expression_that_never_ends_is_ended():
 @pytest.mark.parametrize(
     "specs, message",
     [
-        (["gsm9k"], "--reward gsm9k: rewards are a task .gsm8k, math, jsonl; .* or FILE.py:FUNCTION"),
-        (["choices"], "--reward choices: rewards are a task"),
+        (["gsm9k"], "--reward gsm9k: rewards are a task .gsm8k, math, jsonl, choices; .* or FILE.py:FUNCTION"),
+        (["lambada"], "--reward lambada: rewards are a task"),
         (["gsm8k:loose"], "--reward gsm8k:loose: gsm8k has no measure 'loose'; name strict or flexible"),
         (["match:a(b"], r"--reward match:a\(b: no regular expression of Python: .*; mend it"),
         (["json:no.json"], "--reward json:no.json: no such file; name a JSON schema"),

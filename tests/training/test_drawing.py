@@ -12,7 +12,9 @@ from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
+from rwkv_peft.rewards import Judged
 from rwkv_peft.training.drawing.answers import Manner, draw, packed
+from rwkv_peft.training.drawing.drawn import Drawing, Place
 from rwkv_peft.training.step.forked import forked
 from rwkv_peft.training.step.steps import Whole
 
@@ -92,3 +94,23 @@ def test_an_answer_counts_with_what_ends_it():
         assert answer.cut == (len(answer.tokens) == 6 and answer.tokens[-1] != 0)
     batch = packed(answers)
     assert batch["targets"][0, batch["counted"]].tolist() == [token for answer in answers for token in answer.tokens]
+
+
+def test_answers_are_judged_while_the_step_before_learns():
+    events = []
+
+    def ask(prompts, completions, rows):
+        number = rows[0]
+        events.append(("asked", number))
+        return lambda: events.append(("judged", number)) or Judged([0.0, 1.0], {"one": [0.0, 1.0]})
+
+    model = make(FAMILIES[1], dtype=torch.float32)
+    samples = SimpleNamespace(prompt=lambda n: [n + 1], row=int, place=int, original=int)
+    place = Place(micro_bsz=1, apart=1, accumulate=1, end=3)
+    drawing = Drawing(GRPO(ahead=True), MANNER, SimpleNamespace(ask=ask), None, 2, place, lambda doing: None)
+    for first in range(3):
+        batch = drawing.completed(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
+        events.append(("learned", first))
+        assert torch.equal(batch["parts"][0]["old"], batch["parts"][0]["sampled"])
+    words = "asked 0, judged 0, asked 1, learned 0, judged 1, asked 2, learned 1, judged 2, learned 2"
+    assert ", ".join(f"{what} {number}" for what, number in events) == words

@@ -138,6 +138,28 @@ def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(
     assert answers(folder, again.name) == answers(folder, form)
 
 
+def test_answers_of_the_next_step_are_drawn_before_this_one_learns(folder, train):
+    """By the weights of one step before, to which ratios compare; and a run goes on with the answers that it had."""
+    rate = ["--lr_init", "1e-2", "--lr_schedule", "constant"]
+    steps = ["--epoch_steps", 2, "--epoch_count", 2]
+    train("ahead", "rewards.py:capitals", "--draw_ahead", 1, *steps, *rate)
+    train("still", "rewards.py:capitals", "--lr_init", "1e-12", "--lr_final", "1e-12", *steps)
+    ahead, still = (answers(folder, name) for name in ("ahead", "still"))
+    assert ahead[:16] == still[:16]  # of two steps by the weights at the beginning
+    assert [record["sample"] for record in ahead] == [record["sample"] for record in still]
+    assert all(ours["completion"] != theirs["completion"] for ours, theirs in zip(ahead[24:], still[24:]))
+    first, *others = metrics(folder, "ahead")
+    assert first["gap"] < 1e-4 and all(line["gap"] > 1e-3 for line in others) and others[-1]["draw_s"] == 0
+    (again := folder / "ahead-again").mkdir()
+    shutil.copytree(folder / "ahead", again, dirs_exist_ok=True)
+    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    assert len((*(again / CHECKPOINTS).glob("*/drawn-0.jsonl"),)) == 1
+    out, _ = train(again.name, "rewards.py:capitals", "--draw_ahead", 1, *steps, *rate, "--resume")
+    assert "resuming after step 2" in out
+    assert (again / "adapter.safetensors").read_bytes() == (folder / "ahead" / "adapter.safetensors").read_bytes()
+    assert answers(folder, again.name) == ahead
+
+
 def test_a_teacher_scores_what_the_student_draws(folder, train, tiny_state):
     """The student comes nearer to it on its own answers, whatever the micro batches, and goes on with the same bits."""
     save_model(folder / "teacher.pth", tiny_state(vocab_size=257, n_embd=96))

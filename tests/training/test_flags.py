@@ -269,8 +269,11 @@ def test_the_table_of_flags_is_what_the_parser_says():
             ["--tokenizer", "bytes"],
             "--tokenizer bytes does not go with --data_type binidx: its tokens are made already",
         ),
-        (["--val_data", "a.jsonl", "b.jsonl"], "--val_data takes one value, and a.jsonl b.jsonl follow it; `rwkv-"),
-        (["--val_data", "a", "b"], "and a folder that holds files of rows is one input of --data_type sft"),
+        (
+            ["--retain_data", "a.jsonl", "b.jsonl"],
+            "--retain_data takes one value, and a.jsonl b.jsonl follow it; `rwkv-",
+        ),
+        (["--retain_data", "a", "b"], "and a folder that holds files of rows is one input of --data_type sft"),
         (["--eval_data", "a", "b", "--ctx_len", "8"], "--eval_data takes one value, and a b follow it; write"),
         (["--ctx_len", "8", "16"], "--ctx_len takes one value, and 8 16 follow it; leave all but one out"),
         (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),

@@ -69,7 +69,7 @@ def wrong(files, base, train):
     of_states = AdapterMetadata("none", train_parts=("state",), generation="x060")
     save_adapter(files / "states.safetensors", states, of_states)
     tensors = open_base(base).tensors
-    torch.save(tensors | {"blocks.0.ffn.s_emb.weight": torch.ones(80, 8)}, files / "v7a.pth")
+    torch.save(tensors | {"blocks.0.ffn.s_emb.weight": torch.ones(80, 8)}, files / "torn.pth")
     torch.save(tensors | {"blocks.0.qkv.qq.weight": torch.ones(8, 8)}, files / "v7b.pth")
     torch.save({key: tensor for key, tensor in tensors.items() if key != "blocks.1.att.v0"}, files / "no_v0.pth")
     return files
@@ -109,8 +109,8 @@ OURS = "new/rwkv.pth"
         (f"{CHECK_SHARED} --any_base", OURS, "was trained on an RWKV-6"),
         (f"{UNTOLD} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
         (f"{GENERATE} --adapter six", OURS, "was trained on an RWKV-6"),
-        *((line, "v7a.pth", "RWKV-7 with DeepEmbed (v7a)") for line in COMMANDS),
-        *((line, "v7b.pth", "RWKV-7 with DeepEmbed attention (v7b)") for line in COMMANDS),
+        *((line, "torn.pth", "is not an RWKV-7a model: it has no tensor blocks.0.ffn.s1") for line in COMMANDS),
+        *((line, "v7b.pth", "it is RWKV-7 with deep embeddings and attention over them (v7b)") for line in COMMANDS),
         *((line, "no_v0.pth", "1 missing tensors (blocks.1.att.v0); take the file as") for line in COMMANDS),
     ],
 )

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.request import parse_run
+from rwkv_peft.training.saving.loggers import make_loggers
 
-HERE = "rwkv_peft.training.saving.loggers"
+HERE = "rwkv_peft.training.saving.trackers"
 
 
 @pytest.fixture
@@ -70,3 +73,33 @@ def test_steps_that_a_resumed_run_takes_again_are_shown_once(files, train):
     shown = [(event.step, round(event.value, 6)) for event in events.Scalars("lr")]
     lines = map(json.loads, (files / "again" / "metrics.jsonl").read_text().splitlines())
     assert shown == [(line["step"], round(line["lr"], 6)) for line in lines] and len(shown) == 4
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "swanlab"])
+def test_a_tracker_hears_the_settings_and_each_step(files, monkeypatch, tracker):
+    """With a stand-in for its package."""
+    heard = []
+    module = types.ModuleType(tracker)
+    module.__spec__ = object()
+    module.init = lambda **settings: heard.append(settings)
+    module.log = lambda metrics, step: heard.append((step, metrics))
+    module.finish = lambda: heard.append("finish")
+    monkeypatch.setitem(sys.modules, tracker, module)
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    where = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--bone_r", "16"]
+    config = parse_run([*where, f"--{tracker}", "mine"]).config
+    _, logger = make_loggers(config, files / "tracked", first_step=0)
+    logger.log_metrics({"loss": 0.5}, step=3)
+    logger.finalize("success")
+    settings, *later = heard
+    assert settings["project"] == "mine" and settings["config"]["adapter"]["rank"] == 16
+    assert "tracked" in settings.values() and later == [(3, {"loss": 0.5}), "finish"]
+    module.init = lambda **settings: 1 / 0
+    with pytest.raises(UserError, match=f"--{tracker} mine: ZeroDivisionError: division by zero; "):
+        make_loggers(config, files / "tracked", first_step=0)
+
+
+@pytest.mark.parametrize("name, rule", [("a b", "letters, digits"), ("x" * 101, "100 at most")])
+def test_a_project_that_swanlab_would_refuse(files, name, rule):
+    with pytest.raises(UserError, match=f"--swanlab {name!r}: a project's name has .*{rule}"):
+        parse_run(["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--swanlab", name])

@@ -25,12 +25,17 @@ def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed)
     out, _ = train("mixed-whole", *mixed)
     assert "25.0% of the tokens are of data, read" in out and "is seen of data " in out, out
     train("mixed", *mixed, "--epoch_count", "1")
-    train("mixed", *mixed, "--resume")
+    train("mixed", *mixed, "--data_mix", "1", "3", "--resume")  # the same mix
     whole, parts = (metrics(files, name) for name in ("mixed-whole", "mixed"))
-    keys = ("loss", "val_loss", "val_loss/data", "val_loss/code")
+    keys = ("loss", "val_loss", "val_loss/data", "val_loss/code", "loss/data", "loss/code")
     assert [[line.get(key) for key in keys] for line in parts] == [[line.get(key) for key in keys] for line in whole]
     last = parts[-1]
-    assert min(last[key] for key in keys[2:]) < last["val_loss"] < max(last[key] for key in keys[2:])
+    assert min(last[key] for key in keys[2:4]) < last["val_loss"] < max(last[key] for key in keys[2:4])
+    learned = [[line[key] for key in keys[4:] if key in line] for line in parts]  # files that a step reads
+    for line, losses in zip(parts, learned):
+        assert min(losses) - 1e-6 <= line["loss"] <= max(losses) + 1e-6
+    assert {len(losses) for losses in learned} == {1, 2}
+    assert f", of data {last['val_loss/data']:.4f}, of code {last['val_loss/code']:.4f}" in out
     first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("mixed-whole", "mixed"))
     assert first == second
     shutil.copytree(files / "mixed", files / "mixed-otherwise")

@@ -91,19 +91,21 @@ def kept_steps(tmp_path, state, micro_bsz, ranks, **settings):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.json").write_text(json.dumps({"samples_seen": 8, **state}))
     train = TrainConfig(proj_dir=str(tmp_path), resume="must", **settings)
-    kept, notes = with_kept_steps(train, micro_bsz, ranks)
-    return kept.accumulate_grad_batches, notes
+    kept, meant_for, notes = with_kept_steps(train, micro_bsz, ranks)
+    return kept.accumulate_grad_batches, meant_for, notes
 
 
 def test_a_step_keeps_its_samples_on_other_ranks(tmp_path):
     eight = {"world_size": 8, "step_samples": 32}
-    passes, notes = kept_steps(tmp_path, eight, 4, 4)
-    assert passes == 2 and notes == [
+    passes, meant_for, notes = kept_steps(tmp_path, eight, 4, 4)
+    assert (passes, meant_for) == (2, 8) and notes == [
         "note: --accumulate_grad_batches 2, so that a step on 4 ranks takes 32 samples, as before on 8"
     ]
-    assert kept_steps(tmp_path, eight, 4, 8, accumulate_grad_batches=3) == (3, [])  # the same ranks: the flags decide
-    assert kept_steps(tmp_path, eight, 4, 4, accumulate_grad_batches=5, fresh_optimizer=True) == (5, [])
-    assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, [])  # of an earlier version
+    assert kept_steps(tmp_path, eight, 4, 8, accumulate_grad_batches=3) == (3, 8, [])  # the flags decide
+    assert kept_steps(tmp_path, eight, 4, 4, accumulate_grad_batches=5, fresh_optimizer=True) == (5, 4, [])
+    assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, 4, [])  # of an earlier version
+    moved = {"row_groups": meant_for, **eight}  # goes on on four again, by the same flags, and then on eight
+    assert kept_steps(tmp_path, moved, 4, 4) == (2, 8, notes) and kept_steps(tmp_path, moved, 4, 8) == (1, 8, [])
     with pytest.raises(UserError, match="32 samples, and 2 ranks of --micro_bsz 3 do not divide .*give --micro_bsz 2,"):
         kept_steps(tmp_path, eight, 3, 2)
     with pytest.raises(UserError, match="and 5 ranks of .*take a number of ranks that divides it, or"):

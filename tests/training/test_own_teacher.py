@@ -9,6 +9,7 @@ import torch
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.data.batches import EvalBatches
 from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
@@ -20,6 +21,7 @@ from rwkv_peft.ops.recurrence.checks import bounds_on_host
 from rwkv_peft.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
+from rwkv_peft.training.step.contexts import Contexts
 from rwkv_peft.training.step.lit import Lit
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, metrics, start_ranks
@@ -85,9 +87,8 @@ def test_ranks_with_gathered_weights_compute_the_same(folder, train):
             assert ours[number] == pytest.approx(theirs[number], rel=1e-3), (ours["step"], number)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, family, monkeypatch):
-    """Whatever an adapter and tuned states have become."""
+@pytest.fixture
+def samples(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     data = DataConfig(
         str(folder / "rows.jsonl"),
@@ -98,8 +99,11 @@ def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, famil
         ctx_len=64,
         seed=None,
     )
-    samples = build_samples(data, 257)
-    batch = samples.collate([samples[n] for n in range(3)])
+    return build_samples(data, 257)
+
+
+def trained(family):
+    """(a float64 model that trains an adapter and states, as after training, its base)."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=257, head_size=8)).double()
     base = family.build(model.config).double()
@@ -114,6 +118,14 @@ def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, famil
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model, base
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_loss_is_the_divergence_from_the_base_with_the_context(samples, family):
+    """Whatever an adapter and tuned states have become."""
+    batch = samples.collate([samples[n] for n in range(3)])
+    model, base = trained(family)
     step = Whole(Distill())
     due = 0.0
     for n in range(3):
@@ -126,6 +138,25 @@ def test_the_loss_is_the_divergence_from_the_base_with_the_context(folder, famil
     assert not any(getattr(module, "untrained", False) for module in model.modules())
 
 
+@pytest.mark.parametrize("room, read", [(1 << 20, 7), (0, 21)], ids=("kept", "one"))
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_context_is_read_once_for_all_of_its_rows(samples, family, room, read):
+    """In a whole run if States after all of them have room; the loss is that of rows which are read as wholes."""
+    model, _ = trained(family)
+    whole, step = Whole(Distill()), Whole(Distill(), contexts=Contexts(room))
+    contexts, lengths = [], []
+    model.emb.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    for batch in EvalBatches(samples, 3):
+        due = whole.total(model, batch)
+        lengths.clear()
+        found = step.total(model, batch | step.sent(batch, torch.device("cpu")))
+        torch.testing.assert_close(found, due, rtol=1e-9, atol=1e-12)
+        rows = batch["tokens"].shape[1]
+        assert lengths[-2:] == [rows, rows]  # of the teacher behind contexts, and of the student
+        contexts += lengths[:-2]
+    assert len(contexts) == read and set(contexts) == {2 * n + 2 for n in range(1, 8)}
+
+
 def test_the_teachers_bounds_are_vouched_for(monkeypatch):
     """Nobody reads them from a GPU: the meta device has no values."""
     own, whole = (collate_packed([(torch.arange(size), torch.ones(size - 1).bool())] * 2) for size in (4, 9))
@@ -134,6 +165,10 @@ def test_the_teachers_bounds_are_vouched_for(monkeypatch):
     moved = lit.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert bounds_on_host(moved["cu_seqlens"]) == [0, 3, 6]
     assert bounds_on_host(moved["teacher_cu_seqlens"]) == [0, 8, 16]
+    lit = Lit(torch.nn.Linear(1, 1), TrainConfig(), Whole(Distill(), contexts=Contexts()), 1)
+    moved = lit.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert bounds_on_host(moved["teacher_cu_seqlens"]) == [0, 3, 6] and moved["teacher_tokens"].shape == (1, 6)
+    assert [text.tolist() for text in moved["teacher_contexts"]] == [[0, 1, 2, 3, 4]] * 2
 
 
 @pytest.mark.parametrize(

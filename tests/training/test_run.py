@@ -35,6 +35,8 @@ def test_a_run_leaves_what_it_says(files, one_process):
     for name in ("config.json", "metrics.jsonl", "loss.png", "adapter.safetensors", "adapter-epoch-1.safetensors"):
         assert (folder / name).stat().st_size > 0, name
     assert any((folder / "tensorboard").iterdir())
+    card = (folder / "README.md").read_text()
+    assert "| method | Bone bat-in, rank " in card and "| steps | " in card and "--bone_checkpoint adapter" in card
     assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
     assert "2 epochs of 4 steps, 4 windows a step" in one_process
     assert "\nfused     2 of 2 blocks plain: fusions are for GPUs\n" in one_process

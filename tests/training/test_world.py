@@ -34,6 +34,7 @@ FIRST = {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "1"}
         (2, 1, {"MASTER_PORT": "29511"}, World(1, 2, 0, LOOPBACK, 29511)),
         (2, 2, FIRST, World(2, 2, 2, "10.0.0.1", 29500)),
         (2, 2, TORCHRUN, World(2, 2, 3, "10.0.0.1", 29511, starts=False, hosted=True)),
+        (1, 8, TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, World(2, 2, 3, "10.0.0.1", 29511, False, True, elastic=True)),
         (2, 2, SRUN, World(2, 2, 3, "gpu03", 19567, starts=False)),
         (8, 2, SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, World(2, 8, 8, "gpu03", 19567)),
         (8, 1, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, World(1, 8, 0)),  # an interactive step

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.prefix import ENDINGS, binidx_prefix
+from ..data.prefix import ENDINGS, prefixes_of
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.readable import require_readable
@@ -51,10 +51,10 @@ def data_of(comparison: Comparison) -> str:
     """A hash of samples of the files that the runs train and validate on, as they are on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     digest = hashlib.sha256()
-    for path in filter(None, (flags.data.path, *flags.data.more, flags.train.val_data, flags.train.retain_data)):
-        prefix = binidx_prefix(path)
+    data, train = flags.data, flags.train
+    for path in filter(None, (data.path, *data.more, train.val_data, *train.more_val, train.retain_data)):
         within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
-        for file in (Path(path), *(Path(prefix + end) for end in ENDINGS), *within):
+        for file in (Path(path), *(Path(prefix + end) for prefix in prefixes_of(path) for end in ENDINGS), *within):
             if file.is_file():
                 digest.update(file.name.encode() + sample_of(file))
     return digest.hexdigest()[:16]

@@ -45,8 +45,8 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; several "
-        "are mixed, by --data_mix",
+        "PREFIX of PREFIX.bin and PREFIX.idx, or of shards that PREFIX.json lists; for rows a .jsonl, .json, .csv or "
+        ".parquet, or a folder of rows; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",
@@ -103,6 +103,13 @@ class DataConfig:
         False,
         "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
         action="store_true",
+    )
+    stream: int = setting(
+        0,
+        "tokenize rows of parquet files, or of a folder that datasets.save_to_disk wrote, while the run reads them, "
+        "shuffled within windows of at least so many rows; 0: tokenize all first, into a cache",
+        type=count,
+        metavar="ROWS",
     )
     ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
     dataload: str = setting(

@@ -72,7 +72,7 @@ class Objective(ABC):
       of learning rates and comparisons of methods apply, which are for that loss
     - figures: the numbers that it reports, the first also in the progress bar
     - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER and
-      the model is not its own
+      the model is not its own; stored, a file of that word in place of the model; store, the file to write it to
     - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS
     """
 
@@ -89,6 +89,8 @@ class Objective(ABC):
     teacher = ""
     teacher_adapters = tuple[str, ...]()
     teacher_state = ""
+    stored = ""
+    store = ""
     reward = tuple[str, ...]()
     weights = tuple[float, ...]()
 

@@ -84,6 +84,11 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--stream", NEEDS, "--data_type sft", "it reads rows of answers or of text", "take that, or leave it out"),
+    Rule("--stream", EXCLUDES, SEVERAL, "how many tokens one holds is not known before", "put the files in one folder"),
+    Rule("--stream", EXCLUDES, "--val_split", "it does not know its samples before", "give --val_data"),
+    Rule("--stream", EXCLUDES, "--dataload get|pack", "lengths of rows are not known before", "take --dataload pad"),
+    Rule("--stream", EXCLUDES, "--loss_mask qa|se", "a window may lack the markers", "lay rows out as answers"),
     Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
     Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts|contexts", "only tokens and rows of sft are mixed", ONE),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
@@ -151,7 +156,8 @@ def values_of(*settings: Settings) -> dict[str, Any]:
             values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
         if isinstance(one, Objective):
             values["objective"] = one.name
-    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not values.get("teacher_model")
+    other = values.get("teacher_model") or values.get("teacher_logprobs")
+    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not other
     return values
 
 

@@ -123,6 +123,18 @@ class TrainConfig(ValidationConfig):
         group="run",
         metavar="PROJECT",
     )
+    trackio: str = setting(
+        "",
+        "also log to this trackio project, on this machine (`trackio show`), or in the Space of TRACKIO_SPACE_ID",
+        group="run",
+        metavar="PROJECT",
+    )
+    swanlab: str = setting(
+        "",
+        "also log to this SwanLab project (after `swanlab login`, or with SWANLAB_MODE=offline)",
+        group="run",
+        metavar="PROJECT",
+    )
     state_load: str = setting(
         "",
         "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned only states",
@@ -195,7 +207,8 @@ class TrainConfig(ValidationConfig):
     devices: int = setting(1, "GPUs, or CPU processes, of each node", group="machine", type=positive)
     num_nodes: int = setting(
         1,
-        "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
+        "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun; under "
+        "torchrun, whose ranks are those that it started, this and --devices only say how many samples a step has",
         group="machine",
         type=positive,
     )

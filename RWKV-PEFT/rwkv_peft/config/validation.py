@@ -9,10 +9,17 @@ from .setting import setting
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Validation runs on val_data, or on the share val_split of the data, and retain_data is measured with it;
-    eval_data and the tasks of lm_eval are questions that the model answers, and answer_rows rows of the data itself."""
+    """Validation runs on val_data and more_val, or on the share val_split of the data, and retain_data is measured with
+    it; eval_data and the tasks of lm_eval are questions that the model answers, and answer_rows rows of the data."""
 
-    val_data: str = setting("", "data to validate on, read like --data_file", group="validation", metavar="PREFIX")
+    val_data: str = setting(
+        "",
+        "data to validate on, read like --data_file; of several the loss of each is told, too",
+        group="validation",
+        nargs="+",
+        metavar="PREFIX",
+    )
+    more_val: tuple[str, ...] = setting(())
     val_split: float = setting(
         0.0,
         "keep this share of the data, such as 0.01, for validation",

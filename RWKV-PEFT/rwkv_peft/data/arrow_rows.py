@@ -7,6 +7,7 @@ measured before it is made.
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,8 +36,9 @@ def import_pyarrow(path: Path) -> ModuleType:
     return pyarrow
 
 
-def parquet_rows(path: Path) -> Iterator[list[Row]]:
-    """Yield the rows of a parquet file in lists. Raises UserError for a damaged file, or too large a page or row."""
+def open_parquet(path: Path) -> tuple[Any, int]:
+    """Open a parquet file -> (pyarrow's ParquetFile, how many of its rows may be unpacked at once). Raises UserError
+    for a damaged file, or too large a page."""
     arrow = import_pyarrow(path)
     with telling_damage(path, "a parquet file"):
         metadata = arrow.parquet.read_metadata(path)
@@ -45,15 +47,30 @@ def parquet_rows(path: Path) -> Iterator[list[Row]]:
         # a row may repeat a stored text any number of times; as a dictionary it stays one text until it is measured
         texts = [column.path for column in lists if column.logical_type.type != "DECIMAL"]
         count = BATCH_BYTES // max(1, largest_page(path, metadata))
-        file = arrow.parquet.ParquetFile(path, read_dictionary=texts)
-        for batch in file.iter_batches(batch_size=min(max(count, 1), PIECE_ROWS)):
+        return arrow.parquet.ParquetFile(path, read_dictionary=texts), min(max(count, 1), PIECE_ROWS)
+
+
+def parquet_rows(path: Path, opened: tuple[Any, int] | None = None, group: int | None = None) -> Iterator[list[Row]]:
+    """Yield the rows of a parquet file, or of one of its groups of rows, in lists; opened is what open_parquet gave.
+    Raises UserError as that does, and for too large a row."""
+    file, size = opened or open_parquet(path)
+    groups = None if group is None else [group]
+    with telling_damage(path, "a parquet file"):
+        for batch in file.iter_batches(batch_size=size, row_groups=groups):
             yield from pieces(path, batch)
 
 
 def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
     """Yield the rows of a folder that datasets.save_to_disk wrote, in lists; if it has several splits, those of
     `split`. Raises UserError for a folder that is damaged, incomplete, compressed, or in an order of its own."""
-    arrow = import_pyarrow(path)
+    for file, columns in saved_files(path, split):
+        for batch in arrow_batches(file):
+            yield from batch_rows(file, batch, columns)
+
+
+def saved_files(path: Path, split: str) -> Iterator[tuple[Path, list[str] | None]]:
+    """Yield the files of a folder that datasets.save_to_disk wrote, each with the columns to read (None: all)."""
+    import_pyarrow(path)
     if (path / SPLITS).is_file():
         splits = settings(path / SPLITS).get("splits")
         path = path / choose(filter(is_own, splits) if isinstance(splits, list) else (), split, path)
@@ -69,15 +86,32 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
         if not is_own(name):
             raise UserError(f"{path / SAVED} names {name!r}, which is no file of its folder; copy the folder again")
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
-        with telling_damage(file, "a file of Arrow"), arrow.memory_map(str(file)) as mapped:
-            if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
-                raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
-            mapped.seek(0)
-            for batch in arrow.ipc.open_stream(mapped):
-                batch.validate(full=True)  # nothing has checked for places outside the file yet
-                if isinstance(kept, list):
-                    batch = batch.select([column for column in batch.schema.names if column in kept])
-                yield from pieces(file, batch)
+        yield file, kept if isinstance(kept, list) else None
+
+
+def arrow_batches(file: Path) -> Iterator[Any]:
+    """Yield the groups of rows of a file of Arrow, mapped and not checked. Raises UserError for a damaged one."""
+    arrow = import_pyarrow(file)
+    with telling_damage(file, "a file of Arrow"), arrow.memory_map(str(file)) as mapped:
+        if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
+            raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
+        mapped.seek(0)
+        yield from arrow.ipc.open_stream(mapped)
+
+
+def batch_rows(file: Path, batch: Any, columns: list[str] | None) -> Iterator[list[Row]]:
+    """Yield the rows of a group of arrow_batches in lists."""
+    with telling_damage(file, "a file of Arrow"):
+        batch.validate(full=True)  # nothing has checked for places outside the file yet
+        if columns is not None:
+            batch = batch.select([column for column in batch.schema.names if column in columns])
+        yield from pieces(file, batch)
+
+
+def rows_of_batch(file: Path, number: int, columns: list[str] | None) -> Iterator[list[Row]]:
+    """Yield the rows of the group `number` of a file of Arrow in lists."""
+    for batch in islice(arrow_batches(file), number, number + 1):
+        yield from batch_rows(file, batch, columns)
 
 
 def is_own(name: object) -> bool:

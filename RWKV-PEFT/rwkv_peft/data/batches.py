@@ -2,12 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .collate import Sample
+from .mixture import Mixture
 from .samples import Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
@@ -38,6 +39,8 @@ class TrainBatches:
     - step_count: the counted targets of the whole optimizer step, over all groups and micro batches; or their weights'
       sum
     - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
+    - sources, of_source: of several data files {name: its share of step_count}, {} of one; and bool (files, n), which
+      of `counted` are of each
     - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
       single row: the positions where they begin, and the end
@@ -72,7 +75,12 @@ class TrainBatches:
     def batch(self, cursor: int, micro_batch: int) -> TrainBatch:
         """Micro batch `micro_batch` of this group in the optimizer step that begins at sample `cursor`."""
         first = cursor + (micro_batch * self.groups + self.group) * self.micro_bsz
-        batch = self.samples.collate([self.samples[first + row] for row in range(self.micro_bsz)])
+        rows = [self.samples[first + row] for row in range(self.micro_bsz)]
+        batch = self.samples.collate(rows)
+        if isinstance(self.samples, Mixture):
+            numbers = torch.tensor([self.samples.source(first + row) for row in range(self.micro_bsz)])
+            counted_of = numbers[row_of(batch["counted"], rows, batch["tokens"].shape[1])]
+            batch["of_source"] = counted_of == torch.arange(len(self.samples.sources))[:, None]
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         last = micro_batch == self.accumulate - 1
@@ -88,13 +96,23 @@ class TrainBatches:
         """The counted targets of the optimizer step that begins at sample `cursor`, or the sum of their weights."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
+    def shares(self, cursor: int) -> dict[str, float]:
+        """{data file: its share of what step_count counts}, of several files; {} of one."""
+        if not isinstance(self.samples, Mixture):
+            return {}
+        counts = dict.fromkeys(self.samples.sources, 0.0)
+        names = list(counts)
+        for n in range(cursor, cursor + self.step_samples):
+            counts[names[self.samples.source(n)]] += self.samples.count(n)
+        return {name: count / (sum(counts.values()) or 1.0) for name, count in counts.items()}
+
     def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
             require_unchanged(self.samples)
-            count = self.step_count(cursor)
+            of_step = {"step_count": self.step_count(cursor), "sources": self.shares(cursor)}
             for micro_batch in range(self.accumulate):
-                yield self.batch(cursor, micro_batch) | {"step_count": count}
+                yield self.batch(cursor, micro_batch) | of_step
             cursor += self.step_samples
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -131,6 +149,12 @@ class EvalBatches:
         if isinstance(filler, list):
             return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
         return filler[0], torch.zeros_like(filler[1])
+
+
+def row_of(counted: torch.Tensor, rows: Sequence[Sample], length: int) -> torch.Tensor:
+    """The row of each of the positions `counted` (n,) in a batch of rows, which are `length` each unless packed."""
+    lengths = [sum(len(mask) for _, mask in row) if isinstance(row, list) else length for row in rows]
+    return torch.bucketize(counted, torch.tensor(lengths).cumsum(0), right=True)
 
 
 def require_unchanged(samples: Samples) -> None:

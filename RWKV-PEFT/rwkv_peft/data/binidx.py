@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import UserError
+from ..files.digest import digest_of
 from ..files.readable import choice_in, require_readable
 from .prefix import ENDINGS, binidx_prefix
 from .rows import ENDINGS as ROWS
@@ -69,6 +70,11 @@ class BinidxDataset:
         companions = {self.mask_path: self.mask, self.weights_path: self.weights}
         mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
         self.mapped = {path: os.stat(path) for path in mapped}
+
+    def digest(self, with_mask: bool) -> str:
+        """The digests of the files, with the mask's if that counts, one behind the other."""
+        paths = [self.bin_path, self.idx_path, *([self.mask_path] if with_mask and self.mask is not None else [])]
+        return "".join(map(digest_of, [*paths, *([] if self.weights is None else [self.weights_path])]))
 
     def require_unchanged(self) -> None:
         """Raise UserError if a file has another length than when it was opened, because reading a part that is gone

@@ -5,7 +5,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from .pairs import pair
 from .pieces import Piece, length, shorten
 from .prompts import opened
 from .rows import Chunk
+from .seen import DIGEST
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
@@ -33,16 +34,15 @@ Documents = list[list[Segment]]  # the documents of one row
 
 # a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
-MOST_DIGESTS = 1 << 24  # rows that are compared to find repeated ones; each takes 8 bytes
 
 
 @dataclass
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
-    weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has a hash of each
-    row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that were
-    read. Of documents, or of pairs: empty,
+    weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has DIGEST bytes for
+    each row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that
+    were read. Of documents, or of pairs: empty,
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another empty
     turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and without,
@@ -55,21 +55,35 @@ class Encoded:
     mask: bytes = b""
     continues: bool = False
     bad: BadRows = field(default_factory=BadRows)
-    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    digests: bytes = b""
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add_counts(self, other: "Encoded") -> None:
-        """Add another's counts, bad rows, digests and rows, but not its documents."""
+        """Add another's counts, bad rows and rows, but not its documents."""
         self.counts.update(other.counts)
         self.bad.add_all(other.bad)
-        self.digests.extend(other.digests[: MOST_DIGESTS - len(self.digests)])
         self.rows += other.rows
 
-    @property
-    def repeated(self) -> int:
-        """The number of rows that are the same as one before them."""
-        return len(self.digests) - len(np.unique(np.array(self.digests, dtype=np.uint64)))
+    def drop(self, dropped: np.ndarray) -> None:
+        """Leave out documents, of rows that are a document each."""
+        tokens = np.repeat(~dropped, self.sizes)
+        wide = len(self.tokens) // max(1, len(tokens))
+        self.tokens = np.frombuffer(self.tokens, f"V{wide}")[tokens].tobytes()
+        self.mask = np.frombuffer(self.mask, np.uint8)[tokens].tobytes()
+        self.sizes = np.array(self.sizes)[~dropped].tolist()
+        self.weights = np.array(self.weights)[~dropped].tolist()
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts and bad rows, for from_json."""
+        return {"counts": self.counts, "bad": [self.bad.counts, self.bad.first]}
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Encoded":
+        result = Encoded(counts=Counter(content["counts"]))
+        counts, result.bad.first = content["bad"]
+        result.bad.counts = Counter(counts)
+        return result
 
 
 def encode_chunk(chunk: Chunk, settings: EncodeSettings, judge: bool = False) -> Encoded:
@@ -134,6 +148,7 @@ class Encoder:
 
     def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
+        digests = bytearray()
         for offset, item in enumerate(chunk.items):
             if isinstance(item, bytes) and not item.strip():
                 continue
@@ -165,8 +180,8 @@ class Encoder:
                 if self.settings.prompts:
                     result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
                 written = tokens[len(tokens) - size :].tobytes()
-                result.digests.append(int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "big"))
-        result.tokens, result.mask = tokens.tobytes(), bytes(mask)
+                digests += hashlib.blake2b(written, digest_size=DIGEST).digest()
+        result.tokens, result.mask, result.digests = tokens.tobytes(), bytes(mask), bytes(digests)
         return result
 
     def _count(self, documents: Documents, counts: Counter[str]) -> None:

@@ -33,13 +33,18 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
         return f"loss on all {total:,} tokens"
     if kind != "file":
         return f"loss on all {total:,} tokens: --loss_mask {kind} leaves {dataset.mask_path} aside"
-    counted = sum(int(np.count_nonzero(dataset.mask[i : i + CHUNK])) for i in range(0, total, CHUNK))
+    counted = counting(dataset.mask)
     if not counted:
         raise UserError(
             f"{dataset.mask_path} counts none of {total:,} tokens, so that there is nothing to learn; preprocess rows "
             "with answers, or take --loss_mask none"
         )
     return f"loss on {counted:,} of {total:,} tokens (answers)"
+
+
+def counting(stored: np.ndarray) -> int:
+    """The number of tokens that a .mask counts."""
+    return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
 
 
 def undesirable(mask: "Tensor") -> bool:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from itertools import accumulate
 
 from ..cli import counted
@@ -25,6 +26,11 @@ class Several(Samples):
     @abstractmethod
     def place(self, n: int) -> tuple[Samples, int]:
         """Sample n -> its source, and its number there."""
+
+    def source(self, n: int) -> int:
+        """The number of the source of sample n."""
+        part = self.place(n)[0]
+        return next(number for number, each in enumerate(self.parts) if each is part)
 
     @property
     def parts(self) -> Sequence[Samples]:
@@ -57,8 +63,7 @@ class Mixture(Several):
 
     def __init__(self, sources: Mapping[str, Samples], shares: Sequence[float]) -> None:
         tokens = [source.tokens for source in sources.values()]
-        weights = [float(share) for share in shares or tokens]
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.shares = shares_of(shares or tokens)
         means = [held / len(source) for held, source in zip(tokens, sources.values())]
         each = [share / mean for share, mean in zip(self.shares, means)]  # samples, for a token of the mixture
         length = max(1, round(sum(tokens) * sum(each)))
@@ -101,3 +106,9 @@ class Joined(Several):
         n %= len(self)
         number = bisect_right(self._ends, n)
         return self.parts[number], n - ([0, *self._ends][number])
+
+
+def shares_of(numbers: Sequence[float]) -> list[float]:
+    """Numbers as parts of their sum, which are equal for 7 3 and 0.7 0.3: a decimal is taken as it is written."""
+    whole = [Fraction(repr(number)) for number in numbers]
+    return [float(number / sum(whole)) for number in whole]

@@ -5,13 +5,19 @@
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
 datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
-loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer.
+loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer; with --shard_tokens in shards,
+PREFIX-00001.bin and so on, which PREFIX.json lists. A command that was cut off goes on if it is given again.
 
     rwkv-peft preprocess --ids "Assistant:"    prints the token ids of a text
 """
 
+import hashlib
+import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -22,7 +28,6 @@ from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
 from .binidx import BinidxDataset
-from .binidx_writer import BinidxWriter
 from .encode_settings import EncodeSettings
 from .encoding import Encoded, encoder
 from .order import Permutation
@@ -31,12 +36,17 @@ from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import read_chunks
+from .seen import Seen
+from .shard_writer import ShardWriter
+from .shards import open_dataset
 from .templates import read_template
 from .thinking import FIELDS
 from .tokenizer import load_tokenizer
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
+FORMAT = 1  # of the files of a command that was cut off
+MOST_COMPARED = 1 << 24  # rows that are compared to count repeated ones, unless they are dropped
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 
 
@@ -55,52 +65,75 @@ def main(argv: list[str]) -> int:
         options.think,
         options.skip_bad_rows,
     )
-    output = binidx_prefix(options.output)
+    output, tokenizer = binidx_prefix(options.output), encoder(settings).tokenizer
     check_record(output, options.input)
     for end in ENDINGS:
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(encoder(settings).tokenizer, options.input)
+    record = record_of(tokenizer, options.input)
     if not options.overwrite:
         require_own(output, record)
+    key = key_of(settings, options.split, options.drop_duplicates, options.shard_tokens, options.input)
+    writer = ShardWriter(output, tokenizer.vocab_size, record, options.shard_tokens, key)
 
-    def encode(prefix: str | Path, record: str | None = None) -> Encoded:
-        return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
+    def encode(to: str | Path | ShardWriter) -> Encoded:
+        return write(options.input, to, settings, options.workers, options.split, sys.stderr, options.drop_duplicates)
 
     if options.shuffle is None and options.repeat == 1:
-        totals = encode(output, record)
+        totals = encode(writer)
     else:
+        writer.key = ""
         with temporary_beside(Path(output), folder=True) as folder:
             totals = encode(folder / "data")
-            rewrite(BinidxDataset(folder / "data"), output, options.shuffle, options.repeat, record)
-    written = BinidxDataset(output)
+            rewrite(BinidxDataset(folder / "data"), writer, options.shuffle, options.repeat)
+    written = open_dataset(output)
     print(describe(written, totals))
     if options.show:
         from .show import marks_for, show_documents  # by torch, which nothing else here needs
 
-        print(show_documents(written, options.show, encoder(settings).tokenizer, marks_for(sys.stdout)))
+        print(show_documents(written, options.show, tokenizer, marks_for(sys.stdout)))
     return 0
+
+
+def key_of(settings: EncodeSettings, split: str, drop: bool, shard_tokens: int, inputs: Sequence[str]) -> str:
+    """A hash of all that shapes the files of a command, its inputs by name, size and time of change: a command goes on
+    from the files that one with the same key left."""
+    files = (
+        file for path in inputs for file in (sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)])
+    )
+    stamps = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files if (stat := stat_of(file))]
+    content = [FORMAT, asdict(settings), encoder(settings).tokenizer.vocab_size, split, drop, shard_tokens, stamps]
+    return hashlib.blake2b(json.dumps(content).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def stat_of(file: Path) -> os.stat_result | None:
+    """The stat of a file, None if it is missing, which reading it tells."""
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def write(
     inputs: Sequence[str | Path],
-    output: str | Path,
+    output: str | Path | ShardWriter,
     settings: EncodeSettings,
     workers: int = 1,
     split: str = "",
     progress: TextIO | None = None,
-    record: str | None = None,
+    drop: bool = False,
 ) -> Encoded:
-    """Encode the inputs into PREFIX `output`; return an Encoded with the counts of all chunks.
+    """Encode the inputs into a PREFIX, or by a ShardWriter, which may have a part of them; return an Encoded with the
+    counts of all chunks.
 
-    progress is a stream for a progress bar, or None; record is as in BinidxWriter. Raises UserError if inputs cannot be
-    read, if no document is left, and if thinking is asked for and no row has any.
+    progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one. Raises
+    UserError if inputs cannot be read, if no document is left, and if thinking is asked for and no row has any.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     if 0 < size < INLINE_BYTES:
         workers = 1
     chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
-    totals = Encoded()
+    seen = Seen(0 if drop else MOST_COMPARED)
     # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
         total=size or None,
@@ -113,16 +146,29 @@ def write(
         file=progress,
         disable=progress is None,
     )
-    with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
-        for part in encode_all(chunks, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
-            writer.add_documents(part.tokens, part.sizes, part.mask, part.continues, part.weights)
+    with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, tokenizer.vocab_size) as writer:
+        totals = writer.totals
+        if writer.chunks:
+            seen.add(writer.known())
+            bar.write(
+                f"going on behind {counted(writer.documents, 'document')} of a command that was cut off", progress
+            )
+            bar.update(min(totals.counts["characters"], size))
+        rest = islice(chunks, writer.chunks, None)
+        for part in encode_all(rest, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
+            repeated = seen.add(part.digests)
+            part.counts["dropped" if drop else "repeated"] += int(repeated.sum())
+            if drop and repeated.any():
+                part.drop(repeated)
+            writer.add(part)
             totals.add_counts(part)
-            bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
+            writer.chunk_done(totals, part.digests if len(seen) != seen.most else b"")
+            bar.set_postfix_str(counted(writer.documents, "document"), refresh=False)
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
         bar.update(size - bar.n if size else 0)
         if totals.bad and not settings.skip_bad_rows:
             raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
-        if not writer.sizes:
+        if not writer.documents:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.counts["thinking"]:
@@ -134,16 +180,12 @@ def write(
     return totals
 
 
-def rewrite(
-    source: BinidxDataset, output: str | Path, seed: int | None, repeat: int, record: str | None = None
-) -> None:
-    """Write a BinidxDataset's documents `repeat` times, each time in another order if a seed is given; record is as in
-    BinidxWriter."""
-    vocab_size = 65536 if source.dtype.itemsize == 2 else 1 << 31
-    with BinidxWriter(output, vocab_size, mask=source.mask is not None, record=record) as writer:
+def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat: int) -> None:
+    """Write a BinidxDataset's documents `repeat` times, each time in another order if a seed is given."""
+    with writer:
         for turn in range(repeat):
             for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
                 start, size = source.start(index), int(source.sizes[index])
-                mask = None if source.mask is None else source.mask[start : start + size].tobytes()
-                weights = () if source.weights is None else (float(source.weights[index]),)
-                writer.add_documents(source[index].tobytes(), [size], mask, weights=weights)
+                mask = b"\1" * size if source.mask is None else source.mask[start : start + size].tobytes()
+                weight = 1.0 if source.weights is None else float(source.weights[index])
+                writer.add(Encoded([size], [weight], source[index].tobytes(), mask))

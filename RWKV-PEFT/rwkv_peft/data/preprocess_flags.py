@@ -11,7 +11,10 @@ from .templates import TEMPLATES
 from .thinking import OPENINGS
 
 PROG = "rwkv-peft preprocess"
-WRITING = "--output, --overwrite, --append_eod 0, --fields, --template, --think, --split, --skip_bad_rows, --show"
+WRITING = (
+    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --split, --skip_bad_rows, "
+    "--drop_duplicates, --shard_tokens, --show"
+)
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
     Rule(f"{WRITING}, --shuffle, --repeat, --workers", EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
@@ -84,6 +87,20 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="also print the first N documents, long texts without their middle, with the parts that count in the loss "
         "marked and <end> for the end token",
+    )
+    parser.add_argument(
+        "--drop_duplicates",
+        action="store_true",
+        help="leave out rows whose tokens are those of an earlier row; takes 16 bytes of memory a row, and for moments "
+        "twice that (default: they are counted, and stay)",
+    )
+    parser.add_argument(
+        "--shard_tokens",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="write shards of at most N tokens, PREFIX-00001.bin and so on, which PREFIX.json lists; a longer document "
+        "is a shard by itself. train.py reads PREFIX as it reads one file (default: one file)",
     )
     parser.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     parser.add_argument(

@@ -16,11 +16,10 @@ from ..errors import UserError, told
 from ..files.atomic import same_file
 from ..files.readable import require_readable
 from ..names import RUN
-from .prefix import ENDINGS, binidx_prefix
+from .prefix import ENDINGS, MOST_BYTES, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
-MOST_BYTES = 1 << 20  # of a file with a record, which holds little else
 
 
 class Vocabulary(NamedTuple):
@@ -58,8 +57,12 @@ def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
 def require_own(prefix: str, record: str) -> None:
     """Raise UserError if there is a data set PREFIX with another record, because of other inputs or another
     tokenizer, or with none."""
-    found = next((path for end in ENDINGS if os.path.lexists(path := prefix + end)), None)
-    if found is not None and _content(record_path(prefix)) != json.loads(record):
+    prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
+    found = next((path for each in prefixes for end in ENDINGS if os.path.lexists(path := each + end)), None)
+    content = _content(record_path(prefix))
+    if isinstance(content, dict):
+        content.pop(SHARDS, None)
+    if found is not None and content != json.loads(record):
         raise UserError(
             f"--output {prefix}: {found} exists, made from other inputs or with another tokenizer; choose another "
             "PREFIX, or replace the old files with --overwrite"

@@ -5,6 +5,7 @@ import numpy as np
 from ..cli import counted
 from .binidx import BinidxDataset
 from .encoding import Encoded
+from .masks import counting
 from .order import magic_prime
 
 
@@ -14,9 +15,7 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
     documents = counted(len(sizes), "document")
     lines = [f"{dataset.prefix}: {documents}, {tokens:,} tokens ({dataset.dtype.name})"]
     if dataset.mask is not None:
-        lines.append(
-            f"{np.count_nonzero(dataset.mask):,} tokens count in the loss ({dataset.mask_path}, which training reads)"
-        )
+        lines.append(f"{counting(dataset.mask):,} tokens count in the loss ({dataset.mask_path}, which training reads)")
     if dataset.weights is not None:
         lines.append(f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g} ({dataset.weights_path})")
     if totals is not None:
@@ -37,7 +36,7 @@ def laid_out(totals: Encoded) -> list[str]:
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["blank"], "in which a turn before an answer is empty"),
-        (totals.repeated, "the same as an earlier one, which therefore trains more often"),
+        (counts["repeated"], "the same as an earlier one, which therefore trains more often"),
         (
             counts["dialogues"],
             "whose text holds questions and answers, and counts as a whole in the loss, even the questions; to count "
@@ -57,6 +56,7 @@ def left_out(totals: Encoded) -> list[str]:
         "too_long": "rows too long, left out",
         "shortened": "rows too long, shortened",
         "equal": "pairs of equal answers left out",
+        "dropped": "rows dropped that are the same as an earlier one",
         "bare": "rows left out that lack a prompt or an answer",
     }
     return lines + [f"{totals.counts[name]} {what}" for name, what in words.items() if totals.counts[name]]

@@ -37,6 +37,37 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder,
     by default rwkv_peft/data under the user's cache folder.
     """
+    settings, path = settings_of(config), Path(config.path)
+    cache = Path(cache or cache_folder())
+    prefix = cache / key_of(path, settings, config.sft_split)
+    done = prefix.with_suffix(".json")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
+            if (notes := notes_of(done)) is None:
+                totals = write([path], prefix, settings, split=config.sft_split)
+                notes = laid_out(totals) + left_out(totals)
+                if totals.rows:
+                    with atomic_write(prefix.with_suffix(ROWS)) as temporary:
+                        temporary.write_text("".join(f"{row}\n" for row in totals.rows), "utf-8", "backslashreplace")
+                with atomic_write(done) as temporary:  # last: it says that the files before it are whole
+                    temporary.write_text(json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
+    except CannotWrite as error:
+        raise UserError(
+            f"{error}; the tokens of --data_type {config.data_type} are kept there, and XDG_CACHE_HOME names another "
+            "place"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "
+            f"({told(error)}); make it writable, or point XDG_CACHE_HOME elsewhere"
+        ) from error
+    return str(prefix), notes
+
+
+def settings_of(config: DataConfig) -> EncodeSettings:
+    """The settings by which the rows of a DataConfig become documents. Raises UserError for fields that its kind of
+    rows does not have, and for rows that are not there."""
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
     kind = DATA_TYPES[config.data_type]
@@ -63,31 +94,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             "of a data set on Hugging Face give the files of its rows",
             again=True,
         )
-    cache = Path(cache or cache_folder())
-    prefix = cache / key_of(path, settings, config.sft_split)
-    done = prefix.with_suffix(".json")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
-            if (notes := notes_of(done)) is None:
-                totals = write([path], prefix, settings, split=config.sft_split)
-                notes = laid_out(totals) + left_out(totals)
-                if totals.rows:
-                    with atomic_write(prefix.with_suffix(ROWS)) as temporary:
-                        temporary.write_text("".join(f"{row}\n" for row in totals.rows), "utf-8", "backslashreplace")
-                with atomic_write(done) as temporary:  # last: it says that the files before it are whole
-                    temporary.write_text(json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
-    except CannotWrite as error:
-        raise UserError(
-            f"{error}; the tokens of --data_type {config.data_type} are kept there, and XDG_CACHE_HOME names another "
-            "place"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "
-            f"({told(error)}); make it writable, or point XDG_CACHE_HOME elsewhere"
-        ) from error
-    return str(prefix), notes
+    return settings
 
 
 def refuse_hub_name(config: DataConfig) -> None:

@@ -13,7 +13,6 @@ from ..config.rules import check_settings
 from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
-from .binidx import BinidxDataset
 from .context_samples import ContextSamples
 from .label_samples import LabelSamples
 from .masks import describe_mask, make_mask, weighted
@@ -22,9 +21,11 @@ from .order import Permutation
 from .pair_samples import PairSamples
 from .prefix import default_mask
 from .prompt_samples import PromptSamples
-from .recorded import find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
+from .recorded import Vocabulary, find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
-from .sft import prepare_sft
+from .sft import prepare_sft, settings_of
+from .shards import open_dataset
+from .stream_samples import StreamSamples
 
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
@@ -47,9 +48,11 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
+        if config.stream:
+            return streamed(config, vocabulary)
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
-    dataset = BinidxDataset(config.path)
+    dataset = open_dataset(config.path)
     require_within(vocabulary, config.path, vocab_size)
     dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
@@ -67,6 +70,15 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
             f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g}; the loss is the mean by weight"
         )
     samples.notes, samples.row_notes = [*counts, *notes, *samples.notes], notes
+    require_counted(samples, config)
+    return samples
+
+
+def streamed(config: DataConfig, vocabulary: Vocabulary) -> Samples:
+    """The samples of rows that are tokenized as they are read (--stream)."""
+    samples = StreamSamples(config, settings_of(config))
+    samples.share_batches(config.micro_bsz)
+    samples.vocabulary = vocabulary
     require_counted(samples, config)
     return samples
 
@@ -101,9 +113,9 @@ def split_samples(
     return kept, held
 
 
-def parts_of(config: DataConfig) -> dict[str, DataConfig]:
-    """The settings of each data file by itself, by the file's name, or its whole path if names are alike. Token files
-    without a .mask count every token, even beside others that have one."""
+def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataConfig]:
+    """The settings of each data file that a flag names, by the file's name, or its whole path if names are alike. Token
+    files without a .mask count every token, even beside others that have one."""
     paths = (config.path, *config.more)
     names = [Path(path).name for path in paths]
     found = {}
@@ -112,7 +124,9 @@ def parts_of(config: DataConfig) -> dict[str, DataConfig]:
         mask = default_mask(path) if masked else config.loss_mask
         key = name if names.count(name) == 1 else path
         if key in found:
-            raise UserError(f"--data_file {path} is given twice; leave one out, and give its --data_mix to the other")
+            raise UserError(
+                f"{flag} {path} is given twice; leave one out (of --data_file, give its share to the other)"
+            )
         found[key] = replace(config, path=path, more=(), mix=(), loss_mask=mask)
     return found
 

@@ -63,12 +63,13 @@ def matmul_speed(dtype: str, device: str, size: int = 1024) -> float:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Check the backends of each generation's recurrence; those that can be compiled are."""
+    """Check the backends of each recurrence; those that can be compiled are."""
     from ..models import FAMILIES
 
-    for family in FAMILIES:
-        for name, reason in family.kernels().items():
-            yield Finding(f"{family.kernel} {name}", OK if reason is None else NOTE, reason or "usable")
+    backends = {family.kernel: family.kernels() for family in FAMILIES}
+    for kernel, found in backends.items():
+        for name, reason in found.items():
+            yield Finding(f"{kernel} {name}", OK if reason is None else NOTE, reason or "usable")
 
 
 def check_deepspeed() -> list[Finding]:

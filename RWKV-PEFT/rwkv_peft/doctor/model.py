@@ -7,10 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..files.adapters import AdapterSource, product_of_run
-from ..release.contents import ADAPTER, MODEL, SESSION, STATES, contents_of, formatted
+from ..files.base import Base
+from ..release.contents import ADAPTER, MODEL, SESSION, STATES, Contents, contents_of, formatted
 
 SHORT = ("kind", "dimensions", "method", "trained whole", "base", "parameters", "dtype", "states", "keys", "not read")
 FOREIGN_FORMAT = "a model in another tool's format"
+AI00, LLAMA_CPP = "bring it to Ai00", "bring it to llama.cpp"
 # what a file holds -> (a purpose, the command); {} is the file
 COMMANDS = MappingProxyType(
     {
@@ -19,8 +21,8 @@ COMMANDS = MappingProxyType(
             ("train on rows", "rwkv-peft train --load_model {} --data_file rows.jsonl --data_type sft --proj_dir out"),
             ("talk to it", "rwkv-peft generate --model {} --chat"),
             ("score it on rows", "rwkv-peft eval jsonl --model {} --data rows.jsonl"),
-            ("bring it to Ai00", "rwkv-peft convert {} model.st"),
-            ("bring it to llama.cpp", "rwkv-peft convert {} model.gguf"),
+            (AI00, "rwkv-peft convert {} model.st"),
+            (LLAMA_CPP, "rwkv-peft convert {} model.gguf"),
         ),
         FOREIGN_FORMAT: (("make it a base", "rwkv-peft convert {} base.pth"),),
         ADAPTER: (
@@ -30,7 +32,7 @@ COMMANDS = MappingProxyType(
         STATES: (
             ("talk to it", "rwkv-peft generate --model base.pth --state {} --chat"),
             ("make one model", "rwkv-peft merge --base_model base.pth --state_checkpoint {} --output merged.pth"),
-            ("bring it to Ai00", "rwkv-peft convert {} state.st"),
+            (AI00, "rwkv-peft convert {} state.st"),
         ),
         SESSION: (("go on talking", "rwkv-peft generate --model base.pth --state {} --chat"),),
     }
@@ -42,7 +44,7 @@ def report(path: str) -> int:
     holds no tensors."""
     contents = contents_of(AdapterSource(path))
     print(formatted(line for line in contents.lines if line[0] in SHORT))
-    commands = list(suited(path, contents.what))
+    commands = list(suited(path, contents))
     if not commands:
         print("\nno command of rwkv-peft takes it")
         return 1
@@ -50,9 +52,12 @@ def report(path: str) -> int:
     return 0
 
 
-def suited(path: str, what: str) -> Iterator[tuple[str, str]]:
-    """Yield (purpose, command) for a file or folder that holds one of COMMANDS, or nothing known."""
+def suited(path: str, contents: Contents) -> Iterator[tuple[str, str]]:
+    """Yield (purpose, command) for a file or folder with the Contents of one of COMMANDS, or unknown ones."""
+    what, held = contents.what, contents.holds
+    only_pth = isinstance(held, Base) and not held.family.gguf_architecture
     if what == MODEL and product_of_run(path).suffix != ".pth":
         what = FOREIGN_FORMAT
     for purpose, command in COMMANDS.get(what, ()):
-        yield purpose, command.format(shlex.quote(str(Path(path))))
+        if not (only_pth and purpose in (AI00, LLAMA_CPP)):
+            yield purpose, command.format(shlex.quote(str(Path(path))))

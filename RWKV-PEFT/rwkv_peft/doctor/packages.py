@@ -24,6 +24,8 @@ OPTIONAL = (
     ("lm_eval", "rwkv-peft eval, tasks of the harness"),
     ("fastapi", "rwkv-peft serve"),
     ("wandb", "--wandb"),
+    ("trackio", "--trackio"),
+    ("swanlab", "--swanlab"),
 )
 
 

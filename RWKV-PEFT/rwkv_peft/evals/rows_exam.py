@@ -32,6 +32,7 @@ def rows_of(of: str, samples: Samples, number: int) -> list[Row]:
     first row. A stream has none. Of several data sets it is the first that has some."""
     if len(samples.parts) > 1:
         return next(filter(None, (rows_of(of, part, number) for part in samples.parts)), [])
+    samples = samples.head
     if not isinstance(samples, DocumentSamples):
         return []
     rows: list[Row] = []

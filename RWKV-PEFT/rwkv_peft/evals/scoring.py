@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..errors import UserError
 from ..generate.decode import PREFILL, prefill
 from ..models.state import State
+from ..ops.decode import product
 from .task import Score
 
 PIECE = 256  # tokens whose logits are formed at a time
@@ -84,7 +85,7 @@ def score_packed(
     def head(x: torch.Tensor, weight: torch.Tensor) -> list[tuple[float, bool]]:
         found = []
         for piece, right in zip(x[0].split(PIECE), targets.split(PIECE)):  # (n, C), (n,)
-            logprobs, greedy = token_scores(F.linear(piece, weight), right)
+            logprobs, greedy = token_scores(product(piece, weight), right)
             found += list(zip(logprobs.tolist(), greedy.tolist()))
         return found
 

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files.dtypes import dtype_name
 from ..models.parts import LanguageModel
 from ..models.state import State
+from ..ops.decode import product
 from .sampling import count, measure, penalize, sample
 from .settings import Sampling
 
@@ -163,7 +164,7 @@ def read_packed(model: LanguageModel, pieces: abc.Sequence[list[int]], state: St
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
     ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
     return model(
-        tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: F.linear(x[0, ends - 1], weight)
+        tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: product(x[0, ends - 1], weight)
     )
 
 

@@ -150,6 +150,12 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch", type=positive, default=32, help="prompts decoded at once (default 32)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
+    add(
+        "--weights",
+        choices=("int8", "int4"),
+        help="round the matrices to blocks of such integers when the model is loaded, for speed and memory on a CPU "
+        "(default: as --precision says)",
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
 
 

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.tokenizer import Tokenizer
@@ -20,6 +20,8 @@ from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
+from .stepping import step_by_tape
+from .weights import decoding, place, quantize_products
 
 
 def load_model(
@@ -28,17 +30,25 @@ def load_model(
     precision: str = "fp32",
     device: str = "cpu",
     any_base: bool = False,
+    weights: str | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[LanguageModel, State | None]:
     """Load the .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate,
     and the State of one sequence that it starts from, or None if no file holds time states.
 
     The merged weights are bit by bit those that merge_bone.py would write, so the tokens are those of the merged file,
-    and no step pays for the adapter. any_base allows an adapter of another base of the same shape. Raises UserError as
-    open_base, AdapterSource.read and merging do, and for weights that are not finite.
+    and no step pays for the adapter. any_base allows an adapter of another base of the same shape. weights "int8" or
+    "int4" rounds the matrices to blocks of so many bits, of which `say` is told. Raises UserError as open_base,
+    AdapterSource.read and merging do, for weights that are not finite, and for ones that cannot be rounded.
     """
-    model, start = model_of(merged_base(path, adapters, any_base), precision, device)
-    if device == "cpu" and precision == "fp32":
-        store_by_columns(model)
+    if weights and device != "cpu":
+        raise UserError(f"--weights {weights}: such products are computed on a CPU; leave it out, or add --device cpu")
+    prepare = partial(quantize_products, kind=weights, say=say) if weights else lambda plain: None
+    model, start = model_of(merged_base(path, adapters, any_base), precision, device, prepare)
+    if device == "cpu":
+        place(model)
+        decoding(model)
+        step_by_tape(model)
     return model, start
 
 
@@ -55,10 +65,14 @@ def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_ba
     return base_of(merged_tensors(base, named), path)
 
 
-def model_of(base: Base, precision: str, device: str) -> tuple[LanguageModel, State | None]:
-    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none)."""
+def model_of(
+    base: Base, precision: str, device: str, prepare: Callable[[LanguageModel], object] = lambda model: None
+) -> tuple[LanguageModel, State | None]:
+    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none).
+    prepare(model) is called while its weights are still those of the Base."""
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config)
+    prepare(model)
     model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
     return model, read_state(states, model, base.path) if states else None
 
@@ -84,26 +98,16 @@ class Subject(NamedTuple):
 
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
-    recorded one. Raises UserError for files that cannot be read or do not fit together."""
+    recorded one, and
+    is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit together."""
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
-    model, start = load_model(args.model, sources, precision, device, args.any_base)
+    model, start = load_model(args.model, sources, precision, device, args.any_base, args.weights, say)
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
     recorded = recorded_beside(*reversed(args.adapter), args.state, args.model)
     return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
-
-
-def store_by_columns(model: nn.Module) -> None:
-    """Store the linear layers' weights (out, in) column by column; values and shapes stay.
-
-    The product with one token is then a sum of scaled columns, which reads memory faster than many dot products do. On
-    a CPU, which spends nearly all of the time on reading weights, that gives a tenth more tokens a second.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = None) -> State:

@@ -2,7 +2,8 @@
 
 Voices of one base share its weights. An adapter stays beside them as layers of its method, and only the tensors that it
 replaces whole are copies. If it was trained on a quantized base, or on one that something was taken out of, its merged
-weights take its place, because the base of its training is not in memory.
+weights take its place, because the base of its training is not in memory; so they do, rounded alike, if the matrices in
+memory are rounded to blocks.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from ..models.state import State, split_time_states
 from ..release.merge import Merge, check_fingerprints
 from ..release.rebuilt import adapter_config
 from .loading import read_state, read_state_file
+from .stepping import step_by_tape
+from .weights import decoding, quantize_products, rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,8 @@ def adapter_voice(name: str, source: AdapterSource, voice: Voice, base: Base, an
     merge = Merge(base, pairs)  # refuses what does not fit
     own, states = split_time_states(adapter.tensors)
     model, metadata = voice.model, adapter.metadata
-    if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None):
+    residual = metadata.method is not None and metadata.method.residual is not None
+    if metadata.quant != "none" or residual or rounded(model):
         merged = {key: rows for key, rows in merge.tensors(base.tensors.items()) if key in merge.changes}
         model = sharing(model, base, split_time_states(merged)[0])
     elif own:
@@ -54,11 +58,24 @@ def adapter_voice(name: str, source: AdapterSource, voice: Voice, base: Base, an
         inject(model, adapter_config(adapter, base.family), family=base.family, initial=adapter.tensors)
         load_tensors(model, own, source.path)
     model.requires_grad_(False).eval()
+    if model.emb.weight.is_cpu:
+        decoding(model)
+        step_by_tape(model)
     return Voice(name, model, read_state(states, model, source.path) if states else voice.start)
 
 
 def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tensor]) -> LanguageModel:
-    """Another model over the weights of `model`, with copies of `replaced` {key: tensor} in place of some."""
-    weights = dict(model.state_dict())
+    """Another model over the weights of `model`, with copies of `replaced` {key: tensor} in place of some; a matrix
+    that replaces a rounded one is rounded alike."""
+    weights, blocks = dict(model.state_dict()), rounded(model)
     copies = {key: tensor.to(weights[key], copy=True) for key, tensor in replaced.items() if key in weights}
-    return base.family.load(weights | copies, base.config)
+    matrices = {f"{name}.weight": name for name in blocks}
+    missing = {key: replaced.get(key, base.tensors[key]) for key in matrices}
+    other = base.family.load(weights | copies | missing, base.config)
+    for key, name in matrices.items():
+        if key not in replaced:
+            other.set_submodule(name, blocks[name])
+    if blocks:
+        bits = next(iter(blocks.values())).weight.bits
+        quantize_products(other, f"int{bits}", lambda text: None)
+    return other

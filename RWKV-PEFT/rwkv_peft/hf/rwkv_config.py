@@ -58,8 +58,9 @@ CONFIGS = (RWKV6Config, RWKV7Config)
 
 
 def config_of(dimensions: ModelConfig, **settings: Any) -> RWKVConfig:
-    """The RWKVConfig of a model's dimensions; settings such as eos_token_id replace those of RWKV's folders."""
-    kind = next(kind for kind in CONFIGS if kind.version == dimensions.version)
+    """The RWKVConfig of a model's dimensions; settings such as eos_token_id replace those of RWKV's folders.
+    Raises UserError for a generation that transformers has no form of."""
     told = family_named(dimensions.version).hf_settings(dimensions)
+    kind = next(kind for kind in CONFIGS if kind.version == dimensions.version)
     told = {name: value for name, value in told.items() if name not in ("architectures", "model_type")}
     return kind(dimensions=asdict(dimensions), **(told | settings))

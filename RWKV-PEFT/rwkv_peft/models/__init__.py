@@ -51,7 +51,8 @@ def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the check
                 f"{name} has the key names of a Hugging Face model; make a .pth of its folder with `rwkv-peft convert`"
             )
         raise UserError(f"{name} is not an RWKV model: it has no emb.weight (its first key is {next(iter(tensors))})")
-    found = next((family for family in FAMILIES if family.sign in tensors), None)
+    # a later generation's files may have an earlier one's sign beside their own
+    found = next((family for family in reversed(FAMILIES) if family.sign in tensors), None)
     if found is not None:
         return found
     what = next((what for key, what in OTHERS if key in tensors), "no RWKV version known here")

@@ -86,19 +86,36 @@ def linear_cross_entropy(
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
     """
+    return losses_by_part(hidden, weight, targets, counted, count, l2wrap, weights)[0]
+
+
+def losses_by_part(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    count: float | Tensor,
+    l2wrap: float = L2WRAP,
+    weights: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> Tensor:
+    """The loss of linear_cross_entropy, which alone has a gradient, followed by what each of k parts adds to it:
+    (1 + k,). parts (k, n) bool: which of the counted targets are of each part."""
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
+    each = weights is not None or parts is not None
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        loss, grad = cross_entropy_(
-            logits, targets[part], 1 / count, l2wrap, gradient=gradient, each=weights is not None
-        )
+        loss, grad = cross_entropy_(logits, targets[part], 1 / count, l2wrap, gradient=gradient, each=each)
         if weights is not None:
-            loss = (loss * weights[part]).sum() / count
+            loss = loss * weights[part]
             grad = grad if grad is None else grad.mul_(weights[part, None])
-        return loss[None], grad
+        total = loss.sum() / count if weights is not None else loss.sum() * (1 / count) if each else loss
+        of_parts = [] if parts is None else [(loss * parts[:, part]).sum(1) / count]
+        return torch.cat([total[None], *of_parts]), grad
 
-    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]
+    sums = 1 if parts is None else 1 + len(parts)
+    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule)
 
 
 def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:

@@ -5,14 +5,14 @@ as it was before training, which reads a context that its student does not see (
 The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
 cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens are those of rows, or those of
 answers that the student draws to prompts: it then learns at the places to which its own words lead, as in GKD (Agarwal
-et al. 2024, arXiv 2306.13649).
+et al. 2024, arXiv 2306.13649). What a teacher says of rows may be stored before (training/step/stored.py).
 """
 
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli import above_zero, share, that
+from ..cli import above_zero, positive, share, that
 from ..config.objective import TEACHER, Figure, Passes, number_of_tokens
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
@@ -49,10 +49,20 @@ class Distill(Draws):
         Rule(
             "--objective distill",
             NEEDS,
-            "--teacher_model, --data_type contexts",
+            "--teacher_model, --teacher_logprobs, --data_type contexts",
             "it learns from one",
             "name a .pth of the same tokens, or give rows with contexts, in which the model teaches itself",
         ),
+        Rule("--teacher_logprobs", EXCLUDES, "--teacher_model, --store_teacher", "it holds what a teacher said"),
+        Rule(
+            "--teacher_logprobs, --store_teacher",
+            EXCLUDES,
+            "--data_type prompts",
+            "the student's answers are not known before it draws them",
+            "name a --teacher_model",
+        ),
+        Rule("--teacher_logprobs", EXCLUDES, "--context_parallel", "a rank reads a part of each row", "leave it out"),
+        Rule("--teacher_top_k", NEEDS, "--store_teacher", "it says how much of the teacher's word is stored"),
         Rule("--teacher_adapter, --teacher_state", NEEDS, "--teacher_model", "it belongs to that model"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
         Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
@@ -70,6 +80,25 @@ class Distill(Draws):
         metavar="FILE",
     )
     teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
+    stored: str = setting(
+        "",
+        "learn what a teacher said of these rows before, a file that --store_teacher wrote, with no teacher in memory",
+        flag="teacher_logprobs",
+        metavar="FILE",
+    )
+    store: str = setting(
+        "",
+        "read the rows once with the teacher, write its --teacher_top_k most probable tokens at each token that counts "
+        "to this .safetensors, and train nothing",
+        flag="store_teacher",
+        metavar="FILE",
+    )
+    top_k: int = setting(
+        32,
+        "store so many tokens, with their probabilities, and the probability of all others together",
+        flag="teacher_top_k",
+        type=positive,
+    )
     kind: str = setting(
         FORWARD,
         "forward: KL(teacher | student), which covers what the teacher says; reverse: KL(student | teacher), which "
@@ -100,13 +129,16 @@ class Distill(Draws):
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
         from .divergence import Divergence, linear_divergence
+        from .stored import Stored
 
         counted = batch.get("teacher_counted", batch["counted"])
         divisor: float | Tensor = count
         if "lengths" in batch:  # the items of drawn answers are prompts, because their tokens are not known before
             divisor = count * batch["mean_length"] * len(batch["lengths"]) / batch["prompts"]
-        # before the student's pass, so that the activations of both are never alive together
-        teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
+        if self.stored:
+            teacher = Stored(batch["stored_words"], batch["stored_logprobs"])
+        else:  # before the student's pass, so that the activations of both are never alive together
+            teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
         settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
 
         def head(x: "Tensor", weight: "Tensor") -> "Tensor":

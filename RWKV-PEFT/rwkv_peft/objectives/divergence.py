@@ -5,6 +5,10 @@ divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies betwe
 KL(student | m) with m = beta teacher + (1 - beta) student. Both distributions are softmax(logits / temperature), and
 the divergence is times temperature², so that its gradient stays as large at any temperature (Hinton et al. 2015, arXiv
 1503.02531).
+
+A teacher that is Stored tells of each place some words, and of all others only how probable they are together. The
+divergence is then that of the distributions over these classes, at most that over all tokens, and the student is free
+in how it spreads what is left over the others.
 """
 
 import math
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
 from .cross_entropy import L2WRAP, chunk_rows, chunked_head
+from .stored import Stored, in_classes
 
 ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk has so many times fewer tokens
 
@@ -30,34 +35,51 @@ class Divergence(NamedTuple):
     weight: float
 
 
-def divergence(student: Tensor, teacher: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) of both -> the divergence of each token (n,), its gradient in the student's logits (n, V); float32,
-    or float64 for float64 logits."""
+def divergence(student: Tensor, teacher: Tensor | Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) of both, or what is stored of the teacher's -> the divergence of each token (n,), its gradient in
+    the student's logits (n, V); float32, or float64 for float64 logits."""
     wide, temperature = torch.promote_types(student.dtype, torch.float32), settings.temperature
     log_p = (student.to(wide) / temperature).log_softmax(1)
-    log_q = (teacher.to(wide) / temperature).log_softmax(1)
+    if isinstance(teacher, Stored):
+        values, gradient = of_classes(log_p, teacher, settings)
+    else:
+        values, gradient = of_logprobs(log_p, (teacher.to(wide) / temperature).log_softmax(1), settings)
+    return values * temperature**2, gradient.mul_(temperature)
+
+
+def of_classes(log_p: Tensor, teacher: Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
+    """The divergence over a Stored's classes: values (n,), and the gradient in logits whose log_softmax is log_p
+    (n, V). In the class of all others it is shared as the student's probability is."""
+    words = teacher.words.long()
+    of_class = in_classes(log_p, words)
+    values, gradient = of_logprobs(of_class.clone(), teacher.logprobs.to(log_p.dtype, copy=True), settings)
+    shares = log_p.sub_(of_class[:, -1:]).exp_().mul_(gradient[:, -1:])
+    return values, shares.scatter_(1, words, gradient[:, :-1])
+
+
+def of_logprobs(log_p: Tensor, log_q: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
+    """log-probabilities (n, V) of student and teacher, which are overwritten -> the divergence of each token (n,), and
+    its gradient in logits whose log_softmax is log_p (n, V)."""
     if settings.kind == "forward":
         q = log_q.exp()
         values = (q * log_q.sub_(log_p)).sum(1)
-        gradient = log_p.exp_().sub_(q)
+        return values, log_p.exp_().sub_(q)
+    p = log_p.exp()
+    if settings.kind == "reverse":
+        slope = log_p.sub_(log_q)
+        values = (p * slope).sum(1)
     else:
-        p = log_p.exp()
-        if settings.kind == "reverse":
-            slope = log_p.sub_(log_q)
-            values = (p * slope).sum(1)
-        else:
-            beta = settings.beta
-            log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-            of_teacher = (log_q.exp() * log_q.sub_(log_m)).sum(1)
-            slope = log_p.sub_(log_m).mul_(1 - beta)
-            values = beta * of_teacher + (p * slope).sum(1)
-        gradient = slope.sub_((p * slope).sum(1, keepdim=True)).mul_(p)
-    return values * temperature**2, gradient.mul_(temperature)
+        beta = settings.beta
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        of_teacher = (log_q.exp() * log_q.sub_(log_m)).sum(1)
+        slope = log_p.sub_(log_m).mul_(1 - beta)
+        values = beta * of_teacher + (p * slope).sum(1)
+    return values, slope.sub_((p * slope).sum(1, keepdim=True)).mul_(p)
 
 
 def linear_divergence(
     student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | Stored,
     targets: Tensor,
     counted: Tensor,
     count: float | Tensor,
@@ -68,16 +90,17 @@ def linear_divergence(
     cross-entropy of the next token: (3,); only the first has a gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
-    the weight of its head (V, D); the others as in linear_cross_entropy, whose gradient the share of the cross-entropy
-    has, L2Wrap included.
+    the weight of its head (V, D), or what is Stored of these tokens; the others as in linear_cross_entropy, whose
+    gradient the share of the cross-entropy has, L2Wrap included.
     """
-    (hidden, weight), (known, head) = student, teacher
+    hidden, weight = student
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         own = None if weights is None else weights[part]
-        found, grad = of_logits(logits, F.linear(known[part], head), targets[part], count, settings, own)
+        said = teacher.part(part) if isinstance(teacher, Stored) else F.linear(teacher[0][part], teacher[1])
+        found, grad = of_logits(logits, said, targets[part], count, settings, own)
         return found, grad.to(logits.dtype)
 
     return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule)
@@ -90,14 +113,14 @@ def taught_rows(vocabulary: int, on_gpu: bool) -> int:
 
 def of_logits(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Stored,
     targets: Tensor,
     count: float | Tensor,
     settings: Divergence,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) of both, targets and weights (n,) -> the sums of linear_divergence (3,), and the gradient of the
-    first (n, V)."""
+    """Student and teacher as divergence takes them, targets and weights (n,) -> the sums of linear_divergence (3,), and
+    the gradient of the first (n, V)."""
     mixes, share = settings.weight < 1, (1 - settings.weight) / count
     nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
     apart, gradient = divergence(student, teacher, settings)

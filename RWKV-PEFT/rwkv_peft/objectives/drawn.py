@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cross_entropy import token_losses
+from .entropy import linear_entropy
 
 if TYPE_CHECKING:
     from ..config.objective import Batch, Pass
@@ -17,6 +18,22 @@ def log_probabilities(through: "Pass", batch: "Batch", temperature: float) -> to
         return token_losses(x if temperature == 1 else x / temperature, weight, batch["targets"], batch["counted"])
 
     return -through(head)
+
+
+def entropy_and_log_probabilities(
+    through: "Pass", batch: "Batch", temperature: float, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
+    log-probabilities of log_probabilities, in one pass."""
+    weights = shares.repeat_interleave(batch["lengths"], output_size=len(batch["counted"]))
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        warm = x if temperature == 1 else x / temperature
+        losses = token_losses(warm, weight, batch["targets"], batch["counted"])
+        return torch.cat([linear_entropy(warm, weight, batch["counted"], weights)[None], -losses])
+
+    found: torch.Tensor = through(head)
+    return found[0], found[1:]
 
 
 def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,11 @@ class Draws(Objective):
       of a step
     - advantages (answers,), if rewards judge them
     - prompts and limit: the number of prompts, and --max_completion_length
+
+    ahead: the answers of a step are drawn before the step before it learns.
     """
+
+    ahead = False
 
     draw_temperature: float = setting(
         1.0,

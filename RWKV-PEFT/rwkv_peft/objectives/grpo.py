@@ -15,7 +15,9 @@ probability of a token by the model over that by which it was drawn. A step mini
               (Ahmadian et al. 2024, arXiv 2402.14740)
 
 and --kl_beta times an estimate of the distance from the base, exp(d) - d - 1 of each token with d = log(p_base / p)
-(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean.
+(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean. --entropy_bonus times the
+entropy of the next token at each token, averaged alike, is taken off (Williams and Peng 1991, Function Optimization
+Using Connectionist Reinforcement Learning Algorithms, section 4).
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli import finite, not_negative, positive
+from ..cli import finite, not_negative, positive, switch
 from ..config import TrainConfig
 from ..config.objective import OF_BASE, REWARDS, Figure, Passes
 from ..config.setting import setting
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
 REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
+ENTROPY = Figure("entropy", "entropy of a draw", "nats")
 
 
 class Form(NamedTuple):
@@ -63,14 +66,15 @@ FORMS = MappingProxyType(
 class GRPO(Draws):
     """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
     whose ratio is clipped; gap the mean difference between the log-probability by which a token was drawn and that by
-    which the step began to learn from it, which are computed in another order; gap_max the largest of a step."""
+    which the step began to learn from it, which are computed in another order, and with --draw_ahead a step of learning
+    apart; gap_max the largest of a step."""
 
     name = "grpo"
     text = "answers that the model draws itself, judged by --reward"
     rows = ("prompts",)
     unit = "prompt"
     needs = (REWARDS,)
-    figures = (REWARD, LENGTH)
+    figures = (REWARD, LENGTH, ENTROPY)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
@@ -90,7 +94,7 @@ class GRPO(Draws):
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl: 1 if right), match:REGEX, "
+        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
         flag="reward",
         nargs="+",
@@ -110,8 +114,22 @@ class GRPO(Draws):
         flag="num_iterations",
         type=positive,
     )
+    ahead: bool = setting(
+        False,
+        "1: draw the answers of the next step before this one learns, so that rewards judge them meanwhile; ratios "
+        "tell how far the model has come since",
+        flag="draw_ahead",
+        type=switch,
+        metavar="0|1",
+    )
     kl_beta: float = setting(
         0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
+    )
+    entropy_bonus: float = setting(
+        0.0,
+        "also keep the model from being sure too early: weight of the entropy of its next token, such as 0.01",
+        flag="entropy_bonus",
+        type=not_negative,
     )
     clip_low: float | None = setting(
         None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", flag="clip_low", type=not_negative
@@ -161,10 +179,18 @@ class GRPO(Draws):
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        from .drawn import log_probabilities, means
+        from .drawn import entropy_and_log_probabilities, log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
-        now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
+        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
+        if self.form in ("dr_grpo", "dapo"):
+            weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
+        entropy: Tensor | float = 0.0
+        if self.entropy_bonus:
+            of_token = weight if self.form == "rloo" else weight / lengths
+            entropy, now = entropy_and_log_probabilities(passes.model, batch, self.draw_temperature, of_token)
+        else:
+            now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -177,11 +203,8 @@ class GRPO(Draws):
         low, high = self.bounds
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
-        weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
-        if self.form in ("dr_grpo", "dapo"):
-            weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        gap = (drawn - batch["sampled"]).abs()
+        gap = ((now.detach() if self.ahead else drawn) - batch["sampled"]).abs()
         figures = {
             "clipped": clipped.to(now.dtype) if form.whole else means(clipped.to(now.dtype), lengths),
             "gap": means(gap, lengths),
@@ -193,7 +216,7 @@ class GRPO(Draws):
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count
         averages = {name: figure.detach().mean() * prompts for name, figure in figures.items()}
-        return (losses * weight).sum() * prompts, averages | most
+        return ((losses * weight).sum() - self.entropy_bonus * entropy) * prompts, averages | most
 
     def items(self, batch: "Batch") -> "Tensor":
         return batch["prompts"]
@@ -201,7 +224,8 @@ class GRPO(Draws):
     def describe(self) -> str:
         low, high = self.bounds
         kl = f", and {self.kl_beta:g} times the distance from the base" if self.asks_base else ""
-        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}"
+        bonus = f", less {self.entropy_bonus:g} times the entropy" if self.entropy_bonus else ""
+        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}{bonus}"
 
     def problems(self, train: TrainConfig) -> Iterator[str]:
         if repeated := [word for word in self.reward if self.reward.count(word) > 1]:

@@ -1,8 +1,9 @@
 """The objective of pre-training and of answers: predict each token that counts from those before it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ..config.objective import Objective, Passes, number_of_tokens
 
@@ -29,7 +30,23 @@ class NextToken(Objective):
         return partial(linear_cross_entropy, targets=targets, counted=counted, count=count, weights=weights)
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        return passes.model(self.head(batch["targets"], batch["counted"], count, batch.get("weights"))), {}
+        """Its figures are the losses of several data files, "loss/NAME", of those that count in the step."""
+        shares: Mapping[str, float] = cast(Any, batch).get("sources") or {}
+        if not shares:
+            return passes.model(self.head(batch["targets"], batch["counted"], count, batch.get("weights"))), {}
+        from .cross_entropy import losses_by_part
+
+        head = partial(
+            losses_by_part,
+            targets=batch["targets"],
+            counted=batch["counted"],
+            count=count,
+            weights=batch.get("weights"),
+            parts=batch["of_source"],
+        )
+        loss, *parts = passes.model(head)
+        named = zip(shares.items(), parts)
+        return loss, {f"loss/{name}": part.detach() / share for (name, share), part in named if share}
 
     def items(self, batch: "Batch") -> "Tensor":
         return number_of_tokens(batch)

@@ -214,9 +214,9 @@ class Estimate:
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
         """The parts of a teacher, which is whole on each device unless the model teaches itself, and whose pass comes
-        before the student's and keeps only the hidden states."""
+        before the student's and keeps only the hidden states; none if its word is stored."""
         teacher, dtype, here = self.teacher, self.dtype, self.accelerator
-        if teacher is None:
+        if teacher is None or self.config.objective.stored:
             return []
         family = family_named(teacher.version)
         setting = Setting(torch.device("cpu" if here == CPU else "meta"), self.config.train.fused)
@@ -229,11 +229,14 @@ class Estimate:
         ]
 
     def unread(self) -> int:
-        """Bytes of a frozen embedding in a mapped file, 0 without one; memory holds only the pages of rows that are
+        """Bytes of frozen embeddings in a mapped file, 0 without them; memory holds only the pages of rows that are
         read."""
+        if self.accelerator == GPU or not self.mapped or not self.file or self.trains("emb"):
+            return 0
         model = self.config.model
-        mapped = self.accelerator == CPU and self.mapped and self.file and not self.trains("emb")
-        return model.vocab_size * model.n_embd * self.dtype.itemsize if mapped else 0
+        family = family_named(model.version)
+        tables = [shape for key, shape in family.shapes(model).items() if family.part_of(key) == "emb"]
+        return sum(math.prod(shape) for shape in tables if shape[0] == model.vocab_size) * self.dtype.itemsize
 
     def head_gradient(self) -> int:
         """Bytes of the head's gradient if the head trains, else 0: a float32 sum, and what a chunk adds to it."""

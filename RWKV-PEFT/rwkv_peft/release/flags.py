@@ -4,6 +4,7 @@ They are judged before torch is imported, so that a mistake is told at once.
 """
 
 import argparse
+import re
 from types import MappingProxyType
 
 from ..cli import Parser, finite, positive, that, up_to
@@ -26,6 +27,11 @@ MERGE_SYNONYMS = MappingProxyType(
 )
 MOST_TOKENS = 1 << 14  # for check and verify: 8 GiB of logits in float64 over the World vocabulary
 factor = that(finite, bool, "would leave nothing of the change; give another number")
+repository = that(
+    str,
+    lambda name: bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)),
+    "is no name of a repository; give it as NAME/REPO, with your name or your organization's first",
+)
 picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
 MERGE = "merge_bone.py"
 MERGE_RULES = (
@@ -218,4 +224,20 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         metavar="PTH",
         help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
     )
+    return parser.parse_args(argv)
+
+
+def push_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft push",
+        description="Push an adapter or a model to a repository of the Hugging Face hub, with a card that says what it "
+        "is: the README.md of the run's folder, else one made from the file. Needs `hf auth login`, or HF_TOKEN.",
+    )
+    parser.add_argument("source", metavar="RUN", help="the folder of a run, or a .safetensors or .pth")
+    parser.add_argument("repo", type=repository, metavar="NAME/REPO", help="the repository; it is made if missing")
+    files = "files of the folder (default: its newest adapter or model, merged model and states)"
+    parser.add_argument("--files", nargs="+", metavar="FILE", help=files)
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", default="Upload with rwkv-peft", metavar="TEXT", help="of the commit")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would be pushed")
     return parser.parse_args(argv)

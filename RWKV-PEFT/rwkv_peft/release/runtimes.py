@@ -17,6 +17,7 @@ from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
+from ..models.rwkv7a.keys import RWKV7aConfig
 from .rwkv_package import logits_of, rwkv_model
 
 NOT_LOOKED_FOR = (
@@ -55,17 +56,17 @@ class Runtime(NamedTuple):
 def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: str = "sequence") -> torch.Tensor:
     """Ask the `rwkv` package; mode is that of logits_of."""
     if config.version != "x060":
-        return rwkv_elsewhere(path, tokens, mode)
+        return rwkv_elsewhere(path, tokens, config.version, mode)
     return logits_of(rwkv_model(path, config.version), tokens.tolist(), None, mode)
 
 
-def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
-    """Ask the `rwkv` package about an RWKV-7 model, in a process of its own (rwkv7_process.py). Raises RuntimeError if
-    that fails."""
+def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) -> torch.Tensor:
+    """Ask the `rwkv` package about an RWKV-7 or 7a model, in a process of its own (rwkv7_process.py). Raises
+    RuntimeError if that fails."""
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
-        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, mode)
+        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -130,8 +131,17 @@ def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Te
     return row[None]
 
 
-def refused_by_others(config: ModelConfig) -> str:
-    """Say why `rwkv` and llama.cpp cannot take a model, or ""."""
+def refused_by_rwkv(config: ModelConfig) -> str:
+    """Say why `rwkv` cannot take a model, or ""."""
+    if config.version not in ("x060", "x070", "x070a"):
+        return "takes only RWKV-6, RWKV-7 and RWKV-7a"
+    if isinstance(config, RWKV7aConfig) and config.deep_size != RWKV7aConfig.deep_size:
+        return f"takes only deep embeddings of size {RWKV7aConfig.deep_size}, and these are of {config.deep_size}"
+    return ""
+
+
+def refused_by_llama_cpp(config: ModelConfig) -> str:
+    """Say why llama.cpp cannot take a model, or ""."""
     return "" if config.version in ("x060", "x070") else "takes only RWKV-6 and RWKV-7"
 
 
@@ -139,8 +149,8 @@ def all_runtimes() -> tuple[Runtime, ...]:
     """All runtimes, installed or not, in the order of the table."""
     rwkv_tokens = partial(rwkv_sequence, mode="tokens")
     return (
-        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_others),
-        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, refused_by_others),
+        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_rwkv),
+        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, refused_by_rwkv),
         Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
-        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_others, shifted=True),
+        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_llama_cpp, shifted=True),
     )

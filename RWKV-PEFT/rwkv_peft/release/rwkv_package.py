@@ -1,7 +1,7 @@
 """Open a .pth in the `rwkv` package, and ask it for logits.
 
-The package decides at import whether its models are RWKV-7 (RWKV_V7_ON), so one process can use it for one generation
-only.
+The package decides at import whether its models are RWKV-7 (RWKV_V7_ON), and with deep embeddings (RWKV_DE_VERSION), so
+one process can use it for one generation only.
 """
 
 import contextlib
@@ -15,9 +15,10 @@ import torch
 
 
 def rwkv_model(path: str | Path, version: str) -> Any:
-    """Open the .pth at path, of the generation `version` (x060 or x070), in the `rwkv` package, in float32 on the CPU.
-    The process must not have opened one of the other generation before."""
-    os.environ["RWKV_V7_ON"] = "1" if version == "x070" else "0"  # read at import
+    """Open the .pth at path, of the generation `version` (x060, x070 or x070a), in the `rwkv` package, in float32 on
+    the CPU. The process must not have opened one of another generation before."""
+    os.environ["RWKV_V7_ON"] = "0" if version == "x060" else "1"  # read at import, as the next is
+    os.environ["RWKV_DE_VERSION"] = "1" if version == "x070a" else "0"
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # the package uses it, newer torch deprecates it
         from rwkv.model import RWKV

@@ -1,7 +1,8 @@
 """The rewards of a run: several judges of answers, and the weighted sum of what they say."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,8 +27,11 @@ class Rewards:
     """Judges answers in processes of its own, which `Rewards.open` begins and ends. names are the rewards' names, in
     the order in which they were given."""
 
-    def __init__(self, specs: Sequence[str], weights: Sequence[float], workers: Sequence[Worker]) -> None:
-        self.specs, self.weights, self.workers = specs, weights, workers
+    def __init__(
+        self, specs: Sequence[str], weights: Sequence[float], workers: Sequence[Worker], listener: Executor
+    ) -> None:
+        self.specs, self.weights, self.workers, self.listener = specs, weights, workers, listener
+        self.asked: Future[list[Any]] | None = None
         try:
             self.names = numbered(replies(workers)[0])
         except Failure as failure:
@@ -43,11 +47,12 @@ class Rewards:
         given at once: a process's share if it is a function, else one. Raises UserError for what is wrong with a word,
         and with what it names."""
         with ExitStack() as held:
+            listener = held.enter_context(ThreadPoolExecutor(1, "rewards"))  # which ends when the processes have
             begun = []
             for _ in range(workers):
                 begun.append(Worker(specs, timeout))
                 held.callback(begun[-1].stop)
-            yield cls(specs, weights or [1.0] * len(specs), begun)
+            yield cls(specs, weights or [1.0] * len(specs), begun, listener)
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raise UserError for the first row to which a reward cannot judge answers, with its number from 1."""
@@ -63,17 +68,31 @@ class Rewards:
     def judge(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Judged:
         """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, with
         the answer at which it does; the Rewards judge no more after that."""
+        return self.ask(prompts, completions, rows)()
+
+    def ask(
+        self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> Callable[[], Judged]:
+        """Begin to judge completions, as judge does, once those that were asked about before are judged -> a function
+        that waits for the judgement. A thread listens to the processes meanwhile."""
         answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
         share = max(1, math.ceil(len(answers) / len(self.workers)))
         firsts = range(0, len(answers), share)
+        if self.asked is not None:
+            wait([self.asked])
         for worker, first in zip(self.workers, firsts):
             worker.send("judge", answers[first : first + share], first)
-        try:
-            found = replies(self.workers[: len(firsts)])
-        except Failure as failure:
-            raise self.refusal(failure, told_place(answers, failure.place)) from None
-        each = {name: [value for part in found for value in part[n]] for n, name in enumerate(self.names)}
-        return Judged([self.total(values) for values in zip(*each.values())], each)
+        asked = self.asked = self.listener.submit(replies, self.workers[: len(firsts)])
+
+        def judgement() -> Judged:
+            try:
+                found = asked.result()
+            except Failure as failure:
+                raise self.refusal(failure, told_place(answers, failure.place)) from None
+            each = {name: [value for part in found for value in part[n]] for n, name in enumerate(self.names)}
+            return Judged([self.total(values) for values in zip(*each.values())], each)
+
+        return judgement
 
     def total(self, values: Sequence[float | None]) -> float | None:
         """The weighted sum of what the rewards say of an answer."""

@@ -5,10 +5,10 @@ from ..tables import WRITTEN
 from .forms import Match, Schema
 from .functions import FunctionReward
 from .reward import Reward
-from .tasks import TaskReward
+from .tasks import ChoicesReward, TaskReward
 
 KINDS = (
-    f"a task ({', '.join(WRITTEN)}; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
+    f"a task ({', '.join(WRITTEN)}, choices; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
     "FILE.py:FUNCTION"
 )
 
@@ -19,6 +19,8 @@ def reward_of(spec: str) -> Reward:
     file, _, function = spec.rpartition(":")
     if kind in WRITTEN:
         return TaskReward(kind, rest)
+    if spec == ChoicesReward.name:
+        return ChoicesReward()
     if kind == "match" and rest:
         return Match(rest)
     if kind == "json" and rest:

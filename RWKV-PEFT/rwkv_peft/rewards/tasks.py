@@ -1,9 +1,10 @@
-"""The reward of a task of `rwkv-peft eval`: whether the answer is right."""
+"""The rewards of tasks of `rwkv-peft eval`: whether the answer is right."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
+from ..evals.choices import choices_of, right_of
 from ..evals.layouts import read_layout
 from ..evals.task import AnswerTask
 from ..tables import WRITTEN
@@ -31,3 +32,26 @@ class TaskReward(Reward):
             float(self.task.judge(answer.completion, self.task.problem(answer.row, self.layout))[self.measure])
             for answer in answers
         ]
+
+
+class ChoicesReward(Reward):
+    """1 if the answer is the right one of the row's choices, as its text or its label: "B", "(B)" and "B." are one."""
+
+    name = "choices"
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        self.right(row)
+
+    def right(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """The text and the label of a row's right choice."""
+        texts, labels = choices_of(row)
+        number = right_of(row, texts, labels)
+        return texts[number], labels[number]
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [float(said(answer.completion) in map(said, self.right(answer.row))) for answer in answers]
+
+
+def said(text: str) -> str:
+    """An answer without the marks around it."""
+    return text.strip().removeprefix("(").removesuffix(".").removesuffix(")")

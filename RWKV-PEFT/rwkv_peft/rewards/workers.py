@@ -86,11 +86,12 @@ class Worker:
         return f"the process that judges {how}; mend the reward, which must return"
 
     def stop(self) -> None:
-        """End the process and those that it has started."""
-        self.pipe.close()
+        """End the process and those that it has started. Whoever waits for its reply notices, and only then its pipe
+        is closed."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.pipe.close()
         assert self.process.stdin is not None
         self.process.stdin.close()
 

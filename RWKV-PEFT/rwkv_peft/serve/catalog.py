@@ -1,6 +1,7 @@
 """The models that requests name: the base, and adapters and states on it, loaded and dropped while the server runs."""
 
 import argparse
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,10 @@ from .flags import NAME
 from .refused import Refused
 
 
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 class Catalog:
     """Voices by name: those that the command line names, and what `load` adds from below --files."""
 
@@ -23,7 +28,7 @@ class Catalog:
         device = resolve_device(args.device)
         precision = args.precision or ("bf16" if device == "cuda" else "fp32")
         self.args, self.base = args, open_base(args.model)
-        model, start = load_model(args.model, (), precision, device)
+        model, start = load_model(args.model, (), precision, device, weights=args.weights, say=tell)
         self.own = Voice(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
         recorded = recorded_beside(*reversed(files), args.model)

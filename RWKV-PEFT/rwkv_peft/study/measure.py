@@ -1,16 +1,18 @@
 """Measures how likely a model finds the answers to held-out questions, with the text before them and without."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..data.samples import Samples
 from ..evals.rows_exam import last_answer
 from ..evals.scoring import score
+from ..generate.decode import prefill
 from ..generate.loading import Subject
 
 BATCH = 16  # questions that are read at once
 LEAST = 0.01  # of what the text tells, that counts as learned
 ALONE, BEHIND = 0, 1  # the documents of a sample: a question with its answer, and the same behind its context
+
+Tokens = tuple[int, ...]
 
 
 class Word(NamedTuple):
@@ -24,26 +26,34 @@ class Word(NamedTuple):
 
 
 def word_of(subject: Subject, samples: Samples, document: int) -> Word:
-    """Measure a model's word on the answers in one document (ALONE, BEHIND) of samples of rows with contexts."""
-    questions = list(answers_in(samples, document, subject.tokenizer.end_id))
-    logprob, right = 0.0, 0
-    for first in range(0, len(questions), BATCH):
-        prompts, answers = zip(*questions[first : first + BATCH])
-        for [found] in score(subject.model, prompts, [[answer] for answer in answers], subject.start):
-            logprob += found.logprob
-            right += found.greedy
-    return Word(-logprob / sum(len(answer) for _, answer in questions), right / len(questions))
+    """Measure a model's word on the answers in one document (ALONE, BEHIND) of samples of rows with contexts. A context
+    is read once for all of its questions."""
+    logprob, right, tokens, number = 0.0, 0, 0, 0
+    for context, pairs in questions(samples, document, subject.tokenizer.end_id).items():
+        start = prefill(subject.model, [list(context)], subject.start)[1] if context else subject.start
+        for first in range(0, len(pairs), BATCH):
+            prompts, answers = zip(*pairs[first : first + BATCH])
+            for [found] in score(subject.model, prompts, [[answer] for answer in answers], start):
+                logprob += found.logprob
+                right += found.greedy
+        tokens, number = tokens + sum(len(answer) for _, answer in pairs), number + len(pairs)
+    return Word(-logprob / tokens, right / number)
 
 
-def answers_in(samples: Samples, document: int, end_id: int | None) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the tokens of each question and of its answer, without the end of the document, which a text that goes on
-    does not have."""
+def questions(samples: Samples, document: int, end_id: int | None) -> dict[Tokens, list[tuple[list[int], list[int]]]]:
+    """The tokens of each question and of its answer, by those of the context before them: () if it is ALONE. An answer
+    lacks the end of the document, which a text that goes on does not have."""
+    found: dict[Tokens, list[tuple[list[int], list[int]]]] = {}
     for n in range(len(samples)):
         sample = samples[n]
         assert isinstance(sample, list)  # because these are rows with contexts
-        if found := last_answer(sample[document]):
-            prompt, answer = map(list, found)
-            yield prompt, answer[:-1] if answer[-1] == end_id and len(answer) > 1 else answer
+        if pair := last_answer(sample[ALONE]):
+            prompt, answer = map(list, pair)
+            before = len(sample[document][0]) - len(sample[ALONE][0])
+            context = tuple(sample[document][0][:before].tolist())
+            ends = answer[-1] == end_id and len(answer) > 1
+            found.setdefault(context, []).append((prompt, answer[:-1] if ends else answer))
+    return found
 
 
 def verdict(behind: Word, alone: Word, after: Word) -> str:

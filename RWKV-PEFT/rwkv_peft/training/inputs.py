@@ -8,12 +8,13 @@ from typing import Any
 
 from ..config import RunConfig, TrainConfig
 from ..data.folders import held_out_split
+from ..data.mixture import Joined
 from ..data.prefix import default_mask
 from ..data.prompt_samples import PromptSamples
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
-from ..data.sources import build_samples, split_samples
+from ..data.sources import build_samples, parts_of, split_samples
 from ..files.base import Base
 from ..names import METRICS
 from .flags.epochs import with_chosen_epochs
@@ -25,6 +26,7 @@ from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
 from .saving.saved_files import require_files
 from .step.plan import Plan
+from .step.stored import StoredTeacher, open_stored
 from .step.teacher import require_own_tokens
 
 
@@ -33,7 +35,7 @@ class Inputs:
     """The inputs of a run: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
     those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
     begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far; the
-    teacher that it learns from, or None."""
+    teacher that it learns from, or what one said of its rows before, or None."""
 
     config: RunConfig
     base: Base | None
@@ -46,16 +48,20 @@ class Inputs:
     plan: Plan
     lowest: Lowest
     teacher: Base | None
+    stored: StoredTeacher | None
 
 
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
-    train, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
+    train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
     step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
+    stored = open_stored(config.objective, config.model.vocab_size)
+    if stored is not None:
+        stored.require_rows(samples.vocabulary, (samples, *measured.values()))
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
@@ -66,9 +72,9 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "row_groups": train.groups,
+        "row_groups": meant_for,
         "objective": config.objective.name,
-        "teacher": "" if teacher is None else teacher.fingerprint,
+        "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,
         "validation": validation,
         "retained": retained,
@@ -87,7 +93,8 @@ def find_inputs(request: Request) -> Inputs:
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
-    return Inputs(config, base, samples, measured, of_measured, checkpoint, state, identity, plan, lowest, teacher)
+    found = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
+    return Inputs(config, base, *found, teacher, stored)
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
@@ -107,24 +114,30 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
-    whole = replace(data, sft_split=parse_split(data.sft_split)[0], more=(), mix=())
+    whole = replace(data, sft_split=parse_split(data.sft_split)[0], more=(), mix=(), stream=0)
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
         samples = build_samples(data, vocab_size)
-    if train.val_data:
-        split = held_out_split(train.val_data) if data.of_rows else ""
-        other = replace(whole, path=train.val_data, sft_split=split or whole.sft_split)
-        measured[VALIDATION] = held_out = build_samples(other, vocab_size)
-        require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
-        named = f"{train.val_data}, split {split}" if split else train.val_data
-        samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
-        samples.notes += [f"--val_data {train.val_data}: {note}" for note in held_out.row_notes]
-        if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
+    others = replace(whole, path=train.val_data, more=train.more_val)
+    held_out: dict[str, Samples] = {}
+    for name, other in parts_of(others, "--val_data").items() if train.more_val else [("", others)]:
+        if not other.path:
+            continue
+        split = held_out_split(other.path) if data.of_rows else ""
+        other = replace(other, sft_split=split or whole.sft_split)
+        held_out[name] = found = build_samples(other, vocab_size)
+        require_same(samples.vocabulary, data.path, found.vocabulary, f"--val_data {other.path}")
+        named = f"{other.path}, split {split}" if split else other.path
+        samples.notes.append(f"validation on {len(found):,} samples of {named}: {found.notes[0]}")
+        samples.notes += [f"--val_data {other.path}: {note}" for note in found.row_notes]
+        if realpath(other.path) in map(realpath, (data.path, *data.more)) and other.sft_split == whole.sft_split:
             samples.notes.append(
                 f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
                 "--val_split 0.01 keeps samples back for validation"
             )
+    if held_out:
+        measured[VALIDATION] = Joined(held_out) if train.more_val else held_out[""]
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file

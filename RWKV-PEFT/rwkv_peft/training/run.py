@@ -51,6 +51,7 @@ from .saving.resume import AUTO, completed, find_state
 from .saving.room import require_room_to_save
 from .saving.saver import Saver
 from .step.teacher import Teacher, make_teacher
+from .storing import store
 
 
 def main(argv: list[str]) -> int:
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> int:
             return write_config(request.write_config, request, say)
         if request.config.train.show_samples:
             return show(request, say)
+        if request.config.objective.store:
+            return store(request, say) if request.world.rank == 0 else 0
         if request.new_file:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
@@ -196,7 +199,8 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
     }
     ranks.meet(passport(config, inputs.identity, others), Path(config.train.proj_dir), config.train.stall_minutes)
     assert ranks.watch is not None  # because they have met
-    ranks.watch.watch_files(sizes_of_mapped((inputs.base, inputs.teacher), (inputs.samples, *inputs.measured.values())))
+    opened = (inputs.base, inputs.teacher, inputs.stored)
+    ranks.watch.watch_files(sizes_of_mapped(opened, (inputs.samples, *inputs.measured.values())))
 
 
 def prepare(
@@ -232,6 +236,7 @@ def prepare(
         rows=None if asked.rows is None else BeforeAfter(asked.rows, folder / ROWS, watch, train.compile, anew),
         saver=saver,
         teacher=teacher,
+        stored=inputs.stored,
         rewards=rewards,
         checkpoint=None if train.fresh_optimizer else inputs.checkpoint,  # its state may belong to other ranks
         accelerator=accelerator,

@@ -33,9 +33,11 @@ PATHS = (  # flags that name a file or folder
     "eval_data",
     "bone_load",
     "teacher_model",
+    "teacher_logprobs",
     "state_load",
 )
-LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples")  # the page has its own ways for these
+# the page has its own ways for these, or starts none
+LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples", "store_teacher")
 RULES = re.compile(r" \[[^]]*\]$")  # what the help says of other flags: the page shows it as a refusal
 FOREIGN = "flags of RWKV-LM"  # how the groups of other tools' flags begin
 

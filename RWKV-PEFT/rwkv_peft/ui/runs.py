@@ -16,7 +16,7 @@ MOST = 200  # runs that are shown
 BYTES = 4 << 20  # of a file, that are read at a time
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
-SKIPPED = ("checkpoints", "tensorboard", "wandb", "node_modules")
+SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 
 
 def find_runs(places: Places) -> list[dict[str, Any]]:

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import nn
 
-from ..parts import init_around_blocks
-from .model import RWKV7, Block
+from ..parts import LanguageModel, init_around_blocks
+from .model import Block
 
 # (name of a token-shift amount, its power of the channel in the first block)
 SHIFT_POWERS = (("x_r", 0.2), ("x_w", 0.9), ("x_k", 0.7), ("x_v", 0.7), ("x_a", 0.9), ("x_g", 0.2))
 
 
 @torch.no_grad()
-def init_weights(model: RWKV7) -> None:
-    """Fill every parameter in place; draws from torch's global generator.
+def init_weights(model: LanguageModel) -> None:
+    """Fill every parameter of a model of these blocks in place; draws from torch's global generator.
 
     The embedding starts tiny, so that after ln0 only its direction matters; every block starts as the identity, because
     output and ffn.value start at zero. The first factors of all low-rank projections start at zero, too.

@@ -24,8 +24,7 @@ NORMS = ("ln0", "ln1", "ln2", "ln_x", "ln_out")
 LARGEST_HEAD = 128
 # (a part of the keys of another architecture, its name)
 VARIANTS = (
-    ("ffn.s_emb", "RWKV-7 with DeepEmbed (v7a), an embedding for each layer"),
-    ("qkv.", "RWKV-7 with DeepEmbed attention (v7b)"),
+    ("qkv.", "RWKV-7 with deep embeddings and attention over them (v7b)"),
     ("ffn.enn", "an RWKV-8 preview"),
     (".rosa", "an RWKV-8 preview with ROSA"),
 )

@@ -13,7 +13,7 @@ from .compilers import compiler_knows
 LEVELS = ("avx512bf16", "avx512", "avx2", "portable")  # fastest first
 AVX2_FLAGS = ("-mavx2", "-mfma")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
-AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16")  # conversions to bfloat16, products of its pairs
+AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")  # products of pairs; bfloat16 came after VNNI
 X86 = ("x86_64", "AMD64")
 
 

@@ -1,8 +1,14 @@
-"""The training step of objectives that learn from the model's own answers: draw, judge, learn."""
+"""The training step of objectives that learn from the model's own answers: draw, judge, learn.
+
+With --draw_ahead a step takes up the answers that were drawn before the step before it learned, and draws those of the
+next before it learns itself: rewards judge them, in processes of their own, while it does. Checkpoints keep them
+(ahead.py).
+"""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +24,29 @@ from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
 from ..step.steps import Batch, Whole, add, delivered
+from .ahead import read_drawn, write_drawn
 from .answers import Drawn, Manner, draw, packed
 
+Judgement = Callable[[], Judged]  # waits for it
 LARGEST = ("gap_max",)  # figures that are no means
 
 
 class Place(NamedTuple):
     """Where a rank's prompts lie: micro_bsz in a micro batch, the first ones of two micro batches `apart`, accumulate
-    micro batches in a step."""
+    micro batches in a step; `end` of them in a run, of all ranks."""
 
     micro_bsz: int
     apart: int
     accumulate: int
+    end: int
+
+    def firsts(self, first: int) -> range:
+        """The numbers of the first prompts of a step's micro batches; `first` is that of the first one."""
+        return range(first, first + self.apart * self.accumulate, self.apart)
+
+    def numbers(self, first: int) -> list[int]:
+        """The numbers of a step's prompts."""
+        return [begin + row for begin in self.firsts(first) for row in range(self.micro_bsz)]
 
 
 class Drawing(Whole):
@@ -58,6 +75,8 @@ class Drawing(Whole):
         super().__init__(objective, teacher=teacher)
         self.manner, self.rewards, self.times, self.place, self.moved = manner, rewards, times, place, moved
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
+        self.drawn: dict[int, list[Drawn]] = {}  # answers that were drawn ahead, by the numbers of their prompts
+        self.judging: Judgement | None = None  # of these; None if they are of a checkpoint
         self.records: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.most: dict[str, torch.Tensor] = {}
@@ -95,21 +114,31 @@ class Drawing(Whole):
     ) -> dict[int, dict[str, Any]]:
         """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts, all
         with the numbers of original samples."""
-        size, apart, accumulate = self.place
-        firsts = [first + number * apart for number in range(accumulate)]
-        numbers = [begin + row for begin in firsts for row in range(size)]
-        answers, judged = self.answered(model, samples, numbers, self.times)
+        numbers, after = self.place.numbers(first), self.place.firsts(first).stop
+        self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
+        if all(len(self.drawn.get(number, ())) == self.times for number in numbers):
+            answers = [answer for number in numbers for answer in self.drawn[number]]
+            judgement = self.judging or self.judgement(samples, numbers, answers)
+        else:
+            answers, judgement = self.asked(model, samples, numbers, self.times)
+        judged = self.waited(judgement)
+        self.drawn, self.judging = {}, None
+        if self.objective.ahead and after < self.place.end:
+            others = self.place.numbers(after)
+            found, self.judging = self.asked(model, samples, others, self.times)
+            self.drawn = {n: found[self.times * at :][: self.times] for at, n in enumerate(others)}
         advantages = self.advantages(judged)
         mean = over_ranks(self.counted(answers) / len(answers), device)
         self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
-        rows, times = size * self.times, self.times
+        rows, times = self.place.micro_bsz * self.times, self.times
         cuts = pieces(rows, times, self.objective.learned or rows)
 
         def part(place: int, cut: slice) -> dict[str, Any]:
             here = slice(place * rows + cut.start, place * rows + cut.stop)
             return self.laid(answers[here], times, advantages[here], mean, device)
 
-        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in enumerate(firsts)}
+        begins = enumerate(self.place.firsts(first))
+        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in begins}
 
     def laid(
         self, answers: Sequence[Drawn], times: int, advantages: torch.Tensor, mean: float, device: torch.device
@@ -118,9 +147,16 @@ class Drawing(Whole):
         batch = packed(answers)
         batch |= {"shares": torch.tensor([self.objective.share(answer.cut) for answer in answers])}
         batch |= {"advantages": advantages.float()} if len(advantages) else {}
+        batch |= {"old": batch["sampled"]} if self.objective.ahead else {}  # the model has changed since
         numbers = {"prompts": len(answers) / times, "limit": self.manner.longest, "mean_length": max(mean, 1.0)}
         batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
         return on_device(batch | forked(batch, min(times, len(answers))), device)
+
+    def keep(self, folder: Path, rank: int) -> None:
+        write_drawn(folder, rank, self.drawn)
+
+    def restore(self, checkpoint: Path) -> None:
+        self.drawn = read_drawn(checkpoint) if self.objective.ahead else {}
 
     def counted(self, answers: Sequence[Drawn]) -> float:
         """The number of tokens of answers that count in the loss."""
@@ -131,23 +167,32 @@ class Drawing(Whole):
         rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
         return self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
 
-    def answered(
+    def asked(
         self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
-    ) -> tuple[list[Drawn], Judged]:
-        """Draw `times` answers to samples, and have them judged, if they are to be."""
+    ) -> tuple[list[Drawn], Judgement]:
+        """Draw `times` answers to samples, and begin to have them judged, if they are to be."""
         assert isinstance(model, LanguageModel)
         began = time.perf_counter()
         groups = draw(model, self.manner, samples, numbers, times, self.moved)
         answers = [answer for group in groups for answer in group]
-        between = time.perf_counter()
-        judged = Judged([], {})
-        if self.rewards is not None:
-            prompts = [self.manner.tokenizer.decode(answer.prompt) for answer in answers]
-            rows = [row for number in numbers for row in [samples.row(number)] * times]
-            judged = self.rewards.judge(prompts, [answer.text for answer in answers], rows)
+        self.seconds["draw_s"] += time.perf_counter() - began
+        return answers, self.judgement(samples, numbers, answers)
+
+    def judgement(self, samples: PromptSamples, numbers: Sequence[int], answers: Sequence[Drawn]) -> Judgement:
+        """Begin to have the answers to samples judged, as many to each, if they are to be."""
+        if self.rewards is None:
+            return lambda: Judged([], {})
+        prompts = [self.manner.tokenizer.decode(answer.prompt) for answer in answers]
+        rows = [row for number in numbers for row in [samples.row(number)] * (len(answers) // len(numbers))]
+        return self.rewards.ask(prompts, [answer.text for answer in answers], rows)
+
+    def waited(self, judgement: Judgement) -> Judged:
+        """Wait for answers to be judged."""
+        began = time.perf_counter()
+        judged = judgement()
         self.moved("the judged answers")
-        self.seconds = {"draw_s": between - began, "judge_s": time.perf_counter() - between}
-        return answers, judged
+        self.seconds["judge_s"] += time.perf_counter() - began
+        return judged
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -155,8 +200,11 @@ class Drawing(Whole):
         them the mean loss of the answers' tokens, times the number of prompts."""
         samples, first, device = batch["samples"], batch["first"], batch["tokens"].device
         numbers = range(first, min(first + self.place.micro_bsz, len(samples)))
-        seconds, most = self.seconds, self.most
-        answers, judged = self.answered(model, samples, numbers, 1) if numbers else ([], Judged([], {}))
+        seconds, most = dict(self.seconds), self.most
+        answers, judged = list[Drawn](), Judged([], {})
+        if numbers:
+            answers, judgement = self.asked(model, samples, numbers, 1)
+            judged = self.waited(judgement)
         if self.rewards is None and answers:
             mean = self.counted(answers) / len(answers)
             loss = self.part_loss(model, self.laid(answers, 1, torch.zeros(0), mean, device), 1)
@@ -230,12 +278,14 @@ def drawing_of(
     rewards: Rewards | None,
     teacher: nn.Module | None,
     ranks: int,
+    end: int,
     moved: Callable[[str], object],
 ) -> Drawing:
-    """Make the Drawing of a run on so many ranks."""
+    """Make the Drawing of a run on so many ranks, which ends before sample `end`."""
     objective, data = config.objective, config.data
     assert isinstance(objective, Draws)  # because others do not take prompts
     tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
     manner = Manner.of(config, objective, tokenizer)
-    place = Place(data.micro_bsz, data.micro_bsz * ranks, config.train.accumulate_grad_batches)
+    apart, accumulate = data.micro_bsz * ranks, config.train.accumulate_grad_batches
+    place = Place(data.micro_bsz, apart, accumulate, end // objective.together)
     return Drawing(objective, manner, rewards, teacher, data.num_generations, place, moved)

@@ -22,10 +22,10 @@ from ...files.atomic import atomic_write
 from ...memory import keep_freed_memory
 from ...names import METRICS, RUN
 from ...plots import plot_loss, read_metrics, series
-from ..measuring.learned import nothing_learned
+from ...release.card import CARD, card_of, write_card
+from ..measuring.learned import fall_of, nothing_learned
 from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
-from ..saving.loggers import make_loggers
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -64,6 +64,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         keep_freed_memory()
     with ending_at_once():
         import_matplotlib()  # which Lightning imports
+        from ..saving.loggers import make_loggers
         from ..step.lit import Diverged
         from .data_module import RunData
         from .trainer import make_lit, make_trainer
@@ -88,7 +89,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
-        return (1 if run.leads else 0), ""
+        return (1 if run.leads or run.ranks.world.elastic else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
             raise error.__context__ from None
@@ -96,7 +97,10 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return ended(run, lit, say) if run.leads else (0, "")
+    if run.leads:
+        return ended(run, lit, say)
+    # torchrun starts a node anew only if its ranks end with an error, and takes 0 for the end of the run
+    return (stopped(run, lit) if run.ranks.world.elastic else 0), ""
 
 
 def record(run: Prepared) -> None:
@@ -113,6 +117,13 @@ def record(run: Prepared) -> None:
         temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
 
 
+def stopped(run: Prepared, lit: "Lit") -> int:
+    """The exit code of a run that ends before its last step because a rank was asked to stop, else 0."""
+    exhausted = run.validator is not None and run.validator.exhausted
+    early = lit.stopping and lit.step < run.plan.total_steps and not exhausted
+    return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
+
+
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
     losses: list[float] = []
@@ -122,21 +133,28 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
-    total = run.plan.total_steps
-    exhausted = run.validator is not None and run.validator.exhausted
-    if lit.stopping and lit.step < total and not exhausted:
-        return 128 + (lit.stop_requested or signal.SIGTERM), (
-            f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
+    if code := stopped(run, lit):
+        return code, (
+            f"stopped after {lit.step:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    told, rows = "", run.rows
+    told, rows, figures = "", run.rows, [("steps", f"{run.plan.total_steps:,}")]
+    if fall := fall_of(losses):
+        figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
     if rows is not None:
+        figures += [("answers", line) for line in rows.lines() if not line.startswith(" ")]
         told = "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
     if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
         told += f"{note}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:
+        figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
         told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
-        if exhausted:
+        if run.validator.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+    try:
+        if not write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+            say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
+    except UserError as error:  # what it describes is saved
+        say(f"note: no card was written: {error}", file=sys.stderr)
     return 0, f"{told}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"

@@ -16,6 +16,7 @@ from ..ranks.meeting import Ranks
 from ..ranks.watch import Watch
 from ..saving.saver import Saver
 from ..step.plan import Plan
+from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
 
 
@@ -23,9 +24,10 @@ from ..step.teacher import Teacher
 class Prepared:
     """A run that is ready to begin, on Ranks that have met.
 
-    trainable: the number of parameters that train; validator: None without data to measure; rows: those to be answered
-    before and after training, or None; teacher: the model that it learns from, or None; rewards: what judges answers
-    that the model draws, or None; checkpoint: the one to go on from, or None; accelerator: "cpu" or "gpu".
+    trainable: the number of parameters that train; validator: None without data to measure; rows: those to be
+    answered before and after training, or None; teacher: the model that it learns from, or None; stored: what one
+    said before, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one to go on
+    from, or None; accelerator: "cpu" or "gpu".
     """
 
     config: RunConfig
@@ -38,6 +40,7 @@ class Prepared:
     rows: BeforeAfter | None
     saver: Saver
     teacher: Teacher | None
+    stored: StoredTeacher | None
     rewards: Rewards | None
     checkpoint: Path | None
     accelerator: str

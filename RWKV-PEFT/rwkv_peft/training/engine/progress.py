@@ -19,6 +19,9 @@ def in_words(validation: dict[str, float], objective: Objective) -> str:
     """Put the numbers of a Validator in words."""
     words = {"val_ppl": ("perplexity", 2)} | {f"val_{name}": (name, 3) for name, *_ in objective.figures}
     words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
+    words |= {
+        name: (f"of {name.partition('/')[2]}", 4) for name in validation if name.startswith(("val_loss/", "loss/"))
+    }
     told = ((*words[name], value) for name, value in validation.items() if name in words)
     return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
 

@@ -34,6 +34,7 @@ from ...names import STATE
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
 from ..ranks.base_guard import BaseGuard
+from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
 from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
@@ -41,6 +42,7 @@ from ..step.lit import Lit
 from ..step.relay import Line
 from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
+from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
@@ -51,10 +53,11 @@ def step_of(run: Prepared) -> Step:
     """Choose the Step of a run."""
     if run.config.data.of_prompts:
         teacher = None if run.teacher is None else run.teacher.model
-        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, run.watch.moved)
+        end = run.plan.total_steps * run.plan.step_samples
+        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, end, run.watch.moved)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
-    return given_step(run.config, run.samples, run.accelerator, run.teacher)
+    return given_step(run.config, run.samples, run.accelerator, run.teacher, run.stored)
 
 
 def shared_step(run: Prepared) -> Step:
@@ -67,7 +70,13 @@ def shared_step(run: Prepared) -> Step:
     return SharedSegments(train.chunk_ctx, line, objective)
 
 
-def given_step(config: RunConfig, samples: Samples, accelerator: str, teacher: Teacher | None = None) -> Step:
+def given_step(
+    config: RunConfig,
+    samples: Samples,
+    accelerator: str,
+    teacher: Teacher | None = None,
+    stored: StoredTeacher | None = None,
+) -> Step:
     """Choose the Step for batches of `samples` that hold all that is learned: over whole rows, rows whose documents
     share their prompt, or segments of rows."""
     train, data, objective = config.train, config.data, config.objective
@@ -78,7 +87,11 @@ def given_step(config: RunConfig, samples: Samples, accelerator: str, teacher: T
         way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
         group = data.documents if saved_tokens(config, samples, accelerator) else 0
-        return Whole(objective, way, base_way, group, None if teacher is None else teacher.model)
+        word, other = None if stored is None else stored.of, None if teacher is None else teacher.model
+        # ranks that gather each other's weights enter a model together, and each would read other contexts anew
+        apart = other is not None or "stage_3" not in train.strategy
+        contexts = Contexts() if data.of_contexts and stored is None and apart else None
+        return Whole(objective, way, base_way, group, other, word, contexts)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 

@@ -17,8 +17,8 @@ def check_overwriting(
     replace it, and what was merged into it would then be merged twice; a run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
-    teacher = (objective.teacher, *objective.teacher_adapters, objective.teacher_state)
-    rows = (data.path, *data.more, train.val_data, train.retain_data, train.eval_data)
+    teacher = (objective.teacher, objective.stored, *objective.teacher_adapters, objective.teacher_state)
+    rows = (data.path, *data.more, train.val_data, *train.more_val, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in (entry.name for entry in entries_of(folder)):
         written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)

@@ -35,6 +35,7 @@ DIMENSIONS = (
 )
 LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
 OTHER_VERSIONS = ("x052", "x051")
+SHORT = {generation(version).removeprefix("RWKV-"): version for version in GENERATIONS}
 HEAD = """# Flags of train.py
 
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
@@ -63,7 +64,8 @@ def build_parser() -> Parser:
         type=version,
         default=None,
         choices=versions,
-        help=f"architecture of a new model, 6 or 7 for short (default {versions[0]}); that of a base is in its file",
+        help=f"architecture of a new model, {' or '.join(SHORT)} for short (default {versions[0]}); that of a base is "
+        "in its file",
     )
     model.add_argument(
         "--my_testing",
@@ -138,13 +140,12 @@ def build_parser() -> Parser:
 def version(text: str) -> str:
     """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
     is not supported gives its name, if it is known."""
-    for known in GENERATIONS:
-        if text in (known, generation(known).removeprefix("RWKV-")):
-            return known
+    if text in (*GENERATIONS, *SHORT):
+        return SHORT.get(text, text)
     known = " or ".join(f"{known} ({generation(known)})" for known in GENERATIONS)
     if text in OTHER_VERSIONS:
         raise argparse.ArgumentTypeError(f"{text} is {generation(text)}, which is not supported yet; there is {known}")
-    raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, 6 or 7 for short")
+    raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, {' or '.join(SHORT)} for short")
 
 
 def add_settings(

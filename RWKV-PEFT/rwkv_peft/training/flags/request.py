@@ -23,6 +23,7 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .elastic import fit
 from .given import READ, WRITE, Entries, entries_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
@@ -115,9 +116,9 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
     """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
     refusals, earlier ones included."""
-    first, *more = [args.data_file] if isinstance(args.data_file, str) else args.data_file or [""]
-    args.data_file, args.more_data = first, more
-    notes = tuple(adopt(args))
+    args.data_file, args.more_data = first_of(args.data_file)
+    args.val_data, args.more_val = first_of(args.val_data)
+    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]
@@ -220,7 +221,7 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    if base is not None and base.has_states and data.of_contexts and not objective.teacher:
+    if base is not None and base.has_states and data.of_contexts and not (objective.teacher or objective.stored):
         raise UserError(
             f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"
@@ -263,6 +264,12 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
     return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
 
 
+def first_of(files: str | list[str] | None) -> tuple[str, tuple[str, ...]]:
+    """Part the files of a flag -> (the first or "", the others)."""
+    first, *more = [files] if isinstance(files, str) else files or [""]
+    return first, tuple(more)
+
+
 def data_config(args: Namespace) -> DataConfig:
     """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
     files = (args.data_file, *args.more_data)
@@ -273,7 +280,7 @@ def data_config(args: Namespace) -> DataConfig:
         DataConfig,
         dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
         loss_mask=loss_mask,
-        more=tuple(args.more_data),
+        more=args.more_data,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )

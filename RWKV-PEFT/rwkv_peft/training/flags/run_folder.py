@@ -12,9 +12,9 @@ from ...names import METRICS, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED
 from ..saving.keeping import HIDDEN
 
-PICTURE, LOGS = "loss.png", "tensorboard"
-FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, UNSAVED, LOCK)
-FOLDERS = (CHECKPOINTS, LOGS, "wandb")
+PICTURE, CARD, LOGS = "loss.png", "README.md", "tensorboard"
+FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, CARD, UNSAVED, LOCK)
+FOLDERS = (CHECKPOINTS, LOGS, "wandb", "swanlab")
 STEP = ("step-", HIDDEN)  # how the name of a checkpoint's folder begins
 OTHERS = (
     (stat.S_ISLNK, "a link"),

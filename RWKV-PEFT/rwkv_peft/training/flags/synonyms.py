@@ -57,7 +57,7 @@ MEANINGS = (
     ("--epoch_save or --save_every", ("save_strategy",)),
     ("--keep_checkpoints", ("save_total_limit", "keep_last_n", "max_checkpoints", "max_to_keep")),
     ("--resume", ("resume_from_checkpoint",)),
-    ("--wandb PROJECT", ("report_to", "wandb_project")),
+    ("--wandb, --trackio or --swanlab PROJECT", ("report_to", "wandb_project")),
     ("--strategy", ("deepspeed", "fsdp")),
     ("--merge_on_save", ("merge_and_save",)),
     ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
@@ -111,8 +111,5 @@ JOINED = (
     f"of rows is one input of --data_type {', '.join(OF_ROWS)}"
 )
 SEVERAL = MappingProxyType(
-    {
-        **dict.fromkeys(("--val_data", "--retain_data"), JOINED),
-        "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl",
-    }
+    {"--retain_data": JOINED, "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl"}
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...cli import counted
 from ...config import DataConfig, TrainConfig
 from ...files.readable import home_meant
-from ..saving.loggers import check_wandb
+from ..saving.trackers import check_trackers
 
 MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 
@@ -47,8 +47,7 @@ def check_train(train: TrainConfig) -> Iterator[str]:
         yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"
     if train.lm_eval and importlib.util.find_spec("lm_eval") is None:
         yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
-    if train.wandb:
-        yield from check_wandb(train.wandb)
+    yield from check_trackers(train)
     if not train.proj_dir:
         yield "--proj_dir is empty; name the folder of the run"
         return

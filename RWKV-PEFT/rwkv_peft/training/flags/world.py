@@ -12,6 +12,7 @@ from ...errors import UserError
 LOOPBACK = "127.0.0.1"
 PORT = 29500  # torch's own default, if MASTER_PORT is not given
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what every launcher of torch's kind sets for each process
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # what torchrun's agent sets besides
 SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's number chooses its port
 
 
@@ -19,7 +20,8 @@ SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's number chooses 
 class World:
     """This process, `rank` of nodes x devices, numbered node by node, and the address:port at which they meet; for port
     0 the system chooses one. `starts` says whether it starts the others of its node; `hosted` says whether torchrun
-    keeps the store there, else rank 0 keeps it."""
+    keeps the store there, else rank 0 keeps it. `elastic` says whether torchrun's agent started it, which decides how
+    many ranks there are, and starts them anew, perhaps on other nodes, if one ends with an error."""
 
     nodes: int = 1
     devices: int = 1
@@ -28,6 +30,7 @@ class World:
     port: int = 0
     starts: bool = True
     hosted: bool = False
+    elastic: bool = False
 
     @property
     def size(self) -> int:
@@ -83,8 +86,9 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
         )
     rank, size, local = (number(environment, name) for name in TORCH)
     devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
-    if devices != train.devices or size != devices * train.num_nodes:
-        nodes, rest = divmod(size, devices)
+    nodes, rest = divmod(size, devices)
+    elastic = TORCHRUN in environment
+    if rest or not elastic and (devices, nodes) != (train.devices, train.num_nodes):
         raise UserError(
             f"{size} processes were started, {devices} of them here (WORLD_SIZE, LOCAL_WORLD_SIZE), for --devices "
             f"{train.devices} and --num_nodes {train.num_nodes}; "
@@ -97,7 +101,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
         )
     hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     place = meeting_place(size, environment)
-    return World(train.num_nodes, devices, rank, *place, starts=False, hosted=hosted)
+    return World(nodes, devices, rank, *place, starts=False, hosted=hosted, elastic=elastic)
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:

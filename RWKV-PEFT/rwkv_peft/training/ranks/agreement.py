@@ -18,8 +18,8 @@ from ..flags.world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
-    "load_model path more tokenizer val_data retain_data eval_data eval_template lm_eval_include_path proj_dir load "
-    "init state_load teacher teacher_adapters teacher_state wandb join_minutes"
+    "load_model path more tokenizer val_data more_val retain_data eval_data eval_template lm_eval_include_path "
+    "proj_dir load init state_load teacher teacher_adapters teacher_state wandb trackio swanlab join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
@@ -75,7 +75,7 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
     teacher = config.objective
     always = {
         "the file of the base": digest_of(config.train.load_model),
-        "the file of the teacher": digest_of(teacher.teacher),
+        "the file of the teacher": digest_of(teacher.teacher or teacher.stored),
         "the teacher's adapters": " ".join(digest_below(adapter_of_run(path)) for path in teacher.teacher_adapters),
         "the teacher's states": teacher.teacher_state and digest_of(adapter_of_run(teacher.teacher_state)),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ...data.samples import Samples
 from ...files.base import Base
+from ..step.stored import StoredTeacher
 
 REPORTS = 1 << 16  # bytes read from the pipe at once, one a signal
 
@@ -51,9 +52,9 @@ class LostPages:
         os.close(self.pipe)
 
 
-def sizes_of_mapped(bases: Iterable[Base | None], found: Iterable[Samples]) -> dict[str | Path, int]:
-    """Collect {path: bytes} of the files that a run maps: its base and its teacher, if any, and its data."""
-    sizes: dict[str | Path, int] = {base.path: base.stamp.size for base in bases if base and base.stamp}
+def sizes_of_mapped(opened: Iterable[Base | StoredTeacher | None], found: Iterable[Samples]) -> dict[str | Path, int]:
+    """Collect {path: bytes} of the files that a run maps: its base, its teacher or what one said, and its data."""
+    sizes: dict[str | Path, int] = {file.path: file.stamp.size for file in opened if file and file.stamp}
     for samples in found:
         for part in samples.parts:
             sizes.update({path: stat.st_size for path, stat in part.dataset.mapped.items()})

@@ -54,8 +54,13 @@ class Ranks:
 
     def connect(self, link: dist.TCPStore) -> None:
         """Use a connection to the store, and count this rank as come."""
-        self.store, self.connected = in_part_of_run(link), True
+        self.store, self.connected = self.part_of_run(link), True
         self.store.add(CAME, 1)
+
+    def part_of_run(self, link: dist.TCPStore) -> dist.Store:
+        """The part of the store that belongs to this start of the run, if torchrun keeps one store for its restarts."""
+        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.world.hosted else "0"
+        return dist.PrefixStore(f"rwkv_peft/{count}", link)
 
     def meet(self, passport: Mapping[str, Any], folder: Path, stall_minutes: float) -> None:
         """Start the other processes of the node, if that is this one's task, wait for all ranks, and start the watch.
@@ -70,7 +75,7 @@ class Ranks:
             if self.world.starts:
                 self.processes.start(self.world, self.argv, link.port)
             self.agree(passport, folder)
-            own = in_part_of_run(call(LOOPBACK if self.server else self.world.address, link.port))
+            own = self.part_of_run(call(LOOPBACK if self.server else self.world.address, link.port))
         self.watch = Watch(self.world, folder, stall_minutes, self.processes, own)
         self.watch.start()
 
@@ -271,9 +276,3 @@ def call(address: str, port: int, patience: timedelta = ANSWER) -> dist.TCPStore
     store = dist.TCPStore(address, port, None, False, timeout=min(ANSWER, patience), wait_for_workers=False)
     store.set_timeout(ANSWER)
     return store
-
-
-def in_part_of_run(store: dist.Store) -> dist.Store:
-    """The part of the store that belongs to this start of the run, because torchrun keeps one store for all its
-    restarts."""
-    return dist.PrefixStore(f"rwkv_peft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -52,6 +52,7 @@ class Watch(threading.Thread):
         self.world, self.folder, self.processes, self.store = world, folder, processes, store
         self.stall_minutes = stall_minutes
         self.doing, self.still, self.turn = "", 0, 0
+        self.agent = os.getppid() if world.elastic else 0
         self.broken = False
         self.stopped = threading.Event()
         self.lost_pages: LostPages | None = None
@@ -97,6 +98,8 @@ class Watch(threading.Thread):
         self.still += 1
         if self.lost_pages is not None and (reason := self.lost_pages.reason()):
             return self.tell(reason)
+        if self.agent and os.getppid() != self.agent:  # who would start the others anew, but not this one
+            return self.tell(f"torchrun, which had started {self.world.name(self.world.rank)}, is gone")
         stalled = self.doing and 0 < self.stall_minutes * 60 <= self.still * PERIOD
         if stalled and (places := self.places()):
             return self.tell(f"nothing has moved for {self.stall_minutes:g} minutes (--stall_minutes): {places}")

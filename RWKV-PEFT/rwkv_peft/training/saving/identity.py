@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
+from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...errors import UserError, told
-from ...files.digest import digest_of
 from ...objectives import takers_of
 from .run_state import STATE, UNREADABLE, read_state
 from .saved_files import is_of_deepspeed, require_files
@@ -34,10 +34,11 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
+    settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
     content, counted = hashlib.sha256(), hashlib.sha256()
-    for n in range(0, len(samples), -(-len(samples) // HASHED)):
+    for n in samples.probes(HASHED):
         sample = samples.collate([samples[n]])
         content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
         counted.update(sample.get("weights", sample["mask"]).numpy().tobytes())
@@ -49,14 +50,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
     """The digest of the token files that samples are read from, with their weights, and their mask file if --loss_mask
     is file."""
-    paths: list[str] = []
-    for data in (part.dataset for part in samples.parts):
-        paths += [data.bin_path, data.idx_path]
-        if data.mask is not None and config.data.loss_mask == "file":
-            paths.append(data.mask_path)
-        if data.weights is not None:
-            paths.append(data.weights_path)
-    return hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()[:16]
+    with_mask = config.data.loss_mask == "file"
+    digests = "".join(part.dataset.digest(with_mask) for part in samples.parts)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
@@ -77,6 +73,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     # a setting that the saved run did not know had its default
     defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
     state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
+    state["data"]["mix"] = shares_of(state["data"].get("mix") or ())
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if is_of_deepspeed(checkpoint) else ())
     for key in SAME + (() if fresh_optimizer else of_optimizer):

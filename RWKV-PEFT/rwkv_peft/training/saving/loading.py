@@ -40,6 +40,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
+    lit.compute.restore(checkpoint)
     optimizer = trainer.optimizers[0]
     if is_of_deepspeed(checkpoint):
         from .deepspeed_files import load_deepspeed

@@ -49,18 +49,19 @@ def find_state(
     return None, None
 
 
-def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[TrainConfig, list[str]]:
+def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[TrainConfig, int, list[str]]:
     """Return (the TrainConfig with as many forward passes a step as give a run that goes on on another number of ranks
-    the samples a step that it had, a note in a list if they are not the flags'). Raises UserError if none do."""
+    the samples a step that it had, the number of ranks for which its flags are meant, a note in a list if the passes
+    are not the flags'). Raises UserError if none do."""
     checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume and not train.fresh_optimizer else None
     try:
         state = {} if checkpoint is None else load_state(checkpoint)
     except UNREADABLE:  # read_run_state tells why
-        return train, []
+        return train, ranks, []
     # earlier versions did not record the size of a step, and had no ranks that share rows
     before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
     if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
-        return train, []
+        return train, ranks, []
     passes, rest = divmod(samples, micro_bsz * ranks)
     if rest or not passes:
         fit = next((rows for rows in range(micro_bsz, 0, -1) if samples % (rows * ranks) == 0), None)
@@ -71,11 +72,11 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
             + ", or add --fresh_optimizer to go on with steps of another size"
         )
     if passes == train.accumulate_grad_batches:
-        return train, []
+        return train, ranks, []
     note = (
         f"note: --accumulate_grad_batches {passes}, so that a step on {counted(ranks, 'rank')} takes {samples} samples"
     )
-    return replace(train, accumulate_grad_batches=passes), [f"{note}, as before on {before}"]
+    return replace(train, accumulate_grad_batches=passes), before, [f"{note}, as before on {before}"]
 
 
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:

@@ -95,6 +95,7 @@ class Saver:
             optimizer = trainer.optimizers[0]
             pieces = pieces_of(optimizer, lit.model.named_parameters())
             write_pieces(hidden, trainer.global_rank, pieces, steps_taken(optimizer))
+            lit.compute.keep(hidden, trainer.global_rank)
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
@@ -123,7 +124,7 @@ class Saver:
             share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
             str(path.relative_to(hidden)): record_of(path)
-            for path in (hidden / self.newest.name, *sorted((hidden / OPTIMIZER).iterdir()))
+            for path in (*sorted(hidden.iterdir()), *sorted((hidden / OPTIMIZER).iterdir()))
             if path.is_file()
         }
         write_state(hidden / STATE, state)

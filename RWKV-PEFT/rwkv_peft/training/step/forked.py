@@ -92,7 +92,11 @@ def bounds_of(places: Iterable[slice]) -> torch.Tensor:
 def on_device(laid: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """Copy what forked gave from the CPU to a device, where nobody then has to wait for the bounds."""
     copies = {name: sent(tensor, device) for name, tensor in laid.items()}
-    for row, bounds in (("tokens", "cu_seqlens"), ("shared", "shared_seqlens")):
+    for row, bounds in (
+        ("tokens", "cu_seqlens"),
+        ("shared", "shared_seqlens"),
+        ("teacher_tokens", "teacher_cu_seqlens"),
+    ):
         if row in laid:
             vouch(copies[bounds], laid[bounds], laid[row].shape[1])
     return copies

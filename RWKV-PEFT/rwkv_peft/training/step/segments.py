@@ -69,7 +69,7 @@ def filler(segment: Segment) -> Segment:
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor from the CPU to a device, without waiting for the copy if that is a GPU."""
-    return x.to(device) if device.type == "cpu" else x.contiguous().pin_memory().to(device, non_blocking=True)
+    return x.to(device) if device.type != "cuda" else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment:

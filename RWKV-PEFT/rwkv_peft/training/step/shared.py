@@ -27,7 +27,8 @@ class SharedRows(Whole):
         whole = padded(batch, self.line.parts)
         part = own_parts(whole, whole["mask"].shape[1], self.line)[0].to(device)
         fields = {name: value for name, value in part._asdict().items() if value is not None}
-        return fields | {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
+        own = {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
+        return fields | own | {"sources": {}}  # the parts of the sources are told of whole rows
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         """See Step.loss. Its gradients are those of a backward pass that is over, because engines exchange gradients

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice, zip_longest
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from ...config.objective import Passes
 from ...models.parts import HeadFunction
 from ...models.state import State
 from ...objectives.next_token import NextToken
+from .contexts import Contexts, seen_by_teacher
 from .forked import forked, no_head, on_device, state_before
 from .segments import Segment, filler, segments_of
 
@@ -59,6 +61,12 @@ class Step(ABC):
         """The sum of a batch's losses ()."""
         return self.loss(model, batch, 1)
 
+    def keep(self, folder: Path, rank: int) -> None:  # noqa: B027 (most have nothing to keep)
+        """Write what a resumed run needs of this rank, besides weights, into a checkpoint."""
+
+    def restore(self, checkpoint: Path) -> None:  # noqa: B027 (most have nothing to restore)
+        """Read what `keep` wrote on all ranks."""
+
     def items(self, batch: Batch) -> torch.Tensor:
         """The number of losses that a batch has, ()."""
         return self.objective.items(batch)
@@ -71,19 +79,12 @@ def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor
     return result
 
 
-def seen_by_teacher(batch: Batch) -> Batch:
-    """The batch that a teacher reads: the same, or if it has teacher_tokens, all that is named teacher_…, such as
-    teacher_cu_seqlens and teacher_counted, where as many tokens count as in the student's."""
-    prefix = "teacher_"
-    own = {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
-    return own or batch
-
-
 class Whole(Step):
     """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
-    before training, for objectives that ask for its word, as others do for that of a `teacher`; without one, the model
-    as it was before training teaches, which reads more of each row. group: so many packed
-    documents share what they begin with, which is computed once for them; 0 computes whole documents."""
+    before training, for objectives that ask for its word, as others do for that of a `teacher`; without one the model
+    as it was before training teaches, or `stored` tells what a teacher said of a batch. group: so many packed
+    documents share what they begin with, which is computed once for them; 0: none. contexts: keeps what the teacher
+    reads before rows; None: it reads whole rows."""
 
     teacher_way: Way = staticmethod(straight)
 
@@ -94,11 +95,21 @@ class Whole(Step):
         base_way: Way = straight,
         group: int = 0,
         teacher: nn.Module | None = None,
+        stored: Callable[[Batch], Batch] | None = None,
+        contexts: Contexts | None = None,
     ) -> None:
         self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
+        self.stored, self.contexts = stored, contexts
+        if contexts is not None:
+            self.teacher_way = contexts.through
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        return on_device(forked(batch, self.group), device) if self.group else {}
+        laid = forked(batch, self.group) if self.group else {}
+        if self.stored is not None:
+            laid |= self.stored(batch)
+        if self.contexts is None:
+            return on_device(laid, device)
+        return on_device(laid | self.contexts.laid(batch), device) | {"teacher_contexts": self.contexts.texts(batch)}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         @torch.no_grad()
@@ -111,7 +122,7 @@ class Whole(Step):
             if self.teacher is not None:
                 return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
             with untrained(model):
-                return straight(model, seen_by_teacher(batch), head)
+                return self.teacher_way(model, seen_by_teacher(batch), head)
 
         passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
         loss, self.measures = self.objective.loss(passes, batch, count)

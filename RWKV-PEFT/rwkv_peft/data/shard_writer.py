@@ -1,0 +1,250 @@
+"""Writes a data set that may be long, so that a command that was killed goes on: in one set of files, or in shards.
+
+Until it is whole, it grows in the hidden folder `.NAME.unfinished` beside it. Every few seconds the files there are
+fsynced, and journal.json notes their sizes and digests, the counts of the rows so far, and how many chunks of the input
+they hold. A further command with the same inputs and settings checks the files against the journal, cuts off what was
+written since, and goes on behind those chunks.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..files.atomic import atomic_write, fsync, telling_failures, without_empty_folders
+from .binidx_writer import alone
+from .encoding import Encoded
+from .growing import Growing, Stale
+from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
+from .token_files import TokenFiles, name_set, synced
+
+JOURNAL, DIGESTS = "journal.json", "digests"
+SECONDS = 10.0  # between two notes in the journal
+
+
+class Shard(TokenFiles):
+    """The files of shard `number` in an unfinished folder. Sizes and weights of documents are written to files, too,
+    all but those of the last document, which may go on."""
+
+    def __init__(self, folder: Path, number: int, vocab_size: int, noted: dict[str, Any] | None = None) -> None:
+        super().__init__(vocab_size, with_mask=True)
+        self.folder, self.number = folder, number
+        known = noted["files"] if noted else {}
+        self.files: dict[str, Growing] = {}
+        for end in (".bin", ".mask", ".sizes", ".weights"):
+            path = folder / f"{number:05}{end}"
+            self.files[end] = Growing(path, known.get(path.name))
+        self.saved = 0
+        if noted:
+            for end, values in ((".sizes", self.sizes), (".weights", self.weights)):
+                values.frombytes(self.files[end].path.read_bytes())
+            self.saved = len(self.sizes)
+            self.something_masked = noted["masked"]
+            for size, weight in noted["last"]:
+                self.sizes.append(size)
+                self.weights.append(weight)
+
+    def save(self) -> dict[str, Any]:
+        """Make all documents durable -> what the journal notes of them."""
+        last = max(len(self.sizes) - 1, self.saved)
+        self.files[".sizes"].write(self.sizes[self.saved : last].tobytes())
+        self.files[".weights"].write(self.weights[self.saved : last].tobytes())
+        self.saved = last
+        return {
+            "masked": self.something_masked,
+            "last": [*zip(self.sizes[last:], self.weights[last:])],
+            "files": {file.path.name: file.save() for file in self.files.values()},
+        }
+
+    def complete(self) -> dict[str, Any]:
+        """Write the index, and close the files -> what the journal notes of the shard."""
+        noted = {file.path.name: file.save() for file in self.files.values() if file.path.suffix in (".bin", ".mask")}
+        for file in self.files.values():
+            file.close()
+        self.files[".sizes"].path.unlink()
+        with open(self.path(".idx"), "wb") as index, open(self.path(".weights"), "wb") as weights:
+            self.write_index(index, weights)
+            for other in (index, weights):
+                synced(other)
+        noted |= {self.path(end).name: Growing.of(self.path(end)) for end in (".idx", ".weights")}
+        tokens = self.files[".bin"].size // self.dtype.itemsize
+        return {"documents": len(self.sizes), "tokens": tokens, "says": self.says, "files": noted}
+
+    def path(self, end: str) -> Path:
+        return self.folder / f"{self.number:05}{end}"
+
+
+class ShardWriter:
+    """Writes PREFIX as BinidxWriter does, with a mask, and PREFIX.json if `record` is its text; a context manager.
+
+    With shard_tokens, in shards of at most so many tokens, or of one longer document, and PREFIX.json lists them
+    (shards.py). With a `key`, which names the inputs and all settings, it goes on from what a command with the same key
+    left: `chunks` of the input are done, and `totals` are their counts. What a refusal ends is removed.
+    """
+
+    def __init__(
+        self, path: str | Path, vocab_size: int, record: str | None = None, shard_tokens: int = 0, key: str = ""
+    ) -> None:
+        self.prefix, self.vocab_size, self.record = binidx_prefix(path), vocab_size, record
+        self.shard_tokens, self.key = shard_tokens, key
+        self.folder = Path(self.prefix).with_name(f".{Path(self.prefix).name}.unfinished")
+        self.chunks, self.totals, self.done = 0, Encoded(), list[dict[str, Any]]()
+
+    def __enter__(self) -> "ShardWriter":
+        with ExitStack() as stack:
+            stack.enter_context(telling_failures(Path(self.prefix), "nothing was changed there"))
+            stack.enter_context(without_empty_folders(self.folder.parent))
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(self.prefix))
+            try:
+                self.go_on()
+            except (Stale, OSError, ValueError, LookupError, TypeError):
+                self.begin()
+            self._stack = stack.pop_all()
+        return self
+
+    @property
+    def documents(self) -> int:
+        """The number of documents so far."""
+        return sum(shard["documents"] for shard in self.done) + len(self.shard.sizes)
+
+    def known(self) -> bytes:
+        """The digests of the rows that a command before has written."""
+        return self.digests.path.read_bytes()
+
+    def begin(self) -> None:
+        remove(self.folder)
+        self.folder.mkdir()
+        self.chunks, self.totals, self.done = 0, Encoded(), []
+        self.shard, self.digests = Shard(self.folder, 1, self.vocab_size), Growing(self.folder / DIGESTS)
+        self.noted = time.monotonic()
+
+    def go_on(self) -> None:
+        """Take up what the journal notes. Raises Stale, or what reading raises, if that is not there any more."""
+        journal = json.loads((self.folder / JOURNAL).read_bytes()) if self.key else {}
+        if journal.get("key") != self.key or not self.key:
+            raise Stale(self.folder)
+        self.chunks, self.done, self.totals = journal["chunks"], journal["done"], Encoded.from_json(journal["totals"])
+        for shard in self.done:
+            for name, noted in shard["files"].items():
+                if Growing.of(self.folder / name) != noted:
+                    raise Stale(self.folder / name)
+        self.shard = Shard(self.folder, len(self.done) + 1, self.vocab_size, journal["shard"])
+        self.digests = Growing(self.folder / DIGESTS, journal["digests"])
+        self.noted = time.monotonic()
+
+    def add(self, part: Encoded) -> None:
+        """Append the documents of a chunk, beginning a shard when the last one is full."""
+        for tokens, sizes, mask, weights in self.cut(part):
+            continues = part.continues and sizes is part.sizes
+            self.shard.add_documents(tokens, sizes, mask, continues, weights)
+
+    def cut(self, part: Encoded) -> Iterator[tuple[bytes, list[int], bytes, list[float]]]:
+        """Yield the documents of a chunk for each of the shards that they belong to."""
+        if not self.shard_tokens or part.continues:
+            yield part.tokens, part.sizes, part.mask, part.weights
+            return
+        wide, first, at = self.shard.dtype.itemsize, 0, 0
+        ends = np.cumsum(part.sizes, dtype=np.int64)
+        while first < len(part.sizes):
+            room = self.shard_tokens - self.shard.files[".bin"].size // wide
+            last = int(np.searchsorted(ends, at + room, side="right"))
+            if last <= first and self.shard.sizes:
+                self.next_shard()
+                continue
+            last = max(last, first + 1)
+            end = int(ends[last - 1])
+            yield (
+                part.tokens[at * wide : end * wide],
+                part.sizes[first:last],
+                part.mask[at:end],
+                part.weights[first:last],
+            )
+            first, at = last, end
+
+    def next_shard(self) -> None:
+        self.done.append(self.shard.complete())
+        self.shard = Shard(self.folder, len(self.done) + 1, self.vocab_size)
+
+    def chunk_done(self, totals: Encoded, digests: bytes) -> None:
+        """Tell the writer that the documents of a chunk are added, with the counts so far and the digests of its rows;
+        it notes them in the journal if it is time."""
+        self.chunks += 1
+        self.digests.write(digests)
+        if self.key and time.monotonic() - self.noted >= SECONDS:
+            journal = {"key": self.key, "chunks": self.chunks, "totals": totals.to_json(), "done": self.done}
+            journal |= {"shard": self.shard.save(), "digests": self.digests.save()}
+            with atomic_write(self.folder / JOURNAL) as temporary:
+                temporary.write_text(json.dumps(journal))
+            self.noted = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if kind is None:
+            with self._stack:
+                try:
+                    self.finish()
+                except BaseException as failure:
+                    self.give_up(failure)
+                    raise
+                remove(self.folder)
+            return False
+        self.give_up(error)
+        return self._stack.__exit__(kind, error, trace)
+
+    def give_up(self, error: BaseException | None) -> None:
+        """Close the files. They stay for the next command unless there is no journal, or it would be refused again."""
+        for file in (self.digests, *self.shard.files.values()):
+            with suppress(OSError):  # that of a full disk is told already
+                file.close()
+        if isinstance(error, UserError) or not (self.folder / JOURNAL).exists():
+            remove(self.folder)
+
+    def finish(self) -> None:
+        """Give all files their names. An old manifest goes first, and the new one comes last."""
+        self.done.append(self.shard.complete())
+        self.digests.close()
+        manifest, old = Path(f"{self.prefix}.json"), prefixes_of(self.prefix)
+        names, record = [self.prefix], self.folder / "record"
+        if self.shard_tokens:
+            names = [shard_prefix(self.prefix, number) for number in range(1, len(self.done) + 1)]
+        record.write_text(self.record if self.record and not self.shard_tokens else self.manifest(names))
+        fsync(record)
+        if self.shard_tokens or old != [self.prefix]:
+            manifest.unlink(missing_ok=True)
+        for number, (name, shard) in enumerate(zip(names, self.done), 1):
+            files = {end: self.folder / f"{number:05}{end}" for end in ENDINGS}
+            if self.record and not self.shard_tokens:
+                files[".json"] = record
+            name_set(files, name, shard["says"])
+        beside = {each for each in old if each.startswith(f"{self.prefix}-") and Path(each).parent == manifest.parent}
+        for each in {self.prefix, *beside} - {*names}:
+            for end in ENDINGS:
+                Path(each + end).unlink(missing_ok=True)
+        if self.shard_tokens:
+            record.replace(manifest)
+        fsync(manifest.parent)
+
+    def manifest(self, names: Sequence[str]) -> str:
+        """The text of PREFIX.json of a set in shards."""
+        shards = [
+            {"name": Path(name).name, "documents": shard["documents"], "tokens": shard["tokens"]}
+            for name, shard in zip(names, self.done)
+        ]
+        return json.dumps(json.loads(self.record or "{}") | {SHARDS: shards}) + "\n"
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or a link in its place, if it is there."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)

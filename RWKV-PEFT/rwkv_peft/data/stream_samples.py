@@ -1,0 +1,169 @@
+"""Samples of rows that are read, tokenized and shuffled while a run goes on, for data that takes too long, or too much
+room, to be tokenized before.
+
+An epoch goes through the groups of rows (row_groups.py) in an order of its own, and cuts it into windows of at least
+--stream rows. The rows of a window are in memory at once, in an order of their own. So a sample's number alone says
+what it is: a run that goes on reads only the window that it stopped in. A row that is left out is a sample that counts
+nothing, because nobody knows of it before it is read.
+"""
+
+import hashlib
+import os
+from array import array
+from bisect import bisect_right
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..cli import counted
+from ..config import DataConfig
+from ..errors import UserError
+from .binidx import BinidxDataset
+from .collate import Sample
+from .encode_settings import EncodeSettings
+from .encoding import Encoded, encoder
+from .masks import weighted
+from .order import Permutation
+from .report import laid_out, left_out
+from .row_groups import RowGroups
+from .samples import PaddedSamples, Samples
+
+LEFT_OUT = (0, 0)  # the tokens of a row that is left out
+
+
+class Windows(NamedTuple):
+    """The windows of an epoch: where each begins, and the numbers of its groups."""
+
+    starts: list[int]
+    groups: list[list[int]]
+
+
+class HeldDataset(BinidxDataset):
+    """Documents in memory as a BinidxDataset; mapped are the files that they are of."""
+
+    mask: np.ndarray
+
+    def __init__(self, rows: RowGroups, part: Encoded, dtype: np.dtype) -> None:
+        self.prefix = self.bin_path = self.idx_path = self.mask_path = self.weights_path = str(rows.files[0])
+        self.dtype, self.vocab_size = dtype, None
+        self.tokens, self.mask = np.frombuffer(part.tokens, dtype), np.frombuffer(part.mask, np.uint8)
+        self.sizes = np.array(part.sizes, dtype=np.int32)
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        self.pointers = (ends - self.sizes) * dtype.itemsize
+        weights = np.array(part.weights, dtype=np.float32)
+        self.weights = weights if (weights != 1).any() else None
+        self.mapped = {str(file): os.stat(file) for file in rows.files}
+        sizes = [(path.name, self.mapped[str(path)].st_size) for path in rows.files]
+        groups = [group.rows for group in rows.groups]
+        self.identity = hashlib.sha256(repr((sizes, groups)).encode(errors="surrogateescape")).hexdigest()
+
+    def require_unchanged(self) -> None:
+        for path, before in self.mapped.items():
+            if os.stat(path).st_size != before.st_size:
+                raise UserError(f"{path} was overwritten while it is read; put the old file back, and --resume")
+
+    def digest(self, with_mask: bool) -> str:
+        """The names and sizes of the files and of their groups of rows: reading all would take what --stream saves."""
+        return self.identity
+
+
+class StreamSamples(Samples):
+    """One row a sample, cut to ctx_len + 1 tokens, as PaddedSamples has them; its data are those of a window."""
+
+    kind = counted = "row"
+
+    def __init__(self, config: DataConfig, settings: EncodeSettings) -> None:
+        self.rows = RowGroups(config.path, config.sft_split)
+        self.config, self.settings, self.shared = config, settings, 1
+        super().__init__(range(self.rows.rows), config.seed)
+        self._windows = lru_cache(maxsize=4)(self._cut)
+        self._held = lru_cache(maxsize=2)(self._encoded)  # a step may begin in one window and end in the next
+        self._window = lru_cache(maxsize=2)(self._read)
+        self.dataset, totals = self._held(0, 0)
+        first, windows = len(self.dataset), len(self._windows(0).starts)
+        self.notes += [
+            f"{self.rows.rows:,} rows of {counted(len(self.rows.files), 'file')}, tokenized as they are read, and "
+            f"shuffled in {counted(windows, 'window')} an epoch (--stream {config.stream})",
+            f"of the first {first:,} rows: {np.count_nonzero(self.dataset.mask):,} of {len(self.dataset.tokens):,} "
+            "tokens count",
+        ]
+        self.row_notes = [f"of the first {first:,} rows: {note}" for note in laid_out(totals) + left_out(totals)]
+        self.notes += self.row_notes
+
+    @property
+    def tokens(self) -> int:
+        """An estimate by the first window."""
+        return round(len(self) * self.head.tokens / len(self.head))
+
+    @property
+    def head(self) -> PaddedSamples:
+        return self._window(0, 0)
+
+    def probes(self, number: int) -> range:
+        """Samples of the first window only."""
+        return self.head.probes(number)
+
+    def share_batches(self, rows: int) -> None:
+        self.shared = rows
+        self._window.cache_clear()
+
+    def subset(self, chosen: np.ndarray) -> Samples:
+        raise UserError("--val_split keeps samples back, and --stream does not know them before; give --val_data")
+
+    def __getitem__(self, n: int) -> Sample:
+        samples, place = self._at(n)
+        return samples[place]
+
+    def count(self, n: int) -> float:
+        samples, place = self._at(n)
+        return samples.count(place)
+
+    def _at(self, n: int) -> tuple[PaddedSamples, int]:
+        """Sample n -> the samples of its window, and its place there."""
+        epoch, position = divmod(n, len(self))
+        starts = self._windows(epoch).starts
+        number = bisect_right(starts, position) - 1
+        return self._window(epoch, number), position - starts[number]
+
+    def _cut(self, epoch: int) -> Windows:
+        groups = self.rows.groups
+        order = range(len(groups)) if self.seed is None else Permutation(len(groups), self.seed, epoch, "groups")
+        windows, at, room = Windows([], []), 0, 0
+        for number in filter(lambda number: groups[number].rows, order):
+            if room <= 0:
+                windows.starts.append(at)
+                windows.groups.append([])
+                room = self.config.stream
+            windows.groups[-1].append(number)
+            at, room = at + groups[number].rows, room - groups[number].rows
+        return windows
+
+    def _read(self, epoch: int, number: int) -> PaddedSamples:
+        dataset, seed = self._held(epoch, number)[0], self.seed
+        if seed is not None:
+            key = repr((seed, epoch, number, "window")).encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        stored = dataset.mask
+        mask = weighted(lambda start, stop: stored[start:stop] != 0, dataset)
+        samples = PaddedSamples(dataset, self.config.ctx_len, seed, mask)
+        samples.share_batches(self.shared)
+        return samples
+
+    def _encoded(self, epoch: int, number: int) -> tuple[HeldDataset, Encoded]:
+        """Read and tokenize a window -> its documents, one for each row, and the counts of its rows."""
+        encode, whole, totals = encoder(self.settings), self.config.loss_mask != "file", Encoded()
+        held, tokens, mask = Encoded(), array(encode.code), bytearray()
+        for group in self._windows(epoch).groups[number]:
+            for chunk in self.rows.read(self.rows.groups[group]):
+                part = encode.encode(chunk)
+                totals.add_counts(part)
+                kept = bool(part.sizes) and part.sizes[0] >= 2
+                tokens.frombytes(part.tokens if kept else array(encode.code, LEFT_OUT).tobytes())
+                mask += (b"\1" * len(part.mask) if whole else part.mask) if kept else bytes(len(LEFT_OUT))
+                held.sizes.append(part.sizes[0] if kept else len(LEFT_OUT))
+                held.weights.append(part.weights[0] if kept else 1.0)
+        if totals.bad and not self.settings.skip_bad_rows:
+            raise UserError("\n".join([*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)"]))
+        held.tokens, held.mask = tokens.tobytes(), bytes(mask)
+        return HeldDataset(self.rows, held, np.dtype("<u2" if encode.code == "H" else "<i4")), totals

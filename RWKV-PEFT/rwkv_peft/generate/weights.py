@@ -1,0 +1,105 @@
+"""The weights of a model that decodes on a CPU: where they lie in memory, and in how many bits.
+
+A step of decoding takes the time of reading them. Pages of 2 MiB halve it, because the processor reads ahead within a
+page only; integers of 8 or 4 bits, to which `quantize_products` rounds the matrices, take it down by what they save.
+"""
+
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..models.parts import HeadFunction
+from ..ops.decode import BITS, BLOCK, Blocks, product, quantize
+
+CHUNK = 1 << 26  # bytes of memory that are asked for at once
+LINE = 64  # bytes on whose boundary a tensor begins
+
+
+class Product(nn.Module):
+    """Takes the place of an nn.Linear without a bias, or of the head, where nothing trains: x Wᵀ."""
+
+    weight: Any  # as the type checker sees what a module keeps
+
+    def __init__(self, weight: torch.Tensor | Blocks) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
+        """x (..., in) -> (..., out), or function(x, weight)."""
+        return product(x, self.weight) if function is None else function(x, self.weight)
+
+
+class Arena:
+    """Memory in large pages, if the system has them, for tensors that stay as long as the model does."""
+
+    def __init__(self) -> None:
+        self.free = torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor."""
+        size = -(-tensor.nbytes // LINE) * LINE
+        if size > len(self.free):
+            self.free = large_pages(max(size, CHUNK))
+        mine, self.free = self.free[: tensor.nbytes], self.free[size:]
+        return mine.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def large_pages(size: int) -> torch.Tensor:
+    """`size` bytes of memory of its own, in pages of 2 MiB if Linux lends them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a model, by name, whose place a Product can take: nn.Linear, without those of adapters."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in found.items() if module.bias is None}
+
+
+def rounded(model: nn.Module) -> dict[str, Product]:
+    """The matrices of a model that are rounded to blocks, by the layer's name."""
+    products = {name: module for name, module in model.named_modules() if isinstance(module, Product)}
+    return {name: module for name, module in products.items() if isinstance(module.weight, Blocks)}
+
+
+def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object]) -> None:
+    """Round the matrices of a model's linear layers to blocks of kind "int8" or "int4", which take their place. say is
+    told of the cast. Raises UserError for a width that is not a whole number of blocks."""
+    layers, bits = linears(model), int(kind.removeprefix("int"))
+    assert bits in BITS  # the flags' choices
+    for name, layer in layers.items():
+        if layer.in_features % BLOCK:
+            raise UserError(
+                f"--weights {kind}: {name} has rows of {layer.in_features} weights, and blocks have {BLOCK}; leave the "
+                "flag out for this model"
+            )
+    arena, before, after = Arena(), 0, 0
+    for name, layer in layers.items():
+        rounded = quantize(layer.weight.detach(), bits)
+        rounded = rounded._replace(words=arena.keep(rounded.words), scales=arena.keep(rounded.scales))
+        before, after = before + layer.weight.nbytes, after + rounded.nbytes
+        model.set_submodule(name, Product(rounded))
+    say(f"{kind} blocks of {BLOCK}: {before / 1e6:,.0f} -> {after / 1e6:,.0f} MB in {len(layers)} matrices")
+
+
+def place(model: nn.Module) -> None:
+    """Copy a CPU model's parameters into large pages, except the embedding, of which a step reads one row."""
+    arena = Arena()
+    for name, parameter in model.named_parameters():
+        if name != "emb.weight":
+            parameter.data = arena.keep(parameter.data)
+
+
+def decoding(model: nn.Module) -> None:
+    """Let products with a CPU model's plain matrices take the kernels of decoding."""
+    for name, layer in linears(model).items():
+        model.set_submodule(name, Product(layer.weight))

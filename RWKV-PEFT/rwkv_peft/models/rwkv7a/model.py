@@ -1,0 +1,86 @@
+"""RWKV-7 with deep embeddings (x070a): in each layer a token's own small matrix scales the feed-forward.
+
+The formulas are those of RWKV-LM's RWKV-v7/rwkv_v7a_demo.py, and so are names and shapes. The demo adds s_emb_x of the
+normalized embedding to s_emb once, for the whole vocabulary; here it is added token by token, so that it trains, too.
+B batch, T time, C channels, F feed-forward channels, D deep_size.
+"""
+
+import torch
+from torch import nn
+
+from ...ops.mix import last_token, lerp, relu_square
+from ..parts import LanguageModel
+from ..rwkv7 import model as rwkv7
+from ..state import LayerState
+from .keys import RWKV7aConfig
+
+
+class ChannelMix(rwkv7.ChannelMix):
+    """RWKV-7's feed-forward, with a gate between its layers: low-rank in the input, through the token's matrix."""
+
+    def __init__(self, config: RWKV7aConfig) -> None:
+        super().__init__(config)
+        C, F, D = config.n_embd, config.dim_ffn, config.deep_size
+        self.s_emb = nn.Embedding(config.vocab_size, D * D)
+        self.s_emb_x = nn.Linear(C, D * D, bias=False)
+        self.s1 = nn.Parameter(torch.empty(C, D))
+        self.s2 = nn.Parameter(torch.empty(D, F))
+        self.s0 = nn.Parameter(torch.empty(1, 1, F))
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        embedded: torch.Tensor,
+        tokens: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token
+        (B, C)."""
+        (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
+        k = relu_square(self.key(xk)) * self.gate(x, embedded, tokens)
+        return self.value(k), last_token(x, cu_seqlens)
+
+    def gate(self, x: torch.Tensor, embedded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """x s1 M s2 + s0 (B, T, F), with each token's matrix M (D, D)."""
+        D = self.s1.shape[1]
+        matrix = (self.s_emb(tokens) + self.s_emb_x(embedded)).unflatten(-1, (D, D))  # (B, T, D, D)
+        row = (x @ self.s1).unsqueeze(-2) @ matrix  # (B, T, 1, D)
+        return row.squeeze(-2) @ self.s2 + self.s0
+
+
+class Block(rwkv7.Block):
+    """RWKV-7's block, whose feed-forward sees the tokens and their normalized embeddings."""
+
+    ffn: ChannelMix
+
+    def __init__(self, config: RWKV7aConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        embedded: torch.Tensor | None,
+        state: LayerState | None,
+        cu_seqlens: torch.Tensor | None,
+        tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
+        """x (B, T, C), v_first and embedded (B, T, C), None in block 0, state LayerState or None, tokens (B, T) -> x,
+        v_first, embedded, LayerState."""
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        if embedded is None:
+            x = embedded = self.ln0(x)
+        y, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), embedded, tokens, ffn_shift, cu_seqlens)
+        return x + y, v_first, embedded, LayerState(att_shift, wkv, ffn_shift)
+
+
+class RWKV7a(LanguageModel):
+    """RWKV-7a language model with RWKV-LM's parameter names."""
+
+    make_block = Block
+    carried = (None, None)  # v_first and the normalized embedding, which block 0 makes
+    sees_tokens = True

@@ -1,0 +1,100 @@
+"""Matrices in blocks: 32 weights along a row share a scale, and are integers of 8 or 4 bits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # weights that share a scale
+PANEL = 16  # rows that stand side by side
+BITS = (8, 4)
+BAND = 1 << 22  # weights that are packed or unpacked at a time, because they are larger meanwhile
+
+
+class Blocks(NamedTuple):
+    """A matrix (out, in) in the layout of cpu/decode/blocks.h; the last panel is padded with zeros.
+
+    words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word: columns of even
+    number in its lower half, of odd number in its upper one, from the lowest bits on. scales (panels, in / 32, 16)
+    bfloat16.
+    """
+
+    bits: int
+    out_features: int
+    words: Tensor
+    scales: Tensor
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix that the blocks stand for: (out, in)."""
+        bands = zip(self.words.split(self._band), self.scales.split(self._band))
+        return torch.cat([self._rows(*band).to(dtype) for band in bands])[: self.out_features]
+
+    @property
+    def _band(self) -> int:
+        return max(BAND // (PANEL * self.in_features), 1)
+
+    def _rows(self, words: Tensor, scales: Tensor) -> Tensor:
+        """The rows of a few panels, float32."""
+        found = words.new_empty(*words.shape[:2], self.bits, 16 // self.bits, 2, PANEL, dtype=torch.float32)
+        for half in range(2):
+            for part in range(16 // self.bits):
+                lowest = 16 * half + self.bits * part
+                found[:, :, :, part, half] = (words << (32 - lowest - self.bits)) >> (32 - self.bits)
+        values = found.view(*words.shape[:2], BLOCK, PANEL) * scales[:, :, None].float()
+        return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)
+
+
+def quantize(weight: Tensor, bits: int) -> Blocks:
+    """Round a matrix (out, in), in a multiple of 32, to Blocks of `bits`.
+
+    A block's scale first makes its largest weight the largest integer; with 4 bits it then becomes the one that fits
+    those integers best, in least squares, and the weights are rounded anew.
+    """
+    out, width = weight.shape
+    if bits not in BITS or width % BLOCK:
+        raise ValueError(f"{bits} bits, {width} columns: blocks have 8 or 4 bits, and rows are whole blocks of {BLOCK}")
+    panels = -(-out // PANEL)
+    words = torch.zeros(panels, width // BLOCK, bits, PANEL, dtype=torch.int32, device=weight.device)
+    scales = torch.zeros(panels, width // BLOCK, PANEL, dtype=torch.bfloat16, device=weight.device)
+    step = max(BAND // (PANEL * width), 1)
+    for first in range(0, panels, step):
+        rows = weight[first * PANEL : (first + step) * PANEL].float()
+        missing = -len(rows) % PANEL
+        rows = torch.cat([rows, rows.new_zeros(missing, width)]) if missing else rows
+        integers, own = _rounded(rows.view(-1, width // BLOCK, BLOCK), bits)
+        _pack(integers.view(-1, PANEL, width // BLOCK, BLOCK), bits, words[first : first + step])
+        scales[first : first + step] = own.view(-1, PANEL, width // BLOCK).transpose(1, 2)
+    return Blocks(bits, out, words, scales)
+
+
+def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Blocks (n, blocks, 32) float32 -> their integers, float32, and scales (n, blocks), bfloat16."""
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+    def integers(scales: Tensor) -> Tensor:
+        return (rows / scales.float()[..., None]).nan_to_num(0.0).round().clamp(lowest, highest)
+
+    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))[..., 0]
+    scales = (largest / lowest).bfloat16()  # the lowest integer is one farther from 0 than the highest
+    found = integers(scales)
+    if bits == 4:
+        scales = ((rows * found).sum(-1) / found.square().sum(-1).clamp_min(1)).bfloat16()
+        found = integers(scales)
+    return found, scales
+
+
+def _pack(integers: Tensor, bits: int, words: Tensor) -> None:
+    """Add integers (panels, 16, blocks, 32) to words (panels, blocks, bits, 16), which are zeros."""
+    parts = 16 // bits
+    columns = integers.to(torch.int32).permute(0, 2, 3, 1).unflatten(2, (bits, parts, 2))
+    for half in range(2):
+        for part in range(parts):
+            words |= (columns[:, :, :, part, half] & ((1 << bits) - 1)) << (16 * half + bits * part)

@@ -1,0 +1,77 @@
+"""The card of a release: a README.md that says what its files are, how they came about, and how to use them.
+
+A run writes one beside its adapter when it ends; `rwkv-peft push` writes one for what has none.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+
+from ..errors import UserError
+from ..files.adapters import AdapterSource
+from ..files.atomic import atomic_write
+from ..names import ADAPTER, MODEL
+from .contents import ADAPTER as IS_ADAPTER
+from .contents import STATES, Line, contents_of
+
+CARD = "README.md"
+MARK = "<!-- Written by rwkv-peft, which replaces this file unless this line is taken away. -->"
+MERGED, TUNED = "merged.pth", "state.pth"
+USE = MappingProxyType(
+    {  # commands of rwkv-peft
+        ADAPTER: (
+            "python merge_bone.py --base_model BASE.pth --bone_checkpoint {name} --output merged.pth",
+            "rwkv-peft generate --model BASE.pth --adapter {name} --chat",
+        ),
+        TUNED: ("rwkv-peft generate --model BASE.pth --state {name} --chat",),
+        MODEL: ("rwkv-peft generate --model {name} --chat",),
+    }
+)
+
+
+def card_of(title: str, files: Iterable[Path], figures: Iterable[Line] = ()) -> str:
+    """The text of a card about files, the first of which is described; figures are further (name, value) lines."""
+    first, *_ = paths = list(files)
+    contents = contents_of(AdapterSource(first))
+    kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what == STATES else MODEL
+    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures])
+
+
+def text_of(title: str, kind: str, names: list[str], lines: Iterable[Line]) -> str:
+    """The text of a card: kind is ADAPTER, TUNED or MODEL, that of the file that is named first."""
+    tags = ["rwkv", "rwkv-peft", *(["adapter"] if kind == ADAPTER else [])]
+    rows = [f"| {name} | {cell(value)} |" for name, value in lines]
+    others = f"Beside it: {', '.join(f'`{name}`' for name in names[1:])}.\n\n" if names[1:] else ""
+    commands = "\n".join(command.format(name=names[0]) for command in USE[kind])
+    return (
+        f"---\ntags: [{', '.join(tags)}]\n---\n{MARK}\n# {cell(title)}\n\n`{names[0]}`:\n\n| | |\n|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\n{others}## Use\n\n```sh\n{commands}\n```\n"
+    )
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a table, as which Markdown and HTML show it letter by letter."""
+    for sign in "\\`*_|[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+
+
+def write_card(folder: Path, text: str) -> bool:
+    """Write the card of a folder, unless a README.md of someone else is there -> whether it was written."""
+    path = folder / CARD
+    if path.exists() and not is_own(path):
+        return False
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def is_own(path: Path) -> bool:
+    """Tell whether a file is a card that nobody has claimed by taking the mark away."""
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away") from error

@@ -1,0 +1,70 @@
+"""Push a run's adapter or model to a repository of the Hugging Face hub, with its card: `rwkv-peft push RUN NAME/REPO`.
+
+HF_ENDPOINT names another hub, such as a mirror.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..cli import counted
+from ..errors import UserError, told
+from ..names import ADAPTER, MODEL
+from .card import CARD, MERGED, TUNED, card_of
+from .flags import push_flags
+
+NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there
+PICTURE = "loss.png"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: argv -> exit code 0."""
+    args = push_flags(argv)
+    source = Path(args.source)
+    paths = files_of(source, args.files)
+    card = source / CARD if source.is_dir() else source.with_name(CARD)
+    text = card.read_bytes() if source.is_dir() and card.is_file() else card_of(args.repo, paths).encode()
+    contents: dict[str, Path | bytes] = {path.name: path for path in paths} | {CARD: text}
+    if source.is_dir() and (source / PICTURE).is_file():
+        contents[PICTURE] = source / PICTURE
+    for name, content in contents.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{'would push' if args.dry_run else 'pushes':<10} {name}, {size / 1e6:,.1f} MB")
+    if not args.dry_run:
+        print(f"pushed     {counted(len(contents), 'file')} to {push(args.repo, contents, args.private, args.message)}")
+    return 0
+
+
+def files_of(source: Path, names: list[str] | None) -> list[Path]:
+    """The files to push: a file itself, or of a run's folder those named, else the newest of each kind. Raises
+    UserError if one is missing."""
+    if not source.is_dir():
+        if names:
+            raise UserError(f"--files {' '.join(names)} are files in a folder, and {source} is none; leave --files out")
+        names, source = [source.name], source.parent
+    paths = [source / name for name in names or NEWEST]
+    if not names:
+        paths = [path for path in paths if path.is_file()]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise UserError(f"{', '.join(missing)}: no such file; name an adapter, a model, or the folder of a run")
+    if not paths:
+        raise UserError(f"{source} holds none of {', '.join(NEWEST)}; name the folder of a run, or --files in it")
+    return paths
+
+
+def push(repo: str, contents: dict[str, Path | bytes], private: bool, message: str) -> str:
+    """Make the repository if there is none, and commit {name in it: file or bytes} -> the commit's address. Raises
+    UserError if the hub cannot be reached, or refuses."""
+    import huggingface_hub as hub
+
+    api = hub.HfApi()
+    if hub.get_token() is None:
+        raise UserError(f"this machine is not logged in to {api.endpoint}; run `hf auth login` first, or set HF_TOKEN")
+    operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in contents.items()]
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        commit: Any = api.create_commit(repo, operations, commit_message=message)
+    except Exception as error:  # its HTTP client's own, which change with its versions
+        raise UserError(
+            f"{repo} was not pushed to {api.endpoint}: {told(error)}; nothing was committed: mend that, and push again"
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,113 @@
+// y = x Wᵀ for a few rows x and a plain matrix W (out, in): dot products of rows of W, which come from memory once,
+// with rows of x, which stay in the caches.
+//
+// A processor foresees one stream of memory better than several: up to three rows x meet one row of W after the other.
+// More rows meet kWeightRows of them at once, since loading x into registers would take longer than multiplying; the
+// rows of W that follow are fetched meanwhile, in one stream. A row's sums are added up in one order in either case.
+#pragma once
+#include <algorithm>
+
+#include "common/shuffles.h"
+#include "common/threads.h"
+
+namespace {
+
+// Products of elements E, whose sums are floats in lanes: kStep elements at a time.
+template <class E>
+struct Dot {
+    using Vector = Vec;
+    static constexpr int kStep = kLanes;
+    static INLINE Vector from(const E* p) { return load(p); }
+    static INLINE Vector some(const E* p, int64_t n) { return load_some(p, n); }
+    static INLINE Vec add(Vec sum, Vector a, Vector b) {  // by name, since compilers fuse it in some loops alone
+#if defined(__AVX512F__)
+        return reinterpret_cast<Vec>(
+            _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+#elif defined(__AVX2__)
+        return reinterpret_cast<Vec>(
+            _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+#else
+        return sum + a * b;
+#endif
+    }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<Bfloat16> {
+    using Vector = __m512i;
+    static constexpr int kStep = 2 * kLanes;
+    static INLINE Vector from(const Bfloat16* p) { return _mm512_loadu_si512(p); }
+    static INLINE Vector some(const Bfloat16* p, int64_t n) {
+        return _mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p);
+    }
+    static INLINE Vec add(Vec sum, Vector a, Vector b) {
+        return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)a, (__m512bh)b));
+    }
+};
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kWeightRows = 4;
+#else
+constexpr int kWeightRows = 2;
+#endif
+constexpr int kPoints = 4;  // rows of x whose sums with kWeightRows rows fit the registers
+
+// R rows of W by M rows of x: y[m][o] for o below R. Each step fetches `lines` lines of memory from `ahead` on.
+template <class E, int R, int M>
+INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, const char* ahead, int lines) {
+    using D = Dot<E>;
+    Vec sum[R][M];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) sum[r][m] = zero();
+    const auto step = [&](int64_t k, const auto& read) {
+        typename D::Vector rows[R];
+        UNROLL for (int r = 0; r < R; r++) rows[r] = read(w + r * in + k);
+        UNROLL for (int m = 0; m < M; m++) {
+            const typename D::Vector point = read(x + m * in + k);
+            UNROLL for (int r = 0; r < R; r++) sum[r][m] = D::add(sum[r][m], rows[r], point);
+        }
+    };
+    int64_t k = 0;
+    for (; k + D::kStep <= in; k += D::kStep) {
+        step(k, [](const E* p) { return D::from(p); });
+        for (int l = 0; R > 1 && l < lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    }
+    if (k < in) step(k, [n = in - k](const E* p) { return D::some(p, n); });
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) y[m * out + r] = from_float<E>(total(sum[r][m]));
+}
+
+// R rows of W by all rows of x.
+template <class E, int R>
+void dense_rows(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out) {
+    const int64_t tiles = rows / kPoints + rows % kPoints;
+    const int lines = static_cast<int>(std::max<int64_t>(R / tiles, 1));
+    const char* ahead = reinterpret_cast<const char*>(w + R * in);
+    int64_t m = 0;
+    for (; m + kPoints <= rows; m += kPoints, ahead += lines * in * sizeof(E))
+        dense_tile<E, R, kPoints>(x + m * in, w, y + m * out, in, out, ahead, lines);
+    for (; m < rows; m++, ahead += lines * in * sizeof(E))
+        dense_tile<E, R, 1>(x + m * in, w, y + m * out, in, out, ahead, lines);
+}
+
+template <class E>
+void dense(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out, int threads) {
+    parallel((out + kWeightRows - 1) / kWeightRows, out * in, threads, [=](int64_t first, int64_t end, int) {
+        int64_t o = first * kWeightRows;
+        const int64_t stop = std::min(end * kWeightRows, out);
+        for (; rows >= kPoints && o + kWeightRows <= stop; o += kWeightRows)
+            dense_rows<E, kWeightRows>(x, w + o * in, y + o, rows, in, out);
+        for (; o < stop; o++) {
+            if (rows == 3)
+                dense_tile<E, 1, 3>(x, w + o * in, y + o, in, out, nullptr, 0);
+            else if (rows == 2)
+                dense_tile<E, 1, 2>(x, w + o * in, y + o, in, out, nullptr, 0);
+            else
+                dense_rows<E, 1>(x, w + o * in, y + o, rows, in, out);
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,73 @@
+"""Weights in blocks of 8 or 4 bits: what a model computes with them, what is told, and what is refused."""
+
+import pytest
+import torch
+from test_engine import adapter_file
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapters import AdapterSource
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.generate import Sampling, command, generate, load_model, prefill
+from rwkv_peft.generate.voices import Voice, adapter_voice
+from rwkv_peft.generate.weights import rounded
+from rwkv_peft.ops.decode import quantize
+
+PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9]]
+
+
+@pytest.fixture
+def path(tiny_state, tmp_path):
+    save_model(tmp_path / "model.pth", tiny_state(seed=3))
+    return tmp_path / "model.pth"
+
+
+def logits(model):
+    return prefill(model, PROMPTS)[0]
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, bits):
+    told = []
+    model, _ = load_model(path, weights=f"int{bits}", say=told.append)
+    tensors = dict(open_base(path).tensors)
+    names = [f"{name}.weight" for name in rounded(model)]
+    assert len(names) == 17 and "head.weight" in names  # eight a layer
+    for name in names:
+        tensors[name] = quantize(tensors[name], bits).dequantized()
+    save_model(tmp_path / "dequantized.pth", tensors)
+    plain, _ = load_model(tmp_path / "dequantized.pth")
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits(model), logits(load_model(path)[0]), rtol=1e-3, atol=1e-3)
+    steps = [list(generate(one, PROMPTS, Sampling(temperature=0), 5)) for one in (model, plain)]
+    assert steps[0] == steps[1]
+    assert told == [f"int{bits} blocks of 32: 0 -> 0 MB in 17 matrices"]
+
+
+@pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"method": "lora", "alpha": 16.0, "train_parts": ("head",)}])
+def test_a_voice_on_rounded_weights_has_its_own_of_what_the_adapter_changes(path, tmp_path, settings):
+    adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", **settings))
+    base = open_base(path)
+    model, _ = load_model(path, weights="int8")
+    before = logits(model)
+    voice = adapter_voice("own", adapter, Voice("base", model), base, False)
+    merged, _ = load_model(path, [adapter], weights="int8")
+    assert torch.equal(logits(voice.model), logits(merged))
+    assert torch.equal(logits(model), before) and not torch.equal(before, logits(merged))
+    shared = [name for name, module in rounded(model).items() if rounded(voice.model)[name] is module]
+    assert shared == ([] if "train_parts" in settings else ["head"])
+
+
+def test_the_command_tells_of_the_cast(model, capsys):
+    assert command.main(["--model", str(model), "--prompt", "a", "--max_tokens", "2", "--weights", "int4"]) == 0
+    assert "int4 blocks of 32: " in capsys.readouterr().err
+
+
+def test_widths_that_are_no_blocks_are_refused(tiny_state, tmp_path):
+    save_model(tmp_path / "odd.pth", tiny_state(dim_ffn=80))
+    with pytest.raises(UserError, match=r"--weights int4: blocks\.0\.ffn\.value has rows of 80 .* leave the flag out"):
+        load_model(tmp_path / "odd.pth", weights="int4")
+
+
+def test_gpus_are_refused(path):
+    with pytest.raises(UserError, match="--weights int8: .* add --device cpu"):
+        load_model(path, device="cuda", weights="int8")

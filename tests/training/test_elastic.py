@@ -1,0 +1,120 @@
+"""Ranks that torchrun starts, as many as there are nodes: a step keeps its samples, and a run outlives its nodes."""
+
+import os
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+import warm
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags.elastic import fit
+from rwkv_peft.training.flags.world import World
+from rwkv_peft.training.ranks.processes import Processes
+from rwkv_peft.training.ranks.watch import Watch
+from training.runs import finish, free_port, metrics, start, wait_for_steps, wait_for_words
+
+STEPS = 20
+FLAGS = ("--precision", "fp32", "--epoch_steps", str(STEPS), "--epoch_count", "1", "--save_every", "4")
+FLAGS += ("--num_nodes", "2", "--lr_schedule", "constant", "--lr_init", "5e-3", "--resume", "auto")
+HURRY = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # torchrun waits for 30 and 15 s itself
+
+
+def fitted(world, nodes=1, devices=1, passes=1):
+    args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes)
+    notes = fit(args, world)
+    return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
+
+
+def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are():
+    two = World(2, 4, starts=False, elastic=True)
+    assert fitted(two, passes=3) == (2, 4, 3, [])  # flags left out
+    assert fitted(two, 2, 4) == (2, 4, 1, []) and fitted(two, devices=4) == (2, 4, 1, [])
+    note = "--accumulate_grad_batches 6, so that a step on 8 ranks has the samples of "
+    note += "--num_nodes 4 x --devices 4 x --accumulate_grad_batches 3"
+    assert fitted(two, 4, 4, 3) == (2, 4, 6, [note]) and fitted(two, 4, passes=3) == (2, 4, 6, [note])
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fitted(replace(two, hosted=True))[-1][0]
+    assert fitted(World(2, 4), 4, 4) == (4, 4, 1, [])  # no torchrun: the flags stand, and are judged elsewhere
+    with pytest.raises(UserError, match="torchrun started 3 ranks, .*give --accumulate_grad_batches 6,"):
+        fitted(World(3, 1, elastic=True), nodes=4, passes=4)
+
+
+def test_a_rank_whose_agent_is_gone_ends_with_the_others(tmp_path):
+    watch = Watch(World(1, 1, elastic=True), tmp_path, 1.0, Processes(), None)
+    assert watch.agent == os.getppid() and watch.look() == ""
+    watch.agent = -1
+    assert watch.look() == "torchrun, which had started rank 0, is gone"
+    assert Watch(World(), tmp_path, 1.0, Processes(), None).agent == 0
+
+
+# trains as train.py does, but stays in the middle of a step while a file is there
+HELD = """
+import os, time
+
+from rwkv_peft.commands import run
+from rwkv_peft.training.step.steps import Whole
+
+loss = Whole.loss
+
+def held(self, *batch):
+    while os.path.exists({hold!r}):
+        time.sleep(0.05)
+    return loss(self, *batch)
+
+Whole.loss = held
+run("train")
+"""
+
+
+def torchrun(argv, port):
+    """Start an agent of torchrun, a node of one rank that meets the others at a port."""
+    agent = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", "--local_addr", "127.0.0.1"]
+    agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf", HURRY]
+    variables = {"PYTHON_EXEC": warm.python(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return start([sys.executable, "-m", "torch.distributed.run", *agent, *argv], cold=True, **variables)
+
+
+def lose(process):
+    """Kill an agent and the rank that it started, as if their node were gone."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+
+
+def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
+    """A node begins, another joins, upon which the run saves and goes on on both; the second is killed, and the first
+    goes on alone from the last checkpoint."""
+    argv, port, hold = command("elastic", *FLAGS)[2:], free_port(), files / "hold"
+    script = files / "held.py"
+    script.write_text(HELD.format(hold=str(hold)))
+    first, second = torchrun([str(script), *argv], port), None
+    try:
+        wait_for_steps(files, "elastic", 3, first)
+        hold.touch()
+        second = torchrun([str(script), *argv], port)
+        wait_for_words("stopping after this step", first)
+        hold.unlink()
+        wait_for_words("machine   2 x 1 cpu", first)
+        wait_for_words("resuming after", first)
+        begun = len(metrics(files, "elastic"))
+        wait_for_steps(files, "elastic", begun + 3, first)
+        hold.touch()
+        lose(second)
+        hold.unlink()
+        out, _ = finish(first)
+    finally:
+        for process in filter(None, (first, second)):
+            lose(process)
+    assert "--accumulate_grad_batches 2, so that a step on 1 rank has the samples of" in out
+    assert "resuming after" in out
+    train("stayed", *FLAGS, "--num_nodes", "1", "--accumulate_grad_batches", "2")
+    lines = [[(line["step"], line["samples"]) for line in metrics(files, name)] for name in ("stayed", "elastic")]
+    assert lines[1] == lines[0] and len(lines[0]) == STEPS
+    losses = [[line["loss"] for line in metrics(files, name)] for name in ("stayed", "elastic")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ours, theirs = (load_file(files / name / "adapter.safetensors") for name in ("elastic", "stayed"))
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() < 1e-4 * tensor.norm(), name
