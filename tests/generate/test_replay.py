@@ -122,8 +122,8 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=["greedy", "plain", "top_k"])
-def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling):
+@pytest.mark.parametrize("sampling, launches", [*zip(SAMPLINGS, (10, 22, 20))], ids=["greedy", "measured", "top_k"])
+def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
     monkeypatch.setattr(replay, "recordable", lambda model: True)
     running, listeners = Engine(VOCABULARY, 4, ahead=True), [Heard() for _ in range(4)]
     running.add(Request(Voice("", model), [5], [Answer(sampling, 99, listener) for listener in listeners]))
@@ -143,7 +143,7 @@ def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monke
     assert Graph.replays == before + 1
     host = [name for name in counting.names if name in REFUSED]
     assert set(host) <= {"lift_fresh"}, host  # a list of the host's, which is pinned for a GPU
-    assert len(counting.names) <= 45, counting.names
+    assert len(counting.names) <= launches, counting.names
 
 
 def test_what_cannot_be_recorded_is_told_and_computed(model, monkeypatch, capsys):
