@@ -27,7 +27,7 @@ HEAVY = (
     *"wandb trackio swanlab tensorboard accelerate".split(),
     *"trl lm_eval fastapi starlette uvicorn pydantic lion_pytorch schedulefree".split(),
 )
-BASE = "children config errors streams refusals rules cli names tables memory installing gpus".split()
+BASE = "children config errors streams refusals rules cli names tables memory installing gpus recording".split()
 FLAGS = ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags")
 HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A

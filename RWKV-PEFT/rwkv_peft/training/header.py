@@ -23,7 +23,7 @@ from .measuring.learned import doubts
 from .step.forked import saved_tokens
 from .step.gathering import loses_in_sums
 from .step.plan import Plan
-from .step.relay import waiting
+from .step.relay import in_flight, waiting
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
@@ -137,9 +137,10 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
 def shared_rows(config: RunConfig) -> str:
     """Say how ranks share rows, and how long they wait for each other at most: rows may be shorter."""
     parts, segment, length = config.train.context_parallel, config.train.chunk_ctx, config.data.ctx_len
-    segments = -(-length // segment) if segment else 1
-    share = waiting(parts, config.model.n_layer, segments)
-    what = "segment of a row" if segment else "row"
+    blocks = config.model.n_layer
+    segments = -(-length // segment) if segment else in_flight(parts, blocks, length)
+    what = "segment of a row" if segment else "row" + f", {segments} pieces of it at a time" * (segments > 1)
+    share = waiting(parts, blocks, segments)
     return f"{parts} ranks share each {what} (--context_parallel), and wait {share:.1%} of a pass for each other"
 
 

@@ -39,8 +39,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
     content, counted = hashlib.sha256(), hashlib.sha256()
-    for n in samples.probes(HASHED):
-        sample = samples.collate([samples[n]])
+    head = samples.head()
+    for n in range(0, len(head), -(-len(head) // HASHED)):
+        sample = head.collate([head[n]])
         content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
         counted.update(sample.get("weights", sample["mask"]).numpy().tobytes())
     hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
