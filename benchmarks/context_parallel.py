@@ -22,7 +22,7 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
 from rwkv_peft.objectives.next_token import NextToken
-from rwkv_peft.training.step.relay import Line, waiting
+from rwkv_peft.training.step.relay import Line, in_flight, waiting
 from rwkv_peft.training.step.shared import SharedRows, SharedSegments
 from rwkv_peft.training.step.steps import Segments, Whole
 
@@ -86,7 +86,7 @@ def measure(args, rank, port):
     dist.all_reduce(found)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
     if rank == 0:
-        share = waiting(ranks, args.layers, -(-T // args.segment) if args.segment else 1)
+        share = waiting(ranks, args.layers, -(-T // args.segment) if args.segment else in_flight(ranks, args.layers, T))
         cells = f"{T:,}", ranks, f"{min(seconds):.2f}", f"{found[0] / args.repeat:.2f}", f"{share:.1%}"
         print("|", " | ".join(map(str, (family.name, *cells, f"{memory:.0f}", f"{found[1]:.6f}"))), "|", flush=True)
     dist.destroy_process_group()

@@ -19,7 +19,7 @@ from rwkv_peft.plan.fits import largest_rows, usable
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
-from rwkv_peft.training.step.relay import waiting
+from rwkv_peft.training.step.relay import in_flight, waiting
 
 GIB = 1 << 30
 # H100 SXM and DGX H100 (NVIDIA's data sheets): memory, bfloat16 without sparsity, a direction of NVLink, of the port
@@ -163,16 +163,17 @@ def long_rows():
         for gpus in COUNTS[1:]:
             for segment in (0, SEGMENT):
                 run = Run(size, "bat-in", gpus, "1", LONG, True, segment)
-                model, segments = run.estimate.config.model, LONG // segment if segment else 1
+                model = run.estimate.config.model
+                segments = LONG // segment if segment else in_flight(gpus, model.n_layer, LONG)
                 state = sum(tensor.nbytes for tensor in State.zeros(model, 1, "meta", run.estimate.dtype)[0])
                 sent = 2 * state * model.n_layer * segments
                 most, size_of = run.peak(1), usable(GPU, MEMORY)
                 lines.append(
-                    (size, gpus, f"{segment:,}" if segment else "", f"{most / GIB:.1f} GiB")
+                    (size, gpus, f"{segment:,}" if segment else "", segments, f"{most / GIB:.1f} GiB")
                     + ("yes" if most <= size_of else "no", f"{waiting(gpus, model.n_layer, segments):.1%}")
                     + (f"{sent / 1e9:.2f} GB",)
                 )
-    return table(("model", "GPUs", "segments of", "peak", "fits", "waiting", "states sent by a GPU"), lines)
+    return table(("model", "GPUs", "segments of", "pieces", "peak", "fits", "waiting", "states sent by a GPU"), lines)
 
 
 def checkpoints():

@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 import warm
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.engine.fit import stopped
 from rwkv_peft.training.flags.elastic import fit
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.processes import Processes
@@ -48,6 +50,12 @@ def test_a_rank_whose_agent_is_gone_ends_with_the_others(tmp_path):
     watch.agent = -1
     assert watch.look() == "torchrun, which had started rank 0, is gone"
     assert Watch(World(), tmp_path, 1.0, Processes(), None).agent == 0
+
+
+def test_only_a_run_that_was_asked_to_stop_before_its_end_ends_with_a_signals_code():
+    run = SimpleNamespace(validator=None, plan=SimpleNamespace(total_steps=10))
+    for step, stopping, number, code in ((3, True, 2, 130), (3, True, 0, 143), (10, True, 15, 0), (3, False, 0, 0)):
+        assert stopped(run, SimpleNamespace(step=step, stopping=stopping, stop_requested=number)) == code
 
 
 # trains as train.py does, but stays in the middle of a step while a file is there

@@ -1,11 +1,14 @@
 """Rows that ranks share have the logits and losses of one process, bit for bit, and its gradients up to rounding."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rwkv_peft.models import FAMILIES
+from families import DISTINCT
+from rwkv_peft.training.header import shared_rows
+from rwkv_peft.training.step.relay import MOST, in_flight, waiting
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, free_port, start
 from training.shared_rows import CASES, Noted, case, found_by, taught
@@ -29,23 +32,70 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("step, parts", [("SharedRows", 2), ("SharedRows", 4), ("SharedSegments", 4)])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "step, parts", [("SharedRows", 2), ("SharedRows", 4), ("in flight", 2), ("in flight", 4), ("SharedSegments", 4)]
+)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_ranks_that_share_rows_find_what_one_finds(found, family, parts, step, name):
     expected = found_by(Whole(Noted()), *case(family, name))
     group = [rank[family.version, parts, name, step] for rank in found[:parts]]
     agree(group, expected)
-    if step == "SharedRows":
-        logits, shared = expected[0], torch.cat([part[0] for part in group], 1)[:, : expected[0].shape[1]]
+    if step != "SharedSegments":
+        (logits,) = expected[0]
+        shared = torch.cat([torch.cat(parts, 1) for parts in zip(*(rank[0] for rank in group))], 1)
+        assert len(group[0][0]) == 1 or step == "in flight" and name != "short"
+        logits, shared = (x[:, : min(logits.shape[1], shared.shape[1])] for x in (logits, shared))
         if name in ("packed", "short"):  # kernels count steps from a document's start, and take few tokens otherwise
             torch.testing.assert_close(shared, logits, rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(shared, logits)
 
 
+def test_two_ranks_name_the_messages_of_a_channel_in_one_order(found):
+    """NCCL matches what two ranks send and receive by order alone, whichever way it goes."""
+    for rank, mine in enumerate(found):
+        for other, theirs in enumerate(found):
+            for ring in (False, True):
+                named = [(sends, size) for by, to, sends, size in mine["messages"] if (by, to) == (ring, other)]
+                answered = [(not sends, size) for by, to, sends, size in theirs["messages"] if (by, to) == (ring, rank)]
+                assert named == answered, (rank, other, ring)
+    assert {by for by, *_ in found[0]["messages"]} == {False, True}
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_teacher_reads_in_parts_too(found, parts):
     agree([rank["taught", parts] for rank in found[:parts]], taught(Whole))
+
+
+def simulated(parts, blocks, segments):
+    """The share of a pass that a rank waits, by playing it: a block begins once the rank and the state are there."""
+    free, states = [0] * parts, [0] * blocks
+    for _ in range(segments):
+        for part in range(parts):
+            for block in range(blocks):
+                free[part] = states[block] = max(free[part], states[block]) + 1
+    return 1 - segments * blocks / max(free)
+
+
+def test_waiting_is_counted_as_ranks_would_wait():
+    for parts, blocks, segments in [(1, 5, 1), (2, 24, 1), (8, 32, 5), (4, 4, 3), (8, 3, 1), (8, 3, 6), (64, 32, 8)]:
+        assert waiting(parts, blocks, segments) == pytest.approx(simulated(parts, blocks, segments)), parts
+
+
+def test_as_few_segments_are_in_flight_as_let_ranks_work():
+    assert in_flight(2, 32, 1 << 20) == 1 and in_flight(8, 32, 1 << 20) == 5
+    assert waiting(8, 32, 5) <= MOST < waiting(8, 32, 4)
+    assert in_flight(8, 32, 8 * 512 * 3) == 3 and in_flight(8, 32, 100) == 1  # parts have 512 tokens
+    assert waiting(64, 32, in_flight(64, 32, 1 << 20)) < 0.55  # half of them wait in any case
+
+
+def test_the_header_tells_the_pieces_and_the_waiting():
+    train, data = SimpleNamespace(context_parallel=8, chunk_ctx=0), SimpleNamespace(ctx_len=1 << 20)
+    config = SimpleNamespace(train=train, data=data, model=SimpleNamespace(n_layer=32))
+    share = "(--context_parallel), and wait 4.2% of a pass for each other"
+    assert shared_rows(config) == f"8 ranks share each row, 5 pieces of it at a time {share}"
+    train.chunk_ctx = 1 << 17
+    assert shared_rows(config).startswith("8 ranks share each segment of a row (--context_parallel), and wait 2.7%")
 
 
 def agree(group, expected):

@@ -76,6 +76,7 @@ def find_inputs(request: Request) -> Inputs:
         "objective": config.objective.name,
         "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,
+        "optim": train.optim,
         "validation": validation,
         "retained": retained,
     }

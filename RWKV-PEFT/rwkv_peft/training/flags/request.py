@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import objectives
 from ...cli import Parser
-from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
+from ...config import (
+    CHUNK_CTX,
+    SCHEDULE_FREE,
+    STATE_LR,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    TrainConfig,
+)
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.prefix import default_mask
@@ -175,7 +185,9 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
+    if args.optim == SCHEDULE_FREE and args.lr_schedule is None:
+        train = replace(train, lr_schedule="constant")
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}

@@ -18,21 +18,23 @@ from ...models.state import State
 from .segments import Segment
 
 Tensors = Sequence[torch.Tensor]
+MOST = 0.05  # of a pass that ranks wait for each other, if rows are long enough
+LEAST = 512  # tokens of a part: products of fewer do not fill a GPU
 
 
 class Line:
     """The ranks that share rows: `parts` ranks in a row, of which this one, `rank` of the run, is number `part`.
 
     Messages are sent from one device to the other, without the CPU's memory if these are GPUs. They leave while the
-    rank computes; the oldest is waited for if `most` are on their way. Those that close the ring, from the last part of
-    a segment to the first of the next, have a channel of their own, because NCCL keeps the order of all messages
-    between two ranks, whichever way they go.
+    rank computes; the oldest is waited for if as many are on their way as the model has blocks. Those that close the
+    ring, from the last part of a segment to the first of the next, have a channel of their own, because NCCL keeps the
+    order of all messages between two ranks, whichever way they go.
 
     anchor: a number that all states that come in depend on, so that whoever asks for its gradient has the line served.
     """
 
-    def __init__(self, rank: int, parts: int, most: int) -> None:
-        self.rank, self.parts, self.part, self.most = rank, parts, rank % parts, most
+    def __init__(self, rank: int, parts: int, blocks: int) -> None:
+        self.rank, self.parts, self.part, self.blocks = rank, parts, rank % parts, blocks
         self.pending: deque[tuple[Any, torch.Tensor]] = deque()  # a message must live until it has left
         self.ring: Any = None
         self.anchor = torch.zeros((), requires_grad=True)
@@ -54,7 +56,7 @@ class Line:
         wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         message = torch.cat([tensor.detach().flatten().to(wide) for tensor in tensors])
         rank, group = self.next_to(step)
-        if len(self.pending) == self.most:
+        if len(self.pending) == self.blocks:
             self.pending.popleft()[0].wait()
         self.pending.append((dist.isend(message, rank, group), message))
 
@@ -145,5 +147,15 @@ class Send(torch.autograd.Function):
 
 def waiting(parts: int, blocks: int, segments: int = 1) -> float:
     """The share of a pass that a rank of a line waits, if blocks take the same time: the first works while the last
-    waits for `parts` - 1 blocks, and the other way round."""
-    return (parts - 1) / (segments * blocks + parts - 1)
+    waits for `parts` - 1 blocks, and the other way round. If there are more parts than blocks, the first waits before
+    each segment too, for the states of the one before."""
+    passed = (segments - 1) * max(parts, blocks) + blocks + parts - 1
+    return 1 - segments * blocks / passed
+
+
+def in_flight(parts: int, blocks: int, tokens: int, least: int = LEAST) -> int:
+    """The number of segments in which a row of so many tokens goes along a line, one behind the other: as few as let
+    ranks wait for MOST of a pass, beyond what they wait with any number, if parts have `least` tokens."""
+    most = max(1, tokens // (parts * least))
+    goal = MOST + max(0.0, 1 - blocks / parts)
+    return next((number for number in range(1, most) if waiting(parts, blocks, number) <= goal), most)

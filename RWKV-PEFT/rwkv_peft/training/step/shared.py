@@ -11,37 +11,54 @@ from ...config import Objective
 from ...models.parts import HeadFunction, LanguageModel
 from ...objectives.next_token import NextToken
 from .forked import no_head
-from .relay import Line, Relay
+from .relay import LEAST, Line, Relay, in_flight
 from .segments import Segment, end_of, part_of
 from .steps import Batch, Segments, Whole, add, delivered
 
+GRAIN = 32  # positions whose multiples kernels compute as they compute the whole row
+
 
 class SharedRows(Whole):
-    """Compute this rank's part of all positions of a batch."""
+    """Compute this rank's part of all positions of a batch, in segments that follow each other along the line
+    (in_flight). All go forward, and then all go back, so that ranks wait only at both ends. No pass is repeated, and
+    activations take no more memory than those of one segment. least: see in_flight."""
 
-    def __init__(self, objective: Objective, line: Line, teacher: nn.Module | None = None) -> None:
+    def __init__(self, objective: Objective, line: Line, teacher: nn.Module | None = None, least: int = LEAST) -> None:
         super().__init__(objective, self.along, teacher=teacher)
-        self.line, self.teacher_way = line, self.along
+        self.line, self.teacher_way, self.least = line, self.along, least
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        whole = padded(batch, self.line.parts)
-        part = own_parts(whole, whole["mask"].shape[1], self.line)[0].to(device)
-        fields = {name: value for name, value in part._asdict().items() if value is not None}
-        own = {"part": part, "mask": torch.ones_like(part.counted, dtype=torch.bool)}
-        return fields | own | {"sources": {}}  # the parts of the sources are told of whole rows
+        whole, parts = padded(batch, self.line.parts), self.line.parts
+        T = whole["mask"].shape[1]
+        number = in_flight(parts, self.line.blocks, T, self.least)
+        length = T if number == 1 else -(-T // (number * parts * GRAIN)) * parts * GRAIN
+        return together([segment.to(device) for segment in own_parts(whole, length, self.line)])
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         """See Step.loss. Its gradients are those of a backward pass that is over, because engines exchange gradients
         between ranks as they come, and ranks that share rows come to a block at different times."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        loss = super().loss(model, batch, count)
+        loss = self.forward(model, batch, count)
         found = torch.autograd.grad(loss, [*parameters, self.line.anchor], allow_unused=True)
         gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
         return delivered(loss.detach(), gradients, parameters)
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return super().loss(model, batch, 1)
+        return self.forward(model, batch, 1)
+
+    def forward(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        """The sum of the segments' losses. Autograd goes back through what came last first, on every rank. The shares
+        of data files are told of whole rows only."""
+        self.line.open_ring()
+        total, measures = torch.zeros((), device=batch["tokens"].device), dict[str, torch.Tensor]()
+        for part in cast(Mapping[str, Any], batch)["segments"]:
+            fields = {name: value for name, value in part._asdict().items() if value is not None}
+            mask = torch.ones_like(part.counted, dtype=torch.bool)
+            total = total + super().loss(model, fields | {"part": part, "mask": mask}, count)
+            measures = {name: measures.get(name, 0) + found for name, found in self.measures.items()}
+        self.measures = measures
+        return total
 
     def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
         """Go through a model with this rank's part of a batch (a Way)."""
@@ -59,12 +76,7 @@ class SharedSegments(Segments):
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         own = own_parts(padded(batch, self.line.parts), self.length, self.line)
-        segments = [segment.to(device) for segment in own]
-        tokens = torch.cat([segment.tokens for segment in segments], 1)
-        counted = torch.cat([segment.counted for segment in segments])
-        found = {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
-        weights = [segment.weights.flatten()[segment.counted] for segment in segments if segment.weights is not None]
-        return found | {"weights": torch.cat(weights)} if weights else found
+        return together([segment.to(device) for segment in own])
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         self.line.open_ring()
@@ -97,6 +109,15 @@ class SharedSegments(Segments):
             relay = Relay(self.line, cast(LanguageModel, model), segment)
             total += run(model, segment, self.head(segment, 1), relay)
         return total
+
+
+def together(segments: list[Segment]) -> dict[str, Any]:
+    """What a step needs of a rank's segments, and their tokens, mask and weights as those of one batch."""
+    tokens = torch.cat([segment.tokens for segment in segments], 1)
+    counted = torch.cat([segment.counted for segment in segments])
+    found = {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}
+    weights = [segment.weights.flatten()[segment.counted] for segment in segments if segment.weights is not None]
+    return found | {"weights": torch.cat(weights)} if weights else found
 
 
 def run(model: nn.Module, segment: Segment, head: HeadFunction, relay: Relay) -> torch.Tensor:
