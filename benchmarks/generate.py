@@ -11,7 +11,6 @@ the same rounds.
 """
 
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -34,7 +33,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
     parser.add_argument("--weights", nargs="+", default=("fp32", "bf16", "int8", "int4"))
     parser.add_argument("--tokens", type=int, default=16, help="tokens of one sequence in a round; of several a half")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", help=argparse.SUPPRESS)  # set where this program runs itself
     args = parser.parse_args()
     if args.model:
@@ -96,9 +95,10 @@ def measure(args):
                 stream.sum()
                 reading = max(reading, stream.nbytes / (time.perf_counter() - began))
                 mine = max(mine, our_rate(ours, prompts, tokens))
-                theirs = max(theirs, llama_rate(server, prompts, tokens)) if server else math.nan
+                theirs = max(theirs, llama_rate(server, prompts, tokens)) if server else 0.0
             share = batch / mine / (size / reading)
-            cells = f"{size / 1e6:,.0f}", batch, f"{mine:.1f}", f"{share:.2f}", f"{theirs:.1f}", f"{mine / theirs:.2f}"
+            beside = (f"{theirs:.1f}", f"{mine / theirs:.2f}") if server else ("", "")
+            cells = f"{size / 1e6:,.0f}", batch, f"{mine:.1f}", f"{share:.2f}", *beside
             row = (args.generation[0], args.sizes[0], args.threads[0], kind, *cells)
             print(f"| {' | '.join(map(str, row))} |", flush=True)
             del server

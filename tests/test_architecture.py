@@ -25,9 +25,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = (
     *"deepspeed lightning transformers peft matplotlib bitsandbytes datasets".split(),
     *"wandb trackio swanlab tensorboard accelerate".split(),
-    *"trl lm_eval fastapi starlette uvicorn pydantic".split(),
+    *"trl lm_eval fastapi starlette uvicorn pydantic lion_pytorch schedulefree".split(),
 )
-BASE = "children config errors streams refusals rules cli names tables memory installing gpus".split()
+BASE = "children config errors streams refusals rules cli names tables memory installing gpus recording".split()
 FLAGS = ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags")
 HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
@@ -73,7 +73,12 @@ PARTS = (
         ("convert", "merge", "plots"),
     ),
     ("doctor", ("doctor",), ("models", "containers", "inspect")),
-    ("step", ("training/step",), ("bases", "adapter files", "data", "plots", "merge", "fused", "objectives")),
+    ("optimizers", ("training/optimizers",), ("base",)),
+    (
+        "step",
+        ("training/step",),
+        ("optimizers", "bases", "adapter files", "data", "plots", "merge", "fused", "objectives"),
+    ),
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
@@ -245,6 +250,7 @@ def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     allowed |= {("training", "saving", name) for name in ("deepspeed_files", "loggers")}
     allowed |= {("evals", "harness"), *(("serve", name) for name in ("app", "command", "forms"))}
     allowed |= {("ui", "app"), ("ui", "command")}
+    allowed |= {("training", "optimizers", name) for name in ("adamw8bit", "lion", "schedule_free")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"

@@ -1,5 +1,6 @@
 """A training step never waits for the GPU between its forward pass and the end of its backward pass: it finds values
-that it needs on the CPU, before. Calls that wait are forbidden by name in the files of a step."""
+that it needs on the CPU, before. Nor does a token that is drawn, unless by top-p. Calls that wait are forbidden by name
+in the files of both."""
 
 import ast
 from pathlib import Path
@@ -12,6 +13,7 @@ PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
     *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "graphs", "relay", "shared")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
+    *("generate/rows.py", "generate/replay.py", "generate/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
@@ -23,6 +25,10 @@ WAITS = {
     *("equal", "allclose"),
 }
 ALLOWED = {
+    ("generate/rows.py", "heard", "synchronize"): "for the token before",
+    ("generate/rows.py", "heard", "tolist"): "of what was copied by then",
+    ("generate/rows.py", "placed", "tensor"): "on the CPU, which is pinned then",
+    ("generate/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
     ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",
     ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",

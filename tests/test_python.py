@@ -13,7 +13,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.generate import command, load_model, save_state_file
-from rwkv_peft.generate.decode import prefill
+from rwkv_peft.generate.reading import prefill
 from rwkv_peft.release import check, merge_command
 
 ROOT = Path(__file__).resolve().parents[1]

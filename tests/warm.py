@@ -36,6 +36,8 @@ IMPORTS = (
     "lightning.pytorch",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "setuptools",  # which deepspeed looks for a compiler with
+    "deepspeed.module_inject.auto_ep_layer",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "torch.utils.tensorboard",

@@ -30,3 +30,15 @@ def count_gpus(instead: str) -> int:
             f"CUDA, or {instead}"
         )
     return count
+
+
+def better_precision(precision: str, accelerator: str) -> str:
+    """A note on a --precision that this machine, "cpu" or "gpu", multiplies slowly; "" if there is none to make."""
+    if precision == "fp16" and accelerator == "cpu":
+        return "note: CPUs compute fp16 slowly; --precision bf16 takes as much memory"
+    if precision == "bf16" and accelerator == "gpu" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+            return f"note: {name} multiplies bf16 slowly; --precision fp16 suits it"
+    return ""

@@ -42,6 +42,15 @@ SAMPLINGS = Table(
         "pack": "data.pack:PackedSamples",
     }
 )
+# --optim, besides AdamW
+OPTIMS = Table(
+    {
+        "adamw8bit": "training.optimizers.adamw8bit:AdamW8bit",
+        "lion": "training.optimizers.lion:Lion",
+        "muon": "training.optimizers.muon:Muon",
+        "schedule_free": "training.optimizers.schedule_free:ScheduleFree",
+    }
+)
 # tasks of `rwkv-peft eval` and --eval_task: whose answers the model writes, and whose continuations are scored
 WRITTEN = Table({"gsm8k": "evals.gsm8k:Gsm8k", "math": "evals.competition:Competition", "jsonl": "evals.exact:Exact"})
 SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.lambada:Lambada"})

@@ -85,7 +85,12 @@ def test_decoding_is_measured_where_the_engine_is_missing(check):
     code, outcomes, results, out = check("engine x070", "decode x070", without=("deepspeed",))
     assert code == 0
     assert outcomes == {"engine x070": ("left out", "no deepspeed"), "decode x070": ("measured", "")}
-    assert [entry["sequences"] for entry in results] == [1, 2]
+    assert [(entry["sequences"], entry["graphs"]) for entry in results] == [
+        (1, True),
+        (1, False),
+        (2, True),
+        (2, False),
+    ]
     assert all(entry["tokens_per_s"] > 0 for entry in results)
     assert "left out: 1 of 2\n    engine x070: no deepspeed" in out
 

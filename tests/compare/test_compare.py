@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compare.lines import MODEL, OWN, TRAIN
+from families import DISTINCT
 from rwkv_peft.compare import runs
 from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
@@ -18,7 +19,6 @@ from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.alone import alone_in
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.plan.rehearsal import count
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
@@ -222,7 +222,7 @@ def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
 
 
 @pytest.mark.parametrize("parts", [(), ("ln",), ("time", "state"), ("emb", "head", "ln", "time", "state")])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_what_is_told_to_train_is_what_does(files, family, parts, capsys):
     """Parts of the model and its states train along with adapters."""
     shapes = family.shapes(family.new_dimensions(2, 64, 80, head_size=16))

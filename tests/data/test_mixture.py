@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.mixture import Joined, Mixture, shares_of
@@ -16,6 +16,7 @@ from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.inputs import find_samples
 
 LENGTHS = {"a": (40, 30), "b": (25, 12), "c": (9, 60)}  # documents, and tokens of each
@@ -118,7 +119,8 @@ def test_a_batch_tells_which_file_each_counted_target_is_of(config, dataload):
 
 def test_several_files_to_validate_on_are_told_apart(config):
     data = DataConfig(path=config.path, ctx_len=16)
-    train = TrainConfig(val_data=config.more[0], more_val=config.more[1:])
+    train = parse_flags(["--data_file", "x", "--load_model", "y", "--val_data", *config.more]).train
+    assert train == replace(train, val_data=config.more[0], more_val=config.more[1:])
     run = SimpleNamespace(data=data, train=train, model=SimpleNamespace(vocab_size=80))
     samples, measured = find_samples(run)
     assert list(measured["val"].sources) == ["b", "c"]

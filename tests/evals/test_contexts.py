@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.evals import contexts, scoring
 from rwkv_peft.evals.contexts import batches, score_pairs
-from rwkv_peft.models import FAMILIES
 
-FAMILY = FAMILIES[0]
+FAMILY = DISTINCT[0]
 EXAMPLES = [3 + 7 * i % 70 for i in range(9)]
 # (context, continuation): two that share a context, an opening that four share, one of its own, an empty continuation
 PAIRS = [

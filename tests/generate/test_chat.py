@@ -22,7 +22,7 @@ from rwkv_peft.data.tools import Call, calls_text, parse_calls
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import load_model, prefill, session
+from rwkv_peft.generate import engine, load_model, prefill, rows, session
 from rwkv_peft.streams import Patient
 
 PACKAGE = Path(session.__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def chat(model, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
             if says is not None:
-                patch.setattr(session, "sample", scripted)
+                patch.setattr(rows, "sample", scripted)
             assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
         return *capsys.readouterr(), logits
 
@@ -148,13 +148,13 @@ def test_a_paragraph_does_not_end_a_turn(chat, model):
 
 
 def test_a_turn_is_read_once(chat, monkeypatch):
-    read, plain = [], session.prefill
+    read, plain = [], engine.prefill
 
     def counting(model, prompts, start=None):
         read.append(len(prompts[0]))
         return plain(model, prompts, start)
 
-    monkeypatch.setattr(session, "prefill", counting)
+    monkeypatch.setattr(engine, "prefill", counting)
     chat(["Hi", "So?", "Ah"], says=[" Yo\n\nUser:", " No\n\nUser:", " Go|"])
     assert read == [len(f"User: {words}\n\nAssistant:") for words in ("Hi", "So?", "Ah")]
 

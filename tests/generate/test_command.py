@@ -48,6 +48,20 @@ def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
         command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
 
 
+def test_a_prompt_that_is_damaged_is_told_after_the_others_are_written(tiny_state, tmp_path, capsys):
+    state = tiny_state(vocab_size=257)
+    state["emb.weight"][ord("x") + 1] = 3e38  # whose norm is not finite
+    save_model(tmp_path / "model.pth", state)
+    (tmp_path / "prompts.txt").write_text("ax\nb\nc\n")
+    flags = ["--prompt_file", str(tmp_path / "prompts.txt"), "--max_tokens", "2", "--tokenizer", "bytes"]
+    for more in ([], ["--output", str(tmp_path / "found.jsonl")]):
+        with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
+            command.main(["--model", str(tmp_path / "model.pth"), *flags, *more])
+    told = capsys.readouterr().out
+    assert [json.loads(line)["prompt"] for line in told.splitlines()] == ["b", "c"]
+    assert (tmp_path / "found.jsonl").read_text() == told
+
+
 def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(tiny_state, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(128)))
     for vocab_size, told in ((1024, True), (200, False)):

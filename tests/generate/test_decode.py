@@ -8,7 +8,16 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource, read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.generate import Sampling, decode, generate, load_model, prefill, read_state_file, save_state_file
+from rwkv_peft.generate import (
+    Sampling,
+    engine,
+    generate,
+    load_model,
+    prefill,
+    read_state_file,
+    reading,
+    save_state_file,
+)
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.state import State
@@ -109,7 +118,7 @@ def test_a_penalty_prevents_repetition(model):
 
 def test_long_prompts_are_read_in_passes(model, monkeypatch):
     whole, state = prefill(model, PROMPTS)
-    monkeypatch.setattr(decode, "PREFILL", 2 * len(PROMPTS))
+    monkeypatch.setattr(reading, "PREFILL", 2 * len(PROMPTS))
     logits, again = prefill(model, PROMPTS)
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
     for layer, other in zip(state, again):
@@ -226,6 +235,20 @@ def test_logits_that_are_not_finite_are_named(tiny_state):
         list(generate(model, [[1]], GREEDY))
 
 
+def test_one_prompt_that_is_damaged_leaves_the_others_as_they_are(tiny_state):
+    state = tiny_state()
+    state["emb.weight"][3] = float("nan")
+    model = RWKV6(base_of(state).config)
+    model.load_state_dict(state)
+    steps = []
+    with pytest.raises(UserError, match=r"for prompt 1 after 0 tokens \(and 1 more\)"):
+        for step in generate(model, [[1], [3], [2, 4], [3]], GREEDY, 4):
+            steps.append(step)
+    found = [[step.token for step in steps if step.number == number] for number in range(4)]
+    first, second = continuations(model, [[1], [2, 4]], GREEDY, 4)
+    assert found == [first, [], second, []]
+
+
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(UserError, match="prompt 1 holds no token"):
         list(generate(model, [[1], []], GREEDY))
@@ -234,9 +257,9 @@ def test_an_empty_prompt_is_refused(model):
 @pytest.mark.parametrize("batch", [1, 4, 7, 15])
 def test_a_prompt_that_comes_again_is_read_once(model, monkeypatch, batch):
     """Its answers are those to copies of it, which are read one by one."""
-    read, reading = [], decode.prefill
+    read, whole = [], engine.prefill
     monkeypatch.setattr(
-        decode, "prefill", lambda m, prompts, start: (read.extend(prompts), reading(m, prompts, start))[1]
+        engine, "prefill", lambda m, prompts, start: (read.extend(prompts), whole(m, prompts, start))[1]
     )
     due = {10 * place + turn: prompt for place, prompt in enumerate(PROMPTS[:3]) for turn in range(5)}
     sampling = Sampling(top_p=1.0, seed=3)

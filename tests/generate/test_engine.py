@@ -11,10 +11,12 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.generate import Sampling, engine, generate, load_model, prefill, save_state_file
+from rwkv_peft.generate import Sampling, generate, load_model, prefill, save_state_file
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
+from rwkv_peft.generate.pace import Pace
+from rwkv_peft.generate.rows import DAMAGED
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -97,8 +99,8 @@ class Heard:
         self.end = end
 
 
-def engine_of(voice, batch=8, piece=64):
-    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), piece)
+def engine_of(voice, batch=8, piece=64, ahead=False):
+    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), Pace(piece), ahead)
 
 
 def ask(running, voice, prompt, *samplings, most=10**9, max_tokens=12, **settings):
@@ -117,9 +119,9 @@ def alone(voice, prompt, sampling, max_tokens=12):
     return [step.token for step in generate(voice.model, [prompt], sampling, max_tokens, start=voice.start)]
 
 
-@pytest.mark.parametrize("batch, piece", [(8, 64), (2, 4), (1, 1)])
-def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece):
-    running, heard = engine_of(voice, batch, piece), []
+@pytest.mark.parametrize("batch, piece, ahead", [(8, 64, False), (8, 64, True), (2, 4, True), (1, 1, False)])
+def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece, ahead):
+    running, heard = engine_of(voice, batch, piece, ahead), []
     for prompt, sampling in zip(PROMPTS, MANNERS):  # each joins while those before it are at work
         heard += ask(running, voice, prompt, sampling)
         running.step()
@@ -235,10 +237,10 @@ def test_damaged_logits_end_their_row_alone(voice, sampling):
     bad, running = Voice("bad", broken.requires_grad_(False)), engine_of(voice)
     (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], GREEDY, max_tokens=2)
     finish(running)
-    assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
     (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], sampling, max_tokens=2)
     finish(running)
-    assert wrong.end == engine.DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
 
 
 def test_adapters_and_states_answer_side_by_side_as_each_alone(files, voice):

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rwkv_peft as rp
+from families import DISTINCT
 from release.conversions import convert
 from release.test_convert_fla import in_fla, write
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.hf.rwkv_config import config_of
-from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.models import family_named
 from rwkv_peft.models.state import State, time_state_shapes
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -31,7 +32,7 @@ def random_state(family, vocab_size=257, n_layer=2, n_embd=64, head_size=32):
     return {key: tensor + 0.1 * torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=DISTINCT, ids=lambda family: family.name)
 def path(request, tmp_path_factory):
     """The path of a random byte-vocabulary model."""
     path = tmp_path_factory.mktemp("base") / "base.pth"
@@ -245,3 +246,11 @@ def test_config_of_tells_what_a_generation_is(model):
     config = config_of(model.model.config, eos_token_id=5)
     assert config.model_config() == model.model.config and config.eos_token_id == 5
     assert config.family.version == model.model.config.version
+
+
+def test_a_generation_without_a_form_is_refused(tmp_path):
+    family = family_named("x070a")
+    config = family.new_dimensions(1, 64, 2, head_size=32)
+    save_model(tmp_path / "7a.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
+    with pytest.raises(UserError, match="RWKV-7a has no form as a Hugging Face folder here"):
+        RWKVForCausalLM.from_pth(tmp_path / "7a.pth")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import LayerState, State
 
 
@@ -32,7 +32,7 @@ def step(model, state):
 def test_packed_rows_are_the_same_from_nothing_and_from_states(backend, states):
     """Of the newest generation. The C++ that torch writes for "inductor" takes a compiler half a minute, so that states
     are left to a backend without any."""
-    model = model_of(FAMILIES[-1])
+    model = model_of(DISTINCT[-1])
     started = State(LayerState(*map(torch.randn_like, layer)) for layer in State.zeros(model.config, 4))
     begins = [started if from_state else None for from_state in states]
     expected = [step(model, state) for state in begins]

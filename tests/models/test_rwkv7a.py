@@ -62,6 +62,22 @@ def test_a_sequence_in_parts_and_packed_is_the_whole():
         torch.testing.assert_close(packed[:, :20], whole[:, :20])
 
 
+def test_a_settled_table_stays_as_the_file_has_it_and_gives_the_same():
+    tensors, config = random_tensors(FAMILY, dtype=torch.bfloat16, **SIZES)
+    models = [FAMILY.load(tensors, config).requires_grad_(False) for _ in range(2)]
+    models[0].settle()
+    whole, settled = (model.float() for model in reversed(models))
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(settled(tokens)[0], whole(tokens)[0])
+    names = [f"blocks.{i}.ffn.s_emb.weight" for i in (0, 1)]
+    state, trained = settled.state_dict(), dict(settled.named_parameters())
+    assert state.keys() == tensors.keys() and not any(name in trained for name in names)
+    assert all(state[name].data_ptr() == tensors[name].data_ptr() for name in names)
+    again = FAMILY.load(state, config)  # it trains in another model
+    again.settle()
+    assert all(name in dict(again.named_parameters()) for name in names)
+
+
 def test_recomputing_blocks_gives_the_same_gradients():
     tensors, config = random_tensors(FAMILY, **SIZES)
     gradients = []

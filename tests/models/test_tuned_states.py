@@ -4,10 +4,10 @@ float64 and a state that is passed by hand."""
 import pytest
 import torch
 
-from rwkv_peft.models import FAMILIES
+from families import DISTINCT
 from rwkv_peft.models.state import State, is_time_state, state_of, time_state_key
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+pytestmark = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 
 
 def shaken(family, head_size=8):

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.collate import collate_packed
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.grpo import FORMS, GRPO
 from rwkv_peft.training.step.steps import Whole
 
@@ -117,7 +117,7 @@ def naive_advantages(form):
 
 @pytest.mark.parametrize("masked, bonus", [(False, 0.0), (True, 0.2)])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
     bounds = {"clip_low": 0.1, "clip_high": 0.15}
     one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, entropy_bonus=bonus, mask_truncated=masked, **bounds)
@@ -147,7 +147,7 @@ def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_first_pass_has_a_ratio_of_1(form):
     """Its gradient is that of advantage times log-probability, whatever the bounds are."""
-    one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(FAMILIES[1], shaken=False)
+    one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(DISTINCT[1], shaken=False)
     _, batch = batch_of(one, spoken(model))
     del batch["old"]
     step = Whole(one)

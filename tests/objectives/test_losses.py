@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.config.objective import TEACHER
 from rwkv_peft.data.collate import collate
-from rwkv_peft.data.masks import UNDESIRABLE
-from rwkv_peft.models import FAMILIES
+from rwkv_peft.data.labels import UNDESIRABLE
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.documents import log_probabilities
@@ -176,7 +176,7 @@ def batch_of(name, lengths=LENGTHS):
 
 def other_model(family):
     """A teacher: wider, and of another generation."""
-    return shaken(make(next(other for other in FAMILIES if other is not family), width=24))
+    return shaken(make(next(other for other in DISTINCT if other is not family), width=24))
 
 
 def compare(name, family, adapter):
@@ -203,7 +203,7 @@ def compare(name, family, adapter):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_loss_gradients_and_figures_are_the_papers(family, name):
     step, batch = compare(name, family, ADAPTERS["bat-in"])
     counted = sum(length - length // 2 for length in LENGTHS if length > 0)
@@ -211,17 +211,17 @@ def test_loss_gradients_and_figures_are_the_papers(family, name):
 
 
 @pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "bat-in"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_every_method_is_asked_for_the_bases_word(family, adapter):
     compare("dpo", family, ADAPTERS[adapter])
 
 
 @pytest.mark.parametrize("name", [name for name, (one, _) in FORMULAS.items() if not (one.asks_base or one.of_tokens)])
 def test_a_whole_model_learns_without_a_base_its_head_too(name):
-    compare(name, FAMILIES[1], None)
+    compare(name, DISTINCT[1], None)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 @pytest.mark.parametrize(
     "objective, name, loss",
     [(DPO(), "dpo", math.log(2)), (IPO(0.5), "ipo", 1.0), (KTO(0.1, 3.0, 5.0), "kto", (3 + 5 + 3) / 3 / 2)],
@@ -283,7 +283,7 @@ def test_losses_are_those_of_trl():
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_dropout_does_not_touch_what_answers_are_measured_by(method):
     adapter = AdapterConfig(method=method, rank=4, alpha=8.0, dropout=0.5)
-    model, batch = shaken(make(FAMILIES[0], adapter)), batch_of("dpo", [7, 4])
+    model, batch = shaken(make(DISTINCT[0], adapter)), batch_of("dpo", [7, 4])
     through = partial(straight, model, batch)
     with torch.no_grad(), untrained(model):
         model.train()
@@ -297,14 +297,14 @@ def test_checkpointed_blocks_have_the_same_gradients(name):
     batch, found = batch_of(name), []
     for checkpoint in (False, True):
         torch.manual_seed(3)
-        model = shaken(make(FAMILIES[1], ADAPTERS["bat-in"], checkpoint))
-        Whole(FORMULAS[name][0], teacher=other_model(FAMILIES[1])).loss(model, batch, 1).backward()
+        model = shaken(make(DISTINCT[1], ADAPTERS["bat-in"], checkpoint))
+        Whole(FORMULAS[name][0], teacher=other_model(DISTINCT[1])).loss(model, batch, 1).backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_adapters_come_back_after_an_error():
-    model = shaken(make(FAMILIES[0], ADAPTERS["bat-in"]))
+    model = shaken(make(DISTINCT[0], ADAPTERS["bat-in"]))
     tokens = torch.arange(5)[None]
     before = model(tokens)[0]
     with pytest.raises(RuntimeError), untrained(model):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from families import DISTINCT
 from rwkv_peft.data.collate import positions
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import cross_entropy, divergence
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.distill import Distill
@@ -162,7 +162,7 @@ def test_bfloat16_loses_no_more_than_plain_bfloat16():
 def test_a_teacher_may_see_other_tokens():
     """Its context before the student's tokens, which alone count: the same as its word on the whole, cut."""
     torch.manual_seed(0)
-    student, teacher = map(model_of, FAMILIES)
+    student, teacher = map(model_of, DISTINCT)
     context, row = torch.randint(30, (1, 5)), torch.randint(30, (1, 8))
     alone = {"tokens": row[:, :-1], "targets": row[:, 1:], "counted": torch.arange(2, 7)}
     more = {"teacher_tokens": torch.cat([context, row[:, :-1]], 1), "teacher_counted": alone["counted"] + 5}

@@ -44,6 +44,19 @@ def test_a_base_is_planned_from_its_header(tmp_path, tiny_state, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_tables_stay_in_their_file_until_they_train():
+    plain, deep, whole = (
+        estimate("--model_version", version, *more).parts(1, 128)
+        for version, more in (("x070", ()), ("x070a", ()), ("x070a", ("--train_parts", "emb")))
+    )
+    beside, table = 1024 * 64 + 64 * 32 + 32 * 256 + 256, 80 * 1024  # numbers of a layer; s_emb_x is the first
+    frozen = [size(parts, "weights, frozen") for parts in (plain, deep, whole)]
+    assert frozen[1] - frozen[0] == 2 * 4 * beside
+    trained = size(whole, "weights that train") - size(deep, "weights that train")
+    assert trained == 2 * (80 * 64 + 4 * (table + 1024 * 64))
+    assert size(deep, "tables, rows that are read") == 2 * 4 * table and not size(whole, "tables, rows that are read")
+
+
 def test_what_does_not_fit_says_so_and_exits_with_1(capsys):
     assert main(["plan", *NEW, "--gpu", "600MiB"]) == 1
     out = capsys.readouterr().out

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.fused import Setting
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.names import NONE
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.plan.rehearsal import Tracker, build, count, logit_bytes, rehearse, step_bytes
@@ -40,7 +40,7 @@ def adapter_of(name, family):
     return AdapterConfig(**words, rank=16, mini_rank=16, entries=16, targets=family.targets)
 
 
-CASES = [(FAMILIES[0], name) for name in (*METHODS, NONE)] + [(FAMILIES[1], name) for name in ("bat-in", "bone", NONE)]
+CASES = [(DISTINCT[0], name) for name in (*METHODS, NONE)] + [(DISTINCT[1], name) for name in ("bat-in", "bone", NONE)]
 
 
 @pytest.mark.parametrize("family, name", CASES, ids=[f"{family.name}, {name}" for family, name in CASES])
@@ -66,7 +66,7 @@ def test_what_is_kept_is_what_autograd_keeps_of_the_whole_model(family, name):
 @pytest.mark.parametrize("device", [CPU, GPU, PLAIN_GPU], ids=("cpu", "gpu", "plain gpu"))
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
-    for family in FAMILIES:
+    for family in DISTINCT:
         adapter, config = adapter_of("bat-in", family), family.new_dimensions(5, 64, 80)
         kept, states, work = step_bytes(family, config, adapter, torch.bfloat16, device, grad_cp, 3, 256)
         told = rehearse(family, config, adapter, torch.bfloat16, device, grad_cp)
@@ -75,7 +75,7 @@ def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
         assert told.kept.at(3, 256) + told.work.at(3, 256) == pytest.approx(kept + work, rel=0.03)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_what_a_large_model_needs_at_once_on_a_gpu(family):
     """With few tokens the needs of its wide layers would dominate."""
     adapter, config = adapter_of("bat-in", family), family.new_dimensions(3, 2048, 80)
@@ -84,7 +84,7 @@ def test_what_a_large_model_needs_at_once_on_a_gpu(family):
     assert told.at(14, 1024) == pytest.approx(work, rel=0.01)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_fused_blocks_keep_less(family):
     adapter, config = adapter_of("bat-in", family), family.new_dimensions(2, 256, 80)
     fused, plain = (step_bytes(family, config, adapter, torch.bfloat16, one, False, 1, 512) for one in (GPU, PLAIN_GPU))
@@ -92,7 +92,7 @@ def test_fused_blocks_keep_less(family):
 
 
 def test_recomputing_blocks_keeps_their_inputs_alone():
-    family = FAMILIES[0]
+    family = DISTINCT[0]
     adapter, config = adapter_of("bone", family), family.new_dimensions(6, 64, 80, head_size=32)
     kept = rehearse(family, config, adapter, torch.float32, CPU, True).kept.at(1, 512)
     assert kept == pytest.approx(6 * 512 * 64 * 4, rel=0.3)
@@ -117,7 +117,7 @@ def test_logits_take_their_own_place_and_without_a_kernel_float32_copies(monkeyp
 
 
 def test_a_model_of_14b_is_counted_without_its_memory():
-    family = FAMILIES[0]
+    family = DISTINCT[0]
     config = family.new_dimensions(61, 4096, 65536)
     counts = count(family, config, AdapterConfig(targets=family.targets, quant="nf4"))
     assert counts.total - counts.own == sum(torch.Size(shape).numel() for shape in family.shapes(config).values())

@@ -107,8 +107,7 @@ def test_totals_are_weighted_sums_of_those_that_judge_in_any_number_of_processes
 
 
 def test_judgements_may_be_waited_for_later(reward):
-    code = "def f(completions): return [len(text) for text in completions]"
-    with Rewards.open([reward(code)], workers=2) as rewards:
+    with Rewards.open([reward("def f(completions): return list(map(len, completions))")], workers=2) as rewards:
         asked = [rewards.ask(["q"] * 2, texts, [{}] * 2) for texts in (["a", "bb"], ["ccc", "dddd"])]
         assert [judgement().total for judgement in reversed(asked)] == [[3, 4], [1, 2]]
 

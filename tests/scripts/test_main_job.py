@@ -208,9 +208,9 @@ def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path):
+def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path, warm_environment):
     (tmp_path / "adapter.safetensors").touch()
-    done = script({"PROJ_DIR": str(tmp_path)})
+    done = script(warm_environment | {"PROJ_DIR": str(tmp_path)})
     assert done.returncode == 2 and "already holds adapter.safetensors" in done.stderr and "==" not in done.stdout
 
 

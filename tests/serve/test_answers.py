@@ -131,6 +131,40 @@ def test_an_answer_is_held_to_its_schema(client, seed):
         jsonschema.validate(json.loads(choice.message.content), schema)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_an_answer_is_made_to_call_a_tool(client, named):
+    day = {
+        "type": "object",
+        "properties": {"day": {"enum": [1, 2]}},
+        "required": ["day"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": day}} for name in ("warm", "wet")]
+    answer = client.chat.completions.create(
+        model="poet",
+        messages=[{"role": "user", "content": "Hi"}],
+        n=3,
+        seed=2,
+        max_tokens=200,
+        tools=tools,
+        tool_choice={"type": "function", "function": {"name": "wet"}} if named else "required",
+    )
+    for choice in answer.choices:
+        (call,) = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls" and not choice.message.content
+        assert call.function.name in (("wet",) if named else ("warm", "wet"))
+        jsonschema.validate(json.loads(call.function.arguments), day)
+
+
+def test_an_adapter_answers_from_a_state(client, models):
+    answer = client.completions.create(
+        model="poet", prompt="x", max_tokens=20, temperature=0, extra_body={"state": "calm"}
+    )
+    both = {"both": (models["poet"][0], models["calm"][1])}
+    due = [texts(both, "both", ["x"], GREEDY, 20), *(texts(models, n, ["x"], GREEDY, 20) for n in ("poet", "calm"))]
+    assert [answer.choices[0].text] == due[0] and due[0] not in due[1:]
+
+
 def test_tools_and_their_results_are_laid_out_as_chat_data(client):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}

@@ -27,6 +27,10 @@ class Graph(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():  # which hands over whole what is made of other operations
+            with self:
+                if (out := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
+                    return out
         name = func._schema.name.split("::")[1]
         assert name not in REFUSED, f"{name} reads a result, or the host's numbers, while a graph is recorded"
         out = func(*args, **(kwargs or {}))

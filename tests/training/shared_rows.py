@@ -111,7 +111,7 @@ def main(rank, ranks, port, file):
     for parts in (2, 4):
         line = Line(rank, parts, 3)
         found["taught", parts] = taught(partial(SharedRows, line=line))
-        for family in FAMILIES:
+        for family in FAMILIES[:2]:  # as tests/families.py has them
             for name in CASES:
                 steps = {"SharedRows": SharedRows(Noted(), line), "in flight": SharedRows(Noted(), line, least=16)}
                 steps |= {"SharedSegments": SharedSegments(LENGTH, line, Noted())} if parts == 4 else {}

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch._dynamo import utils
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.collate import collate
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.compiling import compiled, uncompiled
 from rwkv_peft.training.step.steps import Whole
@@ -27,7 +27,7 @@ def all_or_error(monkeypatch):
 
 @pytest.mark.parametrize(
     "family, adapter",
-    [(FAMILIES[0], AdapterConfig(rank=8)), (FAMILIES[-1], AdapterConfig(method="lora", rank=4, alpha=2.0))],
+    [(DISTINCT[0], AdapterConfig(rank=8)), (DISTINCT[-1], AdapterConfig(method="lora", rank=4, alpha=2.0))],
     ids=["RWKV-6 bat-in", "RWKV-7 lora"],
 )
 def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
@@ -51,7 +51,7 @@ def test_pairs_train_and_validate_compiled(group, all_or_error):
     """The first block, the last and one between, with a gradient and without, as they train and as they validate, with
     adapters and as the base; also if a prompt is computed once."""
     torch.manual_seed(0)
-    family = FAMILIES[-1]
+    family = DISTINCT[-1]
     model = family.build(family.new_dimensions(3, 64, 40))
     family.init_weights(model)
     inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)

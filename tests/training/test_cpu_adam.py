@@ -4,7 +4,7 @@ running build is not."""
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.step.cpu_adam import cpu_adam, remove_stale_lock
+from rwkv_peft.training.optimizers.cpu_adam import cpu_adam, remove_stale_lock
 
 
 def test_a_lock_counts_while_a_process_has_it_open(tmp_path):

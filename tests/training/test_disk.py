@@ -52,7 +52,7 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
     earlier = tmp_path / "checkpoints" / "step-00000004"
     earlier.mkdir(parents=True)
     (earlier / "state.json").write_text('{"samples_seen": 4}')
-    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, optimizers=[None])
+    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, optimizers=[SimpleNamespace(optimizer=None)])
     trainer.strategy = SimpleNamespace(barrier=lambda: None)
     saves = saver.Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     with pytest.raises(kind, match=words):

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import is_time_state, time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plan.command import main as plan
@@ -36,7 +36,7 @@ def write_model(path, family, seed=1, **sizes):
 @pytest.fixture(scope="module")
 def teacher(files):
     """A wider teacher of the other generation."""
-    return write_model(files / "teacher.pth", FAMILIES[1])
+    return write_model(files / "teacher.pth", DISTINCT[1])
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +79,18 @@ def test_stage_3_computes_the_same(files, distil):
 
 def test_a_run_goes_on_with_its_own_teacher_alone(files, distil):
     finish(start(distil("ended", "--epoch_count", "1")))
-    other = write_model(files / "other.pth", FAMILIES[1], n_embd=32)
+    other = write_model(files / "other.pth", DISTINCT[1], n_embd=32)
     _, err = finish(start(distil("ended", "--resume", "--teacher_model", str(other))), 2)
     assert "has teacher " in err and "give the first run's flags" in err
     finish(start(distil("ended", "--resume")))
 
 
 def test_a_teacher_that_is_overwritten_ends_the_run(files, command, tiny_state):
-    path = write_model(files / "torn.pth", FAMILIES[1])
+    path = write_model(files / "torn.pth", DISTINCT[1])
     more = ("--objective", "distill", "--teacher_model", str(path))
     process, _ = begun(files, command, tiny_state, "of-torn", *more)
     (files / "other").mkdir(exist_ok=True)
-    other = write_model(files / "other" / path.name, FAMILIES[1], seed=2).read_bytes()
+    other = write_model(files / "other" / path.name, DISTINCT[1], seed=2).read_bytes()
     assert len(other) == path.stat().st_size
     with open(path, "r+b") as file:
         file.write(other)
@@ -128,14 +128,14 @@ def test_flags_that_no_teacher_goes_with_are_refused(files, flags, message):
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(files, distil):
-    path = write_model(files / "others-words.pth", FAMILIES[0], vocab_size=81)
+    path = write_model(files / "others-words.pth", DISTINCT[0], vocab_size=81)
     with pytest.raises(UserError, match=f"--teacher_model {path} has a vocabulary of 81 tokens, and its student 80; a"):
         parse_run(distil("unwritten", "--teacher_model", str(path))[2:])
     assert not (files / "unwritten").exists()
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
-    path = write_model(tmp_path / "rwkv.pth", FAMILIES[0])
+    path = write_model(tmp_path / "rwkv.pth", DISTINCT[0])
     record = {"name": "bytes", "hash": "00", "size": 80}
     (tmp_path / "config.json").write_text(json.dumps({"vocabulary": record}))
     base = open_base(path)
@@ -146,7 +146,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
         require_own_tokens(base, data._replace(hash="01"))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_teacher_begins_with_the_time_states_of_its_file(tmp_path, family):
     path = write_model(tmp_path / "plain.pth", family)
     plain = open_base(path)
@@ -181,7 +181,7 @@ def test_a_teacher_has_its_adapters_and_states(files, command, tmp_path):
 def test_a_teacher_in_the_place_where_a_run_saves_is_refused(files, distil):
     folder = files / "taught-there"
     folder.mkdir()
-    path = write_model(folder / "rwkv.pth", FAMILIES[1])
+    path = write_model(folder / "rwkv.pth", DISTINCT[1])
     with pytest.raises(UserError, match=f"{path} is to be read, and --proj_dir {folder} is where this run writes"):
         parse_run(distil("taught-there", "--teacher_model", str(path), "--peft", "none")[2:])
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from families import DISTINCT
 from objectives.test_losses import ADAPTERS, make, shaken
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.rewards import Judged
@@ -41,7 +41,7 @@ def gap(model, answers, *more):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_drawing_and_learning_agree(family, adapter):
     model = shaken(make(family, ADAPTERS[adapter], dtype=torch.float32))
     answers = drawn(model)
@@ -49,7 +49,7 @@ def test_drawing_and_learning_agree(family, adapter):
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_draws_begin_from_tuned_states(family):
     model = make(family, dtype=torch.float32)
     model.tune_states()
@@ -61,7 +61,7 @@ def test_draws_begin_from_tuned_states(family):
     assert gap(model, before) > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_teacher_scores_each_drawn_token_alike(family):
     """The loss is the mean over the step's tokens, each with the whole prompt before it, however prompts are laid."""
     model, teacher = (shaken(make(family, width=width)) for width in (16, 24))
@@ -86,7 +86,7 @@ def test_a_teacher_scores_each_drawn_token_alike(family):
 
 
 def test_an_answer_counts_with_what_ends_it():
-    model = make(FAMILIES[1], dtype=torch.float32)
+    model = make(DISTINCT[1], dtype=torch.float32)
     answers = drawn(model)
     assert {answer.end for answer in answers} <= {"end", "length"} and any(answer.cut for answer in answers)
     for answer in answers:
@@ -104,7 +104,7 @@ def test_answers_are_judged_while_the_step_before_learns():
         events.append(("asked", number))
         return lambda: events.append(("judged", number)) or Judged([0.0, 1.0], {"one": [0.0, 1.0]})
 
-    model = make(FAMILIES[1], dtype=torch.float32)
+    model = make(DISTINCT[1], dtype=torch.float32)
     samples = SimpleNamespace(prompt=lambda n: [n + 1], row=int, place=int, original=int)
     place = Place(micro_bsz=1, apart=1, accumulate=1, end=3)
     drawing = Drawing(GRPO(ahead=True), MANNER, SimpleNamespace(ask=ask), None, 2, place, lambda doing: None)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.collate import collate
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.ops.recurrence.checks import check_bounds
 from rwkv_peft.training.flags.request import parse_flags
@@ -81,7 +81,7 @@ def trained(model, way, batches):
 
 
 @pytest.mark.parametrize("trains", ["bat-in", "lora", "all", "ln_out"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_replayed_blocks_train_as_blocks_do(family, trains):
     batches = [a_batch(seed) for seed in range(6)]
     runs = [trained(make(family, trains), way, batches) for way in (Graphed([Form(T)]), straight)]
@@ -93,11 +93,11 @@ def test_replayed_blocks_train_as_blocks_do(family, trains):
 def test_quantized_weights_train_as_they_do(quant):
     pytest.importorskip("bitsandbytes")
     batches = [a_batch(seed) for seed in range(6)]
-    runs = [trained(make(FAMILIES[0], "bat-in", quant), way, batches) for way in (Graphed([Form(T)]), straight)]
+    runs = [trained(make(DISTINCT[0], "bat-in", quant), way, batches) for way in (Graphed([Form(T)]), straight)]
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family, trains", [*zip(FAMILIES, ("all", "bat-in")), (FAMILIES[0], "ln_out")])
+@pytest.mark.parametrize("family, trains", [*zip(DISTINCT, ("all", "bat-in")), (DISTINCT[0], "ln_out")])
 def test_shorter_rows_are_padded_and_train_as_they_are(family, trains):
     graphed = Graphed([Form(T), Form(T - 2)])
     batches = [a_batch(seed, tokens=tokens) for seed, tokens in enumerate([T, T, T - 1, T - 2, T, T - 3])]
@@ -115,7 +115,7 @@ PACKED = (  # the lengths of the documents in each of a run's rows, of 9 targets
 
 
 @pytest.mark.parametrize("rows", PACKED)
-@pytest.mark.parametrize("family, trains", [(one, trains) for one in FAMILIES for trains in ("all", "bat-in")])
+@pytest.mark.parametrize("family, trains", [(one, trains) for one in DISTINCT for trains in ("all", "bat-in")])
 def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family, trains, rows):
     """Rows follow each other with more sequences than the row before, and with fewer."""
     graphed = Graphed([Form(9, most) for most in (6, 4, 2)])
@@ -125,7 +125,7 @@ def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family,
     assert graphed.graphs[Form(9, 6)].calls == 6
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_the_last_sequence_goes_on_to_the_end_of_rows_that_are_not_full(family):
     batches = [packed(seed, lengths) for seed, lengths in enumerate([(4, 5), (3,), (1, 1, 2), (2, 3, 6), (7,), (2,)])]
     longer = [
@@ -139,7 +139,7 @@ def test_the_last_sequence_goes_on_to_the_end_of_rows_that_are_not_full(family):
     torch.testing.assert_close(found[0], trained(make(family, "bat-in"), straight, batches)[0], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_pairs_train_as_they_do_and_their_base_stays_the_base(family):
     """Recorded with adapters that have already moved, so that the base's graphs would show a trace of them."""
     forms, results = [Form(9, 4), Form(6, 4)], []
@@ -183,14 +183,16 @@ def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    with pytest.raises(UserError, match=r"cannot record what the blocks do \(operation not permitted.*; leave it out"):
-        Whole(way=Graphed([Form(T)])).loss(make(FAMILIES[0], "bat-in"), a_batch(0), 1)
+    with pytest.raises(
+        UserError, match=r"cannot record what the model does \(operation not permitted.*; leave --cuda_graphs out"
+    ):
+        Whole(way=Graphed([Form(T)])).loss(make(DISTINCT[0], "bat-in"), a_batch(0), 1)
 
 
 @pytest.fixture
 def recorded():
     """A model with an adapter, and a step that has recorded it."""
-    model, step = make(FAMILIES[0], "bat-in"), Whole(way=Graphed([Form(T), Form(T - 2)]))
+    model, step = make(DISTINCT[0], "bat-in"), Whole(way=Graphed([Form(T), Form(T - 2)]))
     step.loss(model, a_batch(0), 1)
     return model, step
 

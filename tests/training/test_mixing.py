@@ -35,6 +35,10 @@ def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed)
     for line, losses in zip(parts, learned):
         assert min(losses) - 1e-6 <= line["loss"] <= max(losses) + 1e-6
     assert {len(losses) for losses in learned} == {1, 2}
+    assert (
+        f"validation loss of code: {whole[2]['val_loss/code']:.4f} at first, {last['val_loss/code']:.4f} at last" in out
+    )
+    assert "sources   loss of " in out
     assert f", of data {last['val_loss/data']:.4f}, of code {last['val_loss/code']:.4f}" in out
     first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("mixed-whole", "mixed"))
     assert first == second

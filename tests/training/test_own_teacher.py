@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.batches import EvalBatches
@@ -14,7 +15,6 @@ from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.checks import bounds_on_host
@@ -121,7 +121,7 @@ def trained(family):
     return model, base
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_the_loss_is_the_divergence_from_the_base_with_the_context(samples, family):
     """Whatever an adapter and tuned states have become."""
     batch = samples.collate([samples[n] for n in range(3)])
@@ -139,7 +139,7 @@ def test_the_loss_is_the_divergence_from_the_base_with_the_context(samples, fami
 
 
 @pytest.mark.parametrize("room, read", [(1 << 20, 7), (0, 21)], ids=("kept", "one"))
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_context_is_read_once_for_all_of_its_rows(samples, family, room, read):
     """In a whole run if States after all of them have room; the loss is that of rows which are read as wholes."""
     model, _ = trained(family)

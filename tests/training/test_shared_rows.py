@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_peft.models import FAMILIES
+from families import DISTINCT
 from rwkv_peft.training.header import shared_rows
 from rwkv_peft.training.step.relay import MOST, in_flight, waiting
 from rwkv_peft.training.step.steps import Whole
@@ -35,7 +35,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(
     "step, parts", [("SharedRows", 2), ("SharedRows", 4), ("in flight", 2), ("in flight", 4), ("SharedSegments", 4)]
 )
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_ranks_that_share_rows_find_what_one_finds(found, family, parts, step, name):
     expected = found_by(Whole(Noted()), *case(family, name))
     group = [rank[family.version, parts, name, step] for rank in found[:parts]]

@@ -5,13 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from families import DISTINCT
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import read_own
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.files.state_file import read_states
 from rwkv_peft.generate.command import main as generate
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert
@@ -21,14 +21,14 @@ from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics
 
 ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")
-BY_VERSION = pytest.mark.parametrize("version", [family.version for family in FAMILIES])
+BY_VERSION = pytest.mark.parametrize("version", [family.version for family in DISTINCT])
 
 
 @pytest.fixture(scope="module")
 def bases(files):
     """{version: path of a base of 257 tokens, without zeros in its tensors}."""
     paths = {}
-    for family in FAMILIES:
+    for family in DISTINCT:
         config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257, head_size=16)
         torch.manual_seed(0)
         model = family.build(config)

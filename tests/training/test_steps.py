@@ -4,17 +4,17 @@ states, packing and masks; truncated on request."""
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.collate import collate, positions
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step import segments, steps
 from rwkv_peft.training.step.segments import filler, segments_of
 from rwkv_peft.training.step.steps import Segments, Whole, run
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+pytestmark = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 VOCABULARY = 30
 
 

@@ -11,7 +11,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import FIRST, form
 from rwkv_peft.ui.places import Places
-from rwkv_peft.ui.runs import lines_of
+from rwkv_peft.ui.runs import TAIL, last_of, lines_of
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,16 @@ def test_other_commands_are_not_started(server):
         assert status == 400 and "the page starts" in text
     assert server.ask("/api/jobs/..%2f..")[0] in (400, 404)
     assert server.ask("/api/jobs/1%D9%A3")[0] in (400, 404)
+
+
+def test_the_newest_answers_of_a_run_are_shown(server, folder):
+    (folder / "drawing").mkdir()
+    path, text = folder / "drawing" / "answers.jsonl", "x" * 1000
+    assert last_of(path) == []
+    lines = [{"step": step, "prompt": "Hi", "completion": text, "reward": None} for step in range(400)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 400')
+    found = server.json("/api/runs/answers?folder=drawing")["answers.jsonl"]
+    assert found == last_of(path) == lines[-len(found) :] and len(found) == TAIL // len(json.dumps(lines[-1]) + "\n")
 
 
 def wait_for(server, job, state="ended"):

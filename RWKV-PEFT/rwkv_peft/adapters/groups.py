@@ -20,6 +20,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     family: LearningRates | None = None,
     ratios: Iterable[tuple[str, float]] = (),
+    matrices_apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a model as optimizer groups.
 
@@ -28,9 +29,10 @@ def parameter_groups(
     which multiply the rates of an adapter's tensors of that name.
 
     -> a list of dicts with "params", "weight_decay" and "lr_scale", which the schedule multiplies
-    by its learning rate; empty groups are left out, and names and order depend on the model alone.
+    by its learning rate; empty groups are left out, and names and order depend on the model alone. With matrices_apart
+    the matrices within blocks are in groups of their own, whose "shapes" are theirs; others have ().
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     ratio_of = dict(ratios)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -39,8 +41,21 @@ def parameter_groups(
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decay = weight_decay if may_decay and sum(size > 1 for size in shape) >= 2 else 0.0
         scale *= ratio_of.get(name.rpartition(".")[2], 1.0)
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+        groups.setdefault((scale, decay, matrices_apart and is_matrix(name, parameter)), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        | ({"shapes": tuple(tuple(each.shape) for each in params if apart)} if matrices_apart else {})
+        for (scale, decay, apart), params in groups.items()
+    ]
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter is the matrix of a layer within a block, or a matrix, or a row of them, of its
+    adapter."""
+    part, *_, leaf = name.split(".")
+    of_adapter = leaf.startswith(("bone", "lora_"))  # others' numbers are no matrix
+    inner = part not in ("emb", "head") and (leaf == "weight" or of_adapter)
+    return inner and parameter.dim() in (2, 2 + of_adapter) and min(parameter.shape[-2:]) > 1
 
 
 def learning_ratios(method: Method | None, config: AdapterConfig) -> tuple[tuple[str, float], ...]:

@@ -14,7 +14,7 @@ from ..adapters.load import load_tensors
 from ..adapters.methods import adapter_parameter, method_of
 from ..config import CHOICES, AdapterConfig
 from ..errors import UserError
-from ..files.adapter_file import PRECISIONS, Adapter, AdapterMetadata
+from ..files.adapter_file import Adapter, AdapterMetadata
 from ..files.adapter_file import save_adapter as write_adapter
 from ..files.adapters import AdapterSource
 from ..files.atomic import atomic_write, check_output
@@ -156,7 +156,7 @@ def merge(
 def precision_of(model: Model) -> str:
     """The precision of a model in which adapters train: "fp32" or "bf16". Raises UserError for another dtype."""
     dtype = model.network.emb.weight.dtype
-    for name in PRECISIONS:
+    for name in ("bf16", "fp32"):  # fp16 takes a loss scale
         if DTYPES[name] == dtype:
             return name
     raise UserError(f"the model is in {dtype}, in which no adapter trains; load it with precision='fp32' or 'bf16'")

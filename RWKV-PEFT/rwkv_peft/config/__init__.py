@@ -14,7 +14,8 @@ from .data import DATA_TYPES, OF_ROWS, DataConfig
 from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
 from .objective import Objective
-from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
+from .optimizer import SCHEDULE_FREE, STATE_LR
+from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STRATEGIES, TrainConfig
 
 __all__ = [
     "AIM",
@@ -26,6 +27,7 @@ __all__ = [
     "MOST_EPOCHS",
     "OF_ROWS",
     "QUANTIZATIONS",
+    "SCHEDULE_FREE",
     "STATE_LR",
     "STRATEGIES",
     "WORDS",

@@ -23,6 +23,7 @@ SEVERAL = "several --data_file"
 FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL, OWN_TEACHER)
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
+UNSCALED = "--train_type infctx, --context_parallel, --data_type prompts"
 OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --skip_bad_rows"
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens, --eval_stop"
 # reasons
@@ -34,7 +35,8 @@ BOTH = "give both, or RWKV-PEFT's JSON of two texts to --mask_id"
 SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
-ONE = "make one file of them"
+FULL = "take --precision bf16 or fp32"
+ONE, OUT = "make one file of them", "leave the schedule out"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -121,6 +123,19 @@ RULES = (
     Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
     Rule(
         "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
+    ),
+    Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
+    Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
+    Rule("--optim schedule_free", EXCLUDES, STAGE_3, "its steps would be counted more than once there", SHARE),
+    Rule("--optim muon", EXCLUDES, ALONE, "states are no matrices of layers", "leave it out"),
+    Rule(
+        "--optim schedule_free", EXCLUDES, "--lr_schedule !constant", "it averages in place of a rate that falls", OUT
+    ),
+    Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", "leave it out"),
+    Rule("--optim schedule_free", EXCLUDES, "--precision fp16", "its average counts steps, and some are skipped", FULL),
+    Rule("--precision fp16", EXCLUDES, UNSCALED, "they go back before the loss is scaled", FULL),
+    Rule(
+        "--precision fp16", EXCLUDES, "--cuda_graphs 1", "its operations ask the CPU, as no graph may", "leave it out"
     ),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),

@@ -2,27 +2,24 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, seed, switch
-from .schedules import SCHEDULES
+from ..cli import above_zero, count, not_negative, positive, seed, switch
+from .optimizer import OptimizerConfig
 from .setting import setting
 from .validation import ValidationConfig
 
-SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens of a segment
 AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/guides/learning-rates.md
-STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md has the measurement
 
 
 @dataclass(frozen=True)
-class TrainConfig(ValidationConfig):
+class TrainConfig(ValidationConfig, OptimizerConfig):
     """The settings of training, its machine, and where a run writes.
 
     A step is one optimizer step of groups x micro_bsz x accumulate_grad_batches samples; an epoch is epoch_steps of
-    them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
-    epochs_chosen says the same of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx
-    tokens if that is not 0.
+    them. epochs_chosen says that the flags left epoch_count to be chosen. epoch_save counts epochs. Rows are computed
+    in segments of chunk_ctx tokens if that is not 0.
     """
 
     load_model: str = setting(
@@ -106,7 +103,7 @@ class TrainConfig(ValidationConfig):
         "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "
         "--precision",
         group="run",
-        choices=("keep", "bf16", "fp32"),
+        choices=("keep", "bf16", "fp16", "fp32"),
     )
     merge_on_save: bool = setting(
         False,
@@ -141,68 +138,6 @@ class TrainConfig(ValidationConfig):
         group="run",
         metavar="FILE",
     )
-    lr_init: float = setting(
-        2e-5,
-        f"learning rate after warm-up (default: auto if docs/guides/learning-rates.md has a rule, else 2e-5; "
-        f"{STATE_LR:g} if only states train, 2e-5 for pairs and labels); auto: chosen by the method, its rank and "
-        "the model's width",
-        group="optimizer",
-        unset=True,
-        type=rate,
-    )
-    lr_final: float = setting(
-        2e-5,
-        f"learning rate at the end (default: a tenth of an automatic --lr_init, else 2e-5; if only states train, "
-        f"{STATE_LR:g})",
-        group="optimizer",
-        unset=True,
-        type=not_negative,
-    )
-    lr_chosen: tuple[str, ...] = setting(())
-    state_lr: float = setting(
-        STATE_LR,
-        "learning rate of --train_parts state if other tensors train, too, with --lr_init; it follows the same "
-        f"schedule (default {STATE_LR:g})",
-        group="optimizer",
-        unset=True,
-        type=not_negative,
-    )
-    lr_schedule: str = setting(
-        "cosine",
-        "schedule of the learning rate from a = lr_init to z = lr_final, at step s = 0 … S - 1, W of them warm-up: "
-        + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
-        + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
-        "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
-        "--my_exit_tokens and --magic_prime rwkv-lm)",
-        group="optimizer",
-        unset=True,
-        type=alias(SCHEDULE_ALIASES),
-        choices=tuple(SCHEDULES),
-    )
-    warmup_steps: int = setting(
-        0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
-    )
-    beta1: float = setting(0.9, "Adam", group="optimizer", type=below_one)
-    beta2: float = setting(0.99, "Adam", group="optimizer", type=below_one)
-    adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
-    weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
-    layerwise_lr: bool = setting(
-        True,
-        "RWKV-LM's rules for the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
-        "and --weight_decay leaves out w1, w2 and the mixes' other parameters. 0: one rate for all, and weight decay "
-        "on every matrix, as 0 does in RWKV-LM for RWKV-6",
-        group="optimizer",
-        type=switch,
-        metavar="0|1",
-    )
-    gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
-    accumulate_grad_batches: int = setting(
-        1,
-        "forward passes of a step; for hundreds of them with --precision bf16 take stage 2, which adds their gradients "
-        "up in float32",
-        group="optimizer",
-        type=positive,
-    )
     accelerator: str = setting("auto", "train on this device", group="machine", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "GPUs, or CPU processes, of each node", group="machine", type=positive)
     num_nodes: int = setting(
@@ -231,7 +166,13 @@ class TrainConfig(ValidationConfig):
     strategy: str = setting(
         "deepspeed_stage_1", "ZeRO stage, by which devices share memory", group="machine", choices=STRATEGIES
     )
-    precision: str = setting("bf16", "dtype of weights and activations", group="machine", choices=("bf16", "fp32"))
+    precision: str = setting(
+        "bf16",
+        "dtype of weights and activations. fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly; "
+        "the loss is scaled, and a step whose gradients overflow is skipped",
+        group="machine",
+        choices=("bf16", "fp16", "fp32"),
+    )
     chunk_ctx: int = setting(
         0,
         "with --train_type infctx: tokens of a segment (default 512); accepted and not used with other types",

@@ -44,6 +44,11 @@ def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
+def counting(stored: np.ndarray) -> int:
+    """The number of tokens that a .mask counts."""
+    return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
+
+
 class BinidxDataset:
     """A .bin/.idx pair, memory-mapped and validated when opened.
 

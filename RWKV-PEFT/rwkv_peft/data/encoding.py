@@ -17,8 +17,7 @@ from .bad_rows import BadRows
 from .binidx import dtype_code
 from .contexts import in_context
 from .encode_settings import EncodeSettings
-from .labels import label_of, labelled
-from .masks import UNDESIRABLE
+from .labels import UNDESIRABLE, label_of, labelled
 from .pairs import pair
 from .pieces import Piece, length, shorten
 from .prompts import opened

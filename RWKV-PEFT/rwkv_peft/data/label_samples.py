@@ -15,7 +15,7 @@ from .samples import Units
 class LabelSamples(AnswerSamples):
     """Sample n is a list of two documents, (tokens (T + 1,), mask (T,)) each: row n, and its prompt with the answer of
     the row that comes next in the epoch, from which the model's distance to the base is estimated. A mask is uint8: 1
-    or, in an undesirable answer, UNDESIRABLE (masks.py) for targets that count."""
+    or, in an undesirable answer, UNDESIRABLE (labels.py) for targets that count."""
 
     kind = counted = "answer"
 

@@ -8,6 +8,7 @@ from .templates import UnknownForm, behind_system, named_segments, segments
 from .turns import Segment
 
 LABEL, ANSWER = "label", "completion"
+UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 FORMS = (
     "label (true or false) beside a prompt and its completion, a query and response, a question and answer, an "
     "instruction and output; beside messages that end in the answer; or beside messages, or a list as prompt, and a "

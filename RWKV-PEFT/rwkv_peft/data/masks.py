@@ -12,14 +12,13 @@ import numpy as np
 from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
-from .binidx import BinidxDataset
+from .binidx import BinidxDataset, counting
+from .labels import UNDESIRABLE
 
 if TYPE_CHECKING:
     from torch import Tensor  # whose import takes seconds, of each process that encodes rows
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
-CHUNK = 1 << 24
-UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
@@ -40,11 +39,6 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
             "with answers, or take --loss_mask none"
         )
     return f"loss on {counted:,} of {total:,} tokens (answers)"
-
-
-def counting(stored: np.ndarray) -> int:
-    """The number of tokens that a .mask counts."""
-    return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
 
 
 def undesirable(mask: "Tensor") -> bool:

@@ -3,9 +3,8 @@
 import numpy as np
 
 from ..cli import counted
-from .binidx import BinidxDataset
+from .binidx import BinidxDataset, counting
 from .encoding import Encoded
-from .masks import counting
 from .order import magic_prime
 
 

@@ -65,14 +65,9 @@ class Samples(ABC):
     def __len__(self) -> int:
         return len(self.units)
 
-    @property
     def head(self) -> "Samples":
         """Samples that begin as these do, and that are all at hand."""
         return self
-
-    def probes(self, number: int) -> range:
-        """The numbers of about so many samples, from everywhere in an epoch."""
-        return range(0, len(self), -(-len(self) // number))
 
     @property
     def size(self) -> int:

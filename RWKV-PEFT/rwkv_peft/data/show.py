@@ -3,15 +3,17 @@
 import os
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from ..errors import visible
 from .binidx import BinidxDataset
 from .masks import undesirable
-from .samples import Samples
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 Marks = tuple[str, str]  # the marks that open and close counted text
 PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
@@ -42,7 +44,7 @@ def counted_in(dataset: BinidxDataset, index: int) -> np.ndarray:
     return np.asarray(dataset.mask[start : start + size] != 0)
 
 
-def show_samples(samples: Samples, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
+def show_samples(samples: "Samples", number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
     """The first `number` samples of a run, in the order in which it reads them."""
     blocks = []
     for n in range(min(number, len(samples))):

@@ -94,15 +94,10 @@ class StreamSamples(Samples):
     @property
     def tokens(self) -> int:
         """An estimate by the first window."""
-        return round(len(self) * self.head.tokens / len(self.head))
+        return round(len(self) * self.head().tokens / len(self.head()))
 
-    @property
     def head(self) -> PaddedSamples:
         return self._window(0, 0)
-
-    def probes(self, number: int) -> range:
-        """Samples of the first window only."""
-        return self.head.probes(number)
 
     def share_batches(self, rows: int) -> None:
         self.shared = rows

@@ -25,7 +25,7 @@ def check_devices() -> Iterator[Finding]:
             gpu = torch.cuda.get_device_properties(index)
             text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
             if gpu.major < 8:
-                yield Finding(f"GPU {index}", NOTE, f"{text}: no bf16 hardware", "--precision fp32")
+                yield Finding(f"GPU {index}", NOTE, f"{text}: it multiplies bf16 slowly", "--precision fp16")
             else:
                 yield Finding(f"GPU {index}", OK, text)
     elif torch.version.cuda is None:

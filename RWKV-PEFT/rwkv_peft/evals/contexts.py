@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..generate.decode import prefill
+from ..generate.reading import prefill
 from ..models.state import State
 from .scoring import score
 from .task import Score

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ..data.collate import Document
 from ..data.masks import undesirable
+from ..data.mixture import Several
 from ..data.samples import DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ from .asking import GREEDY, write
 from .records import Record, digest_of
 
 LONGEST = 64  # tokens of an answer that are written and compared
+OF = " of "  # between the words for data and the name of a source
 SEARCHED = 16  # samples that are looked through for each row that is due
 
 
@@ -29,10 +31,12 @@ class Row(NamedTuple):
 
 def rows_of(of: str, samples: Samples, number: int) -> list[Row]:
     """The first `number` rows that a run reads of samples and that have a prompt and an answer; of a packed sample the
-    first row. A stream has none. Of several data sets it is the first that has some."""
-    if len(samples.parts) > 1:
-        return next(filter(None, (rows_of(of, part, number) for part in samples.parts)), [])
-    samples = samples.head
+    first row. A stream has none. Several data sets share the number, and have at least one each."""
+    if isinstance(samples, Several):
+        each = max(1, number // len(samples.sources))
+        parts = (rows_of(f"{of}{OF}{name}", part, each) for name, part in samples.sources.items())
+        return [row for rows in parts for row in rows]
+    samples = samples.head()
     if not isinstance(samples, DocumentSamples):
         return []
     rows: list[Row] = []

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..generate.decode import PREFILL, prefill
+from ..generate.reading import PREFILL, prefill
 from ..models.state import State
 from ..ops.decode import product
 from .task import Score

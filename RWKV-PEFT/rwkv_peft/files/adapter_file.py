@@ -29,7 +29,7 @@ from .safetensors_file import read_safetensors, save_safetensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
-PRECISIONS = ("bf16", "fp32")  # values of --precision, the dtype in which a run keeps its base
+PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 

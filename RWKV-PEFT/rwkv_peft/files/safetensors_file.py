@@ -16,9 +16,9 @@ from .pth import require_file, require_weights
 from .pth_writer import TensorSpec, chunks
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_safetensors(path: str | Path, weights: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a .safetensors file: ({name: tensor}, the header's metadata). The tensors are mapped, in the file's
-    order."""
+    order; they must be weights unless that is not asked."""
     from safetensors import SafetensorError, safe_open
 
     path = require_file(path)
@@ -28,7 +28,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
-    require_weights(tensors, path)
+    if weights:
+        require_weights(tensors, path)
     return {key: tensors[key] for key in stored_order(path)}, metadata
 
 
@@ -77,4 +78,5 @@ def save_safetensors(
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
+    floats = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    return {**floats, torch.uint8: "U8"}[dtype]

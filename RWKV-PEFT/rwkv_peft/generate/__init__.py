@@ -8,7 +8,8 @@ from typing import Any
 
 __all__ = ["Sampling", "Step", "TextStream", "generate", "load_model", "prefill", "read_state_file", "save_state_file"]
 HOMES = (
-    ("decode", ("Step", "generate", "prefill")),
+    ("decode", ("Step", "generate")),
+    ("reading", ("prefill",)),
     ("loading", ("load_model", "read_state_file", "save_state_file")),
     ("settings", ("Sampling",)),
     ("text", ("TextStream",)),

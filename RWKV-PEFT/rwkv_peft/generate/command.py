@@ -14,11 +14,11 @@ from ..files.atomic import check_output
 from ..files.state_file import check_session_output
 from .chat import Chat
 from .continuation import Continuation, complete
-from .decode import prefill
 from .flags import note_escapes, parse_flags, unescaped
 from .kept import Kept
 from .loading import load_subject, resolve_device, save_state_file
 from .prompts import encode, read_prompt_file, read_tools
+from .reading import prefill
 from .session import Session
 from .settings import Sampling
 from .showing import Unheard, show
@@ -61,16 +61,19 @@ def run(args: Namespace, sampling: Sampling) -> int:
         Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
     ]
     began = time.perf_counter()
-    kept = Kept(args.output, warn)
+    kept, lines = Kept(args.output, warn), not (streams or args.output)
+    printed = 0  # lines, in the order of the prompts
     try:
         with kept:
-            printed = 0  # lines, in the order of the prompts
             for number in complete(subject, prompts, continuations, sampling, args.max_tokens, args.batch):
                 kept.add(number, continuations[number].line())
-                while not (streams or args.output) and printed < len(rows) and continuations[printed].end:
+                while lines and printed < len(rows) and continuations[printed].end:
                     show(continuations[printed].line())
                     printed += 1
     finally:  # after Ctrl-C too
+        for continuation in continuations[printed:] if lines else ():
+            if continuation.end:
+                show(continuation.line())
         if kept.whole:
             total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
             done = f"{len(kept.lines)} of {counted(len(rows), 'prompt')}"

@@ -4,84 +4,63 @@ Rows that share a model advance together. A model with another adapter on it is 
 for each model that has rows, whose frozen weights are the same memory (voices.py).
 """
 
-import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .asked import Answer, Odds, Request
-from .decode import read_packed
-from .known import Known
-from .sampling import count, penalize, sample
-from .settings import Sampling
+from .asked import Request
+from .known import Known, Read
+from .pace import Pace
+from .reading import prefill, read_packed
+from .replay import Forward, forward_of
+from .rows import DAMAGED, Group, Row, odds_of, placed, told_odds
 from .voices import Voice
-
-ALONE = 4  # times as large a piece is read while no row answers
-DAMAGED = "damaged"  # why a row ends whose logits are NaN or Inf
 
 
 @dataclass(eq=False)
 class Reading:
-    """A request of whose prompt `done` tokens are read, up to `state`."""
+    """A request of whose prompt `done` tokens are read, up to `state`, and which has `places` of the batch."""
 
     request: Request
     done: int
     state: State
+    places: int
 
-
-@dataclass(eq=False)
-class Row:
-    """An answer that is being drawn; tokens are the prompt's and those drawn."""
-
-    voice: Voice
-    tokens: list[int]
-    answer: Answer
-    length: int = 0
-    counts: torch.Tensor | None = None  # (1, V), if the sampling penalizes
-    draws: random.Random = field(init=False)
-    manner: Sampling = field(init=False)  # equal for rows that are drawn in the same way
-
-    def __post_init__(self) -> None:
-        self.draws = random.Random(self.answer.sampling.seed)
-        self.manner = replace(self.answer.sampling, seed=0)
-
-
-@dataclass(eq=False)
-class Group:
-    """The rows of a model, with the logits (n, V) and the State from which their next tokens are drawn."""
-
-    rows: list[Row]
-    logits: torch.Tensor
-    state: State
-
-    def join(self, other: "Group") -> None:
-        self.rows += other.rows
-        self.logits, self.state = torch.cat([self.logits, other.logits]), self.state.joined(other.state)
+    @property
+    def left(self) -> int:
+        """The number of tokens that are still to read."""
+        return len(self.request.tokens) - self.done
 
 
 class Engine:
     """Answers requests of any voices, `batch` answers at a time, in the order in which they were added.
 
-    Each `step` reads `piece` tokens of prompts at most, and draws a token for each row. Tokens from vocab_size on are
-    never drawn. A request's answers are the same up to rounding, whoever shares its batch.
+    Each `step` reads as many tokens of prompts as `pace` tells (None: all, because nobody waits for a token), and draws
+    a token for each row. Tokens from vocab_size on are never drawn. A request's answers are the same up to rounding,
+    whoever shares its batch. `known` has the states that are kept (None: none is). `ahead` hears of a token when the
+    next is being computed, so that a GPU has work while the host looks at it; a row that ends is computed once too
+    often.
     """
 
-    def __init__(self, vocab_size: int, batch: int, known: Known, piece: int = 64) -> None:
-        self.vocab_size, self.batch, self.known, self.piece = vocab_size, batch, known, piece
+    def __init__(
+        self, vocab_size: int, batch: int, known: Known | None = None, pace: Pace | None = None, ahead: bool = False
+    ) -> None:
+        self.vocab_size, self.batch, self.known, self.pace = vocab_size, batch, known or Known(0), pace
+        self.ahead = ahead
         self.waiting: deque[Request] = deque()
         self.reading: deque[Reading] = deque()
         self.groups: dict[LanguageModel, Group] = {}
+        self.forwards: dict[LanguageModel, Forward] = {}
         self.drawn = self.read = self.reused = 0  # tokens since the start
 
     @property
     def rows(self) -> int:
         """The number of places of the batch that are taken."""
-        reading = sum(len(reading.request.answers) for reading in self.reading)
-        return reading + sum(len(group.rows) for group in self.groups.values())
+        return sum(reading.places for reading in self.reading) + sum(len(group.rows) for group in self.groups.values())
 
     @property
     def busy(self) -> bool:
@@ -98,138 +77,150 @@ class Engine:
         for answer in rows + asked:
             answer.listener.finish(reason)
 
+    def forget(self, voice: Voice) -> None:
+        """Drop what is kept for a voice that nobody will ask for."""
+        self.known.forget(voice)
+        self.forwards.pop(voice.model, None)
+
     @torch.inference_mode()
     def step(self) -> None:
-        """Let requests in, read a piece of their prompts, and draw a token for each row."""
+        """Read the tokens that were drawn last and a piece of the prompts, and draw a token for each row."""
         self.waiting = deque(request for request in self.waiting if not ended(request))
         self.reading = deque(reading for reading in self.reading if not ended(reading.request))
-        while self.waiting and (not self.rows or self.rows + len(self.waiting[0].answers) <= self.batch):
-            self._let_in(self.waiting.popleft())
+        for group in self.groups.values():
+            group.read(self._forward(group.model))
+        if self.ahead:
+            self._hear()
+        while self.waiting and (free := self.batch - self.rows) > 0:
+            self._let_in(self.waiting.popleft(), free)
         self._read()
-        for model, group in list(self.groups.items()):
-            self._advance(model, group)
-            if not group.rows:
-                del self.groups[model]
+        for group in self.groups.values():
+            group.draw(self.vocab_size, not self.ahead)
+        if not self.ahead:
+            self._hear()
 
-    def _let_in(self, request: Request) -> None:
-        voice = request.voice
-        read = None if request.scored else self.known.longest(voice, request.tokens)
-        if read is None:
+    def _forward(self, model: LanguageModel) -> Forward:
+        if model not in self.forwards:
+            self.forwards[model] = forward_of(model, self.batch)
+        return self.forwards[model]
+
+    def _let_in(self, request: Request, free: int) -> None:
+        """Give a request places; answers for which there are none wait, and need no second reading of the prompt."""
+        voice, places = request.voice, min(free, len(request.answers))
+        read = request.read
+        if read is None and not request.scored:
+            read = self.known.longest(voice, request.tokens)
+            if read is not None:
+                request.known = read.length
+                self.reused += read.length
+        if read is not None and read.length == len(request.tokens):
+            self._begin([(0, request, places)], read.logits, read.state)
+        elif read is not None:
+            self.reading.append(Reading(request, read.length, read.state, places))
+        else:
             weight = voice.model.emb.weight
             start = voice.start or State.zeros(voice.model.config, 1, weight.device, weight.dtype)
-            self.reading.append(Reading(request, 0, start))
-            return
-        request.known = read.length
-        self.reused += read.length
-        if read.length == len(request.tokens):
-            self._begin(request, read.logits, read.state)
-        else:
-            self.reading.append(Reading(request, read.length, read.state))
+            self.reading.append(Reading(request, 0, start, places))
 
     def _read(self) -> None:
-        """Read a piece of the prompts of one model; the models take turns, and its prompts share the piece."""
+        """Read a piece of the prompts of one model; the models take turns."""
         if not self.reading:
             return
-        first, piece = self.reading[0].request, self.piece if self.groups else ALONE * self.piece
+        first = self.reading[0].request
         model, scored = first.voice.model, first.scored
-        turn = [reading for reading in self.reading if reading.request.voice.model is model][:piece]
-        turn = [reading for reading in turn if not reading.request.scored] if scored is None else turn[:1]
-        pieces = [piece_of(reading, piece // len(turn)) for reading in turn]
-        state = turn[0].state
-        for reading in turn[1:]:
-            state = state.joined(reading.state)
-        logits, state = read_packed(model, pieces, state) if scored is None else self._score(turn[0], pieces[0])
+        own = [reading for reading in self.reading if reading.request.voice.model is model]
+        turn = self._turn([reading for reading in own if not reading.request.scored] if scored is None else own[:1])
+        pieces = [piece for _, piece in turn]
+        if self.pace is not None:
+            self.pace.begin(sum(map(len, pieces)))
+        before, *others = (reading.state for reading, _ in turn)
+        state = before.joined(*others) if others else before
+        if scored is not None:
+            logits, state = self._score(turn[0][0], pieces[0])
+        else:
+            logits, state = (prefill if self.pace is None else read_packed)(model, pieces, state)
         self.read += sum(map(len, pieces))
-        self.reading = deque(reading for reading in self.reading if reading not in turn)
-        for place, (reading, read) in enumerate(zip(turn, pieces)):
+        begun = []
+        for place, (reading, piece) in enumerate(turn):
             request = reading.request
-            own = logits[place : place + 1].float()
-            reading.done += len(read)
-            reading.state = state.selected(torch.tensor([place], device=logits.device))
-            if reading.done in (*request.marks, len(request.tokens)):
-                self.known.add(request.voice, request.tokens[: reading.done], own, reading.state)
-            if reading.done == len(request.tokens):
-                self._begin(request, own, reading.state)
-            else:
-                self.reading.append(reading)
+            reading.done += len(piece)
+            keeps = bool(self.known.limit) and reading.done in (*request.marks, len(request.tokens))
+            if keeps or reading.left:
+                reading.state = state.selected(placed([place], logits.device))
+            if keeps:
+                after = logits[place : place + 1].float()
+                self.known.add(request.voice, request.tokens[: reading.done], after, reading.state)
+            if not reading.left:
+                begun.append((place, request, reading.places))
+        read = [reading for reading, _ in turn]
+        self.reading = deque(reading for reading in self.reading if reading not in read)
+        self.reading.extend(reading for reading in read if reading.left)
+        if begun:
+            self._begin(begun, logits.float(), state)
+
+    def _turn(self, readings: Sequence[Reading]) -> list[tuple[Reading, list[int]]]:
+        """Share a piece among readings -> those that read, each with its next tokens. The first gets half of it, if it
+        needs as much; then the shortest come first, so that their answers begin early."""
+        if self.pace is None:
+            return [(reading, piece_of(reading, reading.left)) for reading in readings]
+        first, *others = readings
+        free = self.pace.piece(len(readings), sum(len(group.rows) for group in self.groups.values()))
+        free -= (own := min(first.left, (free + 1) // 2))
+        turn = []
+        for reading in sorted(others, key=lambda reading: reading.left):
+            if free > 0:
+                turn.append((reading, piece_of(reading, free)))
+                free -= len(turn[-1][1])
+        return [(first, piece_of(first, own + free)), *turn]
 
     def _score(self, reading: Reading, piece: list[int]) -> tuple[torch.Tensor, State]:
         """Read the next piece of a prompt, and tell of the Odds of its tokens -> logits after it (1, V), the State."""
         request, voice = reading.request, reading.request.voice
         logits, state = voice.model(torch.tensor([piece], device=reading.state[0].wkv.device), reading.state)
         assert request.scored is not None
-        for row, token in zip(logits[0], request.tokens[reading.done + 1 : reading.done + len(piece) + 1]):
-            request.scored(odds_of(row[: self.vocab_size], token, request.top))
+        following = request.tokens[reading.done + 1 : reading.done + len(piece) + 1]
+        for row, token in zip(logits[0], placed(following, logits.device).split(1)):
+            request.scored(told_odds(odds_of(row[: self.vocab_size], token, request.top).tolist()))
         return logits[:, -1], state
 
-    def _begin(self, request: Request, logits: torch.Tensor, state: State) -> None:
-        """Let the rows of a request whose prompt is read join those of its model."""
-        rows = [Row(request.voice, list(request.tokens), answer) for answer in request.answers]
-        group = Group(rows, logits.repeat(len(rows), 1), state.repeated(len(rows)))
-        if (own := self.groups.get(request.voice.model)) is None:
-            self.groups[request.voice.model] = group
+    def _begin(self, begun: Sequence[tuple[int, Request, int]], logits: torch.Tensor, state: State) -> None:
+        """Let rows join those of their model: for each (place, request, number of answers), so many rows from a place
+        of logits (n, V) and state on. The other answers of the request wait for places."""
+        rows, owners = list[Row](), list[int]()
+        for place, request, number in begun:
+            rows += [Row(request.voice, list(request.tokens), answer) for answer in request.answers[:number]]
+            owners += [place] * number
+            if rest := request.answers[number:]:
+                own = placed([place], logits.device)
+                read = Read(len(request.tokens), logits[own], state.selected(own))
+                self.waiting.appendleft(replace(request, answers=rest, read=read))
+        chosen, model = placed(owners, logits.device), begun[0][1].voice.model
+        group = Group(model, rows, logits[chosen], state.selected(chosen))
+        if model in self.groups:
+            self.groups[model].join(group)
         else:
-            own.join(group)
+            self.groups[model] = group
 
-    def _advance(self, model: LanguageModel, group: Group) -> None:
-        """Draw a token for each row, and read those of the rows that go on."""
-        sound = torch.isfinite(group.logits.sum(-1))
-        finite = sound.tolist()
-        if not all(finite):  # nothing can be drawn from NaN
-            group.logits = group.logits.masked_fill(~sound[:, None], 0.0)
-        choices = group.logits[:, : self.vocab_size]
-        staying, tokens = [], []
-        for place, (row, token) in enumerate(zip(group.rows, self._draw(group.rows, choices))):
-            end = self._heard(row, token, choices[place]) if finite[place] else DAMAGED
-            if not end:
-                staying.append(place)
-                tokens.append(token)
-                continue
-            if row.length > 1 and finite[place]:
-                own = group.state.selected(torch.tensor([place], device=choices.device))
-                self.known.add(row.voice, row.tokens[:-1], group.logits[place : place + 1].clone(), own)
-            row.answer.listener.finish(end)
-        if len(staying) < len(group.rows):
-            group.rows = [group.rows[place] for place in staying]
-            group.state = group.state.selected(torch.tensor(staying, dtype=torch.long, device=choices.device))
-        if group.rows:
-            logits, group.state = model(torch.tensor(tokens, device=choices.device)[:, None], group.state)
-            group.logits = logits[:, 0].float()
-
-    def _heard(self, row: Row, token: int, logits: torch.Tensor) -> str:
-        """Tell a row's listener of its token; logits (V) -> why the row ends with it, or ""."""
-        answer = row.answer
-        row.length += 1
-        row.tokens.append(token)
-        self.drawn += 1
-        if answer.held is not None:
-            answer.held.take(token)
-        odds = None if answer.odds is None else odds_of(logits, token, answer.odds)
-        return answer.listener.draw(token, odds) or ("length" if row.length >= answer.max_tokens else "")
-
-    def _draw(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int]:
-        """Draw a token for each row from logits (n, V); those that are drawn in the same way at once."""
-        manners: dict[Sampling, list[int]] = {}
-        for place, row in enumerate(rows):
-            manners.setdefault(row.manner, []).append(place)
-        tokens = [0] * len(rows)
-        for manner, places in manners.items():
-            drawing = [rows[place] for place in places]
-            own = logits if len(manners) == 1 else logits[places]
-            if manner.penalizes:
-                zeros = own.new_zeros(1, own.shape[1])
-                counts = torch.cat([zeros if row.counts is None else row.counts for row in drawing])
-                own = penalize(own, counts, manner)
-            if any(row.answer.held for row in drawing):
-                own = torch.stack([masked(row, logits) for row, logits in zip(drawing, own)])
-            found = sample(own, [row.draws.random() for row in drawing], manner)
-            if manner.penalizes:
-                count(counts, found, manner.penalty_decay)
-                for row, counted in zip(drawing, counts.split(1)):
-                    row.counts = counted
-            for place, token in zip(places, found.tolist()):
-                tokens[place] = token
-        return tokens
+    def _hear(self) -> None:
+        """Tell of the tokens that were drawn last; the rows that end with them leave."""
+        for group in [*self.groups.values()]:
+            staying = []
+            for place, row, token, odds in group.heard():
+                end = DAMAGED if token is None else row.hear(token, odds)
+                self.drawn += token is not None
+                if not end:
+                    staying.append(place)
+                    continue
+                read = row.tokens if self.ahead else row.tokens[:-1]
+                if self.known.limit and (self.ahead or row.length > 1) and token is not None:
+                    self.known.add(row.voice, read, *group.own(place))
+                row.answer.listener.finish(end)
+            if not staying:
+                del self.groups[group.model]
+            elif len(staying) < len(group.rows):
+                group.keep(staying)
+        if self.pace is not None:
+            self.pace.end()
 
 
 def ended(request: Request) -> bool:
@@ -247,16 +238,3 @@ def piece_of(reading: Reading, most: int) -> list[int]:
     tokens, begin = reading.request.tokens, reading.done
     end = min((mark for mark in reading.request.marks if mark > begin), default=len(tokens))
     return tokens[begin : min(end, begin + most)]
-
-
-def masked(row: Row, logits: torch.Tensor) -> torch.Tensor:
-    """logits (V) without the tokens that the form of a row's answer forbids."""
-    held = row.answer.held
-    return logits if held is None else logits.masked_fill(~held.allowed().to(logits.device), -torch.inf)
-
-
-def odds_of(logits: torch.Tensor, token: int, top: int) -> Odds:
-    """The Odds of a token by logits (V), with those of the `top` most probable ones."""
-    found = logits.float().log_softmax(-1)
-    values, tokens = found.topk(min(top, len(found)))
-    return Odds(found[token].item(), tuple(zip(tokens.tolist(), values.tolist())))

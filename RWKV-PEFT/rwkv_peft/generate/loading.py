@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +42,12 @@ def load_model(
     """
     if weights and device != "cpu":
         raise UserError(f"--weights {weights}: such products are computed on a CPU; leave it out, or add --device cpu")
-    prepare = partial(quantize_products, kind=weights, say=say) if weights else lambda plain: None
+
+    def prepare(plain: LanguageModel) -> None:
+        plain.settle()
+        if weights:
+            quantize_products(plain, kind=weights, say=say)
+
     model, start = model_of(merged_base(path, adapters, any_base), precision, device, prepare)
     if device == "cpu":
         place(model)
@@ -71,9 +75,9 @@ def model_of(
     """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none).
     prepare(model) is called while its weights are still those of the Base."""
     weights, states = split_time_states(base.tensors)
-    model = base.family.load(weights, base.config)
+    model = base.family.load(weights, base.config).requires_grad_(False).eval()
     prepare(model)
-    model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
+    model = model.to(device=device, dtype=DTYPES[precision])
     return model, read_state(states, model, base.path) if states else None
 
 
@@ -98,8 +102,8 @@ class Subject(NamedTuple):
 
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
-    recorded one, and
-    is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit together."""
+    recorded one, and is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit
+    together."""
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]

@@ -14,7 +14,7 @@ FIRST_CANDIDATES = 64  # top-p looks at this many tokens first, and at more if t
 SPAN = 64  # neighbours in the vocabulary of which `largest` first looks at the largest
 
 
-def sample(logits: torch.Tensor, uniforms: Sequence[float], sampling: Sampling) -> torch.Tensor:
+def sample(logits: torch.Tensor, uniforms: torch.Tensor | Sequence[float], sampling: Sampling) -> torch.Tensor:
     """Draw a token for each row: logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and
     numbers give equal tokens, whatever else is in the batch."""
     if sampling.temperature == 0:
@@ -35,14 +35,13 @@ def count(counts: torch.Tensor, tokens: torch.Tensor, decay: float) -> None:
     counts.scatter_add_(1, tokens[:, None], counts.new_ones(len(tokens), 1))
 
 
-def measure(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> list[tuple[float, float]]:
-    """(the log-probability of the token, the entropy) for each row, by logits (n, V) at the sampling's temperature and
-    tokens (n,)."""
+def measure(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The log-probability of each row's token and the entropy (2, n), by logits (n, V) at the sampling's temperature
+    and tokens (n,)."""
     if sampling.temperature:
         logits = logits / sampling.temperature
     found = logits.float().log_softmax(-1)
-    entropies = -(found.exp() * found).sum(-1)
-    return list(zip(found.gather(-1, tokens[:, None])[:, 0].tolist(), entropies.tolist()))
+    return torch.stack([found.gather(-1, tokens[:, None])[:, 0], -(found.exp() * found).sum(-1)])
 
 
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +97,7 @@ def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return found, places.gather(-1, chosen)
 
 
-def pick(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+def pick(weights: torch.Tensor, uniforms: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """Pick an index (n, 1) into weights (n, k): the first at which the running sum passes a uniform share of the
     total."""
     sums = weights.cumsum(-1)

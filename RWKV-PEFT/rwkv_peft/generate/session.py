@@ -9,10 +9,32 @@ from ..data.tokenizer import Tokenizer
 from ..data.turns import TURN_END
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .decode import Sequence, check_finite, prefill
-from .sampling import count, penalize, sample
+from .asked import Answer, Odds, Request
+from .decode import refuse_damaged
+from .engine import Engine
+from .reading import prefill
+from .rows import DAMAGED
 from .settings import Sampling
 from .text import TextStream
+from .voices import Voice
+
+
+class Heard:
+    """The listener of an answer that the Session ends, by not stepping on."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.damaged = False
+
+    def over(self) -> str:
+        return ""
+
+    def draw(self, token: int, odds: Odds | None) -> str:
+        self.tokens.append(token)
+        return ""
+
+    def finish(self, end: str) -> None:
+        self.damaged = end == DAMAGED
 
 
 class Session:
@@ -59,44 +81,41 @@ class Session:
         """
         self.close()
         asked = [token for text in texts for token in self.tokenizer.encode(text)]
-        logits, state = prefill(self.model, [asked], self.state)
-        self.state, self.closed = state, False
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the last text that ended in TURN_END, and the state after it
-        row, size = Sequence(0, self.random), min(self.tokenizer.vocab_size, self.model.config.vocab_size)
-        counts = logits.new_zeros(1, size, dtype=torch.float32)
-        for _ in range(max_tokens):
-            check_finite(logits, [row], self.model)
-            token = self._draw(logits[:, :size].float(), counts)
-            row.length += 1
-            if token == self.tokenizer.end_id:
-                break
-            self.tail = [token]
-            text = stream.feed(token)
-            shown += text
-            if text:
-                yield text
-            if stream.stopped:
-                self.tail = []
-                if turn_end is not None and turn_end[0] == shown + TURN_END:
-                    self.state, self.closed = turn_end[1], True  # without the words that open the next turn
-                return
-            new, state = self.model(torch.tensor([[token]], device=logits.device), self.state)
-            logits, self.state, self.tail = new[:, 0], state, []
-            if (whole := shown + stream.held).endswith(TURN_END):
-                turn_end = whole, state
-        else:
-            self.cut = True
+        whole_turn: State | None = None
+        heard, engine = Heard(), Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
+        answer = Answer(self.sampling, max_tokens + 1, heard, draws=self.random)
+        engine.add(Request(Voice("", self.model, self.state), asked, [answer]))
+        try:
+            for _ in range(max_tokens):
+                engine.step()
+                if heard.damaged:
+                    raise refuse_damaged(self.model, 0, len(heard.tokens))
+                if (whole := shown + stream.held).endswith(TURN_END):
+                    turn_end = whole, engine.groups[self.model].own(0)[1]
+                token, self.tail = heard.tokens[-1], []
+                if token == self.tokenizer.end_id:
+                    break
+                self.tail = [token]
+                text = stream.feed(token)
+                shown += text
+                if text:
+                    yield text
+                if stream.stopped:
+                    self.tail = []
+                    if turn_end is not None and turn_end[0] == shown + TURN_END:
+                        whole_turn = turn_end[1]  # without the words that open the next turn
+                    return
+            else:
+                self.cut = True
+        finally:
+            if (group := engine.groups.get(self.model)) is not None:
+                self.closed = whole_turn is not None
+                self.state = group.own(0)[1] if whole_turn is None else whole_turn
+                if not group.unread:  # an interrupt came after its reading
+                    self.tail = []
         rest = stream.finish()
         self.closed = (shown + rest).endswith(TURN_END)
         if rest:
             yield rest
-
-    def _draw(self, logits: torch.Tensor, counts: torch.Tensor) -> int:
-        """Draw the next token from logits (1, V) and update counts (1, V) of this answer's tokens."""
-        if self.sampling.penalizes:
-            logits = penalize(logits, counts, self.sampling)
-        tokens = sample(logits, [self.random.random()], self.sampling)
-        if self.sampling.penalizes:
-            count(counts, tokens, self.sampling.penalty_decay)
-        return int(tokens)

@@ -1,7 +1,7 @@
 """The settings of sampling; sampling.py draws by them."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ..errors import UserError
 
@@ -51,3 +51,7 @@ class Sampling:
     def penalizes(self) -> bool:
         """Tell whether a draw depends on the tokens generated before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def seeded(self, more: int) -> "Sampling":
+        """The same with a seed that is larger by `more`."""
+        return replace(self, seed=self.seed + more)

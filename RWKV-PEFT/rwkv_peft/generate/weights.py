@@ -92,11 +92,12 @@ def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object])
 
 
 def place(model: nn.Module) -> None:
-    """Copy a CPU model's parameters into large pages, except the embedding, of which a step reads one row."""
+    """Copy a CPU model's parameters into large pages, except embeddings, of which a step reads one row."""
     arena = Arena()
-    for name, parameter in model.named_parameters():
-        if name != "emb.weight":
-            parameter.data = arena.keep(parameter.data)
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = arena.keep(parameter.data)
 
 
 def decoding(model: nn.Module) -> None:

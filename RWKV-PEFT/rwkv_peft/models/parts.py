@@ -73,6 +73,24 @@ class Head(nn.Linear):
         return super().forward(x) if function is None else function(x, self.weight)
 
 
+class Table(nn.Embedding):
+    """An embedding of a block, which may be far larger than the block: once settled, it stays in the memory that its
+    file is mapped to, in the file's dtype, and only the rows of a batch's tokens go to the device."""
+
+    def settle(self) -> None:
+        """Become a buffer, which no optimizer shards and no move or cast of the model reaches."""
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Table":
+        return self if "weight" in self._buffers else super()._apply(fn, recurse)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, T) -> rows (B, T, width), on the table's device and in its dtype."""
+        return super().forward(tokens.to(self.weight.device))
+
+
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
     make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
@@ -144,6 +162,12 @@ class LanguageModel(nn.Module):
                 states.append(layer_state)
             del layer_state
         return x, State(states)
+
+    def settle(self) -> None:
+        """Settle each Table that is frozen by now."""
+        for module in self.modules():
+            if isinstance(module, Table) and not module.weight.requires_grad:
+                module.settle()
 
     def tune_states(self, start: State | None = None) -> None:
         """Give every layer a trainable time_state that starts at the State of one sequence, or at zeros."""

@@ -64,6 +64,10 @@ class State(tuple[Any, ...]):
         """The State of some sequences, chosen by rows (m,) int64."""
         return State(layer._make(tensor[rows] for tensor in layer) for layer in self)
 
+    def first(self, n: int) -> "State":
+        """The State of its first n sequences, in the same memory."""
+        return State(layer._make(tensor[:n] for tensor in layer) for layer in self)
+
     def repeated(self, n: int) -> "State":
         """The State of n copies of each of its sequences, side by side."""
         return State(layer._make(tensor.repeat_interleave(n, 0) for tensor in layer) for layer in self)
@@ -74,9 +78,9 @@ class State(tuple[Any, ...]):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
 
-    def joined(self, other: "State") -> "State":
-        """The State of the sequences of both, its own first."""
-        return State(layer._make(map(torch.cat, zip(layer, more))) for layer, more in zip(self, other))
+    def joined(self, *others: "State") -> "State":
+        """The State of the sequences of all, its own first."""
+        return State(layers[0]._make(map(torch.cat, zip(*layers))) for layers in zip(self, *others))
 
 
 def is_time_state(key: str) -> bool:

@@ -103,6 +103,7 @@ def losses_by_part(
     (1 + k,). parts (k, n) bool: which of the counted targets are of each part."""
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
+    count, after = divisors(hidden, count)
     each = weights is not None or parts is not None
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +116,13 @@ def losses_by_part(
         return torch.cat([total[None], *of_parts]), grad
 
     sums = 1 if parts is None else 1 + len(parts)
-    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule)
+    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+
+
+def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """What a loss of a head is divided by before its gradient is formed, and after. In float16 all is after: the loss
+    scale comes then, too, and until then numbers as small as 1 / count would vanish."""
+    return (1.0, count) if hidden.dtype == torch.float16 else (count, 1.0)
 
 
 def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:

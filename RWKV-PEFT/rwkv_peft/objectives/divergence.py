@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
-from .cross_entropy import L2WRAP, chunk_rows, chunked_head
+from .cross_entropy import L2WRAP, chunk_rows, chunked_head, divisors
 from .stored import Stored, in_classes
 
 ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk has so many times fewer tokens
@@ -96,6 +96,7 @@ def linear_divergence(
     hidden, weight = student
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
+    count, after = divisors(hidden, count)
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         own = None if weights is None else weights[part]
@@ -103,7 +104,7 @@ def linear_divergence(
         found, grad = of_logits(logits, said, targets[part], count, settings, own)
         return found, grad.to(logits.dtype)
 
-    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule)
+    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule) / after
 
 
 def taught_rows(vocabulary: int, on_gpu: bool) -> int:

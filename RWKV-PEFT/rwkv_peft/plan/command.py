@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..files.room import room_at
-from ..gpus import count_gpus
+from ..gpus import better_precision, count_gpus
 from ..memory import main_memory
 from ..models import family_named
 from ..names import NONE
@@ -43,8 +43,11 @@ def main(argv: list[str]) -> int:
             "of a GPU with --gpu 24GiB"
         )
     estimate = estimate_of(request, accelerator)
+    here = flags.args.gpu is None  # the plan is for this machine
+    note = here and better_precision(request.config.train.precision, accelerator)
     for line in (
         *head(request, estimate),
+        *([f"          {note}"] if note else []),
         "",
         *table(estimate, memory),
         "",

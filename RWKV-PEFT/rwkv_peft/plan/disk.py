@@ -33,7 +33,7 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
     parameters = counts.total - counts.own
     model = estimate.file if estimate.file and asked is None else parameters * (asked or estimate.dtype).itemsize
     checkpoints, all_told = checkpoint_count(train)
-    checkpoint = checkpoint_size(counts.trains)
+    checkpoint = checkpoint_size(counts.trains, train.optim)
     labels, held = label_count(train), checkpoints
     if not config.adapter.whole_model:
         name, size = "adapter.safetensors, and one an epoch", (counts.trains + counts.constants) * item

@@ -1,7 +1,7 @@
 """A run's memory, part by part: formulas over the numbers of a rehearsal.
 
 Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each trained
-parameter has a float32 copy and two moments, 12 bytes in any precision.
+parameter has a float32 copy and two moments, 12 bytes in any precision; other optimizers than AdamW keep less.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.dtypes import DTYPES
 from ..fused import Setting
-from ..generate.decode import PREFILL
+from ..generate.reading import PREFILL
 from ..models import family_named
 from ..models.state import State
 from ..names import NONE
@@ -125,10 +125,12 @@ class Estimate:
         counts, train, item = self.counts, self.config.train, self.dtype.itemsize
         share = self.ranks if train.stage == 3 else 1
         place = CPU if train.stage == 3 and train.offload else self.accelerator
-        frozen = (counts.total - counts.trains - counts.quantized + counts.constants) * item // share - self.unread()
+        tables = sum(map(math.prod, self.tables()))
+        frozen = counts.total - counts.trains - counts.quantized + counts.constants - tables
         quantized = stored_bytes(counts.quantized, self.config.adapter.quant) if counts.quantized else 0
         parts = [
-            Part("weights, frozen", place, frozen),
+            Part("weights, frozen", place, frozen * item // share - self.unread()),
+            Part("tables, frozen", CPU, 0 if self.mapped else tables * item),
             Part("weights, frozen and quantized", self.accelerator, quantized),
             Part("weights that train", place, counts.trains * item // share),
         ]
@@ -153,7 +155,8 @@ class Estimate:
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
-            Part("optimizer", place, OPTIMIZER * own),
+            Part("optimizer", place, OPTIMIZER[train.optim] * own),
+            Part("updates, gathered", place, 4 * trains if train.optim == "muon" else 0, (UPDATE,)),
             Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
             Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
@@ -174,12 +177,14 @@ class Estimate:
         chunk = min(rows * tokens, at_once(model.vocab_size, here == GPU))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
+        of_tables = (min(size * width, rows * tokens * (width + PAGE / item)) for size, width in self.tables())
         graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
         segment = self.config.train.chunk_ctx  # each segment hands its states on to the next
         kept = self.step.kept.at(rows, tokens)
         base = kept // model.n_layer if graphs and self.config.objective.asks_base else 0  # one block's at most
         return [
             Part("embedding, rows that are read", here, read),
+            Part("tables, rows that are read", CPU, round(sum(of_tables) * item) if self.mapped else 0),
             Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),
             Part("work of the base's pass, in its CUDA graphs", here, base),
             Part("states of the layers", here, self.step.states.at(rows, tokens) if segment else 0, (LOSS,)),
@@ -221,7 +226,8 @@ class Estimate:
         family = family_named(teacher.version)
         setting = Setting(torch.device("cpu" if here == CPU else "meta"), self.config.train.fused)
         step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, setting, False)
-        weights = sum(map(math.prod, family.shapes(teacher).values()))
+        shapes = family.shapes(teacher).items()
+        weights = sum(math.prod(shape) for key, shape in shapes if not key.endswith(family.tables))
         return [
             Part("weights of the teacher", here, weights * dtype.itemsize if self.config.objective.teacher else 0),
             Part("work of a block of the teacher", here, step.kept.at(rows, tokens) // teacher.n_layer, (LOSS,)),
@@ -229,14 +235,18 @@ class Estimate:
         ]
 
     def unread(self) -> int:
-        """Bytes of frozen embeddings in a mapped file, 0 without them; memory holds only the pages of rows that are
+        """Bytes of a frozen embedding in a mapped file, 0 without one; memory holds only the pages of rows that are
         read."""
-        if self.accelerator == GPU or not self.mapped or not self.file or self.trains("emb"):
-            return 0
+        model = self.config.model
+        mapped = self.accelerator == CPU and self.mapped and self.file and not self.trains("emb")
+        return model.vocab_size * model.n_embd * self.dtype.itemsize if mapped else 0
+
+    def tables(self) -> list[tuple[int, ...]]:
+        """Shapes (rows, width) of the frozen Tables, which stay in the base's file."""
         model = self.config.model
         family = family_named(model.version)
-        tables = [shape for key, shape in family.shapes(model).items() if family.part_of(key) == "emb"]
-        return sum(math.prod(shape) for shape in tables if shape[0] == model.vocab_size) * self.dtype.itemsize
+        shapes = family.shapes(model).items() if not self.trains("emb") else ()
+        return [shape for key, shape in shapes if key.endswith(family.tables)]
 
     def head_gradient(self) -> int:
         """Bytes of the head's gradient if the head trains, else 0: a float32 sum, and what a chunk adds to it."""

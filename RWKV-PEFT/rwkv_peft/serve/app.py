@@ -4,6 +4,7 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -78,8 +79,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
-        voice = catalog.drop(name)
-        service.worker.call(lambda: service.worker.engine.known.forget(voice))
+        for voice in catalog.drop(name):
+            service.worker.call(partial(service.worker.engine.forget, voice))
         return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/v1/completions")

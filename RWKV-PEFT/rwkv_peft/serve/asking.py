@@ -49,7 +49,6 @@ class Asking(NamedTuple):
 def asking_of(form: TextAsked | ChatAsked, tokenizer: Tokenizer, defaults: Sampling, bounds: Bounds) -> Asking:
     """Read a request. Raises Refused for what cannot be answered."""
     if isinstance(form, ChatAsked):
-        refuse_unfit(form)
         prompts, stops = [chat_prompt(form, tokenizer)], (*stops_of("Assistant:"), *form.stops)
         longest = form.max_completion_tokens or form.max_tokens or bounds.tokens
     else:
@@ -65,12 +64,6 @@ def asking_of(form: TextAsked | ChatAsked, tokenizer: Tokenizer, defaults: Sampl
             message = f"the prompt has {len(prompt.tokens):,} tokens, and {bounds.prompt:,} may be; shorten it"
             raise Refused(400, message, code="context_length_exceeded")
     return Asking(prompts, times, sampling_of(form, defaults), stops, longest, form.odds)
-
-
-def refuse_unfit(form: ChatAsked) -> None:
-    """Raise Refused for forms of answers that this server does not give."""
-    if form.tool_choice not in (None, "auto", "none"):
-        raise Refused(400, "tool_choice: auto or none; a model cannot be made to call a tool here", "tool_choice")
 
 
 def sampling_of(form: Asked, defaults: Sampling) -> Sampling:

@@ -34,6 +34,7 @@ class Catalog:
         recorded = recorded_beside(*reversed(files), args.model)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.voices = {args.name: self.own}
+        self.pairs: dict[tuple[Voice, Voice], Voice] = {}
         self.since = int(time.time())
         self._loading = threading.Lock()
         for given in args.adapter:
@@ -47,6 +48,15 @@ class Catalog:
             message = f"there is no model {short(name)!r} here; GET /v1/models lists them"
             raise Refused(404, message, "model", "model_not_found")
         return self.voices[name]
+
+    def voice(self, name: str, state: str | None) -> Voice:
+        """The voice of a name, from the start of another that is a state. Raises Refused for unknown ones."""
+        voice, other = self[name], None if state is None else self[state]
+        if other is None:
+            return voice
+        if other.model is not self.own.model or other.start is None:
+            raise Refused(400, f"state: {state} is none; load one by --state, or as the kind state", "state")
+        return self.pairs.setdefault((voice, other), Voice(name, voice.model, other.start))
 
     def told(self, name: str) -> dict[str, Any]:
         """A model as OpenAI lists it."""
@@ -71,13 +81,15 @@ class Catalog:
                 raise Refused(400, message, "file") from error
             self.voices[name] = voice
 
-    def drop(self, name: str) -> Voice:
-        """Take an adapter or a state out; answers that it is giving go on. Raises Refused for the base."""
+    def drop(self, name: str) -> list[Voice]:
+        """Take an adapter or a state out -> the voices that nobody can ask for any more; answers that they are giving
+        go on. Raises Refused for the base."""
         voice = self[name]
         if voice is self.own:
             raise Refused(400, f"{name} is the base, which the others stand on; it stays", "name")
         del self.voices[name]
-        return voice
+        gone = [pair for pair in [*self.pairs] if voice in pair]
+        return [voice, *map(self.pairs.pop, gone)]
 
     def below(self, file: str) -> Path:
         """The path of a file, or a folder of files, below --files. Raises Refused for any other: also one that a link

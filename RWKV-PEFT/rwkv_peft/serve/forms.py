@@ -1,6 +1,6 @@
 """The bodies of requests: OpenAI's fields, and a few of ours. A field that is not here is refused, not passed over.
 
-`top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out.
+`state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ class Asked(Form):
     """The fields of all requests for answers. Fields from `user` on say nothing to a model."""
 
     model: str
+    state: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
@@ -88,6 +89,11 @@ class ChatAsked(Asked):
     def calls(self) -> bool:
         """Tell whether an answer may call tools."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        """Tell whether an answer is to be a call of a tool."""
+        return self.tool_choice not in (None, "auto", "none")
 
 
 class Tokenized(Form):

@@ -1,4 +1,5 @@
-"""Hold answers to a JSON schema: before each draw, leave only the tokens that such a text may go on with.
+"""Hold answers to a JSON schema, or to a call of a tool: before each draw, leave only the tokens with which such a text
+may go on.
 
 The llguidance package knows these tokens. JSON is written in one line, with or without a space behind commas and
 colons, because a model may go on writing space forever where it may write any.
@@ -6,7 +7,7 @@ colons, because a model may go on writing space forever where it may write any.
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ..data.tokenizer import Tokenizer
+from .forms import ChatAsked
 from .refused import Refused
 
 ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
@@ -68,27 +70,66 @@ class Schemas:
         wrapped = llguidance.TokenizerWrapper(Vocabulary(self.tokenizer, self.size))
         return llguidance.LLTokenizer(wrapped, n_vocab=self.size)
 
-    def compiled(self, form: dict[str, Any], think: str) -> "Compiled | None":
-        """Compile a request's response_format, None if any text will do. Raises Refused for one that cannot be held."""
-        kind = form.get("type", "text")
-        schema: Any = dict(ANY)
-        if kind == "text":
+    def compiled(self, form: ChatAsked) -> "Compiled | None":
+        """Compile what a request holds its answers to, None if any text will do. Raises Refused for what cannot be
+        held."""
+        field, text = "response_format", "body"
+        schema = schema_of(form.response_format or {})
+        if form.must_call:
+            if schema is not None:
+                raise wrong("tool_choice", "a call has a form of its own; leave response_format out")
+            field, text, schema = "tool_choice", '"<tool_call>\\n" body "\\n</tool_call>"', call_schema(form)
+        if schema is None:
             return None
-        if kind == "json_schema":
-            schema = (form.get("json_schema") or {}).get("schema")
-        if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
-            raise wrong('{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
-        if think not in OPENINGS:
-            raise wrong("an answer with thinking is not held to a form; leave think out")
+        opening = OPENINGS.get(form.think or "")
+        if opening is None:
+            raise wrong(field, "an answer with thinking is not held to a form; leave think out")
         if not hasattr(self.tokenizer, "token_bytes"):
-            raise wrong(f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        body = json.dumps({**schema, "x-guidance": dict(SPACES)})
-        grammar = f"start: {OPENINGS[think]} body\nbody: %json {body}"
+            raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
+        grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(SPACES)})}"
         with self._making:
             matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise wrong(matcher.get_error().partition("\n")[0])
+            raise wrong(field, matcher.get_error().partition("\n")[0])
         return Compiled(matcher, self.size)
+
+
+def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The schema of a response_format, None if any text will do."""
+    kind = form.get("type", "text")
+    schema: Any = dict(ANY)
+    if kind == "text":
+        return None
+    if kind == "json_schema":
+        schema = (form.get("json_schema") or {}).get("schema")
+    if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
+        raise wrong("response_format", '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
+    return schema
+
+
+def call_schema(form: ChatAsked) -> dict[str, Any]:
+    """The schema of the call that tool_choice demands: of the tool that it names, or of any."""
+    choice = form.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
+        name = choice["function"].get("name")
+    elif choice == "required":
+        name = None
+    else:
+        raise wrong("tool_choice", '"auto", "none", "required" or {"type": "function", "function": {"name": …}} is due')
+    functions = [tool.get("function", tool) for tool in form.tools or ()]
+    chosen = [one for one in functions if isinstance(one, dict) and name in (None, one.get("name"))]
+    if not chosen:
+        raise wrong("tool_choice", "there is no such tool among `tools`; list it there")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": one.get("name")}, "arguments": one.get("parameters") or dict(ANY)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for one in chosen
+    ]
+    return {"anyOf": calls}
 
 
 class Compiled:
@@ -101,5 +142,5 @@ class Compiled:
         return Held(self._matcher.deep_copy(), self._size)
 
 
-def wrong(words: str) -> Refused:
-    return Refused(400, f"response_format: {words}", "response_format")
+def wrong(field: str, words: str) -> Refused:
+    return Refused(400, f"{field}: {words}", field)

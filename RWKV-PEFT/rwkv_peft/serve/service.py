@@ -17,7 +17,9 @@ from ..generate.asked import Answer, Odds, Request
 from ..generate.continuation import Continuation
 from ..generate.engine import Engine
 from ..generate.known import Known
+from ..generate.pace import Pace
 from ..generate.settings import Sampling
+from ..generate.voices import Voice
 from .asking import Asking, Bounds, Prompt, asking_of
 from .catalog import Catalog
 from .forms import ChatAsked, TextAsked
@@ -32,7 +34,7 @@ LEADS = MappingProxyType(
     {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
 )
 
-PIECES = MappingProxyType({"cpu": 64, "cuda": 256})  # tokens that are read between two that are drawn
+PIECE, STEP_SECONDS = 64, 0.1  # tokens that are read at first between two that are drawn, and how long that may take
 
 
 class Service:
@@ -45,15 +47,15 @@ class Service:
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
         self.schemas = Schemas(catalog.tokenizer, vocabulary)
-        known, piece = Known(args.known_mib << 20), PIECES[catalog.own.model.emb.weight.device.type]
-        self.worker = Worker(Engine(vocabulary, args.batch, known, piece))
+        known, ahead = Known(args.known_mib << 20), catalog.own.model.emb.weight.is_cuda
+        self.worker = Worker(Engine(vocabulary, args.batch, known, Pace(PIECE, STEP_SECONDS), ahead))
 
     async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
         """Give a request its places, and have it answered. Raises Refused."""
         schema = None
-        if isinstance(form, ChatAsked) and form.response_format:
-            schema = await asyncio.to_thread(self.schemas.compiled, form.response_format, form.think or "")
-        voice = self.catalog[form.model]
+        if isinstance(form, ChatAsked) and (form.response_format or form.must_call):
+            schema = await asyncio.to_thread(self.schemas.compiled, form)
+        voice = self.catalog.voice(form.model, form.state)
         asking = asking_of(form, self.catalog.tokenizer, self.defaults, self.bounds)
         due = len(asking.prompts) * asking.times
         if self.answers + due > self.places:
@@ -62,7 +64,9 @@ class Service:
         teller = ChatTeller(*head, form.calls) if isinstance(form, ChatAsked) else TextTeller(*head)
         exchange = Exchange(due, self.seconds, self._finished)
         try:
-            requests = [self._request(form, asking, place, exchange, schema) for place in range(len(asking.prompts))]
+            requests = [
+                self._request(form, voice, asking, place, exchange, schema) for place in range(len(asking.prompts))
+            ]
         except UserError as error:
             raise Refused(400, str(error), "stop") from error
         self.answers += due
@@ -85,7 +89,13 @@ class Service:
             raise Refused(400, str(error), "tokens") from error
 
     def _request(
-        self, form: TextAsked | ChatAsked, asking: Asking, place: int, exchange: Exchange, schema: Compiled | None
+        self,
+        form: TextAsked | ChatAsked,
+        voice: Voice,
+        asking: Asking,
+        place: int,
+        exchange: Exchange,
+        schema: Compiled | None,
     ) -> Request:
         """The engine's request for all answers to one of the prompts."""
         prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer
@@ -103,7 +113,7 @@ class Service:
             held = None if schema is None else schema.held()
             answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds, held))
         scored = scores.append if echo and asking.odds is not None else None
-        return Request(self.catalog[form.model], prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
+        return Request(voice, prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
 
     def _opening(self, prompt: Prompt, number: int, scores: list[Odds]) -> Callable[[], Piece]:
         """The prompt as the first piece of an answer that repeats it, with its scores, if there are any by then."""

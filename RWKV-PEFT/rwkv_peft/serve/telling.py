@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..data.tools import OPENS, Call, parse_calls
-from ..generate.engine import DAMAGED
+from ..generate.rows import DAMAGED
 from ..generate.text import overlap
 from .worker import FAILED, Drawn, Piece
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from ..data.samples import Samples
 from ..evals.rows_exam import last_answer
 from ..evals.scoring import score
-from ..generate.decode import prefill
 from ..generate.loading import Subject
+from ..generate.reading import prefill
 
 BATCH = 16  # questions that are read at once
 LEAST = 0.01  # of what the text tells, that counts as learned

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from ..data.templates import stops_of
 from ..data.turns import TURN_END
 from ..evals.asking import GREEDY, write
-from ..generate.decode import prefill
 from ..generate.loading import Subject
+from ..generate.reading import prefill
 from ..generate.settings import Sampling
 from .flags import Study
 

@@ -10,6 +10,7 @@ from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
+from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
 from ..names import NONE, STATE
@@ -62,6 +63,8 @@ def describe(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if note := better_precision(train.precision, accelerator):
+        say(f"          {note}")
     if train.context_parallel > 1:
         say(f"          {shared_rows(config)}")
     if train.compile:
@@ -98,7 +101,7 @@ def describe(
         )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
-    chosen = f"{train.lr_init:g} to {train.lr_final:g}"
+    chosen = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_schedule != "constant")
     if train.lr_chosen:
         why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
@@ -106,6 +109,8 @@ def describe(
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
     else:
         say(f"rate      {chosen}")
+    if train.optim != "adamw":
+        say(f"optimizer {train.optim}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")
 

@@ -26,7 +26,7 @@ from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
 from .saving.saved_files import require_files
 from .step.plan import Plan
-from .step.stored import StoredTeacher, open_stored
+from .step.stored import StoredTeacher
 from .step.teacher import require_own_tokens
 
 
@@ -59,7 +59,7 @@ def find_inputs(request: Request) -> Inputs:
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
-    stored = open_stored(config.objective, config.model.vocab_size)
+    stored = request.stored
     if stored is not None:
         stored.require_rows(samples.vocabulary, (samples, *measured.values()))
     if isinstance(samples, PromptSamples):
@@ -76,6 +76,7 @@ def find_inputs(request: Request) -> Inputs:
         "objective": config.objective.name,
         "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,
+        "optim": train.optim,
         "validation": validation,
         "retained": retained,
     }

@@ -40,6 +40,7 @@ def make_model(
     report = adapt(model, config.adapter, layers, family, base, gradients, checkpoint, device)
     if checkpoint is not None and config.train.fresh_optimizer and config.adapter.whole_model:
         load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
+    model.settle()
     return model, report
 
 

@@ -69,7 +69,8 @@ def words_on(
     through: Any = contexts.through  # whose head here gives no tensor
     number = min(objective.top_k, config.model.vocab_size - 1)
     step = Whole(contexts=contexts if config.data.of_contexts else None)
-    for batch in (batch for samples in found for batch in EvalBatches(samples, config.data.micro_bsz)):
+    parts = (part for samples in found for part in samples.parts)
+    for batch in (batch for part in parts for batch in EvalBatches(part, config.data.micro_bsz)):
         seen = dict(seen_by_teacher(batch | step.sent(batch, device)))
         seen |= {name: tensor.to(device) for name, tensor in seen.items() if torch.is_tensor(tensor)}
 

@@ -20,7 +20,7 @@ from .chat import ask, serve
 from .form import form
 from .jobs import Jobs, interrupt
 from .places import Places
-from .runs import ANSWERS, find_runs, lines_of
+from .runs import ANSWERS, find_runs, last_of, lines_of
 
 PAGE = Path(__file__).parent / "page"
 SHOWN = (".png",)  # files of a run that the page shows as they are
@@ -146,7 +146,7 @@ def make_app(root: Path) -> FastAPI:
 
     @app.get("/api/runs/answers")
     def answers(folder: str) -> dict[str, Any]:
-        return {name: lines_of(places.inside(folder) / name)["lines"] for name in ANSWERS}
+        return {name: last_of(places.inside(folder) / name) for name in ANSWERS}
 
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:

@@ -14,6 +14,7 @@ from .places import Places
 DEEP = 5  # levels of folders that are looked through
 MOST = 200  # runs that are shown
 BYTES = 4 << 20  # of a file, that are read at a time
+TAIL = 1 << 18  # bytes at the end of a file of answers
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
 SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
@@ -70,6 +71,15 @@ def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
         return {"lines": [], "next": 0, "again": begin > 0}
     whole = data[: data.rfind(b"\n") + 1]
     return {"lines": list(objects(whole)), "next": (0 if again else begin) + len(whole), "again": again}
+
+
+def last_of(path: Path) -> list[Any]:
+    """The objects in the last lines of a .jsonl file."""
+    try:
+        found: list[Any] = lines_of(path, max(path.stat().st_size - TAIL, 0))["lines"]
+    except FileNotFoundError:
+        return []
+    return found
 
 
 def objects(data: bytes) -> Iterator[Any]:

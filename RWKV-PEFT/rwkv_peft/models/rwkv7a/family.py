@@ -17,6 +17,7 @@ class RWKV7aFamily(Family[keys.RWKV7aConfig, RWKV7a]):
     rows_are_keys = TimeMix.rows_are_keys
     states_in_model = False
     kernel = "wkv7"
+    tables = ("ffn.s_emb.weight",)
 
     dimensions = staticmethod(keys.dimensions)
     new_dimensions = staticmethod(keys.new_dimensions)

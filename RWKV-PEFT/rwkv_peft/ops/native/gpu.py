@@ -33,7 +33,7 @@ def unavailable(device: int | None = None) -> str | None:
     if capability < OLDEST_CAPABILITY:
         return (
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and the "
-            f"kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer; take backend 'reference'"
+            f"kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer; take backend 'chunked'"
         )
     return None
 

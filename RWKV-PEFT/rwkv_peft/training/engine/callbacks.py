@@ -23,6 +23,7 @@ from ..saving.history import forget_rest
 from ..saving.loading import load_checkpoint
 from ..saving.saver import Saver
 from ..step.lit import Diverged, Lit
+from ..step.loss_scale import dynamic_scaler, skipped
 from ..step.plan import Plan
 from .progress import Progress, in_words
 
@@ -67,11 +68,12 @@ class Moves(pl.Callback):
 
 class FiniteGradients(StepCallback):
     """Raises Diverged, on all ranks, if the gradient norm is not finite, because clipping then makes zeros or NaN of
-    the step. It must stand before the callbacks that record and save."""
+    the step; in float16 only if no lower loss scale is left. It must stand before the callbacks that record and
+    save."""
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         norm = gradient_norm(trainer)
-        if norm is not None and not math.isfinite(norm):
+        if norm is not None and not math.isfinite(norm) and not skipped(trainer.optimizers[0]):
             raise Diverged(f"the gradient norm became {norm} at step {lit.step + 1}")
 
 
@@ -133,15 +135,17 @@ class Record(StepCallback):
             scores["learn_s"] = seconds - scores["draw_s"] - scores["judge_s"]
         if not trainer.is_global_zero:
             return
+        scaler, skips = dynamic_scaler(trainer.optimizers[0]), skipped(trainer.optimizers[0])
         metrics = {
             "step": lit.step,
             "samples": self.plan.samples_seen(done),
             "epoch": lit.step // self.plan.epoch_steps,
             "loss": lit.step_loss if lit.step_tokens else None,  # no token counts: there is no mean
             "lr": lit.lr,
-            "grad_norm": gradient_norm(trainer),
+            "grad_norm": None if skips else gradient_norm(trainer),
             "tokens": tokens,
             "tokens_per_s": round(tokens / seconds, 1),
+            **({} if scaler is None else {"loss_scale": scaler.cur_scale, "skipped": int(skips)}),
             **lit.step_measures,
             **self.before,
             **validation,
@@ -159,6 +163,8 @@ class Record(StepCallback):
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
         for figure in self.objective.figures[:1]:
             loss += f", {figure.name} {metrics[figure.name]:.2f}"
+        if skips:
+            loss += f", step skipped: loss scale {metrics['loss_scale']:g}"
         self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, tokens)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:

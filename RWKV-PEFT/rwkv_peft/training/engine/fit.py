@@ -23,7 +23,7 @@ from ...memory import keep_freed_memory
 from ...names import METRICS, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import CARD, card_of, write_card
-from ..measuring.learned import fall_of, nothing_learned
+from ..measuring.learned import by_source, fall_of, nothing_learned
 from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
@@ -126,10 +126,11 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
-    losses: list[float] = []
+    losses, sources = list[float](), list[str]()
     name, sign = ("reward", -1) if run.rewards is not None else ("loss", 1)  # what is to fall
     try:
-        losses = [sign * value for value in series(read_metrics(run.folder / METRICS), name)[1]]
+        records = read_metrics(run.folder / METRICS)
+        losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
@@ -138,12 +139,14 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
             f"stopped after {lit.step:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    told, rows, figures = "", run.rows, [("steps", f"{run.plan.total_steps:,}")]
+    told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
+    figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
         figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
+    figures += [("sources", line) for line in sources]
     if rows is not None:
         figures += [("answers", line) for line in rows.lines() if not line.startswith(" ")]
-        told = "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
+        told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
     if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
         told += f"{note}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:

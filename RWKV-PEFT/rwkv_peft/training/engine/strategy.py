@@ -13,6 +13,7 @@ from ...config import BUCKET, TrainConfig
 from ..flags.world import World
 from ..ranks.meeting import Ranks
 from ..step.gathering import exchanges_gradients, sums_apart
+from ..step.loss_scale import dynamic_scaler
 from ..step.norms import gradient_norm
 
 FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
@@ -86,6 +87,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
+        if (scaler := dynamic_scaler(optimizer)) is not None:
+            scaler.raise_error_at_min_scale = False  # FiniteGradients ends the run, in our words
         if self.root_device.type != "cpu":  # CPUs compute the same bits
             share_buffers(engine.module, self.root_device)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -118,6 +121,8 @@ def make_strategy(
 
         # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed takes float16 only on CPUs that multiply it by themselves; torch computes it on all, slowly.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     bucket, exchange = min(BUCKET, max(trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
         ranks,

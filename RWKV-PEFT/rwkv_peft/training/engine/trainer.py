@@ -10,7 +10,7 @@ A step does, in this order, for each of its micro batches:
                                             its sum over all ranks
     DeepSpeedEngine.backward                compute gradients, and add them up
     Lit.on_after_backward                   read that sum, and stop the run if it is not finite
-    DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, AdamW
+    DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, the optimizer's step
     Moves.on_train_batch_end                tell the watch that the step is done
     FiniteGradients.on_train_batch_end      stop the run if the gradient norm is not finite
     BaseGuard.on_train_batch_end            end the run if its base was written over
@@ -117,7 +117,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         devices=train.devices,
         num_nodes=train.num_nodes,
         strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
-        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
+        precision={"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,
         max_epochs=1,

@@ -34,7 +34,6 @@ LEGACY = (
     ("avg_loss", ("0",), "another mean over the segments of a row, and every token of a step weighs the same here"),
     ("lisa_config", ('{"lisa_r":2,"lisa_k":100}',), "LISA, which is no method here; --peft names those that are"),
     ("merge", ("0",), "a merged model at each save; --merge_on_save writes one here"),
-    ("optim", ("none",), "another optimizer, and it is AdamW here"),
     ("enable_progress_bar", ("True", "False"), "something else than a progress bar, which only a terminal shows"),
 )
 # flags that are accepted and ignored, and why: those with any number, and those without a value

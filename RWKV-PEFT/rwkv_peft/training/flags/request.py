@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import objectives
 from ...cli import Parser
-from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
+from ...config import (
+    CHUNK_CTX,
+    SCHEDULE_FREE,
+    STATE_LR,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    TrainConfig,
+)
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.prefix import default_mask
@@ -38,6 +48,7 @@ from .world import World, find_world
 if TYPE_CHECKING:
     from ...files.base import Base
     from ...models.family import Family
+    from ..step.stored import StoredTeacher
 
 
 class Request(NamedTuple):
@@ -46,7 +57,8 @@ class Request(NamedTuple):
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
     check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read;
-    write_config: the file to write the flags to, and end, or None; teacher: the model that it learns from, or None.
+    write_config: the file to write the flags to, and end, or None; teacher: the model that it learns from, or None;
+    stored: what one said of its rows before, or None.
     """
 
     config: RunConfig
@@ -59,6 +71,7 @@ class Request(NamedTuple):
     notes: tuple[str, ...] = ()
     write_config: str | None = None
     teacher: "Base | None" = None
+    stored: "StoredTeacher | None" = None
 
 
 class Flags(NamedTuple):
@@ -172,7 +185,9 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, **others)
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
+    if args.optim == SCHEDULE_FREE and args.lr_schedule is None:
+        train = replace(train, lr_schedule="constant")
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -197,6 +212,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ..step.stored import open_stored
     from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
@@ -227,8 +243,9 @@ def request_of(flags: Flags) -> Request:
             "without them; name it as --teacher_model too"
         )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
-    new_file, teacher = args.train_stage == 1, open_teacher(objective, model.vocab_size)
-    return Request(config, base, layers, world, argv, args.check_flags, new_file, notes, args.write_config, teacher)
+    of_file = args.check_flags, args.train_stage == 1, notes, args.write_config
+    taught = open_teacher(objective, model.vocab_size), open_stored(objective, model.vocab_size)
+    return Request(config, base, layers, world, argv, *of_file, *taught)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

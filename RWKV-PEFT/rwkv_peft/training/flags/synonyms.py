@@ -60,7 +60,7 @@ MEANINGS = (
     ("--wandb, --trackio or --swanlab PROJECT", ("report_to", "wandb_project")),
     ("--strategy", ("deepspeed", "fsdp")),
     ("--merge_on_save", ("merge_and_save",)),
-    ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
+    ("--optim", ("optimizer", "optimizer_name", "optim_type")),
     ("--config", ("config_file", "config_path", "cfg")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
@@ -84,25 +84,19 @@ VALUE_MEANINGS = (
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
     *QUANTS,
     ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16")),
+    ("--precision", "--precision fp16", ("float16", "half", "16", "16-mixed", "16-true")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
+    ("--optim", "--optim adamw", ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam")),
+    ("--optim", "--optim adamw8bit", ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")),
+    ("--optim", "--optim lion", ("lion_32bit",)),
+    ("--optim", "--optim schedule_free", ("schedule_free_adamw",)),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
     ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
-# (flag, what to give instead, values whose meaning is not supported here)
-INSTEAD = (
-    (
-        "--precision",
-        "float16 is not here; --precision bf16 takes as much memory, and does not overflow",
-        ("fp16", "float16", "half", "16", "16-mixed", "16-true"),
-    ),
-)
 VALUES = MappingProxyType(
-    {
-        **{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values},
-        **{(flag, value): instead for flag, instead, values in INSTEAD for value in values},
-    }
+    {**{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}}
 )
 
 # the remedy if several files are given to a flag that takes one

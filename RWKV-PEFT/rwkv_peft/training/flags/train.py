@@ -3,12 +3,16 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 from ...cli import counted
-from ...config import DataConfig, TrainConfig
+from ...config import SCHEDULE_FREE, DataConfig, TrainConfig
 from ...files.readable import home_meant
+from ...installing import how_to_install
 from ..saving.trackers import check_trackers
 
+# of optimizers that others have written
+PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes", "lion": "lion_pytorch", SCHEDULE_FREE: "schedulefree"})
 MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 
 
@@ -47,6 +51,9 @@ def check_train(train: TrainConfig) -> Iterator[str]:
         yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"
     if train.lm_eval and importlib.util.find_spec("lm_eval") is None:
         yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
+    package = PACKAGES.get(train.optim)
+    if package and importlib.util.find_spec(package) is None:
+        yield f"--optim {train.optim} needs the package {package}; {how_to_install('requirements-optim.txt')}"
     yield from check_trackers(train)
     if not train.proj_dir:
         yield "--proj_dir is empty; name the folder of the run"

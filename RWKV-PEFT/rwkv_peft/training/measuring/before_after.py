@@ -79,7 +79,8 @@ class BeforeAfter:
         kinds = dict.fromkeys(record["of"] for record in done)
         for name in kinds:
             mine = [record for record in done if record["of"] == name]
-            yield f"{counted(len(mine), f'{name} row')}: {agreement(mine)}"
+            data, of, source = name.partition(" of ")
+            yield f"{counted(len(mine), f'{data} row')}{of}{source}: {agreement(mine)}"
             for record in mine[:SHOWN]:
                 prompt, before = in_line(record["prompt"]), record["before"]
                 yield f"  prompt  {prompt if len(prompt) <= WIDTH else '…' + prompt[-WIDTH:]}"

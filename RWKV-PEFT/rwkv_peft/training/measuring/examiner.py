@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ...config import TrainConfig
 from ..ranks.watch import Watch
+from ..saving.averaging import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 
@@ -66,7 +67,7 @@ def answers_of(exam: Exam, watch: Watch, compiles: bool, trainer: Any, lit: Any,
     questions. compiles: the run compiles blocks; doing: what the watch hears of each answer."""
     records: list[Answer] = []
     lit.model.eval()
-    with uncompiled(compiles):
+    with averaged(trainer.optimizers[0]), uncompiled(compiles):
         for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
             watch.moved(doing)
             records.append(record)

@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import RunConfig
 from ...config.objective import REWARDS
+from ...plots import is_number
 from ..flags.rates import known_rate
 from ..step.plan import Plan
 
@@ -39,6 +40,18 @@ def fall_of(losses: Sequence[float]) -> Fall | None:
     variance = statistics.fmean((b - a) ** 2 for a, b in zip(losses, losses[1:])) / 2
     noise = SURE * math.sqrt(2 * variance / quarter)
     return Fall(statistics.fmean(losses[:quarter]), statistics.fmean(losses[-quarter:]), noise)
+
+
+def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line on the losses of each of several data files: means of the first and the last quarter of them."""
+    names = dict.fromkeys(name for record in records for name in record if name.startswith(("loss/", "val_loss/")))
+    for name in sorted(names, key=lambda name: name.startswith("val_")):
+        values = [record[name] for record in records if is_number(record.get(name))]
+        quarter = max(1, len(values) // 4)
+        first, last = statistics.fmean(values[:quarter]), statistics.fmean(values[-quarter:])
+        what, _, source = name.partition("/")
+        word = {"loss": "loss", "val_loss": "validation loss"}[what]
+        yield f"{word} of {source}: {first:.4f} at first, {last:.4f} at last"
 
 
 def doubts(config: RunConfig, plan: Plan) -> list[str]:

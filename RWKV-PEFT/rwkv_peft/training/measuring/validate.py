@@ -13,6 +13,7 @@ from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
 from ..ranks.watch import Watch
+from ..saving.averaging import averaged
 from ..saving.history import Lowest
 from ..saving.products import BEST
 from ..saving.saver import Saver
@@ -67,6 +68,11 @@ class Validator:
         "val_loss/NAME", the loss of each. {} if this step does not validate."""
         if done % self.every and done != self.plan.total_steps:
             return {}
+        with averaged(trainer.optimizers[0]):
+            return self.measure(trainer, lit)
+
+    def measure(self, trainer: Any, lit: "Lit") -> dict[str, float]:
+        """Return __call__'s numbers of the weights as they are now."""
         found: dict[str, float] = {}
         for name, samples in self.measured.items():
             sums = [self.sums(part, trainer, lit) for part in samples.parts]

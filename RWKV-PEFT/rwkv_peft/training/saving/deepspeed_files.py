@@ -16,7 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from ...errors import UserError
 from ...files.pth import read_pth, require_file
-from .partitions import MOMENTS, STEP, adam_state, flat_tensors
+from .partitions import MOMENTS, STEP, flat_tensors, state_of
 from .run_state import MOST
 from .saved_files import DEEPSPEED
 
@@ -57,7 +57,7 @@ def copy_states(found: Any, optimizer: Any, ranks: int) -> int:
         copy_flat(flat.data, tensor, masters, ranks)
         state = entry(adam, number)
         for kind in MOMENTS:
-            copy_flat(adam_state(optimizer, flat)[kind], entry(state, kind), kind, ranks)
+            copy_flat(state_of(optimizer, flat)[kind], entry(state, kind), kind, ranks)
         steps = count_of(entry(state, STEP))
     return steps
 

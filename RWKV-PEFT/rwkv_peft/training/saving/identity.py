@@ -18,8 +18,9 @@ from .saved_files import is_of_deepspeed, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
-SAME_OPTIMIZER = ("precision",)  # what it must share, too, to keep the optimizer's state,
-SAME_RANKS = ("strategy", "world_size")  # and this, if an earlier version kept it by ranks
+SAME_OPTIMIZER = ("precision", "optim")  # what it must share, too, to keep the optimizer's state,
+SAME_RANKS = ("strategy", "world_size")  # and this, if it is kept by ranks
+BY_RANKS = ("adamw8bit",)  # values of --optim whose state is of use to the ranks alone that had it
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
@@ -38,8 +39,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
     content, counted = hashlib.sha256(), hashlib.sha256()
-    for n in samples.probes(HASHED):
-        sample = samples.collate([samples[n]])
+    head = samples.head()
+    for n in range(0, len(head), -(-len(head) // HASHED)):
+        sample = head.collate([head[n]])
         content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
         counted.update(sample.get("weights", sample["mask"]).numpy().tobytes())
     hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
@@ -66,8 +68,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     except UNREADABLE as error:
         raise UserError(f"{checkpoint}/{STATE} cannot be read ({told(error)}); {older}") from error
     # earlier versions recorded neither sizes nor data, nor where validation on other data had begun, and had one
-    # objective for each --data_type, and no teacher
-    state = {"files": {}, "data": now["data"], "validated_from": 0, "teacher": ""} | state
+    # objective for each --data_type, one optimizer, and no teacher
+    state = {"files": {}, "data": now["data"], "validated_from": 0, "teacher": "", "optim": "adamw"} | state
     state.setdefault("objective", (*takers_of(state["data"].get("data_type", DataConfig.data_type)), "")[0])
     require_files(checkpoint, state["files"], fresh_optimizer)
     # a setting that the saved run did not know had its default
@@ -75,7 +77,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
     state["data"]["mix"] = shares_of(state["data"].get("mix") or ())
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if is_of_deepspeed(checkpoint) else ())
+    by_ranks = is_of_deepspeed(checkpoint) or now["optim"] in BY_RANKS
+    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if by_ranks else ())
     for key in SAME + (() if fresh_optimizer else of_optimizer):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])

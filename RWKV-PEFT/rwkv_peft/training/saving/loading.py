@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..optimizers.choice import Averaging
+from ..step.loss_scale import go_on_with
 from .optimizer_files import SavedOptimizer
-from .partitions import pieces_of, take_up
+from .partitions import codes_of, is_by_parameter, pieces_of, take_up
 from .run_state import read_state
 from .saved_files import is_of_deepspeed
 
@@ -20,7 +22,7 @@ def trained_names(lit: "Lit") -> list[str]:
 
 def grouped_names(lit: "Lit") -> list[list[str]]:
     """The names of the parameters that train, by optimizer group, in the order of the optimizer's state in a
-    checkpoint of earlier versions."""
+    checkpoint that holds it by ranks."""
     names = {parameter: name for name, parameter in lit.model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
 
@@ -42,18 +44,23 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
         )
     lit.compute.restore(checkpoint)
     optimizer = trainer.optimizers[0]
+    by_ranks = is_of_deepspeed(checkpoint) or not is_by_parameter(optimizer)
+    if by_ranks and state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions recorded none
+        raise UserError(
+            f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's; "
+            "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
+        )
     if is_of_deepspeed(checkpoint):
         from .deepspeed_files import load_deepspeed
 
-        if state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions did not record them
-            raise UserError(
-                f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's; "
-                "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
-            )
         steps = load_deepspeed(checkpoint, optimizer, trainer.global_rank, trainer.world_size)
     else:
         found = SavedOptimizer(checkpoint)
         for piece in pieces_of(optimizer, lit.model.named_parameters()):
             found.fill(piece)
+        found.fill_codes(trainer.global_rank, codes_of(optimizer))
+        go_on_with(optimizer, found.scale)
         steps = found.steps
     take_up(optimizer, steps)
+    if isinstance(optimizer.optimizer, Averaging):
+        optimizer.optimizer.go_on(lit.lr_at(step) for step in range(lit.step - steps, lit.step))

@@ -1,14 +1,18 @@
 """Write and read the optimizer's state by parameter, so that a run may go on on other ranks, stages and devices.
 
 optimizer/rank-NNNNN.safetensors holds the pieces of one rank, float32 (n,), each called KIND:START:PARAMETER: KIND is
-master, exp_avg or exp_avg_sq, and START the piece's first element in the flattened parameter. The header counts Adam's
-steps. No rank waits for another, and a rank that reads takes its own pieces from the files of all.
+master or the name of a moment, as exp_avg, and START the piece's first element in the flattened parameter. The header
+counts the optimizer's steps. No rank waits for another, and a rank that reads takes its own pieces from the files of
+all.
+
+An optimizer whose state is not by parameter adds codes:RANK:NUMBER:NAME, of the NUMBERth flat tensor, for that rank.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -16,18 +20,31 @@ from ...errors import UserError, short
 from ...files.atomic import fsync
 from ...files.pth_writer import TensorSpec
 from ...files.safetensors_file import read_safetensors, write_safetensors
-from .partitions import KINDS, Piece
+from .partitions import Piece
 from .run_state import MOST
 from .saved_files import OPTIMIZER
 
 METADATA_KEY, FORMAT_VERSION = "rwkv_peft_optimizer", 1
 STEPS = "steps"  # its entry in the metadata
+CODES = "codes"
+NO_CODES: Mapping[str, torch.Tensor] = MappingProxyType({})
+SCALE = "loss_scale"  # an entry in the metadata
+NO_SCALE: Mapping[str, float] = MappingProxyType({})
 
 
-def write_pieces(checkpoint: Path, rank: int, pieces: Iterable[Piece], steps: int) -> None:
-    """Write the pieces of a rank into a checkpoint's folder, a tensor at a time."""
-    tensors = {f"{kind}:{piece.start}:{piece.name}": piece.tensors[kind] for piece in pieces for kind in KINDS}
-    told = {"format_version": FORMAT_VERSION, STEPS: steps}
+def write_pieces(
+    checkpoint: Path,
+    rank: int,
+    pieces: Iterable[Piece],
+    steps: int,
+    codes: Mapping[str, torch.Tensor] = NO_CODES,
+    scale: Mapping[str, float] = NO_SCALE,
+) -> None:
+    """Write the pieces of a rank, codes that are of use to it alone, and the counters of the loss scale, into a
+    checkpoint's folder, a tensor at a time."""
+    tensors = {f"{kind}:{piece.start}:{piece.name}": part for piece in pieces for kind, part in piece.tensors.items()}
+    tensors |= {f"{CODES}:{rank}:{name}": tensor for name, tensor in codes.items()}
+    told = {"format_version": FORMAT_VERSION, STEPS: steps} | ({SCALE: dict(scale)} if scale else {})
     path = checkpoint / OPTIMIZER / f"rank-{rank:05d}.safetensors"
     path.parent.mkdir(exist_ok=True)
     specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
@@ -36,26 +53,33 @@ def write_pieces(checkpoint: Path, rank: int, pieces: Iterable[Piece], steps: in
 
 
 class SavedOptimizer:
-    """The optimizer's state in a checkpoint, whatever ranks wrote it; steps: how many Adam had taken."""
+    """The optimizer's state in a checkpoint, whatever ranks wrote it; steps: how many the optimizer had taken;
+    scale: the counters of the loss scale."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint, self.steps = checkpoint, 0
+        self.scale: dict[str, float] = {}
         self.found: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        self.codes: dict[tuple[int, str], torch.Tensor] = {}
         for path in sorted((checkpoint / OPTIMIZER).glob("rank-*.safetensors")):
-            tensors, header = read_safetensors(path)
+            tensors, header = read_safetensors(path, weights=False)
             try:
                 told = json.loads(header[METADATA_KEY])
                 version, self.steps = int(told["format_version"]), int(told[STEPS])
+                self.scale = {name: number for name, number in told.get(SCALE, {}).items() if float(number) >= -1}
                 if not 0 <= self.steps < MOST:
                     raise ValueError(f"{self.steps} is no number of steps")
                 if version > FORMAT_VERSION:
                     raise ValueError(f"its format is {version}, and this version reads up to {FORMAT_VERSION}")
                 for key, tensor in tensors.items():
                     kind, start, name = key.split(":", 2)
+                    if kind == CODES:
+                        self.codes[int(start), name] = tensor
+                        continue
                     if tensor.dim() != 1 or tensor.dtype != torch.float32:
                         raise ValueError(f"{short(key)} is no row of float32")
                     self.found[kind, name].append((int(start), tensor))
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise UserError(f"{path} {self.refusal(error)}") from error
 
     def refusal(self, reason: object) -> str:
@@ -64,6 +88,18 @@ class SavedOptimizer:
             f"does not hold the optimizer's state of this run: {reason}; delete {self.checkpoint} to resume from an "
             "older checkpoint, or add --fresh_optimizer to go on without the optimizer's state"
         )
+
+    @torch.no_grad()
+    def fill_codes(self, rank: int, codes: Mapping[str, torch.Tensor]) -> None:
+        """Copy a rank's codes into its tensors. Raises UserError if some are missing."""
+        for name, into in codes.items():
+            saved = self.codes.get((rank, name))
+            if saved is None or (saved.shape, saved.dtype) != (into.shape, into.dtype):
+                raise UserError(
+                    f"{self.checkpoint / OPTIMIZER} "
+                    + self.refusal(f"{CODES}:{rank}:{name} is no {into.dtype} of shape {tuple(into.shape)}")
+                )
+            into.copy_(saved)
 
     @torch.no_grad()
     def fill(self, piece: Piece) -> None:

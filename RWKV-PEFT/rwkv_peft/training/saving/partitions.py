@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..optimizers.choice import Averaging, Further
+
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")  # the float32 weight, and Adam's two moments of it
 KINDS = (MASTER, *MOMENTS)
 STEP = "step"  # Adam's count of steps
@@ -32,11 +34,14 @@ def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
     return list(optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups)
 
 
-def adam_state(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
-    """Adam's state of a flat tensor; before Adam's first step it is made here, as Adam would."""
-    state = optimizer.optimizer.state[flat]
-    if not state:
-        counts_in_tensors = isinstance(optimizer.optimizer, torch.optim.AdamW)  # DeepSpeed's own counts in numbers
+def state_of(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
+    """The optimizer's state of a flat tensor; before the first step it is made here, as the optimizer would."""
+    inner = optimizer.optimizer
+    state = inner.state[flat]
+    if not state and isinstance(inner, Further):
+        inner.begin(flat)
+    elif not state:
+        counts_in_tensors = isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own counts in numbers
         state[STEP] = torch.zeros((), device=flat.device) if counts_in_tensors else 0
         state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
     return state
@@ -50,10 +55,36 @@ def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator
             continue
         size, start, number, place, length = _place(optimizer, parameter)
         if length > 0:
-            state = adam_state(optimizer, flats[number])
-            whole = {MASTER: flats[number].data, **{kind: state[kind] for kind in MOMENTS}}
+            flat = flats[number]
+            whole = {MASTER: flat.data} | (moments_of(optimizer, flat) if is_by_parameter(optimizer) else {})
             views = {kind: tensor.narrow(0, place, length) for kind, tensor in whole.items()}
             yield Piece(name, size, start, views)
+
+
+def is_by_parameter(optimizer: Any) -> bool:
+    """Tell whether the optimizer's state is numbers of each parameter's own, which go into pieces."""
+    return not isinstance(optimizer.optimizer, Further) or optimizer.optimizer.by_parameter
+
+
+def moments_of(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of the optimizer's state that have a number for each of a flat tensor's."""
+    state = state_of(optimizer, flat)
+    return {kind: found for kind, found in state.items() if isinstance(found, torch.Tensor) and found.dim() == 1}
+
+
+def codes_of(optimizer: Any) -> dict[str, torch.Tensor]:
+    """This rank's state of an optimizer that keeps none by parameter: {NUMBER:NAME: tensor}, NUMBER being that of the
+    flat tensor."""
+    if is_by_parameter(optimizer):
+        return {}
+    states = enumerate(state_of(optimizer, flat) for flat in flat_tensors(optimizer))
+    found = {f"{number}:{name}": value for number, state in states for name, value in state.items()}
+    tables = ("qmap1", "qmap2")  # of the codes, the same for all
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and name.partition(":")[2] not in tables
+    }
 
 
 def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
@@ -71,8 +102,10 @@ def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
 
 
 def steps_taken(optimizer: Any) -> int:
-    """Return the number of steps that Adam has taken."""
-    return max((int(adam_state(optimizer, flat)[STEP]) for flat in flat_tensors(optimizer)), default=0)
+    """Return the number of steps that the optimizer has taken, 0 if it does not count them."""
+    if isinstance(optimizer.optimizer, Averaging):
+        return optimizer.optimizer.param_groups[0]["k"]
+    return max((int(state_of(optimizer, flat).get(STEP, 0)) for flat in flat_tensors(optimizer)), default=0)
 
 
 @torch.no_grad()
@@ -80,8 +113,14 @@ def take_up(optimizer: Any, steps: int) -> None:
     """Let a ZeRO optimizer go on after `steps` steps from the pieces as they are now, and give the model its weights.
     Every rank calls it at once."""
     for flat in flat_tensors(optimizer):
-        state = adam_state(optimizer, flat)
-        state[STEP] = torch.full_like(state[STEP], steps) if isinstance(state[STEP], torch.Tensor) else steps
+        state = state_of(optimizer, flat)
+        if STEP in state:
+            state[STEP] = torch.full_like(state[STEP], steps) if isinstance(state[STEP], torch.Tensor) else steps
+    publish(optimizer)
+
+
+def publish(optimizer: Any) -> None:
+    """Give the model the weights of a ZeRO optimizer. Every rank calls it at once."""
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return

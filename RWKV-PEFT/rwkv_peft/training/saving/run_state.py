@@ -112,6 +112,7 @@ DUE: Mapping[str, Kind] = MappingProxyType(
 MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did not write
     {
         "files": are_records,
+        "optim": str,
         "data": dict,
         "validated_from": int,
         "validation": str,

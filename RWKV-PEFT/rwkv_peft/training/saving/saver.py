@@ -24,13 +24,15 @@ from ...errors import UserError
 from ...files.atomic import CannotWrite, fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
+from ..step.loss_scale import counters_of
 from ..step.plan import Plan
+from .averaging import averaged
 from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
 from .connection import is_of_connection
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
-from .loading import trained_names
+from .loading import grouped_names, trained_names
 from .optimizer_files import write_pieces
-from .partitions import pieces_of, steps_taken
+from .partitions import codes_of, is_by_parameter, pieces_of, steps_taken
 from .products import Products, keeps_all, model_dtypes, share_file
 from .run_state import STATE, write_state
 from .saved_files import OPTIMIZER, record_of
@@ -80,7 +82,8 @@ class Saver:
         whole = self.config.adapter.whole_model
         parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        with averaged(trainer.optimizers[0]):
+            return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
         """Write the optimizer's state, the trained tensors and state.json to a hidden folder, which gets its name when
@@ -94,7 +97,9 @@ class Saver:
         with self.telling(hidden):
             optimizer = trainer.optimizers[0]
             pieces = pieces_of(optimizer, lit.model.named_parameters())
-            write_pieces(hidden, trainer.global_rank, pieces, steps_taken(optimizer))
+            write_pieces(
+                hidden, trainer.global_rank, pieces, steps_taken(optimizer), codes_of(optimizer), counters_of(optimizer)
+            )
             lit.compute.keep(hidden, trainer.global_rank)
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
@@ -111,6 +116,8 @@ class Saver:
             "config": asdict(self.config),
             **self.identity,
         }
+        if not is_by_parameter(optimizer):
+            state["groups"] = grouped_names(lit)
         with self.telling(hidden):
             self.complete(hidden, state, exact)
             discard_old(self.folder, self.config.train.keep_checkpoints)

@@ -11,8 +11,7 @@ may be pinned, and a thread pins the batches to come. It differentiates with res
 hooks the engine has tied to the default stream.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +21,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...config import DataConfig
-from ...errors import UserError, told
 from ...models.parts import HeadFunction, LanguageModel
 from ...ops.recurrence.checks import vouch
+from ...recording import WARM_UP, aside, recording
 from .steps import Batch, straight
 
-WARM_UP = 2  # passes before recording: the first builds kernels, and libraries choose algorithms and allocate
+REMEDY = "leave --cuda_graphs out"
 LENGTHS = 4  # lengths that shorter rows are padded to, with a graph each
 MULTIPLE = 64  # of these lengths: the tokens that the recurrences' kernels take at a time
 
@@ -99,21 +98,6 @@ def part_of(memory: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return memory.view(-1)[: shape.numel()].view(shape)
 
 
-@contextmanager
-def recording(graph: Any, pool: Any) -> Iterator[None]:
-    """Within, record launches into a torch.cuda.CUDAGraph, with memory of a pool. Raises UserError if the driver
-    cannot."""
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(
-            f"--cuda_graphs 1: this GPU's driver cannot record what the blocks do ({told(error)}); leave it out"
-        ) from error
-
-
 class Blocks(nn.Module):
     """A model's blocks as a module, for torch.func.functional_call."""
 
@@ -154,13 +138,13 @@ class BlockGraphs:
         self.addresses = self.current_addresses()
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.pool: Any = torch.cuda.graph_pool_handle() if leader is None else leader.pool
-        with recording(self.forward_graph, self.pool):
+        with recording(self.forward_graph, self.pool, REMEDY):
             y, inputs = self.compute()
         self.y = y.detach()
         self.gradients: list[torch.Tensor] = []
         if inputs:
             self.gy = torch.zeros_like(y) if leader is None else part_of(leader.gy, y.shape)
-            with recording(self.backward_graph, self.pool):
+            with recording(self.backward_graph, self.pool, REMEDY):
                 self.gradients = [*torch.autograd.grad(y, inputs, self.gy)]
                 if leader is not None and self.parameters:
                     own, shared = (graphs.gradients[-len(self.parameters) :] for graphs in (self, leader))
@@ -177,9 +161,7 @@ class BlockGraphs:
 
     def warm_up(self) -> None:
         """Compute on a side stream, as recording does, and drop the parameters that no gradient reaches."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with aside():
             for _ in range(WARM_UP):
                 y, inputs = self.compute()
                 if inputs:
@@ -187,7 +169,6 @@ class BlockGraphs:
                     reached = found[len(found) - len(self.parameters) :]
                     pairs = zip(self.parameters.items(), reached)
                     self.parameters = {name: one for (name, one), gradient in pairs if gradient is not None}
-        torch.cuda.current_stream().wait_stream(stream)
 
     def current_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters.values()]

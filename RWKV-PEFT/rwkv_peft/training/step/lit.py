@@ -14,7 +14,7 @@ from ...config import TrainConfig
 from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
 from ...ops.recurrence.checks import vouch
-from .cpu_adam import cpu_adam
+from ..optimizers.choice import make_optimizer
 from .forked import tokens_read
 from .steps import Step
 
@@ -61,9 +61,13 @@ class Lit(pl.LightningModule):
     @property
     def lr(self) -> float:
         """The current step's base learning rate."""
+        return self.lr_at(self.step)
+
+    def lr_at(self, step: int) -> float:
+        """The base learning rate of a step."""
         train = self.train_config
         return learning_rate(
-            self.step,
+            step,
             total_steps=self.total_steps,
             lr_init=train.lr_init,
             lr_final=train.lr_final,
@@ -73,14 +77,11 @@ class Lit(pl.LightningModule):
 
     def groups(self) -> list[dict[str, Any]]:
         """The trained parameters as optimizer groups."""
-        return parameter_groups(self.model, self.train_config.weight_decay, self.family, self.ratios)
+        train = self.train_config
+        return parameter_groups(self.model, train.weight_decay, self.family, self.ratios, train.optim == "muon")
 
     def configure_optimizers(self) -> Any:
-        train, groups = self.train_config, self.groups()
-        settings: dict[str, Any] = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
-        if train.offload:
-            return cpu_adam(groups, **settings)
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        return make_optimizer(self.groups(), self.train_config)
 
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         accumulate = self.train_config.accumulate_grad_batches

@@ -106,7 +106,7 @@ class StoredTeacher:
                 f"--teacher_logprobs {self.path} was made of rows in another tokenizer's tokens than {vocabulary}; "
                 f"{ANEW}"
             )
-        for samples in found:
+        for samples in (part for each in found for part in each.parts):
             for number, batch in enumerate(EvalBatches(samples, 1)):
                 if any(key not in self.places for key, _ in documents_of(batch)):
                     raise UserError(

@@ -59,7 +59,9 @@ def require_own_tokens(teacher: Base, data: Vocabulary | None) -> None:
 
 def make_teacher(base: Base, config: RunConfig, device: torch.device) -> Teacher:
     """Make the teacher of a run; it begins each row with the time states of its file, if there are any."""
-    model: LanguageModel = base.family.load(base.tensors, base.config).to(DTYPES[config.train.precision])
+    model: LanguageModel = base.family.load(base.tensors, base.config).requires_grad_(False)
+    model.settle()
+    model.to(DTYPES[config.train.precision])
     states = split_time_states(base.tensors)[1]
     if states:
         zeros = State.zeros(base.config, 1)

@@ -57,7 +57,7 @@ export async function runsPage(place, about, signal, chosen) {
     view.append(place);
     const title = el("h2", {}, folder), figures = el("div", { className: "figures" }), bar = el("progress", { max: 1, value: 0, "aria-label": "steps" });
     const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div", { className: "scroll" });
-    place.append(title, figures, bar, buttons, error, losses, rates, el("h2", {}, "Answers before and after"), answers);
+    place.append(title, figures, bar, buttons, error, losses, rates, el("h2", {}, "Answers"), answers);
     let next = 0, drawn = "", many = new Map();
 
     async function turn() {
@@ -72,7 +72,7 @@ export async function runsPage(place, about, signal, chosen) {
       if (stamp === drawn) return;
       drawn = stamp;
       draw(run);
-      table(answers, (await get("/api/runs/answers", { folder }).catch(() => ({}))));
+      showAnswers(answers, (await get("/api/runs/answers", { folder }).catch(() => ({}))));
     }
 
     async function wholeOf(other) {
@@ -133,12 +133,22 @@ function linesOf(lines, name, run) {
   })).filter((line) => line.x.length);
 }
 
-function table(place, found) {
-  const rows = (found["rows.jsonl"] ?? []).slice(-16);
-  if (!rows.length) return place.replaceChildren(el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
-  const said = (one) => one?.text ?? "";
-  place.replaceChildren(el("table", {}, el("tr", {}, ...["prompt", "the row's answer", "before", "after"].map((name) => el("th", {}, name))),
-    ...rows.map((row) => el("tr", {}, [row.prompt, said(row.answer), said(row.before), said(row.after)].map((text) => el("td", {}, el("div", {}, text)))))));
+// Answers that the newest step drew, with what they earned; and those to some rows before the first step and after the last.
+function showAnswers(place, found) {
+  const drawn = (found["answers.jsonl"] ?? []).filter((line) => typeof line.completion === "string");
+  const step = drawn.at(-1)?.step, newest = drawn.filter((line) => line.step === step);
+  const rows = (found["rows.jsonl"] ?? []).slice(-SHOWN), said = (one) => one?.text ?? "";
+  place.replaceChildren(
+    newest.length ? table(`drawn at step ${number(step + 1)}`, ["prompt", "answer", "reward", "tokens"],
+      newest.slice(0, SHOWN).map((line) => [line.prompt, line.completion, number(line.reward), number(line.length)])) : "",
+    rows.length ? table("before the first step, and after the last", ["prompt", "the row's answer", "before", "after"],
+      rows.map((row) => [row.prompt, said(row.answer), said(row.before), said(row.after)])) : "",
+    newest.length || rows.length ? "" : el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
+}
+
+function table(caption, names, rows) {
+  return el("table", {}, el("caption", {}, caption), el("tr", {}, ...names.map((name) => el("th", {}, name))),
+    ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, text))))));
 }
 
 // A command that the page started: its words, its output as it comes, how it ended.
@@ -176,6 +186,7 @@ function lastWords(text, code) {
   return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
 }
 
+const SHOWN = 16; // answers
 const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order
 const failed = (job) => job.state === "lost" || (job.state === "ended" && job.code !== 0 && !STOPPED.includes(job.code));
 

@@ -1,0 +1,88 @@
+"""Read one token of each row by CUDA graphs: one launch in place of some hundreds, whatever Python does meanwhile.
+
+No GPU has run this yet: tests/generate/test_replay.py records and replays torch's operations on a CPU instead.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..models.parts import LanguageModel
+from ..models.state import State
+from ..recording import WARM_UP, aside, recording
+
+LARGEST = 256  # rows of a graph
+Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
+
+
+def forward_of(model: LanguageModel, batch: int) -> Forward:
+    """What reads tokens (n, 1) from a State, as the model does -> logits (n, 1, V) and the State after them. On a GPU a
+    frozen model is replayed: the weights of one that trains may be gathered, moved and hooked."""
+    return Replayed(model, batch) if recordable(model) else model
+
+
+def recordable(model: LanguageModel) -> bool:
+    return model.emb.weight.is_cuda and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Replayed:
+    """A model's reading of one token for at most `batch` rows, with a graph for each padded number of them: 1, 2, 4, …
+
+    Results lie in memory that the next call overwrites: a State that is handed back to that call is there already, and
+    one that is to last longer must be copied. What cannot be recorded is computed without graphs, and told.
+    """
+
+    def __init__(self, model: LanguageModel, batch: int) -> None:
+        self.model, self.most, weight = model, min(padded(batch), LARGEST), model.emb.weight
+        self.tokens = torch.zeros(self.most, 1, dtype=torch.long, device=weight.device)
+        zeros = State.zeros(model.config, 1, weight.device, weight.dtype)
+        self.state = zeros.repeated(self.most)  # whose layers, unlike those of zeros, have memory of their own
+        self.latest: State | None = None
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, tuple[Any, torch.Tensor]] = {}  # with the logits, by numbers of rows
+
+    def __call__(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        n, size = len(tokens), padded(len(tokens))
+        if size <= self.most and size not in self.graphs:
+            self.record(size)
+        if size > self.most:
+            return self.model(tokens, state)
+        graph, logits = self.graphs[size]
+        if state is not self.latest:
+            copy(state, self.state.first(n))
+            self.latest = self.state.first(n)
+        self.tokens[:n].copy_(tokens)
+        graph.replay()
+        return logits[:n], self.latest
+
+    def record(self, size: int) -> None:
+        try:
+            with aside():
+                for _ in range(WARM_UP):
+                    self.compute(size)
+            graph = torch.cuda.CUDAGraph()
+            with recording(graph, self.pool, "tokens are drawn without CUDA graphs, and more slowly"):
+                logits = self.compute(size)
+            self.graphs[size] = graph, logits
+        except UserError as error:
+            print(error, file=sys.stderr)
+            self.most = 0
+
+    def compute(self, size: int) -> torch.Tensor:
+        logits, after = self.model(self.tokens[:size], self.state.first(size))
+        copy(after, self.state.first(size))
+        return logits
+
+
+def padded(n: int) -> int:
+    """The power of 2 from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+def copy(state: State, to: State) -> None:
+    """Overwrite a State, in one launch for each of its fields."""
+    for new, old in zip(zip(*state), zip(*to)):
+        torch._foreach_copy_([*old], [*new])

@@ -1,0 +1,1 @@
+"""The optimizers of --optim, a file each, with what a checkpoint keeps of them."""

@@ -1,0 +1,49 @@
+"""Make the optimizer that --optim and --strategy name; the packages of the others than AdamW are imported only then."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from ...config import TrainConfig
+from ...tables import OPTIMS
+from .cpu_adam import cpu_adam
+
+
+@runtime_checkable
+class Further(Protocol):
+    """An optimizer of OPTIMS: what the engine and checkpoints ask of it besides torch's interface.
+
+    by_parameter: whether its state is numbers of their own for each number that trains, which any ranks can take up;
+    else a rank's state is of use to that rank alone.
+    """
+
+    by_parameter: bool
+    param_groups: list[dict[str, Any]]
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Make the state that a flat tensor of weights has before the first step."""
+
+
+@runtime_checkable
+class Averaging(Further, Protocol):
+    """An optimizer whose result is an average of the weights: eval() puts it into the weights, train() takes it out."""
+
+    @property
+    def averaging(self) -> bool:
+        """Tell whether the weights are the average now."""
+
+    def go_on(self, rates: Iterable[float]) -> None:
+        """Go on after steps at these learning rates, as they are without the groups' ratios."""
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> Any:
+    """Make the optimizer over parameter groups; Lit sets the learning rate before each step."""
+    if train.optim != "adamw":
+        return OPTIMS[train.optim].of(groups, train)
+    settings: dict[str, Any] = {"lr": train.lr_init, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+    return cpu_adam(groups, **settings) if train.offload else torch.optim.AdamW(groups, fused=True, **settings)

@@ -1,0 +1,109 @@
+"""Trains the demo's RWKV-7 on its task by each --optim at several rates, and prints the loss of rows kept back.
+
+    python benchmarks/optimizers.py [--steps 60] [--peft bone none]
+
+A bare loop in one thread: forward, the loss of the answers, backward, clipping to a norm of 1, and the optimizer over
+flat tensors, as ZeRO has them. Rates fall to a tenth along a cosine after 5 steps of warm-up, but that of schedule_free
+stays. docs/benchmarks/training.md has the last table.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import rwkv_peft as rp
+from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.config import SCHEDULE_FREE, TrainConfig
+from rwkv_peft.config.schedules import learning_rate
+from rwkv_peft.tables import OPTIMS
+from rwkv_peft.training.optimizers.choice import Averaging, make_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "demo"))
+from task import documents  # noqa: E402
+
+RATES = {"bone": (1e-3, 3e-3, 1e-2, 3e-2), "none": (3e-4, 1e-3, 3e-3, 1e-2)}
+LION = 0.3  # its rates over the others'
+ROWS, KEPT_BACK = 4, 32  # of a step; to measure on
+
+
+def batch_of(rows, tokenizer):
+    """(tokens (B, T), which of tokens[:, 1:] are the answers' (B, T - 1))."""
+    ids = [(tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"])) for row in rows]
+    length = max(len(prompt) + len(answer) for prompt, answer in ids)
+    tokens = torch.zeros(len(ids), length, dtype=torch.int64)
+    counts = torch.zeros(len(ids), length - 1, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(ids):
+        end = len(prompt) + len(answer)
+        tokens[row, :end] = torch.tensor([*prompt, *answer])
+        counts[row, len(prompt) - 1 : end - 1] = True
+    return tokens, counts
+
+
+def loss_of(model, batch):
+    tokens, counts = batch
+    logits, _ = model(tokens[:, :-1])
+    return F.cross_entropy(logits[counts], tokens[:, 1:][counts])
+
+
+def flattened(groups):
+    """The groups with one flat tensor each in place of their parameters, which become views of it, as do gradients."""
+    for group in groups:
+        parameters = group["params"]
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+        flat.grad = torch.zeros_like(flat)
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part, grad in zip(parameters, flat.split(sizes), flat.grad.split(sizes)):
+            parameter.data, parameter.grad = part.view(parameter.shape), grad.view(parameter.shape)
+        group["params"] = [flat]
+    return groups
+
+
+def measured(peft, optim, rate, steps):
+    """The loss of the rows kept back after `steps` steps."""
+    torch.manual_seed(1)
+    model = rp.load(str(ROOT / "demo" / "rwkv7-demo.pth"), precision="fp32", device="cpu")
+    if peft == "bone":
+        rp.add_adapter(model, method="bone", rank=16)
+    else:
+        model.requires_grad_(True)
+    rows = list(documents("finetune", ROWS * steps, 1))
+    groups = flattened(parameter_groups(model.network, matrices_apart=optim == "muon"))
+    optimizer = make_optimizer(groups, TrainConfig(optim=optim))
+    flats = [group["params"][0] for group in groups]
+    schedule = "constant" if optim == SCHEDULE_FREE else "cosine"
+    for step in range(steps):
+        for flat in flats:
+            flat.grad.zero_()
+        loss_of(model, batch_of(rows[ROWS * step : ROWS * (step + 1)], model.tokenizer)).backward()
+        torch.nn.utils.clip_grad_norm_(flats, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(
+                step, total_steps=steps, lr_init=rate, lr_final=rate / 10, warmup_steps=5, schedule=schedule
+            )
+        optimizer.step()
+    if isinstance(optimizer, Averaging):
+        optimizer.eval()
+    with torch.no_grad():
+        return float(loss_of(model, batch_of(list(documents("heldout", KEPT_BACK, 1)), model.tokenizer)))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--peft", nargs="+", default=list(RATES), choices=RATES)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for peft in args.peft:
+        print(f"\n| --peft {peft} |{' rate: loss |' * len(RATES[peft])}\n|---|{'---|' * len(RATES[peft])}")
+        for optim in ("adamw", *OPTIMS):
+            rates = [float(f"{rate * (LION if optim == 'lion' else 1):.1g}") for rate in RATES[peft]]
+            cells = (f"{rate:g}: {measured(peft, optim, rate, args.steps):.4f}" for rate in rates)
+            print(f"| {optim} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

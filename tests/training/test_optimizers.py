@@ -1,0 +1,191 @@
+"""The optimizers of --optim: their steps against formulas and packages, and runs that stop and go on."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Barrier, local
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
+from rwkv_peft.errors import UserError
+from rwkv_peft.tables import OPTIMS
+from rwkv_peft.training.optimizers import choice, muon
+from rwkv_peft.training.optimizers.choice import Further, make_optimizer
+from rwkv_peft.training.saving.averaging import averaged
+from rwkv_peft.training.saving.identity import BY_RANKS, read_run_state
+from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
+from rwkv_peft.training.saving.partitions import codes_of, moments_of, steps_taken, take_up
+from rwkv_peft.training.saving.run_state import write_state
+from training.runs import metrics
+
+RATE, DECAY, STEPS = 1e-2, 0.1, 5
+FLAGS = "--train_parts ln time --weight_decay 0.01 --val_split 0.1".split()
+
+
+def engine(optim, size=600, seed=0, **group):
+    """What stands for the engine of a rank: an optimizer of --optim over a flat tensor of random weights."""
+    flat = torch.randn(size, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    made = make_optimizer(
+        [{"params": [flat], "weight_decay": DECAY, "lr_scale": 1.0, **group}], TrainConfig(optim=optim)
+    )
+    made.param_groups[0]["lr"] = RATE
+    return SimpleNamespace(optimizer=made, single_partition_of_fp32_groups=[flat], update_lp_params=lambda: None)
+
+
+def flat_of(made):
+    return made.single_partition_of_fp32_groups[0]
+
+
+def gradients(size=600):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(size, generator=generator) for _ in range(STEPS)]
+
+
+def run(made, several):
+    flat = flat_of(made)
+    for gradient in several:
+        flat.grad = gradient.clone()
+        made.optimizer.step()
+        yield flat.detach().clone()
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_an_optimizer_goes_on_to_the_bit_from_what_is_kept_of_it(optim):
+    size = 6000 if optim == "adamw8bit" else 600  # fewer have moments of 32 bits
+    matrices = {"shapes": ((20, size // 20),)} if optim == "muon" else {}
+    whole, other = (engine(optim, size, seed, **matrices) for seed in (0, 1))
+    assert isinstance(whole.optimizer, Further) and whole.optimizer.by_parameter == (optim not in BY_RANKS)
+    first, rest = gradients(size)[:3], gradients(size)[3:]
+    (*_, before) = run(whole, first)
+    flat = flat_of(other)
+    with torch.no_grad():
+        flat.copy_(before)
+        kept, into = (codes_of(made) or moments_of(made, flat_of(made)) for made in (whole, other))
+        assert kept and kept.keys() == into.keys()
+        for name, tensor in into.items():
+            tensor.copy_(kept[name])
+    take_up(other, steps_taken(whole))
+    if isinstance(other.optimizer, choice.Averaging):
+        other.optimizer.go_on([RATE] * len(first))
+    for mine, theirs in zip(run(other, rest), run(whole, rest), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_lion_moves_by_the_rate_up_or_down():
+    made, momentum = engine("lion"), torch.zeros(600)
+    expected = flat_of(made).detach().clone()
+    for gradient, found in zip(gradients(), run(made, gradients())):
+        expected = expected * (1 - RATE * DECAY) - RATE * torch.sign(0.9 * momentum + 0.1 * gradient)
+        momentum = 0.99 * momentum + 0.01 * gradient
+        torch.testing.assert_close(found, expected)
+
+
+def test_moments_of_8_bits_are_near_adams():
+    made, plain = engine("adamw8bit", 6000), engine("adamw", 6000)
+    (*_, found), (*_, due) = (run(one, gradients(6000)) for one in (made, plain))
+    start = flat_of(engine("adamw", 6000)).detach()
+    assert made.optimizer.state[flat_of(made)]["state1"].dtype == torch.uint8
+    assert 0 < (found - due).norm() / (due - start).norm() < 0.05
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
+@pytest.mark.parametrize("ranks", (1, 3))
+def test_muon_over_ranks_is_torchs_over_whole_matrices(monkeypatch, ranks):
+    shapes, sizes, length = ((8, 12), (30, 10), (14, 6), (6, 20)), [96, 300, 84, 120], 600 // ranks
+    whole = flat_of(engine("muon")).detach()
+    matrices = [torch.nn.Parameter(x.view(shape).clone()) for x, shape in zip(whole.split(sizes), shapes)]
+    theirs = torch.optim.Muon(matrices, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients():
+        for matrix, part in zip(matrices, gradient.split(sizes)):
+            matrix.grad = part.view(matrix.shape).clone()
+        theirs.step()
+    parts, meet, here = {}, Barrier(ranks), local()
+
+    def gathered(part):
+        parts[here.rank] = part
+        meet.wait()
+        found = torch.cat([parts[rank] for rank in range(ranks)])
+        meet.wait()
+        return found, here.rank * length
+
+    def trained(rank):
+        here.rank, made = rank, engine("muon", length, shapes=shapes)
+        flat_of(made).data = whole.split(length)[rank].clone()
+        return list(run(made, [gradient.split(length)[rank] for gradient in gradients()]))[-1]
+
+    monkeypatch.setattr(muon, "gathered", gathered)
+    with ThreadPoolExecutor(ranks) as pool:
+        found = torch.cat(list(pool.map(trained, range(ranks))))
+    torch.testing.assert_close(found, torch.cat([matrix.detach().view(-1) for matrix in matrices]))
+
+
+def test_muon_takes_the_matrices_of_blocks_and_of_adapters():
+    names = {"emb.weight": 2, "blocks.0.att.key.weight": 2, "blocks.0.att.key.bone": 2, "blocks.0.ln1.weight": 1}
+    names |= {"blocks.0.att.time_faaaa": 2, "blocks.0.att.value.bone": 3, "head.weight": 2, "a.shira_values": 2}
+    parameters = [(name, nn.Parameter(torch.ones((4,) * dims))) for name, dims in names.items()]
+    model = SimpleNamespace(named_parameters=lambda: parameters)
+    whole, matrices = parameter_groups(model, matrices_apart=True)
+    assert (len(whole["params"]), whole["shapes"], matrices["shapes"]) == (5, (), ((4, 4), (4, 4), (4, 4, 4)))
+
+
+def test_a_row_of_matrices_is_as_each_by_itself():
+    matrices = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(muon.orthogonal(matrices), torch.stack([muon.orthogonal(x) for x in matrices]))
+    values = torch.linalg.svdvals(muon.orthogonal(matrices).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_schedule_free_measures_the_mean_of_the_points_that_steps_lead_to():
+    made, points = engine("schedule_free"), []
+    for _ in run(made, gradients()):
+        points.append(made.optimizer.state[flat_of(made)]["z"].clone())
+    weights = flat_of(made).detach().clone()
+    with averaged(made), averaged(made):
+        torch.testing.assert_close(flat_of(made).detach(), torch.stack(points).mean(0))
+    assert torch.equal(flat_of(made).detach(), weights) and not made.optimizer.averaging
+
+
+def test_a_state_of_use_to_its_ranks_alone_is_refused_by_others(tmp_path):
+    adapter = json.loads(to_json(AdapterConfig()))
+    now = {"adapter": adapter, "base": "", "data": {}, "objective": "next-token", "teacher": "", "precision": "bf16"}
+    now |= {"strategy": "deepspeed_stage_1", "world_size": 2}
+    for optim, change, words in (
+        ("adamw8bit", {"world_size": 1}, "has world_size 2, this command 1.*--fresh_optimizer"),
+        ("lion", {"world_size": 1}, ""),
+        ("lion", {"optim": "adamw"}, "has optim lion, this command adamw.*--fresh_optimizer"),
+    ):
+        write_state(tmp_path / "state.json", now | {"optim": optim, "samples_seen": 8, "trained": ["a"]})
+        with pytest.raises(UserError, match=words) if words else nullcontext():
+            read_run_state(tmp_path, now | {"optim": optim} | change)
+
+
+def test_codes_of_a_rank_are_read_to_the_bit_or_refused(tmp_path):
+    codes = {"0:state1": torch.arange(256).to(torch.uint8), "0:absmax1": torch.randn(1), "1:state1": torch.randn(9)}
+    write_pieces(tmp_path, 1, [], 3, codes)
+    saved, found = SavedOptimizer(tmp_path), {name: torch.zeros_like(tensor) for name, tensor in codes.items()}
+    saved.fill_codes(1, found)
+    assert saved.steps == 3 and all(torch.equal(tensor, found[name]) for name, tensor in codes.items())
+    for rank, other in ((0, codes), (1, {"0:state1": torch.zeros(256)}), (1, {"1:state1": torch.zeros(8)})):
+        with pytest.raises(UserError, match="does not hold the optimizer's state of this run: codes.*fresh_optimizer"):
+            saved.fill_codes(rank, other)
+
+
+@pytest.mark.parametrize("optim", ("muon", "schedule_free"))
+def test_a_run_resumes_bitwise(files, train, optim):
+    whole, parts = (files / f"{name}-{optim}" for name in ("whole", "parts"))
+    train(whole.name, *FLAGS, "--optim", optim)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step-00000008")
+    out, _ = train(parts.name, *FLAGS, "--optim", optim, "--resume")
+    assert "resuming after step 4" in out and f"optimizer {optim}" in out
+    assert (whole / "adapter.safetensors").read_bytes() == (parts / "adapter.safetensors").read_bytes()
+    lines, others = (
+        [(line["loss"], line.get("val_loss")) for line in metrics(files, path.name)] for path in (whole, parts)
+    )
+    assert lines == others and lines[-1][1] < lines[3][1]
