@@ -49,7 +49,7 @@ def main():
         write_inputs(folder)
         one = ["--num_nodes", "1", "--accumulate_grad_batches", str(NODES)]
         command = train(folder, "stayed", args.steps, *one)
-        subprocess.run(command, env=variables(), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=variables(folder), check=True, stdout=subprocess.DEVNULL)
         run_and_kill(folder, args, draw)
         compare(folder)
 
@@ -71,8 +71,10 @@ def train(folder, name, steps, *more):
     return [sys.executable, *map(str, (ROOT / "train.py", *files, "--epoch_steps", steps, *FLAGS.split(), *more))]
 
 
-def variables():
-    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+def variables(folder):
+    """Those of a run; folder is for what agents leave."""
+    own = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
+    return os.environ | own
 
 
 def run_and_kill(folder, args, draw):
@@ -85,7 +87,7 @@ def run_and_kill(folder, args, draw):
     _, *words = train(folder, "killed", args.steps, "--num_nodes", str(NODES))
     command = [sys.executable, *launcher.split(), *words]
     log = open(folder / "log", "w")
-    agents = [start(command, log) for _ in range(NODES)]
+    agents = [start(command, log, folder) for _ in range(NODES)]
     moments = sorted(draw.sample(range(5, args.steps - 20), args.kills))
     for moment in moments:
         while len(read(folder, "killed")) < moment:
@@ -99,7 +101,7 @@ def run_and_kill(folder, args, draw):
             process.terminate() if way == ASKED else process.kill()
         print(f"after {moment} steps: agent {victim} {way}", flush=True)
         time.sleep(draw.uniform(0, 5))
-        agents.append(start(command, log))
+        agents.append(start(command, log, folder))
     codes = [agent.wait() for agent in agents]
     if any(codes):
         sys.exit(f"the agents ended with {codes}:\n{(folder / 'log').read_text()}")
@@ -109,8 +111,8 @@ def run_and_kill(folder, args, draw):
     print(f"{starts} starts, {both} of them on {NODES} nodes", flush=True)
 
 
-def start(command, log):
-    return subprocess.Popen(command, env=variables(), stdout=log, stderr=log)
+def start(command, log, folder):
+    return subprocess.Popen(command, env=variables(folder), stdout=log, stderr=log)
 
 
 def read(folder, name):

@@ -145,7 +145,7 @@ FORMULAS = {
     "simpo": (SimPO(1.7, 0.4), simpo),
     "orpo": (ORPO(0.6), orpo),
     "kto": (KTO(0.7, 1.3, 0.8), kto),
-    "distill": (Distill("teacher.pth", "jsd", 0.3, 1.7), distill),
+    "distill": (Distill("teacher.pth", kind="jsd", beta=0.3, temperature=1.7), distill),
 }
 
 

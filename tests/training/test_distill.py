@@ -101,7 +101,7 @@ def test_a_teacher_that_is_overwritten_ends_the_run(files, command, tiny_state):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ((), "--objective distill needs --teacher_model or --data_type contexts: it learns from one; name a .pth"),
+        ((), "--objective distill needs --teacher_model or --teacher_logprobs or --data_type contexts: it learns"),
         (("--teacher_model", "t.pth", "--distill_beta", "0.3"), "--distill_beta 0.3 needs --distill_kl jsd"),
         (("--teacher_model", "t.pth", "--distill_beta", "1"), "1 must be below 1"),
         (("--teacher_model", "t.pth", "--distill_beta", "0"), "0 is not above 0"),

@@ -77,11 +77,11 @@ run("train")
 """
 
 
-def torchrun(argv, port):
-    """Start an agent of torchrun, a node of one rank that meets the others at a port."""
+def torchrun(argv, port, folder):
+    """Start an agent of torchrun, a node of one rank that meets the others at a port; folder is for what it leaves."""
     agent = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", "--local_addr", "127.0.0.1"]
     agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf", HURRY]
-    variables = {"PYTHON_EXEC": warm.python(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    variables = {"PYTHON_EXEC": warm.python(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
     return start([sys.executable, "-m", "torch.distributed.run", *agent, *argv], cold=True, **variables)
 
 
@@ -98,11 +98,11 @@ def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
     argv, port, hold = command("elastic", *FLAGS)[2:], free_port(), files / "hold"
     script = files / "held.py"
     script.write_text(HELD.format(hold=str(hold)))
-    first, second = torchrun([str(script), *argv], port), None
+    first, second = torchrun([str(script), *argv], port, files), None
     try:
         wait_for_steps(files, "elastic", 3, first)
         hold.touch()
-        second = torchrun([str(script), *argv], port)
+        second = torchrun([str(script), *argv], port, files)
         wait_for_words("stopping after this step", first)
         hold.unlink()
         wait_for_words("machine   2 x 1 cpu", first)

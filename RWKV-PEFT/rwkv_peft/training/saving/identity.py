@@ -75,7 +75,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     # a setting that the saved run did not know had its default
     defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
     state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
-    state["data"]["mix"] = shares_of(state["data"].get("mix") or ())
+    if mix := state["data"].get("mix"):
+        state["data"]["mix"] = shares_of(mix)
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     by_ranks = is_of_deepspeed(checkpoint) or now["optim"] in BY_RANKS
     of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if by_ranks else ())
