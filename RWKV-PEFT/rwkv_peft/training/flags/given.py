@@ -27,3 +27,9 @@ def entries_of(words: Sequence[str], actions: Actions) -> Entries:
             values.append(word)
     one = {flag for flag, values in entries.items() if actions[f"--{flag}"].nargs is None and values}
     return {flag: value[-1] if flag in one and isinstance(value, list) else value for flag, value in entries.items()}
+
+
+def first_of(files: str | list[str] | None) -> tuple[str, tuple[str, ...]]:
+    """Part the files of a flag -> (the first or "", the others)."""
+    first, *more = [files] if isinstance(files, str) else files or [""]
+    return first, tuple(more)

@@ -34,7 +34,7 @@ from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .elastic import fit
-from .given import READ, WRITE, Entries, entries_of
+from .given import READ, WRITE, Entries, entries_of, first_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
 from .overwriting import check_overwriting
@@ -279,12 +279,6 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
     if missing:
         raise UserError(f"a new model needs {', '.join(missing)}; or name a base with --load_model")
     return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
-
-
-def first_of(files: str | list[str] | None) -> tuple[str, tuple[str, ...]]:
-    """Part the files of a flag -> (the first or "", the others)."""
-    first, *more = [files] if isinstance(files, str) else files or [""]
-    return first, tuple(more)
 
 
 def data_config(args: Namespace) -> DataConfig:
