@@ -81,12 +81,12 @@ run("train")
 FULL_AT_ONCE = """
 import errno
 from rwkv_peft.commands import run
-from rwkv_peft.training.engine import fit
+from rwkv_peft.training.saving import loggers
 
 def full(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device", "events.out.tfevents")
 
-fit.make_loggers = full
+loggers.make_loggers = full
 run("train")
 """
 

@@ -37,7 +37,8 @@ def words(condition):
         return FACTS.get(condition) or f"--{name} {ANOTHER[name] if wanted[0] == '!' else wanted.split('|')[-1]}"
     action = ACTIONS[condition]
     unlike = [choice for choice in action.choices or () if choice != action.default]
-    return condition if action.nargs == 0 else f"{condition} {unlike[0] if unlike else 0.3 if name in SHARES else 3}"
+    number = 1 if action.metavar == "0|1" else 0.3 if name in SHARES else 3
+    return condition if action.nargs == 0 else f"{condition} {unlike[0] if unlike else number}"
 
 
 def refusals(*conditions):

@@ -238,6 +238,7 @@ def push_flags(argv: list[str]) -> argparse.Namespace:
     files = "files of the folder (default: its newest adapter or model, merged model and states)"
     parser.add_argument("--files", nargs="+", metavar="FILE", help=files)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--message", default="Upload with rwkv-peft", metavar="TEXT", help="of the commit")
+    message = "message of the commit (default: %(default)s)"
+    parser.add_argument("--message", default="Upload with rwkv-peft", metavar="TEXT", help=message)
     parser.add_argument("--dry_run", action="store_true", help="only say what would be pushed")
     return parser.parse_args(argv)
