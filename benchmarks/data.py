@@ -26,6 +26,7 @@ from rwkv_peft.data.encoding import Encoded
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = (
     ("get", "none"),
     ("get", "file"),
@@ -99,7 +100,7 @@ def measure_rows(folder, options):
         with tempfile.TemporaryDirectory() as output:
             flags = ("--output", f"{output}/data", "--workers", str(workers), *more)
             command = [sys.executable, "-m", "rwkv_peft", "preprocess", path, *flags]
-            subprocess.run(command, check=True, capture_output=True)
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
         what = " ".join(("preprocess", f"of {path.suffix},", "--workers", str(workers), *more))
         rates = (len(rows) / seconds for seconds in (spent() - began, time.perf_counter() - clock))
         print(f"| {what} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |", flush=True)

@@ -54,7 +54,7 @@ def test_a_runtime_in_a_process_of_its_own_is_not_either(tmp_path, monkeypatch):
     pytest.importorskip("rwkv")
     monkeypatch.chdir(tmp_path)
     ran = set_traps(tmp_path)
-    logits = rwkv_elsewhere(ROOT / "demo" / "rwkv7-demo.pth", torch.arange(3), "tokens")
+    logits = rwkv_elsewhere(ROOT / "demo" / "rwkv7-demo.pth", torch.arange(3), "x070", "tokens")
     assert len(logits) == 3 and not ran.exists()
 
 

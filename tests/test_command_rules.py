@@ -69,7 +69,7 @@ CASES = [
 BY_CASE = pytest.mark.parametrize(
     "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
 )
-SWITCHES = ("--panels", "--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows")
+SWITCHES = "--panels --chat --dry_run --read_back --escapes --ids --overwrite --skip_bad_rows --drop_duplicates".split()
 
 
 def words(condition):

@@ -6,6 +6,7 @@
 #include "common/bfloat16.h"
 #include "common/exp.h"
 #include "common/shuffles.h"
+#include "decode/arguments.h"
 
 namespace {
 

@@ -182,7 +182,7 @@ def test_ranks_share_what_zero_shares(stage):
     )
     trains = alone.counts.trains
     one, four = alone.parts(1, 128), shared.parts(1, 128)
-    assert size(one, "optimizer") == OPTIMIZER * trains and size(four, "optimizer") == OPTIMIZER * (trains // 4)
+    assert size(one, "optimizer") == OPTIMIZER["adamw"] * trains and size(four, "optimizer") == OPTIMIZER["adamw"] * (trains // 4)
     held = trains if stage < 3 else trains // 4
     assert size(four, "weights that train") == held * 2
     assert size(four, "activations") == size(one, "activations")
@@ -204,7 +204,7 @@ def test_files_are_counted_with_their_copies():
     assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
     assert merged.names == 1 + 3 + 1 and adapter.names == merged.names + checkpoints.copies
     assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
-    assert checkpoints.size == OPTIMIZER * told.counts.trains
+    assert checkpoints.size == OPTIMIZER["adamw"] * told.counts.trains
 
 
 def test_what_is_saved_is_counted_without_a_list_of_it():

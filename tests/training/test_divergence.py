@@ -48,6 +48,7 @@ def test_a_norm_that_is_not_finite_in_any_spelling(norm):
     from rwkv_peft.training.step.lit import Diverged
 
     engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(norm))
-    trainer, lit = SimpleNamespace(strategy=SimpleNamespace(deepspeed_engine=engine)), SimpleNamespace(step=7)
+    strategy = SimpleNamespace(deepspeed_engine=engine)
+    trainer, lit = SimpleNamespace(strategy=strategy, optimizers=[None]), SimpleNamespace(step=7)
     with pytest.raises(Diverged, match="at step 8"):
         FiniteGradients(accumulate=1).on_train_batch_end(trainer, lit, None, None, 0)

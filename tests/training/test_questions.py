@@ -259,7 +259,7 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     for rank in range(2):
-        trainer = SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 1)
+        trainer = SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 1, optimizers=[None])
         scores, words = examiner(trainer, lit, done=8, ending=False)
     assert [[record["number"] for record in records] for records in asked.values()] == [[0, 2, 4], [1, 3]]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

@@ -85,7 +85,7 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
     for process in two_nodes(first, second):
         _, err = finish(process, 2)
         assert err.count("\n") == 1 and "node 0 of 2" in err and "node 1 of 2" in err
-        assert "--epoch_steps is 20 and 10; --lr_init is 0.003 and 0.001; give every node the same command" in err
+        assert "--lr_init is 0.003 and 0.001; --epoch_steps is 20 and 10; give every node the same command" in err
     assert not (files / "disagree" / "metrics.jsonl").exists()
 
 

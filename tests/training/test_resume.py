@@ -230,6 +230,7 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
         "base": "abc",
         "objective": "next_token",
         "teacher": "",
+        "optim": "adamw",
         "data": {"ctx_len": 16, "counted": "def"},
     }
     assert read_run_state(tmp_path, now, True)["base"] == "abc"
@@ -252,7 +253,7 @@ def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
     drawn = fixed | {"val_seed": 5}
     then = same | {"samples_seen": 1, "trained": [], "data": drawn}
     (tmp_path / "state.json").write_text(json.dumps(then))
-    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": fixed}
+    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": fixed, "optim": "adamw"}
     with pytest.raises(UserError, match="has data {'val_seed': 5}, this command {'val_seed': None}"):
         read_run_state(tmp_path, now)
     before = {"ctx_len": 16}  # as an earlier version has it, which did not record what counts, either
