@@ -103,7 +103,7 @@ def asked(files, train):
         with open(files / "asked" / "lm_eval.jsonl", "a") as file:
             file.write('{"step": 3, "results": {}}\n')
     out, _ = train("asked", *questions, "--resume")
-    assert "rate      0.0061 to 0.00061 (--lr_init auto: as the run began; docs/guides/learning-rates.md)" in out
+    assert "rate      0.0061 (--lr_init auto: as the run began; docs/guides/learning-rates.md)" in out
     return out
 
 
