@@ -182,7 +182,8 @@ def test_ranks_share_what_zero_shares(stage):
     )
     trains = alone.counts.trains
     one, four = alone.parts(1, 128), shared.parts(1, 128)
-    assert size(one, "optimizer") == OPTIMIZER["adamw"] * trains and size(four, "optimizer") == OPTIMIZER["adamw"] * (trains // 4)
+    each = OPTIMIZER["adamw"]
+    assert size(one, "optimizer") == each * trains and size(four, "optimizer") == each * (trains // 4)
     held = trains if stage < 3 else trains // 4
     assert size(four, "weights that train") == held * 2
     assert size(four, "activations") == size(one, "activations")
