@@ -88,7 +88,7 @@ def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object])
         rounded = rounded._replace(words=arena.keep(rounded.words), scales=arena.keep(rounded.scales))
         before, after = before + layer.weight.nbytes, after + rounded.nbytes
         model.set_submodule(name, Product(rounded))
-    say(f"{kind} blocks of {BLOCK}: {before / 1e6:,.0f} -> {after / 1e6:,.0f} MB in {len(layers)} matrices")
+    say(f"{kind} blocks of {BLOCK}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB in {len(layers)} matrices")
 
 
 def place(model: nn.Module) -> None:
