@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
+MERGED, TUNED = "merged.pth", "state.pth"  # the newest merged model and tuned states, likewise
+PICTURE, CARD = "loss.png", "README.md"
 METRICS = "metrics.jsonl"  # a line for each step of a run
 RUN = "config.json"  # the settings of a run, and the meaning of its tokens
 STATE = "state"  # a part of --train_parts, but no parameter of a model: the wkv states before the first token

@@ -10,13 +10,11 @@ from types import MappingProxyType
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.atomic import atomic_write
-from ..names import ADAPTER, MODEL
+from ..names import ADAPTER, CARD, MODEL, TUNED
 from .contents import ADAPTER as IS_ADAPTER
 from .contents import STATES, Line, contents_of
 
-CARD = "README.md"
 MARK = "<!-- Written by rwkv-peft, which replaces this file unless this line is taken away. -->"
-MERGED, TUNED = "merged.pth", "state.pth"
 USE = MappingProxyType(
     {  # commands of rwkv-peft
         ADAPTER: (

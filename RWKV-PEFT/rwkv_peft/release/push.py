@@ -8,12 +8,11 @@ from typing import Any
 
 from ..cli import counted
 from ..errors import UserError, told
-from ..names import ADAPTER, MODEL
-from .card import CARD, MERGED, TUNED, card_of
+from ..names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
+from .card import card_of
 from .flags import push_flags
 
 NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there
-PICTURE = "loss.png"
 
 
 def main(argv: list[str]) -> int:
@@ -21,11 +20,11 @@ def main(argv: list[str]) -> int:
     args = push_flags(argv)
     source = Path(args.source)
     paths = files_of(source, args.files)
-    card = source / CARD if source.is_dir() else source.with_name(CARD)
-    text = card.read_bytes() if source.is_dir() and card.is_file() else card_of(args.repo, paths).encode()
-    contents: dict[str, Path | bytes] = {path.name: path for path in paths} | {CARD: text}
-    if source.is_dir() and (source / PICTURE).is_file():
-        contents[PICTURE] = source / PICTURE
+    contents: dict[str, Path | bytes] = {path.name: path for path in paths}
+    if source.is_dir():
+        contents |= {name: source / name for name in (CARD, PICTURE) if (source / name).is_file()}
+    if CARD not in contents:
+        contents[CARD] = card_of(args.repo, paths).encode()
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{'would push' if args.dry_run else 'pushes':<10} {name}, {size / 1e6:,.1f} MB")

@@ -22,7 +22,7 @@ from ..files.atomic import check_output
 from ..fused import Setting, fuse
 from ..models import family_named
 from ..models.parts import LanguageModel
-from ..names import METRICS
+from ..names import METRICS, PICTURE
 from ..plots import plot_loss
 from ..rewards import Rewards
 from .drawing.judging import judging
@@ -182,7 +182,7 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
     if complete and train.resume != AUTO:
         raise UserError(f"--resume: {complete}; {remedy} to go on")
     if complete and leads:  # a run may have died after its last save, before these
-        plot_loss(folder / METRICS, folder / "loss.png")
+        plot_loss(folder / METRICS, folder / PICTURE)
         discard_old(folder, train.keep_checkpoints)
     return complete
 

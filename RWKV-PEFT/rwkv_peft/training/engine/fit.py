@@ -20,9 +20,9 @@ from ...data.recorded import ENTRY
 from ...errors import UserError, ending_at_once
 from ...files.atomic import atomic_write
 from ...memory import keep_freed_memory
-from ...names import METRICS, RUN
+from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
-from ...release.card import CARD, card_of, write_card
+from ...release.card import card_of, write_card
 from ..measuring.learned import by_source, fall_of, nothing_learned
 from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
@@ -131,7 +131,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
-        plot_loss(run.folder / METRICS, run.folder / "loss.png")
+        plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     if code := stopped(run, lit):
@@ -145,8 +145,9 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
     if rows is not None:
-        figures += [("answers", line) for line in rows.lines() if not line.startswith(" ")]
-        told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
+        lines = list(rows.lines())
+        figures += [("answers", line) for line in lines if not line.startswith(" ")]
+        told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(lines))
     if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
         told += f"{note}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:
@@ -160,4 +161,4 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
     except UserError as error:  # what it describes is saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files.alone import LOCK
-from ...names import METRICS, RUN
+from ...names import CARD, METRICS, PICTURE, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED
 from ..saving.keeping import HIDDEN
 
-PICTURE, CARD, LOGS = "loss.png", "README.md", "tensorboard"
+LOGS = "tensorboard"
 FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, CARD, UNSAVED, LOCK)
 FOLDERS = (CHECKPOINTS, LOGS, "wandb", "swanlab")
 STEP = ("step-", HIDDEN)  # how the name of a checkpoint's folder begins

@@ -31,10 +31,9 @@ from ...files.pth_writer import save_pth, write_pth
 from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
-from ...names import ADAPTER, MODEL, STATE
+from ...names import ADAPTER, MERGED, MODEL, STATE, TUNED
 from ...release.merge import Merge, MergeOptions
 
-MERGED, STATES = "merged.pth", "state.pth"  # names of the newest
 BEST = "best"  # the label of the tensors with the lowest validation loss
 
 
@@ -101,7 +100,7 @@ class Products:
             save_adapter(paths[0], tensors, self.metadata())
         name_too(paths)
         if states := split_time_states(tensors)[1]:
-            paths = [labelled(self.folder / STATES, label) for label in labels]
+            paths = [labelled(self.folder / TUNED, label) for label in labels]
             write_states(paths[0], states)
             name_too(paths)
         if train.merge_on_save:
