@@ -7,7 +7,6 @@ measured before it is made.
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,12 +105,6 @@ def batch_rows(file: Path, batch: Any, columns: list[str] | None) -> Iterator[li
         if columns is not None:
             batch = batch.select([column for column in batch.schema.names if column in columns])
         yield from pieces(file, batch)
-
-
-def rows_of_batch(file: Path, number: int, columns: list[str] | None) -> Iterator[list[Row]]:
-    """Yield the rows of the group `number` of a file of Arrow in lists."""
-    for batch in islice(arrow_batches(file), number, number + 1):
-        yield from batch_rows(file, batch, columns)
 
 
 def is_own(name: object) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .arrow_rows import arrow_batches, open_parquet, parquet_rows, rows_of_batch, saved_files
+from .arrow_rows import arrow_batches, batch_rows, open_parquet, parquet_rows, saved_files
 from .folders import choose, is_saved, row_files
 from .rows import Chunk, parse_split
 
@@ -44,6 +44,9 @@ class RowGroups:
                 "whose rows are found without reading all before; leave --stream out"
             )
         self._parquet = lru_cache(maxsize=16)(open_parquet)
+        self._batches = lru_cache(maxsize=16)(
+            lambda file: list(arrow_batches(file))
+        )  # mapped, as long as they are held
         self.files = files
         self.groups = [group for file in files for group in self._groups(file)]
         self.rows = sum(group.rows for group in self.groups)
@@ -58,7 +61,7 @@ class RowGroups:
 
     def _sizes(self, file: Path) -> list[int]:
         if self.columns:
-            return [len(batch) for batch in arrow_batches(file)]
+            return [len(batch) for batch in self._batches(file)]
         metadata = self._parquet(file)[0].metadata
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
@@ -66,7 +69,7 @@ class RowGroups:
         """Yield the rows of a group, each as a Chunk, so that each is known by its number."""
         lists: Iterator[list[dict[str, Any]]]
         if self.columns:
-            lists = rows_of_batch(group.file, group.number, self.columns[group.file])
+            lists = batch_rows(group.file, self._batches(group.file)[group.number], self.columns[group.file])
         else:
             lists = parquet_rows(group.file, self._parquet(group.file), group.number)
         for number, row in enumerate(chain.from_iterable(lists), group.first):
