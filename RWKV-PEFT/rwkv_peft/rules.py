@@ -79,7 +79,7 @@ def notes(rules: Sequence[Rule]) -> dict[str, str]:
 
 
 def note(case: tuple[str, str], words: Sequence[str]) -> str:
-    """What one value of a flag, "" for any, needs or does not go with: case is (that value, the verb)."""
+    """Say what a value of a flag needs or does not go with: case is (the value, "" for any, and the verb)."""
     wanted, verb = case
     return f"{worded(wanted) + ': ' * bool(wanted)}{verb} {', '.join(dict.fromkeys(words))}"
 

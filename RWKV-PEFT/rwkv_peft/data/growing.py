@@ -33,7 +33,7 @@ class Growing:
 
     @staticmethod
     def of(path: Path) -> Noted:
-        """What is to be noted of a file that is whole."""
+        """Take the Noted of a file that is whole: its size and digest."""
         with open(path, "rb") as file:
             digest = hashlib.blake2b(digest_size=16)
             while block := file.read(BLOCK):

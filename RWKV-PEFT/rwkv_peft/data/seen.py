@@ -30,7 +30,7 @@ class Seen:
 
 
 def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Whether each of some digests is in a sorted array of them."""
+    """Tell of each digest whether a sorted array has it: a bool for each."""
     if not len(run):
         return np.zeros(len(digests), dtype=bool)
     found: np.ndarray = run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests

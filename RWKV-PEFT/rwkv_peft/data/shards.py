@@ -22,7 +22,7 @@ def open_dataset(path: str | Path) -> BinidxDataset:
 
 
 class Chain:
-    """Arrays behind each other as one, of which slices are read. A part that is None holds `filler`."""
+    """Reads slices of several arrays as if they were one. A part that is None holds `filler` everywhere."""
 
     def __init__(self, parts: Sequence[np.ndarray | None], sizes: Sequence[int], dtype: DTypeLike, filler: int) -> None:
         self.parts, self.dtype, self.filler = parts, np.dtype(dtype), filler

@@ -81,7 +81,7 @@ class TokenFiles:
 
     @property
     def says(self) -> dict[str, bool]:
-        """Whether the files that a set may lack say something."""
+        """Tell whether .mask and .weights say something: a set lacks those that do not."""
         weighs = bool((np.frombuffer(self.weights, dtype=np.float32) != 1).any())
         return {".mask": self.something_masked, ".weights": weighs}
 

@@ -37,7 +37,7 @@ def load_model(
 
     The merged weights are bit by bit those that merge_bone.py would write, so the tokens are those of the merged file,
     and no step pays for the adapter. any_base allows an adapter of another base of the same shape. weights "int8" or
-    "int4" rounds the matrices to blocks of so many bits, of which `say` is told. Raises UserError as open_base,
+    "int4" rounds the matrices to blocks of so many bits, and tells `say`. Raises UserError as open_base,
     AdapterSource.read and merging do, for weights that are not finite, and for ones that cannot be rounded.
     """
     if weights and device != "cpu":

@@ -1,4 +1,4 @@
-"""How many tokens of prompts are read between two that are drawn."""
+"""Choose how many tokens of prompts are read between two that are drawn."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What each generation's model computes for one token, told to a tape of kernels in the order of its model.py.
+"""Record on a tape of kernels what each generation's model computes for one token, in the order of its model.py.
 
 Shapes are (n, …) for n sequences of one token each.
 """

@@ -19,8 +19,8 @@ Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
 
 
 def forward_of(model: LanguageModel, batch: int) -> Forward:
-    """What reads tokens (n, 1) from a State, as the model does -> logits (n, 1, V) and the State after them. On a GPU a
-    frozen model is replayed: the weights of one that trains may be gathered, moved and hooked."""
+    """Choose how tokens (n, 1) are read from a State -> logits (n, 1, V) and the State after them. A frozen model on a
+    GPU is replayed; one that trains is not, because its weights may be gathered, moved and hooked."""
     return Replayed(model, batch) if recordable(model) else model
 
 

@@ -78,7 +78,7 @@ class Group:
             self.drawn = self.drawn._replace(tokens=self.drawn.tokens[kept])
 
     def heard(self) -> Iterator[tuple[int, Row, int | None, Odds | None]]:
-        """What was drawn: each place with its row, the token, None if its logits were not finite, and the odds."""
+        """Yield what was drawn: each place, its row, the token (None if its logits were not finite) and the odds."""
         assert self.drawn is not None
         if self.drawn.copied is not None:
             self.drawn.copied.synchronize()

@@ -92,7 +92,7 @@ def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object])
 
 
 def place(model: nn.Module) -> None:
-    """Copy a CPU model's parameters into large pages, except embeddings, of which a step reads one row."""
+    """Copy a CPU model's parameters into large pages, but leave embeddings, because a step reads one row of each."""
     arena = Arena()
     for module in model.modules():
         if not isinstance(module, nn.Embedding):

@@ -120,8 +120,8 @@ def losses_by_part(
 
 
 def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """What a loss of a head is divided by before its gradient is formed, and after. In float16 all is after: the loss
-    scale comes then, too, and until then numbers as small as 1 / count would vanish."""
+    """Split the division by `count` -> (the divisor before a head's gradient is formed, the one after). In float16 all
+    of it comes after, with the loss scale, because numbers as small as 1 / count would vanish before."""
     return (1.0, count) if hidden.dtype == torch.float16 else (count, 1.0)
 
 

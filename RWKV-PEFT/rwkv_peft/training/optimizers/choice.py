@@ -14,8 +14,8 @@ from .cpu_adam import cpu_adam
 class Further(Protocol):
     """An optimizer of OPTIMS: what the engine and checkpoints ask of it besides torch's interface.
 
-    by_parameter: whether its state is numbers of their own for each number that trains, which any ranks can take up;
-    else a rank's state is of use to that rank alone.
+    by_parameter: true if each number that trains has state of its own, which any ranks can take up; if not, a rank's
+    state is of use to that rank alone.
     """
 
     by_parameter: bool

@@ -112,7 +112,7 @@ class SharedSegments(Segments):
 
 
 def together(segments: list[Segment]) -> dict[str, Any]:
-    """What a step needs of a rank's segments, and their tokens, mask and weights as those of one batch."""
+    """Join a rank's segments into what a step needs: themselves, and their tokens, mask and weights as one batch's."""
     tokens = torch.cat([segment.tokens for segment in segments], 1)
     counted = torch.cat([segment.counted for segment in segments])
     found = {"segments": segments, "tokens": tokens, "mask": torch.ones_like(counted, dtype=torch.bool)}

@@ -1,4 +1,4 @@
-"""What a teacher said of rows, stored: its most probable tokens at each token that counts, so that a run needs no
+"""Stores what a teacher says of rows, its most probable tokens at each token that counts, so that a run needs no
 teacher in memory.
 
 The file is a .safetensors with, for R documents and their N tokens that count,
@@ -37,8 +37,8 @@ ANEW = "write it anew with --store_teacher and the flags of this run"
 
 
 class Source(NamedTuple):
-    """How a file was made: the teacher's file and fingerprint, the hash of the rows' tokenizer ("": unknown), the size
-    of the vocabulary, the temperature, and the mean probability of what is not stored."""
+    """Tells how a file was made: the teacher's file and fingerprint, the hash of the rows' tokenizer ("": unknown), the
+    size of the vocabulary, the temperature, and the mean probability of what is not stored."""
 
     teacher: str
     fingerprint: str
@@ -74,7 +74,7 @@ class StoredTeacher:
         )
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the teacher says of the tokens of a batch that count, as Distill reads it."""
+        """Look up what the teacher says of a batch's tokens that count, as Distill reads it."""
         places = [self.places[key] for key, _ in documents_of(batch)]
         words, logprobs = (
             torch.cat([tensor[place] for place in places] or [tensor[:0]]) for tensor in (self.words, self.logprobs)
