@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import count, not_negative, positive, stop_text
+from ..cli import below_one, count, positive, stop_text
 from ..tables import TASKS
 from .setting import setting
 
@@ -24,7 +24,7 @@ class ValidationConfig:
         0.0,
         "keep this share of the data, such as 0.01, for validation",
         group="validation",
-        type=not_negative,
+        type=below_one,
         metavar="SHARE",
     )
     val_seed: int | None = setting(
