@@ -36,7 +36,7 @@ STRUCTURES = (
     (cross_entropy_cuda.CrossEntropyArguments, CUDA, "cross_entropy/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(decode, name), CPU, "decode/arguments.h") for name in dir(decode) if name.endswith("Arguments")),
-    *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
+    *((structure, CPU, "mix/arguments.h") for structure in mix.STRUCTURES.values()),
     *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),
 )
 

@@ -3,16 +3,18 @@ of heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
 torch.compile sees. If the kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward
-instead (elements.py, heads.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
+instead (elements.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads
+from . import cpu, cpu_lerp, cuda, gpu_lerp
+from .elements import KERNELS
 from .functions import run
 from .shift import check_shift, fit, offsets_of, token_shift
 
@@ -54,7 +56,7 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
     if fused(y, g, weight, bias):
-        return run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
+        return _by_kernel("norm_gate", y, g, weight, bias, eps=eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
@@ -62,14 +64,14 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 def sigmoid_gate(r: Tensor, v: Tensor) -> Tensor:
     """sigmoid(r) · v, for r and v of one shape."""
     if fused(r, v):
-        return run(elements.SigmoidGate, *_contiguous(r, v))
+        return _by_kernel("sigmoid_gate", r, v)
     return torch.sigmoid(r) * v
 
 
 def relu_square(x: Tensor) -> Tensor:
     """max(x, 0)²."""
     if fused(x):
-        return run(elements.ReluSquare, *_contiguous(x))
+        return _by_kernel("relu_square", x)
     return torch.relu(x).square()
 
 
@@ -81,7 +83,7 @@ def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> 
     n being k · k_k divided by its length in each head (or by 1e-12 if it is shorter).
     """
     if fused(k, low, a0, k_k, k_a):
-        return run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))
+        return _by_kernel("delta_keys", k, low, a0, k_k, k_a)
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in (a0, k_k, k_a))
     rate = torch.sigmoid(a0 + low)
     n = F.normalize(k * k_k, dim=-1)
@@ -94,7 +96,7 @@ def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
     v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
     """
     if fused(v, first, low, v0):
-        return run(elements.ValueResidual, *_contiguous(v, first, low, v0))
+        return _by_kernel("value_residual", v, first, low, v0)
     return v + (first - v) * torch.sigmoid(v0 + low)
 
 
@@ -107,11 +109,15 @@ def norm_bonus_gate(
     y, r, k, v (B, T, H, N), g (B, T, H N); parameters: r_k (H, N), weight and bias (H N,) -> (B, T, H N).
     """
     if fused(y, r, k, v, g, *parameters):
-        return run(heads.NormBonusGate, eps, *_contiguous(y, r, k, v, g, *parameters))
+        return _by_kernel("norm_bonus_gate", y, r, k, v, g, *parameters, eps=eps)
     B, T, H, N = y.shape
     r_k, weight, bias = parameters
     normal = F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g
+
+
+def _by_kernel(name: str, *tensors: Tensor, eps: float | None = None) -> Any:
+    return run(KERNELS[name], eps, *_contiguous(*tensors))
 
 
 def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
