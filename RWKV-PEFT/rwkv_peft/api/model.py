@@ -16,7 +16,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..generate.continuation import Continuation
 from ..generate.decode import generate
 from ..generate.loading import merged_base, model_of, read_state_file, resolve_device

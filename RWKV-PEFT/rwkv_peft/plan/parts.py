@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..fused import Setting
 from ..generate.reading import PREFILL
 from ..models import family_named

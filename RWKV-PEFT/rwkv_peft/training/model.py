@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.inject import InjectReport, inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, RunConfig
 from ..data.batches import TrainBatches
 from ..files.adapters import read_adapter
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel

@@ -17,8 +17,8 @@ from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
 from ..errors import UserError, past_ctrl_c
-from ..files.alone import alone_in
 from ..files.atomic import check_output
+from ..files.lock import alone_in
 from ..fused import Setting, fuse
 from ..models import family_named
 from ..models.parts import LanguageModel

@@ -14,8 +14,8 @@ from rwkv_peft.ops.decode import cpu as decode
 from rwkv_peft.ops.mix import cpu as mix
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda

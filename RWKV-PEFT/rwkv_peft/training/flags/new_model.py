@@ -7,7 +7,7 @@ import torch
 
 from ...config import RunConfig
 from ...files.atomic import check_output
-from ...files.dtypes import DTYPES
+from ...files.pth_writer import DTYPES
 from ...models import family_named
 from ..saving.products import model_dtypes, write_model
 from .upstream import INIT

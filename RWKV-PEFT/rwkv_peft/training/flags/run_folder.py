@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
-from ...files.alone import LOCK
+from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED
 from ..saving.keeping import HIDDEN

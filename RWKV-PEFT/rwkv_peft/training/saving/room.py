@@ -4,8 +4,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ...config import RunConfig
-from ...files.dtypes import DTYPES
-from ...files.room import require_room
+from ...files.atomic import require_room
+from ...files.pth_writer import DTYPES
 
 # bytes a number that trains: a float32 copy, and the moments; muon has both of Adam's for what is no matrix of a block
 OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "lion": 8, "muon": 12, "schedule_free": 12})
