@@ -12,7 +12,9 @@ from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.replay import Replayed
 from rwkv_peft.generate.session import Session
 from rwkv_peft.generate.voices import Voice
+from rwkv_peft.generate.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops.decode import cpu as decode
 from training.graphs_emulated import REFUSED, Graph, emulate
 
 VOCABULARY = 257
@@ -26,9 +28,9 @@ def model(monkeypatch):
     return make(family_named("x070"))
 
 
-def make(family):
+def make(family, channels=16):
     torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
+    model = family.build(family.new_dimensions(n_layer=2, n_embd=channels, vocab_size=VOCABULARY, head_size=8))
     family.init_weights(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,9 +71,12 @@ def answers(model, ahead):
     return [(one.tokens, one.odds) for group in heard for one in group], running
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_replayed_tokens_and_states_are_those_of_the_model(family, monkeypatch):
-    model = make(family)
+@pytest.mark.parametrize("family, weights", [*((family, None) for family in FAMILIES), (family_named("x070"), "int8")])
+def test_replayed_tokens_and_states_are_those_of_the_model(family, weights, monkeypatch):
+    model = make(family, 32 if weights else 16)
+    if weights:
+        quantize_products(model, weights, lambda text: None)
+        monkeypatch.setattr(decode.FAMILY, "takes", lambda *_: False)
     with monkeypatch.context() as patch:
         emulate(patch.setattr)
         plain, _ = answers(model, ahead=False)
