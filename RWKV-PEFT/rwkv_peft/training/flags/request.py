@@ -212,6 +212,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ...models.state import grows
     from ..step.stored import open_stored
     from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
@@ -225,6 +226,11 @@ def request_of(flags: Flags) -> Request:
     version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
+    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
+        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        raise UserError(
+            f"{given} hands on states of one size, and those of {family.name} grow with the tokens; leave it out"
+        )
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
