@@ -192,7 +192,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
         train = replace(train, **rates)
-    return train
+    return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
 
 
 def parse_run(argv: Sequence[str]) -> Request:
