@@ -26,7 +26,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.saved_files import require_files
+from rwkv_peft.training.saving.run_state import require_files
 
 METHODS = MappingProxyType(
     {

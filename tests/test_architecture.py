@@ -246,7 +246,7 @@ def test_adapters_are_put_into_models_by_few_files():
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     engine = {("training", "engine", name) for name in ("callbacks", "data_module", "strategy", "trainer")}
-    allowed = engine | {("training", "ranks", "base_guard"), ("training", "step", "lit")}
+    allowed = engine | {("training", "step", "lit")}
     allowed |= {("training", "saving", name) for name in ("deepspeed_files", "loggers")}
     allowed |= {("evals", "harness"), *(("serve", name) for name in ("app", "command", "forms"))}
     allowed |= {("ui", "app"), ("ui", "command")}

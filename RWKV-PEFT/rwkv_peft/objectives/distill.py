@@ -128,8 +128,7 @@ class Distill(Draws):
     )
 
     def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        from .divergence import Divergence, linear_divergence
-        from .stored import Stored
+        from .divergence import Divergence, Stored, linear_divergence
 
         counted = batch.get("teacher_counted", batch["counted"])
         divisor: float | Tensor = count

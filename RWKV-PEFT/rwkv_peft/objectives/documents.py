@@ -1,4 +1,5 @@
-"""Log-probabilities of the documents of a packed batch, two of which are a row's answers with their prompts."""
+"""Log-probabilities of the documents of a packed batch: two of a row, which are its answers with their prompts, or
+answers that were drawn to prompts."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cross_entropy import token_losses
+from .divergence import linear_entropy
 
 if TYPE_CHECKING:
     from ..config.objective import Batch, Pass
@@ -32,3 +34,35 @@ def per_document(batch: "Batch", values: torch.Tensor) -> torch.Tensor:
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
     owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
+
+
+def drawn_log_probabilities(through: "Pass", batch: "Batch", temperature: float) -> torch.Tensor:
+    """The log-probability of each drawn token (n,), answer by answer, at a temperature."""
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_losses(x if temperature == 1 else x / temperature, weight, batch["targets"], batch["counted"])
+
+    return -through(head)
+
+
+def entropy_and_log_probabilities(
+    through: "Pass", batch: "Batch", temperature: float, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
+    log-probabilities of drawn_log_probabilities, in one pass."""
+    weights = shares.repeat_interleave(batch["lengths"], output_size=len(batch["counted"]))
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        warm = x if temperature == 1 else x / temperature
+        losses = token_losses(warm, weight, batch["targets"], batch["counted"])
+        return torch.cat([linear_entropy(warm, weight, batch["counted"], weights)[None], -losses])
+
+    found: torch.Tensor = through(head)
+    return found[0], found[1:]
+
+
+def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean of values (n,) over each answer, whose lengths (answers,) add up to n; in the same order on every run,
+    unlike index_add on a GPU."""
+    found: torch.Tensor = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+    return found

@@ -4,7 +4,7 @@ Ethayarajh et al. 2024, arXiv 2402.01306, equation 8: weight (1 - sigmoid(beta (
 weight (1 - sigmoid(beta (kl - gain))) of an undesirable one, with its gain, the log-ratio log(p / p_base). kl
 estimates how far the model as a whole is from the base: the mean gain of answers that belong to other prompts, at
 least 0, without a gradient. Each row brings one: its prompt with the answer of the next row
-(data/label_samples.py).
+(data/answer_samples.py).
 """
 
 from dataclasses import dataclass

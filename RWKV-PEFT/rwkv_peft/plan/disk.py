@@ -8,7 +8,7 @@ from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..models.state import time_state_shapes
 from ..names import STATE
-from ..training.saving.keeping import KEPT
+from ..training.saving.checkpoints import KEPT
 from ..training.saving.products import keeps_all
 from ..training.saving.room import checkpoint_size
 from .parts import Estimate

@@ -32,7 +32,6 @@ from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
 from .engine.progress import telling_compilations
 from .flags.given import WRITE
-from .flags.new_model import write_new_model
 from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
@@ -41,12 +40,11 @@ from .measuring.before_after import BeforeAfter
 from .measuring.examiner import Examiner
 from .measuring.exams import Questions, find_questions
 from .measuring.validate import Validator
-from .model import make_model
+from .model import make_model, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
-from .ranks.lost_pages import sizes_of_mapped
 from .ranks.meeting import Ranks
-from .saving.checkpoints import ANSWERS, ROWS, UNSAVED, clear_unsaved
-from .saving.keeping import clear_hidden, discard_old
+from .ranks.watch import sizes_of_mapped
+from .saving.checkpoints import ANSWERS, ROWS, UNSAVED, clear_hidden, clear_unsaved, discard_old
 from .saving.resume import AUTO, completed, find_state
 from .saving.room import require_room_to_save
 from .saving.saver import Saver

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from ...config import RunConfig
 from ...config.objective import REWARDS
-from ...data.prompt_samples import PromptSamples
+from ...data.answer_samples import PromptSamples
 from ...data.samples import Samples
 from ...rewards import Rewards
 

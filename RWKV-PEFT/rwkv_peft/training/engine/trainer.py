@@ -33,10 +33,8 @@ from ...models.state import TIME_STATE
 from ...names import STATE
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
-from ..ranks.base_guard import BaseGuard
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
-from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.relay import Line
@@ -44,7 +42,8 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
+from ..step.zero import live_parameters
+from .callbacks import BaseGuard, FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 

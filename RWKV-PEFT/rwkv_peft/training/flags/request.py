@@ -33,17 +33,14 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .elastic import fit
 from .given import READ, WRITE, Entries, entries_of, first_of
 from .markers import markers_of
 from .objective import check_objective, objective_of
-from .overwriting import check_overwriting
 from .parser import DIMENSIONS, RULES, build_parser, settings_of
-from .run_folder import check_run_folder
-from .seed import DRAWN, draw_seed
+from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
 from .train import check_tokens, check_train
 from .upstream import PLACEHOLDER, adopt, check_stage
-from .world import World, find_world
+from .world import World, find_world, fit
 
 if TYPE_CHECKING:
     from ...files.base import Base

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...config import TrainConfig
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
+from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..optimizers.choice import Averaging
-from ..step.loss_scale import go_on_with
+from ..step.zero import go_on_with
 from .optimizer_files import SavedOptimizer
 from .partitions import codes_of, is_by_parameter, pieces_of, take_up
-from .run_state import read_state
-from .saved_files import is_of_deepspeed
+from .run_state import is_of_deepspeed, read_state
 
 if TYPE_CHECKING:
     from ..step.lit import Lit

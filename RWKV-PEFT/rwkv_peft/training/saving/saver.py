@@ -6,7 +6,7 @@ proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
 proj_dir/checkpoints/step-NNNNNNNN/    the optimizer's state, the trained tensors, state.json
 
-products.py writes the first four; keeping.py decides how many saves stay.
+products.py writes the first four; checkpoints.py decides how many saves stay.
 """
 
 import shutil
@@ -24,18 +24,24 @@ from ...errors import UserError
 from ...files.atomic import CannotWrite, fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
-from ..step.loss_scale import counters_of
 from ..step.plan import Plan
-from .averaging import averaged
-from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
-from .connection import is_of_connection
-from .keeping import HIDDEN, clear_hidden, discard_old, remove
+from ..step.zero import counters_of
+from .checkpoints import (
+    CHECKPOINTS,
+    HIDDEN,
+    UNSAVED,
+    clear_hidden,
+    discard_old,
+    find_checkpoint,
+    how_to_go_on,
+    is_of_connection,
+    remove,
+)
 from .loading import grouped_names, trained_names
 from .optimizer_files import write_pieces
-from .partitions import codes_of, is_by_parameter, pieces_of, steps_taken
+from .partitions import averaged, codes_of, is_by_parameter, pieces_of, steps_taken
 from .products import Products, keeps_all, model_dtypes, share_file
-from .run_state import STATE, write_state
-from .saved_files import OPTIMIZER, record_of
+from .run_state import OPTIMIZER, STATE, record_of, write_state
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
