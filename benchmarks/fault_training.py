@@ -223,7 +223,7 @@ def import_libraries():
     for name in (
         *("compare.command", "data.preprocess", "evals.command", "generate.command", "plan.command", "plots"),
         *("release.check", "release.merge_command", "release.verify"),
-        *(f"training.{name}" for name in ("engine.callbacks", "engine.data_module", "engine.strategy", "step.lit")),
+        *(f"training.{name}" for name in ("engine.callbacks", "engine.strategy", "step.lit")),
     ):
         importlib.import_module(f"rwkv_peft.{name}")
 

@@ -263,8 +263,6 @@ def parse(item: object) -> Any:
         raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error
 
 
-
-
 def length(pieces: list[Piece]) -> int:
     """The number of tokens of a document."""
     return sum(len(ids) for ids, _ in pieces)

@@ -2,33 +2,30 @@
 answers that were drawn to prompts."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..config.objective import Batch, Pass
 from .cross_entropy import token_losses
 from .divergence import linear_entropy
 
-if TYPE_CHECKING:
-    from ..config.objective import Batch, Pass
 
-
-def log_probabilities(through: "Pass", batch: "Batch") -> torch.Tensor:
+def log_probabilities(through: Pass, batch: Batch) -> torch.Tensor:
     """The log-probability of the counted tokens of each document: (rows, 2)."""
     return -per_document(batch, counted_losses(through, batch)).view(-1, 2)
 
 
-def counted_losses(through: "Pass", batch: "Batch") -> torch.Tensor:
+def counted_losses(through: Pass, batch: Batch) -> torch.Tensor:
     """The loss of each counted token (n,)."""
     return through(partial(token_losses, targets=batch["targets"], counted=batch["counted"]))
 
 
-def counted_tokens(batch: "Batch") -> torch.Tensor:
+def counted_tokens(batch: Batch) -> torch.Tensor:
     """The number of counted tokens in each document: (rows, 2)."""
     return per_document(batch, torch.ones_like(batch["counted"])).view(-1, 2)
 
 
-def per_document(batch: "Batch", values: torch.Tensor) -> torch.Tensor:
+def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     """Sum values of the counted positions (n,) by document -> (documents,)."""
     bounds = batch["cu_seqlens"]
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
@@ -36,7 +33,7 @@ def per_document(batch: "Batch", values: torch.Tensor) -> torch.Tensor:
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
 
 
-def drawn_log_probabilities(through: "Pass", batch: "Batch", temperature: float) -> torch.Tensor:
+def drawn_log_probabilities(through: Pass, batch: Batch, temperature: float) -> torch.Tensor:
     """The log-probability of each drawn token (n,), answer by answer, at a temperature."""
 
     def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -46,7 +43,7 @@ def drawn_log_probabilities(through: "Pass", batch: "Batch", temperature: float)
 
 
 def entropy_and_log_probabilities(
-    through: "Pass", batch: "Batch", temperature: float, shares: torch.Tensor
+    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
     log-probabilities of drawn_log_probabilities, in one pass."""

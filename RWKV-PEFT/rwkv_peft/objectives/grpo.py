@@ -27,15 +27,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..cli import finite, not_negative, positive, switch
 from ..config import TrainConfig
-from ..config.objective import OF_BASE, REWARDS, Figure, Passes
+from ..config.objective import OF_BASE, REWARDS, Batch, Figure, Losses, Passes
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..config.objective import Batch, Figures
 
 EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
 REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
@@ -178,7 +176,7 @@ class GRPO(Draws):
             return gains
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         from .documents import drawn_log_probabilities, entropy_and_log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
@@ -218,7 +216,7 @@ class GRPO(Draws):
         averages = {name: figure.detach().mean() * prompts for name, figure in figures.items()}
         return ((losses * weight).sum() - self.entropy_bonus * entropy) * prompts, averages | most
 
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         return batch["prompts"]
 
     def describe(self) -> str:

@@ -8,17 +8,11 @@ least 0, without a gradient. Each row brings one: its prompt with the answer of 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero, not_negative
-from ..config.objective import BASE, Figure
+from ..config.objective import BASE, Figure, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class KTO(OfAnswers):
     )
     undesirable: float = setting(1.0, "weight of undesirable answers", flag="kto_undesirable", type=not_negative)
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         assert answers.labels is not None
         gain, mismatched = answers.gains
         kl = ((mismatched.detach() * answers.counts).sum() / answers.counts.sum().clamp_min(1)).clamp_min(0)

@@ -9,8 +9,7 @@ from ..files.dtypes import DTYPES
 from ..models.state import time_state_shapes
 from ..names import STATE
 from ..training.saving.checkpoints import KEPT
-from ..training.saving.products import keeps_all
-from ..training.saving.room import checkpoint_size
+from ..training.saving.products import checkpoint_size, keeps_all
 from .parts import Estimate
 
 

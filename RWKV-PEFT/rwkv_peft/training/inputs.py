@@ -49,6 +49,11 @@ class Inputs:
     teacher: Base | None
     stored: StoredTeacher | None
 
+    @property
+    def folder(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.config.train.proj_dir)
+
 
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""

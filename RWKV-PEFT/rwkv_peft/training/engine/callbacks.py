@@ -22,8 +22,7 @@ from ..measuring.examiner import Examiner
 from ..measuring.validate import Validator
 from ..ranks.watch import Watch
 from ..saving.history import forget_rest
-from ..saving.loading import load_checkpoint
-from ..saving.saver import Saver
+from ..saving.saver import Saver, load_checkpoint
 from ..step.lit import Diverged, Lit
 from ..step.plan import Plan
 from ..step.zero import dynamic_scaler, skipped
