@@ -22,8 +22,8 @@ from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
 from ..objectives.draws import Draws
-from ..training.saving.room import OPTIMIZER
-from ..training.step.gathering import exchanges_gradients, sums_apart
+from ..training.saving.products import OPTIMIZER
+from ..training.step.zero import exchanges_gradients, sums_apart
 from .rehearsal import Counts, Step, count, drawing_bytes, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"

@@ -4,13 +4,13 @@ float64 of the matrix that they read."""
 import pytest
 import torch
 import torch.nn.functional as F
+from rwkv_peft.ops.native.errors import BuildError
 
 from cuda_shim import shim, toolchain
 from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
 from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.levels import level_flags
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
