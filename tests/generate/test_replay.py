@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate import Sampling, replay
+from rwkv_peft.generate import sampling as sampling_module
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
@@ -19,7 +20,7 @@ from training.graphs_emulated import REFUSED, Graph, emulate
 
 VOCABULARY = 257
 SAMPLINGS = [Sampling(temperature=0), Sampling(top_p=1.0, seed=3, measured=True), Sampling(top_k=5, seed=1)]
-SAMPLINGS.append(Sampling(presence_penalty=1.0, temperature=0))
+SAMPLINGS += [Sampling(presence_penalty=1.0, temperature=0), Sampling(top_p=0.5, seed=2)]
 
 
 @pytest.fixture
@@ -127,9 +128,14 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling, launches", [*zip(SAMPLINGS, (10, 22, 20))], ids=["greedy", "measured", "top_k"])
+@pytest.mark.parametrize(
+    "sampling, launches",
+    [*zip(SAMPLINGS, (10, 22, 20)), (SAMPLINGS[4], 20)],
+    ids=["greedy", "measured", "top_k", "top_p"],
+)
 def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
     monkeypatch.setattr(replay, "recordable", lambda model: True)
+    monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", VOCABULARY)  # all at once, as on a GPU
     running, listeners = Engine(VOCABULARY, 4, ahead=True), [Heard() for _ in range(4)]
     running.add(Request(Voice("", model), [5], [Answer(sampling, 99, listener) for listener in listeners]))
     for _ in range(3):
