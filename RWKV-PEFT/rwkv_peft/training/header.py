@@ -21,9 +21,9 @@ from .flags.rates import automatic_rate
 from .inputs import Inputs
 from .measuring.learned import doubts
 from .step.forked import saved_tokens
-from .step.gathering import loses_in_sums
 from .step.plan import Plan
 from .step.relay import in_flight, waiting
+from .step.zero import loses_in_sums
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))

@@ -66,8 +66,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         import_matplotlib()  # which Lightning imports
         from ..saving.loggers import make_loggers
         from ..step.lit import Diverged
-        from .data_module import RunData
-        from .trainer import make_lit, make_trainer
+        from .trainer import RunBatches, make_lit, make_trainer
 
     quiet()
     data, train = run.config.data, run.config.train
@@ -80,7 +79,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, train))
+            trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -158,9 +157,12 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         if run.validator.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+    use = ""
     try:
-        if not write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+        if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+            use = f"; {run.folder / CARD} says how to use it"
+        else:
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
     except UserError as error:  # what it describes is saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}"
