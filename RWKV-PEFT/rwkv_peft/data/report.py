@@ -32,6 +32,14 @@ def laid_out(totals: Encoded) -> list[str]:
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
         )
     for count, what in (
+        *(
+            (
+                counts[name],
+                f"with a field {name.removeprefix('unread ')!r}, which is not read; preprocess --template lays it out",
+            )
+            for name in counts
+            if name.startswith("unread ")
+        ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["blank"], "in which a turn before an answer is empty"),
