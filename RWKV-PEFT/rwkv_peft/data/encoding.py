@@ -234,7 +234,7 @@ class Encoder:
         return True
 
 
-def unread(row: Mapping[str, Any]) -> list[str]:
+def unread(row: Any) -> list[str]:
     """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
     read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
     return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]

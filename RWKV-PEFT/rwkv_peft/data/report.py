@@ -33,11 +33,8 @@ def laid_out(totals: Encoded) -> list[str]:
         )
     for count, what in (
         *(
-            (
-                counts[name],
-                f"with a field {name.removeprefix('unread ')!r}, which is not read; preprocess --template lays it out",
-            )
-            for name in counts
+            (number, f"with a field {name.split()[1]!r}, which is not read; preprocess --template lays it out")
+            for name, number in counts.items()
             if name.startswith("unread ")
         ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
