@@ -53,8 +53,7 @@ class Turned(Change):
         return factor[:, None] * (weight + low_rank.LOW_RANK.delta(weight, params, scale)) - weight
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
-        """The params themselves, and how much of their change was merged. Raises UserError if a row's direction was
-        lost."""
+        """The params, and how much of their change was merged. Raises UserError if a row's direction was lost."""
         if (params["lora_gain"] <= -1).any():
             raise UserError(
                 "a gain of dora is -1 or less, so that merging lost a row's direction; take the base itself"

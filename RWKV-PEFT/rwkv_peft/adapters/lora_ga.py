@@ -13,8 +13,7 @@ GAMMA = 16  # the paper's stable scale
 
 
 def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
-    """A0 from the first `rank` of the gradient's right singular vectors, B0 from the next `rank` left ones, stably
-    scaled."""
+    """A0 from the gradient's first `rank` right singular vectors, B0 from the next left ones, stably scaled."""
     if gradient is None:
         raise UserError(
             "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "

@@ -64,8 +64,7 @@ def last_answer(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]] |
 
 
 class RowsExam:
-    """Rows to be answered, in the tokens of a tokenizer; `batch` of them at a time. Raises UserError if there are
-    none."""
+    """Rows to be answered, in a tokenizer's tokens, `batch` of them at a time. Raises UserError if there are none."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, batch: int) -> None:
         if not rows:

@@ -157,8 +157,7 @@ def _base_name(config: dict[str, Any]) -> str:
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
-    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int; a boolean is not
-    one."""
+    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int, no boolean."""
     value = config.get(name)
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(

@@ -222,8 +222,7 @@ def check_hub(token: str | None) -> None:
 
 
 def push(trainer: Any, adapter: Path) -> None:
-    """Upload a saved adapter's folder to the trainer's repository. Raises UserError if that fails, with the command
-    that tries again."""
+    """Upload a saved adapter to the trainer's repository. Raises UserError, with the command that tries again."""
     from huggingface_hub import HfApi
 
     if not trainer.is_world_process_zero():

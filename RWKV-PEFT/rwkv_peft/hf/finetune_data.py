@@ -94,8 +94,7 @@ def calls(turn: Mapping[str, Any]) -> bool:
 
 
 def _message(turn: object, where: str) -> dict[str, Any]:
-    """Return a turn as chat templates take it, with role and content. Raises UserError, which names `where`, if it
-    cannot be one."""
+    """Return a turn as chat templates take it. Raises UserError, which names `where`, if it cannot be one."""
     if isinstance(turn, dict) and turn.get("role") is None and turn.get("from") is not None:
         role = str(turn["from"])
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
@@ -169,8 +168,7 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
 
 
 def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
-    """The columns of question and answer, or the one of turns, chosen among `names`. Raises UserError if one is
-    missing."""
+    """The columns of question and answer, or the one of turns, among `names`. Raises UserError if one is missing."""
     wanted = arguments.dataset_field
     if wanted is None:
         wanted = next((columns for columns in COLUMNS if set(columns) <= set(names)), COLUMNS[0])

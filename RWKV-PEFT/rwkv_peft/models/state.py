@@ -46,8 +46,7 @@ class LayerState(NamedTuple):
 
 
 class State(tuple[Any, ...]):
-    """One layer_state for each layer: all that the model remembers of a sequence, in a size that does not grow with
-    its length."""
+    """One layer_state for each layer: all that the model remembers of a sequence, in a size that no length changes."""
 
     @staticmethod
     def zeros(
@@ -109,8 +108,7 @@ def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
-    file's, and back."""
+    """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
 
 

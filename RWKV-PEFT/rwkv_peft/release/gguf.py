@@ -62,8 +62,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
 
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
-    scale of 1."""
+    """Write {module: {lora_A (r, in), lora_B (out, r)}} as llama.cpp's LoRA adapter, in float32, at a scale of 1."""
     if not family.gguf_architecture:
         raise family.formless("GGUF")
     gguf = import_gguf()

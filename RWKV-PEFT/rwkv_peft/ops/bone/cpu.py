@@ -97,8 +97,7 @@ def merge(rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
-    """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by merge(rows, bone) itself -> the gradient
-    of bone."""
+    """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by that itself -> the gradient of bone."""
     d_bone = torch.zeros(bone.shape)
     _merge(rows, bone, d, d_bone, level)
     return d_bone.to(bone.dtype)

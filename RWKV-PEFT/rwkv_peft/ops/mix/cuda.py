@@ -143,8 +143,7 @@ def _run_tiles(
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """Run an operation of TILED: the blocks of a low-rank product take `size` channels, those of a norm `strip`
-    tokens."""
+    """Run an operation of TILED: blocks of a low-rank product take `size` channels, those of a norm `strip` tokens."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels = tokens, channels
     up = tensors.get("up")
@@ -175,8 +174,7 @@ def _arguments(
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """True if the kernels take these tensors (None: not given): those of CudaFamily.takes with an even number of
-    channels."""
+    """True if the kernels take these tensors (None: not given): as CudaFamily.takes, an even number of channels."""
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 

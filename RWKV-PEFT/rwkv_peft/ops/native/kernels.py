@@ -15,8 +15,7 @@ class Kernels(Protocol):
     """A set of kernels that can be launched."""
 
     def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
-        """Enqueue the kernel `name` over `blocks` blocks of `block` threads (None: the kernel's own number) -> CUDA's
-        error code."""
+        """Enqueue a kernel over `blocks` blocks of `block` threads (None: its own number) -> CUDA's error code."""
 
 
 class Library:

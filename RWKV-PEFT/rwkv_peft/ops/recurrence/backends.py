@@ -25,8 +25,7 @@ class Backend(Protocol):
 
     @property
     def checkpoint_count(self) -> Callable[[Tensor, int], int]:
-        """(one of the tensors (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for
-        backward."""
+        """(a tensor (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for backward."""
 
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
