@@ -13,7 +13,7 @@ import torch
 from ..config import AdapterConfig
 from . import bone
 from .change import Params, Sum
-from .functions.bone_signed import bone_signed, sketch
+from .functions.lora import lora
 from .method import Constants, Method, Shapes, Tensors
 from .product import Frozen
 
@@ -29,7 +29,15 @@ def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | N
 
 
 def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-    return bone_signed(x, base.weight, params["bone"], params["bone_signs"], base.bias, product=base.product)
+    bone = params["bone"]
+    return lora(x, base.weight, sketch(params["bone_signs"], len(bone)), bone.t(), base.bias, product=base.product)
+
+
+def sketch(signs: torch.Tensor, rank: int) -> torch.Tensor:
+    """Signs (in,) -> the matrix (rank, in) that sums the shards of an input with them; in need not be a multiple."""
+    width = signs.shape[0]
+    shards = torch.eye(rank, dtype=signs.dtype, device=signs.device).repeat(1, -(-width // rank))
+    return shards[:, :width] * signs
 
 
 def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:

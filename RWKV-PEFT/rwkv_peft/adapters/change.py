@@ -48,7 +48,7 @@ class Change(ABC):
 
 @dataclass(frozen=True)
 class Sum(Change):
-    """W' = W + U, where U does not depend on W, so that it can be subtracted: update(params, scale, shape) computes U
+    """W' = W + U for a U that does not depend on W, so that it can be subtracted: update(params, scale, shape) makes U
     in the dtype of params. negated names tensors whose opposite sign gives -U."""
 
     update: Callable[[Params, float, tuple[int, int]], torch.Tensor] = field(kw_only=True)

@@ -85,13 +85,13 @@ def inject(
 ) -> InjectReport:
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
 
-    model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's where
-    there are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
-    where they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
-    (a Family) tells which parameters those are. Where the method has constants, initial maps "<module>.<constant>" to
+    model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's if there
+    are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
+    if they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
+    (a Family) tells which parameters those are. If the method has constants, initial maps "<module>.<constant>" to
     those of an adapter file to go on from (its weights are loaded afterwards); without it they are made anew, by some
-    methods from gradients: module name -> gradient of the loss with respect to its weight. device: where weights are
-    taken apart and quantized, a layer at a time that then goes back to where the model is; by default there.
+    methods from gradients: module name -> gradient of the loss with respect to its weight. device (by default the
+    model's): the one on which weights are taken apart and quantized, a layer at a time, which then goes back.
     -> InjectReport. Raises UserError.
     """
     modules = dict(model.named_modules())
@@ -129,7 +129,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _is_work(config: AdapterConfig) -> bool:
-    """Whether to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
+    """True if to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
     method = method_of(config)
     return config.quant != "none" or (method is not None and method.residual is not None)
 
@@ -208,7 +208,7 @@ def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | No
 
 
 def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: int, in_features: int) -> None:
-    """Raise UserError where the settings do not fit a layer, in the words of the flags."""
+    """Raise UserError if the settings do not fit a layer, in the words of the flags."""
     misfit = method.tensors.fit(config, out_features, in_features)
     if misfit is None:
         return
@@ -231,7 +231,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
     """Copy {name: tensor} of an adapter file into a model whose layers are injected already.
 
     Every adapter parameter of the model must be in the file, and every tensor of the file in the model,
-    with its shape; tensors that train whole keep the base's values where the file has none.
+    with its shape; tensors that train whole keep the base's values if the file has none.
     Raises UserError otherwise, before anything is copied.
     """
     places: dict[str, torch.Tensor] = dict(model.named_parameters())

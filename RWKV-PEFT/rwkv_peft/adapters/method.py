@@ -42,7 +42,7 @@ class BlockTerm(NamedTuple):
 
 
 class Misfit(NamedTuple):
-    """Why a method's size does not fit a layer: the setting (a field of AdapterConfig) has the given value, and problem
+    """The reason why a size does not fit a layer: the setting (a field of AdapterConfig) has the given value, problem
     says what is wrong with it; nearest is the nearest value that fits (0: any lower one); instead names a method
     without that rule ("": none); too_large: such a value is a waste, and computes what it should all the same."""
 

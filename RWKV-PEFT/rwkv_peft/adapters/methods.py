@@ -52,7 +52,7 @@ def by_hf_name(init_weights: object) -> Method | None:
 
 
 def is_saved(name: str) -> bool:
-    """Whether files' metadata may name this method, or NONE."""
+    """True if files' metadata may name this method, or NONE."""
     return name == NONE or (name in METHODS and METHODS[name].file_name == name)
 
 

@@ -29,7 +29,7 @@ def stored_bytes(weights: int, kind: str) -> int:
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Whether x is on a GPU, or has no data, by which a GPU's memory is planned."""
+    """True if x is on a GPU, or has no data, by which a GPU's memory is planned."""
     return not x.is_cpu
 
 

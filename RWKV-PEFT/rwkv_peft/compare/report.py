@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     @property
     def retained(self) -> tuple[float, ...]:
-        """The final losses on --retain_data of all seeds, infinite where a run diverged; () without such data."""
+        """The final losses on --retain_data of all seeds, infinite if a run diverged; () without such data."""
         return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.measured)
 
     @property

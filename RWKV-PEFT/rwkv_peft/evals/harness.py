@@ -165,7 +165,7 @@ def evaluate(
 @contextmanager
 def git_unheard() -> Iterator[None]:
     """Keep lm_eval from asking git for the commit of the current folder, whose settings may name programs to run, and
-    which complains to the user where there is none."""
+    which complains to the user if there is none."""
     before = evaluator.get_git_commit_hash
     evaluator.get_git_commit_hash = lambda: None
     try:

@@ -18,6 +18,7 @@ from ..models import family_named
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .base import Base
+from .digest import sha256_of
 from .pth import read_tensors, require_file
 from .pth_writer import chunks, save_pth
 from .readable import read_settings
@@ -84,7 +85,7 @@ def write_lightning_folder(folder: Path, adapter: Adapter, base: Base) -> str:
         for module in order
     ]
     manifest: dict[str, Any] = dict(FORM) | {"dtype": str(dtype).removeprefix("torch."), "targets": targets}
-    manifest |= {"rank": rank, "alpha": rank, "scale": 1, "base_fingerprint": _sha256(base.path)}
+    manifest |= {"rank": rank, "alpha": rank, "scale": 1, "base_fingerprint": sha256_of(require_file(base.path))}
     manifest["content_version"] = content_version(manifest, tensors)
     with atomic_write(folder / MANIFEST) as described, atomic_write(folder / WEIGHTS) as weights:
         save_pth(weights, tensors)
@@ -129,11 +130,3 @@ def content_version(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """True if a dtype holds all values of a tensor."""
     return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
-
-
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(require_file(path), "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

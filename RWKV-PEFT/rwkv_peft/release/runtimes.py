@@ -65,7 +65,7 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) ->
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
-        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, version, mode)
+        command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")

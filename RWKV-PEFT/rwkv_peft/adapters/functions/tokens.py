@@ -44,7 +44,7 @@ def apply_to_tokens(
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on where x is."""
+    """True if autocast is on for x's device."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -62,7 +62,7 @@ def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def of_weight_and_bias(
     ctx: Any, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of a product's weight and bias, a Function's second and third inputs, where they are wanted: g
+    """The gradients of a product's weight and bias, a Function's second and third inputs, if they are wanted: g
     (T, out), what is multiplied x (T, in), which is read for the weight alone."""
     need_weight, need_bias = ctx.needs_input_grad[1:3]
     return weight_gradient(g, x).to(weight.dtype) if need_weight else None, g.sum(0) if need_bias else None
