@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cli import counted
 from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
@@ -79,8 +79,8 @@ def inject(
     names: tuple[str, ...] | None = None,
     *,
     family: Generation | None = None,
-    initial: Mapping[str, torch.Tensor] | None = None,
-    gradients: Mapping[str, torch.Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> InjectReport:
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
@@ -135,11 +135,7 @@ def _is_work(config: AdapterConfig) -> bool:
 
 
 def _make_layer(
-    base: nn.Linear,
-    name: str,
-    config: AdapterConfig,
-    initial: Mapping[str, torch.Tensor],
-    gradients: Mapping[str, torch.Tensor],
+    base: nn.Linear, name: str, config: AdapterConfig, initial: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
 ) -> AdapterLinear:
     method = method_of(config)
     assert method is not None  # NONE has no layers
@@ -227,14 +223,14 @@ def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path = "the adapter") -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Path = "the adapter") -> None:
     """Copy {name: tensor} of an adapter file into a model whose layers are injected already.
 
     Every adapter parameter of the model must be in the file, and every tensor of the file in the model,
     with its shape; tensors that train whole keep the base's values if the file has none.
     Raises UserError otherwise, before anything is copied.
     """
-    places: dict[str, torch.Tensor] = dict(model.named_parameters())
+    places: dict[str, Tensor] = dict(model.named_parameters())
     places |= {key: buffer for key, buffer in model.named_buffers() if adapter_parameter(key)}
     own = [key for key in places if adapter_parameter(key)]
     missing = [key for key in own if key not in tensors]

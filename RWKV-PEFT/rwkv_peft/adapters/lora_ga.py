@@ -2,7 +2,7 @@
 
 import math
 
-import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -12,7 +12,7 @@ from .residual import residual, svd_lowrank
 GAMMA = 16  # the paper's stable scale
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
     """A0 from the gradient's first `rank` right singular vectors, B0 from the next left ones, stably scaled."""
     if gradient is None:
         raise UserError(

@@ -69,7 +69,8 @@ def write_lightning_folder(folder: Path, adapter: Adapter, base: Base) -> str:
     has bfloat16 if that holds every number. Raises UserError for an adapter that the runtime cannot serve."""
     refuse_unserved(adapter, base)
     modules = {module: params["bone"].t().contiguous() for module, params in adapter.modules().items()}
-    dtype = torch.bfloat16 if all(_fits(D, torch.bfloat16) for D in modules.values()) else torch.float16
+    fits = all(torch.equal(D.bfloat16().to(D.dtype), D) for D in modules.values())
+    dtype = torch.bfloat16 if fits else torch.float16
     kept = {module: D.to(dtype) for module, D in modules.items()}
     family, rank = family_named(GENERATION), adapter.metadata.rank
     order = sorted(kept, key=lambda module: (int(module.split(".")[1]), family.targets.index(module.split(".", 2)[2])))
@@ -125,8 +126,3 @@ def content_version(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         for chunk in chunks(tensor):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """True if a dtype holds all values of a tensor."""
-    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)

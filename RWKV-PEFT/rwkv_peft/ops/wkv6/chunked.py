@@ -26,11 +26,6 @@ HALVES = tuple(2**n for n in range(CHUNK.bit_length() - 1))  # steps on each sid
 MOST_CHUNKS, LEAST_CHUNKS = 64, 8  # of a segment: with few rows launches cost most of the time, with many rows memory
 
 
-def _segment(B: int) -> int:
-    """The number of chunks in a segment of B rows."""
-    return max(LEAST_CHUNKS, MOST_CHUNKS // B)
-
-
 def _before(x: Tensor) -> Tensor:
     """For each step, the sum of x (..., C, N) over all steps before it."""
     return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
@@ -149,4 +144,4 @@ def _add_sides(sides: Sides, d_r: Tensor, d_k: Tensor, into: tuple[Tensor, Tenso
     until += _before(d_k * sides.k)
 
 
-RECURRENCE = Chunked(FILLERS, _prepare, _states, _output, _gradients, _segment)
+RECURRENCE = Chunked(FILLERS, _prepare, _states, _output, _gradients, lambda B: max(LEAST_CHUNKS, MOST_CHUNKS // B))
