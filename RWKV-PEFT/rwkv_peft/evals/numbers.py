@@ -1,5 +1,5 @@
 """Find final answers in text and compare them: numbers as people and models write them (1,234; $5.00; 3/4;
-\\\\frac{3}{4}; 50%; -7 apples), and LaTeX, by the package math-verify."""
+\\frac{3}{4}; 50%; -7 apples), and LaTeX, by the package math-verify."""
 
 import importlib.util
 import re

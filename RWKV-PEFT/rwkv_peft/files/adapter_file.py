@@ -29,6 +29,10 @@ from .safetensors_file import read_safetensors, save_safetensors
 
 ENTRY = "rwkv_peft_run"
 MOST = 1000  # characters of a text
+FORMAT_VERSION = 1
+METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
+PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
+FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,6 @@ def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
     if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
         raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
     return Origin(**values)
-
-
-FORMAT_VERSION = 1
-METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
-PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
-FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from transformers import TrainerCallback
 from ..errors import UserError, told
 from ..files.lock import alone_in
 from ..files.peft_folder import is_adapter_folder, read_config
+from . import register
 from .finetune_data import as_learned, load_data, only_answers
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
 from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
 from .refusals import refusals_of
-from .register import register
 
 
 def main(argv: list[str]) -> int:

@@ -26,6 +26,8 @@ TEMPLATE = (
     "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n### ASSISTANT:' }}{% endif %}"
 )
+# The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
+COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
 
 def only_answers(config: Any) -> None:
@@ -110,10 +112,6 @@ def _message(turn: object, where: str) -> dict[str, Any]:
     if not isinstance(turn.get("content"), str):
         raise UserError(f"{where} has a turn whose content is {type(turn.get('content')).__name__}, and text is due")
     return {name: value for name, value in turn.items() if value or name not in CALLS and value is not None}
-
-
-# The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
-COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
 
 def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:

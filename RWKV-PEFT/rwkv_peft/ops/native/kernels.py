@@ -9,6 +9,7 @@ from typing import Protocol
 from .library import BuildError, load
 
 Block = tuple[int, int]  # a block's (x, y) threads
+MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Kernels(Protocol):
@@ -29,9 +30,6 @@ class Library:
     def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
         x, y = block or self._own[name]
         return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, x, y, stream)
-
-
-MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Module:
