@@ -182,8 +182,7 @@ def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
-    file's, and back."""
+    """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
 
 
