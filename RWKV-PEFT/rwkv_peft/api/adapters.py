@@ -24,6 +24,7 @@ from ..files.origin import Origin
 from ..files.pth import stream_tensors
 from ..files.pth_writer import write_pth
 from ..files.room import require_room
+from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
 from ..release.check import adapter_config
@@ -49,6 +50,11 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
             "the model has an adapter already; save it with rp.save_adapter, and load the base with it in adapters="
         )
     precision_of(model)
+    if rounded(network):
+        raise UserError(
+            "the model's matrices are rounded to blocks, on which no adapter trains; load it without weights=, and "
+            "give quant='int8' here to keep the frozen ones small"
+        )
     loaded = None
     if load is None:
         config = config_of(method, settings)
