@@ -56,9 +56,11 @@ class State(tuple[Any, ...]):
         """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's."""
         kind = config.layer_state
         dtypes = [torch.float32 if name == "wkv" else dtype for name in kind._fields]
-        shapes = [(batch, *shape) for shape in kind.shapes(config)]
-        zeros = kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in zip(shapes, dtypes))
-        return State(zeros for _ in range(config.n_layer))
+        fields = [((batch, *shape), dt) for shape, dt in zip(kind.shapes(config), dtypes)]
+        return State(
+            kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in fields)
+            for _ in range(config.n_layer)
+        )
 
     def selected(self, rows: torch.Tensor) -> "State":
         """The State of some sequences, chosen by rows (m,) int64."""
