@@ -19,7 +19,7 @@ from ..files.adapters import AdapterSource
 from ..files.atomic import atomic_write, check_output, require_room
 from ..files.base import open_base
 from ..files.pth import stream_tensors
-from ..files.pth_writer import write_pth
+from ..files.pth_writer import DTYPES, write_pth
 from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
