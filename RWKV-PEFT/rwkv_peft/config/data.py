@@ -159,8 +159,7 @@ class DataConfig:
 
     @property
     def of_answers(self) -> bool:
-        """True if only the answers in rows count: such rows are read one by one, and as often as learning them takes,
-        unless the flags say otherwise."""
+        """True if only the answers in rows count: these are read one by one, and as often as learning them takes."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property

@@ -23,8 +23,7 @@ LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its ma
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
-    """Describe in a line which tokens of a BinidxDataset count; a .mask file is counted piece by piece. Raises
-    UserError if it counts none."""
+    """Describe in a line which tokens of a BinidxDataset count. Raises UserError if its .mask counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
         return f"loss on the tokens after --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
@@ -114,8 +113,7 @@ class MarkerMask:
         return change[latest][start - first :] == 1
 
     def _changes(self, start: int, stop: int) -> np.ndarray:
-        """The changes of counting, int8 (stop - start,): 1 where it begins, -1 where it ends or a further document
-        begins, else 0."""
+        """int8 (stop - start,): 1 where counting begins, -1 where it ends or a further document begins, else 0."""
         first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
         end = self.dataset.start(last) + int(self.dataset.sizes[last])
         tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]

@@ -115,8 +115,7 @@ def behind(conversation: list[Any], known: int, think: str) -> list[Segment]:
 
 
 def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
-    """Lay out a row as the segments of its prompt and its answer, beside which stands a label; of a chat only the last
-    answer counts."""
+    """Lay out a row as the segments of a prompt and an answer with a label; of a chat only the last answer counts."""
     row, label = fields_of(row, LABELS), names[2] if names else LABEL
     if label not in row:
         raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")

@@ -37,8 +37,7 @@ class Samples(ABC):
     kind = counted = "window"
 
     def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Tell the samples how many rows share a batch, before the first sample is read; it may change their order if
-        the rows' lengths matter."""
+        """Tell the samples, before the first is read, how many rows share a batch; it may change their order."""
 
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
@@ -215,8 +214,7 @@ class DocumentSamples(Samples):
         return size - 1 if self._mask is None else total(self._counted(start, size))
 
     def _cut_answers(self) -> str:
-        """A note on the tokens that the mask counts and that documents lose because they are cut at --ctx_len; "" if
-        there are none."""
+        """A note on the tokens that the mask counts and --ctx_len cuts off; "" if there are none."""
         mask, lost, bare, limit = self._mask, 0, 0, self.ctx_len + 1
         cut = np.flatnonzero(self.dataset.sizes > limit)
         if mask is None or not len(cut):

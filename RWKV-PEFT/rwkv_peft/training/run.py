@@ -29,7 +29,6 @@ from ..names import METRICS, PICTURE
 from ..plots import plot_loss
 from ..rewards import Rewards
 from .engine.fit import fit
-from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
 from .engine.progress import telling_compilations
 from .flags.parser import WRITE
@@ -39,7 +38,7 @@ from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
 from .measuring.before_after import Questions
 from .measuring.exams import find_questions
-from .model import make_model, write_new_model
+from .model import make_model, own_device, resolve_accelerator, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.meeting import Ranks
 from .ranks.watch import sizes_of_mapped
@@ -198,8 +197,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | No
 
 
 def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
-    """Clear a run's folder of what a killed run left, and check that there is room for a save; mark a run that begins
-    anew as UNSAVED until its first checkpoint."""
+    """Clear a run's folder of what a killed run left, check its disk, and mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)
     if anew:

@@ -111,8 +111,7 @@ class Drawing(Whole):
     def prepared(
         self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
     ) -> dict[int, dict[str, Any]]:
-        """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts, all
-        with the numbers of original samples."""
+        """Draw and judge the answers of a step from original sample `first` on -> its batches by their first ones."""
         numbers, after = self.place.numbers(first), self.place.firsts(first).stop
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         if all(len(self.drawn.get(number, ())) == self.times for number in numbers):

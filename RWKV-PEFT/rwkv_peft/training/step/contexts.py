@@ -29,8 +29,7 @@ class Contexts:
         self.room, self.kept = room, dict[bytes, State]()
 
     def laid(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors that a teacher reads of a batch of rows with contexts behind their States: what the student
-        reads."""
+        """The tensors that a teacher reads of a batch behind its contexts' States: what the student reads."""
         return {f"teacher_{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
 
     def texts(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
