@@ -11,7 +11,7 @@ from .setting import setting
 
 
 class DataType(NamedTuple):
-    """A kind of data. documents: the documents that a sample packs, 1 where --dataload decides; fields: the numbers of
+    """A kind of data. documents: the documents that a sample packs, 1 if --dataload decides; fields: the numbers of
     fields that --sft_field may name, and what they are; () for tokens, which have no fields."""
 
     documents: int = 1

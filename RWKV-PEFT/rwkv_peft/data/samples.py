@@ -70,13 +70,13 @@ class Samples(ABC):
 
     @property
     def size(self) -> int:
-        """How many of what people count an epoch reads."""
+        """The number of what people count that an epoch reads."""
         return len(self)
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """How many tokens an epoch reads as inputs."""
+        """The number of tokens that an epoch reads as inputs."""
 
     @property
     def parts(self) -> Sequence["Samples"]:
@@ -84,7 +84,7 @@ class Samples(ABC):
         return [self]
 
     def seen(self, number: int) -> dict[str, float]:
-        """How often `number` samples in a row read each data set, by its name; "" if there is one alone."""
+        """The times that `number` samples in a row read each data set, by its name; "" if there is one alone."""
         return {"": number / len(self)}
 
     @abstractmethod
@@ -183,7 +183,7 @@ class DocumentSamples(Samples):
         return self._tokens_of(self.units)
 
     def _tokens_of(self, documents: np.ndarray) -> int:
-        """How many tokens of these documents are read."""
+        """The number of tokens of these documents that are read."""
         return int(np.minimum(self.dataset.sizes[documents].astype(np.int64) - 1, self.ctx_len).sum())
 
     def _choose(self, units: Units) -> None:

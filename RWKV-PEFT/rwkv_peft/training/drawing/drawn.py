@@ -31,8 +31,8 @@ LARGEST = ("gap_max",)  # figures that are no means
 
 
 class Place(NamedTuple):
-    """Where a rank's prompts lie: micro_bsz in a micro batch, the first ones of two micro batches `apart`, accumulate
-    micro batches in a step; `end` of them in a run, of all ranks."""
+    """The place of a rank's prompts: micro_bsz in a micro batch, the first ones of two micro batches `apart`,
+    accumulate micro batches in a step; `end` of them in a run, of all ranks."""
 
     micro_bsz: int
     apart: int
@@ -227,7 +227,7 @@ class Drawing(Whole):
         judged: Judged,
         advantages: Sequence[float],
     ) -> list[dict[str, Any]]:
-        """What is written down of answers: of which sample and row each is, and how it was judged, if it was."""
+        """The records of answers: the sample and row of each, and how it was judged, if it was."""
         owners = [number for number in numbers for _ in range(self.times)]
         return [
             {
