@@ -11,7 +11,6 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
-from ..names import LOSS_MASKS
 from .binidx import BinidxDataset, counting
 from .row_forms import UNDESIRABLE
 
@@ -79,8 +78,6 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
                 "answer rows, which writes it, or take --loss_mask none or qa"
             )
         return lambda start, stop: stored[start:stop] != 0
-    if kind not in LOSS_MASKS:
-        raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, short
-from .templates import UnknownForm, behind_system, named_segments, segments
+from .templates import UnknownForm, behind_system, named_segments, require_field, segments
 from .turns import TURN_END, Segment, chat, field, speaker
 
 SIDES = ("chosen", "rejected")
@@ -161,13 +161,6 @@ def opened(row: object, names: Sequence[str] = (), think: str = "") -> list[Segm
     if not any(text.strip() for text, _ in prompt):
         raise UserError("the prompt is empty; write one, or leave the row out")
     return [(text, False) for text, _ in prompt]
-
-
-def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row itself. Raises UserError if it lacks a field."""
-    if name not in row:
-        raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
-    return row
 
 
 def in_context(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:

@@ -113,13 +113,19 @@ def given_segments(parts: object) -> list[Segment]:
     return [(field(part, "text"), part[TRAIN]) for part in parts]
 
 
+def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row itself. Raises UserError if it lacks a field."""
+    if name not in row:
+        raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+    return row
+
+
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
     """Lay out a row whose text is in the field names[0], or prompt and answer in names[0] and names[1]."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
-        if name not in row:
-            raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+        require_field(row, name)
     if len(names) > 2 or (len(names) == 1 and think):
         due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if think else "")
         raise UserError(f"{len(names)} fields named; {due}")

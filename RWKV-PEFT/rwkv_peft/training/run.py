@@ -14,19 +14,20 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..config.objective import REWARDS
+from ..config.rules import check_settings
 from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
-from ..data.sources import check_config
 from ..errors import UserError, past_ctrl_c
 from ..files.alone import alone_in
 from ..files.atomic import check_output
 from ..fused import Setting, fuse
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss
+from ..refusals import require_none
 from ..rewards import Rewards
 from .engine.fit import fit
 from .engine.prepared import Prepared
@@ -83,7 +84,7 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     """Check a Request against the base and this machine, without reading data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
-    check_config(config.data)
+    require_none(check_settings, config.data)
     refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # a checkpoint is compared with the data, which is not read here
