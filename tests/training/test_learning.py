@@ -14,7 +14,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.rows_exam import RowsExam, rows_of
+from rwkv_peft.evals.exam import RowsExam, rows_of
 from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook

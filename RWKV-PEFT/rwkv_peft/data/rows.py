@@ -225,8 +225,7 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
 
 
 def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
-    """Yield the rows of `chunks` within bounds; for percentages and negative numbers, read the input with `again` first
-    to count its rows."""
+    """Yield the rows of `chunks` within bounds, counted first by `again` for percentages and negative numbers."""
     total = 0
     if any(bound and not bound.isdigit() for bound in bounds):
         total = sum(len(chunk.items) for chunk in again())
@@ -270,8 +269,7 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Yield each row after the first, as csv_rows does; blank lines are left out. Raises UserError if the first row
-    has a name twice."""
+    """Yield the rows after the first, as csv_rows does, but no blank lines. Raises UserError for a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")

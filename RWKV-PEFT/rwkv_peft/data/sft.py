@@ -68,8 +68,6 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 def settings_of(config: DataConfig) -> EncodeSettings:
     """The settings by which the rows of a DataConfig become documents. Raises UserError for fields that its kind of
     rows does not have, and for rows that are not there."""
-    if config.sft_long not in ("left", "skip"):
-        raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
     kind = DATA_TYPES[config.data_type]
     if config.sft_field and len(config.sft_field) not in kind.fields:
         raise UserError(

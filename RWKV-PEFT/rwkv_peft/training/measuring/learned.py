@@ -9,7 +9,7 @@ from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import RunConfig
 from ...config.objective import REWARDS
-from ...plots import is_number
+from ...plots import LOSSES, is_number, of_files
 from ..flags.rates import known_rate
 from ..step.plan import Plan
 
@@ -44,14 +44,12 @@ def fall_of(losses: Sequence[float]) -> Fall | None:
 
 def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line on the losses of each of several data files: means of the first and the last quarter of them."""
-    names = dict.fromkeys(name for record in records for name in record if name.startswith(("loss/", "val_loss/")))
-    for name in sorted(names, key=lambda name: name.startswith("val_")):
+    names = dict.fromkeys(found for record in records for found in of_files(record))
+    for name, loss, source in sorted(names, key=lambda found: found[1] != "loss"):
         values = [record[name] for record in records if is_number(record.get(name))]
         quarter = max(1, len(values) // 4)
         first, last = statistics.fmean(values[:quarter]), statistics.fmean(values[-quarter:])
-        what, _, source = name.partition("/")
-        word = {"loss": "loss", "val_loss": "validation loss"}[what]
-        yield f"{word} of {source}: {first:.4f} at first, {last:.4f} at last"
+        yield f"{LOSSES[loss]} of {source}: {first:.4f} at first, {last:.4f} at last"
 
 
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
