@@ -15,7 +15,7 @@ from rwkv_peft.plan.fits import alternatives, changes, largest, largest_rows, la
 from rwkv_peft.plan.flags import memory_size, parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
-from rwkv_peft.training.saving.room import OPTIMIZER
+from rwkv_peft.training.saving.products import OPTIMIZER
 
 NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")
 

@@ -121,9 +121,8 @@ def test_the_newest_answers_and_the_card_of_a_run_are_shown(server, folder):
     (folder / "drawing").mkdir()
     (folder / "drawing/README.md").write_text("# mine")
     assert server.json("/api/runs/card?folder=drawing") == {"text": "# mine"}
-    assert (
-        server.json("/api/runs/card?folder=none") == {"text": ""} and server.ask("/api/runs/card?folder=..")[0] == 400
-    )
+    assert server.json("/api/runs/card?folder=none") == {"text": ""}
+    assert server.ask("/api/runs/card?folder=..")[0] == 400
     path, text = folder / "drawing" / "answers.jsonl", "x" * 1000
     assert last_of(path) == []
     lines = [{"step": step, "prompt": "Hi", "completion": text, "reward": None} for step in range(400)]

@@ -153,7 +153,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--weights",
         choices=("int8", "int4"),
-        help="round the matrices to blocks of such integers when the model is loaded, for speed and memory on a CPU "
+        help="round the matrices to blocks of such integers when the model is loaded, for speed and memory "
         "(default: as --precision says)",
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
