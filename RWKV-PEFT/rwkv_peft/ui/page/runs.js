@@ -60,8 +60,8 @@ export async function runsPage(place, about, signal, chosen) {
     view.append(place);
     const title = el("h2", {}, folder), figures = el("div", { className: "figures" }), bar = el("progress", { max: 1, value: 0, "aria-label": "steps" });
     const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div");
-    const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, figures, bar, buttons, error, losses, rates, answers);
-    place.append(title, begins, all);
+    const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, title, figures, bar, buttons, error, losses, rates, answers);
+    place.append(begins, all);
     let next = 0, drawn = "", many = new Map();
 
     async function turn() {
@@ -71,7 +71,7 @@ export async function runsPage(place, about, signal, chosen) {
       next = found.next;
       lines.push(...found.lines);
       const run = runs.find((one) => one.folder === folder);
-      const begun = commands.some((one) => one.id === job && one.state === "running");
+      const begun = commands.some((one) => one.id === job && one.state === "running") && !view.querySelector(".job .failed");
       begins.hidden = Boolean(run) || !begun;
       all.hidden = !run;
       if (!run) return;
@@ -193,6 +193,7 @@ export function showJob(place, id, signal) {
     buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
     if (job.state === "running") return;
     leave.abort();
+    if (failed(job) && job.words[0] === "train") buttons.append(el("a", { className: "button", href: "#train" }, "Back to the settings"));
     if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
   });
   return folded;
