@@ -31,6 +31,7 @@ GENERATIONS = Table(
         "x060": "models.rwkv6.family:RWKV6Family",
         "x070": "models.rwkv7.family:RWKV7Family",
         "x070a": "models.rwkv7a.family:RWKV7aFamily",
+        "x070b": "models.rwkv7b.family:RWKV7bFamily",
     }
 )
 # --dataload -> how a data set becomes Samples

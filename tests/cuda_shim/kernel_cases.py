@@ -9,6 +9,8 @@ import torch
 from rwkv_peft.fused import norm_ddlerp, norm_lerp
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
+from rwkv_peft.ops.decode import cuda as decode_cuda
+from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.mix import gpu_lerp
@@ -106,4 +108,15 @@ def cross_entropy(kernels):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]
+    return results
+
+
+def decode(kernels):
+    results = []
+    with patch.object(decode_cuda, "call", partial(decode_cuda.call, kernels=kernels)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight = draws(dtype)(16, 2208), draws(torch.float32)(33, 2208)
+            for blocks in (quantize(weight, 8), quantize(weight, 4)):
+                results += [decode_cuda.product(x[:rows], blocks) for rows in (1, 3, 16)]
+                results.append(decode_cuda.dequantized(blocks, dtype))
     return results

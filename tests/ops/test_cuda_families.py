@@ -8,6 +8,7 @@ import torch
 from cuda_shim import cases, toolchain
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
+from rwkv_peft.ops.decode import cuda as decode
 from rwkv_peft.ops.mix import cuda as mix
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
@@ -25,6 +26,7 @@ FAMILIES = {
     mix.FAMILY: (mix.KERNELS, [name for name in mix.KERNELS if name.endswith("float32")]),
     bone.FAMILY: (bone.KERNELS, ()),
     cross_entropy.FAMILY: (cross_entropy.KERNELS, ()),
+    decode.FAMILY: (decode.KERNELS, ()),
 }
 
 

@@ -73,7 +73,7 @@ def read_and_score(
         rows = torch.tensor(reading, device=state[0].wkv.device)
         pieces, following = ([lists[i][first : first + width] for i in reading] for lists in (read, due))
         values, after = score_packed(model, pieces, following, state.selected(rows))
-        state.put(rows, after)
+        state = state.put(rows, after)
         for i, pairs in zip(reading, values):
             found[i] += pairs
     return found

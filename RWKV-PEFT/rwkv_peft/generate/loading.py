@@ -40,8 +40,6 @@ def load_model(
     "int4" rounds the matrices to blocks of so many bits, and tells `say`. Raises UserError as open_base,
     AdapterSource.read and merging do, for weights that are not finite, and for ones that cannot be rounded.
     """
-    if weights and device != "cpu":
-        raise UserError(f"--weights {weights}: such products are computed on a CPU; leave it out, or add --device cpu")
 
     def prepare(plain: LanguageModel) -> None:
         plain.settle()

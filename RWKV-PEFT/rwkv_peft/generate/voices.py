@@ -76,4 +76,4 @@ def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tenso
     if blocks:
         bits = next(iter(blocks.values())).weight.bits
         quantize_products(other, f"int{bits}", lambda text: None)
-    return other
+    return other.to(model.emb.weight.device)

@@ -25,10 +25,9 @@ from ..training.measuring.validate import VALIDATION
 from ..training.model import adapt, build_model
 from ..training.run import check, run, silent
 from ..training.step.teacher import make_teacher
-from .document import cut, read_document
 from .flags import Study, parse_flags
 from .measure import ALONE, BEHIND, Word, verdict, word_of
-from .questions import draw
+from .questions import cut, draw, read_document
 
 FIGURES = "study.json"
 

@@ -11,6 +11,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cpu as cross_entropy
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cpu as decode
+from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cpu as mix
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
@@ -34,6 +35,7 @@ STRUCTURES = (
     (bone_cuda.BoneArguments, CUDA, "bone/arguments.cuh"),
     (wkv7_cuda.RECURRENCE.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy_cuda.CrossEntropyArguments, CUDA, "cross_entropy/arguments.cuh"),
+    (decode_cuda.DecodeArguments, CUDA, "decode/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(decode, name), CPU, "decode/arguments.h") for name in dir(decode) if name.endswith("Arguments")),
     *((structure, CPU, "mix/arguments.h") for structure in mix.STRUCTURES.values()),
