@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from . import arguments, levels
 from .build import Unit, build_library, kept_library
@@ -65,6 +65,6 @@ class CpuFamily:
             return str(error)
         return None
 
-    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (arguments.takes), and can be built here."""
         return arguments.takes(first, *others) and self.unavailable() is None
