@@ -5,7 +5,7 @@ holds only for one generation (keys, shapes, names in other formats, initializat
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import UserError, short
+from ..errors import UserError, some
 from ..names import generation
 from .state import split_time_states, time_state_shapes
 
@@ -186,11 +186,7 @@ def differences(due: Iterable[str], found: Iterable[str]) -> str:
     due, found = dict.fromkeys(due), dict.fromkeys(found)
     missing, unexpected = [key for key in due if key not in found], [key for key in found if key not in due]
     return "; ".join(
-        f"{len(keys)} {word} tensors ({_some(keys)})"
+        f"{len(keys)} {word} tensors ({some(keys)})"
         for word, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     )
-
-
-def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(map(short, keys[:limit])) + (", …" if len(keys) > limit else "")
