@@ -41,12 +41,12 @@ class Recipe:
         return digest.hexdigest()[:16]
 
 
-def build_library(name: str, recipe: Recipe, cache: Path | None = None) -> Path:
+def build_library(name: str, recipe: Recipe, cache: str | Path | None = None) -> Path:
     """Make a library by its recipe -> its path. cache: a folder, by default cache_directory(). Raises BuildError with
     the compiler's own words if it fails; a failure leaves nothing behind."""
     if missing := [str(path) for path in recipe.files if not path.is_file()]:
         raise BuildError(f"the sources of {name} are missing: {', '.join(missing)}; reinstall, or clone the repository")
-    cache = cache or cache_directory()
+    cache = Path(cache or cache_directory())
     library = cache / f"{name}-{recipe.digest()}-{_compilers(recipe)}.so"
     try:
         make_once(library, name, lambda work: _make(work, recipe))
