@@ -1,6 +1,6 @@
 """A training step never waits for the GPU between its forward pass and the end of its backward pass: it finds values
-that it needs on the CPU, before. Nor does a token that is drawn, unless by top-p. Calls that wait are forbidden by name
-in the files of both."""
+that it needs on the CPU, before. Nor does a token that is drawn. Calls that wait are forbidden by name in the files of
+both."""
 
 import ast
 from pathlib import Path

@@ -27,7 +27,7 @@ class OptimizerConfig:
     lr_final: float = setting(
         2e-5,
         f"learning rate at the end (default: a tenth of an automatic --lr_init, else 2e-5; if only states train, "
-        f"{STATE_LR:g})",
+        f"{STATE_LR:g}; at most --lr_init)",
         unset=True,
         type=not_negative,
     )

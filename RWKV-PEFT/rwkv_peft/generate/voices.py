@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.inject import inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import inject, load_tensors
 from ..files.adapters import AdapterSource
 from ..files.base import Base
 from ..models.parts import LanguageModel
@@ -78,4 +77,4 @@ def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tenso
     if blocks:
         bits = next(iter(blocks.values())).weight.bits
         quantize_products(other, f"int{bits}", lambda text: None)
-    return other
+    return other.to(model.emb.weight.device)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..files.base import Base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..models.state import time_state_shapes
 from ..names import STATE
 from ..training.saving.checkpoints import KEPT

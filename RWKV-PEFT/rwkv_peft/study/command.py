@@ -11,9 +11,9 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..errors import UserError
-from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base, open_base
+from ..files.lock import alone_in
 from ..files.readable import require_readable
 from ..generate.loading import Subject
 from ..models.parts import LanguageModel

@@ -101,7 +101,8 @@ def describe(
         )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
-    chosen = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_schedule != "constant")
+    stays = train.lr_schedule == "constant" or train.lr_final == train.lr_init
+    chosen = f"{train.lr_init:g}" if stays else f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
         why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapters.inject import InjectReport, inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AdapterConfig, RunConfig, TrainConfig
@@ -16,7 +15,7 @@ from ..errors import UserError
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..gpus import count_gpus
 from ..models import family_named
 from ..models.family import Family

@@ -22,8 +22,8 @@ from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..errors import UserError, past_ctrl_c
-from ..files.alone import alone_in
 from ..files.atomic import check_output
+from ..files.lock import alone_in
 from ..fused import Setting, fuse
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss

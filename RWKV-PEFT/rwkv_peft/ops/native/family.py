@@ -10,9 +10,8 @@ from types import MappingProxyType
 import torch
 
 from . import gpu
-from .driver import Module
-from .errors import BuildError
-from .kernels import Block, Kernels, Library
+from .kernels import Block, Kernels, Library, Module
+from .library import BuildError
 
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 

@@ -182,7 +182,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
         train = replace(train, **rates)
-    return train
+    return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
 
 
 def parse_run(argv: Sequence[str]) -> Request:
@@ -202,6 +202,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ...models.state import grows
     from ..step.stored import open_stored
     from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
@@ -215,6 +216,11 @@ def request_of(flags: Flags) -> Request:
     version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
+    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
+        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        raise UserError(
+            f"{given} hands on states of one size, and those of {family.name} grow with the tokens; leave it out"
+        )
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...errors import UserError
-from ...files.alone import LOCK
+from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, find_checkpoint
 from ..saving.run_state import UNREADABLE, read_state

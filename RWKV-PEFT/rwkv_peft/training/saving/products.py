@@ -22,14 +22,11 @@ from ... import __version__
 from ...config import AdapterConfig, DataConfig, RunConfig
 from ...data.recorded import recorded_of_data
 from ...errors import UserError
-from ...files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from ...files.atomic import atomic_write
+from ...files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
+from ...files.atomic import atomic_write, require_room
 from ...files.base import Base
-from ...files.dtypes import DTYPES, dtype_name
-from ...files.origin import Origin
 from ...files.pth import all_finite, stream_tensors
-from ...files.pth_writer import save_pth, write_pth
-from ...files.room import require_room
+from ...files.pth_writer import DTYPES, dtype_name, save_pth, write_pth
 from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
