@@ -163,8 +163,8 @@ def test_a_state_of_use_to_its_ranks_alone_is_refused_by_others(tmp_path):
     now |= {"strategy": "deepspeed_stage_1", "world_size": 2}
     for optim, change, words in (
         ("adamw8bit", {"world_size": 1}, "has world_size 2, this command 1.*--fresh_optimizer"),
-        ("lion", {"world_size": 1}, ""),
-        ("lion", {"optim": "adamw"}, "has optim lion, this command adamw.*--fresh_optimizer"),
+        ("muon", {"world_size": 1}, ""),
+        ("muon", {"optim": "adamw"}, "has optim muon, this command adamw.*--fresh_optimizer"),
     ):
         write_state(tmp_path / "state.json", now | {"optim": optim, "samples_seen": 8, "trained": ["a"]})
         with pytest.raises(UserError, match=words) if words else nullcontext():
