@@ -114,7 +114,7 @@ def series(records: Iterable[dict[str, Any]], name: str) -> Series:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
+    """True if a value of JSON is a number that can be drawn, NaN and infinity among them."""
     return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 

@@ -106,7 +106,7 @@ def test_a_file_of_the_cache_that_was_cut_short_is_made_again(config, end):
         (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
         (dict(sft_split="train[3"), "split 'train"),
         (dict(sft_split="train[50:]"), r"no document to write: there is no row within train\[50:\]"),
-        (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
+        (dict(path="missing.jsonl"), "^missing.jsonl: no such file"),
     ],
 )
 def test_mistakes_are_named(config, settings, message):

@@ -260,7 +260,8 @@ def parse(item: object) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error
+        comma = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
+        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{comma}") from error
 
 
 def length(pieces: list[Piece]) -> int:

@@ -156,9 +156,10 @@ def find_tokenizer(
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         what = "--tokenizer" if asked else "the tokenizer"
+        usual = dict(KNOWN_SIZES).get(vocab_size)
         raise UserError(
             f"{what} {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer that it "
-            "was trained with"
+            "was trained with" + (f", such as {usual}" if usual else "")
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
         changed = "" if asked else ": the file has changed since"

@@ -77,6 +77,7 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
         if not better or not worse:
             raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {PAIRS}")
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
+    shared -= better == worse  # pairs of equal answers are counted as such
     return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]
 
 

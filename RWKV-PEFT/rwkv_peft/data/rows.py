@@ -69,9 +69,9 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         chunks = folder_chunks(path, name)
-    elif suffix in (".jsonl", ".ndjson", ".jsonl.gz"):
+    elif suffix == ".jsonl.gz":
         chunks = line_chunks(path)
-    elif suffix == ".json":
+    elif suffix in JSON_ENDINGS:
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
         chunks = row_chunks(path, csv_rows(path))
@@ -82,7 +82,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     elif suffix == ".parquet":
         chunks = listed_chunks(path, parquet_rows(path))
     else:
-        raise UserError(f"{path}: inputs are {KINDS}")
+        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx, .ods) as .csv")
     try:
         yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
-    """Yield the Chunks of a .json file, which holds a list of rows, or else a row a line."""
+    """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head.startswith(b"["):
@@ -158,7 +158,10 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
+        raise UserError(
+            f"{path} begins with [, so that it is one list of rows, and is not JSON ({told(error)}); mend it there (no "
+            "comma stands behind the last row), or copy it again if its end is missing"
+        ) from error
     yield from row_chunks(path, rows)
 
 

@@ -88,7 +88,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
     if not path.is_dir():
         require_readable(
             path,
-            f"--data_file {path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
+            f"{path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
             "of a data set on Hugging Face give the files of its rows",
             again=True,
         )
@@ -100,7 +100,7 @@ def refuse_hub_name(config: DataConfig) -> None:
     path = Path(config.path)
     if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
         raise UserError(
-            f"--data_file {path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
+            f"{path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
             f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
             "or the file of its rows"
         )

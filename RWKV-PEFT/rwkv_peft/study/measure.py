@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from ..data.samples import Samples
-from ..evals.rows_exam import last_answer
+from ..evals.exam import last_answer
 from ..evals.scoring import score
 from ..generate.loading import Subject
 from ..generate.reading import prefill

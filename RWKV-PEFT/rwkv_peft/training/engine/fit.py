@@ -137,7 +137,9 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
-        figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
+        figures.append(
+            (name, f"{sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f}, the first and last quarter's mean")
+        )
     figures += [("sources", line) for line in sources]
     if rows is not None:
         lines = list(rows.lines())

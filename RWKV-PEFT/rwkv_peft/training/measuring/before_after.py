@@ -16,7 +16,7 @@ NEVER = "not known"  # shown for the answers before training if rows.jsonl is go
 
 
 class Rows(Exam, Protocol):
-    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each
+    """An exam of rows of the data (evals/exam.py): `prompts` are their texts, `kinds` name the data that each
     comes from, and digest is equal for equal rows."""
 
     prompts: list[str]

@@ -17,7 +17,7 @@ Answer = dict[str, Any]  # its "number" is that of the question
 
 
 class Exam(Protocol):
-    """Questions for a model in training: evals/exam.py, evals/harness_exam.py and evals/rows_exam.py have one each."""
+    """Questions for a model in training: evals/exam.py and evals/harness_exam.py have them."""
 
     def __len__(self) -> int: ...
 

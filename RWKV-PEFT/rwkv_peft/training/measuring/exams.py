@@ -8,9 +8,8 @@ from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
-from ...evals.exam import Exam
+from ...evals.exam import Exam, RowsExam, rows_of
 from ...evals.harness_exam import HarnessExam
-from ...evals.rows_exam import RowsExam, rows_of
 from ..inputs import Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions
