@@ -56,3 +56,12 @@ class Prepared:
             self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch, train.compile, anew)
         # its optimizer's state may belong to other ranks
         self.checkpoint = None if train.fresh_optimizer else inputs.checkpoint
+
+    @property
+    def exhausted(self) -> bool:
+        """Tell whether --early_stop ends the run."""
+        return self.validator is not None and self.validator.exhausted
+
+    def ends(self, done: int) -> bool:
+        """Tell whether the run is over after `done` steps."""
+        return done == self.plan.total_steps or self.exhausted

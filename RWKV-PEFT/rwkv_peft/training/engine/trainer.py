@@ -156,8 +156,8 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
             *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
-            Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
-            Save(run.saver, run.plan, train, run.checkpoint, run.validator, run.config.objective.together),
+            Record(run),
+            Save(run),
             StopSignals(say),
         ],
     )
