@@ -23,8 +23,8 @@ from ...memory import keep_freed_memory
 from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
+from ..inputs import VALIDATION
 from ..measuring.learned import by_source, fall_of, nothing_learned
-from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled

@@ -45,8 +45,7 @@ class Prepared:
         self.folder, train, anew = inputs.folder, config.train, inputs.state is None
         self.validator = None
         if inputs.measured:
-            micro_bsz, lowest = config.data.micro_bsz, inputs.lowest
-            self.validator = Validator(inputs.measured, micro_bsz, train, plan, self.saver, watch, lowest, anew)
+            self.validator = Validator(inputs, self.saver, watch)
         exams = asked.exams.items()
         self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan, watch) for name, exam in exams]
         if config.data.of_prompts:
