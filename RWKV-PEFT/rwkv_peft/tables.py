@@ -53,6 +53,6 @@ OPTIMS = Table(
     }
 )
 # tasks of `rwkv-peft eval` and --eval_task: whose answers the model writes, and whose continuations are scored
-WRITTEN = Table({"gsm8k": "evals.gsm8k:Gsm8k", "math": "evals.competition:Competition", "jsonl": "evals.exact:Exact"})
-SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.lambada:Lambada"})
+WRITTEN = Table({"gsm8k": "evals.written:Gsm8k", "math": "evals.written:Competition", "jsonl": "evals.written:Exact"})
+SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.choices:Lambada"})
 TASKS = Table({**WRITTEN.places, **SCORED.places})
