@@ -68,8 +68,7 @@ class Family(ABC, Generic[Config, Model]):
     def new_dimensions(
         self, n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
     ) -> Config:
-        """ModelConfig of a new model; 0 stands for the generation's default, which follows from the other sizes. Raises
-        UserError."""
+        """ModelConfig of a new model; 0 stands for the generation's default, by the other sizes. Raises UserError."""
 
     @abstractmethod
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
@@ -89,8 +88,7 @@ class Family(ABC, Generic[Config, Model]):
 
     @abstractmethod
     def learning_rate(self, key: str) -> tuple[float, bool]:
-        """(factor of a parameter's learning rate, True if it may have weight decay) by RWKV-LM's rule for this
-        generation."""
+        """(factor of a parameter's learning rate, True if it may decay) by RWKV-LM's rule for this generation."""
 
     @abstractmethod
     def kernels(self) -> Mapping[str, str | None]:
@@ -134,8 +132,7 @@ class Family(ABC, Generic[Config, Model]):
         return False
 
     def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
-        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order. Raises UserError without such a
-        form."""
+        """The GgufTensor of each tensor in llama.cpp's form, in order. Raises UserError without such a form."""
         raise self.formless("GGUF")
 
     def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
@@ -143,8 +140,7 @@ class Family(ABC, Generic[Config, Model]):
         raise self.formless("GGUF")
 
     def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
-        """ModelConfig read from the shapes of {key: tensor}. Raises UserError if a tensor is missing or its shape does
-        not fit."""
+        """ModelConfig by the shapes of {key: tensor}. Raises UserError if a tensor is missing or does not fit."""
         try:
             return self.dimensions(tensors)
         except KeyError as error:

@@ -67,15 +67,14 @@ class State(tuple[Any, ...]):
         """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's.
         tokens: places in the fields that grow."""
         kind = config.layer_state
-        zeros = kind._make(
-            torch.zeros(
-                (batch, *((tokens, *shape[1:]) if name in GROWING else shape)),
-                device=device,
-                dtype=DTYPES.get(name, dtype),
-            )
+        fields = [
+            ((batch, *((tokens, *shape[1:]) if name in GROWING else shape)), DTYPES.get(name, dtype))
             for name, shape in zip(kind._fields, kind.shapes(config))
+        ]
+        return State(
+            kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in fields)
+            for _ in range(config.n_layer)
         )
-        return State(zeros for _ in range(config.n_layer))
 
     @property
     def nbytes(self) -> int:
@@ -182,8 +181,7 @@ def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
-    file's, and back."""
+    """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
 
 

@@ -265,8 +265,7 @@ class Estimate:
         return part in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
 
     def file_pages(self) -> int:
-        """Bytes of the base's file that a process reads and does not keep: the system takes them back when memory is
-        short."""
+        """Bytes of the base's file that a process reads but does not keep: the system takes them back if it must."""
         if not self.mapped or self.accelerator == GPU:
             return self.file
         return min(self.file, (self.counts.quantized + self.counts.trains - self.counts.own) * self.dtype.itemsize)

@@ -155,7 +155,6 @@ def part_of(key: str) -> str | None:
 
 
 def learning_rate(key: str) -> tuple[float, bool]:
-    """RWKV-LM's rule: w0 learns at twice the rate; the mixes' own parameters (TIME) and time states have no weight
-    decay."""
+    """RWKV-LM's rule: w0 learns at twice the rate; the mixes' own parameters (TIME) and time states do not decay."""
     leaf = key.rpartition(".")[2]
     return 2.0 if leaf == "w0" else 1.0, leaf not in (*TIME, TIME_STATE)

@@ -33,8 +33,7 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, built on first use. Raises BuildError if that fails, which is not
-        cached."""
+        """The kernels for GPU number `device`, built on first use. Raises BuildError, uncached, if that fails."""
 
         def trial(built: Kernels) -> None:
             with torch.cuda.device(device):

@@ -93,8 +93,7 @@ class Products:
         return self.folder / newest_name(self.config.adapter)
 
     def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
-        """Write {name: trained tensor} for each label: the adapter or model, time states that train, and with
-        --merge_on_save the merged model."""
+        """Write {name: trained tensor} for each label: adapter or model, states, and the merged model if asked for."""
         train = self.config.train
         paths = [labelled(self.newest, label) for label in labels]
         if self.config.adapter.whole_model:
@@ -135,8 +134,7 @@ class Products:
         )
 
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
-        """Merge once and give the file each of the paths. A UserError is only printed, because the adapter is saved,
-        and merge_bone.py can merge it later."""
+        """Merge once for all paths. A UserError is only printed, because merge_bone.py can merge the adapter later."""
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
