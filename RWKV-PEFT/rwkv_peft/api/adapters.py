@@ -20,6 +20,7 @@ from ..files.atomic import atomic_write, check_output, require_room
 from ..files.base import open_base
 from ..files.pth import stream_tensors
 from ..files.pth_writer import DTYPES, write_pth
+from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
 from ..release.merge import Merge, MergeOptions, check_fingerprints
@@ -44,6 +45,11 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
             "the model has an adapter already; save it with rp.save_adapter, and load the base with it in adapters="
         )
     precision_of(model)
+    if rounded(network):
+        raise UserError(
+            "the model's matrices are rounded to blocks, on which no adapter trains; load it without weights=, and "
+            "give quant='int8' here to keep the frozen ones small"
+        )
     loaded = None
     if load is None:
         config = config_of(method, settings)

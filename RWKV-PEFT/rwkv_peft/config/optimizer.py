@@ -14,8 +14,7 @@ STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The settings of the optimizer. Learning rates are per step, and lr_chosen names those that the flags left to be
-    chosen."""
+    """The settings of the optimizer. Rates are per step; lr_chosen names those that are left to be chosen."""
 
     lr_init: float = setting(
         2e-5,

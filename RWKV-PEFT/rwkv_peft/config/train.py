@@ -27,7 +27,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How long a run trains, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
+    """The length of a run, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
 
     proj_dir: str = setting("out", "folder that the run writes to", metavar="DIR")
     resume: str = setting(
@@ -119,7 +119,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """Where a step is computed, and how."""
+    """The machine that computes a step, and its ways."""
 
     accelerator: str = setting("auto", "train on this device", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "GPUs, or CPU processes, of each node", type=positive)

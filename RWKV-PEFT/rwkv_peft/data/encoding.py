@@ -20,7 +20,6 @@ from .binidx import dtype_code
 from .encode_settings import REMEDIES, EncodeSettings
 from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
 from .rows import Chunk
-from .seen import DIGEST
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment, weight_of
@@ -36,6 +35,7 @@ LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str], Documents]] = Mappi
     }
 )
 # a turn before an answer that has only its speaker's name
+DIGEST = 16  # bytes of a row's
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
@@ -260,7 +260,8 @@ def parse(item: object) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error
+        comma = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
+        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{comma}") from error
 
 
 def length(pieces: list[Piece]) -> int:
@@ -269,8 +270,7 @@ def length(pieces: list[Piece]) -> int:
 
 
 def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
-    """Remove `excess` tokens from the front of the prompt, but not its last, and then from the end those beyond
-    `limit`."""
+    """Remove `excess` tokens from the front of the prompt, but not its last, then those beyond `limit` at the end."""
     prompt = sum(len(ids) for ids, _ in takewhile(lambda piece: not piece[1], pieces))
     first, shorter = min(excess, max(prompt - 1, 0)), []  # tokens [first, first + limit) stay
     for ids, counts in pieces:

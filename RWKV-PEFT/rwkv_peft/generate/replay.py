@@ -40,8 +40,7 @@ class Replayed:
     def __init__(self, model: LanguageModel, batch: int) -> None:
         self.model, self.most, weight = model, min(padded(batch), LARGEST), model.emb.weight
         self.tokens = torch.zeros(self.most, 1, dtype=torch.long, device=weight.device)
-        zeros = State.zeros(model.config, 1, weight.device, weight.dtype)
-        self.state = zeros.repeated(self.most)  # whose layers, unlike those of zeros, have memory of their own
+        self.state = State.zeros(model.config, self.most, weight.device, weight.dtype)
         self.latest: State | None = None
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, tuple[Any, torch.Tensor]] = {}  # with the logits, by numbers of rows

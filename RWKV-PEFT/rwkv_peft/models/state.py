@@ -68,15 +68,14 @@ class State(tuple[Any, ...]):
         """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's.
         tokens: places in the fields that grow."""
         kind = config.layer_state
-        zeros = kind._make(
-            torch.zeros(
-                (batch, *((tokens, *shape[1:]) if name in GROWING else shape)),
-                device=device,
-                dtype=DTYPES.get(name, dtype),
-            )
+        fields = [
+            ((batch, *((tokens, *shape[1:]) if name in GROWING else shape)), DTYPES.get(name, dtype))
             for name, shape in zip(kind._fields, kind.shapes(config))
+        ]
+        return State(
+            kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in fields)
+            for _ in range(config.n_layer)
         )
-        return State(zeros for _ in range(config.n_layer))
 
     @property
     def nbytes(self) -> int:

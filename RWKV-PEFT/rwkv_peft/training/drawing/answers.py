@@ -25,8 +25,8 @@ FILE = "drawn-{}.jsonl"  # of a rank
 
 
 class Manner(NamedTuple):
-    """How answers are drawn: by a sampling, so many tokens at most, up to a text of `stop` or that of a known layout,
-    `batch` answers at a time, in a tokenizer's tokens; compiles: the run compiles blocks."""
+    """The manner of drawing answers: by a sampling, so many tokens at most, up to a text of `stop` or that of a known
+    layout, `batch` answers at a time, in a tokenizer's tokens; compiles: the run compiles blocks."""
 
     sampling: Sampling
     longest: int

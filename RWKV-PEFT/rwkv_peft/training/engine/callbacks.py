@@ -46,8 +46,7 @@ class StepCallback(pl.Callback):
 
 
 def gradient_norm(trainer: Any) -> float | None:
-    """The norm of the gradient of the step just done, over all ranks and before clipping; None if the engine has
-    none."""
+    """The norm of the last step's gradient, over all ranks and before clipping; None if the engine has none."""
     norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
     if norm is None:
         return None

@@ -1,5 +1,4 @@
-"""Run DeepSpeed ZeRO under Lightning on any device, CPU processes over gloo as well as GPUs over NCCL, on ranks that
-have met already."""
+"""Run DeepSpeed ZeRO under Lightning on ranks that have met, CPUs over gloo as well as GPUs over NCCL."""
 
 import logging
 from datetime import timedelta

@@ -79,8 +79,7 @@ def given_step(
     teacher: Teacher | None = None,
     stored: StoredTeacher | None = None,
 ) -> Step:
-    """Choose the Step for batches of `samples` that hold all that is learned: over whole rows, rows whose documents
-    share their prompt, or segments of rows."""
+    """Choose the Step for batches that hold all that is learned: rows, those that share their prompt, or segments."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
@@ -99,8 +98,7 @@ def given_step(
 
 
 class RunBatches:
-    """The micro batches that a rank, or its group, still has to see; Lightning fetches none ahead if it knows their
-    number."""
+    """The micro batches that a rank still has to see; Lightning fetches none ahead if it knows their number."""
 
     def __init__(self, run: Prepared) -> None:
         train, plan = run.config.train, run.plan

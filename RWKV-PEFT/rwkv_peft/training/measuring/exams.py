@@ -1,5 +1,4 @@
-"""Find what a run asks its model: the questions that flags name, while it trains, and a few rows of its data, before
-and after."""
+"""Find what a run asks its model: questions that flags name, and rows of its data before and after."""
 
 from collections.abc import Mapping
 
@@ -55,8 +54,7 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
 
 
 def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
-    """Choose the rows to answer -> (their exam, a note on them); (None, why not) if they cannot be answered, (None, "")
-    if --answer_rows is 0."""
+    """Choose the rows to answer -> (their exam, a note); (None, why not), with "" if none are asked for."""
     train, number = config.train, config.train.answer_rows
     if not number:
         return None, ""
