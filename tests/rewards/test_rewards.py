@@ -152,7 +152,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
 def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, completions, message):
     word = reward(code)
     with pytest.raises(UserError, match=message) as error:
-        judge([word], list(completions), timeout=1)
+        judge([word], list(completions), timeout=1 if "sleep" in code else 60)
     assert str(error.value).startswith(f"--reward {word}: ")
 
 
