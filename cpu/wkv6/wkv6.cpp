@@ -43,8 +43,8 @@
 // Head sizes are padded with zeros to 64, which released models have, or to 128; zeros add nothing to a sum.
 //
 // Files: rows.h has rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in registers;
-// forward.h and backward.h one head of one sequence; tasks.h the split among threads; this file all heads of all
-// sequences, and the C interface.
+// forward.h and backward.h one head of one sequence, passes.h what backward runs over a tile; tasks.h the split among
+// threads; this file all heads of all sequences, and the C interface.
 #include <cstdlib>
 #include <type_traits>
 
