@@ -30,7 +30,7 @@ PARTS = (
         ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
-    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
+    ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("gate", ("serve/guard", "serve/refused"), ("base",)),  # of any server
     ("serve", ("serve",), ("generate", "gate")),
@@ -39,11 +39,7 @@ PARTS = (
     ("rewards", ("rewards",), ("evals",)),
     ("hf", ("hf",), ("generate", "convert")),
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
-    (
-        "inspect",
-        ("release/contents", "release/heat", "release/inspect_command", "release/card", "release/push"),
-        ("convert", "merge", "plots"),
-    ),
+    ("inspect", ("release/contents", "release/heat", "release/card", "release/push"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("base",)),
     (
@@ -54,7 +50,7 @@ PARTS = (
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
-    ("measuring", ("training/measuring",), ("ranks",)),
+    ("measuring", ("training/measuring", "training/inputs"), ("ranks",)),
     ("drawing", ("training/drawing",), ("step", "generate", "rewards")),
     ("engine", ("training/engine",), ("measuring", "drawing", "inspect")),
     ("training", ("training",), ("engine",)),

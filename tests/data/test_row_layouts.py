@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data.documents import texts
-from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.errors import UserError
 

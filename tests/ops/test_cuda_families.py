@@ -8,12 +8,13 @@ import torch
 from cuda_shim import cases, toolchain
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
+from rwkv_peft.ops.decode import cuda as decode
 from rwkv_peft.ops.mix import cuda as mix
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
@@ -26,6 +27,7 @@ FAMILIES = {
     mix.FAMILY: (mix.KERNELS, [name for name in mix.KERNELS if name.endswith("float32")]),
     bone.FAMILY: (bone.KERNELS, ()),
     cross_entropy.FAMILY: (cross_entropy.KERNELS, ()),
+    decode.FAMILY: (decode.KERNELS, ()),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from plan.estimates import estimate
 from rwkv_peft.plan.disk import checkpoint_count, saved_epochs, written
-from rwkv_peft.plan.parts import OPTIMIZER
+from rwkv_peft.training.saving.products import OPTIMIZER
 
 
 def test_files_are_counted_with_their_copies():

@@ -11,7 +11,7 @@ from .setting import setting
 
 
 class DataType(NamedTuple):
-    """A kind of data. documents: the documents that a sample packs, 1 where --dataload decides; fields: the numbers of
+    """A kind of data. documents: the documents that a sample packs, 1 if --dataload decides; fields: the numbers of
     fields that --sft_field may name, and what they are; () for tokens, which have no fields."""
 
     documents: int = 1
@@ -159,8 +159,7 @@ class DataConfig:
 
     @property
     def of_answers(self) -> bool:
-        """True if only the answers in rows count: such rows are read one by one, and as often as learning them takes,
-        unless the flags say otherwise."""
+        """True if only the answers in rows count: these are read one by one, and as often as learning them takes."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property

@@ -7,7 +7,8 @@ holds only for one generation (keys, shapes, names in other formats, initializat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -30,8 +31,11 @@ class Family(ABC, Generic[Config, Model]):
     names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
     state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
     file.
+
+    `class F(Family, of=modules)` takes each function that these modules have under the name of a method below.
     """
 
+    model: type[nn.Module]  # called as model(config, grad_checkpoint)
     version: str
     sign: str
     targets: tuple[str, ...]
@@ -42,6 +46,13 @@ class Family(ABC, Generic[Config, Model]):
     gguf_architecture = ""  # of a generation that has a form as GGUF
     tables: tuple[str, ...] = ()  # ends of the keys of its Tables (parts.py)
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
+
+    def __init_subclass__(cls, of: Iterable[ModuleType] = ()) -> None:
+        super().__init_subclass__()
+        for module in of:
+            for name in vars(Family).keys() & vars(module).keys():
+                if callable(vars(module)[name]):
+                    setattr(cls, name, staticmethod(vars(module)[name]))
 
     @property
     def name(self) -> str:
@@ -57,16 +68,15 @@ class Family(ABC, Generic[Config, Model]):
     def new_dimensions(
         self, n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
     ) -> Config:
-        """ModelConfig of a new model; 0 stands for the generation's default, which follows from the other sizes. Raises
-        UserError."""
+        """ModelConfig of a new model; 0 stands for the generation's default, by the other sizes. Raises UserError."""
 
     @abstractmethod
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every key of a checkpoint, in the order of official files, with its shape."""
 
-    @abstractmethod
     def build(self, config: Config, grad_checkpoint: bool = False) -> Model:
         """The model, a torch module under the checkpoints' keys, its parameters empty."""
+        return cast(Model, self.model(config, grad_checkpoint))
 
     @abstractmethod
     def init_weights(self, model: Model) -> None:
@@ -78,8 +88,7 @@ class Family(ABC, Generic[Config, Model]):
 
     @abstractmethod
     def learning_rate(self, key: str) -> tuple[float, bool]:
-        """(factor of a parameter's learning rate, True if it may have weight decay) by RWKV-LM's rule for this
-        generation."""
+        """(factor of a parameter's learning rate, True if it may decay) by RWKV-LM's rule for this generation."""
 
     @abstractmethod
     def kernels(self) -> Mapping[str, str | None]:
@@ -123,8 +132,7 @@ class Family(ABC, Generic[Config, Model]):
         return False
 
     def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
-        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order. Raises UserError without such a
-        form."""
+        """The GgufTensor of each tensor in llama.cpp's form, in order. Raises UserError without such a form."""
         raise self.formless("GGUF")
 
     def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
@@ -132,8 +140,7 @@ class Family(ABC, Generic[Config, Model]):
         raise self.formless("GGUF")
 
     def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
-        """ModelConfig read from the shapes of {key: tensor}. Raises UserError if a tensor is missing or its shape does
-        not fit."""
+        """ModelConfig by the shapes of {key: tensor}. Raises UserError if a tensor is missing or does not fit."""
         try:
             return self.dimensions(tensors)
         except KeyError as error:

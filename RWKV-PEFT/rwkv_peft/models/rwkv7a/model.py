@@ -35,8 +35,7 @@ class ChannelMix(rwkv7.ChannelMix):
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token
-        (B, C)."""
+        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token."""
         (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
         k = relu_square(self.key(xk)) * self.gate(x, embedded, tokens)
         return self.value(k), last_token(x, cu_seqlens)

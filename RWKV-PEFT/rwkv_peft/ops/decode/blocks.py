@@ -1,5 +1,6 @@
 """Matrices in blocks: 32 weights along a row share a scale, and are integers of 8 or 4 bits."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ BAND = 1 << 22  # weights that are packed or unpacked at a time, because they ar
 
 
 class Blocks(NamedTuple):
-    """A matrix (out, in) in the layout of cpu/decode/blocks.h; the last panel is padded with zeros.
+    """A matrix (out, in) in the layout of cpu/decode/blocks.h and cuda/decode; the last panel is padded with zeros.
 
     words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word: columns of even
     number in its lower half, of odd number in its upper one, from the lowest bits on. scales (panels, in / 32, 16)
@@ -32,24 +33,26 @@ class Blocks(NamedTuple):
     def nbytes(self) -> int:
         return self.words.nbytes + self.scales.nbytes
 
+    def bands(self, size: int) -> Iterator["Blocks"]:
+        """Parts of some rows, of about `size` weights each."""
+        step = max(size // (PANEL * self.in_features), 1)
+        for i, (words, scales) in enumerate(zip(self.words.split(step), self.scales.split(step))):
+            yield Blocks(self.bits, min(self.out_features - i * step * PANEL, len(words) * PANEL), words, scales)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix that the blocks stand for: (out, in)."""
-        bands = zip(self.words.split(self._band), self.scales.split(self._band))
-        return torch.cat([self._rows(*band).to(dtype) for band in bands])[: self.out_features]
+        return torch.cat([band._rows().to(dtype) for band in self.bands(BAND)])
 
-    @property
-    def _band(self) -> int:
-        return max(BAND // (PANEL * self.in_features), 1)
-
-    def _rows(self, words: Tensor, scales: Tensor) -> Tensor:
-        """The rows of a few panels, float32."""
+    def _rows(self) -> Tensor:
+        """The same in float32, of one band."""
+        words = self.words
         found = words.new_empty(*words.shape[:2], self.bits, 16 // self.bits, 2, PANEL, dtype=torch.float32)
         for half in range(2):
             for part in range(16 // self.bits):
                 lowest = 16 * half + self.bits * part
                 found[:, :, :, part, half] = (words << (32 - lowest - self.bits)) >> (32 - self.bits)
-        values = found.view(*words.shape[:2], BLOCK, PANEL) * scales[:, :, None].float()
-        return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)
+        values = found.view(*words.shape[:2], BLOCK, PANEL) * self.scales[:, :, None].float()
+        return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)[: self.out_features]
 
 
 def quantize(weight: Tensor, bits: int) -> Blocks:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import Function
 
-from ..native.launch import aligned
+from ..native.arguments import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
@@ -15,8 +15,7 @@ Item = TypeVar("Item")
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Run an operation, such as "relu_square_forward", on the device of `like`, given tensors by name (None: not given)
-    and sizes."""
+    """Run an operation, such as "relu_square_forward", where `like` is, on tensors by name (None: not given)."""
     (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
 
 
@@ -36,8 +35,7 @@ class _NoGradient:
 
 
 def run(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), without autograd if gradients are off: on one token its bookkeeping costs several
-    times the kernel."""
+    """function.apply(*arguments); without gradients no autograd, which on one token costs several kernels."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NoGradient(), *arguments)
@@ -78,8 +76,7 @@ def room_like(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:
-    """Empty float32 tensors for the gradients of parameters, which are sums over tokens; None for each if not
-    wanted."""
+    """Empty float32 tensors for parameters' gradients, which are sums over tokens; None for each if not wanted."""
     return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
 
 

@@ -69,8 +69,7 @@ class Lerp(Function):
 def has_product_inside(
     x: Tensor, last: Tensor | None, maa: Tensor, low: Tensor | None, up: Tensor | None, *grads: Tensor
 ) -> bool:
-    """True if the kernels with the low-rank product inside take these tensors: tiles are whole, and 16 bytes can be
-    read at once."""
+    """True if kernels with the low-rank product inside take these: whole tiles, and 16 bytes that are read at once."""
     return (
         up is not None
         and x.dtype == torch.bfloat16

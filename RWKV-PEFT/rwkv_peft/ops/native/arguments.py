@@ -1,10 +1,11 @@
-"""The arguments of CPU kernels: which tensors they take, and the structure that passes them."""
+"""The arguments of kernels: which tensors those on the CPU take, the structure that passes them, and alignment."""
 
 import ctypes
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
+from torch import Tensor
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
@@ -39,3 +40,16 @@ def fill(
         **others,
         **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
     )
+
+
+@overload
+def aligned(x: Tensor) -> Tensor: ...
+
+
+@overload
+def aligned(x: None) -> None: ...
+
+
+def aligned(x: Tensor | None) -> Tensor | None:
+    """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ...children import python_command
 from .compilers import find_program
-from .errors import BuildError
 from .kept import cache_directory, is_whole, make_once
+from .library import BuildError
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def kept_library(
 
 
 def _recipe(units: Sequence[Unit], link_command: Sequence[str], headers: Sequence[str | Path]) -> str:
-    """A hash of sources, headers and flags, without the compilers and without the folders (-I), so that another
-    checkout's build serves."""
+    """A hash of sources, headers and flags, without compilers and folders (-I): another checkout's build serves."""
     digest = hashlib.sha256()
     for unit in units:
         flags = [flag for flag in unit.command[1:] if not flag.startswith("-I")]

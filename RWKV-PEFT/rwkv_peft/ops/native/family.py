@@ -10,9 +10,8 @@ from types import MappingProxyType
 import torch
 
 from . import gpu
-from .driver import Module
-from .errors import BuildError
-from .kernels import Block, Kernels, Library
+from .kernels import Block, Kernels, Library, Module
+from .library import BuildError
 
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 
@@ -34,8 +33,7 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, built on first use. Raises BuildError if that fails, which is not
-        cached."""
+        """The kernels for GPU number `device`, built on first use. Raises BuildError, uncached, if that fails."""
 
         def trial(built: Kernels) -> None:
             with torch.cuda.device(device):

@@ -95,8 +95,7 @@ def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
 
 
 def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
-    """Check cu_seqlens on the CPU for its copy on a GPU, so that check_bounds need not read the copy. Raises
-    check_bounds' ValueError."""
+    """Check cu_seqlens on the CPU for its copy on a GPU, which is then not read. Raises check_bounds' ValueError."""
     check_bounds("packing", cu_seqlens, T)
     _remember(copy, cu_seqlens.tolist())
 

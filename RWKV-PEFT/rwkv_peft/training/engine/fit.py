@@ -15,8 +15,8 @@ import torch
 
 from ...children import import_matplotlib
 from ...cli import counted
-from ...data import opening
 from ...data.recorded import ENTRY
+from ...data.report import OPENING, opening_of
 from ...errors import UserError, ending_at_once
 from ...files.atomic import atomic_write
 from ...memory import keep_freed_memory
@@ -66,8 +66,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         import_matplotlib()  # which Lightning imports
         from ..saving.loggers import make_loggers
         from ..step.lit import Diverged
-        from .data_module import RunData
-        from .trainer import make_lit, make_trainer
+        from .trainer import RunBatches, make_lit, make_trainer
 
     quiet()
     data, train = run.config.data, run.config.train
@@ -80,7 +79,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, train))
+            trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -104,13 +103,9 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, its steps, its vocabulary and what opens an answer in its data to config.json in its
-    folder."""
+    """Write the run's settings, steps, vocabulary and what opens an answer in its data to its config.json."""
     vocabulary = run.samples.vocabulary
-    entries: dict[str, Any] = {
-        opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary),
-        "steps": run.plan.total_steps,
-    }
+    entries: dict[str, Any] = {OPENING: opening_of(run.samples.dataset, vocabulary), "steps": run.plan.total_steps}
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:
@@ -142,7 +137,9 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
-        figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
+        figures.append(
+            (name, f"{sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f}, the first and last quarter's mean")
+        )
     figures += [("sources", line) for line in sources]
     if rows is not None:
         lines = list(rows.lines())

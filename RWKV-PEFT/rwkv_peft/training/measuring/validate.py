@@ -13,8 +13,8 @@ from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
 from ..saving.history import Lowest
+from ..saving.partitions import averaged
 from ..saving.products import BEST
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
@@ -56,8 +56,7 @@ class Validator:
         return self.lowest.exhausts(self.patience)
 
     def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """Return {"retain_start": the loss of RETAINED before the first step of a run}, {} if there is no such data or
-        the run goes on. All ranks call it."""
+        """Return {"retain_start": RETAINED's loss before a run's first step}, {} without such data or if it goes on."""
         if RETAINED not in self.measured or not self.anew:
             return {}
         return {f"{RETAINED}_start": means(self.sums(self.measured[RETAINED], trainer, lit))[0]}
@@ -87,8 +86,7 @@ class Validator:
 
     @torch.no_grad()
     def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
-        """Return [how many items of samples count, the sums over them of the loss and the step's other measures], over
-        all ranks."""
+        """Return [the items that count, sums over them of the loss and the step's other measures], over all ranks."""
         device, train = trainer.strategy.root_device, self.train_config
         sums: list[torch.Tensor] = []
         lit.model.eval()
