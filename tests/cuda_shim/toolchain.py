@@ -5,19 +5,13 @@ import subprocess
 
 from rwkv_peft.ops.native import gpu
 
-ARCHITECTURES = ("80", "120")  # the oldest and the newest; NVRTC compiles for "90" in a test
 
-
-def assembler_reports(source, nvcc, folder):
-    """{architecture: (status, ptxas's report on `source`)}, compiled side by side with warnings as errors."""
-    running = {}
-    for architecture in ARCHITECTURES:
-        recipe = gpu.recipe(source, nvcc, architecture)
-        command = [*recipe.compile, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(recipe.source)]
-        command += ["-o", str(folder / f"{architecture}.cubin")]
-        running[architecture] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    reports = {architecture: process.communicate()[1] for architecture, process in running.items()}
-    return {architecture: (process.returncode, reports[architecture]) for architecture, process in running.items()}
+def assembler_report(source, nvcc, architecture, folder):
+    """(status, ptxas's report on `source`), compiled with warnings as errors."""
+    recipe = gpu.recipe(source, nvcc, architecture)
+    command = [*recipe.compile, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(recipe.source)]
+    done = subprocess.run([*command, "-o", str(folder / "cubin")], capture_output=True, text=True)
+    return done.returncode, done.stderr
 
 
 def check_without_spills(status, report, kernels):
