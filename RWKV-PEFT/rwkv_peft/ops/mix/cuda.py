@@ -1,7 +1,7 @@
 """Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -122,15 +122,14 @@ def _run_strips(
     **others: Any,
 ) -> None:
     """Run an operation of LAYOUTS on `tokens` of `channels`, whose groups are of `size`, such as a head's. others:
-    further fields of MixArguments; tensors become addresses."""
+    further fields of MixArguments."""
     layout = LAYOUTS[name]
     strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
     strips, groups = -(-tokens // strip), -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     partial = [None if x is None else like.new_empty(strips, channels, dtype=torch.float32) for x in wanted]
-    arguments = _arguments(layout, like, tensors, partial, **others)
-    arguments.tokens, arguments.channels, arguments.size, arguments.strip = tokens, channels, size, strip
-    FAMILY.run(f"mix_{name}_{DTYPES[like.dtype]}", arguments, like, strips * groups, kernels=kernels)
+    given = placed(layout, tensors, partial) | dict(tokens=tokens, channels=channels, size=size, strip=strip, **others)
+    FAMILY.run(f"mix_{name}_{DTYPES[like.dtype]}", like, given, strips * groups, kernels=kernels)
     for target, part in zip(wanted, partial):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))
@@ -149,33 +148,21 @@ def _run_tiles(
 ) -> None:
     """Run an operation of TILED: the blocks of a low-rank product take `size` channels, those of a norm `strip`
     tokens."""
-    arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
-    arguments.tokens, arguments.channels = tokens, channels
-    up = tensors.get("up")
+    kernel, blocks, up = DTYPES[like.dtype], -(-tokens // strip), tensors.get("up")
     if up is not None:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
-        arguments.size, kernel, blocks = size, f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
-    else:
-        kernel, blocks = DTYPES[like.dtype], -(-tokens // strip)
-    FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
+        kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
+    given = placed(TILED[name], tensors) | dict(tokens=tokens, channels=channels, size=size, strip=strip, **others)
+    FAMILY.run(f"mix_{name}_{kernel}", like, given, blocks, kernels=kernels)
 
 
-def _arguments(
-    layout: Layout,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    sums: list[torch.Tensor | None],
-    **others: Any,
-) -> MixArguments:
-    plain = {key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()}
-    arguments = MixArguments(device=like.device.index or 0, **plain)
-    rooms = arguments.inputs, arguments.outputs, arguments.parameters, arguments.sums
+def placed(
+    layout: Layout, tensors: Mapping[str, torch.Tensor | None], sums: Sequence[torch.Tensor | None] = ()
+) -> dict[str, Any]:
+    """The tables of MixArguments, which have tensors' addresses in the order of a Layout."""
     named = ([tensors.get(name) for name in names] for names in layout[:3])
-    for room, given in zip(rooms, (*named, sums)):
-        for i, x in enumerate(given):
-            if x is not None:
-                room[i] = x.data_ptr()
-    return arguments
+    tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
+    return {table: tuple(None if x is None else x.data_ptr() for x in given) for table, given in tables}
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""The arguments of CPU kernels: which tensors they take, and the structure that passes them."""
+"""The arguments of kernels: which tensors those of a CPU take, and the structures that pass them."""
 
 import ctypes
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
 def fields(
     pointers: str, sizes: str, numbers: str = "", flags: str = "bfloat16 threads"
 ) -> list[tuple[str, type[ctypes._SimpleCData]]]:
-    """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
+    """The fields of a structure: names of pointers, of 64-bit sizes, of float32 numbers and of ints."""
     kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
     return [(name, kind) for names, kind in kinds for name in names.split()]
 

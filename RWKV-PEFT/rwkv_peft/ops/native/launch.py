@@ -1,18 +1,12 @@
 """Aligns tensors for a CUDA kernel."""
 
-from typing import overload
+from typing import TypeVar, cast
 
 from torch import Tensor
 
-
-@overload
-def aligned(x: Tensor) -> Tensor: ...
+Given = TypeVar("Given", bound=Tensor | None)
 
 
-@overload
-def aligned(x: None) -> None: ...
-
-
-def aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Given) -> Given:
     """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+    return x if x is None or x.data_ptr() % 16 == 0 else cast(Given, x.clone())
