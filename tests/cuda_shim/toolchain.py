@@ -3,7 +3,8 @@
 import re
 import subprocess
 
-from rwkv_peft.ops.native import gpu
+from rwkv_peft.ops.native import driver, gpu
+from rwkv_peft.ops.native import family as native_family
 
 ARCHITECTURES = ("80", "120")  # the oldest and the newest; NVRTC compiles for "90" in a test
 
@@ -67,3 +68,13 @@ class RecordingDriver:
 
     def __getattr__(self, name):
         return lambda *arguments: 0
+
+
+def record(family, monkeypatch):
+    """Let a RecordingDriver take what is launched of a CudaFamily's kernels, on stream 7 -> that driver."""
+    recorder = RecordingDriver(family.structure)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    module = family.module(b"image")
+    monkeypatch.setattr(family, "kernels", lambda device: module)
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    return recorder

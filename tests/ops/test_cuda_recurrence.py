@@ -12,7 +12,7 @@ import torch
 from cuda_shim import shim, toolchain
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.native import driver, gpu, launch
+from rwkv_peft.ops.native import gpu, launch
 from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
@@ -214,11 +214,10 @@ def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
 
 
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
-        cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 5, 3, N), torch.bfloat16))
+        cases.run(None, cases.make_case((2, 5, 3, N), torch.bfloat16))
     planned = [
         cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)
