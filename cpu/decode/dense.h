@@ -48,11 +48,29 @@ struct Dot<Bfloat16> {
 #endif
 
 #if defined(__AVX512F__)
-constexpr int kWeightRows = 4;
+constexpr int kWeightRows = 6;
 #else
 constexpr int kWeightRows = 2;
 #endif
 constexpr int kPoints = 4;  // rows of x whose sums with kWeightRows rows fit the registers
+
+// y[m][r] = the sum over the lanes of sum[r][m], added up in one order whatever R and M are.
+template <class E, int R, int M>
+INLINE void store_totals(const Vec (*sum)[M], E* y, int64_t out) {
+    UNROLL for (int first = 0; first < R; first += 4) {
+        Vec quads[4];
+        Quad totals[4];
+        E rounded[16];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const Vec* own = sum[std::min(first + i, R - 1)];
+            quads[i] = quad_sums(own[0], own[std::min(1, M - 1)], own[std::min(2, M - 1)], own[M - 1]);
+        }
+        sums_of_quads(quads, totals);
+        UNROLL for (int l = 0; l < 16; l += kLanes) store(rounded + l, load(reinterpret_cast<const float*>(totals) + l));
+        UNROLL for (int i = 0; i < 4 && first + i < R; i++)
+            UNROLL for (int m = 0; m < M; m++) y[m * out + first + i] = rounded[4 * i + m];
+    }
+}
 
 // R rows of W by M rows of x: y[m][o] for o below R. Each step fetches `lines` lines of memory from `ahead` on.
 template <class E, int R, int M>
@@ -62,11 +80,11 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, co
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int m = 0; m < M; m++) sum[r][m] = zero();
     const auto step = [&](int64_t k, const auto& read) {
-        typename D::Vector rows[R];
-        UNROLL for (int r = 0; r < R; r++) rows[r] = read(w + r * in + k);
-        UNROLL for (int m = 0; m < M; m++) {
-            const typename D::Vector point = read(x + m * in + k);
-            UNROLL for (int r = 0; r < R; r++) sum[r][m] = D::add(sum[r][m], rows[r], point);
+        typename D::Vector points[M];
+        UNROLL for (int m = 0; m < M; m++) points[m] = read(x + m * in + k);
+        UNROLL for (int r = 0; r < R; r++) {
+            const typename D::Vector row = read(w + r * in + k);
+            UNROLL for (int m = 0; m < M; m++) sum[r][m] = D::add(sum[r][m], row, points[m]);
         }
     };
     int64_t k = 0;
@@ -75,15 +93,14 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, co
         for (int l = 0; R > 1 && l < lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     }
     if (k < in) step(k, [n = in - k](const E* p) { return D::some(p, n); });
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int m = 0; m < M; m++) y[m * out + r] = from_float<E>(total(sum[r][m]));
+    store_totals<E, R, M>(sum, y, out);
 }
 
 // R rows of W by all rows of x.
 template <class E, int R>
 void dense_rows(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out) {
     const int64_t tiles = rows / kPoints + rows % kPoints;
-    const int lines = static_cast<int>(std::max<int64_t>(R / tiles, 1));
+    const int lines = static_cast<int>((R + tiles - 1) / tiles);
     const char* ahead = reinterpret_cast<const char*>(w + R * in);
     int64_t m = 0;
     for (; m + kPoints <= rows; m += kPoints, ahead += lines * in * sizeof(E))
@@ -99,6 +116,7 @@ void dense(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out, 
         const int64_t stop = std::min(end * kWeightRows, out);
         for (; rows >= kPoints && o + kWeightRows <= stop; o += kWeightRows)
             dense_rows<E, kWeightRows>(x, w + o * in, y + o, rows, in, out);
+        for (; rows >= kPoints && o + 2 <= stop; o += 2) dense_rows<E, 2>(x, w + o * in, y + o, rows, in, out);
         for (; o < stop; o++) {
             if (rows == 3)
                 dense_tile<E, 1, 3>(x, w + o * in, y + o, in, out, nullptr, 0);

@@ -3,8 +3,8 @@
 import re
 import subprocess
 
-from rwkv_peft.ops.native import driver, gpu
 from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import gpu, kernels
 
 ARCHITECTURES = ("80", "120")  # the oldest and the newest; NVRTC compiles for "90" in a test
 
@@ -73,7 +73,7 @@ class RecordingDriver:
 def record(family, monkeypatch):
     """Let a RecordingDriver take what is launched of a CudaFamily's kernels, on stream 7 -> that driver."""
     recorder = RecordingDriver(family.structure)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: recorder)
     module = family.module(b"image")
     monkeypatch.setattr(family, "kernels", lambda device: module)
     monkeypatch.setattr(native_family, "stream", lambda x: 7)

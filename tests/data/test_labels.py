@@ -5,7 +5,7 @@ import torch
 
 from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.labels import label_of, labelled
+from rwkv_peft.data.row_forms import label_of, labelled
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer

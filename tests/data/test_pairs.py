@@ -4,7 +4,7 @@ import pytest
 
 from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer

@@ -14,10 +14,10 @@ from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.pairs import pair
-from rwkv_peft.data.pieces import shorten
+from rwkv_peft.data.encoding import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
+from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import TEMPLATES, segments

@@ -14,7 +14,7 @@ from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7

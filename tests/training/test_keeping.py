@@ -17,8 +17,7 @@ import pytest
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.engine.callbacks import Save
-from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refusals
-from rwkv_peft.training.saving.keeping import discard_old
+from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals
 from rwkv_peft.training.step.plan import Plan
 
 FILES = ("adapter.safetensors", "state.json", "optimizer/rank-00000.safetensors")

@@ -15,7 +15,7 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.rows_exam import RowsExam, rows_of
-from rwkv_peft.training.flags.epochs import with_chosen_epochs
+from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
 from rwkv_peft.training.measuring.before_after import agreement, quoted, read_before

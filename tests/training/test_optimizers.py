@@ -17,10 +17,9 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.tables import OPTIMS
 from rwkv_peft.training.optimizers import choice, muon
 from rwkv_peft.training.optimizers.choice import Further, make_optimizer
-from rwkv_peft.training.saving.averaging import averaged
 from rwkv_peft.training.saving.identity import BY_RANKS, read_run_state
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
-from rwkv_peft.training.saving.partitions import codes_of, moments_of, steps_taken, take_up
+from rwkv_peft.training.saving.partitions import averaged, codes_of, moments_of, steps_taken, take_up
 from rwkv_peft.training.saving.run_state import write_state
 from training.runs import metrics
 

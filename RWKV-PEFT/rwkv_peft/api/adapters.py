@@ -9,21 +9,17 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..adapters.inject import InjectReport, check_adapter, inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import InjectReport, check_adapter, inject, load_tensors
 from ..adapters.methods import adapter_parameter, method_of
 from ..config import CHOICES, AdapterConfig
 from ..errors import UserError
-from ..files.adapter_file import Adapter, AdapterMetadata
+from ..files.adapter_file import Adapter, AdapterMetadata, Origin
 from ..files.adapter_file import save_adapter as write_adapter
 from ..files.adapters import AdapterSource
-from ..files.atomic import atomic_write, check_output
+from ..files.atomic import atomic_write, check_output, require_room
 from ..files.base import open_base
-from ..files.dtypes import DTYPES
-from ..files.origin import Origin
 from ..files.pth import stream_tensors
-from ..files.pth_writer import write_pth
-from ..files.room import require_room
+from ..files.pth_writer import DTYPES, write_pth
 from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE

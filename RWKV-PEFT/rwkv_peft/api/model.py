@@ -16,7 +16,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..generate.continuation import Continuation
 from ..generate.decode import generate
 from ..generate.loading import merged_base, model_of, read_state_file, resolve_device
@@ -77,7 +77,7 @@ class Model(nn.Module):
         """The State of one sequence before the first token, tuned or loaded, on the model's device; None for zeros."""
         if (tuned := self.network.tuned_states()) is not None or self.start is None:
             return tuned
-        return State(layer._make(tensor.to(self.device) for tensor in layer) for layer in self.start)
+        return self.start.each(lambda name, tensor: tensor.to(self.device))
 
     def forward(self, tokens: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
         """Compute tokens (B, T) int64, which go on from state -> logits (B, T, V), the State after them.

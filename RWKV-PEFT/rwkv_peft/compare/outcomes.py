@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, short
-from ..files.readable import require_readable
-from ..files.settings_file import read_settings
+from ..files.readable import read_settings, require_readable
 from ..plots import is_number, metrics_of, read_metrics
-from .plan import Cell
-from .rates import HIGHEST, LOWEST
+from .plan import HIGHEST, LOWEST, Cell
 
 RESULT = "result.json"
 LARGEST = 1e30  # of a measured number: sums and squares of such numbers stay finite

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .outcomes import Outcome
-from .plan import Cell, best_rate
-from .rates import rate_of
+from .plan import Cell, best_rate, rate_of
 from .sizes import Size
 
 REFERENCE = "lora"  # the table has the steps that each method takes to its final loss

@@ -46,7 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one training run; flags are those that it was started with, as text (training/flags/given.py)."""
+    """All settings of one training run; flags are those that it was started with (training/flags/parser.py)."""
 
     model: ModelConfig
     adapter: AdapterConfig

@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UserError, told
-from ..files.readable import require_readable
-from ..files.settings_file import read_settings
+from ..files.readable import read_settings, require_readable
 from .folders import SAVED, SPLITS, choose
 from .parquet_pages import largest_page
 

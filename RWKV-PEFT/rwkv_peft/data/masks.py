@@ -13,7 +13,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from .binidx import BinidxDataset, counting
-from .labels import UNDESIRABLE
+from .row_forms import UNDESIRABLE
 
 if TYPE_CHECKING:
     from torch import Tensor  # whose import takes seconds, of each process that encodes rows

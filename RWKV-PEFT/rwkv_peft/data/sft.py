@@ -17,10 +17,10 @@ from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from ..names import user_cache
+from .answer_samples import ROWS
 from .encode_settings import EncodeSettings
 from .prefix import ENDINGS
 from .preprocess import write
-from .prompt_samples import ROWS
 from .report import laid_out, left_out
 from .rows import KINDS
 

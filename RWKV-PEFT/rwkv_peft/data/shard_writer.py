@@ -21,9 +21,8 @@ from ..errors import UserError
 from ..files.atomic import atomic_write, fsync, telling_failures, without_empty_folders
 from .binidx_writer import alone
 from .encoding import Encoded
-from .growing import Growing, Stale
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
-from .token_files import TokenFiles, name_set, synced
+from .token_files import Growing, Stale, TokenFiles, name_set, synced
 
 JOURNAL, DIGESTS = "journal.json", "digests"
 SECONDS = 10.0  # between two notes in the journal

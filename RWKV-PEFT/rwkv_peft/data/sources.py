@@ -13,14 +13,11 @@ from ..config.rules import check_settings
 from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
-from .context_samples import ContextSamples
-from .label_samples import LabelSamples
+from .answer_samples import ContextSamples, LabelSamples, PairSamples, PromptSamples
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
 from .order import Permutation
-from .pair_samples import PairSamples
 from .prefix import default_mask
-from .prompt_samples import PromptSamples
 from .recorded import Vocabulary, find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
 from .sft import prepare_sft, settings_of

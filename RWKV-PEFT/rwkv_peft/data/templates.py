@@ -14,8 +14,7 @@ from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
 from .thinking import OPENINGS, answered, without_opening
 from .tools import LISTS, listed
-from .turns import TURN_END, Segment, chat, field, refuse_unplaced
-from .weights import TRAIN
+from .turns import TRAIN, TURN_END, Segment, chat, field, refuse_unplaced
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "

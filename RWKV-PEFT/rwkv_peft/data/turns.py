@@ -1,5 +1,7 @@
-"""Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss."""
+"""Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss: a row's field
+"weight", and a turn's "weight" of 0 or 1, or "train", tell it, too."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -7,7 +9,6 @@ from typing import Any
 from ..errors import UserError, short
 from .thinking import answered
 from .tools import NOTHING, called, calls_text, listed, ordered
-from .weights import is_learned
 
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
@@ -33,11 +34,13 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World c
     }
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
+WEIGHT, TRAIN = "weight", "train"
+OF_TOKENS = ("preprocess", "train")  # the commands of encoding.REMEDIES whose rows may weigh
 
 
 def chat(messages: object, think: str = "") -> list[Segment]:
     """Lay out turns {role, content} or {from, value}: the assistant's words count, unless the turn says otherwise
-    (weights.py), the others' do not; think is as in templates.segments.
+    (is_learned), the others' do not; think is as in templates.segments.
 
     The blank line behind an assistant's turn and the next speaker's name count, too: both together say that the model
     is done, because a blank line alone may only separate two paragraphs (stops_of). They are segments of their own, so
@@ -138,3 +141,36 @@ def field(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field {name!r} holds {type(value).__name__}, not text")
     return value
+
+
+def weight_of(row: object, command: str) -> float:
+    """Return the weight of a row: its WEIGHT, or 1. Raises UserError for anything but a number from 0 on, and if
+    the loss of the command's rows has no weights."""
+    found = row.get(WEIGHT) if isinstance(row, dict) else None
+    if found is None or found == "":
+        return 1.0
+    try:
+        weight = float(found)
+    except (TypeError, ValueError):
+        weight = math.nan
+    said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
+    if isinstance(found, bool) or not 0 <= weight < math.inf:
+        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
+    if weight != 1 and command not in OF_TOKENS:
+        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
+    return weight
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Return whether an answer counts: not if its WEIGHT is 0, as in OpenAI's rows, or its TRAIN false. Raises
+    UserError for other values, because only whole rows have other weights."""
+    for name in (WEIGHT, TRAIN):
+        found = turn.get(name)
+        if found not in (None, 0, 1):
+            raise UserError(
+                f"field {name!r} of a turn holds {short(repr(found))}; 0 leaves its words out of the loss, and 1 does "
+                "not; any other weight is for the whole row, beside its turns"
+            )
+        if found is not None and not found:
+            return False
+    return True

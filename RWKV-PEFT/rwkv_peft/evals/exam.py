@@ -9,9 +9,8 @@ from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..tables import TASKS
 from .asking import Manner, ask
-from .problems import layout_of, read_problems
-from .records import Record, digest_of
-from .tally import share_of
+from .records import Record, digest_of, share_of
+from .task import layout_of, read_problems
 
 
 class Judgement(NamedTuple):

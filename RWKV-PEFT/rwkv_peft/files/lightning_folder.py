@@ -20,7 +20,7 @@ from .atomic import atomic_write
 from .base import Base
 from .pth import read_tensors, require_file
 from .pth_writer import chunks, save_pth
-from .settings_file import read_settings
+from .readable import read_settings
 
 MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"
 SOURCE = "rwkv_lightning_cuda"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError, told
-from .dtypes import dtype_name
-from .pth_pickle import UNREADABLE, judge_bare, judge_zipped
-from .pth_records import record_sizes, require_records
+from .pth_pickle import UNREADABLE, judge_bare, judge_zipped, record_sizes, require_records
+from .pth_writer import dtype_name
 from .readable import require_readable
 
 # Bytes that stream_tensors reads through one mapping; they stay in memory until the next one. Each mapping unpickles

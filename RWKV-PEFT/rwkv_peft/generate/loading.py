@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.adapters import AdapterSource, source_of
 from ..files.base import Base, base_of, open_base, save_model
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..files.state_file import read_states
 from ..gpus import count_gpus
 from ..models import family_named

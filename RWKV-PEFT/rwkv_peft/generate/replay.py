@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..models.parts import LanguageModel
-from ..models.state import State
+from ..models.state import State, grows
 from ..recording import WARM_UP, aside, recording
 
 LARGEST = 256  # rows of a graph
@@ -20,12 +20,14 @@ Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
 
 def forward_of(model: LanguageModel, batch: int) -> Forward:
     """Choose how tokens (n, 1) are read from a State -> logits (n, 1, V) and the State after them. A frozen model on a
-    GPU is replayed; one that trains is not, because its weights may be gathered, moved and hooked."""
+    GPU is replayed; one that trains is not, because its weights may be gathered, moved and hooked; nor one whose State
+    grows, because a graph's memory does not."""
     return Replayed(model, batch) if recordable(model) else model
 
 
 def recordable(model: LanguageModel) -> bool:
-    return model.emb.weight.is_cuda and not any(parameter.requires_grad for parameter in model.parameters())
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return model.emb.weight.is_cuda and frozen and not grows(model.config)
 
 
 class Replayed:

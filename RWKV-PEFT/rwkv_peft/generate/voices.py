@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.inject import inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import inject, load_tensors
 from ..files.adapters import AdapterSource
 from ..files.base import Base
 from ..models.parts import LanguageModel

@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..errors import UserError
-from .config import BoneConfig
-from .offload import device_of, offload, offloaded, onload
-from .products import Dequantized, check_parameter, product_for
-from .shapes import PARAMETER, block_shape
+from .config import PARAMETER, BoneConfig, block_shape
+from .products import Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):

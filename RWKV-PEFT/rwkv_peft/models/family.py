@@ -7,7 +7,8 @@ holds only for one generation (keys, shapes, names in other formats, initializat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -30,8 +31,11 @@ class Family(ABC, Generic[Config, Model]):
     names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
     state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
     file.
+
+    `class F(Family, of=modules)` takes each function that these modules have under the name of a method below.
     """
 
+    model: type[nn.Module]  # called as model(config, grad_checkpoint)
     version: str
     sign: str
     targets: tuple[str, ...]
@@ -42,6 +46,13 @@ class Family(ABC, Generic[Config, Model]):
     gguf_architecture = ""  # of a generation that has a form as GGUF
     tables: tuple[str, ...] = ()  # ends of the keys of its Tables (parts.py)
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
+
+    def __init_subclass__(cls, of: Iterable[ModuleType] = ()) -> None:
+        super().__init_subclass__()
+        for module in of:
+            for name in vars(Family).keys() & vars(module).keys():
+                if callable(vars(module)[name]):
+                    setattr(cls, name, staticmethod(vars(module)[name]))
 
     @property
     def name(self) -> str:
@@ -64,9 +75,9 @@ class Family(ABC, Generic[Config, Model]):
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every key of a checkpoint, in the order of official files, with its shape."""
 
-    @abstractmethod
     def build(self, config: Config, grad_checkpoint: bool = False) -> Model:
         """The model, a torch module under the checkpoints' keys, its parameters empty."""
+        return cast(Model, self.model(config, grad_checkpoint))
 
     @abstractmethod
     def init_weights(self, model: Model) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .state import TIME_STATE, State, swapped, wkv_shape
+from .state import TIME_STATE, State, grown, swapped, wkv_shape
 
 
 class Relay(Protocol):
@@ -151,7 +151,8 @@ class LanguageModel(nn.Module):
         states = []
         for layer, block in enumerate(self.blocks):
             before = relay.before(layer) if relay else state[layer] if state else None
-            inputs = (x, *carried, before and shifts_begun(before, sequences), cu_seqlens, *seen)
+            before = before and shifts_begun(before, sequences)
+            inputs = (x, *carried, before, cu_seqlens, *seen)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -159,7 +160,7 @@ class LanguageModel(nn.Module):
             if relay:
                 x = relay.after(layer, x, layer_state)
             if keep:
-                states.append(layer_state)
+                states.append(grown(before, layer_state, cu_seqlens))
             del layer_state
         return x, State(states)
 

@@ -1,34 +1,65 @@
-"""Log-probabilities of the documents of a packed batch, two of which are a row's answers with their prompts."""
+"""Log-probabilities of the documents of a packed batch: two of a row, which are its answers with their prompts, or
+answers that were drawn to prompts."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..config.objective import Batch, Pass
 from .cross_entropy import token_losses
-
-if TYPE_CHECKING:
-    from ..config.objective import Batch, Pass
+from .divergence import linear_entropy
 
 
-def log_probabilities(through: "Pass", batch: "Batch") -> torch.Tensor:
+def log_probabilities(through: Pass, batch: Batch) -> torch.Tensor:
     """The log-probability of the counted tokens of each document: (rows, 2)."""
     return -per_document(batch, counted_losses(through, batch)).view(-1, 2)
 
 
-def counted_losses(through: "Pass", batch: "Batch") -> torch.Tensor:
+def counted_losses(through: Pass, batch: Batch) -> torch.Tensor:
     """The loss of each counted token (n,)."""
     return through(partial(token_losses, targets=batch["targets"], counted=batch["counted"]))
 
 
-def counted_tokens(batch: "Batch") -> torch.Tensor:
+def counted_tokens(batch: Batch) -> torch.Tensor:
     """The number of counted tokens in each document: (rows, 2)."""
     return per_document(batch, torch.ones_like(batch["counted"])).view(-1, 2)
 
 
-def per_document(batch: "Batch", values: torch.Tensor) -> torch.Tensor:
+def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     """Sum values of the counted positions (n,) by document -> (documents,)."""
     bounds = batch["cu_seqlens"]
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
     owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
+
+
+def drawn_log_probabilities(through: Pass, batch: Batch, temperature: float) -> torch.Tensor:
+    """The log-probability of each drawn token (n,), answer by answer, at a temperature."""
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_losses(x if temperature == 1 else x / temperature, weight, batch["targets"], batch["counted"])
+
+    return -through(head)
+
+
+def entropy_and_log_probabilities(
+    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
+    log-probabilities of drawn_log_probabilities, in one pass."""
+    weights = shares.repeat_interleave(batch["lengths"], output_size=len(batch["counted"]))
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        warm = x if temperature == 1 else x / temperature
+        losses = token_losses(warm, weight, batch["targets"], batch["counted"])
+        return torch.cat([linear_entropy(warm, weight, batch["counted"], weights)[None], -losses])
+
+    found: torch.Tensor = through(head)
+    return found[0], found[1:]
+
+
+def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean of values (n,) over each answer, whose lengths (answers,) add up to n; in the same order on every run,
+    unlike index_add on a GPU."""
+    found: torch.Tensor = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+    return found

@@ -5,16 +5,11 @@ log-probability of each answer's tokens.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero, not_negative
+from ..config.objective import Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class SimPO(OfAnswers):
         1.0, "how far the chosen answer is to be above the rejected one", flag="simpo_gamma", type=not_negative
     )
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         from torch.nn.functional import softplus
 
         chosen, rejected = (answers.likelihood / answers.lengths).unbind(1)

@@ -11,9 +11,9 @@ from ..adapters.inject import InjectReport
 from ..cli import counted
 from ..config.objective import TEACHER
 from ..errors import UserError
+from ..files.atomic import room_at
 from ..files.base import Base
-from ..files.dtypes import DTYPES
-from ..files.room import room_at
+from ..files.pth_writer import DTYPES
 from ..gpus import better_precision, count_gpus
 from ..memory import main_memory
 from ..models import family_named

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..files.base import Base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..models.state import time_state_shapes
 from ..names import STATE
-from ..training.saving.keeping import KEPT
-from ..training.saving.products import keeps_all
-from ..training.saving.room import checkpoint_size
+from ..training.saving.checkpoints import KEPT
+from ..training.saving.products import checkpoint_size, keeps_all
 from .parts import Estimate
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..fused import Setting
 from ..generate.reading import PREFILL
 from ..models import family_named
@@ -22,8 +22,8 @@ from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
 from ..objectives.draws import Draws
-from ..training.saving.room import OPTIMIZER
-from ..training.step.gathering import exchanges_gradients, sums_apart
+from ..training.saving.products import OPTIMIZER
+from ..training.step.zero import exchanges_gradients, sums_apart
 from .rehearsal import Counts, Step, count, drawing_bytes, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -207,14 +207,17 @@ class Estimate:
         assert isinstance(objective, Draws)  # because others do not take prompts
         model, answers = config.model, self.learned(prompts)
         batch = min(objective.batch, prompts * config.data.num_generations * config.train.accumulate_grad_batches)
-        state = sum(tensor.nbytes for layer in State.zeros(model, 1, "meta", self.dtype) for tensor in layer)
+        before, state = (
+            State.zeros(model, 1, "meta", self.dtype, length).nbytes
+            for length in (tokens, tokens + config.data.max_completion_length)
+        )
         read = self.step.kept.at(1, min(PREFILL, prompts * tokens)) // model.n_layer
         logits = drawing_bytes(model.vocab_size, objective.top_p) + model.vocab_size * self.dtype.itemsize
         return [
             Part("states of the answers that are drawn", here, 2 * batch * state, (DRAW,)),
             Part("work of a block that reads prompts", here, read, (DRAW,)),
             Part("logits of drawing", here, round(batch * logits), (DRAW,)),
-            Part("states, handed from prompts to answers", here, 2 * answers * state, (LOSS, BACKWARD)),
+            Part("states, handed from prompts to answers", here, 2 * answers * before, (LOSS, BACKWARD)),
         ]
 
     def taught(self, rows: int, tokens: int) -> list[Part]:

@@ -34,7 +34,7 @@ from ..names import STATE
 from ..objectives.cross_entropy import L2WRAP
 from ..objectives.divergence import Divergence, of_logits
 from ..ops.cross_entropy import cross_entropy_
-from ..training.step.gathering import live_parameters
+from ..training.step.zero import live_parameters
 
 DEPTH = 3  # blocks of the rehearsed model: all that follow are like its last one
 # Tokens of the shortest rehearsed row. Kernels keep a state at each 64th, some two in the room of one; and the peak of

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..adapters.inject import inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import inject, load_tensors
 from ..cli import counted
 from ..errors import UserError
 from ..files.adapter_file import Adapter
@@ -25,10 +24,9 @@ from ..files.state_file import read_states
 from ..models.state import State, split_time_states, state_of
 from .differences import differences
 from .flags import check_flags
-from .logits import Difference, random_tokens, reference_logits
 from .merge import Merge, check_fingerprints
 from .rebuilt import adapter_config
-from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
+from .runtimes import NOT_LOOKED_FOR, Difference, random_tokens, reference_logits, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype

@@ -26,13 +26,13 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
-from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
-from ..files.dtypes import DTYPES, dtype_name
 from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
+from ..files.peft_folder import is_adapter_folder
 from ..files.pth import read_tensors
+from ..files.pth_writer import DTYPES, dtype_name
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states, write_states

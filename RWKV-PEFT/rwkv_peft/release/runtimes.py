@@ -1,7 +1,6 @@
-"""Compute the logits of one token sequence in runtimes that this project did not write.
+"""Compute the logits of one token sequence with our own model, and in runtimes that this project did not write.
 
-Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model.
-"""
+Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model."""
 
 import importlib.metadata
 import importlib.util
@@ -16,8 +15,10 @@ import torch
 from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
+from ..files.base import Base
 from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig
+from ..models.state import State, split_time_states, state_of
 from .rwkv_package import logits_of, rwkv_model
 
 NOT_LOOKED_FOR = (
@@ -154,3 +155,38 @@ def all_runtimes() -> tuple[Runtime, ...]:
         Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
         Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_llama_cpp, shifted=True),
     )
+
+
+def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
+    """Draw (length,) int64 tokens, the same on every run."""
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype says otherwise. The sequence
+    starts from the base's time states, if it has any."""
+    family, (weights, states) = base.family, split_time_states(base.tensors)
+    model = family.load({key: tensor.to(dtype) for key, tensor in weights.items()}, base.config)
+    start = State.zeros(base.config, 1, dtype=dtype)
+    if states:
+        start = state_of(states, start, family.rows_are_keys, base.path)
+    with torch.inference_mode():
+        return model(tokens[None], start)[0][0]
+
+
+class Difference(NamedTuple):
+    """The difference of two sets of logits (T, V): norm of the difference over the reference's norm, and the share of
+    positions with the same top token."""
+
+    relative: float
+    top_agreement: float
+
+    @classmethod
+    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> "Difference":
+        return cls(
+            float((logits - reference).norm() / reference.norm()),
+            float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        )
+
+    def __str__(self) -> str:
+        return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"

@@ -21,8 +21,7 @@ from ..files.state_file import read_states
 from ..models.state import is_time_state
 from .flags import verify_flags
 from .gguf import write_gguf
-from .logits import random_tokens, reference_logits
-from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes
+from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes, random_tokens, reference_logits
 from .vocabulary import table_vocabulary
 
 # The largest difference allowed between a format's logits and the reference, in standard deviations of the logits.

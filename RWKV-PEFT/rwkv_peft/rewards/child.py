@@ -26,7 +26,7 @@ from ..children import when_parent_ends
 from ..errors import UserError
 from .functions import FunctionReward, raised
 from .reward import Answer, Reward, quoted
-from .specs import reward_of
+from .tasks import reward_of
 
 GRACE = 30  # seconds after which a process ends itself that its parent should have ended
 

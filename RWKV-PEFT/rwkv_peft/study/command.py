@@ -11,9 +11,9 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..errors import UserError
-from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base, open_base
+from ..files.lock import alone_in
 from ..files.readable import require_readable
 from ..generate.loading import Subject
 from ..models.parts import LanguageModel
@@ -25,10 +25,9 @@ from ..training.measuring.validate import VALIDATION
 from ..training.model import adapt, build_model
 from ..training.run import check, run, silent
 from ..training.step.teacher import make_teacher
-from .document import cut, read_document
 from .flags import Study, parse_flags
 from .measure import ALONE, BEHIND, Word, verdict, word_of
-from .questions import draw
+from .questions import cut, draw, read_document
 
 FIGURES = "study.json"
 

@@ -14,8 +14,7 @@ from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from ..models.parts import LanguageModel
 from ..objectives.distill import Distill
-from ..objectives.divergence import taught_rows
-from ..objectives.stored import Stored, most_probable
+from ..objectives.divergence import Stored, most_probable, taught_rows
 from .engine.machine import own_device, resolve_accelerator
 from .flags.request import Request
 from .inputs import find_samples

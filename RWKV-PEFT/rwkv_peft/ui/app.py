@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from .. import __version__
 from ..children import python_command
 from ..errors import UserError, visible
-from ..files.alone import LOCK
+from ..files.lock import LOCK
 from ..names import METRICS
 from .chat import ask, serve
 from .form import form

@@ -13,7 +13,7 @@ from rwkv_peft.ops.native import build
 from rwkv_peft.ops.native.build import Unit, build_library, kept_library
 from rwkv_peft.ops.native.compilers import find_program
 from rwkv_peft.ops.native.cpu import CpuFamily
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 
 
 @pytest.fixture

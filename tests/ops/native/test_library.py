@@ -7,8 +7,7 @@ import pytest
 from rwkv_peft.ops.native.build import Unit, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.cpu import cpu_library
-from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.native.library import load
+from rwkv_peft.ops.native.library import BuildError, load
 from rwkv_peft.ops.native.sources import source_directory
 
 CODE = """

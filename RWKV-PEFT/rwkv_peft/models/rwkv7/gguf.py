@@ -15,7 +15,7 @@ from ..gguf import CONTEXT, GgufTensors, flat
 from .keys import SHIFTS, RWKV7Config
 
 
-def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
+def gguf_tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
     """See Family.gguf_tensors."""
     told = GgufTensors(base)
     entry = told.entry
@@ -41,7 +41,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[G
     yield from told.head()
 
 
-def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
+def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
     """See Family.gguf_settings."""
     return (
         ("add_context_length", CONTEXT),

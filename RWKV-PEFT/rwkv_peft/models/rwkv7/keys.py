@@ -6,6 +6,7 @@ uses its value residual (v0, v1, v2), and only some files have it: it stays as i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,11 +24,7 @@ TIME = (*(f"x_{name}" for name in SHIFTS), "w0", "a0", "v0", *LOW_RANK, "k_k", "
 NORMS = ("ln0", "ln1", "ln2", "ln_x", "ln_out")
 LARGEST_HEAD = 128
 # (a part of the keys of another architecture, its name)
-VARIANTS = (
-    ("qkv.", "RWKV-7 with deep embeddings and attention over them (v7b)"),
-    ("ffn.enn", "an RWKV-8 preview"),
-    (".rosa", "an RWKV-8 preview with ROSA"),
-)
+VARIANTS = (("ffn.enn", "an RWKV-8 preview"), (".rosa", "an RWKV-8 preview with ROSA"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,8 @@ class RWKV7Config(ModelConfig):
     gate_rank: int = 128
     first_value: bool = True
 
-    version, layer_state = "x070", LayerState
+    version = "x070"
+    layer_state: ClassVar[Any] = LayerState
 
 
 def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:

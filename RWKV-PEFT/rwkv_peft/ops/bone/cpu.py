@@ -16,7 +16,7 @@ from torch import Tensor
 from ..native import arguments, levels
 from ..native.arguments import fields, fill
 from ..native.cpu import cpu_library
-from ..native.errors import BuildError
+from ..native.library import BuildError
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
 LEVELS = ("amx", *levels.LEVELS)

@@ -5,10 +5,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..native.arguments import fields
+from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import aligned
 from .blocks import BITS, PANEL, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products

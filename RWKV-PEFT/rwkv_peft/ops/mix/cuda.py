@@ -1,7 +1,7 @@
 """Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
+from .operations import OPERATIONS, Operation
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
 MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
@@ -33,6 +34,14 @@ def _layout(*names: str) -> Layout:
     return Layout(*(tuple(text.split()) for text in names))
 
 
+def _layouts(op: Operation) -> Iterator[tuple[str, Layout]]:
+    """(the direction, its Layout) of an operation's both."""
+    of_outputs, of_inputs, of_parameters = op.gradients
+    yield "forward", Layout(op.inputs, op.outputs, op.parameters)
+    read = op.outputs if op.from_result else op.inputs
+    yield "backward", Layout(read + of_outputs, of_inputs, op.parameters, of_parameters)
+
+
 _POINTS = range(MOST_POINTS)
 _LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
 _OUTS, _GRADS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad"))
@@ -40,20 +49,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_forward": _layout("x offsets", _OUTS, "maa"),
         "lerp_backward": _layout(f"x offsets {_GRADS}", "gx goffsets", "maa", " ".join(f"gmaa{i}" for i in _POINTS)),
-        "relu_square_forward": _layout("x", "out"),
-        "relu_square_backward": _layout("out grad", "gx"),
-        "sigmoid_gate_forward": _layout("r v", "out"),
-        "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
-        "value_residual_forward": _layout("v first low", "out", "v0"),
-        "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
-        "norm_gate_forward": _layout("y g", "out", "weight bias"),
-        "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
-        "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
-        "delta_keys_backward": _layout("k low gkey ga gb", "gk glow", "a0 k_k k_a", "ga0 gk_k gk_a"),
-        "norm_bonus_gate_forward": _layout("y r k v g", "out", "r_k weight bias"),
-        "norm_bonus_gate_backward": _layout(
-            "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
-        ),
+        **{f"{name}_{way}": layout for name, op in OPERATIONS.items() for way, layout in _layouts(op)},
         "tanh_forward": _layout("parts", "out"),
         "tanh_backward": _layout("x parts", "gx"),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),

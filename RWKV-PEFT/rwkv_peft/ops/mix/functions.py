@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import Function
 
-from ..native.launch import aligned
+from ..native.arguments import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")

@@ -1,12 +1,14 @@
-"""The arguments of kernels: which tensors those of a CPU take, and the structures that pass them."""
+"""The arguments of kernels: which tensors those on the CPU take, the structure that passes them, and alignment."""
 
 import ctypes
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
+Given = TypeVar("Given", bound=Tensor | None)
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -39,3 +41,8 @@ def fill(
         **others,
         **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
     )
+
+
+def aligned(x: Given) -> Given:
+    """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
+    return x if x is None or x.data_ptr() % 16 == 0 else cast(Given, x.clone())

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ...children import python_command
 from .compilers import find_program
-from .errors import BuildError
 from .kept import cache_directory, is_whole, make_once
+from .library import BuildError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 from . import arguments, levels
 from .build import Unit, build_library, kept_library
 from .compilers import find_compiler
-from .errors import BuildError
-from .library import Declaration, load
+from .library import BuildError, Declaration, load
 from .sources import included_files, source_directory
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from . import gpu
-from .driver import Module
-from .errors import BuildError
-from .kernels import Block, Kernels, Library
+from .kernels import Block, Kernels, Library, Module
+from .library import BuildError
 
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 

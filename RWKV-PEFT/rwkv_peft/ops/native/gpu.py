@@ -10,7 +10,7 @@ from ...gpus import refusal
 from . import nvrtc
 from .build import Unit, build_library
 from .compilers import architecture_for, find_nvcc, nvcc_architectures
-from .errors import BuildError
+from .library import BuildError
 from .sources import included_files, source_directory
 
 Built = TypeVar("Built")

@@ -1,13 +1,15 @@
 """Draw answers to prompts by the model in training, adapters on, several to a prompt that is read once."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ...config import RunConfig
+from ...data.answer_samples import PromptSamples
 from ...data.collate import collate_packed
-from ...data.prompt_samples import PromptSamples
 from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer
 from ...generate.command import Continuation
@@ -19,6 +21,7 @@ from ...objectives.draws import Draws
 from ..step.compiling import uncompiled
 
 SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a run share a draw
+FILE = "drawn-{}.jsonl"  # of a rank
 
 
 class Manner(NamedTuple):
@@ -112,3 +115,20 @@ def packed(answers: Sequence[Drawn]) -> dict[str, torch.Tensor]:
         "lengths": torch.tensor([len(answer.tokens) for answer in answers]),
         "sampled": torch.tensor([logprob for answer in answers for logprob in answer.logprobs]),
     }
+
+
+def write_drawn(folder: Path, rank: int, drawn: Mapping[int, Sequence[Drawn]]) -> None:
+    """Write the answers to samples, by their numbers; nothing if there are none."""
+    if drawn:
+        lines = (json.dumps([number, answer]) + "\n" for number, answers in drawn.items() for answer in answers)
+        (folder / FILE.format(rank)).write_text("".join(lines))
+
+
+def read_drawn(folder: Path) -> dict[int, list[Drawn]]:
+    """The answers of all ranks in a checkpoint, by the numbers of their samples."""
+    found: dict[int, list[Drawn]] = {}
+    for path in folder.glob(FILE.format("*")):
+        for line in path.read_text().splitlines():
+            number, answer = json.loads(line)
+            found.setdefault(number, []).append(Drawn(*answer))
+    return found

@@ -2,7 +2,7 @@
 
 With --draw_ahead a step takes up the answers that were drawn before the step before it learned, and draws those of the
 next before it learns itself: rewards judge them, in processes of their own, while it does. Checkpoints keep them
-(ahead.py).
+(answers.py).
 """
 
 import math
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...config import RunConfig
-from ...data.prompt_samples import PromptSamples
+from ...data.answer_samples import PromptSamples
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...models.parts import LanguageModel
@@ -24,8 +24,7 @@ from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
 from ..step.steps import Batch, Whole, add, delivered
-from .ahead import read_drawn, write_drawn
-from .answers import Drawn, Manner, draw, packed
+from .answers import Drawn, Manner, draw, packed, read_drawn, write_drawn
 
 Judgement = Callable[[], Judged]  # waits for it
 LARGEST = ("gap_max",)  # figures that are no means

@@ -66,8 +66,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         import_matplotlib()  # which Lightning imports
         from ..saving.loggers import make_loggers
         from ..step.lit import Diverged
-        from .data_module import RunData
-        from .trainer import make_lit, make_trainer
+        from .trainer import RunBatches, make_lit, make_trainer
 
     quiet()
     data, train = run.config.data, run.config.train
@@ -80,7 +79,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, train))
+            trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(

@@ -12,9 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from ...config import BUCKET, TrainConfig
 from ..flags.world import World
 from ..ranks.meeting import Ranks
-from ..step.gathering import exchanges_gradients, sums_apart
-from ..step.loss_scale import dynamic_scaler
-from ..step.norms import gradient_norm
+from ..step.zero import dynamic_scaler, exchanges_gradients, gradient_norm, sums_apart
 
 FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
 

@@ -19,7 +19,8 @@ A step does, in this order, for each of its micro batches:
     Lit.on_train_batch_end                  count the step
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,16 +28,16 @@ import lightning.pytorch as pl
 from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
 from ...config import RunConfig
+from ...data.batches import TrainBatch, TrainBatches
 from ...data.samples import Samples
 from ...errors import UserError
+from ...models import family_named
 from ...models.state import TIME_STATE
 from ...names import STATE
 from ...objectives.next_token import NextToken
 from ..drawing.drawn import drawing_of
-from ..ranks.base_guard import BaseGuard
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
-from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.relay import Line
@@ -44,7 +45,8 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
+from ..step.zero import live_parameters
+from .callbacks import BaseGuard, FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 
@@ -57,7 +59,7 @@ def step_of(run: Prepared) -> Step:
         return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, end, run.watch.moved)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
-    return given_step(run.config, run.samples, run.accelerator, run.teacher, run.stored)
+    return given_step(run.config, run.samples, run.accelerator, run.teacher, run.inputs.stored)
 
 
 def shared_step(run: Prepared) -> Step:
@@ -96,16 +98,39 @@ def given_step(
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
 
+class RunBatches:
+    """The micro batches that a rank, or its group, still has to see; Lightning fetches none ahead if it knows their
+    number."""
+
+    def __init__(self, run: Prepared) -> None:
+        train, plan = run.config.train, run.plan
+        self.length = (plan.total_steps - plan.first_step) * train.accumulate_grad_batches
+        self.batches = TrainBatches(
+            run.samples,
+            run.config.data.micro_bsz,
+            group=run.ranks.world.rank // train.context_parallel,
+            groups=train.groups,
+            accumulate=train.accumulate_grad_batches,
+            samples_seen=plan.first_sample,
+            pin_memory=run.accelerator == "gpu",
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        return islice(self.batches, self.length)
+
+
 def make_lit(run: Prepared) -> Lit:
     adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    family = family_named(run.config.model.version)
     if train.cuda_graphs and run.model.sees_tokens:
-        raise UserError(
-            f"--cuda_graphs 1: blocks of {run.family.name} see tokens, which no graph records; leave it out"
-        )
+        raise UserError(f"--cuda_graphs 1: blocks of {family.name} see tokens, which no graph records; leave it out")
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
-    rates = run.family if train.layerwise_lr else None
+    rates = family if train.layerwise_lr else None
     return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, rates, ratios)
 
 

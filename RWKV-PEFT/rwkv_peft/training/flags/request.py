@@ -33,17 +33,12 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .elastic import fit
-from .given import READ, WRITE, Entries, entries_of, first_of
 from .markers import markers_of
-from .objective import check_objective, objective_of
-from .overwriting import check_overwriting
-from .parser import DIMENSIONS, RULES, build_parser, settings_of
-from .run_folder import check_run_folder
-from .seed import DRAWN, draw_seed
-from .train import check_tokens, check_train
+from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, build_parser, entries_of, first_of, settings_of
+from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
+from .train import check_objective, check_tokens, check_train, objective_of
 from .upstream import PLACEHOLDER, adopt, check_stage
-from .world import World, find_world
+from .world import World, find_world, fit
 
 if TYPE_CHECKING:
     from ...files.base import Base
@@ -56,22 +51,19 @@ class Request(NamedTuple):
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read;
-    write_config: the file to write the flags to, and end, or None; teacher: the model that it learns from, or None;
-    stored: what one said of its rows before, or None.
+    notes: how the flags were read; args: the flags as parsed; teacher: the model that it learns from, or None; stored:
+    what one said of its rows before, or None.
     """
 
     config: RunConfig
     base: "Base | None"
     layers: tuple[str, ...]
     world: World
-    argv: tuple[str, ...] = ()
-    check_flags: bool = False
-    new_file: bool = False
-    notes: tuple[str, ...] = ()
-    write_config: str | None = None
-    teacher: "Base | None" = None
-    stored: "StoredTeacher | None" = None
+    argv: tuple[str, ...]
+    notes: tuple[str, ...]
+    args: Namespace
+    teacher: "Base | None"
+    stored: "StoredTeacher | None"
 
 
 class Flags(NamedTuple):
@@ -192,7 +184,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
         train = replace(train, **rates)
-    return train
+    return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
 
 
 def parse_run(argv: Sequence[str]) -> Request:
@@ -212,6 +204,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ...models.state import grows
     from ..step.stored import open_stored
     from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
@@ -225,6 +218,11 @@ def request_of(flags: Flags) -> Request:
     version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
+    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
+        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        raise UserError(
+            f"{given} hands on states of one size, and those of {family.name} grow with the tokens; leave it out"
+        )
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
@@ -243,9 +241,8 @@ def request_of(flags: Flags) -> Request:
             "without them; name it as --teacher_model too"
         )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
-    of_file = args.check_flags, args.train_stage == 1, notes, args.write_config
     taught = open_teacher(objective, model.vocab_size), open_stored(objective, model.vocab_size)
-    return Request(config, base, layers, world, argv, *of_file, *taught)
+    return Request(config, base, layers, world, argv, notes, args, *taught)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

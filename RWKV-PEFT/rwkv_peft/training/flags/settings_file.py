@@ -17,7 +17,7 @@ from ...cli import Parser
 from ...errors import UserError, short, told
 from ...files.atomic import atomic_write
 from ...refusals import Refusals
-from .given import READ, WRITE, entries_of
+from .parser import READ, WRITE, entries_of
 
 FLAGS = "flags"  # the flags of a run, in its config.json
 SIZE, DEPTH = 1 << 20, 8  # of a file: bytes, and collections within each other

@@ -1,15 +1,18 @@
 """Find the contradictions among settings that no rule tells: those of numbers, folders and packages."""
 
+import argparse
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
 from ...cli import counted
-from ...config import SCHEDULE_FREE, DataConfig, TrainConfig
+from ...config import SCHEDULE_FREE, DataConfig, Objective, TrainConfig
 from ...files.readable import home_meant
 from ...installing import how_to_install
+from ...objectives import OBJECTIVES, takers_of
 from ..saving.trackers import check_trackers
+from .parser import settings_of
 
 # of optimizers that others have written
 PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes", "lion": "lion_pytorch", SCHEDULE_FREE: "schedulefree"})
@@ -63,3 +66,17 @@ def check_train(train: TrainConfig) -> Iterator[str]:
         yield f"--proj_dir {folder}: {meant}"
     if folder.exists() and not folder.is_dir():
         yield f"--proj_dir {folder} is a file; name a folder"
+
+
+def objective_of(args: argparse.Namespace) -> Objective:
+    """Make the objective that --objective names, or else the default one for --data_type."""
+    return settings_of(args, OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
+
+
+def check_objective(args: argparse.Namespace, objective: Objective) -> Iterator[str]:
+    """Yield the refusal of data that the objective does not learn from."""
+    if args.data_type not in objective.rows:
+        yield (
+            f"--objective {objective.name} learns from --data_type {' or '.join(objective.rows)}, and the data is "
+            f"{args.data_type}; give such data, or --objective {' or '.join(takers_of(args.data_type))}"
+        )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...config import TrainConfig
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
+from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 
@@ -25,7 +25,10 @@ class Exam(Protocol):
 
 
 class Judged(Exam, Protocol):
-    """An Exam whose answers are scored."""
+    """An Exam whose answers are scored; digest is equal for equal questions."""
+
+    @property
+    def digest(self) -> str: ...
 
     def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
         """Return numbers for the run's metrics by name, records for the lines of a JSON file, and lines of text to

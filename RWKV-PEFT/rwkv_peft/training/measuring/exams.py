@@ -2,7 +2,6 @@
 and after."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from ...cli import counted
 from ...config import RunConfig
@@ -15,17 +14,11 @@ from ...evals.harness_exam import HarnessExam
 from ...evals.rows_exam import RowsExam, rows_of
 from ..inputs import Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
+from .before_after import Questions
 from .validate import VALIDATION
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
-
-
-class Questions(NamedTuple):
-    """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
-
-    exams: Mapping[str, Exam | HarnessExam]
-    rows: RowsExam | None
 
 
 def find_questions(inputs: Inputs, speaks: bool) -> Questions:

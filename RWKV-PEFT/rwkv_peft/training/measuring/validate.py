@@ -13,8 +13,8 @@ from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
 from ..saving.history import Lowest
+from ..saving.partitions import averaged
 from ..saving.products import BEST
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ...errors import UserError, told
 from ..flags.world import LOOPBACK, World
-from ..saving.connection import is_of_connection
+from ..saving.checkpoints import is_of_connection
 from .agreement import disagreement
 from .processes import Processes
 from .watch import CAME, END, LEFT, Watch, acknowledge, beat, first_reason

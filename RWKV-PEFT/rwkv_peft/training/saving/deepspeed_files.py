@@ -17,8 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from ...errors import UserError
 from ...files.pth import read_pth, require_file
 from .partitions import MOMENTS, STEP, flat_tensors, state_of
-from .run_state import MOST
-from .saved_files import DEEPSPEED
+from .run_state import DEEPSPEED, MOST
 
 KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # they hold only numbers and names
 

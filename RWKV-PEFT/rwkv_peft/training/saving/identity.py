@@ -13,8 +13,7 @@ from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...errors import UserError, told
 from ...objectives import takers_of
-from .run_state import STATE, UNREADABLE, read_state
-from .saved_files import is_of_deepspeed, require_files
+from .run_state import STATE, UNREADABLE, is_of_deepspeed, read_state, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first

@@ -21,8 +21,7 @@ from ...files.atomic import fsync
 from ...files.pth_writer import TensorSpec
 from ...files.safetensors_file import read_safetensors, write_safetensors
 from .partitions import Piece
-from .run_state import MOST
-from .saved_files import OPTIMIZER
+from .run_state import MOST, OPTIMIZER
 
 METADATA_KEY, FORMAT_VERSION = "rwkv_peft_optimizer", 1
 STEPS = "steps"  # its entry in the metadata

@@ -6,6 +6,7 @@ so any number of ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -128,3 +129,24 @@ def publish(optimizer: Any) -> None:
     for number in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
     optimizer.checkpoint_event_epilogue()
+
+
+@contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Give the model the weights that are the run's result so far, while within. Every rank enters at once."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Averaging) or inner.averaging:
+        yield
+        return
+    flats = flat_tensors(optimizer)
+    weights = [flat.detach().clone() for flat in flats]
+    inner.eval()
+    publish(optimizer)
+    try:
+        yield
+    finally:
+        inner.train()
+        with torch.no_grad():
+            for flat, before in zip(flats, weights):
+                flat.copy_(before)  # because train() comes back to them but for rounding
+        publish(optimizer)

@@ -43,11 +43,8 @@ class Contexts:
         """Go through a teacher with what it sees of a batch, behind its contexts if there are any (a Way)."""
         state = state_before(model, seen) if "shared" in seen else None
         if texts := seen.get("contexts"):
-            states = [self.after(model, text, seen["tokens"].device) for text in texts]
-            state = State(
-                layers[0]._make(torch.cat(fields).to(seen["tokens"].device) for fields in zip(*layers))
-                for layers in zip(*states)
-            )
+            first, *others = (self.after(model, text, seen["tokens"].device) for text in texts)
+            state = first.joined(*others).each(lambda name, tensor: tensor.to(seen["tokens"].device))
         result: torch.Tensor = model(seen["tokens"], state, seen.get("cu_seqlens"), head, keep=False)[0]
         return result
 
@@ -57,9 +54,8 @@ class Contexts:
         state = self.kept.pop(key, None)
         if state is None:
             found = model(text[None].to(device), head=no_head)[1]
-            state = State(layer._make(tensor.cpu().clone() for tensor in layer) for layer in found)
+            state = found.each(lambda name, tensor: tensor.cpu().clone())
         self.kept[key] = state  # the last one used
-        size = sum(tensor.nbytes for layer in state for tensor in layer)
-        while len(self.kept) * size > max(self.room, size):
+        while len(self.kept) > 1 and sum(state.nbytes for state in self.kept.values()) > self.room:
             self.kept.pop(next(iter(self.kept)))
         return state

@@ -233,7 +233,7 @@ def following(segments: Sequence[Segment], position: int, after: State, none: St
 
 def kept(state: State) -> State:
     """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
-    return State(layer._make(tensor.detach().clone() for tensor in layer) for layer in state)
+    return state.each(lambda name, tensor: tensor.detach().clone())
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, head: HeadFunction) -> tuple[torch.Tensor, State]:

@@ -9,7 +9,7 @@ from ...data.recorded import Vocabulary, recorded_beside
 from ...errors import UserError
 from ...files.adapters import read_adapter
 from ...files.base import Base, base_of, open_base
-from ...files.dtypes import DTYPES
+from ...files.pth_writer import DTYPES
 from ...files.state_file import read_states
 from ...fused import Setting, fuse
 from ...models.parts import LanguageModel
