@@ -32,6 +32,7 @@ class Twin:
                 due = base.family.build(base.config)
             self._kinds, self._shapes = kinds_of(due), {key: x.shape for key, x in due.state_dict().items()}
         if not model.emb.weight.is_cpu or not self._is_plain(model):
+            self._twin = None
             return model
         if self._twin is None or self._weights != weights_of(model):
             if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -59,4 +60,4 @@ def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 def weights_of(model: nn.Module) -> list[tuple[int, int]]:
     """Where each parameter lies, and how often it was written to."""
-    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
