@@ -66,7 +66,8 @@ INLINE void store_totals(const Vec (*sum)[M], E* y, int64_t out) {
             quads[i] = quad_sums(own[0], own[std::min(1, M - 1)], own[std::min(2, M - 1)], own[M - 1]);
         }
         sums_of_quads(quads, totals);
-        UNROLL for (int l = 0; l < 16; l += kLanes) store(rounded + l, load(reinterpret_cast<const float*>(totals) + l));
+        const float* floats = reinterpret_cast<const float*>(totals);
+        UNROLL for (int l = 0; l < 16; l += kLanes) store(rounded + l, load(floats + l));
         UNROLL for (int i = 0; i < 4 && first + i < R; i++)
             UNROLL for (int m = 0; m < M; m++) y[m * out + first + i] = rounded[4 * i + m];
     }

@@ -10,7 +10,7 @@ from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals.rows_exam import rows_of
+from rwkv_peft.evals.exam import rows_of
 
 USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]

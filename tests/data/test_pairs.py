@@ -166,8 +166,9 @@ def test_both_lose_the_same_front_of_a_prompt_that_is_too_long(data):
 
 
 def test_pairs_of_equal_answers_are_left_out_and_counted(data):
-    samples = build_samples(data([*rows(3), {"prompt": "?", "chosen": "a", "rejected": "a"}]), 257)
-    assert len(samples) == 3 and "1 pairs of equal answers left out" in samples.notes
+    equal = [{"prompt": "?", "chosen": "a", "rejected": "a"}, {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}]
+    samples = build_samples(data([*rows(3), *equal]), 257)
+    assert len(samples) == 3 and "2 pairs of equal answers left out" in samples.notes
 
 
 @pytest.mark.parametrize(

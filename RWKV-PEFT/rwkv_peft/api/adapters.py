@@ -23,7 +23,6 @@ from ..files.pth_writer import DTYPES, write_pth
 from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
-from ..release.check import adapter_config
 from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .model import Model
 
@@ -60,7 +59,7 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
         source = load if isinstance(load, AdapterSource) else AdapterSource(load)
         loaded = source.read(base.tensors)
         loaded.metadata.require_base(source.path, base, "load the base that it was trained on")
-        config = adapter_config(loaded, base.family)
+        config = loaded.config(base.family)
         if any(map(is_time_state, loaded.tensors)):
             config = replace(config, train_parts=(*config.train_parts, STATE))
     if not config.targets and config.method != NONE:

@@ -139,8 +139,7 @@ def build_parser() -> Parser:
 
 
 def parse_flags(argv: list[str]) -> Comparison:
-    """argv -> Comparison. Raises UserError for flags, also those of train.py, that are wrong or contradict each
-    other."""
+    """argv -> Comparison. Raises UserError for flags, train.py's too, that are wrong or contradict each other."""
     own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = build_parser().parse_args(own)
     if not train:

@@ -69,8 +69,7 @@ def read_result(folder: Path) -> tuple[Cell, bool, float]:
 
 
 def number(record: Mapping[str, Any], name: str, path: Path) -> float:
-    """A record's number under a name: small enough to be added and squared, or NaN or infinite. Raises UserError for
-    any other value."""
+    """A record's number under a name, NaN and infinity included. Raises UserError for another value, or a huge one."""
     value = record.get(name)
     if not is_number(value) or math.isfinite(value) and abs(value) > LARGEST:
         raise UserError(f"{path}: {name} is {short(repr(value))}, and a number is due; {REMEDY}")

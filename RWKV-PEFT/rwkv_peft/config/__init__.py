@@ -17,32 +17,6 @@ from .objective import Objective
 from .optimizer import SCHEDULE_FREE, STATE_LR
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STRATEGIES, TrainConfig
 
-__all__ = [
-    "AIM",
-    "BUCKET",
-    "CHOICES",
-    "CHUNK_CTX",
-    "DATA_TYPES",
-    "MINI",
-    "MOST_EPOCHS",
-    "OF_ROWS",
-    "QUANTIZATIONS",
-    "SCHEDULE_FREE",
-    "STATE_LR",
-    "STRATEGIES",
-    "WORDS",
-    "AdapterConfig",
-    "DataConfig",
-    "ModelConfig",
-    "Objective",
-    "RunConfig",
-    "TrainConfig",
-    "Word",
-    "forms",
-    "problems",
-    "to_json",
-]
-
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -27,7 +27,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How long a run trains, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
+    """The length of a run, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
 
     proj_dir: str = setting("out", "folder that the run writes to", metavar="DIR")
     resume: str = setting(
@@ -119,7 +119,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """Where a step is computed, and how."""
+    """The machine that computes a step, and its ways."""
 
     accelerator: str = setting("auto", "train on this device", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "GPUs, or CPU processes, of each node", type=positive)
@@ -144,8 +144,9 @@ class MachineSettings:
     strategy: str = setting("deepspeed_stage_1", "ZeRO stage, by which devices share memory", choices=STRATEGIES)
     precision: str = setting(
         "bf16",
-        "dtype of weights and activations. fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly; "
-        "the loss is scaled, and a step whose gradients overflow is skipped",
+        "dtype of weights and activations. bf16: on most machines; fp16: for GPUs below compute capability 8.0, which "
+        "multiply bf16 slowly, with a loss that is scaled, and steps that are skipped if a gradient overflows; fp32: "
+        "twice the memory, for small models on a CPU and for comparisons",
         choices=("bf16", "fp16", "fp32"),
     )
     chunk_ctx: int = setting(

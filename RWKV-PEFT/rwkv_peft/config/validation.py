@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import count, not_negative, positive, stop_text
+from ..cli import below_one, count, positive, stop_text
 from ..tables import TASKS
 from .setting import setting
 
@@ -20,7 +20,7 @@ class ValidationConfig:
     )
     more_val: tuple[str, ...] = setting(())
     val_split: float = setting(
-        0.0, "keep this share of the data, such as 0.01, for validation", type=not_negative, metavar="SHARE"
+        0.0, "keep this share of the data, such as 0.01, for validation", type=below_one, metavar="SHARE"
     )
     val_seed: int | None = setting(
         None,

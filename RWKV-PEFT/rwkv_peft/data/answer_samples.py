@@ -19,8 +19,7 @@ ROWS = ".rows"  # the ending of the file with a document's row a line, as JSON
 
 
 class RowSamples(DocumentSamples):
-    """Samples of so many `documents` one behind the other (0: of one, if it has a target); `told` is the word for a
-    sample and more in the note on their number."""
+    """Samples of `documents` in a row (0: of one, if it has a target), which a note counts in the words of `told`."""
 
     documents = 2
     told = ("row", "")
@@ -139,8 +138,7 @@ class PromptSamples(RowSamples):
         self.step, self.times = step, times
 
     def original(self, n: int) -> int:
-        """The number that sample n would have if nothing was repeated: equal numbers are learned from the same
-        answers."""
+        """The number of sample n if nothing was repeated: equal numbers are learned from the same answers."""
         return n // (self.step * self.times) * self.step + n % self.step
 
     def __len__(self) -> int:

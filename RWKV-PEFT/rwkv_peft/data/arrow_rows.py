@@ -35,8 +35,7 @@ def import_pyarrow(path: Path) -> ModuleType:
 
 
 def open_parquet(path: Path) -> tuple[Any, int]:
-    """Open a parquet file -> (pyarrow's ParquetFile, how many of its rows may be unpacked at once). Raises UserError
-    for a damaged file, or too large a page."""
+    """Open a parquet file -> (pyarrow's ParquetFile, the rows to unpack at once). Raises UserError for damage."""
     arrow = import_pyarrow(path)
     with telling_damage(path, "a parquet file"):
         metadata = arrow.parquet.read_metadata(path)

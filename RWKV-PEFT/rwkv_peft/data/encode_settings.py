@@ -31,7 +31,7 @@ class EncodeSettings:
     - fields: the field of the row's text, or those of its prompt and answer, of its prompt, better and worse answer, or
       of its context, question and answer, if they are not to be recognised
     - template: the text of a template
-    - think: how answers of chats are opened, "", "on" or "off" (thinking.py)
+    - think: how answers of chats are opened, "", "on" or "off" (turns.py)
     - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
     - max_tokens: the most that a document may have (0: no limit)
     - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, short
-from .templates import UnknownForm, behind_system, named_segments, segments
+from .templates import UnknownForm, behind_system, named_segments, require_field, segments
 from .turns import TURN_END, Segment, chat, field, speaker
 
 SIDES = ("chosen", "rejected")
@@ -77,6 +77,7 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
         if not better or not worse:
             raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {PAIRS}")
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
+    shared -= better == worse  # pairs of equal answers are counted as such
     return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]
 
 
@@ -115,8 +116,7 @@ def behind(conversation: list[Any], known: int, think: str) -> list[Segment]:
 
 
 def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
-    """Lay out a row as the segments of its prompt and its answer, beside which stands a label; of a chat only the last
-    answer counts."""
+    """Lay out a row as the segments of a prompt and an answer with a label; of a chat only the last answer counts."""
     row, label = fields_of(row, LABELS), names[2] if names else LABEL
     if label not in row:
         raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
@@ -162,13 +162,6 @@ def opened(row: object, names: Sequence[str] = (), think: str = "") -> list[Segm
     if not any(text.strip() for text, _ in prompt):
         raise UserError("the prompt is empty; write one, or leave the row out")
     return [(text, False) for text, _ in prompt]
-
-
-def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row itself. Raises UserError if it lacks a field."""
-    if name not in row:
-        raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
-    return row
 
 
 def in_context(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:

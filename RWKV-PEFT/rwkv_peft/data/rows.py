@@ -69,9 +69,9 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         chunks = folder_chunks(path, name)
-    elif suffix in (".jsonl", ".ndjson", ".jsonl.gz"):
+    elif suffix == ".jsonl.gz":
         chunks = line_chunks(path)
-    elif suffix == ".json":
+    elif suffix in JSON_ENDINGS:
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
         chunks = row_chunks(path, csv_rows(path))
@@ -82,7 +82,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     elif suffix == ".parquet":
         chunks = listed_chunks(path, parquet_rows(path))
     else:
-        raise UserError(f"{path}: inputs are {KINDS}")
+        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx, .ods) as .csv")
     try:
         yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
-    """Yield the Chunks of a .json file, which holds a list of rows, or else a row a line."""
+    """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head.startswith(b"["):
@@ -158,7 +158,10 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
+        raise UserError(
+            f"{path} begins with [, so that it is one list of rows, and is not JSON ({told(error)}); mend it there (no "
+            "comma stands behind the last row), or copy it again if its end is missing"
+        ) from error
     yield from row_chunks(path, rows)
 
 
@@ -222,8 +225,7 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
 
 
 def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
-    """Yield the rows of `chunks` within bounds; for percentages and negative numbers, read the input with `again` first
-    to count its rows."""
+    """Yield the rows of `chunks` within bounds, counted first by `again` for percentages and negative numbers."""
     total = 0
     if any(bound and not bound.isdigit() for bound in bounds):
         total = sum(len(chunk.items) for chunk in again())
@@ -267,8 +269,7 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Yield each row after the first, as csv_rows does; blank lines are left out. Raises UserError if the first row
-    has a name twice."""
+    """Yield the rows after the first, as csv_rows does, but no blank lines. Raises UserError for a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")

@@ -173,8 +173,7 @@ class ShardWriter:
         self.shard = Shard(self.folder, len(self.done) + 1, self.vocab_size)
 
     def chunk_done(self, totals: Encoded, digests: bytes) -> None:
-        """Tell the writer that the documents of a chunk are added, with the counts so far and the digests of its rows;
-        it notes them in the journal if it is time."""
+        """Count a chunk as added, and note it in the journal, with the counts and its rows' digests, if it is time."""
         self.chunks += 1
         self.digests.write(digests)
         if self.key and time.monotonic() - self.noted >= SECONDS:

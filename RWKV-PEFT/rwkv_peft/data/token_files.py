@@ -122,8 +122,7 @@ class Stale(Exception):
 
 
 class Growing:
-    """A new file at `path`; or one that goes on behind what was noted of it, from which the rest is cut off. Raises
-    Stale if it holds something else."""
+    """A new file, or one that goes on behind what was noted of it. Raises Stale if it holds something else."""
 
     def __init__(self, path: Path, noted: Noted | None = None) -> None:
         self.path, self.size, self.digest = path, 0, hashlib.blake2b(digest_size=16)

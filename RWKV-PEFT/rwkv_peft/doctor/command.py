@@ -19,8 +19,7 @@ from .packages import check_optional, check_package, check_python, installed, re
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every Finding, the cheap ones first; checks that need a missing package or a GPU that fails are left
-    out."""
+    """Yield every Finding, the cheap ones first; checks that need a missing package or a failing GPU are left out."""
     yield from check_python()
     standing = {}
     for requirement in requirements():

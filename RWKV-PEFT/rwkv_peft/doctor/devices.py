@@ -97,7 +97,7 @@ def check_tools() -> Iterator[Finding]:
     """Look for a C++ compiler, ninja and nvcc."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler:
-        yield Finding("compiler", OK, first_line(compiler, "--version"))
+        yield Finding("compiler", OK, run(compiler, "--version").splitlines()[0])
     else:
         missing = "no C++ compiler: the fast CPU kernel and the offload strategies need one"
         yield Finding("compiler", NOTE, missing, "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)")
@@ -107,20 +107,10 @@ def check_tools() -> Iterator[Finding]:
         missing = "not in PATH: DeepSpeed's own operators need it there"
         yield Finding("ninja program", NOTE, missing, "activate the environment, or pip install ninja")
     if nvcc := shutil.which("nvcc"):
-        yield Finding("nvcc", OK, last_release(nvcc))
+        found = re.search(r"release [\d.]+", run(nvcc, "--version"))
+        yield Finding("nvcc", OK, f"{nvcc}, {found[0] if found else 'unknown release'}")
     else:
         yield Finding("nvcc", NOTE, "no CUDA compiler (only GPU machines need one)")
-
-
-def first_line(program: str, *arguments: str) -> str:
-    """The first line that a program prints."""
-    return run(program, *arguments).splitlines()[0]
-
-
-def last_release(nvcc: str) -> str:
-    """nvcc's path and release, e.g. "/usr/local/cuda/bin/nvcc, release 12.6"."""
-    found = re.search(r"release [\d.]+", run(nvcc, "--version"))
-    return f"{nvcc}, {found[0] if found else 'unknown release'}"
 
 
 def run(program: str, *arguments: str) -> str:

@@ -27,8 +27,7 @@ class Choices(ChoiceTask):
 
 
 def choices_of(row: Row) -> tuple[list[str], list[str]]:
-    """Return (the texts to choose from, their labels: A, B, … unless the row names others). Raises UserError for a row
-    without them."""
+    """Return (the texts to choose from, their labels: A, B, … or the row's). Raises UserError for a row without."""
     found: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
     labels = None
     if isinstance(found, Mapping):  # as ARC has them

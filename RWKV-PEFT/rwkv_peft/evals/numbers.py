@@ -1,5 +1,5 @@
 """Find final answers in text and compare them: numbers as people and models write them (1,234; $5.00; 3/4;
-\\\\frac{3}{4}; 50%; -7 apples), and LaTeX, by the package math-verify."""
+\\frac{3}{4}; 50%; -7 apples), and LaTeX, by the package math-verify."""
 
 import importlib.util
 import re
@@ -72,8 +72,7 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """The final answer of a solution: in the last box, else after a marker such as "The answer is"; None without
-    either."""
+    """The final answer of a solution, in the last box, else after a marker ("The answer is"); None without either."""
     inside = boxed(text)
     told = marked(text) if inside is None else inside
     return told.removesuffix(".").strip("$") if told else None

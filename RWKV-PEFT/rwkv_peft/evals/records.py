@@ -119,8 +119,7 @@ def share_of(measure: str, records: Sequence[Record]) -> float:
 
 
 def standard_error(share: float, total: int) -> float:
-    """The standard error of a share of right ones among `total` independent answers, from their sample variance; NaN
-    for a single answer."""
+    """The standard error of a share among `total` independent answers, by their sample variance; NaN for one."""
     return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else math.nan
 
 

@@ -17,6 +17,9 @@ from ..ops.decode import product
 from .task import Score
 
 PIECE = 256  # tokens whose logits are formed at a time
+OPENING = 64  # contexts count as beginning alike if this many tokens agree, as with the same examples before a question
+TOGETHER = 16  # continuations of one context that are scored at once even if the batch is smaller
+Context = tuple[int, ...]
 
 
 @torch.inference_mode()
@@ -95,12 +98,6 @@ def score_packed(
     found, after = model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=head)
     pairs = iter(found)
     return [[next(pairs) for _ in piece] for piece in due], after
-
-
-OPENING = 64  # contexts count as beginning alike if this many tokens agree, as with the same examples before a question
-TOGETHER = 16  # continuations of one context that are scored at once even if the batch is smaller
-
-Context = tuple[int, ...]
 
 
 def score_pairs(

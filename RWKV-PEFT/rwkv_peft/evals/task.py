@@ -28,8 +28,7 @@ class Problem(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The log-probability of a continuation after its prompt, in nats; greedy is True if each of its tokens is the most
-    probable one."""
+    """The log-probability of a continuation, in nats; greedy is True if each of its tokens is the most probable."""
 
     logprob: float
     greedy: bool
@@ -80,8 +79,7 @@ def put(layout: str, question: str) -> str:
 
 
 def text_of(row: Row, *names: str) -> str:
-    """Return the text of the first of some fields that the row has. Raises UserError if it has none, or if that is no
-    text."""
+    """Return the text of the first of some fields that the row has. Raises UserError if there is none, or no text."""
     if not isinstance(row, Mapping):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields")
     name = next((name for name in names if name in row), None)
@@ -95,8 +93,7 @@ def text_of(row: Row, *names: str) -> str:
 
 
 def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
-    """Return the text of the layout that a flag names, else of the task's; "" for the rows' own. Raises UserError as
-    read_layout does."""
+    """Return the text of the layout that a flag names, else the task's; "": the rows' own. Raises as read_layout."""
     return read_layout(name or task.layout, flag) if name or task.layout else ""
 
 

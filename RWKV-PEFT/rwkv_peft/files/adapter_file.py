@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapters.method import Method
-from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
+from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
+from ..models.family import Family
 from ..names import NONE
 from ..tables import GENERATIONS
 from .atomic import atomic_write
@@ -28,6 +29,10 @@ from .safetensors_file import read_safetensors, save_safetensors
 
 ENTRY = "rwkv_peft_run"
 MOST = 1000  # characters of a text
+FORMAT_VERSION = 1
+METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
+PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
+FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,6 @@ def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
     if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
         raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
     return Origin(**values)
-
-
-FORMAT_VERSION = 1
-METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
-PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
-FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,23 @@ class Adapter(NamedTuple):
     def whole(self) -> dict[str, torch.Tensor]:
         """The tensors that replace the base's: {base key: tensor}."""
         return {key: tensor for key, tensor in self.tensors.items() if not adapter_parameter(key)}
+
+    def config(self, family: Family) -> AdapterConfig:
+        """The AdapterConfig that rebuilds its layers: their places and shapes."""
+        metadata = self.metadata
+        # files of other tools name single tensors, not parts; they need none, because every tensor of a file is loaded
+        parts = tuple(part for part in metadata.train_parts if part in family.parts)
+        targets = tuple(self.modules()) or tuple(metadata.targets)  # some files adapt only some layers
+        if metadata.method is None:
+            return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
+        return AdapterConfig(
+            **words_of(metadata.method),
+            **{field: getattr(metadata, field) for field in metadata.method.tensors.size},
+            alpha=metadata.alpha,
+            targets=targets,
+            train_parts=parts,
+            quant=metadata.quant,
+        )
 
 
 def target_names(modules: Iterable[str]) -> tuple[str, ...]:

@@ -97,8 +97,7 @@ def same_file(left: str | Path, right: str | Path) -> bool:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a new empty folder in the system's temporary folder, and remove it afterwards; failures to write become
-    UserErrors."""
+    """Yield a new empty folder among the system's temporary ones, and remove it; failures to write are UserErrors."""
     try:
         place = tempfile.gettempdir()
     except OSError as error:

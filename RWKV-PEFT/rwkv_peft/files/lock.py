@@ -16,6 +16,7 @@ from ..errors import UserError, told
 from .atomic import check_output, without_empty_folders
 
 LONGEST = 1000  # bytes that a holder writes about itself
+LOCK = ".run.lock"
 
 
 class Busy(Exception):
@@ -89,9 +90,6 @@ def holder(path: Path) -> dict[str, Any] | None:
             return values if isinstance(values, dict) else {}
         except (ValueError, RecursionError):
             return {}
-
-
-LOCK = ".run.lock"
 
 
 @contextmanager

@@ -24,6 +24,15 @@ from .readable import choice_in, read_settings, require_readable
 from .safetensors_file import read_safetensors, save_safetensors
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+HF_PREFIX = "base_model.model."
+# settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
+NO_PLAIN_LORA = (
+    "use_dora lora_bias rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
+    "use_bdlora monteclora_config kasa_config arrow_config"
+).split()
+# values of init_lora_weights that leave the base as it is; others take the initial factors out of it
+BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+Number = TypeVar("Number", int, float)
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
@@ -59,17 +68,6 @@ def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
     with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as tensors:
         yield config, tensors
         (folder / CONFIG).unlink(missing_ok=True)
-
-
-HF_PREFIX = "base_model.model."
-# settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
-NO_PLAIN_LORA = (
-    "use_dora lora_bias rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
-    "use_bdlora monteclora_config kasa_config arrow_config"
-).split()
-# values of init_lora_weights that leave the base as it is; others take the initial factors out of it
-BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-Number = TypeVar("Number", int, float)
 
 
 def read_hf_folder(folder: str | Path) -> Adapter:
@@ -157,8 +155,7 @@ def _base_name(config: dict[str, Any]) -> str:
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
-    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int; a boolean is not
-    one."""
+    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int, no boolean."""
     value = config.get(name)
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(

@@ -18,7 +18,6 @@ from ..files.base import Base
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.merge import Merge, check_fingerprints
-from ..release.rebuilt import adapter_config
 from .loading import read_state, read_state_file
 from .stepping import step_by_tape
 from .weights import decoding, quantize_products, rounded
@@ -54,7 +53,7 @@ def adapter_voice(name: str, source: AdapterSource, voice: Voice, base: Base, an
         model = sharing(model, base, split_time_states(merged)[0])
     elif own:
         model = sharing(model, base, adapter.whole())
-        inject(model, adapter_config(adapter, base.family), family=base.family, initial=adapter.tensors)
+        inject(model, adapter.config(base.family), family=base.family, initial=adapter.tensors)
         load_tensors(model, own, source.path)
     model.requires_grad_(False).eval()
     if model.emb.weight.is_cpu:

@@ -14,6 +14,7 @@ from .installed import add_member, configs
 
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
+PARAMETER = "bone"  # the methods' name for bone_block
 
 
 def option(default: Any, text: str) -> Any:
@@ -125,9 +126,6 @@ class BoneConfig(PeftConfig):
             if settings[name] == default:
                 del settings[name]
         return settings
-
-
-PARAMETER = "bone"  # the methods' name for bone_block
 
 
 def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:

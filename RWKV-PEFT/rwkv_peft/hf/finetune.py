@@ -25,11 +25,11 @@ from transformers import TrainerCallback
 from ..errors import UserError, told
 from ..files.lock import alone_in
 from ..files.peft_folder import is_adapter_folder, read_config
+from . import register
 from .finetune_data import as_learned, load_data, only_answers
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
 from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
 from .refusals import refusals_of
-from .register import register
 
 
 def main(argv: list[str]) -> int:
@@ -222,8 +222,7 @@ def check_hub(token: str | None) -> None:
 
 
 def push(trainer: Any, adapter: Path) -> None:
-    """Upload a saved adapter's folder to the trainer's repository. Raises UserError if that fails, with the command
-    that tries again."""
+    """Upload a saved adapter to the trainer's repository. Raises UserError, with the command that tries again."""
     from huggingface_hub import HfApi
 
     if not trainer.is_world_process_zero():

@@ -26,6 +26,8 @@ TEMPLATE = (
     "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n### ASSISTANT:' }}{% endif %}"
 )
+# The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
+COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
 
 def only_answers(config: Any) -> None:
@@ -94,8 +96,7 @@ def calls(turn: Mapping[str, Any]) -> bool:
 
 
 def _message(turn: object, where: str) -> dict[str, Any]:
-    """Return a turn as chat templates take it, with role and content. Raises UserError, which names `where`, if it
-    cannot be one."""
+    """Return a turn as chat templates take it. Raises UserError, which names `where`, if it cannot be one."""
     if isinstance(turn, dict) and turn.get("role") is None and turn.get("from") is not None:
         role = str(turn["from"])
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
@@ -111,10 +112,6 @@ def _message(turn: object, where: str) -> dict[str, Any]:
     if not isinstance(turn.get("content"), str):
         raise UserError(f"{where} has a turn whose content is {type(turn.get('content')).__name__}, and text is due")
     return {name: value for name, value in turn.items() if value or name not in CALLS and value is not None}
-
-
-# The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
-COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
 
 def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
@@ -169,8 +166,7 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
 
 
 def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
-    """The columns of question and answer, or the one of turns, chosen among `names`. Raises UserError if one is
-    missing."""
+    """The columns of question and answer, or the one of turns, among `names`. Raises UserError if one is missing."""
     wanted = arguments.dataset_field
     if wanted is None:
         wanted = next((columns for columns in COLUMNS if set(columns) <= set(names)), COLUMNS[0])

@@ -142,7 +142,7 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute tokens (B, T), which go on from state -> RWKVOutput, of the last logits_to_keep tokens (0: of all) or
         of those with these indices.
 
-        labels (B, T) are those of the same tokens, -100 where none count. `generate` gives a twin that computes a token
+        labels (B, T) are those of the same tokens, -100 if none counts. `generate` gives a twin that computes a token
         of each row. The other arguments are Backbone's.
         """
         if twin is not None and input_ids is not None:

@@ -23,8 +23,7 @@ from .cross_entropy import L2WRAP, chunk_rows, chunked_head, divisors
 
 
 class Stored(NamedTuple):
-    """words (n, k): the k most probable tokens at n places; logprobs (n, k + 1): their log-probabilities, and behind
-    them that of all other tokens together."""
+    """words (n, k): the most probable tokens; logprobs (n, k + 1): theirs, and that of all others together."""
 
     words: Tensor
     logprobs: Tensor
@@ -144,8 +143,7 @@ def of_logits(
     settings: Divergence,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher as divergence takes them, targets and weights (n,) -> the sums of linear_divergence (3,), and
-    the gradient of the first (n, V)."""
+    """Student and teacher as in divergence -> the sums of linear_divergence (3,), the first one's gradient (n, V)."""
     mixes, share = settings.weight < 1, (1 - settings.weight) / count
     nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
     apart, gradient = divergence(student, teacher, settings)

@@ -15,8 +15,7 @@ from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class IPO(OfAnswers):
-    """margin is the distance chosen - rejected, whose goal is 1 / (2 beta) nats a token; chosen is the chosen answers'
-    part of it."""
+    """margin is chosen - rejected, whose goal is 1 / (2 beta) nats a token; chosen is the chosen answers' part."""
 
     name = "ipo"
     text = "a fixed margin between chosen and rejected answer, by the base's measure"

@@ -21,8 +21,7 @@ class NextToken(Objective):
     of_tokens = True
 
     def head(self, targets: "Tensor", counted: "Tensor", count: float, weights: "Tensor | None" = None) -> Head:
-        """The loss of positions that count, as a function that a model's head takes; arguments as in
-        linear_cross_entropy."""
+        """The loss of positions that count, as a function for a model's head; arguments as in linear_cross_entropy."""
         from .cross_entropy import linear_cross_entropy
 
         return partial(linear_cross_entropy, targets=targets, counted=counted, count=count, weights=weights)

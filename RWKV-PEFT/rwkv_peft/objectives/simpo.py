@@ -14,8 +14,7 @@ from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class SimPO(OfAnswers):
-    """margin is beta (chosen - rejected), which is to exceed gamma; nll is the mean loss of the chosen answer's
-    tokens."""
+    """margin is beta (chosen - rejected), to exceed gamma; nll is the mean loss of the chosen answer's tokens."""
 
     name = "simpo"
     text = "the chosen answer likelier a token than the rejected"

@@ -64,8 +64,7 @@ def contents_of(source: AdapterSource) -> Contents:
 
 
 def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.Tensor]) -> Contents:
-    """Describe an adapter's flat .pth. Such a file may say too little about itself to be read; its tensors are then
-    counted by name."""
+    """Describe an adapter's flat .pth; one that says too little about itself by the count of its tensors' names."""
     try:
         return adapter_contents(source)
     except UserError as error:

@@ -26,6 +26,12 @@ from ..models.state import is_time_state
 from .vocabulary import CHAT_TEMPLATE, GgufVocabulary
 
 Q8_RUN = 32  # q8_0 packs this many values of a row into one block
+Value = bool | int | float | str | list[bool | int | float | str]
+# GGUF's number of a type -> its struct format
+NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
+TEXT, LIST = 8, 9
+MOST_DIMENSIONS = 4  # ggml's limit
+KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
 def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> None:
@@ -62,8 +68,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
 
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
-    scale of 1."""
+    """Write {module: {lora_A (r, in), lora_B (out, r)}} as llama.cpp's LoRA adapter, in float32, at a scale of 1."""
     if not family.gguf_architecture:
         raise family.formless("GGUF")
     gguf = import_gguf()
@@ -111,14 +116,6 @@ def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_eot_token_id(vocabulary.turn_end)
     writer.add_chat_template(CHAT_TEMPLATE)
     writer.add_add_bos_token(False)
-
-
-Value = bool | int | float | str | list[bool | int | float | str]
-# GGUF's number of a type -> its struct format
-NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
-TEXT, LIST = 8, 9
-MOST_DIMENSIONS = 4  # ggml's limit
-KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
 class GgufTensor(NamedTuple):

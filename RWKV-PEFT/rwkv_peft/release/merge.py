@@ -223,8 +223,7 @@ def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 def quantization_error(base: Base, adapters: Adapters) -> float:
-    """Return |Q(W) - W| / |W| over the weights W that were quantized to Q(W) in the training of the (name, Adapter)
-    pairs."""
+    """Return |Q(W) - W| / |W| over the weights W that the (name, Adapter) pairs' trainings quantized to Q(W)."""
     error = size = 0.0
     for _, adapter in adapters:
         metadata = adapter.metadata

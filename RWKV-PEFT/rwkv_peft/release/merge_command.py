@@ -156,8 +156,7 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
 
 
 def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpec]) -> None:
-    """Print a table, 80 columns wide at most, of each layer's relative change and the share that the cast lost, if
-    any."""
+    """Print a table, at most 80 columns wide, of each layer's relative change and the share that a cast lost."""
     layers: dict[str, dict[str, TensorReport]] = {}
     for report in reports:
         _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
@@ -242,8 +241,7 @@ def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping
 def check_separate(
     path: str | Path, output: str | Path | None, merge: Merge, inputs: Iterable[tuple[str, str]]
 ) -> None:
-    """Raise UserError if --state_output cannot be written, is --output, or would leave nothing for one of the two
-    files."""
+    """Raise UserError if --state_output cannot be written, is --output, or would leave one of the files empty."""
     check_state_output("--state_output", path)
     check_output("--state_output", path, list(inputs))
     if output is not None and same_file(path, output):

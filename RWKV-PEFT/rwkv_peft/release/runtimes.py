@@ -44,8 +44,7 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self) -> str:
-        """The command that installs the missing packages of the runtime and of the writer of its files; "" if none is
-        missing."""
+        """The command that installs what the runtime and the writer of its files lack; "" if nothing is missing."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
@@ -62,15 +61,14 @@ def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: s
 
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) -> torch.Tensor:
-    """Ask the `rwkv` package about an RWKV-7 or 7a model, in a process of its own (rwkv7_process.py). Raises
-    RuntimeError if that fails."""
+    """Ask the `rwkv` package about an RWKV-7 or 7a in a process of its own. Raises RuntimeError if that fails."""
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
-        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, version, mode)
+        command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"the rwkv package failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         logits: torch.Tensor = torch.load(answer, weights_only=True)
         return logits
 

@@ -14,8 +14,7 @@ from .reward import Answer, Reward
 
 
 class TaskReward(Reward):
-    """1 if a measure of a task, the first one if none is named, calls the answer right, else 0. The right answer is
-    read from the row as eval reads it."""
+    """1 if a task's measure, the first unless one is named, calls the answer right by its row, else 0."""
 
     def __init__(self, name: str, measure: str = "") -> None:
         task: AnswerTask = WRITTEN[name]()

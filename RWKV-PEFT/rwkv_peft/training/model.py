@@ -1,4 +1,4 @@
-"""Make the model of a run: a generation's plain model, its weights, its adapter, and the blocks that are fused."""
+"""Make the model of a run on its device: a generation's plain model, its weights, its adapter, and what fuses."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,12 +8,15 @@ from torch import nn
 
 from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
-from ..config import AdapterConfig, RunConfig
+from ..cli import counted
+from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
+from ..errors import UserError
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
 from ..files.pth_writer import DTYPES
+from ..gpus import count_gpus
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -92,8 +95,7 @@ def adapt(
 
 
 def write_new_model(config: RunConfig, say: Callable[..., object]) -> int:
-    """Write a new model, initialized by --random_seed, in the dtype of --save_dtype or else --precision. Returns the
-    exit code."""
+    """Write a new model, drawn by --random_seed, in the dtype of --save_dtype or --precision -> the exit code."""
     path = Path(config.train.proj_dir) / INIT
     check_output("--proj_dir", path, [])
     family = family_named(config.model.version)
@@ -141,3 +143,25 @@ def estimate_gradients(
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     return gradients
+
+
+def resolve_accelerator(train: TrainConfig) -> str:
+    """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs, and for --cuda_graphs on a CPU."""
+    gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
+    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and train.devices > gpus:
+        raise UserError(
+            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
+            + (", or use --accelerator cpu" if not gpus else "")
+        )
+    if train.cuda_graphs and accelerator == "cpu":
+        raise UserError("--cuda_graphs 1 records launches on a GPU, and this run is on a CPU; leave it out")
+    return accelerator
+
+
+def own_device(accelerator: str, local_rank: int) -> torch.device:
+    """Return the device that a rank trains on, and make a GPU the current one, so that nothing is put on another."""
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

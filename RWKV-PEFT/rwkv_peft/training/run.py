@@ -14,22 +14,22 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..config.objective import REWARDS
+from ..config.rules import check_settings
 from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
-from ..data.sources import check_config
 from ..errors import UserError, past_ctrl_c
 from ..files.atomic import check_output
 from ..files.lock import alone_in
 from ..fused import Setting, fuse
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss
+from ..refusals import require_none
 from ..rewards import Rewards
 from .engine.fit import fit
-from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
 from .engine.progress import telling_compilations
 from .flags.parser import WRITE
@@ -39,7 +39,7 @@ from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
 from .measuring.before_after import Questions
 from .measuring.exams import find_questions
-from .model import make_model, write_new_model
+from .model import make_model, own_device, resolve_accelerator, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.meeting import Ranks
 from .ranks.watch import sizes_of_mapped
@@ -84,7 +84,7 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     """Check a Request against the base and this machine, without reading data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
-    check_config(config.data)
+    require_none(check_settings, config.data)
     refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # a checkpoint is compared with the data, which is not read here
@@ -198,8 +198,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | No
 
 
 def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
-    """Clear a run's folder of what a killed run left, and check that there is room for a save; mark a run that begins
-    anew as UNSAVED until its first checkpoint."""
+    """Clear a run's folder of what a killed run left, check its disk, and mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)
     if anew:

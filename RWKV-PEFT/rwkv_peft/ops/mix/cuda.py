@@ -1,11 +1,12 @@
 """Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
@@ -97,73 +98,40 @@ class MixArguments(ctypes.Structure):
 
 def call(
     name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
+    like: Tensor,
+    tensors: Mapping[str, Tensor | None],
     kernels: Kernels | None = None,
-    **sizes: Any,
-) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
-    as in CudaFamily.run, sizes as in _run_strips or _run_tiles."""
-    (_run_tiles if name in TILED else _run_strips)(kernels, name, like, tensors, **sizes)
-
-
-def _run_strips(
-    kernels: Kernels | None,
-    name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    tokens: int,
-    channels: int,
-    size: int = MOST_SIZE,
-    **others: Any,
-) -> None:
-    """Run an operation of LAYOUTS on `tokens` of `channels`, whose groups are of `size`, such as a head's. others:
-    further fields of MixArguments."""
-    layout = LAYOUTS[name]
-    strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
-    strips, groups = -(-tokens // strip), -(-channels // size)
-    wanted = [tensors.get(sum_) for sum_ in layout.sums]
-    partial = [None if x is None else like.new_empty(strips, channels, dtype=torch.float32) for x in wanted]
-    given = placed(layout, tensors, partial) | dict(tokens=tokens, channels=channels, size=size, strip=strip, **others)
-    FAMILY.run(f"mix_{name}_{DTYPES[like.dtype]}", like, given, strips * groups, kernels=kernels)
-    for target, part in zip(wanted, partial):
-        if target is not None and part is not None:
-            torch.sum(part, 0, out=target.view(-1))
-
-
-def _run_tiles(
-    kernels: Kernels | None,
-    name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    tokens: int,
-    channels: int,
     size: int = 0,
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """Run an operation of TILED: the blocks of a low-rank product take `size` channels, those of a norm `strip`
-    tokens."""
-    kernel, blocks, up = DTYPES[like.dtype], -(-tokens // strip), tensors.get("up")
-    if up is not None:
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
+    as in CudaFamily.run. An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
+    warp takes); of TILED, blocks of a low-rank product take `size` channels, those of a norm `strip` tokens. others:
+    tokens, channels and further fields of MixArguments."""
+    tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
+    layout, up = {**LAYOUTS, **TILED}[name], tensors.get("up")
+    if name in LAYOUTS:
+        size, strip = size or MOST_SIZE, 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
+        blocks = -(-tokens // strip) * -(-channels // size)
+    elif up is None:
+        blocks = -(-tokens // strip)
+    else:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
         kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
-    given = placed(TILED[name], tensors) | dict(tokens=tokens, channels=channels, size=size, strip=strip, **others)
-    FAMILY.run(f"mix_{name}_{kernel}", like, given, blocks, kernels=kernels)
-
-
-def placed(
-    layout: Layout, tensors: Mapping[str, torch.Tensor | None], sums: Sequence[torch.Tensor | None] = ()
-) -> dict[str, Any]:
-    """The tables of MixArguments, which have tensors' addresses in the order of a Layout."""
+    wanted = [tensors.get(sum_) for sum_ in layout.sums]
+    sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]
     named = ([tensors.get(name) for name in names] for names in layout[:3])
     tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
-    return {table: tuple(None if x is None else x.data_ptr() for x in given) for table, given in tables}
+    given = {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
+    FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks, kernels=kernels)
+    for target, part in zip(wanted, sums):
+        if target is not None and part is not None:
+            torch.sum(part, 0, out=target.view(-1))
 
 
-def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """True if the kernels take these tensors (None: not given): those of CudaFamily.takes with an even number of
-    channels."""
+def takes(first: Tensor, *others: Tensor | None) -> bool:
+    """True if the kernels take these tensors (None: not given): as CudaFamily.takes, an even number of channels."""
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 

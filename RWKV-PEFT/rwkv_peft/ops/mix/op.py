@@ -82,7 +82,7 @@ def lerp(
     up: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Points between each token and its predecessor p: x + (p - x) m_i, where m_i = maa_i + low_i up_i, for each i.
+    """Points between each token and its predecessor p: x + (p - x) m_i, with m_i = maa_i + low_i up_i, for each i.
 
     x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), point by point, and up (m, K, C)
     make the weights depend on the token; without them (None) they do not -> m tensors (B, T, C).

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import gpu
 from .kernels import Block, Kernels, Library, Module
@@ -34,8 +35,7 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, built on first use. Raises BuildError if that fails, which is not
-        cached."""
+        """The kernels for GPU number `device`, built on first use. Raises BuildError, uncached, if that fails."""
 
         def trial(built: Kernels) -> None:
             with torch.cuda.device(device):
@@ -60,7 +60,7 @@ class CudaFamily:
             return str(error)
         return None
 
-    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (None: not given): real ones on one GPU, all float32 or all bfloat16.
         Tensors without data, with which a GPU's memory is planned, are taken like a GPU's."""
         if (
@@ -68,7 +68,7 @@ class CudaFamily:
             or first.numel() == 0
             or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
             or torch.compiler.is_compiling()
-            or type(first) is not torch.Tensor  # a fake one
+            or type(first) is not Tensor  # a fake one
         ):
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
@@ -76,7 +76,7 @@ class CudaFamily:
     def run(
         self,
         name: str,
-        like: torch.Tensor,
+        like: Tensor,
         given: Mapping[str, Any],
         blocks: int,
         block: Block | None = None,
@@ -87,7 +87,7 @@ class CudaFamily:
         in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
         if like.is_meta or not blocks:
             return
-        values = {key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
+        values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
         arguments = self.structure(**values, device=like.device.index or 0)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             built = self.kernels(like.device.index) if kernels is None else kernels
@@ -96,6 +96,6 @@ class CudaFamily:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 
 
-def stream(x: torch.Tensor) -> int | None:
+def stream(x: Tensor) -> int | None:
     """torch's current stream on the tensor's GPU; None on the CPU, where the tests run kernels."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

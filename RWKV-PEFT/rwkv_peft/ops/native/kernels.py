@@ -9,14 +9,14 @@ from typing import Protocol
 from .library import BuildError, load
 
 Block = tuple[int, int]  # a block's (x, y) threads
+MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Kernels(Protocol):
     """A set of kernels that can be launched."""
 
     def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
-        """Enqueue the kernel `name` over `blocks` blocks of `block` threads (None: the kernel's own number) -> CUDA's
-        error code."""
+        """Enqueue a kernel over `blocks` blocks of `block` threads (None: its own number) -> CUDA's error code."""
 
 
 class Library:
@@ -30,9 +30,6 @@ class Library:
     def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
         x, y = block or self._own[name]
         return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, x, y, stream)
-
-
-MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Module:

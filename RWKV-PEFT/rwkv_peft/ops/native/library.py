@@ -4,12 +4,11 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
+
 
 class BuildError(RuntimeError):
     """A library could not be built or loaded; the message says why and what to do."""
-
-
-Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
 
 
 def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:

@@ -7,7 +7,7 @@ from . import chunked, cpu, cuda, reference
 from .reference import SIGNATURE
 
 WKV6 = Recurrence(
-    SIGNATURE, reference.wkv6, {"chunked": chunked, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}, fallback="chunked"
+    SIGNATURE, reference.wkv6, {"chunked": chunked.RECURRENCE, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}
 )
 
 

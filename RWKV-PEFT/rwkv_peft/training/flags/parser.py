@@ -21,9 +21,8 @@ from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
 from ...tables import GENERATIONS
 from .adapter import add_json_flags
-from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
-from .upstream import WORDS, add_legacy_flags, add_upstream_flags
+from .upstream import WORDS, add_legacy_flags, add_upstream_flags, marker
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
@@ -113,7 +112,7 @@ def build_parser() -> Parser:
         help="0: samples come in the order of the file, in every epoch",
     )
     minimized = parser.add_argument_group("objective")
-    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    texts = "; ".join(f"{name}: {each.text} (rows: {', '.join(each.rows)})" for name, each in OBJECTIVES.items())
     minimized.add_argument(
         "--objective",
         choices=tuple(OBJECTIVES),

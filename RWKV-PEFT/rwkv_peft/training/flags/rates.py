@@ -54,14 +54,12 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
 
 
 def follows_rule(adapter: AdapterConfig, objective: Objective) -> bool:
-    """Tell whether a run takes the rule's rate unless one is given. States alone have a rate of their own, and the rule
-    is for the loss of tokens."""
+    """Tell whether the rule gives a run's rate: it is for the loss of tokens, and states alone have their own."""
     return not adapter.states_alone and objective.of_tokens
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:
-    """Return the TrainConfig with the rates that the flags left to be chosen: lr_init is `rate`, lr_final FALL times
-    that."""
+    """Return the TrainConfig with `rate` as lr_init and FALL times that as lr_final, if these are to be chosen."""
     values: dict[str, Any] = {"lr_init": rate, "lr_final": float(f"{rate * FALL:.2g}")}
     return replace(train, **{name: values[name] for name in train.lr_chosen})
 

@@ -29,15 +29,15 @@ from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.prefix import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
+from ...objectives import takers_of
 from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .markers import markers_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, build_parser, entries_of, first_of, settings_of
 from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
-from .train import check_objective, check_tokens, check_train, objective_of
-from .upstream import PLACEHOLDER, adopt, check_stage
+from .train import check_objective, check_tokens, check_train
+from .upstream import PLACEHOLDER, adopt, check_stage, markers_of
 from .world import World, find_world, fit
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def judge(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Parse argv -> Flags, without torch. Raises one UserError of all flags that are mistaken or contradict each
-    other."""
+    """Parse argv -> Flags, without torch. Raises one UserError of all mistakes and contradictions."""
     parser = build_parser()
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
@@ -119,8 +118,7 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
 
 
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
-    """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
-    refusals, earlier ones included."""
+    """Turn what a parser made of argv into Flags, without a World if it was refused. Raises all refusals as one."""
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
     notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
@@ -131,7 +129,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(check_adapter_flags, args)
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
-    objective = objective_of(args)
+    objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
     train = refusals.attempt(train_config, args, data)
     made = (adapter, data, train, objective if args.data_type in objective.rows else None)
     refusals.gather(contradictions, RULES, flags_given(args, *(each for each in made if each)))
@@ -246,8 +244,7 @@ def request_of(flags: Flags) -> Request:
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
-    """The linear layers that get an adapter: all of a generation's if none are named, and all of a half of the block if
-    that is named ("att", "ffn")."""
+    """The linear layers that get an adapter: those named, of a half of the block ("att", "ffn"), or all."""
     if not targets:
         return family.targets
     if all("." not in target for target in targets):

@@ -77,8 +77,7 @@ def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def require_plain(path: Path, text: str) -> None:
-    """Raise UserError for YAML of anchors, or of more than DEPTH collections within each other: a few lines of either
-    may stand for more than memory holds."""
+    """Raise UserError for aliases and for more than DEPTH collections within each other, which may fill memory."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -10,9 +10,8 @@ from ...cli import counted
 from ...config import SCHEDULE_FREE, DataConfig, Objective, TrainConfig
 from ...files.readable import home_meant
 from ...installing import how_to_install
-from ...objectives import OBJECTIVES, takers_of
+from ...objectives import takers_of
 from ..saving.trackers import check_trackers
-from .parser import settings_of
 
 # of optimizers that others have written
 PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes", "lion": "lion_pytorch", SCHEDULE_FREE: "schedulefree"})
@@ -20,8 +19,7 @@ MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bi
 
 
 def check_tokens(data: DataConfig) -> Iterator[str]:
-    """Yield the refusals of a micro batch of more than MOST_TOKENS, of prompts without room, and of shares that are
-    not one a file."""
+    """Yield refusals of too many tokens in a micro batch, of prompts without room, and of shares not one a file."""
     if data.mix and len(data.mix) != 1 + len(data.more):
         yield (
             f"--data_mix {' '.join(f'{share:g}' for share in data.mix)}: {counted(len(data.mix), 'share')} of "
@@ -66,11 +64,6 @@ def check_train(train: TrainConfig) -> Iterator[str]:
         yield f"--proj_dir {folder}: {meant}"
     if folder.exists() and not folder.is_dir():
         yield f"--proj_dir {folder} is a file; name a folder"
-
-
-def objective_of(args: argparse.Namespace) -> Objective:
-    """Make the objective that --objective names, or else the default one for --data_type."""
-    return settings_of(args, OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
 
 
 def check_objective(args: argparse.Namespace, objective: Objective) -> Iterator[str]:

@@ -108,8 +108,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there. Raises
-    UserError as find_world does."""
+    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):

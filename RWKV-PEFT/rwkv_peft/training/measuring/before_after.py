@@ -16,7 +16,7 @@ NEVER = "not known"  # shown for the answers before training if rows.jsonl is go
 
 
 class Rows(Exam, Protocol):
-    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each
+    """An exam of rows of the data (evals/exam.py): `prompts` are their texts, `kinds` name the data that each
     comes from, and digest is equal for equal rows."""
 
     prompts: list[str]
@@ -97,8 +97,7 @@ class BeforeAfter:
 
 
 def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
-    """Read the answers before training from a run's file; None for each row if it is missing, damaged, or of other
-    rows."""
+    """Read the answers before training from a run's file; None for each row if it is gone, damaged or of others."""
     unknown = [None] * len(exam)
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

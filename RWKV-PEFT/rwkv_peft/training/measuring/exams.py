@@ -1,5 +1,4 @@
-"""Find what a run asks its model: the questions that flags name, while it trains, and a few rows of its data, before
-and after."""
+"""Find what a run asks its model: questions that flags name, and rows of its data before and after."""
 
 from collections.abc import Mapping
 
@@ -9,13 +8,11 @@ from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
-from ...evals.exam import Exam
+from ...evals.exam import Exam, RowsExam, rows_of
 from ...evals.harness_exam import HarnessExam
-from ...evals.rows_exam import RowsExam, rows_of
-from ..inputs import Inputs
+from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions
-from .validate import VALIDATION
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
@@ -56,8 +53,7 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
 
 
 def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
-    """Choose the rows to answer -> (their exam, a note on them); (None, why not) if they cannot be answered, (None, "")
-    if --answer_rows is 0."""
+    """Choose the rows to answer -> (their exam, a note); (None, why not), with "" if none are asked for."""
     train, number = config.train, config.train.answer_rows
     if not number:
         return None, ""

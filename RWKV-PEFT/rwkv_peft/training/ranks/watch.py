@@ -77,8 +77,7 @@ class Watch(threading.Thread):
         self.join(SILENT * PERIOD)
 
     def watch_files(self, sizes: Mapping[str | Path, int]) -> None:
-        """Also end the run if one of the mapped files, given by path and size, becomes shorter. Only the main thread
-        may call it."""
+        """Also end the run if a mapped file, given by path and size, becomes shorter; for the main thread alone."""
         self.lost_pages = LostPages(sizes)
 
     def stop(self) -> None:
@@ -164,8 +163,7 @@ def first_reason(store: dist.Store, reason: str) -> str:
 
 
 def acknowledge(world: World, store: dist.Store) -> None:
-    """Say that this rank knows of the end; rank 0, which keeps the store, stays up to FAREWELL seconds for the others
-    to know too."""
+    """Say that this rank knows of the end; rank 0, which keeps the store, waits up to FAREWELL seconds for others."""
     deadline = time.monotonic() + FAREWELL
     try:
         store.add(ACKNOWLEDGED, 1)

@@ -30,8 +30,7 @@ Thing = TypeVar("Thing")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the complete checkpoint folders under proj_dir, oldest first: by samples seen, because a step's size may
-    have changed."""
+    """List the complete checkpoint folders under proj_dir by samples seen, because a step's size may have changed."""
 
     def seen(checkpoint: Path) -> float:
         try:
@@ -91,8 +90,7 @@ def refusal(error: BaseException | None) -> str:
 
 
 def clear_unsaved(folder: Path) -> None:
-    """Remove the trained tensors and answers of a run that ended before its first checkpoint; without the mark UNSAVED,
-    nothing."""
+    """Remove the trained tensors and answers of a run that is marked as UNSAVED."""
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():

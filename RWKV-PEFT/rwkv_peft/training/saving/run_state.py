@@ -34,6 +34,12 @@ DUE: Mapping[str, Kind] = MappingProxyType(
 )
 
 
+def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
+    """Say what helps if a checkpoint, or only the optimizer's state in it, is of no use."""
+    fresh = ", or add --fresh_optimizer to go on without the optimizer's state" if of_optimizer else ""
+    return f"delete {checkpoint} to resume from an older checkpoint{fresh}"
+
+
 def is_of_deepspeed(checkpoint: Path) -> bool:
     """Tell whether a checkpoint is of an earlier version, which kept DeepSpeed's files."""
     return (checkpoint / DEEPSPEED).is_dir()
@@ -81,10 +87,7 @@ def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer:
             what = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
         else:
             continue
-        raise UserError(
-            f"--resume: {path} {what}; delete {checkpoint} to resume from an older checkpoint"
-            + (", or add --fresh_optimizer to go on without the optimizer's state" if of_optimizer else "")
-        )
+        raise UserError(f"--resume: {path} {what}; {remedy_of(checkpoint, of_optimizer)}")
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -93,8 +96,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint, whatever entries it has. Raises one of UNREADABLE if it is no JSON object or
-    its checksum differs."""
+    """Read the state.json of a checkpoint. Raises one of UNREADABLE if it is no JSON object, or was changed."""
     state = json.loads((checkpoint / STATE).read_text())
     if not isinstance(state, dict):
         raise ValueError(f"it is a {type(state).__name__}, and an object is due")
@@ -105,8 +107,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint. Raises one of UNREADABLE as load_state does, and if an entry of DUE is
-    missing or any entry is of another kind."""
+    """Read and check the state.json of a checkpoint. Raises one of UNREADABLE, also for a missing or wrong entry."""
     state = load_state(checkpoint)
     for name in DUE:
         if name not in state:
@@ -128,8 +129,7 @@ def check(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
 
 
 def is_of(kind: Kind, value: Any) -> bool:
-    """Tell whether a value of JSON is of a kind: int for a count, str, dict, (kind,) for a list, or a function that
-    tells."""
+    """Tell whether a value of JSON is of a kind: int (a count), str, dict, (kind,) for a list, or a function."""
     if isinstance(kind, tuple):
         return isinstance(value, list) and all(is_of(kind[0], item) for item in value)
     if kind is int:
@@ -155,8 +155,7 @@ def are_records(value: object) -> bool:
 
 
 def are_settings(value: object) -> bool:
-    """Tell whether a value is the config of a run; the settings that a resumed run reads must be numbers as a run
-    writes them."""
+    """Tell whether a value is the config of a run, whose settings that are read again are as a run writes them."""
     if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
         return False
     check(train, dict.fromkeys(("lr_init", "lr_final", "weight_decay", "layerwise_lr", "state_lr"), is_rate))

@@ -72,8 +72,7 @@ class Saver:
         self.save_checkpoint(trainer, lit, done)
 
     def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
-        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft
-        none)."""
+        """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
             try:
@@ -83,8 +82,7 @@ class Saver:
         trainer.strategy.barrier()
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
-        """Return {name: tensor} of what the run saves, in the training's dtype: the model, or the adapter and the parts
-        that train along; {} on ranks other than 0."""
+        """Return {name: tensor} of the model, or of the adapter and what trains along; {} on ranks other than 0."""
         whole = self.config.adapter.whole_model
         parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
@@ -92,8 +90,7 @@ class Saver:
             return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
-        """Write the optimizer's state, the trained tensors and state.json to a hidden folder, which gets its name when
-        it is complete."""
+        """Write the optimizer's state, the trained tensors and state.json to a folder, hidden until it is complete."""
         hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
             with self.telling(hidden):
@@ -198,8 +195,7 @@ def trained_names(lit: "Lit") -> list[str]:
 
 
 def grouped_names(lit: "Lit") -> list[list[str]]:
-    """The names of the parameters that train, by optimizer group, in the order of the optimizer's state in a
-    checkpoint that holds it by ranks."""
+    """The names of the parameters that train, by optimizer group, in the order of a state that is kept by ranks."""
     names = {parameter: name for name, parameter in lit.model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
 

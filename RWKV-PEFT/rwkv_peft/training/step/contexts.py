@@ -15,7 +15,7 @@ ROOM = 1 << 30  # bytes of main memory that States may take
 
 def seen_by_teacher(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch that a teacher reads: the same, or if it has teacher_tokens, all that is named teacher_…, such as
-    teacher_cu_seqlens and teacher_counted, where as many tokens count as in the student's."""
+    teacher_cu_seqlens and teacher_counted, in which as many tokens count as in the student's."""
     prefix = "teacher_"
     own = {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
     return own or batch
@@ -29,8 +29,7 @@ class Contexts:
         self.room, self.kept = room, dict[bytes, State]()
 
     def laid(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors that a teacher reads of a batch of rows with contexts behind their States: what the student
-        reads."""
+        """The tensors that a teacher reads of a batch behind its contexts' States: what the student reads."""
         return {f"teacher_{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
 
     def texts(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:

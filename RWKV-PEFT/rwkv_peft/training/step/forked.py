@@ -114,8 +114,7 @@ def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Handed(torch.autograd.Function):
-    """tensor (groups, …), owner (n,) -> (n, …). Backward adds in the same order on every run, unlike that of indexing
-    on several threads."""
+    """tensor (groups, …), owner (n,) -> (n, …). Backward adds in the same order on every run, unlike indexing."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,7 @@ def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
 
 
 def require_own_tokens(teacher: Base, data: Vocabulary | None) -> None:
-    """Raise UserError if a run recorded beside the teacher that its tokens are others than those of the data (None:
-    unknown)."""
+    """Raise UserError if a run recorded beside the teacher that its tokens are others than the data's."""
     own = recorded_beside(teacher.path)
     if own is not None and data is not None and own.hash != data.hash:
         raise UserError(

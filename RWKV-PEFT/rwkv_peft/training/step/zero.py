@@ -1,5 +1,4 @@
-"""What is told of a ZeRO engine: the loss scale of its optimizer, the norm of its gradients, the parameters that it has
-gathered.
+"""Tell of a ZeRO engine its optimizer's loss scale, the norm of its gradients, and what it gathers.
 
 The loss scale is that of --precision fp16. DeepSpeed halves it, and skips the step, if gradients overflow, and doubles
 it later. For a norm DeepSpeed converts each gradient to float64, which on a CPU takes longer than the optimizer's step;
