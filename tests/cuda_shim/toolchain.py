@@ -3,7 +3,8 @@
 import re
 import subprocess
 
-from rwkv_peft.ops.native import gpu
+from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import gpu, kernels
 
 
 def assembler_report(source, nvcc, architecture, folder):
@@ -61,3 +62,13 @@ class RecordingDriver:
 
     def __getattr__(self, name):
         return lambda *arguments: 0
+
+
+def record(family, monkeypatch):
+    """Let a RecordingDriver take what is launched of a CudaFamily's kernels, on stream 7 -> that driver."""
+    recorder = RecordingDriver(family.structure)
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: recorder)
+    module = family.module(b"image")
+    monkeypatch.setattr(family, "kernels", lambda device: module)
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    return recorder
