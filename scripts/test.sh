@@ -2,8 +2,8 @@
 #
 #   sh scripts/test.sh -n 0 -k merge   one at a time, those with "merge" in their names
 #
-# Each computes on one thread: on two cores, threads of two processes would wait for each other. The third computes while
-# another waits for what it started.
+# Each computes on one thread: on two cores, threads of two processes would wait for each other. The third computes
+# while another waits for what it started.
 set -eu
 . "$(dirname "$0")/setup.sh"
 install_tests
