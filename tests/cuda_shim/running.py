@@ -8,6 +8,7 @@ import torch
 
 from cuda_shim import cases as wkv6_cases
 from cuda_shim import shim, wkv7_cases
+from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
@@ -19,9 +20,10 @@ DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
 def built(family):
     """A CudaFamily's kernels on the CPU, whose threads run in ascending order; skips the test without a compiler."""
     try:
-        kernels = shim.build(family)
+        find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
+    kernels = shim.build(family)
     kernels.set_order("ascending")
     return kernels
 
