@@ -73,7 +73,7 @@ def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatc
 
 def test_every_header_counts_for_the_cache(family):
     root = source_directory("cuda")
-    headers = set(gpu.recipe(family.source, "nvcc", "90")[2])
+    headers = set(gpu.recipe(family.source, "nvcc", "90").headers)
     assert headers >= set((root / family.op).glob("*.cuh"))
     for path in (root / family.source, *headers):
         assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
@@ -82,6 +82,6 @@ def test_every_header_counts_for_the_cache(family):
 def test_a_failed_launch_is_an_error(nvcc):
     if torch.cuda.is_available():
         pytest.skip("launches do not fail where there is a GPU")
-    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
+    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         cases.run(library, cases.make_case((1, 4, 1, 64), torch.bfloat16))

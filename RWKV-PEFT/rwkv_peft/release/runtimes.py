@@ -68,7 +68,7 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) ->
         command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"the rwkv package failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         logits: torch.Tensor = torch.load(answer, weights_only=True)
         return logits
 

@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     rows = verify(model, args.tokens, tuple(args.gguf_types))
     print_table(rows)
     if not any(row.broke or row.difference is not None for row in rows):
-        raise UserError("no runtime was asked, for the reasons above; pip install rwkv rwkv-simple xllamacpp gguf")
+        remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
+        raise UserError(f"no runtime was asked, for the reasons above; {remedy}")
     return int(any(row.failed for row in rows))
 
 

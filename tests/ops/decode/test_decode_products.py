@@ -4,14 +4,14 @@ float64 of the matrix that they read."""
 import pytest
 import torch
 import torch.nn.functional as F
-from rwkv_peft.ops.native.errors import BuildError
 
 from cuda_shim import shim, toolchain
 from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
-from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.library import BuildError
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -201,7 +201,7 @@ def test_float16_takes_the_kernels_of_float32(on_shim):
 
 def test_the_driver_is_asked_for_a_block_a_panel(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.DecodeArguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
     monkeypatch.setattr(native_family, "stream", lambda x: 7)

@@ -10,7 +10,7 @@ from torch import Tensor
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
 
-def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def takes(first: Tensor, *others: Tensor | None) -> bool:
     """True if the kernels take these tensors (None: not given): real ones on the CPU, all float32 or all bfloat16."""
     return (
         first.is_cpu
@@ -18,7 +18,7 @@ def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and all([x is None or (x.dtype == first.dtype and x.is_cpu) for x in others])
         and first.numel() > 0
         and not torch.compiler.is_compiling()
-        and type(first) is torch.Tensor  # not a fake one
+        and type(first) is Tensor  # not a fake one
     )
 
 
@@ -30,9 +30,7 @@ def fields(
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-def fill(
-    structure: type[Structure], like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **others: float
-) -> Structure:
+def fill(structure: type[Structure], like: Tensor, tensors: Mapping[str, Tensor | None], **others: float) -> Structure:
     """A structure of `fields` for the dtype of `like`, given tensors by name (None: not given) and the `others`."""
     return structure(
         bfloat16=like.dtype == torch.bfloat16,

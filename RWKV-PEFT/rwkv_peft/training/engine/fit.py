@@ -152,9 +152,12 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+    use = ""
     try:
-        if not write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+        if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+            use = f"; {run.folder / CARD} says how to use it"
+        else:
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
     except UserError as error:  # what it describes is saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}"
