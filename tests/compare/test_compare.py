@@ -20,8 +20,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.lock import alone_in
 from rwkv_peft.plan.rehearsal import count
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.inputs import find_samples
-from rwkv_peft.training.measuring.validate import VALIDATION
+from rwkv_peft.training.inputs import VALIDATION, find_samples
 
 pytestmark = pytest.mark.usefixtures("there")
 

@@ -114,6 +114,13 @@ def test_mistakes_are_named(config, settings, message):
         build_samples(replace(config(ROWS), **settings), 257)
 
 
+def test_a_file_that_will_be_written_is_no_name_on_the_hub(config):
+    """`rwkv-peft study --output out` names out/questions.jsonl before it makes the folder."""
+    sft.refuse_hub_name(replace(config(ROWS), path="absent/questions.jsonl"))
+    with pytest.raises(UserError, match="hf download meta-math/MetaMathQA"):
+        sft.refuse_hub_name(replace(config(ROWS), path="meta-math/MetaMathQA"))
+
+
 def test_a_folder_that_datasets_wrote(config, tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {name: [row[name] for row in ROWS] for name in ("query", "response")}

@@ -1,5 +1,6 @@
 """The page in a real browser: a stranger's way from a file of rows to a chat with the merged model."""
 
+import json
 import re
 import shutil
 
@@ -54,6 +55,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("File or folder of rows", exact=True).fill("missing.jsonl")
     press(page, "Show")
     expect(page.get_by_role("alert")).to_contain_text("missing.jsonl: there is no such file")
+    page.get_by_label("File or folder of rows", exact=True).fill("pairs.jsonl")
+    press(page, "Show")
+    press(page, "Show them as pairs")
+    expect(page.locator("mark").first).to_have_text(" yes<end>", timeout=LONG)
+    page.get_by_label("Rows are", exact=True).select_option("sft")
     press(page, "look for File or folder of rows")
     page.get_by_role("dialog").get_by_text("rows.jsonl").click()
     page.get_by_label("Tokenizer").fill("bytes")
@@ -81,6 +87,12 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(page.locator(".u-legend").first).to_contain_text("val_loss")
     expect(page.locator("td", has_text='{"name":').first).to_be_visible()
     assert (folder / "out/mine/adapter.safetensors").exists()
+    drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
+    (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))
+    page.reload()
+    expect(page.locator("td", has_text="said 1")).to_be_visible()
+    page.get_by_label("step", exact=True).select_option("0")
+    expect(page.locator("td", has_text="said 0")).to_be_visible()
 
     other = open_page(width=390)  # another browser, on a narrow screen
     go(other, "Runs")
@@ -98,6 +110,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     go(page, "Runs")
     page.get_by_role("link", name="out/mine", exact=True).click()
     page.locator("main").get_by_role("link", name="Chat", exact=True).click()
+    page.get_by_label("Weights", exact=True).select_option("int8")
     press(page, "Open")
     message = page.get_by_label("message", exact=True)
     expect(message).to_be_visible(timeout=LONG)
@@ -120,7 +133,7 @@ def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_pag
     page = open_page()
     go(page, "Train")
     fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "long"}
-    for label, value in {**fields, "Epochs": "20", "Rows a step": "8"}.items():
+    for label, value in {**fields, "Epochs": "6", "Rows a step": "8"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")

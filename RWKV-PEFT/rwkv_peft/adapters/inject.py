@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..cli import counted
 from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
-from ..errors import UserError, short
+from ..errors import UserError, some
 from ..names import NONE, STATE
 from .change import Params
 from .layer import AdapterLinear
@@ -237,14 +237,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Pa
     unexpected = [key for key in tensors if key not in places]
     if not tensors or (own and len(missing) == len(own)):
         raise UserError(
-            f"{name} matches nothing in the model: it holds {_some(list(tensors))}, and the model "
-            f"awaits {_some(own)}; check --peft, --bone_mode and which model it was trained on"
+            f"{name} matches nothing in the model: it holds {some(list(tensors)) or 'nothing'}, and the model "
+            f"awaits {some(own) or 'nothing'}; check --peft, --bone_mode and which model it was trained on"
         )
     if missing or unexpected:
         kinds = ((missing, "missing from the file"), (unexpected, "without a place in the model"))
         raise UserError(
             f"{name} does not fit the model: "
-            + "; ".join(f"{len(keys)} tensors {what} ({_some(keys)})" for keys, what in kinds if keys)
+            + "; ".join(f"{len(keys)} tensors {what} ({some(keys)})" for keys, what in kinds if keys)
             + "; use the same --peft, targets and --bone_mode as in its training"
         )
     for key, tensor in tensors.items():
@@ -255,7 +255,3 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Pa
             )
     for key, tensor in tensors.items():
         places[key].copy_(tensor)
-
-
-def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return (", ".join(map(short, keys[:limit])) + (", …" if len(keys) > limit else "")) or "nothing"

@@ -41,11 +41,12 @@ class OptimizerConfig:
     )
     optim: str = setting(
         "adamw",
-        "optimizer. adamw8bit: AdamW with moments of 8 bits, 6 bytes in place of 12 for each number that trains; lion: "
-        "moves each number by the rate, up or down, with one moment (8 bytes), at AdamW's rate or a lower one; muon: "
-        "updates of matrices with all singular values alike, at AdamW's rate or a higher one, AdamW for what is no "
-        "matrix of a block; schedule_free: AdamW that averages its weights, at a rate that stays, for runs whose end "
-        "is open. All but adamw and muon take packages of requirements-optim.txt",
+        "optimizer. adamw: the usual one; adamw8bit: AdamW with moments of 8 bits, 6 bytes in place of 12 for each "
+        "number that trains; lion: moves each number by the rate, up or down, with one moment (8 bytes), at AdamW's "
+        "rate or a lower one; muon: updates of matrices with all singular values alike, 8 bytes for each of their "
+        "numbers, at AdamW's rate or a higher one, AdamW for what is no matrix of a block; schedule_free: AdamW that "
+        "averages its weights, at a rate that stays, for runs whose end is open. All but adamw and muon take packages "
+        "of requirements-optim.txt",
         type=alias((("none", "adamw"), ("schedulefree", SCHEDULE_FREE))),
         choices=("adamw", *OPTIMS),
     )

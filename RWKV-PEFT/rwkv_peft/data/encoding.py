@@ -37,6 +37,7 @@ LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str], Documents]] = Mappi
 # a turn before an answer that has only its speaker's name
 DIGEST = 16  # bytes of a row's
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
+ASIDE = ("context", "passage", "document", "choices", "options", "input")  # fields that often belong to a question
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
 
@@ -50,7 +51,7 @@ class Encoded:
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another empty
     turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and without,
-    if it is asked for.
+    if it is asked for; "unread NAME" for rows with a field that may be missed.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -121,6 +122,7 @@ class Encoder:
                 "--template and --think both set the opening of an answer; write it into the template, as in the "
                 "templates think and no-think"
             )
+        self.told_aside = not settings.template and not settings.fields and self.kind not in ("prompts", "contexts")
         self.layout: Callable[[object, str], Documents]
         if own := LAYOUTS.get(settings.command):
             self.layout = lambda row, think: own(row, settings.fields, think)
@@ -169,6 +171,8 @@ class Encoder:
             result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
             if added and not whole:
                 self._count(self.told(documents), result.counts)
+                if self.told_aside:
+                    result.counts.update(unread(row))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -228,6 +232,12 @@ class Encoder:
             result.sizes.append(length(pieces))
             result.weights.append(1.0)
         return True
+
+
+def unread(row: Any) -> list[str]:
+    """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
+    read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
+    return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]
 
 
 def judged(text: str) -> list[int]:

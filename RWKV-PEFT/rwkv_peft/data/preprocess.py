@@ -170,7 +170,7 @@ def write(
         if totals.bad and not settings.skip_bad_rows:
             raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.documents:
-            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
+            why = "\n".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(

@@ -39,6 +39,11 @@ def laid_out(totals: Encoded) -> list[str]:
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
         )
     for count, what in (
+        *(
+            (number, f"with a field {name.split()[1]!r}, which is not read; preprocess --template lays it out")
+            for name, number in counts.items()
+            if name.startswith("unread ")
+        ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["blank"], "in which a turn before an answer is empty"),

@@ -22,7 +22,7 @@ from .encode_settings import EncodeSettings
 from .prefix import ENDINGS
 from .preprocess import write
 from .report import laid_out, left_out
-from .rows import KINDS
+from .rows import JSON_ENDINGS, KINDS
 
 FORMAT = 7
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -98,7 +98,8 @@ def settings_of(config: DataConfig) -> EncodeSettings:
 def refuse_hub_name(config: DataConfig) -> None:
     """Raise UserError for rows that are named like a data set on Hugging Face's hub, and are not here."""
     path = Path(config.path)
-    if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
+    named = HUB_NAME.fullmatch(config.path) and not config.path.endswith(JSON_ENDINGS)  # of files that will be written
+    if config.of_rows and named and not path.parent.exists():
         raise UserError(
             f"{path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
             f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "

@@ -72,6 +72,11 @@ def segments(row: object, think: str = "") -> list[Segment]:
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
         answer = field(row, "output").strip()
         return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)])
+    if "completion" in row and isinstance(row.get("prompt"), list):
+        before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+        answer = row["completion"]
+        after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        return behind_system(row, chat([*before, *after], think))
     if "prompt" in row and "completion" in row:
         refuse_unplaced(row, LISTS)
         if system_of(row):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..tables import GENERATIONS
@@ -35,9 +35,8 @@ def official_key(key: str) -> str:
     return key
 
 
-def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Family:
-    """The Family of {key: tensor}, recognized by its sign. Raises UserError for other generations and other naming,
-    and says which they are."""
+def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Family:
+    """The Family of {key: tensor}, recognized by its sign. Raises UserError, which says what else it is."""
     if "emb.weight" not in tensors:
         prefixed = next((key for key in tensors if key.endswith(".emb.weight")), None)
         if prefixed:

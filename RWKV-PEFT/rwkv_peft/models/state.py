@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ModelConfig
@@ -37,9 +38,9 @@ class LayerState(NamedTuple):
     values, by generation (Family.rows_are_keys).
     """
 
-    att_shift: torch.Tensor
-    wkv: torch.Tensor
-    ffn_shift: torch.Tensor
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
 
     @staticmethod
     def keys() -> tuple[str, ...]:
@@ -80,11 +81,11 @@ class State(tuple[Any, ...]):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for layer in self for tensor in layer)
 
-    def each(self, function: Callable[[str, torch.Tensor], torch.Tensor]) -> "State":
+    def each(self, function: Callable[[str, Tensor], Tensor]) -> "State":
         """The State of function(a field's name, the field)."""
         return State(layer._make(map(function, layer._fields, layer)) for layer in self)
 
-    def selected(self, rows: torch.Tensor) -> "State":
+    def selected(self, rows: Tensor) -> "State":
         """The State of some sequences, chosen by rows (m,) int64."""
         unfilled = 0
         if hasattr(self[0], "length") and len(rows):
@@ -99,7 +100,7 @@ class State(tuple[Any, ...]):
         """The State of n copies of each of its sequences, side by side."""
         return self.each(lambda name, tensor: tensor.repeat_interleave(n, 0))
 
-    def put(self, rows: torch.Tensor, other: "State") -> "State":
+    def put(self, rows: Tensor, other: "State") -> "State":
         """The State with the sequences of rows (m,) int64 replaced by those of another State; fields that do not grow
         are overwritten."""
         layers = []
@@ -118,7 +119,7 @@ class State(tuple[Any, ...]):
         )
 
 
-def aligned(name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def aligned(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """A field of some states, padded in front to the same number of tokens if it grows; copies then."""
     if name not in GROWING:
         return tensors
@@ -131,7 +132,7 @@ def grows(config: ModelConfig) -> bool:
     return "length" in config.layer_state._fields
 
 
-def extended(before: Any, name: str, new: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+def extended(before: Any, name: str, new: Tensor, lengths: Tensor) -> list[Tensor]:
     """A growing field of each sequence of a packed row: the tokens that a layer's state before it has, if there is one,
     and those of new (T, …), of `lengths` tokens each."""
     parts = list(new.split(lengths.tolist()))
@@ -141,7 +142,7 @@ def extended(before: Any, name: str, new: torch.Tensor, lengths: torch.Tensor) -
     return [torch.cat([past[i, most - size :], parts[i]]) for i, size in enumerate(before.length.tolist())]
 
 
-def grown(before: Any, after: Any, cu_seqlens: torch.Tensor | None) -> Any:
+def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
     """The layer's state after a call, of one whose growing fields have only the tokens of that call, packed as these
     are, and of the state before the call."""
     if not hasattr(after, "length"):
@@ -170,7 +171,7 @@ def wkv_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.n_head, config.head_size, config.head_size
 
 
-def keyed(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+def keyed(state: State) -> Iterator[tuple[str, Tensor]]:
     """(key in a file, tensor) of each field of each layer."""
     return ((f"blocks.{i}.{end}", tensor) for i, layer in enumerate(state) for end, tensor in zip(layer.keys(), layer))
 
@@ -180,22 +181,22 @@ def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {time_state_key(i): wkv_shape(config) for i in range(config.n_layer)}
 
 
-def swapped(tensor: torch.Tensor) -> torch.Tensor:
+def swapped(tensor: Tensor) -> Tensor:
     """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
 
 
-def state_tensors(state: State, rows_are_keys: bool) -> dict[str, torch.Tensor]:
+def state_tensors(state: State, rows_are_keys: bool) -> dict[str, Tensor]:
     """A State of one sequence -> {key: float32 tensor} of a saved session."""
     return {key: turned(key, tensor[0], rows_are_keys).float().cpu().contiguous() for key, tensor in keyed(state)}
 
 
-def turned(key: str, tensor: torch.Tensor, rows_are_keys: bool) -> torch.Tensor:
+def turned(key: str, tensor: Tensor, rows_are_keys: bool) -> Tensor:
     """A field of a state with a file's axes for the model's, and back."""
     return swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
 
 
-def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
+def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
     """State of one sequence from the tensors of a file, each of which must have its place and shape; zeros is the
     model's State before the first token.
 
@@ -231,13 +232,13 @@ def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: b
     return State(layer._replace(**{name: next(rows)[None].contiguous() for name in names}, **length) for layer in zeros)
 
 
-def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def split_time_states(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the tensors of a model's parameters, its time states) of a model's {key: tensor}."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     return {key: tensor for key, tensor in tensors.items() if key not in states}, states
 
 
-def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
+def check_time_states(tensors: Mapping[str, Tensor], name: str | Path) -> None:
     """Raise UserError unless {key: tensor} is one time state (H, N, N) for each layer from 0 on."""
     missing = [key for key in map(time_state_key, range(len(tensors))) if key not in tensors]
     if missing:

@@ -171,8 +171,6 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
     in which RWKV-LM saves.
     """
     tensors = read_any(path)
-    if not tensors:
-        raise UserError(f"{path} holds no tensor; copy it again")
     if all(is_time_state(key) for key in tensors):
         check_time_states(tensors, path)
         return tensors

@@ -68,14 +68,13 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) ->
         command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"the rwkv package failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         logits: torch.Tensor = torch.load(answer, weights_only=True)
         return logits
 
 
 def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask the `rwkv-simple` package, which loads strictly, one token at a time: over several tokens it replaces decays
-    below 0.005 by 0.005."""
+    """Ask `rwkv-simple`, which loads strictly, one token at a time: over several it raises decays to at least 0.005."""
     from rwkv_simple import RWKV
 
     model = RWKV(

@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     rows = verify(model, args.tokens, tuple(args.gguf_types))
     print_table(rows)
     if not any(row.broke or row.difference is not None for row in rows):
-        raise UserError("no runtime was asked, for the reasons above; pip install rwkv rwkv-simple xllamacpp gguf")
+        remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
+        raise UserError(f"no runtime was asked, for the reasons above; {remedy}")
     return int(any(row.failed for row in rows))
 
 
@@ -104,8 +105,7 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
 def ask(
     runtime: Runtime, path: Path, form: str, tokens: torch.Tensor, config: ModelConfig, reference: torch.Tensor
 ) -> Row:
-    """Ask one runtime about the file at path -> its Row. An exception is noted in the row, so that the other runtimes
-    are still asked."""
+    """Ask one runtime about a file -> its Row, which notes an exception, so that the other runtimes are asked."""
     try:
         logits = runtime.logits(path, tokens, config)
         return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")

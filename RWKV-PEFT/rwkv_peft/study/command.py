@@ -19,8 +19,7 @@ from ..generate.loading import Subject
 from ..models.parts import LanguageModel
 from ..names import MODEL
 from ..training.flags.request import Request, parse_run
-from ..training.inputs import find_samples
-from ..training.measuring.validate import VALIDATION
+from ..training.inputs import VALIDATION, find_samples
 from ..training.model import adapt, build_model, own_device, resolve_accelerator
 from ..training.run import check, run, silent
 from ..training.step.teacher import make_teacher

@@ -19,7 +19,6 @@ from ..files.base import Base
 from ..names import METRICS
 from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
-from .measuring.validate import RETAINED, VALIDATION
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
@@ -27,6 +26,8 @@ from .saving.run_state import require_files
 from .step.plan import Plan
 from .step.stored import StoredTeacher
 from .step.teacher import require_own_tokens
+
+VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 @dataclass(frozen=True)

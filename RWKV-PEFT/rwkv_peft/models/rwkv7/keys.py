@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import UserError
@@ -43,7 +43,7 @@ class RWKV7Config(ModelConfig):
     layer_state: ClassVar[Any] = LayerState
 
 
-def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
+def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7Config:
     """RWKV7Config of {key: tensor}; see Family.dimensions."""
     other = next((name for part, name in VARIANTS if any(part in key for key in tensors)), None)
     if other is not None:
@@ -71,7 +71,7 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
     )
 
 
-def _has_first_value(tensors: Mapping[str, torch.Tensor]) -> bool:
+def _has_first_value(tensors: Mapping[str, Tensor]) -> bool:
     return "blocks.0.att.v0" in tensors
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from ..rwkv7a import keys
 from ..rwkv7a.keys import RWKV7aConfig
@@ -24,15 +24,15 @@ class DeepState(NamedTuple):
     ones.
     """
 
-    att_shift: torch.Tensor
-    wkv: torch.Tensor
-    ffn_shift: torch.Tensor
-    q_shift: torch.Tensor
-    k_shift: torch.Tensor
-    v_shift: torch.Tensor
-    past_keys: torch.Tensor
-    past_values: torch.Tensor
-    length: torch.Tensor
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
+    q_shift: Tensor
+    k_shift: Tensor
+    v_shift: Tensor
+    past_keys: Tensor
+    past_values: Tensor
+    length: Tensor
 
     @staticmethod
     def keys() -> tuple[str, ...]:
@@ -62,7 +62,7 @@ class RWKV7bConfig(RWKV7aConfig):
     layer_state = DeepState
 
 
-def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7bConfig:
+def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7bConfig:
     """RWKV7bConfig of {key: tensor}; see Family.dimensions."""
     own = {name: tensors[f"blocks.0.qkv.{name}"].shape for name in ("qq.weight", "k1", "v1", "x_q")}
     return RWKV7bConfig(

@@ -8,7 +8,7 @@ B batch, T time, C channels, D attention_size.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.mix import last_token, lerp
@@ -38,13 +38,8 @@ class Attention(nn.Module):
         self.lnq, self.lnk, self.lnv = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(C)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        embedded: torch.Tensor,
-        tokens: torch.Tensor,
-        before: DeepState | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        self, x: Tensor, embedded: Tensor, tokens: Tensor, before: DeepState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x, embedded (B, T, C), tokens (B, T) -> (B, T, C), and the fields of the state from q_shift on, of these
         tokens alone."""
         q = self.qq(x)
@@ -61,9 +56,7 @@ class Attention(nn.Module):
         return look_back(q, k, v, before, cu_seqlens), (*shifts, k, v, length)
 
 
-def look_back(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: DeepState | None, cu_seqlens: torch.Tensor | None
-) -> torch.Tensor:
+def look_back(q: Tensor, k: Tensor, v: Tensor, before: DeepState | None, cu_seqlens: Tensor | None) -> Tensor:
     """Let each token look at its sequence so far, which begins with the tokens of the state before: q (B, T, D),
     k (B, T, D), v (B, T, C) -> (B, T, C)."""
     if cu_seqlens is not None:
@@ -77,7 +70,7 @@ def look_back(
     return attend(q, torch.cat([before.past_keys, k], 1), torch.cat([before.past_values, v], 1), unfilled)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, unfilled: torch.Tensor | None = None) -> torch.Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, unfilled: Tensor | None = None) -> Tensor:
     """Let the last T tokens look at themselves and all before them: q (B, T, D), k (B, S, D), v (B, S, C) -> (B, T, C);
     the first places of a sequence may be unfilled (B,). Backward computes scores again instead of keeping T x S."""
     past, bands = k.shape[1] - q.shape[1], []
@@ -92,7 +85,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, unfilled: torch.Te
     return torch.cat(bands, 1)
 
 
-def band(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, unfilled: torch.Tensor | None) -> torch.Tensor:
+def band(q: Tensor, k: Tensor, v: Tensor, unfilled: Tensor | None) -> Tensor:
     """attend for a few tokens at once."""
     products = q @ k.mT
     scores = CAP * torch.tanh(products.to(torch.promote_types(products.dtype, torch.float32)) / SCALE)  # (B, T, S)
@@ -112,13 +105,13 @@ class Block(rwkv7a.Block):
 
     def forward(  # type: ignore[override]
         self,
-        x: torch.Tensor,
-        v_first: torch.Tensor | None,
-        embedded: torch.Tensor | None,
+        x: Tensor,
+        v_first: Tensor | None,
+        embedded: Tensor | None,
         state: DeepState | None,
-        cu_seqlens: torch.Tensor | None,
-        tokens: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DeepState]:
+        cu_seqlens: Tensor | None,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, DeepState]:
         """As RWKV-7a's; the state that comes back has the keys and values of these tokens alone."""
         att_shift, wkv, ffn_shift = (None,) * 3 if state is None else state[:3]
         if embedded is None:

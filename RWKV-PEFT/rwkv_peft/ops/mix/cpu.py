@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
+from torch import Tensor
 
 from ..native.arguments import fields, fill
 from ..native.cpu import CpuFamily
@@ -36,7 +36,7 @@ FUNCTIONS = tuple(
 FAMILY = CpuFamily("mix", FUNCTIONS)
 
 
-def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: float) -> None:
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], **sizes: float) -> None:
     """Run an operation, such as "relu_square_forward", given tensors by name (None: not given) and the rest of its
     structure. Does nothing for tensors without data."""
     if like.is_meta:

@@ -18,8 +18,7 @@ BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a su
 
 
 class Lerp(Function):
-    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None
-    -> m times (B, T, C)."""
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
 
     @staticmethod
     def forward(
@@ -80,11 +79,11 @@ def has_product_inside(
     )
 
 
-def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
-    """The number of channels of x (…, C) in one block, a multiple of `step`: few enough that the blocks fill a GPU, and
+def group_size(x: Tensor) -> int:
+    """The number of channels of x (…, C) in one block, a multiple of LOW_CHANNELS: few enough to fill a GPU, and
     no fewer, because each block adds a part to the sums over channels."""
     tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
-    groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
+    groups, step = min(MOST_GROUPS, -(-BLOCKS // tiles)), cuda.LOW_CHANNELS
     return -(-channels // (groups * step)) * step
 
 

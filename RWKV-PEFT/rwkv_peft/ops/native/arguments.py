@@ -2,15 +2,16 @@
 
 import ctypes
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
+Given = TypeVar("Given", bound=Tensor | None)
 
 
-def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def takes(first: Tensor, *others: Tensor | None) -> bool:
     """True if the kernels take these tensors (None: not given): real ones on the CPU, all float32 or all bfloat16."""
     return (
         first.is_cpu
@@ -18,21 +19,19 @@ def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and all([x is None or (x.dtype == first.dtype and x.is_cpu) for x in others])
         and first.numel() > 0
         and not torch.compiler.is_compiling()
-        and type(first) is torch.Tensor  # not a fake one
+        and type(first) is Tensor  # not a fake one
     )
 
 
 def fields(
     pointers: str, sizes: str, numbers: str = "", flags: str = "bfloat16 threads"
 ) -> list[tuple[str, type[ctypes._SimpleCData]]]:
-    """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
+    """The fields of a structure: names of pointers, of 64-bit sizes, of float32 numbers and of ints."""
     kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-def fill(
-    structure: type[Structure], like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **others: float
-) -> Structure:
+def fill(structure: type[Structure], like: Tensor, tensors: Mapping[str, Tensor | None], **others: float) -> Structure:
     """A structure of `fields` for the dtype of `like`, given tensors by name (None: not given) and the `others`."""
     return structure(
         bfloat16=like.dtype == torch.bfloat16,
@@ -42,14 +41,6 @@ def fill(
     )
 
 
-@overload
-def aligned(x: Tensor) -> Tensor: ...
-
-
-@overload
-def aligned(x: None) -> None: ...
-
-
-def aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Given) -> Given:
     """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+    return x if x is None or x.data_ptr() % 16 == 0 else cast(Given, x.clone())

@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import gpu
 from .kernels import Block, Kernels, Library, Module
@@ -27,7 +29,7 @@ class CudaFamily:
         structure: type[ctypes.Structure],
         trial: Callable[[Kernels, int], None],
     ) -> None:
-        self.op, self.source, self._trial = op, source, trial
+        self.op, self.source, self.structure, self._trial = op, source, structure, trial
         self.library: Callable[[str | Path], Kernels] = functools.partial(Library, names, structure)
         self.module: Callable[[bytes], Kernels] = functools.partial(Module, names)
 
@@ -58,7 +60,7 @@ class CudaFamily:
             return str(error)
         return None
 
-    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (None: not given): real ones on one GPU, all float32 or all bfloat16.
         Tensors without data, with which a GPU's memory is planned, are taken like a GPU's."""
         if (
@@ -66,7 +68,7 @@ class CudaFamily:
             or first.numel() == 0
             or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
             or torch.compiler.is_compiling()
-            or type(first) is not torch.Tensor  # a fake one
+            or type(first) is not Tensor  # a fake one
         ):
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
@@ -74,16 +76,19 @@ class CudaFamily:
     def run(
         self,
         name: str,
-        arguments: ctypes.Structure,
-        like: torch.Tensor,
+        like: Tensor,
+        given: Mapping[str, Any],
         blocks: int,
         block: Block | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). kernels:
-        those to take in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
+        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). given: the
+        structure's fields by name: tensors, whose addresses they are (None: null), and numbers. kernels: those to take
+        in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
         if like.is_meta or not blocks:
             return
+        values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
+        arguments = self.structure(**values, device=like.device.index or 0)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             built = self.kernels(like.device.index) if kernels is None else kernels
             status = built.run(name, arguments, blocks, block, stream(like))
@@ -91,6 +96,6 @@ class CudaFamily:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 
 
-def stream(x: torch.Tensor) -> int | None:
+def stream(x: Tensor) -> int | None:
     """torch's current stream on the tensor's GPU; None on the CPU, where the tests run kernels."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

@@ -92,16 +92,12 @@ def draw(
                 texts[step.number].finish(step.end)
                 moved("the answers")
     model.train(trains)
-    found = []
-    for number, prompt in prompts.items():
-        keys = range(number * times, (number + 1) * times)
-        found.append([drawn(prompt, texts[key], measured[key]) for key in keys])
-    return found
-
-
-def drawn(prompt: list[int], answer: Continuation, measured: list[tuple[float, float]]) -> Drawn:
-    logprobs, entropies = map(list, zip(*measured))
-    return Drawn(prompt, answer.tokens, logprobs, entropies, answer.text, answer.end)
+    found: dict[int, list[Drawn]] = {number: [] for number in prompts}
+    for key, answer in texts.items():
+        logprobs, entropies = map(list, zip(*measured[key]))
+        number = key // times
+        found[number].append(Drawn(prompts[number], answer.tokens, logprobs, entropies, answer.text, answer.end))
+    return list(found.values())
 
 
 def packed(answers: Sequence[Drawn]) -> dict[str, torch.Tensor]:

@@ -15,10 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...config import RunConfig
 from ...data.answer_samples import PromptSamples
-from ...data.recorded import find_tokenizer
-from ...data.samples import Samples
 from ...models.parts import LanguageModel
 from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
@@ -268,22 +265,3 @@ def over_ranks(number: float, device: torch.device) -> float:
     total = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
-
-
-def drawing_of(
-    config: RunConfig,
-    samples: Samples,
-    rewards: Rewards | None,
-    teacher: nn.Module | None,
-    ranks: int,
-    end: int,
-    moved: Callable[[str], object],
-) -> Drawing:
-    """Make the Drawing of a run on so many ranks, which ends before sample `end`."""
-    objective, data = config.objective, config.data
-    assert isinstance(objective, Draws)  # because others do not take prompts
-    tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
-    manner = Manner.of(config, objective, tokenizer)
-    apart, accumulate = data.micro_bsz * ranks, config.train.accumulate_grad_batches
-    place = Place(data.micro_bsz, apart, accumulate, end // objective.together)
-    return Drawing(objective, manner, rewards, teacher, data.num_generations, place, moved)

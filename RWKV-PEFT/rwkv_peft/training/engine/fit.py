@@ -23,8 +23,8 @@ from ...memory import keep_freed_memory
 from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
+from ..inputs import VALIDATION
 from ..measuring.learned import by_source, fall_of, nothing_learned
-from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -114,8 +114,7 @@ def record(run: Prepared) -> None:
 
 def stopped(run: Prepared, lit: "Lit") -> int:
     """The exit code of a run that ends before its last step because a rank was asked to stop, else 0."""
-    exhausted = run.validator is not None and run.validator.exhausted
-    early = lit.stopping and lit.step < run.plan.total_steps and not exhausted
+    early = lit.stopping and lit.step < run.plan.total_steps and not run.exhausted
     return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
 
 
@@ -150,12 +149,15 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     if run.validator is not None and VALIDATION in run.validator.measured:
         figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
         told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
-        if run.validator.exhausted:
+        if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+    use = ""
     try:
-        if not write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+        if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+            use = f"; {run.folder / CARD} says how to use it"
+        else:
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
     except UserError as error:  # what it describes is saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}"

@@ -45,8 +45,7 @@ class Prepared:
         self.folder, train, anew = inputs.folder, config.train, inputs.state is None
         self.validator = None
         if inputs.measured:
-            micro_bsz, lowest = config.data.micro_bsz, inputs.lowest
-            self.validator = Validator(inputs.measured, micro_bsz, train, plan, self.saver, watch, lowest, anew)
+            self.validator = Validator(inputs, self.saver, watch)
         exams = asked.exams.items()
         self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan, watch) for name, exam in exams]
         if config.data.of_prompts:
@@ -56,3 +55,12 @@ class Prepared:
             self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch, train.compile, anew)
         # its optimizer's state may belong to other ranks
         self.checkpoint = None if train.fresh_optimizer else inputs.checkpoint
+
+    @property
+    def exhausted(self) -> bool:
+        """Tell whether --early_stop ends the run."""
+        return self.validator is not None and self.validator.exhausted
+
+    def ends(self, done: int) -> bool:
+        """Tell whether the run is over after `done` steps."""
+        return done == self.plan.total_steps or self.exhausted

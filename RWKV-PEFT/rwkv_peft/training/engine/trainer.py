@@ -29,13 +29,16 @@ from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
 from ...config import RunConfig
 from ...data.batches import TrainBatch, TrainBatches
+from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...errors import UserError
 from ...models import family_named
 from ...models.state import TIME_STATE
 from ...names import STATE
+from ...objectives.draws import Draws
 from ...objectives.next_token import NextToken
-from ..drawing.drawn import drawing_of
+from ..drawing.answers import Manner
+from ..drawing.drawn import Drawing, Place
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
 from ..step.graphs import Graphed, recorded_forms
@@ -45,7 +48,6 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from ..step.zero import live_parameters
 from .callbacks import BaseGuard, FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
@@ -54,12 +56,21 @@ from .strategy import make_strategy
 def step_of(run: Prepared) -> Step:
     """Choose the Step of a run."""
     if run.config.data.of_prompts:
-        teacher = None if run.teacher is None else run.teacher.model
-        end = run.plan.total_steps * run.plan.step_samples
-        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, end, run.watch.moved)
+        return drawn_step(run)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
     return given_step(run.config, run.samples, run.accelerator, run.teacher, run.inputs.stored)
+
+
+def drawn_step(run: Prepared) -> Step:
+    """Choose the Step of a run whose model answers prompts itself."""
+    config, objective, data = run.config, run.config.objective, run.config.data
+    assert isinstance(objective, Draws)  # because others do not take prompts
+    manner = Manner.of(config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary))
+    apart, end = data.micro_bsz * run.ranks.world.size, run.plan.total_steps * run.plan.step_samples
+    place = Place(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
+    teacher = None if run.teacher is None else run.teacher.model
+    return Drawing(objective, manner, run.rewards, teacher, data.num_generations, place, run.watch.moved)
 
 
 def shared_step(run: Prepared) -> Step:
@@ -133,13 +144,13 @@ def make_lit(run: Prepared) -> Lit:
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:
-    train, micro_bsz, live = run.config.train, run.config.data.micro_bsz, live_parameters(run.model)
+    train = run.config.train
     accumulate = train.accumulate_grad_batches
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=train.devices,
         num_nodes=train.num_nodes,
-        strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
+        strategy=make_strategy(run),
         precision={"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,
@@ -156,8 +167,8 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
             *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
-            Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
-            Save(run.saver, run.plan, train, run.checkpoint, run.validator, run.config.objective.together),
+            Record(run),
+            Save(run),
             StopSignals(say),
         ],
     )

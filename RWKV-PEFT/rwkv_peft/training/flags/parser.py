@@ -112,7 +112,7 @@ def build_parser() -> Parser:
         help="0: samples come in the order of the file, in every epoch",
     )
     minimized = parser.add_argument_group("objective")
-    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    texts = "; ".join(f"{name}: {each.text} (rows: {', '.join(each.rows)})" for name, each in OBJECTIVES.items())
     minimized.add_argument(
         "--objective",
         choices=tuple(OBJECTIVES),

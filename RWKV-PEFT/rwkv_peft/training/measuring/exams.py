@@ -10,10 +10,9 @@ from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
 from ...evals.exam import Exam, RowsExam, rows_of
 from ...evals.harness_exam import HarnessExam
-from ..inputs import Inputs
+from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions
-from .validate import VALIDATION
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once

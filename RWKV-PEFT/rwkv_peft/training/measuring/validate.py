@@ -2,29 +2,24 @@
 of what should be retained."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ...config import TrainConfig
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
+from ..inputs import RETAINED, VALIDATION, Inputs
 from ..ranks.watch import Watch
-from ..saving.history import Lowest
 from ..saving.partitions import averaged
 from ..saving.products import BEST
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
-from ..step.plan import Plan
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
-
-
-VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 class Validator:
@@ -33,23 +28,14 @@ class Validator:
 
     A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
     row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/ranks/watch.py)
-    hears of every batch; `lowest` is that of the run so far, `anew` tells a run that begins from one that goes on.
+    hears of every batch.
     """
 
-    def __init__(
-        self,
-        measured: Mapping[str, Samples],
-        micro_bsz: int,
-        train: TrainConfig,
-        plan: Plan,
-        saver: Saver,
-        watch: Watch,
-        lowest: Lowest,
-        anew: bool,
-    ) -> None:
-        self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
-        self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest, self.anew, self.train_config = plan, lowest, anew, train
+    def __init__(self, inputs: Inputs, saver: Saver, watch: Watch) -> None:
+        self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
+        self.saver, self.watch, train = saver, watch, inputs.config.train
+        self.micro_bsz, self.train_config = inputs.config.data.micro_bsz, train
+        self.every, self.patience = train.val_every or inputs.plan.epoch_steps, train.early_stop
 
     @property
     def exhausted(self) -> bool:
