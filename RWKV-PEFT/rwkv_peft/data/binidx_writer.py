@@ -14,8 +14,7 @@ from .token_files import TokenFiles, name_set, synced
 
 
 class BinidxWriter(TokenFiles):
-    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, PREFIX.weights, and PREFIX.json if its text is given as
-    `record`; a context manager.
+    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, and PREFIX.weights; a context manager.
 
     The files appear, whole, when the block ends without an exception, the index last. Until then they are hidden
     temporary files in the same folder, which are removed if the block fails, or by the next writer there if the process
@@ -25,23 +24,17 @@ class BinidxWriter(TokenFiles):
 
     files: dict[str, BinaryIO]
 
-    def __init__(
-        self, path: str | Path, vocab_size: int = 65536, mask: bool = False, record: str | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, vocab_size: int = 65536, mask: bool = False) -> None:
         super().__init__(vocab_size, mask)
-        self.prefix, self.record = binidx_prefix(path), record
+        self.prefix = binidx_prefix(path)
 
     def __enter__(self) -> "BinidxWriter":
-        wanted = {".bin": True, ".weights": True, ".mask": self.with_mask}
-        wanted |= {".json": self.record is not None, ".idx": True}
-        endings = [end for end, is_wanted in wanted.items() if is_wanted]
+        endings = (".bin", ".weights", *((".mask",) if self.with_mask else ()), ".idx")
         with ExitStack() as stack:
             # the first temporary file makes the folder
             names = {end: stack.enter_context(temporary_beside(Path(self.prefix + end))) for end in endings}
             stack.enter_context(alone(self.prefix))
             self.files = {end: stack.enter_context(open(name, "wb")) for end, name in names.items()}
-            if self.record is not None:
-                self.files[".json"].write(self.record.encode())
             self._stack = stack.pop_all()
         return self
 
