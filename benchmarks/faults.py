@@ -81,12 +81,12 @@ def try_mutants(count, seed, folder):
     """(number of mutants of tests/fuzz that were tried, (seconds, name) of the slowest, the faults)."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
-    from fuzz import specimens
+    from fuzz import specimens, whole
     from fuzz.test_broken_files import broken
 
     with contextlib.redirect_stdout(io.StringIO()):
         sizes = dict(n_layer=1, n_embd=16, dim_ffn=16, head_size=8, vocab_size=257, maa_rank=2, decay_rank=2)
-        specimens.write_all(folder, conftest.make_tiny_state(**sizes))
+        whole.write_all(folder, conftest.make_tiny_state(**sizes))
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}

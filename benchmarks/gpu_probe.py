@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import gpu_ops
 import recurrences
 import torch
 
+from rwkv_peft.ops import decode
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cuda as decode_cuda
@@ -206,6 +208,11 @@ def kernels():
     for shape in SHAPES:
         tensors, gy, further = keys_inputs(*shape)
         time_directions("wkv7 with keys", wkv7_cuda.WITH_KEYS, tensors, gy, bandwidth, **further)
+    head = torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16)  # larger than any cache
+    for bits in decode.BITS:
+        blocks = decode.quantize(head, bits)
+        runs = {f"{n} rows": (partial(decode.product, head[:n], blocks), blocks.nbytes) for n in (1, 4, 16)}
+        time_runs(f"blocks of {bits} bits,", runs, head, bandwidth)
 
 
 def keys_inputs(B, T, H):

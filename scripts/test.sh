@@ -1,10 +1,11 @@
-# Sets up what the tests need, and runs them, two at a time: sh scripts/test.sh [pytest arguments]
+# Sets up what the tests need, and runs them, three at a time: sh scripts/test.sh [pytest arguments]
 #
 #   sh scripts/test.sh -n 0 -k merge   one at a time, those with "merge" in their names
 #
-# Each computes on one thread: on two cores, threads of two processes would wait for each other.
+# Each computes on one thread: on two cores, threads of two processes would wait for each other. The third computes
+# while another waits for what it started.
 set -eu
 . "$(dirname "$0")/setup.sh"
 install_tests
 cd "$root"
-exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n 2 --dist worksteal "$@"
+exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n 3 --dist worksteal "$@"

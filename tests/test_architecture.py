@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import rwkv_peft
+from parts import PARTS
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
@@ -27,72 +28,7 @@ HEAVY = (
     *"wandb trackio swanlab tensorboard accelerate".split(),
     *"trl lm_eval fastapi starlette uvicorn pydantic lion_pytorch schedulefree".split(),
 )
-BASE = "children config errors streams refusals rules cli names tables memory installing gpus recording".split()
-FLAGS = ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags")
 HEAVY_PARTS = (("hf",), ("serve",), ("ui",))  # of which only their flags are read without their packages
-# (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
-# module stands for what is below it, unless that is named itself.
-PARTS = (
-    ("base", ("", *BASE), ()),
-    ("flags", FLAGS, ("base",)),
-    ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
-    ("ops", ("ops",), ("native",)),
-    ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
-    ("models", ("models",), ("base", "ops")),
-    ("adapters", ("adapters",), ("base", "ops")),
-    ("fused", ("fused",), ("models", "adapters")),  # where these two meet; neither knows it, nor the other
-    ("containers", ("files",), ("flags",)),
-    ("bases", ("files/base",), ("containers", "models", "adapters")),
-    (
-        "adapter files",
-        (
-            *("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
-            "files/lightning_folder",
-        ),
-        ("bases", "containers", "models", "adapters"),
-    ),
-    ("data", ("data",), ("containers",)),
-    ("merge", ("release",), ("bases", "adapter files")),
-    (
-        "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
-        ("bases", "adapter files", "data"),
-    ),
-    ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),
-    ("generate", ("generate",), ("merge", "data")),
-    ("gate", ("serve/guard", "serve/refused"), ("base",)),  # of any server
-    ("serve", ("serve",), ("generate", "gate")),
-    ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
-    ("evals", ("evals",), ("generate",)),
-    ("rewards", ("rewards",), ("evals",)),
-    ("hf", ("hf",), ("generate", "convert")),
-    ("plots", ("plots", "comparison"), ("containers", "objectives")),
-    ("inspect", ("release/contents", "release/heat", "release/card", "release/push"), ("convert", "merge", "plots")),
-    ("doctor", ("doctor",), ("models", "containers", "inspect")),
-    ("optimizers", ("training/optimizers",), ("base",)),
-    (
-        "step",
-        ("training/step",),
-        ("optimizers", "bases", "adapter files", "data", "plots", "merge", "fused", "objectives"),
-    ),
-    ("saving", ("training/saving",), ("step",)),
-    ("train flags", ("training/flags",), ("saving",)),
-    ("ranks", ("training/ranks",), ("train flags",)),
-    ("measuring", ("training/measuring", "training/inputs"), ("ranks",)),
-    ("drawing", ("training/drawing",), ("step", "generate", "rewards")),
-    ("engine", ("training/engine",), ("measuring", "drawing", "inspect")),
-    ("training", ("training",), ("engine",)),
-    (
-        "run",
-        ("training/run", "training/measuring/exams", "training/rank"),
-        ("training", "evals", "rewards"),
-    ),  # they give the run what it asks
-    ("plan", ("plan",), ("training",)),
-    ("page", ("ui",), ("train flags", "data", "gate")),  # it starts the commands that compute
-    ("compare", ("compare",), ("run",)),
-    ("study", ("study",), ("run",)),
-    ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
-)
 
 
 @functools.cache
@@ -274,6 +210,17 @@ def test_nothing_mutable_is_global():
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, (ast.Dict, ast.List, ast.Set)):
                 names = [ast.unparse(target) for target in getattr(node, "targets", [getattr(node, "target", None)])]
                 assert names == ["__all__"], f"{path}, line {node.lineno}: {names} is mutable; use a tuple"
+
+
+MOST_LINES = 300
+
+
+def test_no_file_is_long():
+    for folder in ("RWKV-PEFT/rwkv_peft", "tests", "benchmarks", "demo", "cpu", "cuda", "scripts"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".sh"):
+                count = path.read_text(encoding="utf-8").count("\n")
+                assert count <= MOST_LINES, f"{path} has {count} lines; one file, one idea"
 
 
 MOST_ARGUMENTS = 8

@@ -40,6 +40,7 @@ ALLOWED = {
     ("training/step/segments.py", "end_of", "nonzero"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "tolist"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "new_tensor"): "of a batch on the CPU",
+    ("models/state.py", "extended", "tolist"): "of packed rows alone, which prompts are",
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
     ("ops/recurrence/checks.py", "check_bounds", "tolist"): "of what nobody has vouched for",

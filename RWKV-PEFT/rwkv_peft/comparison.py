@@ -91,8 +91,7 @@ def places(run: Run, by_tokens: bool) -> dict[int, float]:
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
-    """Draw the panels that some run has values for; smoothed with `weight` (0: as they are); output's ending names the
-    format."""
+    """Draw the panels that some run has values for, smoothed by `weight` (0: not); output's ending names the format."""
     panels = [panel for panel in PANELS if any(series(run.records, panel.name)[1] for run in runs)] or [PANELS[0]]
     unit = " or ".join(sorted({unit_of(run.records) for run in runs}))
     rows = 1 + -(-(len(panels) - 1) // 2)

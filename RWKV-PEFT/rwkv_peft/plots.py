@@ -107,8 +107,7 @@ def is_place(value: object) -> bool:
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> Series:
-    """([step], [value]) of the records that hold a number under `name`. Steps are counted from 1, as people read them;
-    a record counts from 0."""
+    """([step], [value]) of the records that hold a number under `name`; steps are counted from 1, in records from 0."""
     pairs = [(record["step"] + 1, record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
 

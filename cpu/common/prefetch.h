@@ -16,6 +16,20 @@ INLINE void fetch_to_write(const E* row, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(E)) __builtin_prefetch(row + i, 1, 2);
 }
 
+// Memory that comes next, fetched in even portions while a loop takes `steps` steps over what comes now.
+class Stream {
+  public:
+    Stream(const void* from, int64_t bytes, int64_t steps)
+        : next_(static_cast<const char*>(from)), lines_((bytes / 64 + steps - 1) / steps) {}
+    INLINE void step() {
+        for (int64_t line = 0; line < lines_; line++, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    }
+
+  private:
+    const char* next_;
+    int64_t lines_;
+};
+
 // Rows of memory that will be needed soon, brought into the second-level cache a few at a time while a pass computes: a
 // head's rows lie too far apart for the processor to foresee them, and the first cache is the pass's.
 class Ahead {

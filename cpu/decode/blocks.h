@@ -1,39 +1,39 @@
 // y = x Wᵀ for a few rows x and a matrix W (out, in) of blocks: 32 weights along a row share a scale and are integers
-// of 8 or 4 bits.
+// of 8 or 4 bits, kept without a sign: 128 or 8 more than they are.
 //
 // Rows of W stand in panels of 16, a lane each, so that sums need no moves between lanes. A panel's block of 32 columns
-// is `bits` words of 32 bits for each row. A word's two halves hold the even and the odd columns of the word's span,
-// from the lowest bits on, so that a shift or two make of a word two 16-bit integers of adjacent columns. They meet two
-// 16-bit integers of x, which share a scale by blocks of 32 too: what that rounds away is far below what rounding the
-// weights does. The integers' sums over a block are exact.
+// is `bits` words of 32 bits for each row. Of 8 bits, byte c of word j is column 8 c + j; of 4 bits, its low half is
+// that, and its high half column 8 c + 4 + j, so that a mask, or a shift and a mask, leaves four columns in bytes. They
+// meet four integers of x, of 16 bits, which share a scale by blocks of 32 too: what that rounds away is far below what
+// rounding the weights does. Sums over a block are exact; what the weights have too much is taken from each at once.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
+#include "common/prefetch.h"
 #include "common/scratch.h"
+#include "common/shuffles.h"
 #include "common/threads.h"
-#include "common/vectors.h"
 
 namespace {
 
-typedef int16_t VecShort __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
 constexpr int64_t kBlock = 32, kPanel = 16;
-constexpr int kPairs = kBlock / 2;
+constexpr int kWords = kBlock / 4;
+constexpr int kTogether = 4;  // rows of x that are computed together
 #if defined(__AVX512F__)
-constexpr int kMostRows = 8;  // rows of x whose sums fit the registers
+constexpr int kPanels = 2;  // panels that meet them at once: as many sums as fit the registers
 #else
-constexpr int kMostRows = 4;
+constexpr int kPanels = 1;
 #endif
 
+#if !defined(__AVX512VNNI__)
 // sum + a0 b0 + a1 b1 in each lane, which holds two 16-bit integers.
 INLINE VecInt add_pairs(VecInt sum, VecInt a, VecInt b) {
-#if defined(__AVX512VNNI__)
-    return (VecInt)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
     return sum + (VecInt)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return sum + (VecInt)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -43,36 +43,83 @@ INLINE VecInt add_pairs(VecInt sum, VecInt a, VecInt b) {
     return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+#endif
 
-// Rows of x as integers times a scale for each block.
-struct Points {
-    int16_t* integers;  // (rows, in)
-    float* scales;      // (rows, in / 32)
+// Sums of products of four weights, bytes in each lane, with four integers of x, which two words hold: the integers'
+// upper and lower bytes if the processor multiplies bytes, else those of even and of odd bytes.
+struct Sums {
+    VecInt first, second;
+#if defined(__AVX512VNNI__)
+    INLINE void add(VecInt weights, int32_t upper, int32_t lower) {
+        first = (VecInt)_mm512_dpbusd_epi32((__m512i)first, (__m512i)weights, _mm512_set1_epi32(upper));
+        second = (VecInt)_mm512_dpbusd_epi32((__m512i)second, (__m512i)weights, _mm512_set1_epi32(lower));
+    }
+    INLINE VecInt total() const { return (first << 8) + second; }
+    static void split(const int32_t* x, int32_t* words) {
+        for (int j = 0; j < kWords; j++) {
+            int32_t upper = 0, lower = 0;
+            for (int c = 0; c < 4; c++) {
+                const int32_t value = x[kWords * c + j];
+                upper |= ((value + 128) >> 8 & 255) << 8 * c;
+                lower |= (value & 255) << 8 * c;
+            }
+            words[j] = upper, words[kWords + j] = lower;
+        }
+    }
+#else
+    INLINE void add(VecInt weights, int32_t even, int32_t odd) {
+        first = add_pairs(first, weights & 0xff00ff, even - VecInt{});
+        second = add_pairs(second, (weights >> 8) & 0xff00ff, odd - VecInt{});
+    }
+    INLINE VecInt total() const { return first + second; }
+    static void split(const int32_t* x, int32_t* words) {
+        for (int j = 0; j < 2 * kWords; j++) words[j] = (x[j] & 0xffff) | x[2 * kWords + j] << 16;
+    }
+#endif
 };
 
-template <class E>
-void round_points(const E* x, Points points, int64_t rows, int64_t in) {
-    for (int64_t b = 0; b < rows * in / kBlock; b++) {
-        const E* block = x + b * kBlock;
-        Vec most = zero(), invalid = zero();
-    UNROLL for (int i = 0; i < kBlock; i += kLanes) {
-            const Vec value = load(block + i), size = value < 0.0f ? -value : value;
+INLINE float largest_lane(Vec x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    Quad most = load_quad(lanes);
+    UNROLL for (int q = 4; q < kLanes; q += 4) {
+        const Quad next = load_quad(lanes + q);
+        most = next > most ? next : most;
+    }
+    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+}
+
+// A block of a row of x: integers times a scale.
+struct Point {
+    int32_t words[2 * kWords];
+    int32_t excess;  // what the weights have too much times the integers, negative
+    float scale;
+
+    template <class E>
+    void round(const E* x, int bits) {
+        constexpr float kMost = 32639.0f;      // 127 * 256 + 127
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        Vec most = zero(), invalid = zero(), all = zero();
+        UNROLL for (int i = 0; i < kBlock; i += kLanes) {
+            const Vec value = load(x + i), size = value < 0.0f ? -value : value;
             most = size > most ? size : most;
             invalid += value * 0.0f;  // NaN if the value is NaN or Inf
         }
-        float largest = 0.0f, damage = 0.0f;
-        UNROLL for (int l = 0; l < kLanes; l++) largest = std::max(largest, most[l]), damage += invalid[l];
-        const float scale = largest / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        const bool small = !std::isfinite(inverse);  // the scale is denormal: such a block counts as zeros
-        constexpr float kRound = 12582912.0f;        // 1.5 * 2^23: adding it rounds to an integer
-        for (int i = 0; i < kBlock; i++) {
-            const float scaled = small || damage != 0.0f ? 0.0f : to_float(block[i]) * inverse;
-            const float rounded = (scaled + kRound) - kRound;
-            points.integers[b * kBlock + i] = static_cast<int16_t>(std::min(std::max(rounded, -32767.0f), 32767.0f));
+        const float largest = largest_lane(most), damage = total(invalid);
+        const float inverse = kMost / largest;
+        const bool empty = !std::isfinite(inverse) || damage != 0.0f;  // numbers close to 0 count as zeros
+        int32_t integers[kBlock];
+        UNROLL for (int i = 0; i < kBlock; i += kLanes) {
+            const Vec scaled = empty ? zero() : (load(x + i) * inverse + kRound) - kRound;
+            const Vec value = at_most(at_least(scaled, -kMost), kMost);
+            *reinterpret_cast<VecInt*>(integers + i) = __builtin_convertvector(value, VecInt);
+            all += value;
         }
-        points.scales[b] = scale + damage;
+        Sums::split(integers, words);
+        excess = -static_cast<int32_t>(total(all)) * (1 << (bits - 1));  // this sum of integers is exact, too
+        scale = largest / kMost + damage;
     }
-}
+};
 
 // The panels of W.
 struct Panels {
@@ -80,63 +127,78 @@ struct Panels {
     const Bfloat16* scales;  // (panels, in / 32, 16)
 };
 
-// M rows of x by kLanes rows of a panel: y (M, 16).
-template <int kBits, int M>
-INLINE void block_lanes(const int16_t* x, const float* x_scales, Panels w, float* y, int64_t in) {
-    constexpr int kParts = 16 / kBits;
-    const int64_t blocks = in / kBlock;
-    Vec sum[M];
-    UNROLL for (int m = 0; m < M; m++) sum[m] = zero();
-    for (int64_t b = 0; b < blocks; b++) {
-        VecInt whole[M];
-        UNROLL for (int m = 0; m < M; m++) whole[m] = VecInt{};
-        const int32_t* words = w.words + b * kBits * kPanel;
+// M rows of x, (blocks, M) points, by kLanes rows of P panels of in / 32 = `blocks` blocks: y (M, P, 16).
+template <int kBits, int P, int M, class E>
+INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& ahead) {
+    Vec sum[P][M];
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int m = 0; m < M; m++) sum[p][m] = zero();
+    for (int64_t b = 0; b < blocks; b++, x += M) {
+        if (M > 1) ahead.step();
+        Sums whole[P][M];
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int m = 0; m < M; m++) whole[p][m] = {VecInt{}, x[m].excess - VecInt{}};
         UNROLL for (int j = 0; j < kBits; j++) {
-            const VecShort word = *reinterpret_cast<const VecShort*>(words + j * kPanel);
-            UNROLL for (int i = 0; i < kParts; i++) {
-                const VecInt pairs = (VecInt)(VecShort)((VecShort)(word << (16 - kBits * (i + 1))) >> (16 - kBits));
-                UNROLL for (int m = 0; m < M; m++) {
-                    int32_t pair;
-                    memcpy(&pair, x + m * in + b * kBlock + 2 * (j * kParts + i), 4);
-                    whole[m] = add_pairs(whole[m], pairs, pair - VecInt{});
-                }
-            }
+            VecInt word[P];
+            UNROLL for (int p = 0; p < P; p++)
+                word[p] = *reinterpret_cast<const VecInt*>(w.words + ((p * blocks + b) * kBits + j) * kPanel);
+            UNROLL for (int i = j; i < kWords; i += kBits)
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int p = 0; p < P; p++)
+                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (i - j)) & 0x0f0f0f0f, x[m].words[i],
+                                        x[m].words[kWords + i]);
         }
-        const Vec scale = load(w.scales + b * kPanel);
-        UNROLL for (int m = 0; m < M; m++)
-            sum[m] += __builtin_convertvector(whole[m], Vec) * (scale * x_scales[m * blocks + b]);
+        UNROLL for (int p = 0; p < P; p++) {
+            const Vec scale = load(w.scales + (p * blocks + b) * kPanel);
+            UNROLL for (int m = 0; m < M; m++)
+                sum[p][m] += __builtin_convertvector(whole[p][m].total(), Vec) * (scale * x[m].scale);
+        }
     }
-    UNROLL for (int m = 0; m < M; m++) store(y + m * kPanel, sum[m]);
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int m = 0; m < M; m++) store(y + (m * P + p) * kPanel, sum[p][m]);
 }
 
-// M rows of x by a panel, of which y (rows, out) takes the first `count` rows.
-template <class E, int kBits, int M>
-void block_panel(Points x, Panels w, E* y, int64_t in, int64_t out, int64_t count) {
-    float sums[M * kPanel];
+// M rows of x by P panels, of which y (rows, out) takes the first `count` rows.
+template <class E, int kBits, int P, int M>
+void block_panels(const Point* x, Panels w, E* y, int64_t blocks, int64_t out, int64_t count, Stream& ahead) {
+    E sums[M * P * kPanel];
     for (int64_t l = 0; l < kPanel; l += kLanes)
-        block_lanes<kBits, M>(x.integers, x.scales, {w.words + l, w.scales + l}, sums + l, in);
-    for (int m = 0; m < M; m++)
-        for (int64_t l = 0; l < count; l++) y[m * out + l] = from_float<E>(sums[m * kPanel + l]);
+        block_lanes<kBits, P, M>(x, {w.words + l, w.scales + l}, sums + l, blocks, ahead);
+    for (int m = 0; m < M; m++) memcpy(y + m * out, sums + m * P * kPanel, count * sizeof(E));
+}
+
+// All rows of x, whose points lie kTogether rows side by side, by P panels.
+template <class E, int kBits, int P>
+void block_rows(const Point* x, Panels w, E* y, int64_t rows, int64_t blocks, int64_t out, int64_t count) {
+    const int64_t size = P * blocks * kBits * kPanel;
+    Stream ahead(w.words + size, size * sizeof(int32_t), std::max<int64_t>(rows / kTogether, 1) * blocks);
+    int64_t m = 0;
+    for (; m + kTogether <= rows; m += kTogether)
+        block_panels<E, kBits, P, kTogether>(x + m * blocks, w, y + m * out, blocks, out, count, ahead);
+    for (; m < rows; m++) block_panels<E, kBits, P, 1>(x + m * blocks, w, y + m * out, blocks, out, count, ahead);
 }
 
 template <class E, int kBits>
 void blocks(const E* x, Panels w, E* y, int64_t rows, int64_t in, int64_t out, int threads) {
     static thread_local Workspace memory;
     const int64_t panels = (out + kPanel - 1) / kPanel, count = in / kBlock;
-    float* scales = static_cast<float*>(memory.get(rows * (count * sizeof(float) + in * sizeof(int16_t))));
-    const Points points = {reinterpret_cast<int16_t*>(scales + rows * count), scales};
-    round_points(x, points, rows, in);
-    parallel(panels, out * in, threads, [=](int64_t first, int64_t end, int) {
-        for (int64_t p = first; p < end; p++) {
-            const Panels panel = {w.words + p * count * kBits * kPanel, w.scales + p * count * kPanel};
-            const int64_t o = p * kPanel, lanes = std::min(kPanel, out - o);
-            const auto rest = [&](int64_t m) { return Points{points.integers + m * in, points.scales + m * count}; };
-            int64_t m = 0;
-            for (; m + kMostRows <= rows; m += kMostRows)
-                block_panel<E, kBits, kMostRows>(rest(m), panel, y + m * out + o, in, out, lanes);
-            for (; m + 4 <= rows; m += 4) block_panel<E, kBits, 4>(rest(m), panel, y + m * out + o, in, out, lanes);
-            for (; m < rows; m++) block_panel<E, kBits, 1>(rest(m), panel, y + m * out + o, in, out, lanes);
+    Point* points = static_cast<Point*>(memory.get(rows * count * sizeof(Point)));
+    parallel(rows, rows * in, threads, [=](int64_t m, int64_t end, int) {
+        for (; m < end; m++) {
+            const int64_t first = m / kTogether * kTogether, M = first + kTogether <= rows ? kTogether : 1;
+            Point* own = points + (M == 1 ? m * count : first * count + m - first);
+            for (int64_t b = 0; b < count; b++) own[b * M].round(x + m * in + b * kBlock, kBits);
         }
+    });
+    parallel(panels, out * in, threads, [=](int64_t p, int64_t end, int) {
+        const auto run = [&](auto P) {
+            const Panels own = {w.words + p * count * kBits * kPanel, w.scales + p * count * kPanel};
+            const int64_t first = p * kPanel;
+            block_rows<E, kBits, P>(points, own, y + first, rows, count, out, std::min(P * kPanel, out - first));
+            p += P;
+        };
+        while (rows >= kTogether && p + kPanels <= end) run(std::integral_constant<int, kPanels>());
+        while (p < end) run(std::integral_constant<int, 1>());
     });
 }
 

@@ -1,12 +1,13 @@
 // y = x Wᵀ for a few rows x and a plain matrix W (out, in): dot products of rows of W, which come from memory once,
 // with rows of x, which stay in the caches.
 //
-// A processor foresees one stream of memory better than several: up to three rows x meet one row of W after the other.
-// More rows meet kWeightRows of them at once, since loading x into registers would take longer than multiplying; the
-// rows of W that follow are fetched meanwhile, in one stream. A row's sums are added up in one order in either case.
+// A processor foresees one stream of memory better than several: one row x meets a row of W after the other. More rows
+// meet kWeightRows of them at once, since loading x into registers would take longer than multiplying; the rows of W
+// that follow are fetched meanwhile, in one stream. A row's sums are added up in one order in either case.
 #pragma once
 #include <algorithm>
 
+#include "common/prefetch.h"
 #include "common/shuffles.h"
 #include "common/threads.h"
 
@@ -68,14 +69,14 @@ INLINE void store_totals(const Vec (*sum)[M], E* y, int64_t out) {
         sums_of_quads(quads, totals);
         const float* floats = reinterpret_cast<const float*>(totals);
         UNROLL for (int l = 0; l < 16; l += kLanes) store(rounded + l, load(floats + l));
-        UNROLL for (int i = 0; i < 4 && first + i < R; i++)
+        for (int i = 0; i < std::min(4, R - first); i++)
             UNROLL for (int m = 0; m < M; m++) y[m * out + first + i] = rounded[4 * i + m];
     }
 }
 
-// R rows of W by M rows of x: y[m][o] for o below R. Each step fetches `lines` lines of memory from `ahead` on.
+// R rows of W by M rows of x: y[m][o] for o below R.
 template <class E, int R, int M>
-INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, const char* ahead, int lines) {
+INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, Stream& ahead) {
     using D = Dot<E>;
     Vec sum[R][M];
     UNROLL for (int r = 0; r < R; r++)
@@ -91,7 +92,7 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, co
     int64_t k = 0;
     for (; k + D::kStep <= in; k += D::kStep) {
         step(k, [](const E* p) { return D::from(p); });
-        for (int l = 0; R > 1 && l < lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        if (R > 1) ahead.step();
     }
     if (k < in) step(k, [n = in - k](const E* p) { return D::some(p, n); });
     store_totals<E, R, M>(sum, y, out);
@@ -100,14 +101,14 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, co
 // R rows of W by all rows of x.
 template <class E, int R>
 void dense_rows(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out) {
-    const int64_t tiles = rows / kPoints + rows % kPoints;
-    const int lines = static_cast<int>((R + tiles - 1) / tiles);
-    const char* ahead = reinterpret_cast<const char*>(w + R * in);
+    const int64_t tiles = (rows + kPoints - 1) / kPoints;
+    Stream ahead(w + R * in, R * in * sizeof(E), std::max<int64_t>(tiles * (in / Dot<E>::kStep), 1));
     int64_t m = 0;
-    for (; m + kPoints <= rows; m += kPoints, ahead += lines * in * sizeof(E))
-        dense_tile<E, R, kPoints>(x + m * in, w, y + m * out, in, out, ahead, lines);
-    for (; m < rows; m++, ahead += lines * in * sizeof(E))
-        dense_tile<E, R, 1>(x + m * in, w, y + m * out, in, out, ahead, lines);
+    for (; m + kPoints <= rows; m += kPoints)
+        dense_tile<E, R, kPoints>(x + m * in, w, y + m * out, in, out, ahead);
+    if (m + 3 == rows) dense_tile<E, R, 3>(x + m * in, w, y + m * out, in, out, ahead);
+    if (m + 2 == rows) dense_tile<E, R, 2>(x + m * in, w, y + m * out, in, out, ahead);
+    if (m + 1 == rows) dense_tile<E, R, 1>(x + m * in, w, y + m * out, in, out, ahead);
 }
 
 template <class E>
@@ -115,17 +116,10 @@ void dense(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out, 
     parallel((out + kWeightRows - 1) / kWeightRows, out * in, threads, [=](int64_t first, int64_t end, int) {
         int64_t o = first * kWeightRows;
         const int64_t stop = std::min(end * kWeightRows, out);
-        for (; rows >= kPoints && o + kWeightRows <= stop; o += kWeightRows)
+        for (; rows > 1 && o + kWeightRows <= stop; o += kWeightRows)
             dense_rows<E, kWeightRows>(x, w + o * in, y + o, rows, in, out);
-        for (; rows >= kPoints && o + 2 <= stop; o += 2) dense_rows<E, 2>(x, w + o * in, y + o, rows, in, out);
-        for (; o < stop; o++) {
-            if (rows == 3)
-                dense_tile<E, 1, 3>(x, w + o * in, y + o, in, out, nullptr, 0);
-            else if (rows == 2)
-                dense_tile<E, 1, 2>(x, w + o * in, y + o, in, out, nullptr, 0);
-            else
-                dense_rows<E, 1>(x, w + o * in, y + o, rows, in, out);
-        }
+        for (; rows > 1 && o + 2 <= stop; o += 2) dense_rows<E, 2>(x, w + o * in, y + o, rows, in, out);
+        for (; o < stop; o++) dense_rows<E, 1>(x, w + o * in, y + o, rows, in, out);
     });
 }
 

@@ -44,7 +44,7 @@ void forward_states(ForwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
         forward_pass<N, kNarrow>(q.S, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
 }
 
-// One step: reads the state once and writes it once.
+// One step: reads the state once and writes it once, which may be its place.
 template <int N, class Element>
 void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
                  const Element* w, const float* u, const float* state, Element* y, float* final_state) {
@@ -60,23 +60,15 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
         store(decay + c, d);
     }
     const int64_t begin = task.values.begin, end = task.values.end < n ? task.values.end : n;
-    float* __restrict sum = q.y;
-    const float* __restrict value = q.padded[2];
-    for (int64_t c = begin; c < end; c++) sum[c] = 0.0f;
+    float* sum = q.y;
+    const float* value = q.padded[2];
+    for (int64_t c = begin; c < end; c += kLanes) store(sum + c, zero());
     for (int i = 0; i < n; i++) {
         const float ri = q.padded[0][i], ki = q.padded[1][i], di = decay[i], bonus = u[i] * ki;
-        float* __restrict to = final_state + i * n;
-        if (state) {
-            const float* __restrict from = state + i * n;
-            for (int64_t c = begin; c < end; c++) {
-                sum[c] += ri * (from[c] + bonus * value[c]);
-                to[c] = di * from[c] + ki * value[c];
-            }
-        } else {
-            for (int64_t c = begin; c < end; c++) {
-                sum[c] += ri * (bonus * value[c]);
-                to[c] = ki * value[c];
-            }
+        for (int64_t c = begin; c < end; c += kLanes) {
+            const Vec v = load(value + c), from = state ? load_some(state + i * n + c, end - c) : zero();
+            store(sum + c, load(sum + c) + ri * (from + bonus * v));
+            store_some(final_state + i * n + c, di * from + ki * v, end - c);
         }
     }
     store_rows<N>(y, q.y, 0, 1, {begin, end});

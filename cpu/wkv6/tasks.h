@@ -13,10 +13,11 @@ struct Plan {
     int threads, blocks, block;
 };
 
-Plan plan(const Arguments& a, int padded) {
+Plan plan(const Arguments& a) {
     const int64_t heads = a.sequences * a.heads;
     const int64_t work = a.tokens * a.heads * a.head_size * a.head_size;
-    Plan p{heads, work < kStepsForThreads ? 1 : a.threads, 1, padded};
+    Plan p{heads, work < kStepsForThreads ? 1 : a.threads, 1, kSmallestValueBlock};
+    while (p.block < a.head_size) p.block *= 2;
     while (p.tasks < p.threads && p.block >= 2 * kSmallestValueBlock) p.tasks *= 2, p.blocks *= 2, p.block /= 2;
     return p;
 }

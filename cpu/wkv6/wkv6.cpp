@@ -40,11 +40,11 @@
 // Parallel over sequences, heads and, if these are fewer than the threads, blocks of value columns: columns of S do not
 // interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
 //
-// Head sizes are padded with zeros to 16, 32, 64 or 128.
+// Head sizes are padded with zeros to 64, which released models have, or to 128; zeros add nothing to a sum.
 //
 // Files: rows.h has rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in registers;
-// forward.h and backward.h one head of one sequence; tasks.h the split among threads; this file all heads of all
-// sequences, and the C interface.
+// forward.h and backward.h one head of one sequence, passes.h what backward runs over a tile; tasks.h the split among
+// threads; this file all heads of all sequences, and the C interface.
 #include <cstdlib>
 #include <type_traits>
 
@@ -60,7 +60,7 @@ namespace {
 
 template <int N, class Element>
 bool forward_all(const Arguments& a) {
-    const Plan p = plan(a, N);
+    const Plan p = plan(a);
     bool failed = false;
 #pragma omp parallel for schedule(dynamic) num_threads(p.threads) reduction(|| : failed) if (p.threads > 1)
     for (int64_t number = 0; number < p.tasks; number++) {
@@ -117,7 +117,7 @@ void add_blocks(Element* to, const float* from, int64_t size, int blocks) {
 
 template <int N, class Element>
 bool backward_all(const Arguments& a) {
-    const Plan p = plan(a, N);
+    const Plan p = plan(a);
     const int64_t size = a.tokens * a.heads * a.head_size;
     const int64_t partial_size = p.blocks > 1 ? 3 * p.blocks * size : 0;
     float* scratch = static_cast<float*>(malloc(sizeof(float) * (p.tasks * a.head_size + partial_size)));
@@ -150,8 +150,6 @@ bool backward_all(const Arguments& a) {
 // call(size), a constant whose value is the head size with its padding.
 template <class Call>
 bool by_head_size(int64_t head_size, const Call& call) {
-    if (head_size <= 16) return call(std::integral_constant<int, 16>{});
-    if (head_size <= 32) return call(std::integral_constant<int, 32>{});
     if (head_size <= 64) return call(std::integral_constant<int, 64>{});
     return call(std::integral_constant<int, 128>{});
 }

@@ -22,7 +22,7 @@ struct ForwardWork {
     static int64_t floats(int64_t N) { return Chunk::floats(N) + 2 * Parts::floats(kStack, N); }
 };
 
-// One step, the state read once and written once.
+// One step, the state read once and written once, which may be its place.
 template <class E>
 void single_step(float* row, const Task& task, const Rows<const E>& rows, const float* state, E* y,
                  float* final_state) {

@@ -1,4 +1,4 @@
-"""Runs a recurrence's cases through the shim, and on a GPU if there is one."""
+"""Kernels on the shim for tests; runs a recurrence's cases there, and on a GPU if there is one."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import torch
 
 from cuda_shim import cases as wkv6_cases
 from cuda_shim import shim, wkv7_cases
+from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
@@ -16,14 +17,20 @@ FAMILIES = {"wkv6": (wkv6_cuda, wkv6_cases), "wkv7": (wkv7_cuda, wkv7_cases)}  #
 DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
 
 
-def shim_kernels(family):
-    """A family's kernels on the CPU; skips the test without a compiler."""
+def built(family):
+    """A CudaFamily's kernels on the CPU, whose threads run in ascending order; skips the test without a compiler."""
     try:
-        kernels = shim.build(FAMILIES[family][0].FAMILY)
+        find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
+    kernels = shim.build(family)
     kernels.set_order("ascending")
     return kernels
+
+
+def shim_kernels(family):
+    """built, of a recurrence."""
+    return built(FAMILIES[family][0].FAMILY)
 
 
 def runner(family, device):

@@ -3,21 +3,16 @@
 import re
 import subprocess
 
-from rwkv_peft.ops.native import gpu
+from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import gpu, kernels
 
-ARCHITECTURES = ("80", "120")  # the oldest and the newest; NVRTC compiles for "90" in a test
 
-
-def assembler_reports(source, nvcc, folder):
-    """{architecture: (status, ptxas's report on `source`)}, compiled side by side with warnings as errors."""
-    running = {}
-    for architecture in ARCHITECTURES:
-        recipe = gpu.recipe(source, nvcc, architecture)
-        command = [*recipe.compile, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(recipe.source)]
-        command += ["-o", str(folder / f"{architecture}.cubin")]
-        running[architecture] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    reports = {architecture: process.communicate()[1] for architecture, process in running.items()}
-    return {architecture: (process.returncode, reports[architecture]) for architecture, process in running.items()}
+def assembler_report(source, nvcc, architecture, folder):
+    """(status, ptxas's report on `source`), compiled with warnings as errors."""
+    recipe = gpu.recipe(source, nvcc, architecture)
+    command = [*recipe.compile, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(recipe.source)]
+    done = subprocess.run([*command, "-o", str(folder / "cubin")], capture_output=True, text=True)
+    return done.returncode, done.stderr
 
 
 def check_without_spills(status, report, kernels):
@@ -67,3 +62,13 @@ class RecordingDriver:
 
     def __getattr__(self, name):
         return lambda *arguments: 0
+
+
+def record(family, monkeypatch):
+    """Let a RecordingDriver take what is launched of a CudaFamily's kernels, on stream 7 -> that driver."""
+    recorder = RecordingDriver(family.structure)
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: recorder)
+    module = family.module(b"image")
+    monkeypatch.setattr(family, "kernels", lambda device: module)
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    return recorder

@@ -1,66 +1,21 @@
 """From people's files to tokens: every row once, roles as masks, mistakes named by line."""
 
 import json
-import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from itertools import groupby, product
-from pathlib import Path
+from itertools import product
 
 import pytest
 
 from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.encoding import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
-from rwkv_peft.data.row_forms import pair
-from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.workers import encode_all
 from rwkv_peft.errors import UserError
-
-
-@pytest.mark.parametrize(
-    "row, text, counted",
-    [
-        ({"text": "héllo\n"}, "héllo\n", "héllo\n"),
-        ({"query": "2+2?", "response": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
-        ({"question": "2+2?", "answer": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
-        ({"instruction": "Add", "input": "2 2", "output": "4"}, "Instruction: Add\n\nInput: 2 2\n\nResponse: 4", " 4"),
-        ({"instruction": "Sing", "input": "", "output": "la"}, "Instruction: Sing\n\nResponse: la", " la"),
-        ({"prompt": "a", "completion": "b"}, "ab", "b"),
-        (
-            {
-                "messages": [
-                    {"role": "system", "content": "Be."},
-                    {"role": "user", "content": "Hi "},
-                    {"role": "assistant", "content": "Yo"},
-                    {"role": "user", "content": "So?"},
-                    {"role": "assistant", "content": "No"},
-                ]
-            },
-            "System: Be.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: So?\n\nAssistant: No",
-            " Yo\n\nUser: No",
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
-            "User: Hi\n\nAssistant: Yo",
-            " Yo",
-        ),
-    ],
-)
-def test_every_form_of_row(preprocess, row, text, counted):
-    dataset = preprocess([row])
-    assert texts(dataset) == [(text, counted)]
-    assert dataset[0][-1] == 0  # the end token
-    if dataset.mask is not None:
-        assert dataset.mask[-1] == 1  # which the model learns to write
 
 
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, tmp_path):
@@ -69,96 +24,6 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, t
     (tmp_path / "template").write_text("\ufeff{q}", encoding="utf-8")
     row = {"q": "2+2?"}
     assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2?", "2+2?")]
-
-
-def test_fields_and_templates_name_others(preprocess, tmp_path):
-    row = {"q": "2+2?", "a": "4"}
-    assert texts(preprocess([row], "--fields", "q", "a")) == [("User: 2+2?\n\nAssistant: 4", " 4")]
-    assert texts(preprocess([row], "--fields", "a")) == [("4", "4")]
-    (tmp_path / "template").write_text("Q: {q}\nA:[[ {a}]] end\n")
-    dataset = preprocess([row], "--template", str(tmp_path / "template"))
-    assert texts(dataset) == [("Q: 2+2?\nA: 4 end", " 4")]
-    (tmp_path / "template").write_text("{q}:\n\n")  # of which the last ends the file's line
-    assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2?:\n", "2+2?:\n")]
-    (tmp_path / "template").write_text("{q} {a}")
-    assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2? 4", "2+2? 4")]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"query": "Hi?", "response": "Yo"},
-        {"instruction": "Hi?", "output": "Yo"},
-        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yo"}]},
-    ],
-)
-def test_a_system_text_beside_a_question_stands_before_it(row):
-    plain = segments(row)
-    assert segments(row | {"system": "Be. "}) == [("System: Be.\n\n", False), *plain]
-    assert segments(row | {"system": ""}) == segments(row | {"system": None}) == plain
-    with pytest.raises(UserError, match="field 'system' holds list, not text"):
-        segments(row | {"system": ["Be."]})
-
-
-def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
-    row = {"prompt": "Hi?", "completion": " Yo", "system": "Be."}
-    with pytest.raises(UserError, match="a system text beside its prompt.*; name others with --fields"):
-        preprocess([row])
-    assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
-
-
-@pytest.mark.parametrize(
-    "row, name",
-    [
-        ({"query": "Hi?", "response": "Yo", "history": [["A", "B"]]}, "history"),
-        ({"instruction": "Hi?", "output": "Yo", "history": [["A", "B"]]}, "history"),
-        ({"prompt": "Hi?", "completion": "Yo", "tools": [{"name": "weather"}]}, "tools"),
-        ({"prompt": "Hi?", "completion": "Yo", "functions": "[1]"}, "functions"),
-        ({"query": "Hi?", "response": "Yo", "tool_calls": "[1]"}, "tool_calls"),
-        ({"prompt": "Hi?", "chosen": "Yo", "rejected": "No", "history": [["A", "B"]]}, "history"),
-    ],
-)
-def test_what_no_layout_has_a_place_for_is_refused_and_not_lost(row, name):
-    laid_out = pair if "chosen" in row else segments
-    with pytest.raises(UserError, match=f"field '{name}' has no place in this layout"):
-        laid_out(row)
-
-
-@pytest.mark.parametrize("nothing", [None, "", [], "[]"])
-def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
-    row = {"query": "Hi?", "response": "Yo"}
-    assert segments(row | {"history": nothing, "tools": nothing}) == segments(row)
-    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]
-    assert segments({"messages": [turn | {"tool_calls": nothing} for turn in turns]}) == segments({"messages": turns})
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "Hi?", "input": "", "output": "Yo"},
-        {"query": "Hi?", "response": "Yo"},
-        {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]},
-    ],
-)
-def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
-    with pytest.raises(UserError, match="a row has a text, which counts as a whole, and .*; name others with --fields"):
-        preprocess([row | {"text": "Be. Hi? Yo"}])
-    assert texts(preprocess([row | {"text": "Be. Hi? Yo"}], "--fields", "text")) == [("Be. Hi? Yo", "Be. Hi? Yo")]
-    assert segments(row | {"text": ""}) == segments(row | {"text": None}) == segments(row)
-
-
-def test_layouts_have_names(preprocess):
-    row = {"query": "2+2?", "response": "4"}
-    assert texts(preprocess([row], "--template", "chat")) == texts(preprocess([row]))
-    with pytest.raises(UserError, match="chat, question, instruction"):
-        preprocess([row], "--template", "chatty")
-
-
-@pytest.mark.parametrize("text", ["no field", "{a} [[", "{a} ]] [[", "[[ {a} [[ ]] ]]"])
-def test_bad_templates_are_named(preprocess, tmp_path, text):
-    (tmp_path / "template").write_text(text)
-    with pytest.raises(UserError, match="template"):
-        preprocess([{"a": "b"}], "--template", str(tmp_path / "template"))
 
 
 @pytest.mark.parametrize(
@@ -219,93 +84,6 @@ def test_parquet(tmp_path):
         main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "bad")])
 
 
-@pytest.mark.parametrize(
-    "split, expected",
-    [
-        ("train[:3]", range(3)),
-        ("train[3:5]", range(3, 5)),
-        ("[2:]", range(2, 10)),
-        ("train[-2:]", range(8, 10)),
-        ("train[:20%]", range(2)),
-        ("train[90%:]", range(9, 10)),
-        ("train", range(10)),
-        ("train[4:4]", ()),
-    ],
-)
-def test_split_selects_rows(tmp_path, split, expected):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(f"{i}\n" for i in range(10)))
-    chunks = list(read_chunks(path, split))
-    assert [int(item) for chunk in chunks for item in chunk.items] == list(expected)
-    assert all(int(chunk.items[0]) + 1 == chunk.first for chunk in chunks)
-
-
-def test_a_split_that_is_none_is_named(tmp_path):
-    (tmp_path / "in.jsonl").write_text("1\n")
-    with pytest.raises(UserError, match=r"write train, train\[:1000\]"):
-        list(read_chunks(tmp_path / "in.jsonl", "train[oops]"))
-
-
-@pytest.mark.parametrize("visible", ["x", "é", "中", "\u3000"])
-def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch, visible):
-    import rwkv_peft.data.rows as rows
-
-    text = "".join(f"{visible} line {i}\n{'  ' * (i % 3)}\n\n\t{visible * (i % 5)}\n" for i in range(200)) + visible
-    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 64)
-    chunks = list(read_chunks(tmp_path / "in.txt", pieces=True))
-    assert "".join(item for chunk in chunks for item in chunk.items) == text
-    assert len(chunks) == 1 if visible.isspace() else len(chunks) > 8  # which no line begins with
-    assert main([str(tmp_path / "in.txt"), "--output", str(tmp_path / "data")]) == 0
-    (document,) = BinidxDataset(tmp_path / "data")
-    assert document.tolist() == load_tokenizer("world").encode(text) + [0]
-
-
-def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
-    import rwkv_peft.data.rows as rows
-
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
-    rows = [{"query": "q" * (i % 9), "response": str(i)} for i in range(60)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = EncodeSettings("bytes")
-
-    def encoded(workers):
-        parts = list(encode_all(read_chunks(tmp_path / "in.jsonl"), settings, workers))
-        return [(part.sizes, part.tokens, part.mask) for part in parts]
-
-    assert len(encoded(1)) > 4
-    assert encoded(2) == encoded(1)
-
-
-def test_a_worker_that_is_killed_is_told(tmp_path):
-    def chunks():
-        for number in range(40):
-            yield Chunk("in.jsonl", number, (b'{"text": "a"}',))
-            if number == 20:  # both have begun
-                for child in multiprocessing.active_children():
-                    child.kill()
-
-    with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
-        list(encode_all(chunks(), EncodeSettings("bytes"), 2))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError("handle is closed"),
-        ValueError("bad value(s) in fds_to_keep"),
-        BlockingIOError(11, "Resource temporarily unavailable"),
-    ],
-)
-def test_a_worker_that_cannot_begin_is_told(error, monkeypatch):
-    def submit(pool, *work):  # another one was killed while this one began
-        raise error
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
-    with pytest.raises(UserError, match="could not begin.*fewer than --workers 2"):
-        list(encode_all([Chunk("in.jsonl", 0, (b'{"text": "a"}',))], EncodeSettings("bytes"), 2))
-
-
 def test_shuffle_and_repeat(preprocess):
     rows = [{"query": str(i), "response": str(i)} for i in range(20)]
     plain = texts(preprocess(rows))
@@ -348,17 +126,6 @@ def test_long_rows_are_shown_without_their_middle(preprocess, capsys):
     shown = capsys.readouterr().out
     assert "User: turn 0\n" in shown and "turn 99<end>]]" in shown and "turn 50" not in shown
     assert "\n… 80 pieces are not shown …\n" in shown
-
-
-def test_the_documented_layouts_are_those_of_the_code():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
-    for name, text in TEMPLATES.items():
-        assert f"| `{name}` | `{text}` |".replace("\n", "⏎") in page
-    turns = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]
-    parts = segments({"messages": [{"role": role, "content": words} for role, words in turns]})
-    runs = [("".join(text for text, _ in run), counts) for counts, run in groupby(parts, key=lambda part: part[1])]
-    text = "".join(f"[[{text}]]" if counts else text for text, counts in runs)
-    assert f"```\n{text[:-2]}<end>]]\n```" in page
 
 
 def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):

@@ -10,12 +10,13 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import score
 from rwkv_peft.generate import prefill
+from rwkv_peft.models import family_named
 
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9, 11, 12]]
 CONTINUATIONS = [[[4], [4, 9, 2]], [[1, 2, 3, 4, 5]], [[8, 8], [3], [70, 1, 2, 5]]]
 
 
-@pytest.fixture(scope="module", params=DISTINCT, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=(*DISTINCT, family_named("x070b")), ids=lambda family: family.name)
 def model(request):
     """A random float64 model; tensors that start at zero are filled, too."""
     family = request.param

@@ -1,11 +1,9 @@
 """Small models whose blocks are fused as on a GPU, on the CPU: a step on them, and the CUDA kernels of tests/cuda_shim
 in place of a GPU's."""
 
-import pytest
 import torch
 
-from cuda_shim import shim
-from cuda_shim.running import shim_kernels
+from cuda_shim.running import built
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
@@ -15,7 +13,6 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 
 GPU = Setting(torch.device("meta"))  # which no kernel is asked about
@@ -69,10 +66,7 @@ def step(model, tokens, cu_seqlens=None, state=None):
 
 def on_shims(patch):
     """The fused blocks' kernels run on the CPU -> the names of mix's and bone's launches."""
-    try:
-        mix, bone, recurrence = shim.build(mix_cuda.FAMILY), shim.build(bone_cuda.FAMILY), shim_kernels("wkv7")
-    except BuildError as error:
-        pytest.skip(str(error))
+    mix, bone, recurrence = (built(module.FAMILY) for module in (mix_cuda, bone_cuda, wkv7_cuda))
     launched, call, run_bone = [], mix_cpu.call, bone_cuda.call
 
     def mix_call(name, like, tensors, **sizes):

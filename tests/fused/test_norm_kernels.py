@@ -5,22 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from cuda_shim import shim
+from cuda_shim import running, shim
 from ops.mix.cases import randn
 from rwkv_peft.fused import norm_ddlerp as ddlerp_module
 from rwkv_peft.fused import norm_lerp as lerp_module
 from rwkv_peft.fused.norm_ddlerp import norm_ddlerp
 from rwkv_peft.fused.norm_lerp import norm_lerp
 from rwkv_peft.ops.mix import cpu, cuda, functions, gpu_lerp, last_token, lerp
-from rwkv_peft.ops.native.library import BuildError
 
 
 @pytest.fixture(scope="module")
 def built():
-    try:
-        return shim.build(cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
+    return running.built(cuda.FAMILY)
 
 
 @pytest.fixture

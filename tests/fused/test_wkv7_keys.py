@@ -4,13 +4,12 @@ against float64, every gradient."""
 import pytest
 import torch
 
-from cuda_shim import shim, wkv7_cases
+from cuda_shim import wkv7_cases
 from cuda_shim.cases import check_empty_ends, error, rms
-from cuda_shim.running import one_torch_thread, shim_kernels
+from cuda_shim.running import built, one_torch_thread, shim_kernels
 from rwkv_peft.fused.wkv7_keys import wkv7_with_keys
 from rwkv_peft.ops.mix import cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.recurrence import checks
 from rwkv_peft.ops.wkv7 import cuda, reference
 
@@ -29,12 +28,7 @@ def quiet_torch():
 def on_shim(monkeypatch):
     """Send CPU tensors through the CUDA kernels; tensors that they should fill begin as NaN -> the names of mix's
     kernels in the order of their launches."""
-    try:
-        mix = shim.build(mix_cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
-    mix.set_order("ascending")
-    launched = []
+    mix, launched = built(mix_cuda.FAMILY), []
 
     def call(name, like, tensors, **sizes):
         launched.append(name)

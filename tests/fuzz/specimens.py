@@ -1,38 +1,30 @@
-"""Whole files of every kind that a user may give, each with the command or reader that it is for."""
+"""Files of every kind that a user may give, each with the command or reader that it is for, and how it may break."""
 
-import datetime
-import gzip
-import importlib.util
-import json
-import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from fuzz import mutations as m
+from fuzz import pickles
+from fuzz.whole import CHECKPOINT, COMPARED, OPTIMIZER_STATES, PIECES, RUN, pieces
 from rwkv_peft.compare.outcomes import read_outcome
 from rwkv_peft.compare.report import rows_of, table
 from rwkv_peft.compare.sizes import Size
-from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
-from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.files.lightning_folder import FORM
-from rwkv_peft.files.pth_writer import TensorSpec
-from rwkv_peft.files.safetensors_file import write_safetensors
+from rwkv_peft.files.adapter_file import METADATA_KEY
+from rwkv_peft.files.base import open_base
 from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.generate.showing import show
-from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, heat, merge_command
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
@@ -43,161 +35,20 @@ from rwkv_peft.training.saving.deepspeed_files import load_deepspeed
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY as OPTIMIZER_KEY
-from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
-from rwkv_peft.training.saving.partitions import KINDS, Piece
+from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
 from rwkv_peft.training.saving.resume import other_retained, validated_from
 from rwkv_peft.training.step.plan import Plan
-
-LAYER = "blocks.0.att.key"
-ROW = {
-    "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
-    "weights": [1, 0.5, None],
-}
-LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
-COMPARED = "bone-0.001-7"  # a run of a comparison
-RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
-RUN |= {"objective": "next_token", "teacher": "", "optim": "adamw"}
-RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
-CHECKPOINT = "checkpoints/step-00000003"
-PIECES = f"{CHECKPOINT}/optimizer/rank-00000.safetensors"
-OPTIMIZER_STATES = "earlier/zero/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """file: the one to break, among those that write_all wrote; use(folder): passes it to its command or reader;
+    """file: the one to break, among those that whole.write_all wrote; use(folder): passes it to its command or reader;
     mutations: those of its format, besides those of any bytes."""
 
     file: str
     use: Callable[[Path], object]
     mutations: tuple[m.Mutation, ...] = ()
     count: int = 60  # mutants that are tried
-
-
-def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write every file of SPECIMENS, whole, over the state dict of a tiny model of one layer."""
-    torch.manual_seed(0)
-    save_model(folder / "model.pth", state)
-    half = {key: tensor.bfloat16() for key, tensor in state.items()}
-    torch.save(half, folder / "saved.pth")
-    torch.save(half, folder / "legacy.pth", _use_new_zipfile_serialization=False)
-    convert.main([str(folder / "model.pth"), str(folder / "model.st")])
-    convert.main([str(folder / "model.pth"), str(folder / "hf")])
-    channels = state["emb.weight"].shape[1]
-    bone = {f"{LAYER}.bone": torch.randn(channels // 4, 4, 4), "blocks.0.ln1.weight": torch.randn(channels)}
-    save_adapter(folder / "adapter.safetensors", bone, AdapterMetadata("bat-in", rank=4))
-    torch.save(bone, folder / "bone.pth")
-    lora = {f"{LAYER}.lora_A": torch.randn(4, channels), f"{LAYER}.lora_B": torch.randn(channels, 4)}
-    torch.save(lora, folder / "lora.pth")
-    for kind, tensors, settings in (
-        ("bone", {"bone_block": torch.randn(4, channels)}, {"init_weights": True}),
-        ("lora", {"lora_A.weight": lora[f"{LAYER}.lora_A"], "lora_B.weight": lora[f"{LAYER}.lora_B"]}, {}),
-    ):
-        named = {f"base_model.model.{LAYER}.{name}": tensor for name, tensor in tensors.items()}
-        settings |= {"peft_type": kind.upper(), "r": 4, "lora_alpha": 8, "target_modules": ["key"]}
-        (folder / kind).mkdir()
-        (folder / kind / "adapter_config.json").write_text(json.dumps(settings))
-        specs = {key: TensorSpec.of(tensor) for key, tensor in named.items()}
-        write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
-    (folder / "miss").mkdir()
-    save_model(folder / "miss" / "adapter.pth", {f"{LAYER}.weight.D": torch.randn(channels, 4)})
-    layer = {"name": f"{LAYER}.weight.D", "shape": [channels, 4]}
-    (folder / "miss" / "adapter.json").write_text(
-        json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5, "targets": [layer]})
-    )
-    heads, size = state["blocks.0.att.time_faaaa"].shape
-    save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
-    convert.main([str(folder / "state.pth"), str(folder / "state.st")])
-    with BinidxWriter(folder / "data", mask=True) as writer:
-        for length in (3, 1, 7):
-            writer.add(range(length), [1] + [0] * (length - 1))
-    (folder / "data.weights").write_bytes(struct.pack("<3f", 1.0, 0.5, 2.0))
-    (folder / "rows.jsonl").write_bytes(LINES)
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES * 20, mtime=0))
-    (folder / "rows.json").write_text(json.dumps([ROW] * 3))
-    (folder / "rows.csv").write_text('query,response,note\n"one ""a""\n2",b,ü\n' + "a,b,\n" * 5)
-    (folder / "rows.txt").write_text("Words.\n\nMore words: ü, 字.\n" * 5)
-    (folder / "template.txt").write_text("Q: {text} A:[[ {text}]]")
-    (folder / "world.txt").write_text("1 'a' 1\n2 'ab' 2\n3 b'\\xff' 1\n4 ' ' 1\n")
-    (folder / "tokenizer.json").write_text(json.dumps(json_tokenizer()))
-    unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["ab", -2.0], [" ", -2.0]], "unk_id": 0}
-    (folder / "unigram.json").write_text(json.dumps(json_tokenizer() | {"pre_tokenizer": None, "model": unigram}))
-    (folder / "prompts.jsonl").write_text('{"prompt": "ab", "id": [1, {"x": 2}]}\n{"prompt": "b"}\n')
-    done = {"loss": 2.5, "val_loss": 2, "retain_loss": 3.5, "lr": 0.1, "tokens": 32, "tokens_per_s": 64.0}
-    lines = "".join(json.dumps({"step": i, "samples": i + 1} | done) + "\n" for i in range(5))
-    (folder / "metrics.jsonl").write_text(lines)
-    compared = {"method": "bone", "rate": -6, "seed": 7, "diverged": False, "peak_mb": 500.0}
-    (folder / COMPARED).mkdir()
-    (folder / COMPARED / "result.json").write_text(json.dumps(compared))
-    (folder / COMPARED / "metrics.jsonl").write_text(lines)
-    (folder / CHECKPOINT).mkdir(parents=True)
-    write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
-    (folder / OPTIMIZER_STATES).parent.mkdir(parents=True)
-    run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
-    run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
-    run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
-    (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
-    (folder / CHECKPOINT / "state.json").write_text(json.dumps(run))  # without its checksum, as earlier versions did
-    torch.save({"optimizer_state_dict": optimizer_states()}, folder / OPTIMIZER_STATES)
-    vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
-    (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
-    (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
-    if importlib.util.find_spec("gguf"):
-        convert.main([str(folder / "model.pth"), str(folder / "model.gguf")])
-    try:
-        from pyarrow import Table, ipc, parquet
-    except ImportError:
-        return
-    parquet.write_table(Table.from_pylist([{"text": "one"}, {"text": "two"}]), folder / "rows.parquet")
-    rows = Table.from_pylist([ROW | {"at": datetime.datetime(2026, 1, 1)}] * 3)
-    parquet.write_table(rows, folder / "chats.parquet")
-    (folder / "saved").mkdir()
-    with ipc.new_stream(str(folder / "saved" / "data.arrow"), rows.schema) as stream:
-        stream.write_table(rows)
-    state = {"_data_files": [{"filename": "data.arrow"}], "_format_columns": None, "_split": "train"}
-    (folder / "saved" / "state.json").write_text(json.dumps(state))
-
-
-def pieces() -> list[Piece]:
-    """The optimizer's state of a run that trains two tensors."""
-    return [
-        Piece(name, size, 0, {kind: torch.ones(size) for kind in KINDS}) for name, size in (("a.bone", 6), ("b", 4))
-    ]
-
-
-def optimizer_states() -> dict[str, object]:
-    """The content of ZeRO's file of optimizer states for a run that trains 10 numbers, after a step."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    adam = {"step": torch.tensor(3.0), "exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
-    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "params": [0]}]
-    slices = {"a.bone": fragment_address(6, 0), "b.weight": fragment_address(4, 6)}
-    flags = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "clip_grad": 1.0}
-    paddings = {"group_paddings": [0], "param_alignment_paddings": [[0, 0]], "partition_count": [1]}
-    return flags | {
-        "base_optimizer_state": {"state": {0: adam}, "param_groups": groups},
-        "single_partition_of_fp32_groups": [torch.ones(10)],
-        "zero_stage": ZeroStageEnum.optimizer_states,
-        **paddings,
-        "ds_version": "0.19.8",
-        "param_slice_mappings": [slices],
-    }
-
-
-def json_tokenizer() -> dict[str, object]:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {"a": 0, "ab": 1, "[UNK]": 2}, "unk_token": "[UNK]"},
-    }
 
 
 def model_read(name):
@@ -321,8 +172,8 @@ def flag_read(folder):
     return parse_json_flag(flag, (folder / "flag.json").read_bytes().decode(errors="surrogateescape"), keys)
 
 
-IN_PTH = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_tensor] * 4)
-IN_ENGINE_STATES = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_entry] * 12)
+IN_PTH = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[pickles.other_tensor] * 4)
+IN_ENGINE_STATES = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[pickles.other_entry] * 12)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_PIECES = tuple(m.in_metadata(OPTIMIZER_KEY, mutation) for mutation in (*m.JSON, m.other_value))
@@ -330,7 +181,7 @@ IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
     Specimen("saved.pth", converted("saved.pth", "model.st"), IN_PTH, 100),
-    Specimen("legacy.pth", model_read("legacy.pth"), (*m.PICKLE[-3:], m.other_tensor), 100),
+    Specimen("legacy.pth", model_read("legacy.pth"), (*pickles.PICKLE[-3:], pickles.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
     Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),

@@ -11,7 +11,8 @@ import pytest
 
 from fuzz.bounds import memory_bound
 from fuzz.mutations import BYTES
-from fuzz.specimens import SPECIMENS, write_all
+from fuzz.specimens import SPECIMENS
+from fuzz.whole import write_all
 from rwkv_peft.errors import UserError
 
 SEED = 6

@@ -1,9 +1,15 @@
 """Fixtures of the tests of generation."""
 
-import pytest
+import io
+import sys
 
+import pytest
+import torch
+
+from generate.chats import tokens_of
+from rwkv_peft import commands
 from rwkv_peft.files.base import save_model
-from rwkv_peft.generate import command
+from rwkv_peft.generate import command, rows
 
 
 @pytest.fixture(scope="module")
@@ -24,5 +30,30 @@ def run(model, capsys):
     def run(*arguments):
         assert command.main(["--model", str(model), *map(str, arguments)]) == 0
         return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def chat(model, monkeypatch, capsys):
+    """chat(lines, *flags, says=texts) -> (stdout, stderr, the logits of every draw), with the lines coming from a pipe.
+    says: the texts that the model draws, one for each answer ("|" at the end stands for END; an int interrupts)."""
+
+    def run(lines, *flags, says=None):
+        logits, drawn = [], iter([token for text in says or () for token in tokens_of(text)])
+
+        def scripted(choices, uniforms, sampling):
+            logits.append(choices)
+            token = next(drawn)
+            if token < 0:
+                raise KeyboardInterrupt
+            return torch.tensor([token])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+            if says is not None:
+                patch.setattr(rows, "sample", scripted)
+            assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
+        return *capsys.readouterr(), logits
 
     return run

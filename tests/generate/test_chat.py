@@ -1,7 +1,6 @@
 """The chat: the layout of the training data, a memory that is only the state, and an end for every way out."""
 
 import io
-import json
 import os
 import shlex
 import signal
@@ -12,75 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from generate.chats import after, tokens_of, trained
 from rwkv_peft import commands
-from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.encoding import Encoder
-from rwkv_peft.data.rows import Chunk
-from rwkv_peft.data.templates import segments
-from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.data.tools import Call, calls_text, parse_calls
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import engine, load_model, prefill, rows, session
+from rwkv_peft.generate import engine, session
 from rwkv_peft.streams import Patient
 
 PACKAGE = Path(session.__file__).resolve().parents[2]
-END = 0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_state):
-    """The path of a random byte-vocabulary model, whose most probable token is never the end of text."""
-    state = tiny_state(vocab_size=257, seed=3)
-    state["head.weight"] = state["head.weight"] * 4
-    state["head.weight"][END] = 0
-    path = tmp_path_factory.mktemp("chat") / "model.pth"
-    save_model(path, state)
-    return path
-
-
-@pytest.fixture
-def chat(model, monkeypatch, capsys):
-    """chat(lines, *flags, says=texts) -> (stdout, stderr, the logits of every draw), with the lines coming from a pipe.
-    says: the texts that the model draws, one for each answer ("|" at the end stands for END; an int interrupts)."""
-
-    def run(lines, *flags, says=None):
-        logits, drawn = [], iter([token for text in says or () for token in tokens_of(text)])
-
-        def scripted(choices, uniforms, sampling):
-            logits.append(choices)
-            token = next(drawn)
-            if token < 0:
-                raise KeyboardInterrupt
-            return torch.tensor([token])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-            if says is not None:
-                patch.setattr(rows, "sample", scripted)
-            assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
-        return *capsys.readouterr(), logits
-
-    return run
-
-
-def tokens_of(text):
-    body, ends, interrupted = text.rstrip("|^"), text.endswith("|"), text.endswith("^")
-    return BytesTokenizer().encode(body) + [END] * ends + [-1] * interrupted
-
-
-def trained(*turns, think=""):
-    """The tokens of a conversation in training data, without its end token."""
-    messages = [{"role": role, "content": words} for role, words in turns]
-    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think)).encode(
-        Chunk("x", 1, ({"messages": messages},))
-    )
-    return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()
-
-
-def after(model, tokens):
-    return prefill(load_model(model)[0], [tokens])[0]
 
 
 @pytest.mark.parametrize("says", ["Yo\n\nUser:", "Yo|"])
@@ -304,49 +242,3 @@ def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):
     until(process.stderr, b"Ctrl-C again")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and b"Traceback" not in process.stderr.read()  # stdin stays open meanwhile
-
-
-PARIS, NOON = {"name": "weather", "arguments": {"city": "Paris\n\nUser:"}}, {"name": "time", "arguments": {}}
-
-
-def test_calls_of_tools_are_shown_and_answered_as_the_data_has_them(chat, model, tmp_path):
-    tools = tmp_path / "tools.json"
-    tools.write_text(json.dumps([{"name": "weather"}, {"type": "function", "function": {"name": "time"}}]))
-    called = {"role": "assistant", "content": "Well.", "tool_calls": [PARIS, NOON]}
-    turns = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}, called]
-    turns += [{"role": "tool", "content": text} for text in ("sun", "12")] + [{"role": "assistant", "content": ""}]
-    laid_out = segments({"messages": turns, "tools": json.loads(tools.read_text())})
-    answer = next(text for text, counts in laid_out if counts)
-    lines = ["/tool early", "Hi", "/tool sun", "/tool 12", "/reset", "Hi"]
-    says = [f"{answer}\n\nTool:", " Fine.|", " Yo|"]
-    out, error, logits = chat(lines, "--tools", tools, "--system", "Be.", says=says)
-    assert parse_calls(out.split("\n\nAssistant:")[0])[1] == [Call(**PARIS), Call(**NOON)]
-    assert f"(call 1 of 2: {Call(**PARIS)}; /tool TEXT is its result)\n(call 2 of 2: " in error
-    assert error.count("(call 2 of 2: its result?)") == 1 and error.count("/reset forgets the chat") == 2
-    tokens = [token for text, _ in laid_out[:-1] for token in tokens_of(text)]
-    torch.testing.assert_close(logits[len(says[0])], after(model, tokens), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[0], logits[len(says[0]) + len(says[1])], rtol=1e-4, atol=1e-4)
-
-
-def test_a_call_that_was_only_thought_of_is_none(chat):
-    thought = f">\n{calls_text(NOON)}"
-    _, error, _ = chat(
-        ["Hi", "So?"], "--think", "on", says=[f"{thought}|", f"{thought}\n</think>\n{calls_text(PARIS)}|"]
-    )
-    assert error.count("(call 1 of 1: ") == 1 and str(Call(**PARIS)) in error
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[1]", "--tools .*tools.json: a tool is 1; it needs a name"),
-        ("x", "--tools .*tools.json: the list of tools is a text that is not JSON"),
-        ("[]", "--tools .*tools.json lists no tool"),
-        (None, "--tools .*tools.json: No such file or directory; check the name"),
-    ],
-)
-def test_a_file_that_lists_no_tools_is_refused(model, tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "tools.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        commands.main(["generate", "--model", str(model), "--chat", "--tools", str(tmp_path / "tools.json")])

@@ -15,10 +15,12 @@ from rwkv_peft.generate.session import Session
 from rwkv_peft.generate.voices import Voice
 from rwkv_peft.generate.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.models.state import grows
 from rwkv_peft.ops.decode import cpu as decode
 from training.graphs_emulated import REFUSED, Graph, emulate
 
 VOCABULARY = 257
+FIXED = [family for family in FAMILIES if not grows(family.new_dimensions(2, 64, VOCABULARY))]
 SAMPLINGS = [Sampling(temperature=0), Sampling(top_p=1.0, seed=3, measured=True), Sampling(top_k=5, seed=1)]
 SAMPLINGS += [Sampling(presence_penalty=1.0, temperature=0), Sampling(top_p=0.5, seed=2)]
 
@@ -72,7 +74,7 @@ def answers(model, ahead):
     return [(one.tokens, one.odds) for group in heard for one in group], running
 
 
-@pytest.mark.parametrize("family, weights", [*((family, None) for family in FAMILIES), (family_named("x070"), "int8")])
+@pytest.mark.parametrize("family, weights", [*((family, None) for family in FIXED), (family_named("x070"), "int8")])
 def test_replayed_tokens_and_states_are_those_of_the_model(family, weights, monkeypatch):
     model = make(family, 32 if weights else 16)
     if weights:

@@ -6,6 +6,7 @@ import torch
 from rwkv_peft.files.base import save_model
 from rwkv_peft.generate import load_model, prefill
 from rwkv_peft.generate.recorded import RECORDS
+from rwkv_peft.generate.replay import forward_of
 from rwkv_peft.generate.stepping import Tapes
 from rwkv_peft.models import family_named
 from rwkv_peft.ops.decode import MOST_ROWS
@@ -76,6 +77,19 @@ def test_what_a_step_returned_stays(path):
         assert all(map(torch.equal, kept, (logits, *(field for layer in state for field in layer))))
         again, _ = model(tokens, start)
         assert torch.equal(again, logits)
+
+
+def test_a_state_advances_in_its_own_memory(path):
+    model, _ = load_model(path)
+    tokens = torch.tensor([[5], [9]])
+    with torch.inference_mode():
+        _, state = prefill(model, [[2], [3]])
+        due, after = model(tokens, state)
+        found, advanced = forward_of(model, 2)(tokens, state)
+    assert torch.equal(found, due)
+    for own, theirs, before in zip(advanced, after, state):
+        assert own.wkv.data_ptr() == before.wkv.data_ptr()
+        assert all(map(torch.equal, own, theirs))
 
 
 def test_states_of_views_and_other_numbers_of_threads(path):

@@ -2,6 +2,8 @@
 
 import torch
 
+FORMS = (True, "bat-in", "bat-out", "mini")
+
 
 def fill(model, std=0.02, seed=0):
     """Give every Bone block random values, so that an adapter has an effect."""

@@ -38,7 +38,7 @@ from rwkv_peft.files.lock import alone_in
         (("--dataset_split", "train[:0]"), "corresponds to no data"),
         (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
         (("--target_modules", "all-linear", "q_proj"), "all-linear goes with no other names"),
-        (("--data_path", "nowhere"), "--data_path nowhere"),
+        (("--data_path", "nowhere"), "--data_path nowhere is no folder .* the hub cannot be reached"),
         (("--resume_from_checkpoint", "True"), "has no checkpoint"),
         (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
         (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
@@ -60,7 +60,9 @@ from rwkv_peft.files.lock import alone_in
         (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
     ],
 )
-def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
+def test_a_mistake_is_answered(tiny, tmp_path, monkeypatch, flags, message):
+    """Without a hub, for which datasets else waits through its repeated attempts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         run(tiny, tmp_path, *flags)
 

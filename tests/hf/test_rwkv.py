@@ -19,6 +19,7 @@ from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.hf.rwkv_config import config_of
 from rwkv_peft.models import family_named
 from rwkv_peft.models.state import State, time_state_shapes
+from rwkv_peft.ops.decode import Tape
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 PROMPTS = ["Two birds sing. Ann has", "One", "Q: What is there?\nA:"]
@@ -133,6 +134,22 @@ def test_many_prompts_are_generated_from_as_each_alone(path, model):
     begun = model(given.input_ids[:1, :5], use_cache=True).state
     rest = model.generate(given.input_ids[:1, 5:], state=begun, max_new_tokens=6, do_sample=False)
     assert tokenizer.decode(rest[0, given.input_ids.shape[1] - 5 :], skip_special_tokens=True) == greedy[0]
+
+
+def test_tokens_are_drawn_by_a_tape_until_the_model_is_another(model, ids, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Tape, "run", lambda tape, run=Tape.run: ran.append(tape) or run(tape))
+
+    def drawn():
+        ran.clear()
+        return model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+
+    first = drawn()
+    assert len(ran) == 4 and torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False), first)
+    model.resize_token_embeddings(270, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[257:] = 0
+    assert torch.equal(drawn(), first) and not ran
 
 
 def test_a_saved_folder_is_read_by_the_auto_classes_and_by_convert(path, model, ids, tmp_path):

@@ -5,17 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cuda_shim import shim, toolchain
+from cuda_shim import running, shim, toolchain
 from rwkv_peft.ops.cross_entropy import cpu, cross_entropy_, cuda, op
-from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native import kernels as native_kernels
 
 FORMS = ("plain", "cpu", "cuda")
 
 
 @pytest.fixture(scope="module")
 def built():
-    return shim.build(cuda.FAMILY)
+    return running.built(cuda.FAMILY)
 
 
 @pytest.fixture
@@ -130,11 +128,7 @@ def test_the_order_of_threads_changes_no_bit(on_shim, order):
 
 
 def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.CrossEntropyArguments)
-    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
-    module = cuda.FAMILY.module(b"image")
-    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
-    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
     logits, targets = problem(5, 48)
     cuda.losses_(logits, targets, 0.5, 0.25, True)
     ((sizes, stream, arguments, _),) = recorder.launches

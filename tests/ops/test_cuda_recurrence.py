@@ -215,11 +215,10 @@ def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
 
 
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
-    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
+    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
-        cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 5, 3, N), torch.bfloat16))
+        cases.run(None, cases.make_case((2, 5, 3, N), torch.bfloat16))
     planned = [
         cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)

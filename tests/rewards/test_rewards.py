@@ -117,10 +117,9 @@ def test_rewards_of_one_name_are_told_apart():
 
 
 def test_what_a_function_prints_is_not_seen(reward, capfd):
-    code = (
-        "import os\ndef f(completions):\n  print('printed')\n  os.write(2, b'written')\n  return [0] * len(completions)"
+    judge(
+        [reward("import os\ndef f(completions):\n  print('printed')\n  os.write(2, b'written')\n  return [0]")], ["a"]
     )
-    judge([reward(code)], ["a"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -153,7 +152,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
 def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, completions, message):
     word = reward(code)
     with pytest.raises(UserError, match=message) as error:
-        judge([word], list(completions), timeout=1)
+        judge([word], list(completions), timeout=1 if "sleep" in code else 60)
     assert str(error.value).startswith(f"--reward {word}: ")
 
 

@@ -31,13 +31,14 @@ def test_help_is_the_scripts_own(tmp_path):
     assert "INIT_WEIGHTS" in done.stdout and "set -eu" not in done.stdout and not (tmp_path / "out").exists()
 
 
-def test_half_of_a_users_input_is_refused():
-    done = script({"BASE_MODEL": "model"})
+def test_half_of_a_users_input_is_refused(warm_environment):
+    done = script(warm_environment | {"BASE_MODEL": "model"})
     assert done.returncode != 0 and "without DATA_PATH" in done.stderr
 
 
-def test_a_users_model_is_not_trained_with_the_demos_settings(tmp_path):
-    done = script({"OUTPUT_DIR": str(tmp_path / "out")}, "--base_model_name_or_path", "model", "--data_path=a.jsonl")
+def test_a_users_model_is_not_trained_with_the_demos_settings(tmp_path, warm_environment):
+    variables = warm_environment | {"OUTPUT_DIR": str(tmp_path / "out")}
+    done = script(variables, "--base_model_name_or_path", "model", "--data_path=a.jsonl")
     assert done.returncode == 1 and "name yours by them" in done.stderr and not (tmp_path / "out").exists()
 
 

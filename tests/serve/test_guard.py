@@ -201,7 +201,7 @@ def test_a_client_that_does_not_read_gives_its_place_back():
     conversation = SimpleNamespace(stream=endless, exchange=SimpleNamespace(gone=gone))
     guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05), lambda status: None)
     scope = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(asyncio.wait_for(guard(scope, receive, stuck), 10))
+    asyncio.run(asyncio.wait_for(guard(scope, receive, stuck), 60))
     assert gone.is_set()
 
 

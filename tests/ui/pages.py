@@ -24,6 +24,7 @@ def make_folder(folder):
     """Put a base model and a file of rows into a folder."""
     (folder / "base.pth").write_bytes((ROOT / "demo" / "rwkv7-demo.pth").read_bytes())
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "Q: Rain?\nA:", "chosen": " yes", "rejected": " no"}))
     return folder
 
 

@@ -55,6 +55,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("File or folder of rows", exact=True).fill("missing.jsonl")
     press(page, "Show")
     expect(page.get_by_role("alert")).to_contain_text("missing.jsonl: there is no such file")
+    page.get_by_label("File or folder of rows", exact=True).fill("pairs.jsonl")
+    press(page, "Show")
+    press(page, "Show them as pairs")
+    expect(page.locator("mark").first).to_have_text(" yes<end>", timeout=LONG)
+    page.get_by_label("Rows are", exact=True).select_option("sft")
     press(page, "look for File or folder of rows")
     page.get_by_role("dialog").get_by_text("rows.jsonl").click()
     page.get_by_label("Tokenizer").fill("bytes")
@@ -128,7 +133,7 @@ def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_pag
     page = open_page()
     go(page, "Train")
     fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "long"}
-    for label, value in {**fields, "Epochs": "20", "Rows a step": "8"}.items():
+    for label, value in {**fields, "Epochs": "6", "Rows a step": "8"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")

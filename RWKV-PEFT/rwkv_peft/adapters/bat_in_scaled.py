@@ -26,8 +26,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
 
 
 def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
-    """As bfloat16 holds it, so that no cast of the model changes it; 1 if the weight is all zeros, and W B too,
-    whatever it is multiplied by."""
+    """As bfloat16 holds it, so that no cast of the model changes it; 1 if the weight is all zeros."""
     weight = weight.detach().cpu()  # where all ranks find the same number, whatever their cards
     size = weight.float().square().mean().sqrt() * math.sqrt(config.rank)
     scale = torch.where(size > 0, 1 / size, 1.0)

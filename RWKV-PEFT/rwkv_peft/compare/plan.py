@@ -49,8 +49,7 @@ class Cell(NamedTuple):
 
 
 def best_rate(method: str, seed: int, losses: Mapping[Cell, float]) -> int | None:
-    """The number of the rate at which a method's loss with a seed is lowest, the lower rate if two are equal; None if
-    no run is complete."""
+    """The number of the rate of a method's lowest loss with a seed, the lower of two equal ones; None without a run."""
     tried = [cell for cell in losses if (cell.method, cell.seed) == (method, seed)]
     return min(tried, key=lambda cell: (losses[cell], cell.rate)).rate if tried else None
 

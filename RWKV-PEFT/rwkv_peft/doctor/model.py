@@ -40,8 +40,7 @@ COMMANDS = MappingProxyType(
 
 
 def report(path: str) -> int:
-    """Print what a file or folder holds, and the commands -> 0, or 1 if nothing here reads it. Raises UserError if it
-    holds no tensors."""
+    """Print what a file or folder holds, and the commands -> 0, or 1 if nothing here reads it. Raises UserError."""
     contents = contents_of(AdapterSource(path))
     print(formatted(line for line in contents.lines if line[0] in SHORT))
     commands = list(suited(path, contents))

@@ -13,8 +13,7 @@ import torch
 
 
 class OtherThreads(io.TextIOBase):
-    """A stream that drops what the thread that made it writes, and passes on what other threads write, such as the
-    watch over a run."""
+    """A stream that drops what its maker's thread writes, and passes on what others do, such as a watch over a run."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.silent = stream, threading.get_ident()

@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..data.encoding import parse
-from ..data.rows import held_chunks
 from ..errors import UserError
+from ..generate.prompts import made_of
 from .layouts import FIELD, read_layout
 
 Row = Mapping[str, Any]
@@ -99,15 +98,7 @@ def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
 
 def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
     """Read the Problems of a file. Raises UserError for a row that is none, with its place, and if there are none."""
-    problems = []
-    for chunk in held_chunks(path, split):
-        for number, item in enumerate(chunk.items, start=chunk.first):
-            if isinstance(item, bytes) and not item.strip():
-                continue
-            try:
-                problems.append(task.problem(parse(item), layout))
-            except UserError as error:
-                raise UserError(f"{path}, {chunk.unit} {number}: {error}") from error
+    problems = made_of(path, lambda row: task.problem(row, layout), split)
     if not problems:
         raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
     return problems

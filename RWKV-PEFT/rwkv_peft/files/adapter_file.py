@@ -37,8 +37,7 @@ FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing read
 
 @dataclass(frozen=True)
 class Origin:
-    """The base's file name (base), the flags that say how the data was read (data), the learning rate (rate), and so
-    on; "": unknown."""
+    """The base's file name, the flags that say how the data was read, the learning rate, and so on; "": unknown."""
 
     base: str = ""
     tokenizer: str = ""

@@ -146,8 +146,7 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
 
 
 def _base_name(config: dict[str, Any]) -> str:
-    """The base's name in adapter_config.json: a name on the hub, or the last part of an absolute path; "" if it has
-    none that can be printed."""
+    """The base's name on the hub, or the last part of an absolute path; "" if it has none that can be printed."""
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name.isprintable():
         return ""

@@ -28,8 +28,7 @@ WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """A file of states: its path, {key: tensor} in the layout of a .pth, and metadata, which may tell the base that
-    they were tuned on."""
+    """A file of states: its path, {key: tensor} as in a .pth, and metadata, which may tell the base."""
 
     path: Path
     tensors: dict[str, torch.Tensor]

@@ -1,8 +1,9 @@
 """Read prompts as a user gives them, and encode them as tokens."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.encoding import parse
 from ..data.rows import JSON_ENDINGS, held_chunks
@@ -12,6 +13,7 @@ from ..errors import UserError
 
 WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
 ENDS = ("end", "stop", "length")
+Made = TypeVar("Made")
 
 
 def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
@@ -19,7 +21,7 @@ def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
     prompt a line ("-": standard input). Blank lines are left out, and a row keeps its other fields. Raises UserError
     for a file that is unreadable or holds no prompt, and for a row that is no prompt."""
     if str(path).lower().endswith(JSON_ENDINGS):
-        rows = read_rows(path)
+        rows = made_of(path, checked, flag="--prompt_file ")
     else:
         rows = [{"prompt": line.rstrip("\r")} for line in read_text(path).split("\n") if line.strip()]
     if not rows:
@@ -57,17 +59,19 @@ def read_input() -> str:
     return sys.stdin.read().encode(errors="surrogateescape").decode()
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    rows = []
-    for chunk in held_chunks(path):
+def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag: str = "") -> list[Made]:
+    """make(row) of each row of a file, or of a split of it. Raises UserError for a row that make refuses, with its
+    place."""
+    found = []
+    for chunk in held_chunks(path, split):
         for number, item in enumerate(chunk.items, start=chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                rows.append(checked(parse(item)))
+                found.append(make(parse(item)))
             except UserError as error:
-                raise UserError(f"--prompt_file {path}, {chunk.unit} {number}: {error}") from error
-    return rows
+                raise UserError(f"{flag}{path}, {chunk.unit} {number}: {error}") from error
+    return found
 
 
 def checked(row: object) -> dict[str, Any]:

@@ -13,16 +13,19 @@ from ..errors import UserError
 from ..models.parts import LanguageModel
 from ..models.state import State, grows
 from ..recording import WARM_UP, aside, recording
+from .stepping import Tapes
 
 LARGEST = 256  # rows of a graph
 Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
 
 
 def forward_of(model: LanguageModel, batch: int) -> Forward:
-    """Choose how tokens (n, 1) are read from a State -> logits (n, 1, V) and the State after them. A frozen model on a
-    GPU is replayed; one that trains is not, because its weights may be gathered, moved and hooked; nor one whose State
-    grows, because a graph's memory does not."""
-    return Replayed(model, batch) if recordable(model) else model
+    """Choose how tokens (n, 1) are read from a State -> logits (n, 1, V) and the State after them, which may take its
+    memory. A frozen model on a GPU is replayed; one that trains is not, because its weights may be gathered, moved and
+    hooked; nor one whose State grows, because a graph's memory does not."""
+    if recordable(model):
+        return Replayed(model, batch)
+    return model.forward.advance if isinstance(model.forward, Tapes) else model
 
 
 def recordable(model: LanguageModel) -> bool:

@@ -32,6 +32,16 @@ class Tapes:
 
     def __call__(self, tokens: Tensor, state: State | None = None, *others: Any, **named: Any) -> tuple[Any, State]:
         """LanguageModel.forward."""
+        return self._step(tokens, state, False, *others, **named)
+
+    def advance(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read tokens (n, 1) from a State -> logits (n, 1, V), and the State after them, which takes its memory: new
+        pages for it would take as long as some of the products."""
+        return self._step(tokens, state, True)
+
+    def _step(
+        self, tokens: Tensor, state: State | None, in_place: bool, *others: Any, **named: Any
+    ) -> tuple[Any, State]:
         rows = len(tokens)
         whole = state is not None and not others and not named and rows == state[0].wkv.shape[0]
         if not whole or tokens.shape[1] != 1 or not 0 < rows <= MOST_ROWS or torch.is_grad_enabled():
@@ -42,7 +52,7 @@ class Tapes:
             if kind not in self._tapes:
                 with torch.inference_mode(False), torch.no_grad():
                     self._tapes[kind] = Recorded(self.model, rows, self._turn)
-            logits, state = self._tapes[kind].run(tokens[:, 0], state)
+            logits, state = self._tapes[kind].run(tokens[:, 0], state, in_place)
         return logits[:, None], state
 
     def _turn(self, weight: Tensor) -> Tensor:
@@ -67,11 +77,11 @@ class Recorded:
         logits = self.tape.buffer("logits", config.vocab_size)
         self.logits = self.tape.product_into(x, model.head.weight, logits)
 
-    def run(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """tokens (n,) and the State before them -> logits (n, V), the State after them."""
+    def run(self, tokens: Tensor, state: State, in_place: bool) -> tuple[Tensor, State]:
+        """tokens (n,) and the State before them -> logits (n, V), the State after them, `in_place` or not."""
         torch.index_select(self.emb, 0, tokens, out=self.x)
         before = [LayerState._make(tensor.contiguous() for tensor in layer) for layer in state]
-        wkv = before[0].wkv.new_empty(len(before), *before[0].wkv.shape)
+        wkv = [layer.wkv if in_place else torch.empty_like(layer.wkv) for layer in before]
         for layer, arguments, after in zip(before, self.layers, wkv):
             for one in arguments.att_shift:
                 one.last = layer.att_shift.data_ptr()

@@ -22,6 +22,8 @@ from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.base import Base, base_of, save_model
 from ..generate.loading import merged_base
+from ..generate.twin import Twin
+from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model
 from .rwkv_backbone import Backbone
@@ -56,6 +58,7 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
         self.model = Backbone(config.family.build(config.model_config()))
+        self._twin = Twin()
         self.post_init()
 
     @classmethod
@@ -133,13 +136,17 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        twin: LanguageModel | None = None,
         **settings: Any,
     ) -> RWKVOutput | tuple[Any, ...]:
         """Compute tokens (B, T), which go on from state -> RWKVOutput, of the last logits_to_keep tokens (0: of all) or
         of those with these indices.
 
-        labels (B, T) are those of the same tokens, -100 if none counts. The other arguments are Backbone's.
+        labels (B, T) are those of the same tokens, -100 if none counts. `generate` gives a twin that computes a token
+        of each row. The other arguments are Backbone's.
         """
+        if twin is not None and input_ids is not None:
+            return RWKVOutput(None, *twin(input_ids, state))
         found = self.model(input_ids, attention_mask, state, inputs_embeds, use_cache, **settings)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(found.last_hidden_state[:, kept])
@@ -162,10 +169,12 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The inputs of a step of `generate`. Once the prompt was read, only the last token is new; a state that the
         caller gives is that before the prompt."""
+        given: dict[str, Any]
         if read:
             state = settings.get("past_key_values", state)
-            return {"input_ids": input_ids[:, -1:].contiguous(), "state": state, "use_cache": True}
-        given: dict[str, Any] = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+            given = {"input_ids": input_ids[:, -1:].contiguous(), "state": state, "use_cache": True}
+            return given | {"twin": settings.get("twin")}
+        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         kept = settings.get("logits_to_keep")
         given |= {"attention_mask": attention_mask, "state": state, "use_cache": use_cache}
         return given | ({} if kept is None else {"logits_to_keep": kept})
@@ -175,7 +184,10 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **settings)
         if outputs.state is not None:
-            model_kwargs |= {REORDERED: outputs.state, "read": True}
+            if "read" not in model_kwargs:
+                twin = self._twin.of(self.model, Base(self.name_or_path, {}, self.config.family, self.model.config))
+                model_kwargs |= {"read": True, "twin": None if twin is self.model else twin}
+            model_kwargs |= {REORDERED: outputs.state}
         return model_kwargs
 
     @classmethod

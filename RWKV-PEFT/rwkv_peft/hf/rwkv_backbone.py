@@ -76,8 +76,7 @@ class Backbone(LanguageModel):
 
 
 def packed_starts(positions: torch.Tensor | None) -> torch.Tensor | None:
-    """The borders (n + 1,) of n > 1 sequences packed in one row, whose positions (1, T) begin anew at 0; None for
-    another row."""
+    """The borders (n + 1,) of n > 1 sequences packed in a row, whose positions (1, T) begin anew at 0; else None."""
     if positions is None or positions.dim() != 2 or len(positions) != 1:
         return None
     starts = (positions[0] == 0).nonzero()[:, 0]

@@ -44,8 +44,7 @@ def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_settings(args: TrainingArguments | None, settings: Mapping[str, Any]) -> TrainingArguments | None:
-    """Return a copy of args (SFTConfig, TrainingArguments or None) with the settings in it; without settings, args
-    itself."""
+    """Return a copy of args (SFTConfig, TrainingArguments or None) with the settings in it; args if there are none."""
     if not settings:
         return args
     if args is None:

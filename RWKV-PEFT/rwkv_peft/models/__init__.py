@@ -36,8 +36,7 @@ def official_key(key: str) -> str:
 
 
 def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Family:
-    """The Family of {key: tensor}, recognized by its sign. Raises UserError for other generations and other naming,
-    and says which they are."""
+    """The Family of {key: tensor}, recognized by its sign. Raises UserError, which says what else it is."""
     if "emb.weight" not in tensors:
         prefixed = next((key for key in tensors if key.endswith(".emb.weight")), None)
         if prefixed:

@@ -13,8 +13,7 @@ from .state import TIME_STATE, State, grown, swapped, wkv_shape
 
 
 class Relay(Protocol):
-    """Brings the states before a row's part from the process that computes the part before, block by block, and takes
-    the states after it on."""
+    """Brings the states before a row's part from the process of the part before, and takes those after it on."""
 
     def before(self, layer: int) -> Any:
         """The state before the part at a block, of the sequences that go on from the part before; None if none does."""

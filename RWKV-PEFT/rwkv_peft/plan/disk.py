@@ -24,8 +24,7 @@ class Written(NamedTuple):
 
 
 def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
-    """The files of a run's folder. base is the model that the run starts from, or None. Sizes count tensors only;
-    headers add some kilobytes."""
+    """The files of a run's folder. base is the model that the run starts from, or None. Sizes count tensors only."""
     config, counts = estimate.config, estimate.counts
     train, item = config.train, estimate.dtype.itemsize
     asked = DTYPES.get(train.save_dtype)

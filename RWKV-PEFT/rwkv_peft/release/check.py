@@ -25,7 +25,7 @@ from ..models.state import State, split_time_states, state_of
 from .differences import differences
 from .flags import check_flags
 from .merge import Merge, check_fingerprints
-from .runtimes import NOT_LOOKED_FOR, Difference, random_tokens, reference_logits, rwkv_sequence
+from .runtimes import NOT_LOOKED_FOR, Difference, random_tokens, reference_logits, refused_by_rwkv, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -81,6 +81,11 @@ def main(argv: list[str]) -> int:
     """Print the comparisons; return 0 if all logits and tensors agree, else 1."""
     args = check_flags(argv)
     merged, base = open_base(args.merged), open_base(args.base_model)
+    if reason := refused_by_rwkv(merged.config):
+        raise UserError(
+            f"{args.merged} is an {merged.family.name}, and check asks the rwkv package, which {reason}; compare the "
+            "answers of rwkv-peft generate, to the merged file and to the base with the adapter"
+        )
     if merged.config != base.config:
         raise UserError(
             f"{args.merged} and {args.base_model} differ in their dimensions, {merged.config} and {base.config}, so "

@@ -108,8 +108,7 @@ def cast(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
 
 
 def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
-    """Return the Expect of an adapted weight: the definition's value, minus and plus what float32 may lose, both
-    rounded to the file's dtype."""
+    """Return the Expect of an adapted weight: the definition's value, give or take what float32 may lose, rounded."""
     define, exact = DEFINITIONS[metadata.variant], {name: tensor.double() for name, tensor in params.items()}
 
     def expect(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:

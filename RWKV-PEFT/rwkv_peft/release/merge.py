@@ -168,8 +168,7 @@ class Merge:
         )
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the output's (key, tensor), as `bands` does but each tensor whole; an unchanged one is the base's own,
-        not a copy."""
+        """Yield the output's (key, tensor), as `bands` does but whole; an unchanged one is the base's own, no copy."""
         for key, bands in groupby(self.bands(pairs), lambda band: band[0]):
             rows = [rows for _, rows in bands]
             yield key, torch.cat(rows) if len(rows) > 1 else rows[0]

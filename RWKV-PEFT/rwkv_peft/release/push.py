@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
 
 
 def files_of(source: Path, names: list[str] | None) -> list[Path]:
-    """The files to push: a file itself, or of a run's folder those named, else the newest of each kind. Raises
-    UserError if one is missing."""
+    """The files to push: a file, or those named of a folder, else the newest of each kind. Raises UserError."""
     if not source.is_dir():
         if names:
             raise UserError(f"--files {' '.join(names)} are files in a folder, and {source} is none; leave --files out")

@@ -74,8 +74,7 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) ->
 
 
 def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask the `rwkv-simple` package, which loads strictly, one token at a time: over several tokens it replaces decays
-    below 0.005 by 0.005."""
+    """Ask `rwkv-simple`, which loads strictly, one token at a time: over several it raises decays to at least 0.005."""
     from rwkv_simple import RWKV
 
     model = RWKV(

@@ -105,8 +105,7 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
 def ask(
     runtime: Runtime, path: Path, form: str, tokens: torch.Tensor, config: ModelConfig, reference: torch.Tensor
 ) -> Row:
-    """Ask one runtime about the file at path -> its Row. An exception is noted in the row, so that the other runtimes
-    are still asked."""
+    """Ask one runtime about a file -> its Row, which notes an exception, so that the other runtimes are asked."""
     try:
         logits = runtime.logits(path, tokens, config)
         return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")

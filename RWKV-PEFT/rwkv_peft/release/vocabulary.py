@@ -93,8 +93,7 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
 
 
 def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:
-    """Make {name: bytes} of the tokenizer's files in a Hugging Face folder; tokenizer_class names the class for RWKV's
-    own vocabularies."""
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder; tokenizer_class is for RWKV's own."""
     if isinstance(tokenizer, JsonTokenizer):
         end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
         settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}

@@ -37,6 +37,8 @@ PATHS = (  # flags that name a file or folder
     "eval_data",
     "bone_load",
     "teacher_model",
+    "teacher_adapter",
+    "teacher_state",
     "teacher_logprobs",
     "state_load",
 )

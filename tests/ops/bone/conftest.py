@@ -2,17 +2,13 @@
 
 import pytest
 
-from cuda_shim import shim
+from cuda_shim import running
 from rwkv_peft.ops.bone import cuda, op
-from rwkv_peft.ops.native.library import BuildError
 
 
 @pytest.fixture(scope="session")
 def built():
-    try:
-        return shim.build(cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
+    return running.built(cuda.FAMILY)
 
 
 @pytest.fixture

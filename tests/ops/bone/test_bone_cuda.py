@@ -21,8 +21,6 @@ from ops.bone.cases import (
 from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
-from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native import kernels as native_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -123,11 +121,7 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
 
 
 def test_the_driver_is_asked_for_a_block_a_tile_and_group(monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.BoneArguments)
-    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
-    module = cuda.FAMILY.module(b"image")
-    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
-    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
     x = torch.randn(130, 512).bfloat16()
     cuda.affine(x, torch.randn(8, 64, 64).bfloat16())
     ((sizes, stream, arguments, extra),) = recorder.launches

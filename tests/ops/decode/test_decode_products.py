@@ -5,13 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cuda_shim import shim, toolchain
+from cuda_shim import running, toolchain
 from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
-from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.levels import level_flags
-from rwkv_peft.ops.native.library import BuildError
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,10 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def built():
-    try:
-        return shim.build(cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
+    return running.built(cuda.FAMILY)
 
 
 @pytest.fixture
@@ -200,11 +194,7 @@ def test_float16_takes_the_kernels_of_float32(on_shim):
 
 
 def test_the_driver_is_asked_for_a_block_a_panel(monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.DecodeArguments)
-    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
-    module = cuda.FAMILY.module(b"image")
-    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
-    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
     x, weight = problem(3, 33, 64, torch.float32)
     blocks = quantize(weight, 8)
     y = cuda.product(x, blocks)

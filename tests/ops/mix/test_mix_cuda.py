@@ -25,8 +25,6 @@ from rwkv_peft.ops.mix import (
     sigmoid_gate,
     value_residual,
 )
-from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native import kernels as native_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -181,12 +179,8 @@ def test_each_kernel_has_its_layout():
 
 
 def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.MixArguments)
-    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
-    x = randn(70, 300)
-    module = cuda.FAMILY.module(b"image")
-    monkeypatch.setattr(native_family, "stream", lambda x: 7)
-    cuda.call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), module, tokens=70, channels=300)
+    recorder, x = toolchain.record(cuda.FAMILY, monkeypatch), randn(70, 300)
+    cuda.call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), tokens=70, channels=300)
     ((sizes, stream, arguments, extra),) = recorder.launches
     assert sizes == [3 * 3, 1, 1, recorder.constant, 1, 1, recorder.constant] and stream == 7 and extra is None
     assert (arguments.tokens, arguments.channels, arguments.size, arguments.strip) == (70, 300, 128, 32)

@@ -15,7 +15,7 @@ from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cpu as mix
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
-from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.levels import LEVELS, best_level, level_flags
 from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
@@ -87,8 +87,10 @@ def test_a_header_of_the_cpus_compiles_alone(compiler, header, tmp_path):
 
 @pytest.mark.parametrize("level", ("amx", "avx512", "portable"))
 @pytest.mark.parametrize("source", names(CPU, "*.cpp"))
-def test_a_source_of_the_cpus_compiles_at_levels_of_other_machines(compiler, source, level, tmp_path):
-    """Without warnings; the level of this machine's processor, mostly avx2, is compiled to be run, too."""
+def test_a_source_of_the_cpus_compiles_without_warnings(compiler, source, level, tmp_path):
+    """At the best level and the least, between which this machine's own levels are compiled to be run."""
+    if level == "avx512" and LEVELS.index(best_level()) < LEVELS.index(level):
+        pytest.skip("this processor runs them")
     compile_text(on_level(compiler, level), f'#include "{source}"\n', ".cpp", tmp_path)
 
 

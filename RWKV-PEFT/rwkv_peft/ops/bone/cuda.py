@@ -7,12 +7,12 @@ allocate.
 
 import ctypes
 from collections.abc import Mapping
-from typing import overload
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..native.arguments import aligned
+from ..native.arguments import Given, aligned, fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 
@@ -33,12 +33,12 @@ KERNELS = (
 class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone deferred z shift d dx g parts tile tiled total".split()),
-        *((name, ctypes.c_longlong) for name in ("tokens", "count")),
-        *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
-        ("factor", ctypes.c_float),
-    ]
+    _fields_ = fields(
+        "x bone deferred z shift d dx g parts tile tiled total",
+        "tokens count",
+        "factor",
+        "width rank groups strip device",
+    )
 
 
 def affine(x: Tensor, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,10 +127,8 @@ def call(
 ) -> None:
     """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
     is one kernel for each; tensors and sizes by the names of BoneArguments; kernels as in CudaFamily.run."""
-    addresses = {key: None if x is None else x.data_ptr() for key, x in tensors.items()}
-    arguments = BoneArguments(**addresses, **sizes, device=like.device.index or 0)
     kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
-    FAMILY.run(kernel, arguments, like, blocks, kernels=kernels)
+    FAMILY.run(kernel, like, {**tensors, **sizes}, blocks, kernels=kernels)
 
 
 def has_products(like: Tensor, rank: int) -> bool:
@@ -156,17 +154,9 @@ def _blocks(tile: Tensor) -> int:
     return -(-tile.shape[-1] * tile.shape[-2] // SHARD_THREADS)
 
 
-@overload
-def _whole(x: Tensor) -> Tensor: ...
-
-
-@overload
-def _whole(x: None) -> None: ...
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
+def _whole(x: Given) -> Given:
     """x contiguous and aligned, so that copies of 16 bytes can read it."""
-    return None if x is None else aligned(x.contiguous())
+    return x if x is None else aligned(cast(Given, x.contiguous()))
 
 
 def _trial(kernels: Kernels, device: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..native.arguments import fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 
@@ -15,12 +16,7 @@ KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 class CrossEntropyArguments(ctypes.Structure):
     """The structure of the same name in cuda/cross_entropy/arguments.cuh."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "targets", "losses")),
-        ("vocabulary", ctypes.c_longlong),
-        *((name, ctypes.c_float) for name in ("scale", "pull")),
-        ("device", ctypes.c_int),
-    ]
+    _fields_ = fields("logits gradient targets losses", "vocabulary", "scale pull", "device")
 
 
 def takes(logits: Tensor) -> bool:
@@ -42,9 +38,8 @@ def call(
 ) -> None:
     """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
     CrossEntropyArguments, kernels as in CudaFamily.run."""
-    addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
-    arguments = CrossEntropyArguments(**addresses, **numbers, device=logits.device.index or 0)
-    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", arguments, logits, logits.shape[0], kernels=kernels)
+    given, blocks = {**tensors, **numbers}, logits.shape[0]
+    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, given, blocks, kernels=kernels)
 
 
 def _trial(kernels: Kernels, device: int) -> None:

@@ -15,9 +15,8 @@ BAND = 1 << 22  # weights that are packed or unpacked at a time, because they ar
 class Blocks(NamedTuple):
     """A matrix (out, in) in the layout of cpu/decode/blocks.h and cuda/decode; the last panel is padded with zeros.
 
-    words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word: columns of even
-    number in its lower half, of odd number in its upper one, from the lowest bits on. scales (panels, in / 32, 16)
-    bfloat16.
+    words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word, without a sign:
+    1 << (bits - 1) more than they are. scales (panels, in / 32, 16) bfloat16.
     """
 
     bits: int
@@ -45,13 +44,9 @@ class Blocks(NamedTuple):
 
     def _rows(self) -> Tensor:
         """The same in float32, of one band."""
-        words = self.words
-        found = words.new_empty(*words.shape[:2], self.bits, 16 // self.bits, 2, PANEL, dtype=torch.float32)
-        for half in range(2):
-            for part in range(16 // self.bits):
-                lowest = 16 * half + self.bits * part
-                found[:, :, :, part, half] = (words << (32 - lowest - self.bits)) >> (32 - self.bits)
-        values = found.view(*words.shape[:2], BLOCK, PANEL) * self.scales[:, :, None].float()
+        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.words.device)[:, None, None]
+        integers = (self.words[:, :, None] >> shifts) & ((1 << self.bits) - 1)  # (panels, blocks, 32 / bits, bits, 16)
+        values = (integers.flatten(2, 3) - (1 << (self.bits - 1))) * self.scales[:, :, None].float()
         return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)[: self.out_features]
 
 
@@ -96,8 +91,6 @@ def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _pack(integers: Tensor, bits: int, words: Tensor) -> None:
     """Add integers (panels, 16, blocks, 32) to words (panels, blocks, bits, 16), which are zeros."""
-    parts = 16 // bits
-    columns = integers.to(torch.int32).permute(0, 2, 3, 1).unflatten(2, (bits, parts, 2))
-    for half in range(2):
-        for part in range(parts):
-            words |= (columns[:, :, :, part, half] & ((1 << bits) - 1)) << (16 * half + bits * part)
+    columns = integers.to(torch.int32).permute(0, 2, 3, 1) + (1 << (bits - 1))
+    for place, column in enumerate(columns.unflatten(2, (32 // bits, bits)).unbind(2)):
+        words |= column << (bits * place)

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..native.arguments import aligned
+from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from .blocks import BITS, PANEL, Blocks
@@ -23,11 +23,7 @@ KERNELS = (
 class DecodeArguments(ctypes.Structure):
     """The structure of the same name in cuda/decode/arguments.cuh."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x words scales y".split()),
-        *((name, ctypes.c_longlong) for name in ("in_features", "out_features")),
-        *((name, ctypes.c_int) for name in ("rows", "device")),
-    ]
+    _fields_ = fields("x words scales y", "in_features out_features", flags="rows device")
 
 
 def product(x: Tensor, weight: Blocks) -> Tensor:
@@ -48,11 +44,9 @@ def dequantized(weight: Blocks, dtype: torch.dtype) -> Tensor:
 
 def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int, kernels: Kernels | None = None) -> None:
     """Enqueue a kernel on the GPU of y. name: its name in KERNELS without "decode_"; kernels as in CudaFamily.run."""
-    tensors = dict(x=x, words=weight.words, scales=weight.scales, y=y)
-    addresses = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
-    sizes = dict(in_features=weight.in_features, out_features=weight.out_features, rows=len(y))
-    arguments = DecodeArguments(**addresses, **sizes, device=y.device.index or 0)
-    FAMILY.run(f"decode_{name}", arguments, y, blocks, kernels=kernels)
+    given = dict(x=x, words=weight.words, scales=weight.scales, y=y, rows=len(y))
+    given |= dict(in_features=weight.in_features, out_features=weight.out_features)
+    FAMILY.run(f"decode_{name}", y, given, blocks, kernels=kernels)
 
 
 def _trial(kernels: Kernels, device: int) -> None:

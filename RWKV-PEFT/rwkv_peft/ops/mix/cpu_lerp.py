@@ -21,8 +21,7 @@ def _table(tensors: Sequence[Tensor]) -> ctypes.Array:
 
 
 class Lerp(Function):
-    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None
-    -> m times (B, T, C)."""
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
 
     @staticmethod
     def forward(

@@ -108,7 +108,7 @@ def call(
     """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
     as in CudaFamily.run. An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
     warp takes); of TILED, blocks of a low-rank product take `size` channels, those of a norm `strip` tokens. others:
-    tokens, channels and further fields of MixArguments; tensors become addresses."""
+    tokens, channels and further fields of MixArguments."""
     tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
     layout, up = {**LAYOUTS, **TILED}[name], tensors.get("up")
     if name in LAYOUTS:
@@ -121,15 +121,10 @@ def call(
         kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]
-    plain = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in others.items()}
-    arguments = MixArguments(device=like.device.index or 0, size=size, strip=strip, **plain)
-    rooms = arguments.inputs, arguments.outputs, arguments.parameters, arguments.sums
     named = ([tensors.get(name) for name in names] for names in layout[:3])
-    for room, given in zip(rooms, (*named, sums)):
-        for i, x in enumerate(given):
-            if x is not None:
-                room[i] = x.data_ptr()
-    FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
+    tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
+    given = {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
+    FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks, kernels=kernels)
     for target, part in zip(wanted, sums):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))

@@ -18,8 +18,7 @@ BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a su
 
 
 class Lerp(Function):
-    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None
-    -> m times (B, T, C)."""
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
 
     @staticmethod
     def forward(

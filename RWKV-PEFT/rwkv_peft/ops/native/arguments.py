@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
+Given = TypeVar("Given", bound=Tensor | None)
 
 
 def takes(first: Tensor, *others: Tensor | None) -> bool:
@@ -25,7 +26,7 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
 def fields(
     pointers: str, sizes: str, numbers: str = "", flags: str = "bfloat16 threads"
 ) -> list[tuple[str, type[ctypes._SimpleCData]]]:
-    """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
+    """The fields of a structure: names of pointers, of 64-bit sizes, of float32 numbers and of ints."""
     kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
@@ -40,14 +41,6 @@ def fill(structure: type[Structure], like: Tensor, tensors: Mapping[str, Tensor 
     )
 
 
-@overload
-def aligned(x: Tensor) -> Tensor: ...
-
-
-@overload
-def aligned(x: None) -> None: ...
-
-
-def aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Given) -> Given:
     """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+    return x if x is None or x.data_ptr() % 16 == 0 else cast(Given, x.clone())

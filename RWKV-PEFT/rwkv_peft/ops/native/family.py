@@ -2,10 +2,11 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class CudaFamily:
         structure: type[ctypes.Structure],
         trial: Callable[[Kernels, int], None],
     ) -> None:
-        self.op, self.source, self._trial = op, source, trial
+        self.op, self.source, self.structure, self._trial = op, source, structure, trial
         self.library: Callable[[str | Path], Kernels] = functools.partial(Library, names, structure)
         self.module: Callable[[bytes], Kernels] = functools.partial(Module, names)
 
@@ -75,16 +76,19 @@ class CudaFamily:
     def run(
         self,
         name: str,
-        arguments: ctypes.Structure,
         like: Tensor,
+        given: Mapping[str, Any],
         blocks: int,
         block: Block | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). kernels:
-        those to take in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
+        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). given: the
+        structure's fields by name: tensors, whose addresses they are (None: null), and numbers. kernels: those to take
+        in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
         if like.is_meta or not blocks:
             return
+        values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
+        arguments = self.structure(**values, device=like.device.index or 0)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             built = self.kernels(like.device.index) if kernels is None else kernels
             status = built.run(name, arguments, blocks, block, stream(like))

@@ -166,14 +166,12 @@ class CudaRecurrence:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError if that fails."""
         B, T, H, N = r.shape
         groups = places(B, T, sequences, group) or sequences
-        values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in given.items()}
-        sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
-        arguments = self.Arguments(**values, **sizes, group=group, groups=groups)
+        sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, group=group, groups=groups)
         if group:
             for name, blocks in self.split.launches(direction, H, sequences, groups):
-                self.family.run(name, arguments, r, blocks, kernels=kernels)
+                self.family.run(name, r, {**given, **sizes}, blocks, kernels=kernels)
         name, block = self.kernel(direction, N, r.dtype)
-        self.family.run(name, arguments, r, H * groups, block, kernels)
+        self.family.run(name, r, {**given, **sizes}, H * groups, block, kernels)
 
     def _trial(self, kernels: Kernels, device: int) -> None:
         x = torch.zeros(1, 1, 1, 32, device=device)

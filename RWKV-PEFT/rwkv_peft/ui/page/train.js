@@ -65,28 +65,28 @@ export async function trainPage(place, about, signal) {
     return found;
   }
 
-  let waiting = null, latest = 0;
+  let waiting = null, busy = false, stale = false;
   function changed() {
     command.textContent = words(["train", ...argv()]);
     clearTimeout(waiting);
     waiting = setTimeout(judge, 600);
   }
 
+  // Plans what the form says, one plan at a time: each is a process of some seconds.
   async function judge() {
-    const turn = (latest += 1);
+    stale = busy;
+    if (busy || signal.aborted) return;
     const note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
     if (!state.data_file || !(state.load_model || state.n_layer)) return note("is shown when a base model and data are named");
     note("counting …");
-    try {
-      const found = await post("/api/plan", { words: argv() });
-      if (turn !== latest || signal.aborted) return;
-      const refused = found.code === 2;
-      mark(refused ? found.text : "");
-      if (refused) note("is shown when the flags go together"); else showPlan(found.text);
-      tell(error, refused ? found.text.trim() : null);
-    } catch (problem) {
-      if (turn === latest) { plan.replaceChildren(); tell(error, problem); }
-    }
+    busy = true;
+    const found = await post("/api/plan", { words: argv() }).catch((problem) => ({ problem }));
+    busy = false;
+    if (stale || signal.aborted) return judge();
+    const refusal = found.code === 2 ? found.text.trim() : "";
+    mark(refusal);
+    tell(error, found.problem ?? refusal);
+    if (found.problem || refusal) note("is shown when the flags go together"); else showPlan(found.text);
   }
 
   // The peak of each device first, then what `rwkv-peft plan` prints.
