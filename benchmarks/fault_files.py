@@ -13,8 +13,7 @@ import torch
 from fault_attacks import Attack
 from fault_processes import REFUSED
 
-from rwkv_peft.training.saving.run_state import write_state
-from rwkv_peft.training.saving.saved_files import record_of
+from rwkv_peft.training.saving.run_state import record_of, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -26,8 +26,8 @@ from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import save_adapter
 from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.alone import alone_in
 from rwkv_peft.files.base import save_model
+from rwkv_peft.files.lock import alone_in
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.training.saving.checkpoints import UNSAVED, find_checkpoint
 

@@ -26,7 +26,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.saved_files import require_files
+from rwkv_peft.training.saving.run_state import require_files
 
 METHODS = MappingProxyType(
     {
@@ -223,7 +223,7 @@ def import_libraries():
     for name in (
         *("compare.command", "data.preprocess", "evals.command", "generate.command", "plan.command", "plots"),
         *("release.check", "release.merge_command", "release.verify"),
-        *(f"training.{name}" for name in ("engine.callbacks", "engine.data_module", "engine.strategy", "step.lit")),
+        *(f"training.{name}" for name in ("engine.callbacks", "engine.strategy", "step.lit")),
     ):
         importlib.import_module(f"rwkv_peft.{name}")
 

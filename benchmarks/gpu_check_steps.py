@@ -33,7 +33,7 @@ SETTINGS = {  # cases of gpu_engine.py: flags of train.py
 SMALL = ("--methods", "bat-in", "--tokens", "200", "--repeats", "1")
 SANITIZED = {  # a family of kernels: what runs them under compute-sanitizer
     **{f"wkv{n}": ("gpu_smoke", "--generations", f"x0{n}0", *SMALL) for n in (7, 6)},
-    **dict.fromkeys(("mix", "bone", "cross_entropy"), ("gpu_ops", "--repeats", "1")),
+    **dict.fromkeys(("mix", "bone", "cross_entropy", "decode"), ("gpu_ops", "--repeats", "1")),
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ON_GPUS = ("tests/ops/wkv6/test_wkv6.py", "tests/ops/wkv7/test_wkv7.py")  # whose tests of "cuda" need a card
@@ -71,7 +71,7 @@ def steps(folder, full):
         *first(),
         *steps_of_training(),
         *(engine(case, folder, 120) for case in GENERATIONS),
-        *(Step(f"decode {version}", 60, (program("gpu_decode", version),)) for version in GENERATIONS),
+        *(Step(f"decode {version}", 90, (program("gpu_decode", version),)) for version in GENERATIONS),
         engine("large", folder, 150),
         *rest(folder),
         *(

@@ -1,4 +1,4 @@
-"""Checks the kernels between matrix products on a GPU: mix's, bone's and the loss's kernels against float64.
+"""Checks the kernels between matrix products on a GPU: mix's, bone's, the loss's and decoding's against float64.
 
     python benchmarks/gpu_ops.py [--device cpu] [--repeats 20]
 
@@ -27,7 +27,7 @@ from rwkv_peft.fused.norm_lerp import NormLerp
 from rwkv_peft.fused.wkv7_keys import WKV7WithKeys
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
-from rwkv_peft.ops import mix
+from rwkv_peft.ops import decode, mix
 from rwkv_peft.ops.wkv7 import wkv7
 
 T, C, H, N = 300, 512, 8, 64
@@ -109,6 +109,12 @@ def loss(logits):
     return loss_ops.cross_entropy_(logits.detach().clone(), targets, 0.5, 0.01)
 
 
+def blocks(x, weight, bits):
+    """Products of a few rows and of many with blocks."""
+    matrix = decode.quantize(weight.detach(), bits)
+    return tuple(decode.product(x.detach().flatten(0, 1)[:rows], matrix) for rows in (1, 5, 16, 600))
+
+
 # name -> (function, shapes of its inputs, which of them have gradients: all, where None)
 OPS = {
     "lerp": (lambda x, maa: mix.lerp(x, None, maa), (ROWS, (6, C)), None),
@@ -132,6 +138,7 @@ OPS = {
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
     "lora": (lora, (ROWS, (256, C), (64, C), (256, 64)), (0, 2, 3)),
+    **{f"blocks of {bits} bits": (partial(blocks, bits=bits), (ROWS, (300, C)), ()) for bits in (8, 4)},
     "loss": (loss, ((300, 65536),), ()),
 }
 
@@ -154,6 +161,8 @@ def results(name, inputs, dtype, device, kernels=True):
             stack.enter_context(patch.object(mix.op, "fused", lambda *_: False))
             stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
             stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
+            for module in (decode.cpu, decode.cuda):
+                stack.enter_context(patch.object(module.FAMILY, "takes", lambda *_: False))
         outs = function(*leaves)
         outs = outs if isinstance(outs, tuple) else (outs,)
         if wanted:

@@ -24,6 +24,7 @@ import torch
 
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
+from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
@@ -32,7 +33,8 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 from rwkv_peft.ops.wkv7 import wkv7
 
-FAMILIES = tuple(cuda.FAMILY for cuda in (wkv6_cuda, wkv7_cuda, mix_cuda, bone_cuda, cross_entropy_cuda))
+MODULES = (wkv6_cuda, wkv7_cuda, mix_cuda, bone_cuda, cross_entropy_cuda, decode_cuda)
+FAMILIES = tuple(module.FAMILY for module in MODULES)
 SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 CASES = tuple(
     (N, dtype, packed) for dtype in ("bfloat16", "float32") for N in (64, 128, 32) for packed in (False, True)

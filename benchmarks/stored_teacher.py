@@ -16,8 +16,7 @@ from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import Template, read_template
 from rwkv_peft.files.base import open_base
-from rwkv_peft.objectives.divergence import Divergence, divergence
-from rwkv_peft.objectives.stored import most_probable
+from rwkv_peft.objectives.divergence import Divergence, divergence, most_probable
 
 KINDS = ("forward", "reverse")
 

@@ -45,8 +45,8 @@ def test_the_first_compile_is_not_the_current_folders(ran, tmp_path):
         pytest.skip("no C++ compiler")
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
-    units = [build.Unit(source, ("g++", "-fPIC"))]
-    assert build.build_library("answer", units, ("g++", "-shared"), cache=tmp_path / "cache").is_file()
+    recipe = build.Recipe(source, ("g++", "-fPIC"), ("g++", "-shared"))
+    assert build.build_library("answer", recipe, cache=tmp_path / "cache").is_file()
     assert not ran.exists()
 
 

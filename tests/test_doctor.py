@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft.doctor import command, devices, packages, tools
+from rwkv_peft.doctor import command, devices, packages
 from rwkv_peft.doctor.finding import MISSING, NOTE, OK, Finding
 from rwkv_peft.doctor.packages import Requirement, check_package, parse_requirement
 from rwkv_peft.errors import UserError
@@ -98,8 +98,8 @@ def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_pat
 
 
 def test_the_free_disk_is_that_of_plan(monkeypatch):
-    monkeypatch.setattr(tools, "room_at", lambda path: 7 * 2**30)
-    assert any(finding.text.startswith("7 GiB free in ") for finding in tools.check_memory())
+    monkeypatch.setattr(devices, "room_at", lambda path: 7 * 2**30)
+    assert any(finding.text.startswith("7 GiB free in ") for finding in devices.check_memory())
 
 
 def test_this_machine_can_train(capsys):

@@ -28,8 +28,9 @@ def folder(tmp_path_factory, tiny_state):
     save_model(folder / "state.pth", {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
     for name in ("model.st", "model.gguf", "hf"):
         main(["convert", str(folder / "base.pth"), str(folder / name)])
-    config = (family := family_named("x070a")).new_dimensions(1, 64, 257)
-    save_model(folder / "7a.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
+    for name in ("7a", "7b"):
+        config = (family := family_named(f"x0{name[0]}0{name[1]}")).new_dimensions(1, 64, 257)
+        save_model(folder / f"{name}.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
     deep = tiny_state(dtype=torch.bfloat16) | {"blocks.0.ffn.s_emb.weight": torch.zeros(2, 4)}
     torch.save(deep, folder / "deep.pth")
     return folder
@@ -44,6 +45,7 @@ def folder(tmp_path_factory, tiny_state):
         ("model.gguf", "GGUF model, rwkv6", CONVERT),
         ("bone.safetensors", "adapter, written by rwkv_peft", "make one model"),
         ("7a.pth", "model, RWKV-7a (x070a)", BASE),
+        ("7b.pth", "model, RWKV-7b (x070b)", BASE),
         ("state.pth", "time states of 2 layers", "bring it to Ai00"),
     ],
 )
@@ -53,7 +55,9 @@ def test_a_file_is_named_with_the_commands_that_suit_it(folder, capsys, name, ki
     said = capsys.readouterr().out
     about, suited = said.split("\n\n")
     assert about.startswith("kind") and kind in about
-    assert ("convert" in suited) == (name not in ("7a.pth", "bone.safetensors"))  # for which there is no such form
+    assert ("convert" in suited) == (
+        name not in ("7a.pth", "7b.pth", "bone.safetensors")
+    )  # for which there is no such form
     assert any(
         line.startswith(f"{purpose}  ") and shlex.quote(str(folder / name)) in line for line in suited.split("\n")
     )

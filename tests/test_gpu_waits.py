@@ -1,6 +1,6 @@
 """A training step never waits for the GPU between its forward pass and the end of its backward pass: it finds values
-that it needs on the CPU, before. Nor does a token that is drawn, unless by top-p. Calls that wait are forbidden by name
-in the files of both."""
+that it needs on the CPU, before. Nor does a token that is drawn. Calls that wait are forbidden by name in the files of
+both."""
 
 import ast
 from pathlib import Path
@@ -31,7 +31,7 @@ ALLOWED = {
     ("generate/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
     ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",
-    ("objectives/drawn.py", "entropy_and_log_probabilities", "repeat_interleave"): "into a size that is told",
+    ("objectives/documents.py", "drawn_log_probabilities", "repeat_interleave"): "into a size that is told",
     ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",
     ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
     ("training/step/steps.py", "loss", "tolist"): "of seeds that the CPU drew",

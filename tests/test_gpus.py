@@ -11,7 +11,7 @@ from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.files.base import save_model
 from rwkv_peft.hf.finetune_flags import adapt
 from rwkv_peft.release.merge_command import main as merge
-from rwkv_peft.training.engine.machine import own_device
+from rwkv_peft.training.model import own_device
 from rwkv_peft.training.run import main as train
 
 WORDS = "The NVIDIA driver on your system is too old (found version 11040)."

@@ -23,7 +23,7 @@ def test_a_methods_settings_are_told_by_its_word():
 
 def test_things_are_what_their_tables_call_them():
     assert [family.version for family in FAMILIES] == list(GENERATIONS)
-    assert [family.name for family in FAMILIES] == ["RWKV-6", "RWKV-7", "RWKV-7a"]
+    assert [family.name for family in FAMILIES] == ["RWKV-6", "RWKV-7", "RWKV-7a", "RWKV-7b"]
     assert all(issubclass(sampling, Samples) for sampling in SAMPLINGS.values())
     assert all(issubclass(task, AnswerTask) for task in WRITTEN.values())
     assert all(issubclass(task, ChoiceTask) for task in SCORED.values())

@@ -1,5 +1,6 @@
 """The package in Python: the documented examples run, and what they compute is what the commands do."""
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.generate import command, load_model, save_state_file
 from rwkv_peft.generate.reading import prefill
+from rwkv_peft.ops.decode import Tape
 from rwkv_peft.release import check, merge_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +59,7 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "python.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.startswith(" red\n")
+    assert printed.startswith(" red\n") and printed.count(" red\n") == 2
     assert "18 layers adapted" in printed
     assert printed.rstrip().endswith(" Aye, white spoons!")
     assert names["loss"].item() < 0.2
@@ -78,6 +80,36 @@ def test_prompts_are_continued_as_by_the_command(base, model, capsys):
     assert sorted(piece.number for piece in ends) == [0, 1, 2] and {piece.end for piece in ends} <= {"length", "end"}
     first = many[0][3]
     assert model.generate(PROMPTS[0], 12, temperature=0, stop=first) == many[0].split(first)[0]
+
+
+@pytest.mark.parametrize("weights", ("int8", "int4"))
+def test_rounded_weights_are_those_of_the_command(base, weights, capsys):
+    small = rp.load(base, device="cpu", weights=weights)
+    assert command.main(f"--model {base} --max_tokens 12 --weights {weights} --prompt One".split()) == 0
+    assert small.generate("One", 12) + "\n" == capsys.readouterr().out
+    network, _ = load_model(base, weights=weights)
+    torch.testing.assert_close(small(torch.arange(1, 9)[None])[0], network(torch.arange(1, 9)[None])[0])
+    with pytest.raises(UserError, match="rounded to blocks.* load it without weights="):
+        rp.add_adapter(small)
+
+
+def test_a_model_is_decoded_by_a_tape_until_something_is_put_into_it(model, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Tape, "run", lambda tape, run=Tape.run: ran.append(tape) or run(tape))
+    first = model.generate("One", 6, temperature=0)
+    assert len(ran) == 5 and model.generate("One", 6, temperature=0) == first and len({*ran}) == 1
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.network.blocks[0].att.key.weight.mul_(-2)
+        model.network.ln_out.weight.mul_(torch.linspace(-1, 1, len(model.network.ln_out.weight)))
+    changed = model.generate("One", 6, temperature=0)
+    assert changed != first and len({*ran}) == 2 and copied.generate("One", 6, temperature=0) == first
+    ran.clear()
+    hook = model.network.head.register_forward_hook(lambda *_: None)
+    assert model.generate("One", 6, temperature=0) == changed and not ran
+    hook.remove()
+    rp.add_adapter(model, rank=8)
+    assert model.generate("One", 6, temperature=0) == changed and not ran
 
 
 def test_a_state_goes_on_and_starts_every_sequence(base, tmp_path, model):
@@ -161,6 +193,7 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
     for mistake, words in (
         (lambda: rp.load(base, device="gpu"), "device='gpu' is not one of cpu, cuda"),
         (lambda: rp.load(base, precision="int8", device="cpu"), "precision='int8' is not one of bf16"),
+        (lambda: rp.load(base, weights="int3", device="cpu"), "weights='int3' is not one of int8, int4"),
         (lambda: rp.load(base, "a.safetensors", device="cpu"), r"give \['a.safetensors'\]"),
         (lambda: model.generate("a", temprature=1), "temprature=1 is no setting of generate; known are"),
         (lambda: model.generate("a", top_p=2), "it is a probability from 0 to 1"),

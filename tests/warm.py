@@ -30,7 +30,6 @@ from pathlib import Path
 IMPORTS = (
     "rwkv_peft.training.run",
     "rwkv_peft.training.engine.callbacks",
-    "rwkv_peft.training.engine.data_module",
     "rwkv_peft.training.step.lit",
     "rwkv_peft.training.engine.strategy",
     "lightning.pytorch",

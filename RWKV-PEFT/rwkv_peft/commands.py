@@ -124,7 +124,7 @@ COMMANDS = (
         "Release",
         "inspect",
         "show the content of a file, and how far its matrices moved from the base",
-        "release.inspect_command",
+        "release.heat",
         flags="release.flags:inspect_flags",
     ),
     Command(

@@ -143,18 +143,17 @@ def main(argv: list[str]) -> int:
         description="Draw the loss curve of a run, as its loss.png, or the curves of several into one picture: losses, "
         "right answers, learning rate, gradient norm and speed, a panel each.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "paths",
         nargs="+",
         metavar="RUN … PICTURE",
         help="runs, by their folder or metrics.jsonl; then the .png, .svg or .pdf to write",
     )
-    parser.add_argument("--output", metavar="PICTURE", help="the picture, if no PICTURE follows the runs")
-    parser.add_argument("--panels", action="store_true", help="draw a single run in panels too")
-    parser.add_argument(
-        "--x", choices=("steps", "tokens"), default="steps", help="x axis of the panels (default steps)"
-    )
-    parser.add_argument(
+    add("--output", metavar="PICTURE", help="the picture, if no PICTURE follows the runs")
+    add("--panels", action="store_true", help="draw a single run in panels too")
+    add("--x", choices=("steps", "tokens"), default="steps", help="x axis of the panels (default steps)")
+    add(
         "--smooth",
         type=below_one,
         default=0.9,

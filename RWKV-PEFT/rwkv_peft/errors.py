@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
@@ -69,6 +69,11 @@ def visible(text: str) -> str:
 def short(text: str) -> str:
     """Cut a text that is quoted to TOLD characters."""
     return text if len(text) <= TOLD else f"{text[:TOLD]}…"
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of names that are quoted, "a, b, c, …"."""
+    return ", ".join(map(short, names[:limit])) + ", …" * (len(names) > limit)
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:

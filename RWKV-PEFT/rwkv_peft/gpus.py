@@ -20,8 +20,7 @@ def refusal() -> str:
 
 
 def count_gpus(instead: str) -> int:
-    """Count the GPUs that torch can use. Raises UserError, which ends with what to do `instead`, if there are GPUs that
-    it cannot use."""
+    """Count the GPUs that torch can use. Raises UserError, with what to do `instead`, if there are others."""
     count, words = torch.cuda.device_count(), refusal()
     if words:
         raise UserError(

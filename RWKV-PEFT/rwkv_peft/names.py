@@ -21,8 +21,7 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def user_cache() -> Path | None:
-    """rwkv_peft in the user's cache folder (XDG base directory rules); None for a user without a home folder, as in
-    some containers."""
+    """rwkv_peft in the user's cache folder (by XDG's rules); None for a user without a home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_peft"
     except RuntimeError:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from .children import import_matplotlib
@@ -19,6 +20,7 @@ from .objectives import OBJECTIVES
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
 COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
 HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
+LOSSES = MappingProxyType({"loss": "loss"} | {name: label for label, name, _ in HELD_OUT})  # a record's, in words
 DRAWN = len(COLORS) - 4  # the most tasks of lm_eval, because right answers and an objective's figures need colours too
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is lost in print;
 # line styles tell them apart in grey
@@ -112,7 +114,7 @@ def series(records: Iterable[dict[str, Any]], name: str) -> Series:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
+    """True if a value of JSON is a number that can be drawn, NaN and infinity among them."""
     return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 
@@ -161,12 +163,20 @@ def drawn_figures(axis: str) -> dict[str, str]:
     return {figure.label: figure.name for figure in figures if figure.axis == axis}
 
 
+def of_files(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, its loss, its data file) of those names that are the loss of one of several data files."""
+    for name in names:
+        loss, _, file = name.partition("/")
+        if file and loss in LOSSES:
+            yield name, loss, file
+
+
 def by_source(
     records: Iterable[dict[str, Any]], name: str, label: str, color: str
 ) -> list[tuple[str, dict[str, Any], list[int], list[float]]]:
     """[(label, look, steps, losses)] of several data files, whose losses are the records' NAME/FILE: in one colour, and
     told apart by the style of their lines."""
-    names = dict.fromkeys(found for record in records for found in record if found.startswith(f"{name}/"))
+    names = dict.fromkeys(found for record in records for found, of, _ in of_files(record) if of == name)
     return [
         (
             legend_text(f"{label} of {found.partition('/')[2]}"),

@@ -47,8 +47,7 @@ class Given(NamedTuple):
 
 
 def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:
-    """Yield the refusal of each broken rule. Rules about what is not among the values are left out, because that was
-    refused already."""
+    """Yield the refusal of each broken rule; rules about what is not among the values were refused already."""
     for rule in rules:
         others = rule.others.split(", ")
         for subject in rule.subjects.split(", "):

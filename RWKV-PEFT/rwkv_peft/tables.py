@@ -31,6 +31,7 @@ GENERATIONS = Table(
         "x060": "models.rwkv6.family:RWKV6Family",
         "x070": "models.rwkv7.family:RWKV7Family",
         "x070a": "models.rwkv7a.family:RWKV7aFamily",
+        "x070b": "models.rwkv7b.family:RWKV7bFamily",
     }
 )
 # --dataload -> how a data set becomes Samples
@@ -52,6 +53,6 @@ OPTIMS = Table(
     }
 )
 # tasks of `rwkv-peft eval` and --eval_task: whose answers the model writes, and whose continuations are scored
-WRITTEN = Table({"gsm8k": "evals.gsm8k:Gsm8k", "math": "evals.competition:Competition", "jsonl": "evals.exact:Exact"})
-SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.lambada:Lambada"})
+WRITTEN = Table({"gsm8k": "evals.written:Gsm8k", "math": "evals.written:Competition", "jsonl": "evals.written:Exact"})
+SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.choices:Lambada"})
 TASKS = Table({**WRITTEN.places, **SCORED.places})

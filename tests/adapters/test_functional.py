@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.adapters.functions import bat_in, bat_out, bone, bone_signed, lora, sparse
+from rwkv_peft.adapters.functions import bat_in, bat_out, bone, lora, sparse
 from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.ops.bone import op as bone_op
 
 RANK = 4
@@ -30,7 +31,7 @@ FUNCTIONS = MappingProxyType(
         "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="activation"),
         "bone": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
         "bone-mini": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
-        "bone-signed": lambda x, w, p, b: bone_signed.bone_signed(x, w, p["bone"], p["bone_signs"], b),
+        "bone-signed": lambda x, w, p, b: METHODS["bone-signed"].apply(x, Frozen(w, b), p, 1.0, 0.0),
         "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
         "shira": lambda x, w, p, b: sparse.sparse(x, w, p["shira_values"], columns(*w.shape), b),
     }

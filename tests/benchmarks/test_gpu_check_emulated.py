@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,12 +86,8 @@ def test_decoding_is_measured_where_the_engine_is_missing(check):
     code, outcomes, results, out = check("engine x070", "decode x070", without=("deepspeed",))
     assert code == 0
     assert outcomes == {"engine x070": ("left out", "no deepspeed"), "decode x070": ("measured", "")}
-    assert [(entry["sequences"], entry["graphs"]) for entry in results] == [
-        (1, True),
-        (1, False),
-        (2, True),
-        (2, False),
-    ]
+    kinds = [(entry["weights"], entry["sequences"], entry["graphs"]) for entry in results]
+    assert kinds == [*itertools.product(("bf16", "int8"), (1, 2), (True, False))]
     assert all(entry["tokens_per_s"] > 0 for entry in results)
     assert "left out: 1 of 2\n    engine x070: no deepspeed" in out
 

@@ -13,16 +13,14 @@ from families import DISTINCT
 from rwkv_peft.compare import runs
 from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
-from rwkv_peft.compare.plan import Cell
-from rwkv_peft.compare.rates import rate_of
+from rwkv_peft.compare.plan import Cell, rate_of
 from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.alone import alone_in
+from rwkv_peft.files.lock import alone_in
 from rwkv_peft.plan.rehearsal import count
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.inputs import find_samples
-from rwkv_peft.training.measuring.validate import VALIDATION
+from rwkv_peft.training.inputs import VALIDATION, find_samples
 
 pytestmark = pytest.mark.usefixtures("there")
 

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from rwkv_peft.compare.plan import Cell, best_rate, next_cells
-from rwkv_peft.compare.rates import HIGHEST, LOWEST, grid_rate, rate_of
+from rwkv_peft.compare.plan import HIGHEST, LOWEST, Cell, best_rate, grid_rate, next_cells, rate_of
 
 
 def finish_all(methods, rates, seeds, loss):

@@ -18,7 +18,7 @@ from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
-from rwkv_peft.files.alone import alone_in
+from rwkv_peft.files.lock import alone_in
 from rwkv_peft.training.saving.checkpoints import DIVERGED, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("there")

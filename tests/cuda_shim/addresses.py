@@ -1,7 +1,7 @@
 """Does a CUDA kernel leave its tensors' memory? Runs families of them on the CPU under the address sanitizer.
 
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-        python tests/cuda_shim/addresses.py FOLDER [wkv6|wkv7|mix|bone|cross_entropy|short …]
+        python tests/cuda_shim/addresses.py FOLDER [wkv6|wkv7|mix|bone|cross_entropy|decode|short …]
 
 FOLDER keeps what is built; without names all families but "short" run, which gives cross_entropy a tensor that is too
 small. The process aborts at the first access outside a tensor. Prints a line for each family: its name, and the kernels

@@ -9,9 +9,12 @@ import torch
 from rwkv_peft.fused import norm_ddlerp, norm_lerp
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
+from rwkv_peft.ops.decode import cuda as decode_cuda
+from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.mix import elements, gpu_lerp, heads
+from rwkv_peft.ops.mix import gpu_lerp
+from rwkv_peft.ops.mix.elements import KERNELS, head_sizes
 
 
 def draws(dtype, seed=0):
@@ -43,7 +46,7 @@ def mix(kernels):
                 results += differentiated(norm_ddlerp.NormDDLerp, (2, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
-            results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
+            results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
             results += others(randn)
         inputs = low(1, 3, 2112), low(1, 2112), *low(2, 2112), low(2, 2112), 1e-5, None
         with patch.object(norm_lerp, "STRIPS", 1):
@@ -58,13 +61,14 @@ def others(randn):
     of_heads = [randn(1, 70, 2, 20) for _ in range(4)]
     inputs = randn(*rows), randn(3, 200), randn(6, 200), randn(1, 70, 6 * 8), randn(6, 8, 200), stacked
     results = differentiated(gpu_lerp.Lerp, (0, 1, 2, 3, 4), *inputs)
-    results += differentiated(elements.ReluSquare, (0,), randn(*rows))
-    results += differentiated(elements.SigmoidGate, (0, 1), randn(*rows), randn(*rows))
+    results += differentiated(KERNELS["relu_square"], (1,), None, randn(*rows))
+    results += differentiated(KERNELS["sigmoid_gate"], (1, 2), None, randn(*rows), randn(*rows))
     inputs = (randn(*shape) for shape in (rows, rows, rows, vector))
-    results += differentiated(elements.ValueResidual, (0, 1, 2, 3), *inputs)
-    results += differentiated(heads.DeltaKeys, (0, 1, 2, 3, 4), *of_heads[:2], *(randn(1, 1, 40) for _ in range(3)))
+    results += differentiated(KERNELS["value_residual"], (1, 2, 3, 4), None, *inputs)
+    inputs = None, *of_heads[:2], *(randn(1, 1, 40) for _ in range(3))
+    results += differentiated(KERNELS["delta_keys"], (1, 2, 3, 4, 5), *inputs)
     inputs = 1e-5, *(x.detach() for x in of_heads), randn(1, 70, 40), randn(2, 20), randn(40), randn(40)
-    return results + differentiated(heads.NormBonusGate, tuple(range(1, 9)), *inputs)
+    return results + differentiated(KERNELS["norm_bonus_gate"], tuple(range(1, 9)), *inputs)
 
 
 def bonus_gate(randn, eps):
@@ -72,9 +76,9 @@ def bonus_gate(randn, eps):
     y, v, bonus = randn(1, 70, 2, 20), randn(1, 70, 2, 20), randn(1, 70, 2).float()
     given = dict(y=y, v=v, g=randn(1, 70, 40), bonus=bonus, weight=randn(40), bias=randn(40))
     outs = dict(out=torch.empty(1, 70, 40, dtype=y.dtype))
-    mix_cpu.call("bonus_gate_forward", y, given | outs, eps=eps, **heads.head_sizes(y))
+    mix_cpu.call("bonus_gate_forward", y, given | outs, eps=eps, **head_sizes(y))
     gradients = {f"g{name}": torch.empty_like(given[name]) for name in ("y", "v", "g", "bonus")}
-    mix_cpu.call("bonus_gate_backward", y, given | gradients | dict(grad=outs["out"]), eps=eps, **heads.head_sizes(y))
+    mix_cpu.call("bonus_gate_backward", y, given | gradients | dict(grad=outs["out"]), eps=eps, **head_sizes(y))
     return [*outs.values(), *gradients.values()]
 
 
@@ -104,4 +108,15 @@ def cross_entropy(kernels):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]
+    return results
+
+
+def decode(kernels):
+    results = []
+    with patch.object(decode_cuda, "call", partial(decode_cuda.call, kernels=kernels)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight = draws(dtype)(16, 2208), draws(torch.float32)(33, 2208)
+            for blocks in (quantize(weight, 8), quantize(weight, 4)):
+                results += [decode_cuda.product(x[:rows], blocks) for rows in (1, 3, 16)]
+                results.append(decode_cuda.dequantized(blocks, dtype))
     return results

@@ -1,7 +1,7 @@
 """Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
 rest for the CPU, and compares its results under several orders of the threads with those of the intact source.
 
-    python tests/cuda_shim/mutate.py [wkv6] [wkv7] [mix] [bone] [cross_entropy]
+    python tests/cuda_shim/mutate.py [wkv6] [wkv7] [mix] [bone] [cross_entropy] [decode]
 
 Prints a line for each mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 if the intact
 source differs between orders, or a mutation went unnoticed.
@@ -23,6 +23,7 @@ import wkv7_cases
 
 from rwkv_peft.ops.bone.cuda import FAMILY as BONE
 from rwkv_peft.ops.cross_entropy.cuda import FAMILY as CROSS_ENTROPY
+from rwkv_peft.ops.decode.cuda import FAMILY as DECODE
 from rwkv_peft.ops.mix.cuda import FAMILY as MIX
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
@@ -61,6 +62,7 @@ FAMILIES = {  # a CudaFamily, and what its kernels give
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),
     "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),
+    "decode": (DECODE, kernel_cases.decode),
 }
 MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang

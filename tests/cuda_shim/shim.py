@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 
-from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.build import Recipe, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
@@ -34,7 +34,7 @@ def build(family=WKV6, sources=None, cache=None, guards=()):
     shim = Path(__file__).resolve().parent
     compiler = find_compiler()
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread", *guards)
-    unit = Unit(source, (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++"))
+    compiling = (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++")
     headers = [*included_files(source, sources), shim / "cuda_shim.h", shim / "fibers.h"]
-    path = build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread", *guards), headers, cache)
-    return Shim(family, path)
+    recipe = Recipe(source, compiling, (compiler, "-shared", "-pthread", *guards), headers)
+    return Shim(family, build_library(f"{source.stem}_shim", recipe, cache))

@@ -12,8 +12,8 @@ def assembler_reports(source, nvcc, folder):
     """{architecture: (status, ptxas's report on `source`)}, compiled side by side with warnings as errors."""
     running = {}
     for architecture in ARCHITECTURES:
-        (unit,), _, _ = gpu.recipe(source, nvcc, architecture)
-        command = [*unit.command, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(unit.source)]
+        recipe = gpu.recipe(source, nvcc, architecture)
+        command = [*recipe.compile, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(recipe.source)]
         command += ["-o", str(folder / f"{architecture}.cubin")]
         running[architecture] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     reports = {architecture: process.communicate()[1] for architecture, process in running.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.contexts import in_context
+from rwkv_peft.data.row_forms import in_context
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer

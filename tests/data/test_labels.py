@@ -5,12 +5,12 @@ import torch
 
 from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.labels import label_of, labelled
+from rwkv_peft.data.row_forms import label_of, labelled
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals.rows_exam import rows_of
+from rwkv_peft.evals.exam import rows_of
 
 USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]

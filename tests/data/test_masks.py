@@ -116,7 +116,6 @@ def test_none_and_pad_count_everything(tmp_path):
     [
         (dict(loss_mask="file"), r"data\.mask does not exist"),
         (dict(loss_mask="qa", mask_id=(2, 1)), "--mask_id 2 1: these token ids never occur"),
-        (dict(loss_mask="all"), "one of none, pad, qa, se, file"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, settings, message):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rwkv_peft.data.opening import opening_of
 from rwkv_peft.data.recorded import recorded_of_data
+from rwkv_peft.data.report import opening_of
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\nt\n</think>\nA"}]
 

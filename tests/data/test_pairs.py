@@ -4,7 +4,7 @@ import pytest
 
 from data.documents import counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
@@ -166,8 +166,9 @@ def test_both_lose_the_same_front_of_a_prompt_that_is_too_long(data):
 
 
 def test_pairs_of_equal_answers_are_left_out_and_counted(data):
-    samples = build_samples(data([*rows(3), {"prompt": "?", "chosen": "a", "rejected": "a"}]), 257)
-    assert len(samples) == 3 and "1 pairs of equal answers left out" in samples.notes
+    equal = [{"prompt": "?", "chosen": "a", "rejected": "a"}, {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}]
+    samples = build_samples(data([*rows(3), *equal]), 257)
+    assert len(samples) == 3 and "2 pairs of equal answers left out" in samples.notes
 
 
 @pytest.mark.parametrize(

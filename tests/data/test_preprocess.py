@@ -14,10 +14,10 @@ from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.pairs import pair
-from rwkv_peft.data.pieces import shorten
+from rwkv_peft.data.encoding import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
+from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import TEMPLATES, segments
@@ -168,7 +168,9 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
         ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
         ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ("[" * 100000 + "\n", "line 1: not JSON"),
+        ("[" * 100000 + "\n", r"in\.jsonl begins with \[, .* not JSON"),
+        ('[{"text": "a"},\n{"text": "b"},]', r"one list of rows, and is not JSON .*no\s+comma stands behind the last"),
+        ('{"text": "a"},\n', "line 1: not JSON .* one JSON object a line, and no comma behind it"),
         ('"just text"\n', "line 1: a row is str"),
         (b'{"text": "\xff"}\n', "line 1: not UTF-8 .* convert the file"),
         ('{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
@@ -187,7 +189,8 @@ def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):
 
 def test_other_inputs(preprocess, tmp_path):
     rows = json.dumps([{"text": "a"}, {"text": "b"}])
-    assert [text for text, _ in texts(preprocess(rows, name="in.json"))] == ["a", "b"]
+    for name in ("in.json", "list.jsonl"):
+        assert [text for text, _ in texts(preprocess(rows, name=name))] == ["a", "b"]
     assert texts(preprocess("one\ntwo", name="in.txt"))[0][0] == "one\ntwo"
     import gzip
 

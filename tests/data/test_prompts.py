@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.prompts import opened
+from rwkv_peft.data.row_forms import opened
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.templates import segments

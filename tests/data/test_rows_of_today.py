@@ -20,6 +20,11 @@ def part(text, kind="text"):
     return {"type": kind, "text": text}
 
 
+# trl's conversational prompts: what the assistant said there does not count
+ASKED = chat(("user", "A"), ("assistant", "B"), ("user", "Hi"))["messages"]
+ASKED_TEXT = "User: A\n\nAssistant: B\n\nUser: Hi"
+
+
 @pytest.mark.parametrize(
     "row, text, counted",
     [
@@ -27,6 +32,8 @@ def part(text, kind="text"):
         (chat(("user", [part("Hi "), part("you", "input_text")]), ("assistant", [part("Yo")])), "User: Hi you", " Yo"),
         (chat(("user", ["Hi"]), ("assistant", [{"text": "Yo", "image_url": None}])), "User: Hi", " Yo"),
         (shared(("human", "Hi"), ("observation", "3"), ("gpt", "Yo")), "User: Hi\n\nTool: 3", " Yo"),
+        ({"prompt": ASKED, "completion": [{"role": "assistant", "content": "Yo"}]}, ASKED_TEXT, " Yo"),
+        ({"prompt": ASKED, "completion": "Yo"}, ASKED_TEXT, " Yo"),
     ],
 )
 def test_roles_and_contents_of_today(preprocess, row, text, counted):
@@ -61,6 +68,8 @@ NOTES = (
     ({"instruction": "", "output": "A"}, "in which a turn before an answer is empty"),
     (chat(("system", ""), ("user", "Q"), ("assistant", "A")), "in which a turn before an answer is empty"),
     (chat(("user", "Q"), ("assistant", "A"), ("user", ""), ("assistant", "B")), "in which a turn before an answer is"),
+    ({"question": "Q", "answer": "A", "context": "C"}, "with a field 'context', which is not read; "),
+    ({"query": "Q", "response": "A", "options": ["A", "B"]}, "with a field 'options', which is not read; "),
     ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, and counts as a whole in the loss"),
     ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "whose text holds questions and answers, "),
 )

@@ -140,9 +140,7 @@ def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, monkeyp
     "settings, message",
     [
         (dict(ctx_len=6), "--ctx_len 6: .* holds 6 tokens.*take --ctx_len 5"),
-        (dict(ctx_len=0), "--ctx_len 0"),
         (dict(dataload="only", micro_bsz=2), "does not go with --micro_bsz 2"),
-        (dict(dataload="rows"), "--dataload rows"),
         (dict(loss_mask="pad"), "has no padding"),
         (dict(vocab_size=257), "token 300 at position 5"),
     ],

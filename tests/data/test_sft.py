@@ -104,16 +104,21 @@ def test_a_file_of_the_cache_that_was_cut_short_is_made_again(config, end):
     [
         (dict(sft_field=("query", "answer")), r"line 1: field 'answer' is missing; the row has query, response"),
         (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
-        (dict(sft_long="right"), "--sft_long right: one of left, skip"),
         (dict(sft_split="train[3"), "split 'train"),
         (dict(sft_split="train[50:]"), r"no document to write: there is no row within train\[50:\]"),
-        (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
-        (dict(data_type="jsonl"), "--data_type jsonl"),
+        (dict(path="missing.jsonl"), "^missing.jsonl: no such file"),
     ],
 )
 def test_mistakes_are_named(config, settings, message):
     with pytest.raises(UserError, match=message):
         build_samples(replace(config(ROWS), **settings), 257)
+
+
+def test_a_file_that_will_be_written_is_no_name_on_the_hub(config):
+    """`rwkv-peft study --output out` names out/questions.jsonl before it makes the folder."""
+    sft.refuse_hub_name(replace(config(ROWS), path="absent/questions.jsonl"))
+    with pytest.raises(UserError, match="hf download meta-math/MetaMathQA"):
+        sft.refuse_hub_name(replace(config(ROWS), path="meta-math/MetaMathQA"))
 
 
 def test_a_folder_that_datasets_wrote(config, tmp_path):

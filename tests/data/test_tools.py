@@ -6,8 +6,7 @@ import random
 import pytest
 
 from data.documents import texts
-from rwkv_peft.data.pairs import pair
-from rwkv_peft.data.prompts import opened
+from rwkv_peft.data.row_forms import opened, pair
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tools import ASKED, Call, calls_text, parse_calls
 from rwkv_peft.errors import UserError

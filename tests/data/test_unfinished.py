@@ -8,8 +8,7 @@ import pytest
 
 from rwkv_peft.data import preprocess, rows, shard_writer
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.preprocess import main
-from rwkv_peft.data.seen import DIGEST, Seen
+from rwkv_peft.data.preprocess import DIGEST, Seen, main
 from rwkv_peft.errors import UserError
 
 

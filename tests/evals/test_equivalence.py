@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals.equivalence import boxed, final_answer, require_math_verify, same_answer, same_anywhere
+from rwkv_peft.evals.numbers import boxed, final_answer, require_math_verify, same_answer, same_anywhere
 
 
 @pytest.mark.parametrize(

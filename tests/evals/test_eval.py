@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from rwkv_peft.errors import Ended, UserError
 from rwkv_peft.evals import command, flags
-from rwkv_peft.files.alone import alone_at
 from rwkv_peft.files.base import open_base
+from rwkv_peft.files.lock import alone_at
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))

@@ -61,7 +61,7 @@ def test_strict_is_the_last_marker_and_flexible_the_last_number():
 @pytest.mark.parametrize("text", ["9" * 5000, "-1," + "000," * 3000 + "000", "0." + "3" * 5000, "1/" + "7" * 5000])
 def test_a_number_without_end_is_one_that_no_answer_is(text):
     """A model that repeats a digit for ever is wrong, and does not end the evaluation."""
-    from rwkv_peft.evals.gsm8k import Gsm8k
+    from rwkv_peft.evals.written import Gsm8k
 
     task = Gsm8k()
     problem = task.problem({"question": "How many?", "answer": "#### 8"}, "{question}")

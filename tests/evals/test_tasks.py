@@ -7,7 +7,7 @@ import pytest
 from rwkv_peft.data.templates import stops_of
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.layouts import LAYOUTS, example, read_layout, stops_of_prompt
-from rwkv_peft.evals.tally import standard_error, summary
+from rwkv_peft.evals.records import standard_error, summary
 from rwkv_peft.evals.task import Score
 from rwkv_peft.tables import TASKS as CLASSES
 

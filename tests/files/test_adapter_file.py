@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rwkv_peft.adapters.load import load_tensors
+from rwkv_peft.adapters.inject import load_tensors
 from rwkv_peft.adapters.methods import METHODS, is_saved
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
+from rwkv_peft.files.adapter_file import ENTRY, METADATA_KEY, AdapterMetadata, Origin, save_adapter
 from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.origin import ENTRY, Origin
 from rwkv_peft.files.safetensors_file import read_safetensors
 
 LAYER = "blocks.0.att.key"

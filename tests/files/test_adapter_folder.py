@@ -5,7 +5,7 @@ import os
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_folder import CONFIG, TENSORS, is_adapter_folder, read_config, replacing
+from rwkv_peft.files.peft_folder import CONFIG, TENSORS, is_adapter_folder, read_config, replacing
 
 
 def write(folder, word):

@@ -11,11 +11,11 @@ from rwkv_peft.files.digest import digest_below, digest_of
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
     """The files that were read whole, in order; every file is treated as large, and none as new."""
-    read, real = [], digest.read_whole
+    read, real = [], digest.sha256_of
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(digest, "KEPT", 1)
     monkeypatch.setattr(digest, "SETTLED", -1.0)
-    monkeypatch.setattr(digest, "read_whole", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr(digest, "sha256_of", lambda path: read.append(path.name) or real(path))
     return read
 
 

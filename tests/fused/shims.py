@@ -15,7 +15,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 
 GPU = Setting(torch.device("meta"))  # which no kernel is asked about

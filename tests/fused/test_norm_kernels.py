@@ -12,7 +12,7 @@ from rwkv_peft.fused import norm_lerp as lerp_module
 from rwkv_peft.fused.norm_ddlerp import norm_ddlerp
 from rwkv_peft.fused.norm_lerp import norm_lerp
 from rwkv_peft.ops.mix import cpu, cuda, functions, gpu_lerp, last_token, lerp
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from cuda_shim.running import one_torch_thread, shim_kernels
 from rwkv_peft.fused.wkv7_keys import wkv7_with_keys
 from rwkv_peft.ops.mix import cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.recurrence import checks
 from rwkv_peft.ops.wkv7 import cuda, reference
 

@@ -34,7 +34,7 @@ from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.generate.showing import show
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.plots import plot_loss, read_metrics, series
-from rwkv_peft.release import convert, inspect_command, merge_command
+from rwkv_peft.release import convert, heat, merge_command
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.inputs import make_plan
@@ -223,7 +223,7 @@ def merged(base, adapter, *flags):
 
 
 def inspected(name):
-    return lambda folder: inspect_command.main([str(folder / name)])
+    return lambda folder: heat.main([str(folder / name)])
 
 
 def states_read(name):

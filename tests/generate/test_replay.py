@@ -6,18 +6,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate import Sampling, replay
+from rwkv_peft.generate import sampling as sampling_module
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.replay import Replayed
 from rwkv_peft.generate.session import Session
 from rwkv_peft.generate.voices import Voice
+from rwkv_peft.generate.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops.decode import cpu as decode
 from training.graphs_emulated import REFUSED, Graph, emulate
 
 VOCABULARY = 257
 SAMPLINGS = [Sampling(temperature=0), Sampling(top_p=1.0, seed=3, measured=True), Sampling(top_k=5, seed=1)]
-SAMPLINGS.append(Sampling(presence_penalty=1.0, temperature=0))
+SAMPLINGS += [Sampling(presence_penalty=1.0, temperature=0), Sampling(top_p=0.5, seed=2)]
 
 
 @pytest.fixture
@@ -26,9 +29,9 @@ def model(monkeypatch):
     return make(family_named("x070"))
 
 
-def make(family):
+def make(family, channels=16):
     torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
+    model = family.build(family.new_dimensions(n_layer=2, n_embd=channels, vocab_size=VOCABULARY, head_size=8))
     family.init_weights(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,9 +72,12 @@ def answers(model, ahead):
     return [(one.tokens, one.odds) for group in heard for one in group], running
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_replayed_tokens_and_states_are_those_of_the_model(family, monkeypatch):
-    model = make(family)
+@pytest.mark.parametrize("family, weights", [*((family, None) for family in FAMILIES), (family_named("x070"), "int8")])
+def test_replayed_tokens_and_states_are_those_of_the_model(family, weights, monkeypatch):
+    model = make(family, 32 if weights else 16)
+    if weights:
+        quantize_products(model, weights, lambda text: None)
+        monkeypatch.setattr(decode.FAMILY, "takes", lambda *_: False)
     with monkeypatch.context() as patch:
         emulate(patch.setattr)
         plain, _ = answers(model, ahead=False)
@@ -122,9 +128,14 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling, launches", [*zip(SAMPLINGS, (10, 22, 20))], ids=["greedy", "measured", "top_k"])
+@pytest.mark.parametrize(
+    "sampling, launches",
+    [*zip(SAMPLINGS, (10, 22, 20)), (SAMPLINGS[4], 20)],
+    ids=["greedy", "measured", "top_k", "top_p"],
+)
 def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
     monkeypatch.setattr(replay, "recordable", lambda model: True)
+    monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", VOCABULARY)  # all at once, as on a GPU
     running, listeners = Engine(VOCABULARY, 4, ahead=True), [Heard() for _ in range(4)]
     running.add(Request(Voice("", model), [5], [Answer(sampling, 99, listener) for listener in listeners]))
     for _ in range(3):

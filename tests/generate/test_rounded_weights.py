@@ -70,6 +70,15 @@ def test_widths_that_are_no_blocks_are_refused(tiny_state, tmp_path):
         load_model(tmp_path / "odd.pth", weights="int4")
 
 
-def test_gpus_are_refused(path):
-    with pytest.raises(UserError, match="--weights int8: .* add --device cpu"):
-        load_model(path, device="cuda", weights="int8")
+def test_blocks_move_with_the_model_and_stay_what_they_are(path, tmp_path):
+    """To memory without data, which a GPU's kernels are planned with."""
+    model, _ = load_model(path, device="meta", precision="bf16", weights="int8")
+    blocks = model.head.weight
+    assert (blocks.words.dtype, blocks.scales.dtype) == (torch.int32, torch.bfloat16)
+    assert blocks.words.is_meta and blocks.scales.is_meta and model.emb.weight.is_meta
+    for rows in (1, 40):
+        found, _ = model(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
+        assert found.dtype == torch.bfloat16 and found.shape == (rows, 1, model.config.vocab_size)
+    adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", mode="bat-in"))
+    voice = adapter_voice("own", adapter, Voice("base", model), open_base(path), False)
+    assert all(product.weight.words.is_meta for product in rounded(voice.model).values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft.errors import UserError
+from rwkv_peft.generate import sampling as sampling_module
 from rwkv_peft.generate.sampling import candidates, count, largest, most_probable, penalize, pick, sample
 from rwkv_peft.generate.settings import Sampling
 
@@ -144,6 +145,17 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
     together = sample(logits, numbers, Sampling(**settings))
     alone = [int(sample(logits[i : i + 1], numbers[i : i + 1], Sampling(**settings))) for i in range(6)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.99, "temperature": 3}, {"top_k": 5}, {"temperature": 0}])
+def test_no_draw_reads_a_number_of_the_device_and_sorting_all_draws_the_same(settings, monkeypatch):
+    """A tensor without data has none to read, and takes the way of a GPU's."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(2))
+    numbers, sampling = [0.1, 0.9, 0.5, 0.99, 0.0, 0.3], Sampling(**settings)
+    assert sample(logits.to("meta"), numbers, sampling).shape == (6,)
+    expected = sample(logits, numbers, sampling)
+    monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", 500)
+    assert torch.equal(sample(logits, numbers, sampling), expected)
 
 
 @pytest.mark.parametrize(

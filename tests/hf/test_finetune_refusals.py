@@ -8,7 +8,7 @@ import pytest
 from finetuning import run
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.alone import alone_in
+from rwkv_peft.files.lock import alone_in
 
 
 @pytest.mark.parametrize(

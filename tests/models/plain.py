@@ -25,9 +25,10 @@ def random_tensors(family, first_value=True, dtype=torch.float64, **sizes):
     return tensors, family.config_of(tensors)
 
 
-def plain(tensors, config, tokens, scale=None):
+def plain(tensors, config, tokens, scale=None, beside=None):
     """Logits (T, V) of one sequence: section 2 of the paper, token by token, nothing shared with the package.
-    scale(layer, x (T, C)) -> (T, F) is a factor between the feed-forward's layers, if there is one."""
+    scale(layer, x (T, C)) -> (T, F) is a factor between the feed-forward's layers, if there is one; beside(layer,
+    x (T, C)) -> (T, C) is what is added beside the time mix."""
     H, N, C, T = config.n_head, config.head_size, config.n_embd, len(tokens)
     shifted = lambda x: torch.cat([torch.zeros_like(x[:1]), x[:-1]])  # noqa: E731
     norm = lambda x, name: F.layer_norm(x, (C,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-5)  # noqa: E731
@@ -54,7 +55,8 @@ def plain(tensors, config, tokens, scale=None):
             rows.append((S @ r[t, :, :, None])[..., 0])
         y = F.group_norm(torch.stack(rows).reshape(T, C), H, att("ln_x.weight"), att("ln_x.bias"), 64e-5)
         y = y + ((r * k * att("r_k")).sum(-1, keepdim=True) * value).reshape(T, C)
-        x = x + (y * gate) @ att("output.weight").T
+        added = 0 if beside is None else beside(i, x)
+        x = x + (y * gate) @ att("output.weight").T + added
         inner = norm(x, f"blocks.{i}.ln2")
         k = inner + (shifted(inner) - inner) * tensors[f"blocks.{i}.ffn.x_k"].view(-1)
         k = torch.relu(k @ tensors[f"blocks.{i}.ffn.key.weight"].T) ** 2

@@ -80,7 +80,7 @@ def test_widths_come_from_the_file_and_not_from_a_formula():
     assert (found.gate_rank, found.first_value, found.head_size, found.n_head) == (7, False, 8, 4)
 
 
-@pytest.mark.parametrize("key, words", [("blocks.0.qkv.qq.weight", r"\(v7b\)"), ("blocks.0.ffn.enn.weight", "RWKV-8")])
+@pytest.mark.parametrize("key, words", [("blocks.0.ffn.enn.weight", "an RWKV-8"), ("blocks.1.ffn.rosa.emb", "ROSA")])
 def test_other_architectures_are_refused_by_name(key, words):
     tensors, _ = random_tensors(FAMILY)
     with pytest.raises(UserError, match=words):

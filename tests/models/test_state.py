@@ -22,6 +22,13 @@ def equal(left, right):
     return all(torch.equal(a, b) for layers in zip(left, right) for a, b in zip(*layers))
 
 
+def test_each_layers_zeros_are_its_own():
+    state = State.zeros(CONFIG, 2)
+    for tensor in state[0]:
+        tensor += 1
+    assert all(tensor.all() for tensor in state[0]) and not any(tensor.any() for tensor in state[1])
+
+
 @pytest.mark.parametrize("rows_are_keys", [True, False])
 def test_a_saved_session_leads_back(rows_are_keys):
     state = random_state()

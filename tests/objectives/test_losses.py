@@ -14,7 +14,7 @@ from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.config.objective import TEACHER
 from rwkv_peft.data.collate import collate
-from rwkv_peft.data.labels import UNDESIRABLE
+from rwkv_peft.data.row_forms import UNDESIRABLE
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.documents import log_probabilities

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from objectives.test_teaching import apart
-from rwkv_peft.objectives.divergence import Divergence, divergence
-from rwkv_peft.objectives.stored import most_probable
+from rwkv_peft.objectives.divergence import Divergence, divergence, most_probable
 
 KINDS = (("forward", 0.5), ("reverse", 0.5), ("jsd", 0.3))
 

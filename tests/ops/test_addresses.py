@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.ops.native.compilers import find_compiler
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "cuda_shim" / "addresses.py"
 
-FAMILIES = ("wkv6", "wkv7", "mix", "bone", "cross_entropy")
+FAMILIES = ("wkv6", "wkv7", "mix", "bone", "cross_entropy", "decode")
 
 
 def test_every_kernel_stays_inside_its_tensors_and_a_tensor_that_is_too_small_is_noticed(tmp_path):

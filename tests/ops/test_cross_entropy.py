@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from cuda_shim import shim, toolchain
 from rwkv_peft.ops.cross_entropy import cpu, cross_entropy_, cuda, op
-from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import kernels as native_kernels
 
 FORMS = ("plain", "cpu", "cuda")
 
@@ -131,7 +131,7 @@ def test_the_order_of_threads_changes_no_bit(on_shim, order):
 
 def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.CrossEntropyArguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
     monkeypatch.setattr(native_family, "stream", lambda x: 7)

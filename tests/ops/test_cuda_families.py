@@ -8,12 +8,13 @@ import torch
 from cuda_shim import cases, toolchain
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
+from rwkv_peft.ops.decode import cuda as decode
 from rwkv_peft.ops.mix import cuda as mix
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
@@ -25,6 +26,7 @@ FAMILIES = {
     mix.FAMILY: (mix.KERNELS, [name for name in mix.KERNELS if name.endswith("float32")]),
     bone.FAMILY: (bone.KERNELS, ()),
     cross_entropy.FAMILY: (cross_entropy.KERNELS, ()),
+    decode.FAMILY: (decode.KERNELS, ()),
 }
 
 
@@ -71,7 +73,7 @@ def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatc
 
 def test_every_header_counts_for_the_cache(family):
     root = source_directory("cuda")
-    headers = set(gpu.recipe(family.source, "nvcc", "90")[2])
+    headers = set(gpu.recipe(family.source, "nvcc", "90").headers)
     assert headers >= set((root / family.op).glob("*.cuh"))
     for path in (root / family.source, *headers):
         assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
@@ -80,6 +82,6 @@ def test_every_header_counts_for_the_cache(family):
 def test_a_failed_launch_is_an_error(nvcc):
     if torch.cuda.is_available():
         pytest.skip("launches do not fail where there is a GPU")
-    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
+    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         cases.run(library, cases.make_case((1, 4, 1, 64), torch.bfloat16))

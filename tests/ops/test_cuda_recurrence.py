@@ -12,8 +12,9 @@ import torch
 from cuda_shim import shim, toolchain
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.native import driver, gpu, launch
+from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import kernels as native_kernels
+from rwkv_peft.ops.native.arguments import aligned
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
 from rwkv_peft.ops.wkv6.op import WKV6
@@ -163,7 +164,7 @@ def test_inputs_off_the_16_byte_grid(run, cases):
 
 def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
     shifted = torch.zeros(65)[1:]
-    assert shifted.data_ptr() % 16 and launch.aligned(shifted).data_ptr() % 16 == 0
+    assert shifted.data_ptr() % 16 and aligned(shifted).data_ptr() % 16 == 0
     inputs = {}
 
     class Recorded:
@@ -215,7 +216,7 @@ def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
 
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
         cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 5, 3, N), torch.bfloat16))

@@ -13,8 +13,9 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.plan.disk import checkpoint_count, saved_epochs, written
 from rwkv_peft.plan.fits import alternatives, changes, largest, largest_rows, largest_tokens
 from rwkv_peft.plan.flags import memory_size, parse_flags
-from rwkv_peft.plan.parts import CPU, GPU, OPTIMIZER, Estimate, peak
+from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.training.saving.products import OPTIMIZER
 
 NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")
 
@@ -187,6 +188,14 @@ def test_ranks_share_what_zero_shares(stage):
     held = trains if stage < 3 else trains // 4
     assert size(four, "weights that train") == held * 2
     assert size(four, "activations") == size(one, "activations")
+
+
+def test_muon_keeps_one_moment_of_each_matrix():
+    told = estimate("--optim", "muon", "--train_parts", "ln", "--bone_r", "16")
+    assert told.counts.matrices == told.counts.own < told.counts.trains  # bat-in's blocks are matrices, norms are none
+    parts = told.parts(1, 128)
+    assert size(parts, "optimizer") == 12 * told.counts.trains - 4 * told.counts.own
+    assert size(parts, "updates, gathered") == 4 * told.counts.own
 
 
 def test_offload_moves_the_optimizer_and_quantization_shrinks_the_frozen_layers():

@@ -9,16 +9,15 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import adapter_parameter
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.files.origin import Origin
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release import merge_command as merge_cli
-from rwkv_peft.release.check import SHOWN, adapted_logits, adapter_config, main
-from rwkv_peft.release.logits import Difference
+from rwkv_peft.release.check import SHOWN, adapted_logits, main
 from rwkv_peft.release.merge import merged_tensors
+from rwkv_peft.release.runtimes import Difference
 
 pytest.importorskip("rwkv")
 
@@ -96,7 +95,7 @@ def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):
 def test_adapter_settings_come_back_from_metadata():
     config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
     adapter = read_metadata(config)
-    assert adapter_config(adapter, family_named("x060")) == config
+    assert adapter.config(family_named("x060")) == config
 
 
 @pytest.mark.parametrize(

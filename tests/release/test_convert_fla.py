@@ -11,7 +11,7 @@ from release.conversions import convert, same
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from rwkv_peft.models import family_named
-from rwkv_peft.release.inspect_command import main as inspect
+from rwkv_peft.release.heat import main as inspect
 
 LAYERS, CHANNELS = 3, 128
 SETTINGS = {"model_type": "rwkv7", "head_dim": 64, "hidden_act": "sqrelu", "norm_eps": 1e-05, "attn": None}

@@ -180,6 +180,7 @@ def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
     "words, message",
     [
         (("absent.pth",), "does not exist"),
+        (("empty.st",), "holds no tensor"),
         (("base.pth", "--output", "x.png"), "name the base"),
         (("bone.safetensors", "--base_model", "base.pth", "--output", "x.jpg"), "does not end in .png"),
         (("bone.safetensors", "--base_model", "other.pth"), "was trained on another base"),
@@ -192,6 +193,7 @@ def test_what_does_not_belong_together_is_refused(folder, tiny_state, words, mes
     save_model(folder / "other.pth", tiny_state(vocab_size=257, seed=5))
     save_model(folder / "small.pth", tiny_state(n_layer=1))
     torch.save({"blocks.0.att.time_state": torch.zeros(4, 16, 16)}, folder / "state.pth")
+    save_file({}, folder / "empty.st")
     (folder / "base.png").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         main(["inspect", *(str(folder / word) if "." in word else word for word in words)])

@@ -13,7 +13,7 @@ from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.models import family_named
-from rwkv_peft.release.inspect_command import main as inspect
+from rwkv_peft.release.heat import main as inspect
 from rwkv_peft.release.merge import merged_tensors
 
 RANK = 8

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from release.merges import RANK, TARGETS, VARIANTS, adapter_of, run
-from rwkv_peft.adapters.inject import inject
-from rwkv_peft.adapters.load import load_tensors
+from rwkv_peft.adapters.inject import inject, load_tensors
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError

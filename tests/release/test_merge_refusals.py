@@ -186,7 +186,7 @@ def test_inputs_are_never_overwritten(folder):
 
 def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
-    monkeypatch.setattr("rwkv_peft.files.room.room_at", lambda path: 10)
+    monkeypatch.setattr("rwkv_peft.files.atomic.room_at", lambda path: 10)
     with pytest.raises(UserError, match="bytes, and its disk has 10 free"):
         run(folder)
 

@@ -11,8 +11,7 @@ import torch
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
-from rwkv_peft.release.logits import reference_logits
-from rwkv_peft.release.runtimes import Runtime, all_runtimes
+from rwkv_peft.release.runtimes import Runtime, all_runtimes, reference_logits
 from rwkv_peft.release.verify import compare_structure, judge, main, verify, written
 
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)

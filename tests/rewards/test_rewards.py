@@ -134,6 +134,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
         ("def f(completions): return [0, float('nan')]", "ab", r"answer 2 of 2 .* it returned nan; return a finite"),
         ("def f(completions): return [float('inf'), 0]", "ab", r"answer 1 of 2 .* it returned inf; return a finite"),
         ("def f(completions): return [10 ** 400]", "a", r"answer 1 of 1 .* return a finite number"),
+        ("def f(completions): return [-1e308]", "a", r"answer 1 of 1 .* return a finite number"),
         ("def f(completions): return ['1', 0]", "ab", r"answer 1 of 2 .* '1', no number; return a number, or None"),
         ("def f(completions): return [1]", "ab", r"answers 1 to 2 of 2 .*returned 1 values for 2 completions; return"),
         ("def f(completions): return 1", "a", r"it returned int; return a list with a number for each"),

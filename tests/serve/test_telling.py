@@ -5,8 +5,9 @@ import json
 import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.serve.telling import ChatTeller
-from rwkv_peft.serve.worker import Piece
+from rwkv_peft.serve.forms import ChatAsked
+from rwkv_peft.serve.telling import ChatTeller, TextTeller
+from rwkv_peft.serve.worker import Drawn, Piece
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 ANSWERS = {  # (words, cities)
@@ -54,3 +55,16 @@ def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
 def test_without_tools_an_answer_is_its_text():
     answer = ChatTeller("m", BytesTokenizer(), False, False).answer(Piece(0, CALL, (), "stop"))
     assert answer["message"]["content"] == CALL and answer["finish_reason"] == "stop"
+
+
+def test_offsets_are_those_of_the_text():
+    teller, tokenizer = TextTeller("m", BytesTokenizer(), True), BytesTokenizer()
+    text = "é 😀!"
+    pieces = [Piece(0, "", (Drawn(token, None),)) for token in tokenizer.encode(text)]
+    offsets = [offset for piece in pieces for offset in teller.answer(piece)["logprobs"]["text_offset"]]
+    assert offsets == [0, 0, 1, 2, 2, 2, 2, 3] and text[3] == "!"
+
+
+def test_a_field_that_is_null_is_left_out():
+    asked = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    assert ChatAsked.model_validate(asked | {"logit_bias": None, "n": None}) == ChatAsked.model_validate(asked)

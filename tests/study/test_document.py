@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.study.document import MOST, cut, read_document
+from rwkv_peft.study.questions import MOST, cut, read_document
 
 TEXT = "One. Two three.\nFour\n\n" + "five " * 30 + "\n\n" + "six" * 40 + "\n\nSeven is 7. Eight is 8.\n"
 

@@ -165,7 +165,7 @@ def test_names_that_lead_nowhere_are_told_or_made(files, command):
 def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
     from rwkv_peft.training.run import main
 
-    monkeypatch.setattr("rwkv_peft.files.room.room_at", lambda path: 1000)
+    monkeypatch.setattr("rwkv_peft.files.atomic.room_at", lambda path: 1000)
     with pytest.raises(UserError, match=r"--proj_dir \S+ needs [\d,]+ bytes for a save, and its disk has 1,000 free"):
         main(command("no-room")[2:])
     assert not (files / "no-room").exists()

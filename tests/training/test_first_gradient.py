@@ -8,8 +8,7 @@ from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.base import base_of
-from rwkv_peft.training.model import adapt
-from rwkv_peft.training.step.gradients import estimate_gradients
+from rwkv_peft.training.model import adapt, estimate_gradients
 
 MARKER = 79
 BARE, ANSWERED, LONGER = [1, 2, 3, 4, 5], [6, 7, MARKER, 8, 9, 10], [11, MARKER, 12, 13, 14, 15]

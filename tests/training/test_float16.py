@@ -12,8 +12,7 @@ from rwkv_peft.files.safetensors_file import read_safetensors, save_safetensors
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SCALE, SavedOptimizer
-from rwkv_peft.training.saving.run_state import STATE, load_state, write_state
-from rwkv_peft.training.saving.saved_files import record_of
+from rwkv_peft.training.saving.run_state import STATE, load_state, record_of, write_state
 from training.runs import metrics
 
 FLAGS = "--precision fp16 --train_parts ln time --lr_schedule constant".split()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.step.gathering import MANY, loses_in_sums
+from rwkv_peft.training.step.zero import MANY, loses_in_sums
 
 LOSING = TrainConfig(precision="bf16", strategy="deepspeed_stage_1", accumulate_grad_batches=MANY)
 

@@ -110,7 +110,7 @@ OURS = "new/rwkv.pth"
         (f"{UNTOLD} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
         (f"{GENERATE} --adapter six", OURS, "was trained on an RWKV-6"),
         *((line, "torn.pth", "is not an RWKV-7a model: it has no tensor blocks.0.ffn.s1") for line in COMMANDS),
-        *((line, "v7b.pth", "it is RWKV-7 with deep embeddings and attention over them (v7b)") for line in COMMANDS),
+        *((line, "v7b.pth", "is not an RWKV-7b model: it has no tensor blocks.0.qkv.k1") for line in COMMANDS),
         *((line, "no_v0.pth", "1 missing tensors (blocks.1.att.v0); take the file as") for line in COMMANDS),
     ],
 )

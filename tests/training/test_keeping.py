@@ -16,9 +16,9 @@ import pytest
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
+from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.engine.callbacks import Save
-from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refusals
-from rwkv_peft.training.saving.keeping import discard_old
+from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals
 from rwkv_peft.training.step.plan import Plan
 
 FILES = ("adapter.safetensors", "state.json", "optimizer/rank-00000.safetensors")
@@ -126,7 +126,9 @@ def test_the_first_rank_asks_for_a_save_by_a_clock_that_nobody_sets(monkeypatch,
     now, saves = [100.0], []
     monkeypatch.setattr("rwkv_peft.training.engine.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
     saver = SimpleNamespace(save=lambda trainer, lit, done, epoch: saves.append((done, epoch)))
-    save = Save(saver, Plan(1, 100, 100, 0, 0), TrainConfig(save_minutes=0.5), None)
+    config = SimpleNamespace(train=TrainConfig(save_minutes=0.5), objective=NextToken())
+    plan, ends = Plan(1, 100, 100, 0, 0), lambda done: False
+    save = Save(SimpleNamespace(config=config, saver=saver, plan=plan, checkpoint=None, ends=ends))
     trainer, lit = SimpleNamespace(is_global_zero=first), SimpleNamespace(step=0, stopping=False)
     save.on_train_start(trainer, lit)
     for step, seconds in enumerate((20, 9, 2, 20, 20)):

@@ -14,8 +14,8 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.rows_exam import RowsExam, rows_of
-from rwkv_peft.training.flags.epochs import with_chosen_epochs
+from rwkv_peft.evals.exam import RowsExam, rows_of
+from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
 from rwkv_peft.training.measuring.before_after import agreement, quoted, read_before
@@ -149,6 +149,8 @@ def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
     note = nothing_learned(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 30, 60, 0, 0), losses, changed)
     assert words in note and bool(note) == bool(words)
     enough = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), losses, changed)
+    worse = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), list(np.linspace(1, 2, 60)), changed)
+    assert "made the model worse: the loss rose (1.1186 to 1.8814). Try a lower rate: --lr_init 0.0002" in worse
     assert ("the rate may be too low: try --lr_init 0.002" in enough) == bool(words)
 
 

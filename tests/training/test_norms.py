@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed
 
-from rwkv_peft.training.step.norms import NOT_FINITE, SHORT, gradient_norm, square_sum
+from rwkv_peft.training.step.zero import NOT_FINITE, SHORT, gradient_norm, square_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,10 +17,9 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.tables import OPTIMS
 from rwkv_peft.training.optimizers import choice, muon
 from rwkv_peft.training.optimizers.choice import Further, make_optimizer
-from rwkv_peft.training.saving.averaging import averaged
-from rwkv_peft.training.saving.identity import BY_RANKS, read_run_state
+from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
-from rwkv_peft.training.saving.partitions import codes_of, moments_of, steps_taken, take_up
+from rwkv_peft.training.saving.partitions import averaged, codes_of, moments_of, steps_taken, take_up
 from rwkv_peft.training.saving.run_state import write_state
 from training.runs import metrics
 
@@ -60,7 +59,7 @@ def test_an_optimizer_goes_on_to_the_bit_from_what_is_kept_of_it(optim):
     size = 6000 if optim == "adamw8bit" else 600  # fewer have moments of 32 bits
     matrices = {"shapes": ((20, size // 20),)} if optim == "muon" else {}
     whole, other = (engine(optim, size, seed, **matrices) for seed in (0, 1))
-    assert isinstance(whole.optimizer, Further) and whole.optimizer.by_parameter == (optim not in BY_RANKS)
+    assert isinstance(whole.optimizer, Further) and whole.optimizer.by_parameter == (optim != "adamw8bit")
     first, rest = gradients(size)[:3], gradients(size)[3:]
     (*_, before) = run(whole, first)
     flat = flat_of(other)
@@ -164,8 +163,8 @@ def test_a_state_of_use_to_its_ranks_alone_is_refused_by_others(tmp_path):
     now |= {"strategy": "deepspeed_stage_1", "world_size": 2}
     for optim, change, words in (
         ("adamw8bit", {"world_size": 1}, "has world_size 2, this command 1.*--fresh_optimizer"),
-        ("lion", {"world_size": 1}, ""),
-        ("lion", {"optim": "adamw"}, "has optim lion, this command adamw.*--fresh_optimizer"),
+        ("muon", {"world_size": 1}, ""),
+        ("muon", {"optim": "adamw"}, "has optim muon, this command adamw.*--fresh_optimizer"),
     ):
         write_state(tmp_path / "state.json", now | {"optim": optim, "samples_seen": 8, "trained": ["a"]})
         with pytest.raises(UserError, match=words) if words else nullcontext():

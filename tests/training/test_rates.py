@@ -60,6 +60,13 @@ def test_what_is_given_stays():
     assert (given.lr_init, given.lr_final, given.lr_chosen) == (1e-4, 2e-5, ())
 
 
+@pytest.mark.parametrize("flags", [("--bone_r", "16"), ("--peft", "none", "--train_parts", "state")])
+def test_a_rate_rises_only_if_its_end_is_given(flags):
+    train = parse(*flags, "--lr_init", "1e-5")
+    assert (train.lr_init, train.lr_final) == (1e-5, 1e-5)
+    assert parse(*flags, "--lr_init", "1e-5", "--lr_final", "1e-3").lr_final == 1e-3
+
+
 def test_a_resumed_run_keeps_the_rates_that_it_began_with():
     state = {"config": {"train": {"lr_init": 0.5, "lr_final": 0.25}}}
     train = parse("--bone_r", "16")

@@ -16,8 +16,7 @@ from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
-from rwkv_peft.training.saving.run_state import write_state
-from rwkv_peft.training.saving.saved_files import record_of
+from rwkv_peft.training.saving.run_state import record_of, write_state
 from training.runs import Planted, finish, metrics, start, wait_for_steps, wait_for_words
 
 LONG = (

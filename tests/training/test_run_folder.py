@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.alone import alone_in
+from rwkv_peft.files.lock import alone_in
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import UNSAVED, clear_unsaved
 from rwkv_peft.training.saving.resume import find_state

@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.training.saving.saved_files import check_records, record_of, require_files
+from rwkv_peft.training.saving.run_state import check_records, record_of, require_files
 
 NAMES = ("adapter.safetensors", "optimizer/rank-00000.safetensors", "zero/optim_states.pt")
 

@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from rwkv_peft.files.safetensors_file import read_safetensors, save_safetensors
-from rwkv_peft.training.saving.run_state import write_state
-from rwkv_peft.training.saving.saved_files import record_of
+from rwkv_peft.training.saving.run_state import record_of, write_state
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The page in a real browser: a stranger's way from a file of rows to a chat with the merged model."""
 
+import json
 import re
 import shutil
 
@@ -81,6 +82,12 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(page.locator(".u-legend").first).to_contain_text("val_loss")
     expect(page.locator("td", has_text='{"name":').first).to_be_visible()
     assert (folder / "out/mine/adapter.safetensors").exists()
+    drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
+    (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))
+    page.reload()
+    expect(page.locator("td", has_text="said 1")).to_be_visible()
+    page.get_by_label("step", exact=True).select_option("0")
+    expect(page.locator("td", has_text="said 0")).to_be_visible()
 
     other = open_page(width=390)  # another browser, on a narrow screen
     go(other, "Runs")
@@ -98,6 +105,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     go(page, "Runs")
     page.get_by_role("link", name="out/mine", exact=True).click()
     page.locator("main").get_by_role("link", name="Chat", exact=True).click()
+    page.get_by_label("Weights", exact=True).select_option("int8")
     press(page, "Open")
     message = page.get_by_label("message", exact=True)
     expect(message).to_be_visible(timeout=LONG)

@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.ui.flags import parse_flags
-from rwkv_peft.ui.form import FIRST, form
+from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.places import Places
 from rwkv_peft.ui.runs import TAIL, last_of, lines_of
 
@@ -75,7 +75,16 @@ def test_every_flag_of_train_is_a_field_once():
     fields = [field for group in form() for field in group["fields"]]
     names = [field["flag"] for field in fields]
     assert len(set(names)) == len(names) > 100 and tuple(names[: len(FIRST)]) == FIRST
-    assert {field["kind"] for field in fields} == {"on", "switch", "choice", "list", "path", "text"}
+    assert {field["kind"] for field in fields} == {"on", "switch", "choice", "list", "path", "paths", "text"}
+    assert "h" not in names and tuple(field["flag"] for field in chat_form()) == CHAT
+
+
+def test_a_choice_says_when_each_value_is_taken():
+    words = {field["flag"]: field["words"] for group in form() for field in group["fields"]}
+    for flag in ("precision", "optim", "objective", "data_type"):
+        field = next(field for group in form() for field in group["fields"] if field["flag"] == flag)
+        assert list(words[flag]) == field["values"]
+    assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
 
 
 def test_a_preview_shows_what_counts(server):
@@ -98,6 +107,8 @@ def test_a_preview_tells_which_rows_are_refused(server, folder):
 def test_a_plan_refuses_flags_in_their_own_words(server):
     found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--bone_r", "7", "--micro_bz", "2"]})
     assert found["code"] == 2 and "did you mean --micro_bsz" in found["text"]
+    found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--data_type", "sft", "--data_file", "x"]})
+    assert found["code"] == 2 and "--tokenizer world has 65536 tokens" in found["text"]
 
 
 def test_other_commands_are_not_started(server):
@@ -108,8 +119,12 @@ def test_other_commands_are_not_started(server):
     assert server.ask("/api/jobs/1%D9%A3")[0] in (400, 404)
 
 
-def test_the_newest_answers_of_a_run_are_shown(server, folder):
+def test_the_newest_answers_and_the_card_of_a_run_are_shown(server, folder):
     (folder / "drawing").mkdir()
+    (folder / "drawing/README.md").write_text("# mine")
+    assert server.json("/api/runs/card?folder=drawing") == {"text": "# mine"}
+    assert server.json("/api/runs/card?folder=none") == {"text": ""}
+    assert server.ask("/api/runs/card?folder=..")[0] == 400
     path, text = folder / "drawing" / "answers.jsonl", "x" * 1000
     assert last_of(path) == []
     lines = [{"step": step, "prompt": "Hi", "completion": text, "reward": None} for step in range(400)]

@@ -3,7 +3,7 @@
 With u_b = B_b x_b, y = W (x + u) + tile(Σ_b u_b).
 """
 
-import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .block_affine import BlockAffine, fit, sizes
@@ -17,7 +17,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
     return {"bone": (in_features // config.rank, config.rank, config.rank)}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     return bat_in(x, base.weight, params["bone"], base.bias, product=base.product)
 
 

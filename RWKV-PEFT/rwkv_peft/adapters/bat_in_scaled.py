@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -24,7 +25,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
     return bat_in.shapes(config, out_features, in_features) | {"bone_scale": (1,)}
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
     """As bfloat16 holds it, so that no cast of the model changes it; 1 if the weight is all zeros, and W B too,
     whatever it is multiplied by."""
     weight = weight.detach().cpu()  # where all ranks find the same number, whatever their cards
@@ -41,7 +42,7 @@ def keep(layer: Layer, constants: Params) -> None:
         layer.scale = _number(scale)
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     """scale is the layer's, of `keep`; under torch.compile the tensor serves, so that layers share a graph."""
     a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
     return of_activations(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
@@ -58,7 +59,7 @@ class Scaled(BlockAffine):
         return {"bone": undone(amount * (a * params["bone"].double())) / a, "bone_scale": params["bone_scale"]}
 
 
-def _number(bone_scale: torch.Tensor) -> float:
+def _number(bone_scale: Tensor) -> float:
     """The number in a `bone_scale`. Raises UserError unless it is one to divide by."""
     number = float(bone_scale)
     if not (math.isfinite(number) and number > 0):

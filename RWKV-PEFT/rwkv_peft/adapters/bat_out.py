@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .block_affine import BlockAffine, fit, sizes
@@ -16,7 +16,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
     return {"bone": (out_features // config.rank, config.rank, config.rank)}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -34,19 +35,19 @@ class BlockAffine(Change):
     multiplied(params) gives M, which is B in bat-in and bat-out."""
 
     index: str = field(kw_only=True)
-    multiplied: Callable[[Params], torch.Tensor] = lambda params: params["bone"]
+    multiplied: Callable[[Params], Tensor] = lambda params: params["bone"]
 
-    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+    def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         params = cast(params, weight.dtype)
         return self._of_blocks(blocks_of(weight, params["bone"].shape[-1]), params).reshape(weight.shape)
 
-    def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    def added(self, base: Tensor, params: Params, scale: float) -> Tensor:
         """Added block by block, which spares `delta`'s copy into the weight's order."""
         params = cast(params, torch.float32)
         blocks = blocks_of(base, params["bone"].shape[-1])
         return (blocks + self._of_blocks(blocks, params)).reshape(base.shape)
 
-    def _of_blocks(self, blocks: torch.Tensor, params: Params) -> torch.Tensor:
+    def _of_blocks(self, blocks: Tensor, params: Params) -> Tensor:
         """-> the change of each block, (out/r, r, in/r, r), in no particular order in memory."""
         bone = params["bone"]
         addend = bone.transpose(0, 1) if self.index == "b" else bone[:, :, None]  # (r, in/r, r) or (out/r, r, 1, r)
@@ -61,7 +62,7 @@ class BlockAffine(Change):
         return {"bone": undone(amount * params["bone"].double())}
 
 
-def undone(bone: torch.Tensor) -> torch.Tensor:
+def undone(bone: Tensor) -> Tensor:
     """(I + B)^-1 - I of matrices B (n, r, r) float64."""
     identity = torch.eye(bone.shape[-1], dtype=bone.dtype, device=bone.device)
     inverse, singular = torch.linalg.inv_ex(identity + bone)
@@ -70,6 +71,6 @@ def undone(bone: torch.Tensor) -> torch.Tensor:
     return inverse - identity
 
 
-def blocks_of(weight: torch.Tensor, rank: int) -> torch.Tensor:
+def blocks_of(weight: Tensor, rank: int) -> Tensor:
     """(out, in) -> (out/r, r, in/r, r), a view."""
     return weight.unflatten(0, (-1, rank)).unflatten(2, (-1, rank))

@@ -6,6 +6,7 @@ Every shard of the input shares one small matrix: y = W x + Dᵀ Σ_b x_b.
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .change import Params, Sum
@@ -30,11 +31,11 @@ def sizes(params: Params) -> dict[str, int]:
     return {"rank": params["bone"].shape[0]}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     return bone(x, base.weight, params["bone"], base.bias, product=base.product)
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     """D[i mod rank, o mod width] for all o and i."""
     (out_features, in_features), bone = shape, params["bone"]
     columns = torch.arange(out_features, device=bone.device) % bone.shape[1]

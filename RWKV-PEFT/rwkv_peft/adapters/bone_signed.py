@@ -9,11 +9,12 @@ mean. It is LoRA with this sketch as an A that does not train.
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from . import bone
 from .change import Params, Sum
-from .functions.bone_signed import bone_signed, sketch
+from .functions.lora import lora
 from .method import Constants, Method, Shapes, Tensors
 from .product import Frozen
 
@@ -22,17 +23,25 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
     return {"bone": (config.rank, out_features), "bone_signs": (in_features,)}
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
     """The same signs for all layers of a width; the file holds them."""
     width = weight.shape[1]
     return {"bone_signs": 2.0 * torch.randint(2, (width,), generator=torch.Generator().manual_seed(width)) - 1}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-    return bone_signed(x, base.weight, params["bone"], params["bone_signs"], base.bias, product=base.product)
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
+    bone = params["bone"]
+    return lora(x, base.weight, sketch(params["bone_signs"], len(bone)), bone.t(), base.bias, product=base.product)
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def sketch(signs: Tensor, rank: int) -> Tensor:
+    """Signs (in,) -> the matrix (rank, in) that sums the shards of an input with them; in need not be a multiple."""
+    width = signs.shape[0]
+    shards = torch.eye(rank, dtype=signs.dtype, device=signs.device).repeat(1, -(-width // rank))
+    return shards[:, :width] * signs
+
+
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     return bone.update(params, scale, shape) * params["bone_signs"]
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
-Params = Mapping[str, torch.Tensor]  # {tensor name: tensor} of the adapter of one layer
+Params = Mapping[str, Tensor]  # {tensor name: tensor} of the adapter of one layer
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,11 @@ class Change(ABC):
     cut: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @abstractmethod
-    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+    def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         """W' - W: weight (out, in) float32 or float64, params {name: tensor} of any float dtype -> (out, in) in
         weight's dtype, in which the arithmetic is done. Layers are tested against it."""
 
-    def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    def added(self, base: Tensor, params: Params, scale: float) -> Tensor:
         """W' from the float32 base that the layer trained on."""
         return base + self.delta(base, params, scale)
 
@@ -41,30 +42,30 @@ class Change(ABC):
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """params that `removed` takes to undo `amount` times the change. Raises UserError if nothing undoes it."""
 
-    def removed(self, weight: torch.Tensor, opposite: Params, scale: float) -> torch.Tensor:
+    def removed(self, weight: Tensor, opposite: Params, scale: float) -> Tensor:
         """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
         return weight + self.delta(weight, opposite, scale)
 
 
 @dataclass(frozen=True)
 class Sum(Change):
-    """W' = W + U, where U does not depend on W, so that it can be subtracted: update(params, scale, shape) computes U
+    """W' = W + U for a U that does not depend on W, so that it can be subtracted: update(params, scale, shape) makes U
     in the dtype of params. negated names tensors whose opposite sign gives -U."""
 
-    update: Callable[[Params, float, tuple[int, int]], torch.Tensor] = field(kw_only=True)
+    update: Callable[[Params, float, tuple[int, int]], Tensor] = field(kw_only=True)
     negated: tuple[str, ...] = field(kw_only=True)
 
-    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+    def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         return self.update(cast(params, weight.dtype), scale, (weight.shape[0], weight.shape[1]))
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         return {name: -amount * wide(tensor) if name in self.negated else tensor for name, tensor in params.items()}
 
 
-def cast(params: Params, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def cast(params: Params, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in params.items()}
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """A tensor in float32, or in the float64 that it has."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

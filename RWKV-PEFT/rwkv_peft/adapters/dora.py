@@ -12,6 +12,7 @@ much of it as the rate says.
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -28,11 +29,11 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
     return low_rank.shapes(config, out_features, in_features) | {"lora_gain": rows, "lora_row_norm": rows}
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
     return {"lora_row_norm": weight.detach().float().norm(dim=1)}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     y = low_rank.apply(x, base, params, scale, dropout)
     with torch.no_grad():
         products = base.product.forward(params["lora_A"].to(x.dtype), base.weight).t()  # W Aᵀ (out, r)
@@ -46,22 +47,21 @@ def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: 
 class Turned(Change):
     """The rows of W turned by U, and lengthened."""
 
-    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
+    def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         params = cast(params, weight.dtype)
         length = _length(weight @ params["lora_A"].t(), params, scale)
         factor = params["lora_row_norm"] * (1 + params["lora_gain"]) / length
         return factor[:, None] * (weight + low_rank.LOW_RANK.delta(weight, params, scale)) - weight
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
-        """The params themselves, and how much of their change was merged. Raises UserError if a row's direction was
-        lost."""
+        """The params, and how much of their change was merged. Raises UserError if a row's direction was lost."""
         if (params["lora_gain"] <= -1).any():
             raise UserError(
                 "a gain of dora is -1 or less, so that merging lost a row's direction; take the base itself"
             )
         return {**params, "amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
 
-    def removed(self, weight: torch.Tensor, opposite: Params, scale: float) -> torch.Tensor:
+    def removed(self, weight: Tensor, opposite: Params, scale: float) -> Tensor:
         """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), whose
         length is known, which leaves a quadratic equation for f. Raises UserError if it has no solution above 0."""
         params = cast(opposite, weight.dtype)
@@ -78,7 +78,7 @@ class Turned(Change):
         return (weight - (a * factor)[:, None] * update) / (1 - a + a * factor)[:, None]
 
 
-def _length(products: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+def _length(products: Tensor, params: Params, scale: float) -> Tensor:
     """|W_o + U_o| (out,) from W Aᵀ (out, r) and the params, in the dtype of W Aᵀ."""
     params = cast(params, products.dtype)
     lora_A, lora_B = params["lora_A"], params["lora_B"]

@@ -50,8 +50,7 @@ def parameter_groups(
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is the matrix of a layer within a block, or a matrix, or a row of them, of its
-    adapter."""
+    """Tell whether a parameter is the matrix of a layer within a block, or a matrix or a row of them of its adapter."""
     part, *_, leaf = name.split(".")
     of_adapter = leaf.startswith(("bone", "lora_"))  # others' numbers are no matrix
     inner = part not in ("emb", "head") and (leaf == "weight" or of_adapter)

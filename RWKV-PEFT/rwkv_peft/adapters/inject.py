@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cli import counted
 from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
-from ..errors import UserError
+from ..errors import UserError, some
 from ..names import NONE, STATE
 from .change import Params
 from .layer import AdapterLinear
 from .method import Method
-from .methods import METHODS, method_of, word_of
+from .methods import METHODS, adapter_parameter, method_of, word_of
 
 
 class Generation(Protocol):
@@ -78,19 +79,19 @@ def inject(
     names: tuple[str, ...] | None = None,
     *,
     family: Generation | None = None,
-    initial: Mapping[str, torch.Tensor] | None = None,
-    gradients: Mapping[str, torch.Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> InjectReport:
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
 
-    model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's where
-    there are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
-    where they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
-    (a Family) tells which parameters those are. Where the method has constants, initial maps "<module>.<constant>" to
+    model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's if there
+    are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
+    if they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
+    (a Family) tells which parameters those are. If the method has constants, initial maps "<module>.<constant>" to
     those of an adapter file to go on from (its weights are loaded afterwards); without it they are made anew, by some
-    methods from gradients: module name -> gradient of the loss with respect to its weight. device: where weights are
-    taken apart and quantized, a layer at a time that then goes back to where the model is; by default there.
+    methods from gradients: module name -> gradient of the loss with respect to its weight. device (by default the
+    model's): the one on which weights are taken apart and quantized, a layer at a time, which then goes back.
     -> InjectReport. Raises UserError.
     """
     modules = dict(model.named_modules())
@@ -128,17 +129,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _is_work(config: AdapterConfig) -> bool:
-    """Whether to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
+    """True if to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
     method = method_of(config)
     return config.quant != "none" or (method is not None and method.residual is not None)
 
 
 def _make_layer(
-    base: nn.Linear,
-    name: str,
-    config: AdapterConfig,
-    initial: Mapping[str, torch.Tensor],
-    gradients: Mapping[str, torch.Tensor],
+    base: nn.Linear, name: str, config: AdapterConfig, initial: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
 ) -> AdapterLinear:
     method = method_of(config)
     assert method is not None  # NONE has no layers
@@ -207,7 +204,7 @@ def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | No
 
 
 def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: int, in_features: int) -> None:
-    """Raise UserError where the settings do not fit a layer, in the words of the flags."""
+    """Raise UserError if the settings do not fit a layer, in the words of the flags."""
     misfit = method.tensors.fit(config, out_features, in_features)
     if misfit is None:
         return
@@ -223,3 +220,38 @@ def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: i
 def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{flag} {value} is not one of {', '.join(choices)}")
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Path = "the adapter") -> None:
+    """Copy {name: tensor} of an adapter file into a model whose layers are injected already.
+
+    Every adapter parameter of the model must be in the file, and every tensor of the file in the model,
+    with its shape; tensors that train whole keep the base's values if the file has none.
+    Raises UserError otherwise, before anything is copied.
+    """
+    places: dict[str, Tensor] = dict(model.named_parameters())
+    places |= {key: buffer for key, buffer in model.named_buffers() if adapter_parameter(key)}
+    own = [key for key in places if adapter_parameter(key)]
+    missing = [key for key in own if key not in tensors]
+    unexpected = [key for key in tensors if key not in places]
+    if not tensors or (own and len(missing) == len(own)):
+        raise UserError(
+            f"{name} matches nothing in the model: it holds {some(list(tensors)) or 'nothing'}, and the model "
+            f"awaits {some(own) or 'nothing'}; check --peft, --bone_mode and which model it was trained on"
+        )
+    if missing or unexpected:
+        kinds = ((missing, "missing from the file"), (unexpected, "without a place in the model"))
+        raise UserError(
+            f"{name} does not fit the model: "
+            + "; ".join(f"{len(keys)} tensors {what} ({some(keys)})" for keys, what in kinds if keys)
+            + "; use the same --peft, targets and --bone_mode as in its training"
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != places[key].shape:
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(places[key].shape)}; use the rank and mode of its training, on the same base"
+            )
+    for key, tensor in tensors.items():
+        places[key].copy_(tensor)

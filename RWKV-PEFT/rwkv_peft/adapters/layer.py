@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from .change import Params
@@ -24,8 +24,8 @@ class AdapterLinear(nn.Module):
     makes of them. A file or a merge needs to know `method`, `scale` and `quant` of a layer.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
+    packed: Tensor
+    scales: Tensor
 
     def __init__(self, base: nn.Linear, method: Method, config: AdapterConfig, constants: Params) -> None:
         """base: the nn.Linear to replace; config: an AdapterConfig that `check_adapter` accepts; constants: {name:
@@ -46,7 +46,7 @@ class AdapterLinear(nn.Module):
             method.held.keep(self, constants)
 
     @property
-    def base(self) -> torch.Tensor:
+    def base(self) -> Tensor:
         """The tensor that `product` multiplies by: the weight, or what a quantized layer keeps of it."""
         return self.weight if self.quant == "none" else self.packed
 
@@ -68,7 +68,7 @@ class AdapterLinear(nn.Module):
         parameters = {name: getattr(self, name) for name in self.method.parameters}
         return parameters | {name: buffer for name, buffer in self.named_buffers() if name not in QUANTIZED}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         base, params = self.frozen, self.params
         if self.untrained:
@@ -90,7 +90,7 @@ class AdapterLinear(nn.Module):
         for name, buffer in zip(QUANTIZED, (packed, scales)):
             self.register_buffer(name, buffer, persistent=False)
 
-    def base_weight(self) -> torch.Tensor:
+    def base_weight(self) -> Tensor:
         """The weight that the layer multiplies by, without the adapter: (out, in) float32."""
         return self.product.rows(self.base, slice(0, self.out_features), torch.float32)
 

@@ -2,7 +2,7 @@
 
 import math
 
-import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import UserError
@@ -12,9 +12,8 @@ from .residual import residual, svd_lowrank
 GAMMA = 16  # the paper's stable scale
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
-    """A0 from the first `rank` of the gradient's right singular vectors, B0 from the next `rank` left ones, stably
-    scaled."""
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
+    """A0 from the gradient's first `rank` right singular vectors, B0 from the next left ones, stably scaled."""
     if gradient is None:
         raise UserError(
             "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
@@ -50,7 +50,7 @@ def step(method: Method, config: AdapterConfig, in_features: int) -> float:
     return method.scale(config) * ratio * math.sqrt(config.rank / (3 * in_features))
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     weight, bias, product = base
     if not dropout:
         return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
@@ -59,7 +59,7 @@ def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: 
     return linear(x, weight, bias, product=product) + own
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     return scale * (params["lora_B"] @ params["lora_A"])
 
 

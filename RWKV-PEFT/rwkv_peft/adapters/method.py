@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from .change import Change, Params
@@ -18,31 +17,31 @@ from .product import Frozen
 from .quant import roundtrip
 
 Shapes = dict[str, tuple[int, ...]]
-Apply = Callable[[torch.Tensor, Frozen, Params, float, float], torch.Tensor]
-Initial = Callable[[torch.Tensor, AdapterConfig, torch.Tensor | None], Params]
+Apply = Callable[[Tensor, Frozen, Params, float, float], Tensor]
+Initial = Callable[[Tensor, AdapterConfig, Tensor | None], Params]
 
 
 class Layer(Protocol):
     """The layer (layer.py), as far as the start of a method fills it."""
 
-    weight: torch.Tensor
+    weight: Tensor
     scale: float
 
     def get_parameter(self, target: str) -> nn.Parameter: ...
 
-    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None: ...
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None: ...
 
 
 class BlockTerm(NamedTuple):
     """An adapter's addition to y = W x, as data, if it works on blocks of the input: with u_b = B_b x_b for each b,
     y = W (x + u) and, added to each block of y, factor Σ_b u_b. matrices: B (in/r, r, r)."""
 
-    matrices: torch.Tensor
+    matrices: Tensor
     factor: float
 
 
 class Misfit(NamedTuple):
-    """Why a method's size does not fit a layer: the setting (a field of AdapterConfig) has the given value, and problem
+    """The reason why a size does not fit a layer: the setting (a field of AdapterConfig) has the given value, problem
     says what is wrong with it; nearest is the nearest value that fits (0: any lower one); instead names a method
     without that rule ("": none); too_large: such a value is a waste, and computes what it should all the same."""
 
@@ -52,11 +51,6 @@ class Misfit(NamedTuple):
     nearest: int = 0
     instead: str = ""
     too_large: bool = False
-
-
-def no_misfit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
-    """The rule of a method that fits any layer."""
-    return None
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Tensors:
     size: tuple[str, ...]
     shapes: Callable[[AdapterConfig, int, int], Shapes]
     sizes: Callable[[Params], dict[str, Any]]
-    fit: Callable[[AdapterConfig, int, int], Misfit | None] = no_misfit
+    fit: Callable[[AdapterConfig, int, int], Misfit | None] = lambda config, out, in_: None  # fits any
     idle: tuple[str, ...] = ()
 
     def config(self, params: Params) -> AdapterConfig:
@@ -102,7 +96,7 @@ class Residual:
     """Training on a base that something was taken out of: base(weight, params, scale) computes it, of weight's dtype;
     first(params) gives the params that a new layer began with."""
 
-    base: Callable[[torch.Tensor, Params, float], torch.Tensor]
+    base: Callable[[Tensor, Params, float], Tensor]
     first: Callable[[Params], Params]
 
 
@@ -126,7 +120,7 @@ class UpstreamLayer(NamedTuple):
     module: str
     params: Params
     scale: float
-    weight: torch.Tensor | None
+    weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -211,11 +205,11 @@ class Method:
         """`step` of this method, None if it depends on the weight."""
         return None if self.step is None else self.step(self, config, in_features)
 
-    def training_base(self, weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    def training_base(self, weight: Tensor, params: Params, scale: float) -> Tensor:
         """The weight that the layer trains on, of weight's dtype."""
         return weight if self.residual is None else self.residual.base(weight, params, scale)
 
-    def merged(self, weight: torch.Tensor, params: Params, *, scale: float = 1.0, quant: str = "none") -> torch.Tensor:
+    def merged(self, weight: Tensor, params: Params, *, scale: float = 1.0, quant: str = "none") -> Tensor:
         """The weight that a trained layer computed with, rebuilt from the original weight.
 
         Differs from weight + delta by the rounding that the training base had: a residual base is rounded to weight's

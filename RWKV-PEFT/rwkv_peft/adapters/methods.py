@@ -46,14 +46,13 @@ def words_of(method: Method) -> dict[str, Any]:
 
 
 def by_hf_name(init_weights: object) -> Method | None:
-    """The Method that a value of init_weights means to Hugging Face peft, None for an unknown one; 1 is not True
-    here."""
+    """The Method that a value of init_weights means to Hugging Face peft, None for an unknown one; 1 is not True."""
     same = ((method, value) for method in METHODS.values() if method.hf is not None for value in method.hf.names)
     return next((m for m, value in same if value == init_weights and type(value) is type(init_weights)), None)
 
 
 def is_saved(name: str) -> bool:
-    """Whether files' metadata may name this method, or NONE."""
+    """True if files' metadata may name this method, or NONE."""
     return name == NONE or (name in METHODS and METHODS[name].file_name == name)
 
 

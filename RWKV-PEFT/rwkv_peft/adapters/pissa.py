@@ -1,6 +1,7 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the weight's principal part."""
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .change import Params
@@ -8,7 +9,7 @@ from .method import Alpha
 from .residual import residual, svd_lowrank
 
 
-def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
     """B0 = U sqrt(S / scale), A0 = sqrt(S / scale) Vᵀ of the weight's leading singular values."""
     weight, rank = weight.detach().float(), config.rank
     if config.svd_niter:

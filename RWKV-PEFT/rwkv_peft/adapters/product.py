@@ -12,54 +12,53 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class Product(Protocol):
     """The interface that the module's docstring describes; bias may be None."""
 
-    def shape(self, weight: torch.Tensor, /) -> tuple[int, int]: ...
+    def shape(self, weight: Tensor, /) -> tuple[int, int]: ...
 
-    def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype, /) -> torch.Tensor: ...
+    def rows(self, weight: Tensor, rows: slice, dtype: torch.dtype, /) -> Tensor: ...
 
-    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, /) -> torch.Tensor: ...
+    def forward(self, z: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
 
-    def backward(self, g: torch.Tensor, weight: torch.Tensor, /) -> torch.Tensor: ...
+    def backward(self, g: Tensor, weight: Tensor, /) -> Tensor: ...
 
-    def add_forward_(
-        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, /
-    ) -> None: ...
+    def add_forward_(self, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> None: ...
 
-    def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, /) -> None: ...
+    def add_backward_(self, dz: Tensor, g: Tensor, weight: Tensor, /) -> None: ...
 
 
 class Dense:
     """Products with an ordinary weight (out, in), computed in the activations' dtype."""
 
     @staticmethod
-    def shape(weight: torch.Tensor) -> tuple[int, int]:
+    def shape(weight: Tensor) -> tuple[int, int]:
         return weight.shape[0], weight.shape[1]
 
     @staticmethod
-    def rows(weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    def rows(weight: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows of the weight (a slice) in a float dtype."""
         return weight[rows].to(dtype)
 
     @staticmethod
-    def forward(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     @staticmethod
-    def backward(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def backward(g: Tensor, weight: Tensor) -> Tensor:
         return g @ weight.to(g.dtype)
 
     @staticmethod
-    def add_forward_(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def add_forward_(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         if bias is not None:
             y += bias  # first, so that all of it is rounded once where y is zero
         y.addmm_(z, weight.to(z.dtype).t())
 
     @staticmethod
-    def add_backward_(dz: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
+    def add_backward_(dz: Tensor, g: Tensor, weight: Tensor) -> None:
         dz.addmm_(g, weight.to(g.dtype))
 
 
@@ -69,6 +68,6 @@ DENSE = Dense()
 class Frozen(NamedTuple):
     """The linear layer under an adapter: its weight as product takes it, and its bias (out,) or None."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    weight: Tensor
+    bias: Tensor | None = None
     product: Product = DENSE

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..ops.compiled import constant_when_compiled
@@ -28,12 +29,12 @@ def stored_bytes(weights: int, kind: str) -> int:
     return weights // (2 if kind == "nf4" else 1) + 4 * -(-weights // block_size(kind))
 
 
-def on_gpu(x: torch.Tensor) -> bool:
-    """Whether x is on a GPU, or has no data, by which a GPU's memory is planned."""
+def on_gpu(x: Tensor) -> bool:
+    """True if x is on a GPU, or has no data, by which a GPU's memory is planned."""
     return not x.is_cpu
 
 
-def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
 
     The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone. A GPU and a
@@ -48,7 +49,7 @@ def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
     return packed.flatten(), state.absmax.float().view(torch.int32)
 
 
-def roundtrip(weight: torch.Tensor, kind: str) -> torch.Tensor:
+def roundtrip(weight: Tensor, kind: str) -> Tensor:
     """The weight (out, in) as a quantized layer sees it, in float32."""
     packed, scales = quantize(weight, kind)
     return QuantizedProduct(kind, weight.shape, scales).rows(packed, slice(0, weight.shape[0]), torch.float32)
@@ -57,42 +58,40 @@ def roundtrip(weight: torch.Tensor, kind: str) -> torch.Tensor:
 class QuantizedProduct:
     """Products with a quantized weight; see product.py for the interface."""
 
-    def __init__(self, kind: str, shape: Sequence[int], scales: torch.Tensor) -> None:
+    def __init__(self, kind: str, shape: Sequence[int], scales: Tensor) -> None:
         """kind "nf4" or "int8"; shape (out, in); scales as `quantize` gives them."""
         self.kind = kind
         self.out_features, self.in_features = shape
         self.scales = scales
 
-    def shape(self, packed: torch.Tensor) -> tuple[int, int]:
+    def shape(self, packed: Tensor) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def rows(self, packed: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, packed: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         start, stop = rows.start * self.in_features, rows.stop * self.in_features
         size = block_size(self.kind)
         first = start // size * size  # a block that begins in an earlier row is read whole
         flat = self._dequantize(packed, first, stop, dtype)
         return flat[start - first :].view(-1, self.in_features)
 
-    def forward(self, z: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, z: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
         y = z.new_empty(z.shape[0], self.out_features)
         for rows in self._row_chunks(z):
             torch.mm(z, self.rows(packed, rows, z.dtype).t(), out=y[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
-    def backward(self, g: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    def backward(self, g: Tensor, packed: Tensor) -> Tensor:
         dz = g.new_zeros(g.shape[0], self.in_features)
         self.add_backward_(dz, g, packed)
         return dz
 
-    def add_forward_(
-        self, y: torch.Tensor, z: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> None:
+    def add_forward_(self, y: Tensor, z: Tensor, packed: Tensor, bias: Tensor | None = None) -> None:
         if bias is not None:
             y += bias
         for rows in self._row_chunks(y):
             y[:, rows].addmm_(z, self.rows(packed, rows, z.dtype).t())
 
-    def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, packed: torch.Tensor) -> None:
+    def add_backward_(self, dz: Tensor, g: Tensor, packed: Tensor) -> None:
         chunks = list(self._row_chunks(dz))
         if len(chunks) == 1 or not on_gpu(dz):
             for rows in chunks:
@@ -103,12 +102,12 @@ class QuantizedProduct:
             total += g[:, rows] @ self.rows(packed, rows, g.dtype)
         dz.copy_(total)
 
-    def _row_chunks(self, like: torch.Tensor) -> Iterator[slice]:
+    def _row_chunks(self, like: Tensor) -> Iterator[slice]:
         step = max(1, (GPU_ROW_ELEMENTS if on_gpu(like) else ROW_ELEMENTS) // self.in_features)
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
-    def _dequantize(self, packed: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantize(self, packed: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Elements [start, stop) of the flattened weight; start is a multiple of the block size."""
         functional = _bitsandbytes()
         size = block_size(self.kind)
@@ -126,13 +125,13 @@ class QuantizedProduct:
 
 
 @constant_when_compiled  # torch.compile can neither trace how the code is made nor keep it
-def _int8_code(device: torch.device) -> torch.Tensor:
+def _int8_code(device: torch.device) -> Tensor:
     """The 256 values that an int8 weight can have, float32, on a device."""
     return _make_int8_code(device)
 
 
 @functools.cache
-def _make_int8_code(device: torch.device) -> torch.Tensor:
+def _make_int8_code(device: torch.device) -> Tensor:
     return _bitsandbytes().create_dynamic_map().to(device)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from . import low_rank
@@ -36,7 +37,7 @@ def keep(layer: Layer, constants: Params) -> None:
     layer.weight.data = training_base(layer.weight.detach(), params, layer.scale)
 
 
-def training_base(weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+def training_base(weight: Tensor, params: Params, scale: float) -> Tensor:
     change = scale * (params["init_lora_B"].float() @ params["init_lora_A"].float())
     return (weight.float() - change).to(weight.dtype)
 
@@ -45,14 +46,14 @@ def first(params: Params) -> Params:
     return {**params, **{name: params[f"init_{name}"] for name in NAMES}}
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     return low_rank.update(params, scale, shape) - scale * (params["init_lora_B"] @ params["init_lora_A"])
 
 
 class Difference(Sum):
     """scale (B A - B0 A0). A base that was trained on lacks B0 A0 already."""
 
-    def added(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    def added(self, base: Tensor, params: Params, scale: float) -> Tensor:
         return base + low_rank.LOW_RANK.delta(base, {name: params[name] for name in NAMES}, scale)
 
 
@@ -88,7 +89,7 @@ def residual(name: str, make: Initial, most: Callable[[int, int], int] = min, fr
     )
 
 
-def svd_lowrank(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def svd_lowrank(matrix: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
     """Randomized SVD with oversampling, from a seed of its own: the same factors on every run."""
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)

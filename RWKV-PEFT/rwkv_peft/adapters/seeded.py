@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from ..config.methods import SEEDS
@@ -20,7 +21,7 @@ from .method import Constants, Layer, register
 FIRST = "first_row"  # in the params of some rows of the weight: the number of the first
 
 
-def uniform(seed: int, stream: int, rows: int, columns: int) -> torch.Tensor:
+def uniform(seed: int, stream: int, rows: int, columns: int) -> Tensor:
     """Numbers in [0, 1), float64 (n, columns), where n is the power of two that `rows` needs: bands of one matrix and
     layers of like widths are then few different draws, which callers cache."""
     count = 1 << (rows - 1).bit_length()
@@ -30,7 +31,7 @@ def uniform(seed: int, stream: int, rows: int, columns: int) -> torch.Tensor:
 def seeded(name: str, derive: Callable[[int, Layer], Params]) -> Constants:
     """Constants that are one seed, called `name`; derive(seed, layer) gives what a layer keeps beside it as buffers."""
 
-    def make(weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None) -> Params:
+    def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
         return {name: torch.full((1,), float(config.init_seed))}
 
     def keep(layer: Layer, constants: Params) -> None:

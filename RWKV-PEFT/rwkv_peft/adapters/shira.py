@@ -11,6 +11,7 @@ import math
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .change import Params
@@ -32,7 +33,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def columns_of(seed: int, out_features: int, in_features: int, entries: int) -> torch.Tensor:
+def columns_of(seed: int, out_features: int, in_features: int, entries: int) -> Tensor:
     """The columns that train, of at least so many rows: (n, entries) int32, ascending."""
     bounds = torch.arange(entries + 1, device="cpu") * in_features // entries
     drawn = uniform(seed, 0, out_features, entries) * bounds.diff()
@@ -45,12 +46,12 @@ def buffers(seed: int, layer: Layer) -> Params:
     return {"shira_columns": columns_of(seed, out_features, in_features, entries)[:out_features]}
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     weight, bias, product = base
     return sparse(x, weight, params["shira_values"], params["shira_columns"], bias, product=product)
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     values, rows = params["shira_values"], rows_of(params, shape[0])
     columns = columns_of(seed_in(params, "shira_seed"), rows.stop, shape[1], values.shape[1])[rows]
     return added(values.new_zeros(shape), columns.to(values.device), values)

@@ -11,6 +11,7 @@ import math
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from ..config import AdapterConfig
 from .change import Params
@@ -30,7 +31,7 @@ def draw(layer: Layer, config: AdapterConfig) -> None:
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def shared(seed: int, axis: int, width: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+def shared(seed: int, axis: int, width: int, rank: int, dtype: torch.dtype) -> Tensor:
     """B (axis 0) or Aᵀ (axis 1), of at least `width` rows: (n, rank)."""
     return (2 * uniform(seed, axis, width, rank) - 1).bfloat16().to(dtype)
 
@@ -46,7 +47,7 @@ def size(rank: int, in_features: int) -> float:
     return 6 / math.sqrt(in_features * rank)
 
 
-def apply(x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     weight, bias, product = base
     A, B = (params["vera_A"] * params["vera_d"]).t(), params["vera_b"][:, None] * params["vera_B"]
     return lora(x, weight, A, B, bias, scale=size(A.shape[0], x.shape[-1]), product=product)
@@ -62,7 +63,7 @@ def as_lora(params: Params, scale: float, out_features: int, in_features: int) -
     return {"lora_A": (A * d).t().contiguous(), "lora_B": size(rank, in_features) * (b[:, None] * B)}
 
 
-def update(params: Params, scale: float, shape: tuple[int, int]) -> torch.Tensor:
+def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
     factors = as_lora(params, scale, *shape)
     return factors["lora_B"] @ factors["lora_A"]
 

@@ -9,24 +9,20 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..adapters.inject import InjectReport, check_adapter, inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import InjectReport, check_adapter, inject, load_tensors
 from ..adapters.methods import adapter_parameter, method_of
 from ..config import CHOICES, AdapterConfig
 from ..errors import UserError
-from ..files.adapter_file import Adapter, AdapterMetadata
+from ..files.adapter_file import Adapter, AdapterMetadata, Origin
 from ..files.adapter_file import save_adapter as write_adapter
 from ..files.adapters import AdapterSource
-from ..files.atomic import atomic_write, check_output
+from ..files.atomic import atomic_write, check_output, require_room
 from ..files.base import open_base
-from ..files.dtypes import DTYPES
-from ..files.origin import Origin
 from ..files.pth import stream_tensors
-from ..files.pth_writer import write_pth
-from ..files.room import require_room
+from ..files.pth_writer import DTYPES, write_pth
+from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
-from ..release.check import adapter_config
 from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .model import Model
 
@@ -49,6 +45,11 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
             "the model has an adapter already; save it with rp.save_adapter, and load the base with it in adapters="
         )
     precision_of(model)
+    if rounded(network):
+        raise UserError(
+            "the model's matrices are rounded to blocks, on which no adapter trains; load it without weights=, and "
+            "give quant='int8' here to keep the frozen ones small"
+        )
     loaded = None
     if load is None:
         config = config_of(method, settings)
@@ -58,7 +59,7 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
         source = load if isinstance(load, AdapterSource) else AdapterSource(load)
         loaded = source.read(base.tensors)
         loaded.metadata.require_base(source.path, base, "load the base that it was trained on")
-        config = adapter_config(loaded, base.family)
+        config = loaded.config(base.family)
         if any(map(is_time_state, loaded.tensors)):
             config = replace(config, train_parts=(*config.train_parts, STATE))
     if not config.targets and config.method != NONE:

@@ -16,15 +16,18 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..generate.continuation import Continuation
 from ..generate.decode import generate
 from ..generate.loading import merged_base, model_of, read_state_file, resolve_device
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
+from ..generate.twin import Twin
+from ..generate.weights import quantize_products
+from ..models.parts import LanguageModel
 from ..models.state import State
 
-DEVICES = ("cpu", "cuda")
+DEVICES, WEIGHTS = ("cpu", "cuda"), ("int8", "int4")
 
 
 class Piece(NamedTuple):
@@ -46,10 +49,16 @@ class Model(nn.Module):
 
     __call__: Callable[..., tuple[torch.Tensor, State]]
 
-    def __init__(self, base: Base, precision: str, device: str) -> None:
+    def __init__(self, base: Base, precision: str, device: str, weights: str | None = None) -> None:
         super().__init__()
+
+        def prepare(network: LanguageModel) -> None:
+            if weights:
+                quantize_products(network, weights, lambda text: None)
+
         self.base = base
-        self.network, self.start = model_of(base, precision, device)
+        self.network, self.start = model_of(base, precision, device, prepare)
+        self._twin = Twin()
         self.adapter: AdapterConfig | None = None
         self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
 
@@ -68,7 +77,7 @@ class Model(nn.Module):
         """The State of one sequence before the first token, tuned or loaded, on the model's device; None for zeros."""
         if (tuned := self.network.tuned_states()) is not None or self.start is None:
             return tuned
-        return State(layer._make(tensor.to(self.device) for tensor in layer) for layer in self.start)
+        return self.start.each(lambda name, tensor: tensor.to(self.device))
 
     def forward(self, tokens: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
         """Compute tokens (B, T) int64, which go on from state -> logits (B, T, V), the State after them.
@@ -125,7 +134,7 @@ class Model(nn.Module):
             for number, prompt in enumerate(asked)
         ]
         steps = generate(
-            self.network,
+            self._twin.of(self.network, self.base),
             tokens,
             Sampling(**sampling),
             max_tokens,
@@ -153,6 +162,7 @@ def load(
     state: str | Path | None = None,
     *,
     precision: str | None = None,
+    weights: str | None = None,
     device: str | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     any_base: bool = False,
@@ -160,9 +170,10 @@ def load(
     """Load the .pth of a model, with adapters merged into it in memory, as merge_bone.py would merge them.
 
     base and adapters may be folders of runs. state is a file of time states or a saved session that every sequence
-    starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a GPU, else fp32), device "cpu" or "cuda"
-    (default: the GPU if there is one). any_base takes an adapter or state of another base of the same shape. Raises
-    UserError for files that cannot be read or do not fit together.
+    starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a GPU, else fp32); weights "int8" or "int4"
+    rounds the matrices to blocks of such integers, for speed and memory, and no adapter trains on them. device is "cpu"
+    or "cuda" (default: the GPU if there is one). any_base takes an adapter or state of another base of the same shape.
+    Raises UserError for files that cannot be read or do not fit together.
     """
     if device not in (*DEVICES, None):
         raise UserError(
@@ -170,11 +181,14 @@ def load(
         )
     if precision not in (*DTYPES, None):
         raise UserError(f"precision={precision!r} is not one of {', '.join(DTYPES)}")
+    if weights not in (*WEIGHTS, None):
+        raise UserError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
     if isinstance(adapters, (str, Path)):
         raise UserError(f"adapters={str(adapters)!r} is one path, and a list is due; give [{str(adapters)!r}]")
     device = resolve_device(device)
     sources = [path if isinstance(path, AdapterSource) else AdapterSource(path) for path in adapters]
-    model = Model(merged_base(base, sources, any_base), precision or ("bf16" if device == "cuda" else "fp32"), device)
+    precision = precision or ("bf16" if device == "cuda" else "fp32")
+    model = Model(merged_base(base, sources, any_base), precision, device, weights)
     if state is not None:
         model.start = read_state_file(state, model.network, None if any_base else open_base(base))
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):

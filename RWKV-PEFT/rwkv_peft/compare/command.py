@@ -11,17 +11,16 @@ from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
 from ..errors import Ended, ending_of
-from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
+from ..files.lock import alone_in
 from ..names import STATE
 from ..training.flags.rates import automatic_rate
 from ..training.flags.request import parse_run
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .outcomes import RESULT, Outcome, read_outcome
 from .pictures import draw
-from .plan import Cell, next_cells
-from .rates import nearest_to, rate_of
+from .plan import Cell, nearest_to, next_cells, rate_of
 from .record import check_record
 from .report import lines_of_json, rows_of, table
 from .runs import run_cells

@@ -14,7 +14,7 @@ from ..refusals import require_none
 from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
 from ..training.flags.request import Flags
 from ..training.flags.request import parse_flags as parse_train_flags
-from .rates import grid_rate
+from .plan import grid_rate
 
 FULL = "full"  # the method that trains the model itself
 RANKLESS = (FULL, STATE)  # the model alone gives their number of parameters
@@ -59,7 +59,7 @@ and at the lowest validation loss that all methods reach.
 
 @dataclass(frozen=True)
 class Comparison:
-    """The settings of a comparison. rates are numbers of the grid (rates.py), () for three around Bone's automatic
+    """The settings of a comparison. rates are numbers of the grid (plan.py), () for three around Bone's automatic
     rate; rank is that of the first method; train are the flags of train.py that all runs share; lr_final is a share of
     each run's rate; budget is in minutes, 0 for no limit."""
 
@@ -139,8 +139,7 @@ def build_parser() -> Parser:
 
 
 def parse_flags(argv: list[str]) -> Comparison:
-    """argv -> Comparison. Raises UserError for flags, also those of train.py, that are wrong or contradict each
-    other."""
+    """argv -> Comparison. Raises UserError for flags, train.py's too, that are wrong or contradict each other."""
     own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = build_parser().parse_args(own)
     if not train:

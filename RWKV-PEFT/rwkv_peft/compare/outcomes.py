@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, short
-from ..files.readable import require_readable
-from ..files.settings_file import read_settings
+from ..files.readable import read_settings, require_readable
 from ..plots import is_number, metrics_of, read_metrics
-from .plan import Cell
-from .rates import HIGHEST, LOWEST
+from .plan import HIGHEST, LOWEST, Cell
 
 RESULT = "result.json"
 LARGEST = 1e30  # of a measured number: sums and squares of such numbers stay finite
@@ -71,8 +69,7 @@ def read_result(folder: Path) -> tuple[Cell, bool, float]:
 
 
 def number(record: Mapping[str, Any], name: str, path: Path) -> float:
-    """A record's number under a name: small enough to be added and squared, or NaN or infinite. Raises UserError for
-    any other value."""
+    """A record's number under a name, NaN and infinity included. Raises UserError for another value, or a huge one."""
     value = record.get(name)
     if not is_number(value) or math.isfinite(value) and abs(value) > LARGEST:
         raise UserError(f"{path}: {name} is {short(repr(value))}, and a number is due; {REMEDY}")

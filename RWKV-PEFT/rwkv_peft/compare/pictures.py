@@ -9,8 +9,7 @@ from typing import Any
 
 from ..plots import look, new_figure, plain_axes, save_figure
 from .outcomes import Outcome
-from .plan import Cell
-from .rates import rate_of
+from .plan import Cell, rate_of
 from .report import Row, mean_curve
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")

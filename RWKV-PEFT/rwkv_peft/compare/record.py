@@ -9,8 +9,7 @@ from pathlib import Path
 from ..data.prefix import ENDINGS, prefixes_of
 from ..errors import UserError
 from ..files.atomic import atomic_write
-from ..files.readable import require_readable
-from ..files.settings_file import read_settings
+from ..files.readable import read_settings, require_readable
 from ..training.flags.request import parse_flags
 from .flags import Comparison
 from .runs import any_begun

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .outcomes import Outcome
-from .plan import Cell, best_rate
-from .rates import rate_of
+from .plan import Cell, best_rate, rate_of
 from .sizes import Size
 
 REFERENCE = "lora"  # the table has the steps that each method takes to its final loss
@@ -33,7 +32,7 @@ class Row(NamedTuple):
 
     @property
     def retained(self) -> tuple[float, ...]:
-        """The final losses on --retain_data of all seeds, infinite where a run diverged; () without such data."""
+        """The final losses on --retain_data of all seeds, infinite if a run diverged; () without such data."""
         return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.measured)
 
     @property
@@ -93,16 +92,14 @@ def steps_to(row: Row, loss: float) -> int | None:
 
 
 def retained_curve(row: Row) -> list[tuple[float, float]]:
-    """[(validation loss, rise of the loss on --retain_data)], means over a row's runs at each validation; [] without
-    such data."""
+    """[(validation loss, rise of the retained loss)], means over a row's runs at each validation; [] without data."""
     rises = zip(*([loss - run.retained[0] for loss in run.retained[1:]] for run in row.runs if run.retained))
     losses = (statistics.fmean(losses) for *_, losses in mean_curve(row.runs))
     return [(loss, statistics.fmean(rise)) for loss, rise in zip(losses, rises)]
 
 
 def loss_of_all(rows: Iterable[Row]) -> float:
-    """The lowest validation loss that all rows with a retained_curve reach, those that diverged left out; NaN if there
-    is no such row."""
+    """The lowest validation loss that all rows with a retained_curve reach, but for diverged ones; NaN without any."""
     curves = [retained_curve(row) for row in rows if math.isfinite(row.mean)]
     return max((min(loss for loss, _ in curve) for curve in curves if curve), default=math.nan)
 

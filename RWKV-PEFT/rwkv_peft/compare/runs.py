@@ -15,14 +15,13 @@ from pathlib import Path
 
 from ..children import python_command
 from ..errors import UserError
-from ..files.alone import alone_in
 from ..files.atomic import atomic_write
+from ..files.lock import alone_in
 from ..training.saving.checkpoints import DIVERGED, find_checkpoint
 from ..training.saving.resume import AUTO
 from .flags import Comparison, method_flags
 from .outcomes import RESULT, Outcome, read_outcome
-from .plan import Cell
-from .rates import rate_of
+from .plan import Cell, rate_of
 from .sizes import Size
 
 CHILD = f"{__package__}.child"  # the module that each run is a process of

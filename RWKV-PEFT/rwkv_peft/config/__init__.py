@@ -17,36 +17,10 @@ from .objective import Objective
 from .optimizer import SCHEDULE_FREE, STATE_LR
 from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STRATEGIES, TrainConfig
 
-__all__ = [
-    "AIM",
-    "BUCKET",
-    "CHOICES",
-    "CHUNK_CTX",
-    "DATA_TYPES",
-    "MINI",
-    "MOST_EPOCHS",
-    "OF_ROWS",
-    "QUANTIZATIONS",
-    "SCHEDULE_FREE",
-    "STATE_LR",
-    "STRATEGIES",
-    "WORDS",
-    "AdapterConfig",
-    "DataConfig",
-    "ModelConfig",
-    "Objective",
-    "RunConfig",
-    "TrainConfig",
-    "Word",
-    "forms",
-    "problems",
-    "to_json",
-]
-
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one training run; flags are those that it was started with, as text (training/flags/given.py)."""
+    """All settings of one training run; flags are those that it was started with (training/flags/parser.py)."""
 
     model: ModelConfig
     adapter: AdapterConfig

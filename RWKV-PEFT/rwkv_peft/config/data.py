@@ -11,7 +11,7 @@ from .setting import setting
 
 
 class DataType(NamedTuple):
-    """A kind of data. documents: the documents that a sample packs, 1 where --dataload decides; fields: the numbers of
+    """A kind of data. documents: the documents that a sample packs, 1 if --dataload decides; fields: the numbers of
     fields that --sft_field may name, and what they are; () for tokens, which have no fields."""
 
     documents: int = 1
@@ -45,8 +45,8 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx, or of shards that PREFIX.json lists; for rows a .jsonl, .json, .csv or "
-        ".parquet, or a folder of rows; several are mixed, by --data_mix",
+        "for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; for tokens the PREFIX of PREFIX.bin and "
+        "PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",
@@ -67,7 +67,7 @@ class DataConfig:
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
         "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; "
         "prompts: rows of a prompt, which the model answers itself, and of what --reward reads; contexts: rows of a "
-        "context, a question and its answer, which is learned without the context; jsonl is RWKV-PEFT's "
+        "context, a question and its answer, which is learned without the context. jsonl is RWKV-PEFT's "
         "word for sft",
         type=alias((("jsonl", "sft"),)),
         choices=tuple(DATA_TYPES),
@@ -159,8 +159,7 @@ class DataConfig:
 
     @property
     def of_answers(self) -> bool:
-        """True if only the answers in rows count: such rows are read one by one, and as often as learning them takes,
-        unless the flags say otherwise."""
+        """True if only the answers in rows count: these are read one by one, and as often as learning them takes."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property

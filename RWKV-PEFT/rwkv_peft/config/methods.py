@@ -131,8 +131,7 @@ class LoraPlusSettings(LoraSettings):
 
 @dataclass(frozen=True)
 class PissaSettings(Settings):
-    """init is the file of the initial factors if `load` is an adapter of RWKV-PEFT; svd_niter the power iterations of a
-    randomized SVD."""
+    """init is the file of the first factors of RWKV-PEFT's `load`; svd_niter the iterations of a randomized SVD."""
 
     rank: int = setting(64, key="pissa_r", rule=RANK)
     load: str = setting("", key="pissa_load")
@@ -146,8 +145,7 @@ class PissaSettings(Settings):
 
 @dataclass(frozen=True)
 class VeraSettings(Settings):
-    """d_initial is what all numbers of the vector d begin at; init_seed draws the frozen matrices (Hugging Face peft's
-    projection_prng_key)."""
+    """d_initial fills the vector d; init_seed draws the frozen matrices (peft's projection_prng_key)."""
 
     rank: int = setting(64, key="r", rule=RANK)
     load: str = setting("", key="load")

@@ -7,7 +7,7 @@ file of an objective imports torch before a loss is computed, so that flags are 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from ..rules import Rule
 from .train import TrainConfig
@@ -15,11 +15,10 @@ from .train import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Head = Callable[[Tensor, Tensor], Any]  # (x (B, T, C), weight of the model's head (V, C)) -> a result
-    Pass = Callable[[Head], Any]  # a pass over a batch, which ends in a Head -> its result
-    Batch = Mapping[str, Tensor]
-    Figures = dict[str, Tensor]
-
+Head: TypeAlias = "Callable[[Tensor, Tensor], Any]"  # (x (B, T, C), weight of the model's head (V, C)) -> a result
+Pass: TypeAlias = "Callable[[Head], Any]"  # a pass over a batch, which ends in a Head -> its result
+Batch: TypeAlias = "Mapping[str, Tensor]"
+Losses: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"  # a loss, or that of each row; and figures by name
 BASE = "base"  # a need: the word of the model as it was before training
 REWARDS = "rewards"  # a need: judges of the answers that the model draws
 TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
@@ -39,12 +38,12 @@ class Passes(NamedTuple):
     """Passes over a step's batch, for an objective to compute with: through the model, with gradients; and without,
     through the model as it was before training, and through its teacher."""
 
-    model: "Pass"
-    base: "Pass"
-    teacher: "Pass"
+    model: Pass
+    base: Pass
+    teacher: Pass
 
 
-def number_of_tokens(batch: "Batch") -> "Tensor":
+def number_of_tokens(batch: Batch) -> "Tensor":
     """The number of a batch's tokens that count, or the sum of their weights, ()."""
     return batch["weights"].double().sum() if "weights" in batch else batch["mask"].sum()
 
@@ -109,11 +108,11 @@ class Objective(ABC):
         return 1
 
     @abstractmethod
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         """A batch's loss (), the sum over its items divided by `count`, and its figures by name, divided alike."""
 
     @abstractmethod
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         """The number of a batch's items that count, ()."""
 
     def describe(self) -> str:

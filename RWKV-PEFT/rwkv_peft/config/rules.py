@@ -36,7 +36,7 @@ SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
 FULL = "take --precision bf16 or fp32"
-ONE, OUT = "make one file of them", "leave the schedule out"
+ONE, OUT, STAY = "make one file of them", "leave it out", "leave the schedule out"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -61,13 +61,11 @@ RULES = (
     Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),
     Rule(OF_ROWS, EXCLUDES, "--data_type binidx", "its tokens are made already", ROWS),
     Rule("--num_generations, --max_completion_length", EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
-    Rule(
-        "--data_type prompts", EXCLUDES, "--context_parallel", "a rank draws and learns whole answers", "leave it out"
-    ),
-    Rule("--data_type prompts", EXCLUDES, "--dataload !pack", "answers are packed", "leave it out"),
-    Rule("--data_type prompts", EXCLUDES, "--loss_mask !file", "answers alone count", "leave it out"),
-    Rule("--data_type prompts", EXCLUDES, "--cuda_graphs 1", "each step has answers of other lengths", "leave it out"),
-    Rule("--data_type prompts", EXCLUDES, "--retain_data", "it is measured by answers that rows hold", "leave it out"),
+    Rule("--data_type prompts", EXCLUDES, "--context_parallel", "a rank draws and learns whole answers", OUT),
+    Rule("--data_type prompts", EXCLUDES, "--dataload !pack", "answers are packed", OUT),
+    Rule("--data_type prompts", EXCLUDES, "--loss_mask !file", "answers alone count", OUT),
+    Rule("--data_type prompts", EXCLUDES, "--cuda_graphs 1", "each step has answers of other lengths", OUT),
+    Rule("--data_type prompts", EXCLUDES, "--retain_data", "it is measured by answers that rows hold", OUT),
     Rule("--data_type prompts", EXCLUDES, STAGE_3, APART, "take stage 1 or 2"),
     Rule(
         "--mask_id, --mask_end_id",
@@ -108,10 +106,8 @@ RULES = (
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
     Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
-    Rule(
-        "--data_type contexts", EXCLUDES, "--dataload !pack, --loss_mask !file", "its rows are laid out", "leave it out"
-    ),
-    Rule("--data_type contexts", EXCLUDES, "--context_parallel", "a teacher reads longer rows", "leave it out"),
+    Rule("--data_type contexts", EXCLUDES, "--dataload !pack, --loss_mask !file", "its rows are laid out", OUT),
+    Rule("--data_type contexts", EXCLUDES, "--context_parallel", "a teacher reads longer rows", OUT),
     Rule(
         OWN_TEACHER,
         EXCLUDES,
@@ -121,22 +117,18 @@ RULES = (
     ),
     Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
     Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
-    Rule(
-        "--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", "leave it out"
-    ),
+    Rule("--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", OUT),
     Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
     Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
     Rule("--optim schedule_free", EXCLUDES, STAGE_3, "its steps would be counted more than once there", SHARE),
-    Rule("--optim muon", EXCLUDES, ALONE, "states are no matrices of layers", "leave it out"),
+    Rule("--optim muon", EXCLUDES, ALONE, "states are no matrices of layers", OUT),
     Rule(
-        "--optim schedule_free", EXCLUDES, "--lr_schedule !constant", "it averages in place of a rate that falls", OUT
+        "--optim schedule_free", EXCLUDES, "--lr_schedule !constant", "it averages in place of a rate that falls", STAY
     ),
-    Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", "leave it out"),
+    Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", OUT),
     Rule("--optim schedule_free", EXCLUDES, "--precision fp16", "its average counts steps, and some are skipped", FULL),
     Rule("--precision fp16", EXCLUDES, UNSCALED, "they go back before the loss is scaled", FULL),
-    Rule(
-        "--precision fp16", EXCLUDES, "--cuda_graphs 1", "its operations ask the CPU, as no graph may", "leave it out"
-    ),
+    Rule("--precision fp16", EXCLUDES, "--cuda_graphs 1", "its operations ask the CPU, as no graph may", OUT),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
     Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),

@@ -18,6 +18,10 @@ class Run:
     lr_init: float
     lr_final: float
 
+    def after_warm_up(self, step: int) -> float:
+        """The progress from the last step of warm-up to the last of the run."""
+        return self.progress(step, self.warmup_steps, self.total_steps - 1)
+
     def progress(self, step: int, start: int, end: int) -> float:
         """The progress at a step: 0 up to step `start`, 1 from step `end` on, and linear between them."""
         return min(1.0, max(0.0, (step - start) / max(1, end - start)))
@@ -27,18 +31,6 @@ class Run:
 
     def half_wave(self, progress: float) -> float:
         return self.lr_final + (self.lr_init - self.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def constant(run: Run, step: int) -> float:
-    return run.lr_init
-
-
-def linear(run: Run, step: int) -> float:
-    return run.line(run.progress(step, run.warmup_steps, run.total_steps - 1))
-
-
-def cosine(run: Run, step: int) -> float:
-    return run.half_wave(run.progress(step, run.warmup_steps, run.total_steps - 1))
 
 
 def wsd(run: Run, step: int) -> float:
@@ -54,16 +46,6 @@ def exp(run: Run, step: int) -> float:
     return run.lr_init * (run.lr_final / run.lr_init) ** progress
 
 
-def rwkv_lm(run: Run, step: int) -> float:
-    """RWKV-LM's schedule with --my_exit_tokens: a cosine that would reach lr_final one step after the run."""
-    return run.half_wave(run.progress(step, run.warmup_steps, run.total_steps))
-
-
-def rwkv_peft(run: Run, step: int) -> float:
-    """RWKV-PEFT's cos_decay: a cosine that would reach lr_final one step after the run, whatever the warm-up."""
-    return run.half_wave(run.progress(step, 0, run.total_steps))
-
-
 def from_the_first(run: Run, step: int) -> float:
     """The share of the rate in a warm-up of W steps: 1 / W at the first step, 1 at the last."""
     return (step + 1) / run.warmup_steps
@@ -74,16 +56,12 @@ def from_a_hundredth(run: Run, step: int) -> float:
     return 0.01 + 0.99 * step / run.warmup_steps
 
 
-def at_once(run: Run, step: int) -> float:
-    return 1.0
-
-
 class Schedule(NamedTuple):
     """A value of --lr_schedule: its formula in --help, the rate after warm-up, and the share of it during warm-up."""
 
     formula: str
     rate: Callable[[Run, int], float]
-    warm_up: Callable[[Run, int], float]
+    warm_up: Callable[[Run, int], float] = from_the_first
 
 
 # formulas give the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z = lr_final;
@@ -92,25 +70,30 @@ SCHEDULES = MappingProxyType(
     {
         "cosine": Schedule(
             "min(1, (s + 1) / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - 1 - W)))) / 2)",
-            cosine,
-            from_the_first,
+            lambda run, step: run.half_wave(run.after_warm_up(step)),
         ),
-        "linear": Schedule("min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))", linear, from_the_first),
-        "constant": Schedule("min(1, (s + 1) / W) * a", constant, from_the_first),
+        "linear": Schedule(
+            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))",
+            lambda run, step: run.line(run.after_warm_up(step)),
+        ),
+        "constant": Schedule("min(1, (s + 1) / W) * a", lambda run, step: run.lr_init),
         "wsd": Schedule(
-            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))",
-            wsd,
-            from_the_first,
+            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))", wsd
         ),
         "exp": Schedule(
             "min(1, 0.01 + 0.99 * s / W) * a * (z / a) ** clip((s - W + 1) / (S - W))", exp, from_a_hundredth
         ),
+        # RWKV-LM's with --my_exit_tokens, and RWKV-PEFT's cos_decay, would reach lr_final one step after the run
         "rwkv-lm": Schedule(
             "min(1, 0.01 + 0.99 * s / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - W)))) / 2)",
-            rwkv_lm,
+            lambda run, step: run.half_wave(run.progress(step, run.warmup_steps, run.total_steps)),
             from_a_hundredth,
         ),
-        "rwkv-peft": Schedule("z + (a - z) * (1 + cos(pi * s / S)) / 2", rwkv_peft, at_once),
+        "rwkv-peft": Schedule(
+            "z + (a - z) * (1 + cos(pi * s / S)) / 2",
+            lambda run, step: run.half_wave(run.progress(step, 0, run.total_steps)),
+            lambda run, step: 1.0,
+        ),
     }
 )
 

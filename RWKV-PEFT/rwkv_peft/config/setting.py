@@ -20,19 +20,18 @@ def setting(
     *,
     flag: str | None = None,
     key: str | None = None,
-    group: str = "",
     unset: bool = False,
     rule: Condition | None = None,
     read: Callable[[str, Any], Any] | None = None,
     **options: Any,
 ) -> Value:
     """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
-    its group in --help, and argparse's options. With unset the flag's default is None, and its help tells what that
+    and argparse's options. With unset the flag's default is None, and its help tells what that
     means. Without help the field has no flag.
 
     key is the field's name in a JSON flag, and read(name, value) turns a value from there into the field's, or raises
     UserError. rule holds of every value."""
-    metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
+    metadata = {"help": help, "flag": flag, "unset": unset, "options": options}
     return field(default=default, metadata=metadata | {"key": key, "rule": rule, "read": read})
 
 

@@ -14,27 +14,26 @@ AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most t
 
 
 @dataclass(frozen=True)
-class TrainConfig(ValidationConfig, OptimizerConfig):
-    """The settings of training, its machine, and where a run writes.
-
-    A step is one optimizer step of groups x micro_bsz x accumulate_grad_batches samples; an epoch is epoch_steps of
-    them. epochs_chosen says that the flags left epoch_count to be chosen. epoch_save counts epochs. Rows are computed
-    in segments of chunk_ctx tokens if that is not 0.
-    """
+class ModelSettings:
+    """The model to begin with."""
 
     load_model: str = setting(
         "",
         "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
         "(needs --peft none)",
-        group="model",
         metavar="PTH",
     )
-    proj_dir: str = setting("out", "folder that the run writes to", group="run", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The length of a run, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
+
+    proj_dir: str = setting("out", "folder that the run writes to", metavar="DIR")
     resume: str = setting(
         "",
         "continue the run in --proj_dir exactly where it stopped, on the same data, on these or other devices; auto: "
         "or begin it if there is no checkpoint yet, for a command that is run again and again",
-        group="run",
         nargs="?",
         const="must",
         choices=("must", "auto"),
@@ -44,156 +43,128 @@ class TrainConfig(ValidationConfig, OptimizerConfig):
         False,
         "keep weights and place in the data, start the optimizer anew; for another precision, or for steps of another "
         "number of samples on other devices",
-        group="run",
         action="store_true",
     )
     show_samples: int = setting(
         0,
         "print the first N samples as the run reads them, with the tokens that count in the loss marked and <end> for "
         "the end token, and train nothing",
-        group="run",
         type=count,
     )
     epoch_steps: int = setting(
-        0, "optimizer steps of an epoch; 0: one pass over the data, rounded up to whole steps", group="run", type=count
+        0, "optimizer steps of an epoch; 0: one pass over the data, rounded up to whole steps", type=count
     )
     epoch_count: int = setting(
         1,
         f"epochs; the run ends after them (default 1; of rows of answers up to {MOST_EPOCHS}, as many as make some "
         f"{AIM} steps)",
-        group="run",
         unset=True,
         type=positive,
     )
     epochs_chosen: bool = setting(False)
     epoch_begin: int = setting(
-        0,
-        "number of the first epoch: the schedule and the data start there (with --bone_load)",
-        group="run",
-        type=count,
+        0, "number of the first epoch: the schedule and the data start there (with --bone_load)", type=count
     )
     epoch_save: int = setting(
         1,
         "save every so many epochs; 0: only at the end (default 1; 0 if the number of epochs is chosen automatically)",
-        group="run",
         unset=True,
         type=count,
     )
     save_every: int = setting(
-        0,
-        "also save every so many optimizer steps, as at the end of an epoch; 0: only at epochs",
-        group="run",
-        type=count,
+        0, "also save every so many optimizer steps, as at the end of an epoch; 0: only at epochs", type=count
     )
     save_minutes: float = setting(
         0.0,
         "also save when so many minutes have passed since the last save, at the end of a step; 0: never",
-        group="run",
         type=not_negative,
     )
     keep_checkpoints: int | None = setting(
         None,
         "keep the newest so many checkpoints, and the files of the newest so many epochs; 0: all (default: 2 "
         "checkpoints, and the files of all epochs)",
-        group="run",
         type=count,
     )
     save_dtype: str = setting(
         "keep",
         "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "
         "--precision",
-        group="run",
         choices=("keep", "bf16", "fp16", "fp32"),
     )
     merge_on_save: bool = setting(
-        False,
-        "also write the merged model, merged.pth, whenever the adapter is saved",
-        group="run",
-        action="store_true",
+        False, "also write the merged model, merged.pth, whenever the adapter is saved", action="store_true"
     )
     random_seed: int = setting(
-        42, "seed of initialization, dropout and data order; -1: draw one and print it", group="run", type=seed
+        42, "seed of initialization, dropout and data order; -1: draw one and print it", type=seed
     )
     wandb: str = setting(
         "",
         "also log to this Weights & Biases project (after `wandb login`, or with WANDB_MODE=offline)",
-        group="run",
         metavar="PROJECT",
     )
     trackio: str = setting(
         "",
         "also log to this trackio project, on this machine (`trackio show`), or in the Space of TRACKIO_SPACE_ID",
-        group="run",
         metavar="PROJECT",
     )
     swanlab: str = setting(
-        "",
-        "also log to this SwanLab project (after `swanlab login`, or with SWANLAB_MODE=offline)",
-        group="run",
-        metavar="PROJECT",
+        "", "also log to this SwanLab project (after `swanlab login`, or with SWANLAB_MODE=offline)", metavar="PROJECT"
     )
     state_load: str = setting(
         "",
         "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned only states",
-        group="run",
         metavar="FILE",
     )
-    accelerator: str = setting("auto", "train on this device", group="machine", choices=("auto", "cpu", "gpu"))
-    devices: int = setting(1, "GPUs, or CPU processes, of each node", group="machine", type=positive)
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """The machine that computes a step, and its ways."""
+
+    accelerator: str = setting("auto", "train on this device", choices=("auto", "cpu", "gpu"))
+    devices: int = setting(1, "GPUs, or CPU processes, of each node", type=positive)
     num_nodes: int = setting(
         1,
         "nodes; this command runs on each, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun; under "
         "torchrun, whose ranks are those that it started, this and --devices only say how many samples a step has",
-        group="machine",
         type=positive,
     )
-    join_minutes: float = setting(
-        10.0, "end a run whose processes have not met after so many minutes", group="machine", type=above_zero
-    )
+    join_minutes: float = setting(10.0, "end a run whose processes have not met after so many minutes", type=above_zero)
     stall_minutes: float = setting(
         30.0,
         "end a run in which no step, validation batch or save has ended for so many minutes; 0: never",
-        group="machine",
         type=not_negative,
     )
     context_parallel: int = setting(
         1,
         "ranks that share each row: each computes a part of its time and hands the states on, for rows that are too "
         "long for one device; --devices times --num_nodes is a multiple of it",
-        group="machine",
         type=positive,
     )
-    strategy: str = setting(
-        "deepspeed_stage_1", "ZeRO stage, by which devices share memory", group="machine", choices=STRATEGIES
-    )
+    strategy: str = setting("deepspeed_stage_1", "ZeRO stage, by which devices share memory", choices=STRATEGIES)
     precision: str = setting(
         "bf16",
-        "dtype of weights and activations. fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly; "
-        "the loss is scaled, and a step whose gradients overflow is skipped",
-        group="machine",
+        "dtype of weights and activations. bf16: on most machines; fp16: for GPUs below compute capability 8.0, which "
+        "multiply bf16 slowly, with a loss that is scaled, and steps that are skipped if a gradient overflows; fp32: "
+        "twice the memory, for small models on a CPU and for comparisons",
         choices=("bf16", "fp16", "fp32"),
     )
     chunk_ctx: int = setting(
         0,
         "with --train_type infctx: tokens of a segment (default 512); accepted and not used with other types",
-        group="machine",
         unset=True,
         type=positive,
     )
     bptt_segments: int = setting(
         0,
         "stop the gradient of the states at every so many segments; 0: it goes back to the row's first token",
-        group="machine",
         type=count,
     )
-    grad_cp: bool = setting(
-        False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
-    )
+    grad_cp: bool = setting(False, "recompute blocks in the backward pass, to save memory", type=switch, metavar="0|1")
     fused: bool = setting(
         True,
         "on a GPU, compute each block in fewer passes if its kernels can: with --precision bf16, without stage 3 and "
         "--compile, and if norms and token shift do not train; the run says which blocks",
-        group="machine",
         type=switch,
         metavar="0|1",
     )
@@ -202,7 +173,6 @@ class TrainConfig(ValidationConfig, OptimizerConfig):
         "pairs and labels: compute a prompt once for both answers, which go on from its state (1), or each answer with "
         "its prompt (0) (default: 1 if that saves so many tokens of a micro batch in the mean that they are worth a "
         "further pass, which is 64, and on a GPU 4,096)",
-        group="machine",
         type=switch,
         metavar="0|1",
     )
@@ -210,7 +180,6 @@ class TrainConfig(ValidationConfig, OptimizerConfig):
         False,
         "let torch.compile fuse each block's operations between its products and kernels; the first steps take a "
         "minute or more",
-        group="machine",
         action="store_true",
     )
     cuda_graphs: bool = setting(
@@ -219,10 +188,18 @@ class TrainConfig(ValidationConfig, OptimizerConfig):
         "small micro batches, whose launches take longer than their computation; documents of --dataload pad and only "
         "are padded to a quarter, half, three quarters or all of --ctx_len, pairs to the same parts of the length of "
         "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row",
-        group="machine",
         type=switch,
         metavar="0|1",
     )
+
+
+@dataclass(frozen=True)
+class TrainConfig(MachineSettings, RunSettings, ModelSettings, ValidationConfig, OptimizerConfig):
+    """The settings of training, each base a group of --help.
+
+    A step is one optimizer step of groups x micro_bsz x accumulate_grad_batches samples; an epoch is epoch_steps of
+    them, and epoch_save counts epochs. Rows are computed in segments of chunk_ctx tokens if that is not 0.
+    """
 
     @property
     def ranks(self) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import count, not_negative, positive, stop_text
+from ..cli import below_one, count, positive, stop_text
 from ..tables import TASKS
 from .setting import setting
 
@@ -15,98 +15,72 @@ class ValidationConfig:
     val_data: str = setting(
         "",
         "data to validate on, read like --data_file; of several the loss of each is told, too",
-        group="validation",
         nargs="+",
         metavar="PREFIX",
     )
     more_val: tuple[str, ...] = setting(())
     val_split: float = setting(
-        0.0,
-        "keep this share of the data, such as 0.01, for validation",
-        group="validation",
-        type=not_negative,
-        metavar="SHARE",
+        0.0, "keep this share of the data, such as 0.01, for validation", type=below_one, metavar="SHARE"
     )
     val_seed: int | None = setting(
         None,
         "seed that draws the samples of --val_split, so that runs with different seeds validate on the same (default: "
         "--random_seed)",
-        group="validation",
         type=count,
     )
     val_every: int = setting(
-        0,
-        "validate after every so many steps, and after the last; 0: after every epoch",
-        group="validation",
-        type=count,
+        0, "validate after every so many steps, and after the last; 0: after every epoch", type=count
     )
-    early_stop: int = setting(
-        0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
-    )
+    early_stop: int = setting(0, "end after so many validations without a lower loss; 0: never", type=count)
     retain_data: str = setting(
         "",
         "data whose loss measures what the run forgets, read like --data_file; measured before the first step and "
         "with each validation (even without --val_data); the run does not depend on it",
-        group="validation",
         metavar="PREFIX",
     )
     answer_rows: int = setting(
         4,
         "answer so many rows of the data, and as many held-out ones, before the first step and after the last, and "
         "show both beside the rows' own answers (rows.jsonl in --proj_dir); 0: none",
-        group="validation",
         type=count,
     )
     eval_data: str = setting(
         "",
         "also score answers during training: rows of questions as rwkv-peft eval takes them; questions, answers and "
         "scores are written to answers.jsonl in --proj_dir",
-        group="validation",
         metavar="FILE",
     )
-    eval_task: str = setting(
-        "jsonl", "their task, as in rwkv-peft eval", group="validation", choices=tuple(TASKS), metavar="TASK"
-    )
+    eval_task: str = setting("jsonl", "their task, as in rwkv-peft eval", choices=tuple(TASKS), metavar="TASK")
     eval_every: int = setting(
         0,
         "ask the questions of --eval_data and --lm_eval after every so many steps, and at the end; 0: after every "
         "epoch",
-        group="validation",
         type=count,
     )
-    eval_limit: int = setting(
-        100, "ask the first so many of them, and of each task of --lm_eval; 0: all", group="validation", type=count
-    )
-    eval_template: str = setting(
-        "", "template of a question, as --template of rwkv-peft eval", group="validation", metavar="NAME"
-    )
-    eval_max_tokens: int = setting(256, "the most tokens of an answer", group="validation", type=positive)
+    eval_limit: int = setting(100, "ask the first so many of them, and of each task of --lm_eval; 0: all", type=count)
+    eval_template: str = setting("", "template of a question, as --template of rwkv-peft eval", metavar="NAME")
+    eval_max_tokens: int = setting(256, "the most tokens of an answer", type=positive)
     eval_stop: tuple[str, ...] = setting(
         (),
         "texts that end an answer, in addition to the template's own; \\n and \\t are newline and tab",
-        group="validation",
         type=stop_text,
         nargs="+",
         metavar="TEXT",
     )
-    eval_batch: int = setting(
-        16, "answers written or scored at once, on each device", group="validation", type=positive
-    )
+    eval_batch: int = setting(16, "answers written or scored at once, on each device", type=positive)
     lm_eval: tuple[str, ...] = setting(
         (),
         "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
         "results are written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
-        group="validation",
         nargs="+",
         metavar="TASK",
     )
     lm_eval_include_path: str = setting(
-        "", "a folder with tasks of your own, as --include_path of rwkv-peft eval", group="validation", metavar="DIR"
+        "", "a folder with tasks of your own, as --include_path of rwkv-peft eval", metavar="DIR"
     )
     lm_eval_num_fewshot: int | None = setting(
         None,
         "solved examples before each question, as --shots of rwkv-peft eval (default: the task's)",
-        group="validation",
         type=count,
         metavar="N",
     )

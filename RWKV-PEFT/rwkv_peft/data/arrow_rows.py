@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UserError, told
-from ..files.readable import require_readable
-from ..files.settings_file import read_settings
+from ..files.readable import read_settings, require_readable
 from .folders import SAVED, SPLITS, choose
 from .parquet_pages import largest_page
 
@@ -36,8 +35,7 @@ def import_pyarrow(path: Path) -> ModuleType:
 
 
 def open_parquet(path: Path) -> tuple[Any, int]:
-    """Open a parquet file -> (pyarrow's ParquetFile, how many of its rows may be unpacked at once). Raises UserError
-    for a damaged file, or too large a page."""
+    """Open a parquet file -> (pyarrow's ParquetFile, the rows to unpack at once). Raises UserError for damage."""
     arrow = import_pyarrow(path)
     with telling_damage(path, "a parquet file"):
         metadata = arrow.parquet.read_metadata(path)

@@ -11,7 +11,7 @@ from .collate import Sample
 from .mixture import Mixture
 from .samples import Samples
 
-TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
+TrainBatch = dict[str, Any]  # the tensors of a batch, and the number step_count
 Item = TypeVar("Item")
 
 
@@ -38,7 +38,6 @@ class TrainBatches:
     - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
     - step_count: the counted targets of the whole optimizer step, over all groups and micro batches; or their weights'
       sum
-    - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
     - sources, of_source: of several data files {name: its share of step_count}, {} of one; and bool (files, n), which
       of `counted` are of each
     - samples, first: the samples, and the number of the batch's first
@@ -46,8 +45,7 @@ class TrainBatches:
       single row: the positions where they begin, and the end
     - labels: bool (documents,), only of labelled answers: whether each document's answer is desirable
 
-    samples_seen is the cursor of the batches handed out, not of those read ahead, and always stands at
-    the beginning of an optimizer step.
+    The first step begins at sample samples_seen.
     """
 
     def __init__(
@@ -83,9 +81,7 @@ class TrainBatches:
             batch["of_source"] = counted_of == torch.arange(len(self.samples.sources))[:, None]
         if self.pin_memory:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        last = micro_batch == self.accumulate - 1
-        place = {"samples": self.samples, "first": first}
-        return batch | place | {"samples_seen": cursor + self.step_samples if last else cursor}
+        return batch | {"samples": self.samples, "first": first}
 
     def first_counted(self) -> TrainBatch:
         """The first micro batch with a target that counts; samples of build_samples have at least one."""
@@ -116,9 +112,7 @@ class TrainBatches:
             cursor += self.step_samples
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        for batch in read_ahead(self._batches(), self.read_ahead):
-            self.samples_seen = batch["samples_seen"]
-            yield batch
+        return read_ahead(self._batches(), self.read_ahead)
 
 
 class EvalBatches:

@@ -124,8 +124,7 @@ class BinidxDataset:
         return bisect_right(self.pointers, position * self.dtype.itemsize) - 1
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise UserError if a token is negative or not below vocab_size; read .bin once unless its dtype rules that
-        out."""
+        """Raise UserError if a token is no id below vocab_size; read .bin once unless its dtype rules that out."""
         self.vocab_size = vocab_size
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return

@@ -8,18 +8,16 @@ from typing import NamedTuple
 class Remedies(NamedTuple):
     """The remedies for mistakes, in the flags of the command that reads the rows."""
 
-    unknown_form: str
-    no_end: str
+    unknown_form: str = "name others with --sft_field"
+    no_end: str = "take one that does"
 
 
 REMEDIES = MappingProxyType(
     {
         "preprocess": Remedies("name others with --fields", "take --no-append_eod"),
-        "train": Remedies("name others with --sft_field", "make token files with rwkv-peft preprocess --no-append_eod"),
-        "pairs": Remedies("name others with --sft_field", "take one that does"),
-        "labels": Remedies("name others with --sft_field", "take one that does"),
-        "prompts": Remedies("name another with --sft_field", "take one that does"),
-        "contexts": Remedies("name others with --sft_field", "take one that does"),
+        "train": Remedies(no_end="make token files with rwkv-peft preprocess --no-append_eod"),
+        "prompts": Remedies("name another with --sft_field"),
+        **dict.fromkeys(("pairs", "labels", "contexts"), Remedies()),
     }
 )
 
@@ -33,15 +31,14 @@ class EncodeSettings:
     - fields: the field of the row's text, or those of its prompt and answer, of its prompt, better and worse answer, or
       of its context, question and answer, if they are not to be recognised
     - template: the text of a template
-    - think: how answers of chats are opened, "", "on" or "off" (thinking.py)
+    - think: how answers of chats are opened, "", "on" or "off" (turns.py)
     - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
     - max_tokens: the most that a document may have (0: no limit)
     - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
       "skip" leaves the document out
     - command: the key of REMEDIES whose flags messages name; with "pairs" each row is two documents, its better and its
-      worse answer (pairs.py), with "labels" an answer with its label (labels.py), with "prompts" a prompt (prompts.py),
-      and with "contexts" two documents, its context, and its question and answer (contexts.py), which are never
-      shortened
+      worse answer, with "labels" an answer with its label, with "prompts" a prompt, and with "contexts" two documents,
+      its context, and its question and answer, which are never shortened (row_forms.py)
     """
 
     tokenizer: str = "world"
@@ -53,28 +50,3 @@ class EncodeSettings:
     max_tokens: int = 0
     too_long: str = "left"
     command: str = "preprocess"
-
-    @property
-    def remedies(self) -> Remedies:
-        return REMEDIES[self.command]
-
-    @property
-    def pairs(self) -> bool:
-        return self.command == "pairs"
-
-    @property
-    def labels(self) -> bool:
-        return self.command == "labels"
-
-    @property
-    def prompts(self) -> bool:
-        return self.command == "prompts"
-
-    @property
-    def contexts(self) -> bool:
-        return self.command == "contexts"
-
-    @property
-    def answered(self) -> bool:
-        """True if each document needs a prompt and an answer."""
-        return self.pairs or self.labels

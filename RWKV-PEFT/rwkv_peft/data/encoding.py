@@ -5,9 +5,11 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,24 +17,28 @@ import numpy as np
 from ..errors import UserError
 from .bad_rows import BadRows
 from .binidx import dtype_code
-from .contexts import in_context
-from .encode_settings import EncodeSettings
-from .labels import UNDESIRABLE, label_of, labelled
-from .pairs import pair
-from .pieces import Piece, length, shorten
-from .prompts import opened
+from .encode_settings import REMEDIES, EncodeSettings
+from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
 from .rows import Chunk
-from .seen import DIGEST
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
-from .turns import TURN_END, Segment
-from .weights import weight_of
+from .turns import TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
-
-
+# the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
+LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str], Documents]] = MappingProxyType(
+    {
+        "pairs": pair,
+        "labels": lambda *row: [labelled(*row)],
+        "prompts": lambda *row: [opened(*row)],
+        "contexts": in_context,
+    }
+)
 # a turn before an answer that has only its speaker's name
+DIGEST = 16  # bytes of a row's
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
+ASIDE = ("context", "passage", "document", "choices", "options", "input")  # fields that often belong to a question
+Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Encoded:
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another empty
     turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and without,
-    if it is asked for.
+    if it is asked for; "unread NAME" for rows with a field that may be missed.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -100,7 +106,7 @@ class Encoder:
     """A tokenizer and a template, ready to encode chunks."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        self.settings, self.remedies = settings, settings.remedies
+        self.settings, self.kind, self.remedies = settings, settings.command, REMEDIES[settings.command]
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
         self.end_id = self.tokenizer.end_id if settings.end_token else None
@@ -116,15 +122,10 @@ class Encoder:
                 "--template and --think both set the opening of an answer; write it into the template, as in the "
                 "templates think and no-think"
             )
+        self.told_aside = not settings.template and not settings.fields and self.kind not in ("prompts", "contexts")
         self.layout: Callable[[object, str], Documents]
-        if settings.pairs:
-            self.layout = lambda row, think: pair(row, settings.fields, think)
-        elif settings.labels:
-            self.layout = lambda row, think: [labelled(row, settings.fields, think)]
-        elif settings.prompts:
-            self.layout = lambda row, think: [opened(row, settings.fields, think)]
-        elif settings.contexts:
-            self.layout = lambda row, think: in_context(row, settings.fields, think)
+        if own := LAYOUTS.get(settings.command):
+            self.layout = lambda row, think: own(row, settings.fields, think)
         elif settings.template:
             template = Template(settings.template)
             self.layout = lambda row, think: [template(row)]
@@ -143,7 +144,7 @@ class Encoder:
 
     def told(self, documents: list[Any]) -> list[Any]:
         """Those of a row's documents that ask and answer: all but a context."""
-        return documents[1:] if self.settings.contexts else documents
+        return documents[1:] if self.kind == "contexts" else documents
 
     def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -152,14 +153,12 @@ class Encoder:
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                whole = isinstance(item, str) and self.settings.command in ("preprocess", "train")
+                whole = isinstance(item, str) and self.kind in ("preprocess", "train")
                 row = None if whole else parse(item)
                 documents = [[(str(item), True)]] if whole else self.documents(row)
-                weight = (
-                    1.0 if self.settings.template or self.settings.prompts else weight_of(row, self.settings.command)
-                )
-                undesirable = self.settings.labels and not label_of(row, self.settings.fields)
-                if self.settings.answered and not all(map(asked_and_answered, documents)):
+                weight = 1.0 if self.settings.template or self.kind == "prompts" else weight_of(row, self.kind)
+                undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
+                if self.kind in ("pairs", "labels") and not all(map(asked_and_answered, documents)):
                     result.counts["bare"] += 1
                     continue
                 convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
@@ -172,11 +171,13 @@ class Encoder:
             result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
             if added and not whole:
                 self._count(self.told(documents), result.counts)
+                if self.told_aside:
+                    result.counts.update(unread(row))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
                     mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
-                if self.settings.prompts:
+                if self.kind == "prompts":
                     result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
                 written = tokens[len(tokens) - size :].tobytes()
                 digests += hashlib.blake2b(written, digest_size=DIGEST).digest()
@@ -187,7 +188,7 @@ class Encoder:
         """Count what report.py tells of a row that is written."""
         learned = [[text for text, is_learned in document if is_learned] for document in documents]
         if not all(learned):
-            counts["unanswered"] += not self.settings.prompts
+            counts["unanswered"] += self.kind != "prompts"
         elif not all(text.strip() or text == TURN_END for one in learned for text in one):
             counts["wordless"] += 1
         counts["blank"] += any(map(has_empty_turn, documents))
@@ -204,19 +205,19 @@ class Encoder:
         if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
             result.counts["empty"] += 1
             return False
-        if self.settings.pairs and documents[0] == documents[1]:
+        if self.kind == "pairs" and documents[0] == documents[1]:
             result.counts["equal"] += 1
             return False
         if self.end_id is not None and chunk.ends:
             for pieces in self.told(documents):
                 pieces.append(([self.end_id], pieces[-1][1]))
-        read_at_once = sum if self.settings.contexts else max
+        read_at_once = sum if self.kind == "contexts" else max
         longest, limit = read_at_once(map(length, documents)), self.settings.max_tokens
         if limit and longest > limit:
             if self.settings.too_long == "skip":
                 result.counts["too_long"] += 1
                 return False
-            if self.settings.contexts:
+            if self.kind == "contexts":
                 raise UserError(
                     f"the context with its question and answer has {longest:,} tokens, and --ctx_len {limit - 1:,} is "
                     f"the most; take --ctx_len {longest - 1} or more, a shorter context, or --sft_long skip to leave "
@@ -231,6 +232,12 @@ class Encoder:
             result.sizes.append(length(pieces))
             result.weights.append(1.0)
         return True
+
+
+def unread(row: Any) -> list[str]:
+    """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
+    read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
+    return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]
 
 
 def judged(text: str) -> list[int]:
@@ -263,4 +270,20 @@ def parse(item: object) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error
+        comma = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
+        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{comma}") from error
+
+
+def length(pieces: list[Piece]) -> int:
+    """The number of tokens of a document."""
+    return sum(len(ids) for ids, _ in pieces)
+
+
+def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
+    """Remove `excess` tokens from the front of the prompt, but not its last, then those beyond `limit` at the end."""
+    prompt = sum(len(ids) for ids, _ in takewhile(lambda piece: not piece[1], pieces))
+    first, shorter = min(excess, max(prompt - 1, 0)), []  # tokens [first, first + limit) stay
+    for ids, counts in pieces:
+        shorter.append((ids[max(first, 0) : max(first + limit, 0)], counts))
+        first -= len(ids)
+    return shorter

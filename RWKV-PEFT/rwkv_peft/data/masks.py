@@ -11,9 +11,8 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
-from ..names import LOSS_MASKS
 from .binidx import BinidxDataset, counting
-from .labels import UNDESIRABLE
+from .row_forms import UNDESIRABLE
 
 if TYPE_CHECKING:
     from torch import Tensor  # whose import takes seconds, of each process that encodes rows
@@ -23,8 +22,7 @@ LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its ma
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
-    """Describe in a line which tokens of a BinidxDataset count; a .mask file is counted piece by piece. Raises
-    UserError if it counts none."""
+    """Describe in a line which tokens of a BinidxDataset count. Raises UserError if its .mask counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
         return f"loss on the tokens after --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
@@ -80,8 +78,6 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
                 "answer rows, which writes it, or take --loss_mask none or qa"
             )
         return lambda start, stop: stored[start:stop] != 0
-    if kind not in LOSS_MASKS:
-        raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
 
 
@@ -114,8 +110,7 @@ class MarkerMask:
         return change[latest][start - first :] == 1
 
     def _changes(self, start: int, stop: int) -> np.ndarray:
-        """The changes of counting, int8 (stop - start,): 1 where it begins, -1 where it ends or a further document
-        begins, else 0."""
+        """int8 (stop - start,): 1 where counting begins, -1 where it ends or a further document begins, else 0."""
         first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
         end = self.dataset.start(last) + int(self.dataset.sizes[last])
         tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]

@@ -48,8 +48,7 @@ def magic_prime(tokens: int, ctx_len: int) -> int | None:
 
 
 def is_prime(n: int) -> bool:
-    """Return whether n is prime, by Miller-Rabin with bases that decide every n below 3.3e24 (Sorenson and Webster
-    2015)."""
+    """Tell whether n is prime, by Miller-Rabin with bases for every n below 3.3e24 (Sorenson and Webster 2015)."""
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if n < 2 or any(n % p == 0 for p in bases):
         return n in bases

@@ -50,8 +50,7 @@ class PackedSamples(DocumentSamples):
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Pack by best fit, longest first: lengths (n,), each at most `room` -> lists of positions whose lengths add up to
-    at most `room`."""
+    """Pack by best fit, longest first: lengths (n,) up to `room` -> lists of positions that add up to at most that."""
     rows: list[list[int]] = []
     by_free: dict[int, list[int]] = {}  # {free: rows with so much room left}
     free_sizes: list[int] = []  # its keys, sorted

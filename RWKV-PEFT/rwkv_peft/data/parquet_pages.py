@@ -79,8 +79,7 @@ def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def _struct(data: mmap.mmap, place: int) -> tuple[dict[int, Any], int]:
-    """Read a Thrift struct; -> ({number of a field: its value}, the place behind it). The values are booleans, integers
-    and structs, and None for doubles and texts."""
+    """Read a Thrift struct -> ({field: bool, int or struct, None for doubles and texts}, the place behind it)."""
     fields: dict[int, Any] = {}
     number = 0
     while kind := data[place] & 15:

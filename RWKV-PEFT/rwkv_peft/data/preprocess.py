@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from ..cli import counted
@@ -29,25 +30,25 @@ from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
 from .binidx import BinidxDataset
 from .encode_settings import EncodeSettings
-from .encoding import Encoded, encoder
+from .encoding import DIGEST, Encoded, encoder
 from .order import Permutation
 from .prefix import ENDINGS, binidx_prefix
 from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import read_chunks
-from .seen import Seen
 from .shard_writer import ShardWriter
 from .shards import open_dataset
 from .templates import read_template
-from .thinking import FIELDS
 from .tokenizer import load_tokenizer
+from .turns import FIELDS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
 FORMAT = 1  # of the files of a command that was cut off
 MOST_COMPARED = 1 << 24  # rows that are compared to count repeated ones, unless they are dropped
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
+DIGESTS = np.dtype(f"S{DIGEST}")
 
 
 def main(argv: list[str]) -> int:
@@ -169,7 +170,7 @@ def write(
         if totals.bad and not settings.skip_bad_rows:
             raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.documents:
-            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
+            why = "\n".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(
@@ -189,3 +190,34 @@ def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat
                 mask = b"\1" * size if source.mask is None else source.mask[start : start + size].tobytes()
                 weight = 1.0 if source.weights is None else float(source.weights[index])
                 writer.add(Encoded([size], [weight], source[index].tobytes(), mask))
+
+
+class Seen:
+    """A set of digests that takes DIGEST bytes each, and as much again for a moment while it grows: sorted arrays, each
+    more than twice as long as the next. Beyond `most` digests (0: any number) none is added."""
+
+    def __init__(self, most: int = 0) -> None:
+        self.most, self.runs = most, list[np.ndarray]()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+    def add(self, digests: bytes) -> np.ndarray:
+        """Add digests, one behind the other -> for each, whether it was there before, or earlier among them."""
+        given = np.frombuffer(digests, DIGESTS)
+        new, first = np.unique(given, return_index=True)
+        known = np.ones(len(given), dtype=bool)
+        known[first] = np.logical_or.reduce([has(run, new) for run in self.runs] or [np.zeros(len(new), dtype=bool)])
+        if len(new) and not (self.most and len(self) >= self.most):
+            self.runs.append(new[~known[first]])
+            while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
+                self.runs.append(np.sort(np.concatenate([self.runs.pop(), self.runs.pop()]), kind="stable"))
+        return known
+
+
+def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Tell of each digest whether a sorted array has it: a bool for each."""
+    if not len(run):
+        return np.zeros(len(digests), dtype=bool)
+    found: np.ndarray = run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests
+    return found

@@ -8,7 +8,7 @@ from ..cli import Parser, count, positive, whole
 from ..rules import EXCLUDES, NEEDS, Rule
 from .rows import KINDS
 from .templates import TEMPLATES
-from .thinking import OPENINGS
+from .turns import OPENINGS
 
 PROG = "rwkv-peft preprocess"
 WRITING = (

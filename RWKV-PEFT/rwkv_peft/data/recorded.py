@@ -23,8 +23,7 @@ ENTRY = "vocabulary"  # of the JSON object
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer's name (world, bytes or a file's path), a hash that is equal if all tokens are, and the size of its
-    vocabulary, above the largest id."""
+    """A tokenizer's name (world, bytes or a path), a hash of its tokens, and the size of its vocabulary."""
 
     name: str
     hash: str
@@ -55,8 +54,7 @@ def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def require_own(prefix: str, record: str) -> None:
-    """Raise UserError if there is a data set PREFIX with another record, because of other inputs or another
-    tokenizer, or with none."""
+    """Raise UserError if there is a data set PREFIX that other inputs or another tokenizer made."""
     prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
     found = next((path for each in prefixes for end in ENDINGS if os.path.lexists(path := each + end)), None)
     content = _content(record_path(prefix))
@@ -77,8 +75,7 @@ def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
 
 
 def read_record(path: str | Path) -> Vocabulary | None:
-    """Read the Vocabulary in a PREFIX.json or a run's config.json; None if there is no such file, or if it holds none,
-    such as another tool's."""
+    """Read the Vocabulary in a PREFIX.json or a run's config.json; None if it is missing, or another tool's."""
     entry = _entry(path)
     if not isinstance(entry, dict):
         return None
@@ -93,8 +90,7 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
 
 
 def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
-    """The Vocabulary of the first run whose folder is one of these paths or holds one of them; None if there is
-    none."""
+    """The Vocabulary of the first run whose folder is, or holds, one of these paths; None if there is none."""
     folders = (path if os.path.isdir(path) else Path(path).parent for path in paths if path)
     found = (read_record(Path(folder, RUN)) for folder in folders)
     return next(filter(None, found), None)
@@ -122,8 +118,7 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
 
 
 def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
-    """Raise UserError if the Vocabulary that made the data at path has more tokens than the model, even if they do not
-    occur there."""
+    """Raise UserError if the Vocabulary of the data at path has more tokens than the model, used or not."""
     if data is not None and data.size > vocab_size:
         raise UserError(
             f"{path} was made with {data}, and the model has {vocab_size:,} tokens; make the data with the tokenizer "
@@ -132,8 +127,7 @@ def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
 
 
 def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None, given: str) -> None:
-    """Raise UserError if the data to train on, at path, and the data to measure, given by a flag, have different
-    Vocabularies (None: unknown)."""
+    """Raise UserError if the data to train on and the data to measure have different Vocabularies (None: unknown)."""
     if data is not None and measured is not None and data.hash != measured.hash:
         raise UserError(
             f"{given} was made with {measured}, and --data_file {path} with {data}, so that one number "
@@ -162,9 +156,10 @@ def find_tokenizer(
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         what = "--tokenizer" if asked else "the tokenizer"
+        usual = dict(KNOWN_SIZES).get(vocab_size)
         raise UserError(
             f"{what} {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer that it "
-            "was trained with"
+            "was trained with" + (f", such as {usual}" if usual else "")
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
         changed = "" if asked else ": the file has changed since"

@@ -1,11 +1,19 @@
-"""Describes a data set, and the training settings that fit it, as text."""
+"""Describes a data set and the training settings that fit it, as text; finds the text that opens its answers."""
 
 import numpy as np
 
 from ..cli import counted
+from ..errors import UserError
 from .binidx import BinidxDataset, counting
 from .encoding import Encoded
 from .order import magic_prime
+from .recorded import Vocabulary, vocabulary_of
+from .templates import opening_within, stops_of
+from .tokenizer import Tokenizer, load_tokenizer
+from .turns import TURN_END
+
+OPENING = "opening"  # an entry of a run's config.json
+DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
 
 
 def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
@@ -24,14 +32,18 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 
 
 def laid_out(totals: Encoded) -> list[str]:
-    """The lines on rows with thinking and without, if thinking was asked for, and notes on rows that may be
-    mistakes."""
+    """The lines on rows with thinking and without, if asked for, and notes on rows that may be mistakes."""
     lines, counts = [], totals.counts
     if counts["thinking"]:
         lines.append(
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
         )
     for count, what in (
+        *(
+            (number, f"with a field {name.split()[1]!r}, which is not read; preprocess --template lays it out")
+            for name, number in counts.items()
+            if name.startswith("unread ")
+        ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["blank"], "in which a turn before an answer is empty"),
@@ -73,8 +85,7 @@ def histogram(sizes: np.ndarray) -> list[str]:
 
 
 def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
-    """Lines on ctx_len (room for 95 % of the documents, a power of two within 16..4096) and the steps it makes, of rows
-    of answers or of a stream."""
+    """Lines on a ctx_len with room for 95 % of the documents (16 to 4096), and the steps that it makes."""
     room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
     ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
     windows, batch = -(-(tokens - 1) // ctx_len), 8
@@ -91,3 +102,34 @@ def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
     if prime:
         lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")
     return lines
+
+
+def opening_of(dataset: BinidxDataset, vocabulary: Vocabulary | None) -> str:
+    """The text that opens an answer in the first documents, such as "Assistant:" or "Assistant: <think"; "" if none has
+    a known one, or their tokenizer is not available."""
+    tokenizer = at_hand(vocabulary) if vocabulary is not None else None
+    if tokenizer is None:
+        return ""
+    found = (opening_of_document(dataset, index, tokenizer) for index in range(min(len(dataset), DOCUMENTS)))
+    return next(filter(None, found), "")
+
+
+def opening_of_document(dataset: BinidxDataset, index: int, tokenizer: Tokenizer) -> str:
+    tokens, start = dataset[index], dataset.start(index)
+    learned = np.ones(len(tokens)) if dataset.mask is None else dataset.mask[start : start + len(tokens)]
+    if not learned.any():
+        return ""
+    if learned[0]:  # a text, whose prompt counts too
+        return opening_within(tokenizer.decode(tokens[:TOKENS].tolist()))
+    first = int(learned.argmax())
+    prompt = tokenizer.decode(tokens[max(0, first - TOKENS) : first].tolist())
+    return prompt.rpartition(TURN_END)[2] if stops_of(prompt) else ""
+
+
+def at_hand(vocabulary: Vocabulary) -> Tokenizer | None:
+    """Load the tokenizer of a Vocabulary; None if its file or package is gone, or has changed."""
+    try:
+        tokenizer = load_tokenizer(vocabulary.name)
+    except UserError:
+        return None
+    return tokenizer if vocabulary_of(tokenizer).hash == vocabulary.hash else None

@@ -1,20 +1,21 @@
 """Reads rows in chunks of about a megabyte from jsonl, json, csv, txt and parquet files, folders and datasets."""
 
+import csv
 import gzip
 import json
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 
-from ..errors import UserError, told
+from ..errors import UserError, short, told
 from ..files.readable import choice_in, require_readable
 from .arrow_rows import ROW_BYTES, parquet_rows, saved_rows
-from .csv_rows import csv_rows
 from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
@@ -30,6 +31,8 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
 ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
+DELIMITERS = ",;\t"
+MOST_CHARACTERS = 1 << 24  # of a cell; without a bound an unclosed quote would take in all that follows
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         chunks = folder_chunks(path, name)
-    elif suffix in (".jsonl", ".ndjson", ".jsonl.gz"):
+    elif suffix == ".jsonl.gz":
         chunks = line_chunks(path)
-    elif suffix == ".json":
+    elif suffix in JSON_ENDINGS:
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
         chunks = row_chunks(path, csv_rows(path))
@@ -79,7 +82,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     elif suffix == ".parquet":
         chunks = listed_chunks(path, parquet_rows(path))
     else:
-        raise UserError(f"{path}: inputs are {KINDS}")
+        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx, .ods) as .csv")
     try:
         yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
     except UnicodeDecodeError as error:
@@ -144,7 +147,7 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
-    """Yield the Chunks of a .json file, which holds a list of rows, or else a row a line."""
+    """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head.startswith(b"["):
@@ -155,7 +158,10 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
+        raise UserError(
+            f"{path} begins with [, so that it is one list of rows, and is not JSON ({told(error)}); mend it there (no "
+            "comma stands behind the last row), or copy it again if its end is missing"
+        ) from error
     yield from row_chunks(path, rows)
 
 
@@ -219,8 +225,7 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
 
 
 def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
-    """Yield the rows of `chunks` within bounds; for percentages and negative numbers, read the input with `again` first
-    to count its rows."""
+    """Yield the rows of `chunks` within bounds, counted first by `again` for percentages and negative numbers."""
     total = 0
     if any(bound and not bound.isdigit() for bound in bounds):
         total = sum(len(chunk.items) for chunk in again())
@@ -241,3 +246,35 @@ def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable
             yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
         if high < len(chunk.items):
             return
+
+
+def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
+    """Yield each row as {name in the first line: cell}, or a UserError for a row with more or fewer cells than names.
+
+    Cells are separated by the one of DELIMITERS that is most frequent in the first line. Raises UserError if the file
+    cannot be read on, and UnicodeDecodeError if it is not UTF-8.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        delimiter = max(DELIMITERS, key=file.readline().count)
+        file.seek(0)
+        csv.field_size_limit(MOST_CHARACTERS)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            yield from named(reader, path)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
+                'line end stands in quotes ("…"), its own quotes twice ("")'
+            ) from error
+
+
+def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
+    """Yield the rows after the first, as csv_rows does, but no blank lines. Raises UserError for a name twice."""
+    names = [name.strip() for name in next(rows, [])]
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")
+    for cells in filter(None, rows):
+        if len(cells) == len(names):
+            yield dict(zip(names, cells))
+        else:
+            yield UserError(f"a row has {len(cells)} cells, and the first line names {len(names)}")

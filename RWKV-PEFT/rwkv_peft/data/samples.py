@@ -37,8 +37,7 @@ class Samples(ABC):
     kind = counted = "window"
 
     def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Tell the samples how many rows share a batch, before the first sample is read; it may change their order if
-        the rows' lengths matter."""
+        """Tell the samples, before the first is read, how many rows share a batch; it may change their order."""
 
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
@@ -71,13 +70,13 @@ class Samples(ABC):
 
     @property
     def size(self) -> int:
-        """How many of what people count an epoch reads."""
+        """The number of what people count that an epoch reads."""
         return len(self)
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """How many tokens an epoch reads as inputs."""
+        """The number of tokens that an epoch reads as inputs."""
 
     @property
     def parts(self) -> Sequence["Samples"]:
@@ -85,7 +84,7 @@ class Samples(ABC):
         return [self]
 
     def seen(self, number: int) -> dict[str, float]:
-        """How often `number` samples in a row read each data set, by its name; "" if there is one alone."""
+        """The times that `number` samples in a row read each data set, by its name; "" if there is one alone."""
         return {"": number / len(self)}
 
     @abstractmethod
@@ -184,7 +183,7 @@ class DocumentSamples(Samples):
         return self._tokens_of(self.units)
 
     def _tokens_of(self, documents: np.ndarray) -> int:
-        """How many tokens of these documents are read."""
+        """The number of tokens of these documents that are read."""
         return int(np.minimum(self.dataset.sizes[documents].astype(np.int64) - 1, self.ctx_len).sum())
 
     def _choose(self, units: Units) -> None:
@@ -215,8 +214,7 @@ class DocumentSamples(Samples):
         return size - 1 if self._mask is None else total(self._counted(start, size))
 
     def _cut_answers(self) -> str:
-        """A note on the tokens that the mask counts and that documents lose because they are cut at --ctx_len; "" if
-        there are none."""
+        """A note on the tokens that the mask counts and --ctx_len cuts off; "" if there are none."""
         mask, lost, bare, limit = self._mask, 0, 0, self.ctx_len + 1
         cut = np.flatnonzero(self.dataset.sizes > limit)
         if mask is None or not len(cut):

@@ -17,12 +17,12 @@ from ..errors import UserError, told
 from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from ..names import user_cache
+from .answer_samples import ROWS
 from .encode_settings import EncodeSettings
 from .prefix import ENDINGS
 from .preprocess import write
-from .prompt_samples import ROWS
 from .report import laid_out, left_out
-from .rows import KINDS
+from .rows import JSON_ENDINGS, KINDS
 
 FORMAT = 7
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -68,8 +68,6 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 def settings_of(config: DataConfig) -> EncodeSettings:
     """The settings by which the rows of a DataConfig become documents. Raises UserError for fields that its kind of
     rows does not have, and for rows that are not there."""
-    if config.sft_long not in ("left", "skip"):
-        raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
     kind = DATA_TYPES[config.data_type]
     if config.sft_field and len(config.sft_field) not in kind.fields:
         raise UserError(
@@ -90,7 +88,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
     if not path.is_dir():
         require_readable(
             path,
-            f"--data_file {path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
+            f"{path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
             "of a data set on Hugging Face give the files of its rows",
             again=True,
         )
@@ -100,9 +98,10 @@ def settings_of(config: DataConfig) -> EncodeSettings:
 def refuse_hub_name(config: DataConfig) -> None:
     """Raise UserError for rows that are named like a data set on Hugging Face's hub, and are not here."""
     path = Path(config.path)
-    if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
+    named = HUB_NAME.fullmatch(config.path) and not config.path.endswith(JSON_ENDINGS)  # of files that will be written
+    if config.of_rows and named and not path.parent.exists():
         raise UserError(
-            f"--data_file {path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
+            f"{path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
             f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
             "or the file of its rows"
         )

@@ -21,9 +21,8 @@ from ..errors import UserError
 from ..files.atomic import atomic_write, fsync, telling_failures, without_empty_folders
 from .binidx_writer import alone
 from .encoding import Encoded
-from .growing import Growing, Stale
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
-from .token_files import TokenFiles, name_set, synced
+from .token_files import Growing, Stale, TokenFiles, name_set, synced
 
 JOURNAL, DIGESTS = "journal.json", "digests"
 SECONDS = 10.0  # between two notes in the journal
@@ -174,8 +173,7 @@ class ShardWriter:
         self.shard = Shard(self.folder, len(self.done) + 1, self.vocab_size)
 
     def chunk_done(self, totals: Encoded, digests: bytes) -> None:
-        """Tell the writer that the documents of a chunk are added, with the counts so far and the digests of its rows;
-        it notes them in the journal if it is time."""
+        """Count a chunk as added, and note it in the journal, with the counts and its rows' digests, if it is time."""
         self.chunks += 1
         self.digests.write(digests)
         if self.key and time.monotonic() - self.noted >= SECONDS:

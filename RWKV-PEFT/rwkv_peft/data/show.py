@@ -65,15 +65,13 @@ def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokeni
 
 
 def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
-    """The text of tokens, with marks around each run of counted ones and the end token visible; a long text is
-    shortened in its middle, and says so."""
+    """The text of tokens, with marks around what counts and <end> for the end token, shortened if it is long."""
     parts = [f"{marks[0]}{text}{marks[1]}" if counts else text for text, counts in pieces(tokens, counted, tokenizer)]
     return "".join(parts)
 
 
 def pieces(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The text of tokens in pieces that count, or do not: [(text, counts)]. Long pieces lose their middle, and so do
-    long lists of them, which say so."""
+    """The text of tokens as [(text, counts)]; long pieces, and long lists of them, lose their middle and say so."""
     found = [
         (shortened(plain_text([token for token, _ in run], tokenizer)), bool(counts))
         for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1])

@@ -8,19 +8,16 @@ from types import MappingProxyType
 import numpy as np
 
 from ..cli import counted
-from ..config import DATA_TYPES, DataConfig
+from ..config import DataConfig
 from ..config.rules import check_settings
 from ..errors import UserError
 from ..refusals import require_none
 from ..tables import SAMPLINGS
-from .context_samples import ContextSamples
-from .label_samples import LabelSamples
+from .answer_samples import ContextSamples, LabelSamples, PairSamples, PromptSamples
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
 from .order import Permutation
-from .pair_samples import PairSamples
 from .prefix import default_mask
-from .prompt_samples import PromptSamples
 from .recorded import Vocabulary, find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
 from .samples import DocumentSamples, Samples
 from .sft import prepare_sft, settings_of
@@ -41,7 +38,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
-    check_config(config)
+    require_none(check_settings, config)
     if config.more:
         return mixed({name: build_samples(part, vocab_size) for name, part in parts_of(config).items()}, config)
     notes: list[str] = []
@@ -147,14 +144,3 @@ def require_counted(samples: Samples, config: DataConfig) -> None:
             f"{config.ctx_len}, so that there is nothing to learn; give a longer --ctx_len if the tokens that count "
             "come later in the documents, or --loss_mask none"
         )
-
-
-def check_config(config: DataConfig) -> None:
-    """Raise UserError for unknown settings, and for settings that do not go together."""
-    if config.dataload not in SAMPLINGS:
-        raise UserError(f"--dataload {config.dataload}: one of {', '.join(SAMPLINGS)}")
-    if config.data_type not in DATA_TYPES:
-        raise UserError(f"--data_type {config.data_type}: one of {', '.join(DATA_TYPES)}")
-    if config.ctx_len < 1:
-        raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
-    require_none(check_settings, config)

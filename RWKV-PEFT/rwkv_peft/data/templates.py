@@ -12,10 +12,8 @@ from typing import Any
 from ..errors import UserError, short
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
-from .thinking import OPENINGS, answered, without_opening
 from .tools import LISTS, listed
-from .turns import TURN_END, Segment, chat, field, refuse_unplaced
-from .weights import TRAIN
+from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, field, refuse_unplaced, without_opening
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
@@ -39,8 +37,7 @@ class UnknownForm(UserError):
 
 
 def segments(row: object, think: str = "") -> list[Segment]:
-    """Lay out a row (dict) as [(text, counts)]. think ("", "on", "off") is how answers of a chat are opened
-    (thinking.py)."""
+    """Lay out a row (dict) as [(text, counts)]; think is how answers of a chat are opened (turns.py)."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
@@ -75,6 +72,11 @@ def segments(row: object, think: str = "") -> list[Segment]:
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
         answer = field(row, "output").strip()
         return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)])
+    if "completion" in row and isinstance(row.get("prompt"), list):
+        before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+        answer = row["completion"]
+        after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        return behind_system(row, chat([*before, *after], think))
     if "prompt" in row and "completion" in row:
         refuse_unplaced(row, LISTS)
         if system_of(row):
@@ -116,14 +118,19 @@ def given_segments(parts: object) -> list[Segment]:
     return [(field(part, "text"), part[TRAIN]) for part in parts]
 
 
+def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row itself. Raises UserError if it lacks a field."""
+    if name not in row:
+        raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+    return row
+
+
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
-    """Lay out a row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]; think
-    is as in segments."""
+    """Lay out a row whose text is in the field names[0], or prompt and answer in names[0] and names[1]."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
-        if name not in row:
-            raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+        require_field(row, name)
     if len(names) > 2 or (len(names) == 1 and think):
         due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if think else "")
         raise UserError(f"{len(names)} fields named; {due}")
@@ -193,8 +200,7 @@ def thinks(parts: Sequence[Segment]) -> bool:
 
 
 def question(words: str, think: str = "", system: str = "", tools: str = "") -> list[str]:
-    """The texts that `chat` makes of a system text and tools_text, if there are any, a user's turn, and the opening of
-    the answer."""
+    """The texts that `chat` makes of a system text and tools_text, a user's turn, and the opening of the answer."""
     told = "\n".join(filter(None, (system.strip(), tools)))
     return before_answer([("system", told)] * bool(told) + [("user", words)], think)
 

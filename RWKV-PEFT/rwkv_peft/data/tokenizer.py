@@ -116,8 +116,7 @@ class WorldTokenizer:
 
 
 class GreedyEncoder:
-    """Encodes by the longest token that matches at each place of a text; table holds the bytes of each token id, or
-    None."""
+    """Encodes by the longest token that matches at each place; table holds the bytes of each token id, or None."""
 
     def __init__(self, table: Sequence[bytes | None]) -> None:
         self._ids = {token: number for number, token in enumerate(table) if token}
@@ -251,8 +250,7 @@ def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
 
 
 def guarded(failed: str, function: Callable[..., Result], *arguments: object, **named: object) -> Result:
-    """Call a tokenizer library. It raises bare Exceptions, and panics, which are no Exceptions; both become a UserError
-    that begins with `failed`."""
+    """Call a tokenizer library, whose bare Exceptions and panics become a UserError that begins with `failed`."""
     try:
         return function(*arguments, **named)
     except BaseException as error:

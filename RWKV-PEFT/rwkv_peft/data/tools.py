@@ -96,8 +96,7 @@ def called(turn: Mapping[str, Any]) -> str:
 
 
 def ordered(turns: Sequence[Any]) -> list[Any]:
-    """Turns in which results that name their call (tool_call_id) follow in the order of the calls, because the layout
-    has no place for ids."""
+    """Turns in which results that name their call (tool_call_id) follow in the order of the calls."""
     keys, calls, asked = list[tuple[int, int]](), dict[str, int](), 0
     for place, turn in enumerate(turns):
         fields = turn if isinstance(turn, dict) else {}

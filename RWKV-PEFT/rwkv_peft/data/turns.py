@@ -1,17 +1,26 @@
-"""Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss."""
+"""Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss: a row's field
+"weight", and a turn's "weight" of 0 or 1, or "train", tell it, too.
 
+Answers with thinking are laid out as the RWKV-7 G1 models give them: <think>, the thinking, </think>, the answer. A
+prompt that ends in "Assistant: <think" asks for thinking, and one that ends in "Assistant: <think></think", an empty
+thinking, for an answer at once; the model goes on from there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
+"""
+
+import math
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, short
-from .thinking import answered
 from .tools import NOTHING, called, calls_text, listed, ordered
-from .weights import is_learned
 
+# --think -> the text that a prompt adds to "Assistant:"
+OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
+FIELDS = ("reasoning_content", "reasoning", "thinking")  # of rows; they hold thinking unless the answer's words do
+EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
-
 # fields of a row for which the layouts have no place
 UNPLACED = ("tool_calls", "function_call", "history")
 CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
@@ -33,11 +42,45 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World c
     }
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
+WEIGHT, TRAIN = "weight", "train"
+OF_TOKENS = ("preprocess", "train")  # the commands of encoding.REMEDIES whose rows may weigh
+
+
+def without_opening(prompt: str) -> str:
+    """A prompt without the opening of a thinking at its end: up to "Assistant:"."""
+    return EMPTY.sub("", prompt)
+
+
+def parted(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Split an answer's words into (thinking or None, answer); without <think> the thinking is in one of its row's
+    FIELDS. Raises UserError for a <think> without an end."""
+    words = words.strip()
+    if words.startswith("<think>"):
+        thinking, closing, answer = words.removeprefix("<think>").partition("</think>")
+        if not closing:
+            raise UserError("an answer opens <think> and has no </think>; close it, or leave the row out")
+        return thinking, answer.strip()
+    found = next((row[name] for name in FIELDS if isinstance(row.get(name), str)), None)
+    return found and f"\n{found.strip()}\n", words
+
+
+def answered(words: str, row: Mapping[str, Any], think: str) -> tuple[str, str]:
+    """Split an answer -> (its opening behind "Assistant:", the text that the model continues with), by think: "on" with
+    the thinking that the row holds, and without any opening if it holds none; "off" with an empty thinking; "" with the
+    words as they are."""
+    if not think:
+        return "", f" {words.strip()}"
+    thinking, answer = parted(words, row)
+    if think == "off":
+        return OPENINGS["off"], f">\n{answer}"
+    if not (thinking or "").strip():
+        return "", f" {answer}"
+    return OPENINGS["on"], f">{thinking}</think>\n{answer}"
 
 
 def chat(messages: object, think: str = "") -> list[Segment]:
     """Lay out turns {role, content} or {from, value}: the assistant's words count, unless the turn says otherwise
-    (weights.py), the others' do not; think is as in templates.segments.
+    (is_learned), the others' do not; think is as in templates.segments.
 
     The blank line behind an assistant's turn and the next speaker's name count, too: both together say that the model
     is done, because a blank line alone may only separate two paragraphs (stops_of). They are segments of their own, so
@@ -87,8 +130,7 @@ def said(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def only_calls(turn: Mapping[str, Any]) -> bool:
-    """Return whether a turn's role is one of CALLS: then its words are the calls, and it continues the answer before
-    it."""
+    """Tell whether a turn's role is one of CALLS: its words are the calls, and it continues the answer before it."""
     return str(turn.get("role", turn.get("from"))).lower() in CALLS
 
 
@@ -138,3 +180,36 @@ def field(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field {name!r} holds {type(value).__name__}, not text")
     return value
+
+
+def weight_of(row: object, command: str) -> float:
+    """Return the weight of a row: its WEIGHT, or 1. Raises UserError for anything but a number from 0 on, and if
+    the loss of the command's rows has no weights."""
+    found = row.get(WEIGHT) if isinstance(row, dict) else None
+    if found is None or found == "":
+        return 1.0
+    try:
+        weight = float(found)
+    except (TypeError, ValueError):
+        weight = math.nan
+    said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
+    if isinstance(found, bool) or not 0 <= weight < math.inf:
+        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
+    if weight != 1 and command not in OF_TOKENS:
+        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
+    return weight
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Return whether an answer counts: not if its WEIGHT is 0, as in OpenAI's rows, or its TRAIN false. Raises
+    UserError for other values, because only whole rows have other weights."""
+    for name in (WEIGHT, TRAIN):
+        found = turn.get(name)
+        if found not in (None, 0, 1):
+            raise UserError(
+                f"field {name!r} of a turn holds {short(repr(found))}; 0 leaves its words out of the loss, and 1 does "
+                "not; any other weight is for the whole row, beside its turns"
+            )
+        if found is not None and not found:
+            return False
+    return True

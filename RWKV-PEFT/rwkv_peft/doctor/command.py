@@ -13,15 +13,13 @@ from collections.abc import Iterator
 
 from ..cli import Parser
 from ..installing import how_to_install
-from .devices import check_deepspeed, check_devices, check_kernels
+from .devices import check_deepspeed, check_devices, check_kernels, check_memory, check_tools
 from .finding import MISSING, OK, Finding
 from .packages import check_optional, check_package, check_python, installed, requirements
-from .tools import check_memory, check_tools
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every Finding, the cheap ones first; checks that need a missing package or a GPU that fails are left
-    out."""
+    """Yield every Finding, the cheap ones first; checks that need a missing package or a failing GPU are left out."""
     yield from check_python()
     standing = {}
     for requirement in requirements():

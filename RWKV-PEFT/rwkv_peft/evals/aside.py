@@ -28,8 +28,7 @@ class OtherThreads(io.TextIOBase):
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Within, this thread prints nothing, progress bars included; on exit the random states of Python, NumPy and torch
-    are as they were."""
+    """Within, this thread prints nothing; on exit the random states of Python, NumPy and torch are as before."""
     numbers, arrays = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

@@ -1,9 +1,9 @@
-"""Questions with several answers to choose from, in the forms of common data sets."""
+"""Tasks whose continuations are scored: questions with several answers to choose from, and LAMBADA."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .task import ChoiceTask, Problem, Row, Score, behind, put, text_of
 
 
@@ -27,8 +27,7 @@ class Choices(ChoiceTask):
 
 
 def choices_of(row: Row) -> tuple[list[str], list[str]]:
-    """Return (the texts to choose from, their labels: A, B, … unless the row names others). Raises UserError for a row
-    without them."""
+    """Return (the texts to choose from, their labels: A, B, … or the row's). Raises UserError for a row without."""
     found: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
     labels = None
     if isinstance(found, Mapping):  # as ARC has them
@@ -53,3 +52,20 @@ def right_of(row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
         f"its answer {told!r} is none of its choices: a place from 0, one of {', '.join(labels)}, or the text is due, "
         "as answer, label, answerKey or gold"
     )
+
+
+class Lambada(ChoiceTask):
+    """LAMBADA (Paperno et al. 2016, arXiv 1606.06031): guess the last word of a passage, which takes the whole passage.
+    last word: right if each of its tokens is the most probable one; its perplexity is reported as well."""
+
+    layout, measures = "plain", ("last word",)
+
+    def problem(self, row: Row, layout: str) -> Problem:
+        text = text_of(row, "text").strip()
+        before, space, word = text.rpartition(" ")
+        if not before.strip():
+            raise UserError(f"the text {short(text)!r} has no last word after others")
+        return Problem(put(layout, before), space + word, word, (space + word,))
+
+    def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:
+        return {"last word": scores[0].greedy}

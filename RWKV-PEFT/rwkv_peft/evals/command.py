@@ -1,8 +1,9 @@
 """Ask a model problems, judge its answers and print the score: `rwkv-peft eval` (flags.py has its flags)."""
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,21 @@ from tqdm import tqdm
 from ..data.tokenizer import KNOWN_SIZES
 from ..errors import Ended, UserError, ending_of
 from ..files.adapters import product_of_run
-from ..files.atomic import check_output, same_file
+from ..files.atomic import atomic_write, check_output, same_file
+from ..files.base import open_base
 from ..generate.flags import note_escapes
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
 from ..tables import TASKS
 from .asking import Manner, ask
 from .flags import parse_flags
-from .harness_command import ask_harness
 from .layouts import LAYOUTS, example
-from .problems import layout_of, read_problems
-from .records import Records
-from .tally import share_of, summary
-from .task import Problem, Task
+from .records import Records, share_of, summary
+from .task import Problem, Task, layout_of, read_problems
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
 OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
+HARNESS_INPUTS = ("model", "state", "tokenizer", "include_path")
 SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them: a file of answers is continued only if they agree
 
 
@@ -103,3 +103,48 @@ def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Recor
         for record in ask(Manner(args.max_tokens, args.batch, args.stop), task, subject, due):
             records.add(record)
             bar.update()
+
+
+def ask_harness(args: Any) -> int:
+    """Ask the tasks -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in files and tasks."""
+    check_outputs(args)
+    open_base(args.model)  # before the files of the tasks, which take half a minute to read
+    from .harness import evaluate, load_tasks, plain, tables
+
+    try:
+        tasks, names = load_tasks(args.tasks, args.include_path)
+        subject = load_subject(args, lambda text: print(text, file=sys.stderr))
+        results = evaluate(subject, tasks, names, args.batch, args.shots, args.limit)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    results["config"] |= {name: getattr(args, name) for name in ("model", "adapter", "state")}
+    samples = results.pop("samples")
+    if args.output:
+        write(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")
+    if args.samples:
+        write(args.samples, lines(samples, plain))
+    print(tables(results))
+    return 0
+
+
+def check_outputs(args: Any) -> None:
+    """Raise UserError for outputs that are inputs, are the same file, or cannot be written."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in HARNESS_INPUTS]
+    inputs += [("--adapter", path) for path in args.adapter]
+    outputs = [(name, path) for name in ("output", "samples") if (path := getattr(args, name))]
+    for name, path in outputs:
+        check_output(f"--{name}", path, inputs)
+    if len(outputs) == 2 and os.path.realpath(args.output) == os.path.realpath(args.samples):
+        raise UserError(f"--output and --samples are both {args.output}; give each a file of its own")
+
+
+def lines(samples: dict[str, list[dict[str, Any]]], default: Callable[[object], object]) -> str:
+    """Write a line of JSON for each question of each task."""
+    records = [{"task": task} | sample for task, found in samples.items() for sample in found]
+    return "".join(json.dumps(record, default=default, ensure_ascii=False) + "\n" for record in records)
+
+
+def write(path: str, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -35,8 +35,7 @@ Respond = Callable[[str, Sequence[Any]], list[Answer]]
 
 
 class Respondent(LM):
-    """The model that lm_eval sees. It hands requests to respond(kind, requests), which returns an answer to each, in
-    order."""
+    """The model that lm_eval sees, which hands requests to respond(kind, requests) -> their answers, in order."""
 
     def __init__(self, respond: Respond) -> None:
         super().__init__()
@@ -166,7 +165,7 @@ def evaluate(
 @contextmanager
 def git_unheard() -> Iterator[None]:
     """Keep lm_eval from asking git for the commit of the current folder, whose settings may name programs to run, and
-    which complains to the user where there is none."""
+    which complains to the user if there is none."""
     before = evaluator.get_git_commit_hash
     evaluator.get_git_commit_hash = lambda: None
     try:
@@ -176,8 +175,7 @@ def git_unheard() -> Iterator[None]:
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
-    """Set the number of examples before a question, as simple_evaluate does (None: each task's own); a task that says 0
-    keeps 0."""
+    """Set the number of examples before a question, as simple_evaluate does (None: each task's own); 0 stays 0."""
     for task in tasks.load(names)["tasks"].values():
         own = task.get_config("num_fewshot")
         if own != 0:
@@ -204,8 +202,7 @@ def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int 
 
 @contextmanager
 def unforked() -> Iterator[None]:
-    """Within, keep lm_eval from forking processes for its bootstrap: they would copy a run's threads and signal
-    handlers."""
+    """Within, keep lm_eval from forking for its bootstrap, which would copy a run's threads and signal handlers."""
     before = os.environ.get(ALONE)
     os.environ[ALONE] = "1"
     try:

@@ -74,8 +74,7 @@ class HarnessExam:
         return digest_of(self.asked)
 
     def results(self, respond: Any, draws: int = 0) -> dict[str, Any]:
-        """Run lm_eval with the answers of respond(kind, requests) -> its results, with standard errors from `draws`
-        draws."""
+        """Run lm_eval with the answers of respond(kind, requests) -> its results, their errors from `draws` draws."""
         from .harness import results_of
 
         return results_of(self.tasks, self.names, respond, self.limit, draws)
@@ -132,8 +131,7 @@ def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
 
 
 def words(results: Mapping[str, Any], found: Sequence[Measure]) -> list[str]:
-    """Write a line for each group and each task whose group has no score; after SHOWN lines, one that counts the
-    rest."""
+    """Write a line for each group, and each task whose group has no score; after SHOWN lines the number of the rest."""
     within = {task for group in results.get("groups", ()) for task in results["group_subtasks"][group]}
     told: dict[str, list[str]] = {}
     for measure in found:

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..cli import counted
 from ..errors import UserError
-from ..files.alone import alone_at
 from ..files.atomic import atomic_write, telling_failures
+from ..files.lock import alone_at
 
 Record = dict[str, Any]
 HEAD = "eval"  # the key of the first line
@@ -108,3 +111,32 @@ def read_line(path: Path, number: int, text: bytes, last: bool) -> Record | None
     if not isinstance(record, dict) or not (HEAD in record if number == 1 else type(record.get("number")) is int):
         raise UserError(f"--output {path}, line {number} is no line of rwkv-peft eval; choose another name")
     return record
+
+
+def share_of(measure: str, records: Sequence[Record]) -> float:
+    """The share of records that are right by a measure."""
+    return sum(bool(record[measure]) for record in records) / len(records)
+
+
+def standard_error(share: float, total: int) -> float:
+    """The standard error of a share among `total` independent answers, by their sample variance; NaN for one."""
+    return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else math.nan
+
+
+def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """Write the score of records in lines: shares, answers cut off, and the perplexity of single continuations."""
+    total = len(records)
+    lines = [f"{task}: {counted(total, 'problem')}"]
+    for name in measures:
+        share = share_of(name, records)
+        error = standard_error(share, total)
+        spread = f" ± {error:.1%} (standard error)" if math.isfinite(error) else ""
+        lines.append(f"{name:<10} {share:7.1%}{spread}, {share * total:,.0f} of {total:,}")
+    long = sum(record.get("end") == "length" for record in records)
+    if long:
+        lines.append(f"{counted(long, 'answer')} cut off at --max_tokens")
+    alone = [record["logprobs"][0] for record in records if len(record.get("logprobs", ())) == 1]
+    if alone:
+        mean = sum(alone) / len(alone)
+        lines.append(f"perplexity {math.exp(min(-mean, 700.0)):.4g} of the last word")
+    return lines

@@ -9,7 +9,7 @@ from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
 from .asking import GREEDY, write
-from .contexts import score_pairs
+from .scoring import score_pairs
 
 SCORED, ROLLING, WRITTEN = "loglikelihood", "loglikelihood_rolling", "generate_until"  # lm_eval's kinds of requests
 MAX_TOKENS = 256  # lm_eval's default for a task that names no length

@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..data.encoding import parse
+from ..data.rows import held_chunks
 from ..errors import UserError
-from .layouts import FIELD
+from .layouts import FIELD, read_layout
 
 Row = Mapping[str, Any]
 
@@ -26,8 +28,7 @@ class Problem(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The log-probability of a continuation after its prompt, in nats; greedy is True if each of its tokens is the most
-    probable one."""
+    """The log-probability of a continuation, in nats; greedy is True if each of its tokens is the most probable."""
 
     logprob: float
     greedy: bool
@@ -78,8 +79,7 @@ def put(layout: str, question: str) -> str:
 
 
 def text_of(row: Row, *names: str) -> str:
-    """Return the text of the first of some fields that the row has. Raises UserError if it has none, or if that is no
-    text."""
+    """Return the text of the first of some fields that the row has. Raises UserError if there is none, or no text."""
     if not isinstance(row, Mapping):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields")
     name = next((name for name in names if name in row), None)
@@ -90,3 +90,24 @@ def text_of(row: Row, *names: str) -> str:
     if not isinstance(row[name], str):
         raise UserError(f"field {name!r} holds {type(row[name]).__name__}, not text")
     return row[name]
+
+
+def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
+    """Return the text of the layout that a flag names, else the task's; "": the rows' own. Raises as read_layout."""
+    return read_layout(name or task.layout, flag) if name or task.layout else ""
+
+
+def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
+    """Read the Problems of a file. Raises UserError for a row that is none, with its place, and if there are none."""
+    problems = []
+    for chunk in held_chunks(path, split):
+        for number, item in enumerate(chunk.items, start=chunk.first):
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            try:
+                problems.append(task.problem(parse(item), layout))
+            except UserError as error:
+                raise UserError(f"{path}, {chunk.unit} {number}: {error}") from error
+    if not problems:
+        raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
+    return problems

@@ -16,21 +16,56 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapters.method import Method
-from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of
+from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
+from ..models.family import Family
 from ..names import NONE
 from ..tables import GENERATIONS
 from .atomic import atomic_write
 from .base import Base
-from .dtypes import DTYPES
-from .origin import ENTRY, Origin, read_origin
+from .pth_writer import DTYPES
 from .safetensors_file import read_safetensors, save_safetensors
 
+ENTRY = "rwkv_peft_run"
+MOST = 1000  # characters of a text
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base's file name (base), the flags that say how the data was read (data), the learning rate (rate), and so
+    on; "": unknown."""
+
+    base: str = ""
+    tokenizer: str = ""
+    data: str = ""
+    rate: str = ""
+    versions: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({name: shown(text) for name, text in asdict(self).items()}, sort_keys=True)
+
+
+def shown(text: str) -> str:
+    """Make a text printable and at most MOST long: names of files and fields may hold any character."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:MOST]
+
+
+def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
+    """Read the Origin in a file's header, empty if there is none. Raises UserError if an entry is not printable text of
+    at most MOST characters."""
+    try:
+        told = json.loads(header.get(ENTRY, "{}"))
+        values = {field.name: told.get(field.name, "") for field in fields(Origin)}
+    except (ValueError, AttributeError, RecursionError):
+        values = {ENTRY: None}
+    if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
+        raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
+    return Origin(**values)
 
 
 @dataclass(frozen=True)
@@ -131,6 +166,23 @@ class Adapter(NamedTuple):
     def whole(self) -> dict[str, torch.Tensor]:
         """The tensors that replace the base's: {base key: tensor}."""
         return {key: tensor for key, tensor in self.tensors.items() if not adapter_parameter(key)}
+
+    def config(self, family: Family) -> AdapterConfig:
+        """The AdapterConfig that rebuilds its layers: their places and shapes."""
+        metadata = self.metadata
+        # files of other tools name single tensors, not parts; they need none, because every tensor of a file is loaded
+        parts = tuple(part for part in metadata.train_parts if part in family.parts)
+        targets = tuple(self.modules()) or tuple(metadata.targets)  # some files adapt only some layers
+        if metadata.method is None:
+            return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
+        return AdapterConfig(
+            **words_of(metadata.method),
+            **{field: getattr(metadata, field) for field in metadata.method.tensors.size},
+            alpha=metadata.alpha,
+            targets=targets,
+            train_parts=parts,
+            quant=metadata.quant,
+        )
 
 
 def target_names(modules: Iterable[str]) -> tuple[str, ...]:

@@ -12,9 +12,8 @@ import torch
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
 from .adapter_file import Adapter, check_names, read_own
-from .adapter_folder import CONFIG, is_adapter_folder
 from .lightning_folder import is_lightning_folder, read_lightning_folder
-from .peft_folder import read_hf_folder
+from .peft_folder import CONFIG, is_adapter_folder, read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
 

@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -96,8 +97,7 @@ def same_file(left: str | Path, right: str | Path) -> bool:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a new empty folder in the system's temporary folder, and remove it afterwards; failures to write become
-    UserErrors."""
+    """Yield a new empty folder among the system's temporary ones, and remove it; failures to write are UserErrors."""
     try:
         place = tempfile.gettempdir()
     except OSError as error:
@@ -223,3 +223,21 @@ def write_failure(error: Exception, path: Path) -> str | None:
             return os.strerror(number).lower()
         return f"{os.strerror(number).lower()} ({os.fsdecode(other)})"
     return text.lower() if isinstance(error, OSError) else None
+
+
+def room_at(path: str | Path) -> int:
+    """The bytes free for this user on the disk of `path`, which need not exist yet."""
+    place = Path(os.path.realpath(path))
+    disk = os.statvfs(next(folder for folder in (place, *place.parents) if folder.exists()))
+    if not disk.f_blocks:  # a file system that does not tell
+        return sys.maxsize
+    return disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree)  # some blocks are kept for root
+
+
+def require_room(flag: str, path: str | Path, needed: int, what: str = "") -> None:
+    """Raise UserError if the disk of `path`, given as `flag`, has fewer bytes free than are needed for `what`."""
+    if (free := room_at(path)) < needed:
+        raise UserError(
+            f"{flag} {path} needs {needed:,} bytes{what and f' for {what}'}, and its disk has {free:,} free; free some "
+            "space or choose another disk"
+        )

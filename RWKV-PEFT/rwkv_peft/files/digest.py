@@ -23,13 +23,13 @@ def digest_of(path: str | Path) -> str:
         return ""
     before = os.stat(path)
     if before.st_size < KEPT:
-        return read_whole(path)
+        return sha256_of(path)[:32]
     stamp = {"bytes": before.st_size, "mtime_ns": before.st_mtime_ns}
     places = places_of(path)
     for place in places:
         if found := kept_in(place, stamp):
             return found
-    digest = read_whole(path)
+    digest = sha256_of(path)[:32]
     if time.time() - before.st_mtime > SETTLED:
         keep(places, stamp | {"sha256": digest})
     return digest
@@ -44,12 +44,12 @@ def digest_below(path: str | Path) -> str:
     return hashlib.sha256("".join(f"{file.name} {digest_of(file)}\n" for file in files).encode()).hexdigest()[:32]
 
 
-def read_whole(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def places_of(path: Path) -> list[Path]:

@@ -21,8 +21,7 @@ def fingerprint(state: dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that a fingerprint reads: (WINDOWS · WINDOW,), fewer if the tensor has fewer than
-    WINDOW."""
+    """The values of a tensor that a fingerprint reads: (WINDOWS · WINDOW,), fewer of one that has not WINDOW."""
     flat = tensor.detach().reshape(-1)
     last = max(flat.numel() - WINDOW, 0)
     return torch.cat([flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))])

@@ -18,9 +18,10 @@ from ..models import family_named
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .base import Base
+from .digest import sha256_of
 from .pth import read_tensors, require_file
 from .pth_writer import chunks, save_pth
-from .settings_file import read_settings
+from .readable import read_settings
 
 MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"
 SOURCE = "rwkv_lightning_cuda"
@@ -68,7 +69,8 @@ def write_lightning_folder(folder: Path, adapter: Adapter, base: Base) -> str:
     has bfloat16 if that holds every number. Raises UserError for an adapter that the runtime cannot serve."""
     refuse_unserved(adapter, base)
     modules = {module: params["bone"].t().contiguous() for module, params in adapter.modules().items()}
-    dtype = torch.bfloat16 if all(_fits(D, torch.bfloat16) for D in modules.values()) else torch.float16
+    fits = all(torch.equal(D.bfloat16().to(D.dtype), D) for D in modules.values())
+    dtype = torch.bfloat16 if fits else torch.float16
     kept = {module: D.to(dtype) for module, D in modules.items()}
     family, rank = family_named(GENERATION), adapter.metadata.rank
     order = sorted(kept, key=lambda module: (int(module.split(".")[1]), family.targets.index(module.split(".", 2)[2])))
@@ -84,7 +86,7 @@ def write_lightning_folder(folder: Path, adapter: Adapter, base: Base) -> str:
         for module in order
     ]
     manifest: dict[str, Any] = dict(FORM) | {"dtype": str(dtype).removeprefix("torch."), "targets": targets}
-    manifest |= {"rank": rank, "alpha": rank, "scale": 1, "base_fingerprint": _sha256(base.path)}
+    manifest |= {"rank": rank, "alpha": rank, "scale": 1, "base_fingerprint": sha256_of(require_file(base.path))}
     manifest["content_version"] = content_version(manifest, tensors)
     with atomic_write(folder / MANIFEST) as described, atomic_write(folder / WEIGHTS) as weights:
         save_pth(weights, tensors)
@@ -122,18 +124,5 @@ def content_version(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) 
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
     for tensor in tensors.values():
         for chunk in chunks(tensor):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """True if a dtype holds all values of a tensor."""
-    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
-
-
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(require_file(path), "rb") as file:
-        while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()

@@ -6,7 +6,8 @@ peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-
 import json
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,13 @@ from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
 from ..errors import UserError, short
 from ..models import official_key
 from ..names import NONE
-from .adapter_file import Adapter, AdapterMetadata, target_names
-from .adapter_folder import read_config, read_folder_tensors, replacing
-from .origin import Origin
-from .safetensors_file import save_safetensors
+from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
+from .atomic import atomic_write
+from .pth import read_tensors
+from .readable import choice_in, read_settings, require_readable
+from .safetensors_file import read_safetensors, save_safetensors
 
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HF_PREFIX = "base_model.model."
 # settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
@@ -30,6 +33,41 @@ NO_PLAIN_LORA = (
 # values of init_lora_weights that leave the base as it is; others take the initial factors out of it
 BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Number = TypeVar("Number", int, float)
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Return whether a folder is one, by its adapter_config.json."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the settings in a folder's adapter_config.json. Raises UserError if it is missing or cannot be read."""
+    path = require_readable(
+        Path(folder) / CONFIG,
+        f"{folder} has no {CONFIG}, which peft's save_pretrained writes"
+        + (choice_in(folder, ".pth", ".safetensors") or "; give a folder of its making, or an adapter's file"),
+    )
+    return read_settings(path)
+
+
+def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read a folder's {peft's key: tensor} from its safetensors file or, if there is none, from the torch file that
+    safe_serialization=False writes."""
+    if (folder / TENSORS).is_file():
+        return read_safetensors(folder / TENSORS)[0]
+    if (folder / PICKLED).is_file():
+        return read_tensors(folder / PICKLED)
+    raise UserError(f"{folder} has no {TENSORS} (nor {PICKLED}); is it a folder that peft saved?")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the temporary paths to write a folder's CONFIG and TENSORS to. They get their names when both are complete.
+    An old CONFIG is removed before the tensors change, so that a kill in between leaves a folder that readers refuse,
+    not one that mixes old and new."""
+    with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as tensors:
+        yield config, tensors
+        (folder / CONFIG).unlink(missing_ok=True)
 
 
 def read_hf_folder(folder: str | Path) -> Adapter:
@@ -117,8 +155,7 @@ def _base_name(config: dict[str, Any]) -> str:
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
-    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int; a boolean is not
-    one."""
+    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int, no boolean."""
     value = config.get(name)
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError, told
-from .dtypes import dtype_name
-from .pth_pickle import UNREADABLE, judge_bare, judge_zipped
-from .pth_records import record_sizes, require_records
+from .pth_pickle import UNREADABLE, judge_bare, judge_zipped, record_sizes, require_records
+from .pth_writer import dtype_name
 from .readable import require_readable
 
 # Bytes that stream_tensors reads through one mapping; they stay in memory until the next one. Each mapping unpickles
@@ -139,9 +138,6 @@ def require_file(path: str | Path) -> Path:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Return whether no element is NaN or Inf, with little memory beside the tensor."""
-    return all(_part_finite(part) for part in tensor.reshape(-1).split(1 << 20))
-
-
-def _part_finite(part: torch.Tensor) -> bool:
     # a sum over NaN or Inf is not finite, and the sum is the faster test; it may also overflow over finite values
-    return bool(torch.isfinite(part.sum()) or torch.isfinite(part).all())
+    parts = tensor.reshape(-1).split(1 << 20)
+    return all(bool(torch.isfinite(part.sum()) or torch.isfinite(part).all()) for part in parts)

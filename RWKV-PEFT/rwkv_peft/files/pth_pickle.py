@@ -1,8 +1,10 @@
-"""Checks the pickles of a .pth before torch reads them.
+"""Checks a .pth before torch reads it: what its pickles name, and that each tensor has a record of its length.
 
 torch's restricted reader runs no code of a file, but it calls functions that allocate as much memory as their arguments
 say, such as `bytearray(6_000_000_000)`, and it allocates tensors before it has seen their bytes. So each pickle is
 first read with inert objects in place of what it names, and refused if it names anything that tensors do not need.
+torch also trusts both of a file's tables of contents: the archive's, which says how long a record is, and the pickle's,
+which says how many elements a tensor takes. A tensor with a shorter record would also read the bytes behind it.
 """
 
 import io
@@ -12,12 +14,14 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from ..errors import UserError, short
+from ..errors import UserError, short, told
 
 # Names that a pickle may call: those that rebuild tensors, and plain containers.
 BUILDERS = frozenset(
@@ -142,3 +146,36 @@ def scan(path: Path, pickled: IO[bytes], size: int) -> int:
             if operation.name == "LONG_BINPUT" and argument > size:
                 raise ValueError(f"it remembers {argument:,} objects")
     return largest
+
+
+def record_sizes(path: str | Path) -> Counter[int]:
+    """Count the records of the archive at `path` by their bytes. Raises UserError for a record that is compressed
+    (torch.save's never are, and it may unpack to any size) or longer than the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records, size = archive.infolist(), Path(path).stat().st_size
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, LookupError) as error:
+        raise UserError(f"{path} is damaged ({told(error)}); download or copy it again") from error
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise UserError(
+                f"{path} is packed, and a .pth is not: {record.filename} says that it unpacks to {record.file_size:,} "
+                "bytes; unpack it, and save it with torch.save"
+            )
+        if record.file_size > size:
+            raise UserError(
+                f"{path} is damaged: {record.filename} would have {record.file_size:,} bytes, and the file has "
+                f"{size:,}; download or copy it again"
+            )
+    return Counter(record.file_size for record in records)
+
+
+def require_records(path: str | Path, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise UserError unless each storage of the tensors mapped from `path` is as long as a record of its own."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
+    beyond = Counter(filter(None, storages.values())) - record_sizes(path)
+    if beyond:
+        raise UserError(
+            f"{path} is damaged: a tensor takes {next(iter(beyond)):,} bytes, and no record of that length is left for "
+            "it; download or copy it again"
+        )

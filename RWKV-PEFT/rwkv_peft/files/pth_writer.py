@@ -1,4 +1,4 @@
-"""Writes a .pth tensor by tensor, so that a model may be larger than memory.
+"""Writes a .pth tensor by tensor, so that a model may be larger than memory; names the dtypes of weights.
 
 `torch.save` wants every tensor at once. A .pth is a zip archive of uncompressed records: a pickle that
 names shapes and storages, then each storage's bytes, aligned to 64 bytes so that readers can map
@@ -14,9 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+
+DTYPES = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch.", such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
 
 ALIGNMENT = 64
 LOCAL_HEADER = 30  # bytes before the name in a zip record's header

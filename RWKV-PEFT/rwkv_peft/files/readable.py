@@ -1,9 +1,11 @@
-"""Checks that a file can be read before any work begins; a missing file and a forbidden one get different errors."""
+"""Checks that a file can be read before any work begins, with an error for each obstacle, and reads settings."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, told
 
 SHOWN = 5  # files of a folder that a message names
 
@@ -51,3 +53,14 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     found = [name for name in found if not endings or name.endswith(endings)]
     more = ", …" if len(found) > SHOWN else ""
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file. Raises UserError if it holds none."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings, but a {type(settings).__name__}; copy it again")
+    return settings

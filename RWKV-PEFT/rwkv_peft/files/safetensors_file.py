@@ -29,6 +29,8 @@ def read_safetensors(path: str | Path, weights: bool = True) -> tuple[dict[str, 
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
     if weights:
+        if not tensors:
+            raise UserError(f"{path} holds no tensor; copy it again")
         require_weights(tensors, path)
     return {key: tensors[key] for key in stored_order(path)}, metadata
 

@@ -96,7 +96,7 @@ def fuse(model: LanguageModel, setting: Setting) -> str:
 
 
 def _refusal(setting: Setting, fusion: Fusion) -> str:
-    """Why no block of a run is fused; "" if nothing is in the way."""
+    """The reason why no block of a run is fused; "" if nothing is in the way."""
     if not setting.wanted:
         return "--fused 0"
     if setting.device.type == "cpu":
@@ -111,7 +111,7 @@ def _refusal(setting: Setting, fusion: Fusion) -> str:
 
 
 def _obstacle(block: nn.Module, fusion: Fusion) -> str:
-    """Why a block stays plain; "" if nothing is in the way."""
+    """The reason why a block stays plain; "" if nothing is in the way."""
     needed = [(name, one) for name, one in block.named_parameters() if name.startswith(fusion.frozen)]
     if trained := [name for name, parameter in needed if parameter.requires_grad]:
         return f"{trained[0]} trains"

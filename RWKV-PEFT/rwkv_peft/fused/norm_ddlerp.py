@@ -13,8 +13,8 @@ from torch.autograd import Function
 
 from ..ops.mix.functions import call, differentiable_once, numbered, room_like, run, with_zeros
 from ..ops.mix.gpu_lerp import group_size, parts_like, sizes_of
-from ..ops.mix.shift import check_shift
-from ..ops.native.launch import aligned
+from ..ops.mix.op import check_shift
+from ..ops.native.arguments import aligned
 from .norm_lerp import bounds_of, contiguous, strip_of
 
 

@@ -11,8 +11,8 @@ from torch.autograd import Function
 
 from ..ops.mix.functions import call, differentiable_once, numbered, room_like, run, with_zeros
 from ..ops.mix.gpu_lerp import sizes_of
-from ..ops.mix.shift import check_shift
-from ..ops.native.launch import aligned
+from ..ops.mix.op import check_shift
+from ..ops.native.arguments import aligned
 
 STRIPS, MOST_STRIP = 1024, 8  # blocks that fill any GPU; most tokens of one block
 

@@ -15,7 +15,7 @@ FROZEN = ("ln1", "ln2", "att.time_maa", "att.time_decay_w1", "ffn.time_maa")  # 
 
 
 def misfit(block: Block) -> str:
-    """Why the kernels do not take a block of these sizes; "" if they do."""
+    """The reason why the kernels do not take a block of these sizes; "" if they do."""
     C, ranks = len(block.ln1.weight), (block.att.time_maa_w2.shape[1], block.att.time_decay_w1.shape[1])
     if C > MOST_MIXED or C % LOW_CHANNELS:
         return f"{C} channels: at most {MOST_MIXED}, a multiple of {LOW_CHANNELS}"

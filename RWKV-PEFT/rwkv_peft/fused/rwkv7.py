@@ -16,7 +16,7 @@ FROZEN = ("ln1", "ln2", "att.ln_x", "att.x_", "att.a0", "att.k_", "att.r_k", "ff
 
 
 def misfit(block: Block) -> str:
-    """Why the kernels do not take a block of these sizes; "" if they do."""
+    """The reason why the kernels do not take a block of these sizes; "" if they do."""
     C, size = len(block.ln1.weight), block.att.head_size
     if C > MOST_MIXED:
         return f"{C} channels: at most {MOST_MIXED}"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..ops.mix.elements import head_sizes
 from ..ops.mix.functions import call, differentiable_once, run
-from ..ops.mix.heads import head_sizes
 from ..ops.recurrence.checks import as_int64, check
 from ..ops.wkv7.cuda import WITH_KEYS
 

@@ -30,7 +30,7 @@ class Chat:
 
     stops end an answer; change(line) is applied to a line before it is sent; inputs are the (flag, path) pairs that
     /save must not overwrite, except --state, because a session may go on in its own file; think ("", "on", "off") opens
-    the answers (data/thinking.py); system and tools (tools_text) come before the first turn, also after /reset ("":
+    the answers (data/turns.py); system and tools (tools_text) come before the first turn, also after /reset ("":
     none). If an answer calls tools, so many results are awaited before the next one.
     """
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import UserError
-from ..files.dtypes import dtype_name
+from ..files.pth_writer import dtype_name
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .asked import Answer, Odds, Request

@@ -94,6 +94,8 @@ class Engine:
         while self.waiting and (free := self.batch - self.rows) > 0:
             self._let_in(self.waiting.popleft(), free)
         self._read()
+        if self.pace is not None and not self.ahead:
+            self.pace.end()
         for group in self.groups.values():
             group.draw(self.vocab_size, not self.ahead)
         if not self.ahead:
@@ -219,7 +221,7 @@ class Engine:
                 del self.groups[group.model]
             elif len(staying) < len(group.rows):
                 group.keep(staying)
-        if self.pace is not None:
+        if self.pace is not None and self.ahead:
             self.pace.end()
 
 

@@ -148,12 +148,12 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="world, bytes, or a file (default: that of the run whose folder holds the adapter or model, or by the "
         "model's vocabulary, 65536: world, 257: bytes)",
     )
-    add("--batch", type=positive, default=32, help="prompts decoded at once (default 32)")
+    add("--batch", type=positive, default=32, help="answers drawn at once (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     add(
         "--weights",
         choices=("int8", "int4"),
-        help="round the matrices to blocks of such integers when the model is loaded, for speed and memory on a CPU "
+        help="round the matrices to blocks of such integers when the model is loaded, for speed and memory "
         "(default: as --precision says)",
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")

@@ -21,8 +21,7 @@ class Read(NamedTuple):
 class Known:
     """The most recently used Reads, up to `limit` bytes in all; an owner (a Voice) finds only its own.
 
-    A state has one size however long its text is, but it cannot be taken back to an earlier token: a Read serves texts
-    that begin with all of its tokens.
+    A state cannot be taken back to an earlier token: a Read serves texts that begin with all of its tokens.
     """
 
     def __init__(self, limit: int) -> None:
@@ -64,5 +63,4 @@ def packed(tokens: Sequence[int]) -> bytes:
 
 
 def bytes_of(key: tuple[Hashable, bytes], read: Read) -> int:
-    tensors = [read.logits, *(tensor for layer in read.state for tensor in layer)]
-    return len(key[1]) + sum(tensor.nbytes for tensor in tensors)
+    return len(key[1]) + read.logits.nbytes + read.state.nbytes

@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.adapters import AdapterSource, source_of
 from ..files.base import Base, base_of, open_base, save_model
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..files.state_file import read_states
 from ..gpus import count_gpus
 from ..models import family_named
@@ -40,8 +40,6 @@ def load_model(
     "int4" rounds the matrices to blocks of so many bits, and tells `say`. Raises UserError as open_base,
     AdapterSource.read and merging do, for weights that are not finite, and for ones that cannot be rounded.
     """
-    if weights and device != "cpu":
-        raise UserError(f"--weights {weights}: such products are computed on a CPU; leave it out, or add --device cpu")
 
     def prepare(plain: LanguageModel) -> None:
         plain.settle()

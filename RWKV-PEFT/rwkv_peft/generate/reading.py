@@ -33,7 +33,7 @@ def prefill(
         pieces = [prompts[i][first : first + width] for i in reading]
         rows = torch.tensor(reading, device=parameter.device)
         logits[rows], after = read_packed(model, pieces, state.selected(rows))
-        state.put(rows, after)
+        state = state.put(rows, after)
     return logits, state
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..models.parts import LanguageModel
-from ..models.state import State
+from ..models.state import State, grows
 from ..recording import WARM_UP, aside, recording
 from .stepping import Tapes
 
@@ -22,14 +22,15 @@ Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
 def forward_of(model: LanguageModel, batch: int) -> Forward:
     """Choose how tokens (n, 1) are read from a State -> logits (n, 1, V) and the State after them, which may take its
     memory. A frozen model on a GPU is replayed; one that trains is not, because its weights may be gathered, moved and
-    hooked."""
+    hooked; nor one whose State grows, because a graph's memory does not."""
     if recordable(model):
         return Replayed(model, batch)
     return model.forward.advance if isinstance(model.forward, Tapes) else model
 
 
 def recordable(model: LanguageModel) -> bool:
-    return model.emb.weight.is_cuda and not any(parameter.requires_grad for parameter in model.parameters())
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return model.emb.weight.is_cuda and frozen and not grows(model.config)
 
 
 class Replayed:
@@ -42,8 +43,7 @@ class Replayed:
     def __init__(self, model: LanguageModel, batch: int) -> None:
         self.model, self.most, weight = model, min(padded(batch), LARGEST), model.emb.weight
         self.tokens = torch.zeros(self.most, 1, dtype=torch.long, device=weight.device)
-        zeros = State.zeros(model.config, 1, weight.device, weight.dtype)
-        self.state = zeros.repeated(self.most)  # whose layers, unlike those of zeros, have memory of their own
+        self.state = State.zeros(model.config, self.most, weight.device, weight.dtype)
         self.latest: State | None = None
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, tuple[Any, torch.Tensor]] = {}  # with the logits, by numbers of rows

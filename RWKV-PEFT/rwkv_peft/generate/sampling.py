@@ -71,9 +71,10 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
-    probabilities (n, k) float64, tokens (n, k). Usually this sorts only a small part of a large vocabulary."""
+    probabilities (n, k) float64, tokens (n, k). On a CPU this usually sorts only a small part of a large vocabulary; on
+    a GPU it sorts all, because the host would wait to hear how many suffice."""
     size = probabilities.shape[-1]
-    k = min(FIRST_CANDIDATES, size)
+    k = min(FIRST_CANDIDATES, size) if probabilities.is_cpu else size
     while True:
         found, tokens = largest(probabilities, k)
         found = found.double()
@@ -87,6 +88,8 @@ def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     with the largest maxima, which hold the k largest numbers."""
     n, size = x.shape
     spans = size // SPAN
+    if k == size and not x.is_cpu:
+        return x.sort(descending=True, stable=True)  # of equal ones the first comes first
     if not x.is_cpu or 4 * k > spans:
         return x.topk(k)
     starts = x[:, : spans * SPAN].unflatten(1, (spans, SPAN)).amax(-1).topk(k).indices * SPAN

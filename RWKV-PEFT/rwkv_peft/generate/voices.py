@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.inject import inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import inject, load_tensors
 from ..files.adapters import AdapterSource
 from ..files.base import Base
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.merge import Merge, check_fingerprints
-from ..release.rebuilt import adapter_config
 from .loading import read_state, read_state_file
 from .stepping import step_by_tape
 from .weights import decoding, quantize_products, rounded
@@ -55,7 +53,7 @@ def adapter_voice(name: str, source: AdapterSource, voice: Voice, base: Base, an
         model = sharing(model, base, split_time_states(merged)[0])
     elif own:
         model = sharing(model, base, adapter.whole())
-        inject(model, adapter_config(adapter, base.family), family=base.family, initial=adapter.tensors)
+        inject(model, adapter.config(base.family), family=base.family, initial=adapter.tensors)
         load_tensors(model, own, source.path)
     model.requires_grad_(False).eval()
     if model.emb.weight.is_cpu:
@@ -78,4 +76,4 @@ def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tenso
     if blocks:
         bits = next(iter(blocks.values())).weight.bits
         quantize_products(other, f"int{bits}", lambda text: None)
-    return other
+    return other.to(model.emb.weight.device)

@@ -1,7 +1,8 @@
-"""The weights of a model that decodes on a CPU: where they lie in memory, and in how many bits.
+"""The weights of a model that decodes: in how many bits they are, and on a CPU where they lie in memory.
 
-A step of decoding takes the time of reading them. Pages of 2 MiB halve it, because the processor reads ahead within a
-page only; integers of 8 or 4 bits, to which `quantize_products` rounds the matrices, take it down by what they save.
+A step of decoding takes the time of reading them. Integers of 8 or 4 bits, to which `quantize_products` rounds the
+matrices, take it down by what they save; on a CPU pages of 2 MiB halve it, because the processor reads ahead within a
+page only.
 """
 
 import mmap
@@ -32,6 +33,13 @@ class Product(nn.Module):
     def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
         """x (..., in) -> (..., out), or function(x, weight)."""
         return product(x, self.weight) if function is None else function(x, self.weight)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Product":
+        """Let blocks move with the model; no cast reaches them."""
+        if isinstance(blocks := self.weight, Blocks):
+            words = fn(blocks.words)
+            self.weight = blocks._replace(words=words, scales=blocks.scales.to(words.device))
+        return super()._apply(fn, recurse)
 
 
 class Arena:

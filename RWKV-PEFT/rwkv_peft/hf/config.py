@@ -7,12 +7,14 @@ from peft import PeftType
 from peft.config import PeftConfig
 
 from ..adapters.method import Method
-from ..adapters.methods import by_hf_name
+from ..adapters.methods import METHODS, by_hf_name
+from ..config import AdapterConfig
 from ..errors import UserError
 from .installed import add_member, configs
 
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
+PARAMETER = "bone"  # the methods' name for bone_block
 
 
 def option(default: Any, text: str) -> Any:
@@ -124,3 +126,20 @@ class BoneConfig(PeftConfig):
             if settings[name] == default:
                 del settings[name]
         return settings
+
+
+def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
+    """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
+    method, sizes = config.method, AdapterConfig(rank=config.r, mini_rank=config.mini_r)
+    misfit = method.tensors.fit(sizes, out_features, in_features)
+    if misfit is None:
+        return method.tensors.shapes(sizes, out_features, in_features)[PARAMETER]
+    setting = "r" if misfit.setting == "rank" else "mini_r"
+    advice = f"try {setting}={misfit.nearest}" if misfit.nearest else f"give a smaller {setting}"
+    other = METHODS[misfit.instead].hf if misfit.instead else None
+    if other is not None:
+        advice += f", or init_weights={other.names[0]!r}, which fits any width"
+    raise UserError(
+        f"{method.name}: {setting}={misfit.value} {misfit.problem} at {name} ({in_features} -> {out_features}); "
+        f"{advice}"
+    )

@@ -11,25 +11,25 @@ Only answers count in the loss, in a chat all of them; with --completion_only_lo
 with --eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
 """
 
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
-from ..errors import UserError
-from ..files.adapter_folder import is_adapter_folder, read_config
-from ..files.alone import alone_in
-from .finetune_chat import only_answers
-from .finetune_data import as_learned, load_data
+from ..errors import UserError, told
+from ..files.lock import alone_in
+from ..files.peft_folder import is_adapter_folder, read_config
+from . import register
+from .finetune_data import as_learned, load_data, only_answers
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
 from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
-from .hub import check_hub, push
 from .refusals import refusals_of
-from .register import register
-from .stopping import StopAtCtrlC
 
 
 def main(argv: list[str]) -> int:
@@ -179,3 +179,62 @@ def merge_and_save(
     model.merge_and_unload(safe_merge=True).save_pretrained(target)
     tokenizer.save_pretrained(target)
     print(f"the merged model is in {target}")
+
+
+class StopAtCtrlC(TrainerCallback):
+    """Let Ctrl-C ask for a checkpoint and a stop after the current step; a second Ctrl-C stops at once. Only training
+    in one process: several would have to agree on the step, so they still stop at once."""
+
+    def __init__(self) -> None:
+        self.begun = self.asked = False  # whether training has begun, and whether Ctrl-C has asked for its end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = True
+        if args.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; again to stop at once, without saving", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if signal.getsignal(signal.SIGINT) == self.ask:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_hub(token: str | None) -> None:
+    """Raise UserError if the hub cannot be reached or does not know the token (None: that of `hf auth login`)."""
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token)
+    except Exception as error:  # raised by this library, its HTTP client or the system: a push would fail with any
+        raise UserError(
+            f"--push_to_hub: the hub cannot be reached, or knows no login ({told(error)}); log in (hf auth login), or "
+            "leave the flag out and upload the adapter later"
+        ) from error
+
+
+def push(trainer: Any, adapter: Path) -> None:
+    """Upload a saved adapter to the trainer's repository. Raises UserError, with the command that tries again."""
+    from huggingface_hub import HfApi
+
+    if not trainer.is_world_process_zero():
+        return
+    config, name = trainer.args, trainer.hub_model_id
+    try:
+        HfApi(token=config.hub_token).upload_folder(
+            repo_id=name, folder_path=adapter, revision=config.hub_revision, commit_message="End of training"
+        )
+    except Exception as error:  # as in check_hub
+        raise UserError(
+            f"--push_to_hub: everything is saved, and the hub did not take it ({told(error)}); try again with "
+            f"hf upload {name} {adapter}"
+        ) from error
+    print(f"the adapter is pushed to {name}")

@@ -175,8 +175,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def check_installed(config: Any) -> None:
-    """Raise UserError for an argument whose package or device is missing; the trainer would fail late, or with a
-    traceback."""
+    """Raise UserError for an argument whose package or device is missing: training would fail late, or oddly."""
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.utils import is_liger_kernel_available
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
-from ..files.adapter_folder import CONFIG, read_config
 from ..files.atomic import same_file
+from ..files.peft_folder import CONFIG, read_config
 from .config import BoneConfig
 from .refusals import refusals_of
 

@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..errors import UserError
-from .config import BoneConfig
-from .offload import device_of, offload, offloaded, onload
-from .products import Dequantized, check_parameter, product_for
-from .shapes import PARAMETER, block_shape
+from .config import PARAMETER, BoneConfig, block_shape
+from .products import Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -140,8 +138,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return self.bone_dropout[names[0]](x)
 
     def _change(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(base weight, change by the adapters), both (out, in); each adapter changes the weight that those before it
-        left."""
+        """(base weight, change by the adapters), both (out, in); each changes the weight that those before it left."""
         weight = self.product.rows(self.weight, slice(0, self.out_features), exact(self.weight))
         change = torch.zeros_like(weight)
         for name in names:
@@ -279,7 +276,6 @@ def exact(weight: torch.Tensor) -> torch.dtype:
 
 
 def watched(layer: nn.Linear) -> bool:
-    """Return whether a layer has hooks that need its call. Those of DeepSpeed, which all layers have under ZeRO-3, do
-    not."""
+    """Return whether a layer has hooks that need its call; those of DeepSpeed's ZeRO-3, on all layers, do not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")

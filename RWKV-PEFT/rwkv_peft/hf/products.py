@@ -5,7 +5,7 @@ are dequantized for one product at a time, so that only the quantized weight sta
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,3 +110,32 @@ class Dequantized:
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """The dtype in which the layer's own forward would compute with x."""
         return getattr(self.layer, "compute_dtype", None) or (x.dtype if x.is_floating_point() else torch.float32)
+
+
+def device_of(layer: nn.Linear) -> torch.device:
+    """The device on which a layer computes: its hook's if it has one, else its weight's."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return layer.weight.device if device is None else device
+
+
+def offloaded(layer: nn.Linear) -> bool:
+    """Return whether a layer's weight is offloaded between uses."""
+    return getattr(getattr(layer, "_hf_hook", None), "offload", False)
+
+
+def onload(modules: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """Load the modules' tensors; -> x on their device."""
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            (x,), _ = hook.pre_forward(module, x)
+    return x
+
+
+def offload(modules: Sequence[nn.Module], y: torch.Tensor) -> torch.Tensor:
+    """Offload the tensors that onload loaded; -> y on the device that the hooks give it."""
+    for module in reversed(modules):
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            y = hook.post_forward(module, y)
+    return y

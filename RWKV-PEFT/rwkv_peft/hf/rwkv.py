@@ -138,7 +138,7 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute tokens (B, T), which go on from state -> RWKVOutput, of the last logits_to_keep tokens (0: of all) or
         of those with these indices.
 
-        labels (B, T) are those of the same tokens, -100 where none count. The other arguments are Backbone's.
+        labels (B, T) are those of the same tokens, -100 if none counts. The other arguments are Backbone's.
         """
         found = self.model(input_ids, attention_mask, state, inputs_embeds, use_cache, **settings)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

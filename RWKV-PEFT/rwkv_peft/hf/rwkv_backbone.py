@@ -71,9 +71,7 @@ class Backbone(LanguageModel):
         y, after = self.through_blocks(x[mask][None], begun, borders, keep, tuple(ids[mask][None] for ids in seen))
         if keep and len(rows) < len(mask):
             before = State.zeros(self.config, 1, x.device, x.dtype).repeated(len(mask)) if state is None else state
-            whole = before.repeated(1)  # a copy
-            whole.put(rows, after)
-            after = whole
+            after = before.repeated(1).put(rows, after)  # in a copy
         return torch.zeros_like(x).index_put((mask,), y[0]), after
 
 

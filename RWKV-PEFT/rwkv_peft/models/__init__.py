@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..tables import GENERATIONS
@@ -35,7 +35,7 @@ def official_key(key: str) -> str:
     return key
 
 
-def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Family:
+def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Family:
     """The Family of {key: tensor}, recognized by its sign. Raises UserError for other generations and other naming,
     and says which they are."""
     if "emb.weight" not in tensors:

@@ -5,15 +5,16 @@ holds only for one generation (keys, shapes, names in other formats, initializat
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import UserError, short
+from ..errors import UserError, some
 from ..names import generation
 from .state import split_time_states, time_state_shapes
 
@@ -21,7 +22,7 @@ WEIGHTS = "bfloat16, float16 or float32"
 Config = TypeVar("Config", bound=ModelConfig)
 Model = TypeVar("Model", bound=nn.Module)
 # (name in the file, shape, function that makes the float tensor, True for a large matrix)
-GgufTensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor], bool]
+GgufTensor = tuple[str, tuple[int, ...], Callable[[], Tensor], bool]
 
 
 class Family(ABC, Generic[Config, Model]):
@@ -30,8 +31,11 @@ class Family(ABC, Generic[Config, Model]):
     names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
     state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
     file.
+
+    `class F(Family, of=modules)` takes each function that these modules have under the name of a method below.
     """
 
+    model: type[nn.Module]  # called as model(config, grad_checkpoint)
     version: str
     sign: str
     targets: tuple[str, ...]
@@ -43,13 +47,20 @@ class Family(ABC, Generic[Config, Model]):
     tables: tuple[str, ...] = ()  # ends of the keys of its Tables (parts.py)
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
 
+    def __init_subclass__(cls, of: Iterable[ModuleType] = ()) -> None:
+        super().__init_subclass__()
+        for module in of:
+            for name in vars(Family).keys() & vars(module).keys():
+                if callable(vars(module)[name]):
+                    setattr(cls, name, staticmethod(vars(module)[name]))
+
     @property
     def name(self) -> str:
         """Its name for users."""
         return generation(self.version)
 
     @abstractmethod
-    def dimensions(self, tensors: Mapping[str, torch.Tensor]) -> Config:
+    def dimensions(self, tensors: Mapping[str, Tensor]) -> Config:
         """{key: tensor} (anything with a shape) -> the generation's ModelConfig. Raises KeyError with a missing key,
         ValueError or IndexError if a shape does not fit."""
 
@@ -57,16 +68,15 @@ class Family(ABC, Generic[Config, Model]):
     def new_dimensions(
         self, n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
     ) -> Config:
-        """ModelConfig of a new model; 0 stands for the generation's default, which follows from the other sizes. Raises
-        UserError."""
+        """ModelConfig of a new model; 0 stands for the generation's default, by the other sizes. Raises UserError."""
 
     @abstractmethod
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every key of a checkpoint, in the order of official files, with its shape."""
 
-    @abstractmethod
     def build(self, config: Config, grad_checkpoint: bool = False) -> Model:
         """The model, a torch module under the checkpoints' keys, its parameters empty."""
+        return cast(Model, self.model(config, grad_checkpoint))
 
     @abstractmethod
     def init_weights(self, model: Model) -> None:
@@ -78,8 +88,7 @@ class Family(ABC, Generic[Config, Model]):
 
     @abstractmethod
     def learning_rate(self, key: str) -> tuple[float, bool]:
-        """(factor of a parameter's learning rate, True if it may have weight decay) by RWKV-LM's rule for this
-        generation."""
+        """(factor of a parameter's learning rate, True if it may decay) by RWKV-LM's rule for this generation."""
 
     @abstractmethod
     def kernels(self) -> Mapping[str, str | None]:
@@ -99,8 +108,8 @@ class Family(ABC, Generic[Config, Model]):
         return key
 
     def from_fla(
-        self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
-    ) -> dict[str, torch.Tensor] | None:
+        self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path
+    ) -> dict[str, Tensor] | None:
         """{official key: tensor, a view} of {key: tensor} in flash-linear-attention's layout for this generation; None
         for another layout, or if this generation reads none. settings are those of config.json, name is the folder's.
         Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
@@ -122,18 +131,16 @@ class Family(ABC, Generic[Config, Model]):
         """True if web-rwkv keeps the last two axes of this (official) tensor the other way round."""
         return False
 
-    def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
-        """The GgufTensor of each tensor in llama.cpp's form of a state dict, in order. Raises UserError without such a
-        form."""
+    def gguf_tensors(self, base: Mapping[str, Tensor], config: Config) -> Iterator[GgufTensor]:
+        """The GgufTensor of each tensor in llama.cpp's form, in order. Raises UserError without such a form."""
         raise self.formless("GGUF")
 
     def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
         """(name of a method of gguf.GGUFWriter, its argument) of each setting of this architecture."""
         raise self.formless("GGUF")
 
-    def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
-        """ModelConfig read from the shapes of {key: tensor}. Raises UserError if a tensor is missing or its shape does
-        not fit."""
+    def config_of(self, tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Config:
+        """ModelConfig by the shapes of {key: tensor}. Raises UserError if a tensor is missing or does not fit."""
         try:
             return self.dimensions(tensors)
         except KeyError as error:
@@ -141,7 +148,7 @@ class Family(ABC, Generic[Config, Model]):
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"{name} is not an {self.name} model: {error}") from error
 
-    def check(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
+    def check(self, tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Config:
         """Raise UserError unless {key: tensor} is a complete model of this generation, with time states for every layer
         or for none, and nothing else; -> its ModelConfig."""
         config = self.config_of(tensors, name)
@@ -165,7 +172,7 @@ class Family(ABC, Generic[Config, Model]):
                 raise UserError(f"{name}: {key} is {kind}; weights must be {WEIGHTS}, not quantized")
         return config
 
-    def load(self, tensors: Mapping[str, torch.Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
+    def load(self, tensors: Mapping[str, Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
         """The model over {key: tensor}, whose memory it shares; time states are not parameters, and are left out."""
         with torch.device("meta"):
             model = self.build(config, grad_checkpoint)
@@ -179,11 +186,7 @@ def differences(due: Iterable[str], found: Iterable[str]) -> str:
     due, found = dict.fromkeys(due), dict.fromkeys(found)
     missing, unexpected = [key for key in due if key not in found], [key for key in found if key not in due]
     return "; ".join(
-        f"{len(keys)} {word} tensors ({_some(keys)})"
+        f"{len(keys)} {word} tensors ({some(keys)})"
         for word, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     )
-
-
-def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(map(short, keys[:limit])) + (", …" if len(keys) > limit else "")

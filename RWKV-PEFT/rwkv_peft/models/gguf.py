@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from .family import GgufTensor
 
 CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
 
 
-def flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
@@ -22,15 +23,11 @@ def gguf_module(module: str) -> str:
 class GgufTensors:
     """Describes tensors of a state dict as Family.gguf_tensors yields them; each is made only when it is asked for."""
 
-    def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, base: Mapping[str, Tensor]) -> None:
         self.base = base
 
     def entry(
-        self,
-        name: str,
-        key: str,
-        change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-        large: bool = False,
+        self, name: str, key: str, change: Callable[[Tensor], Tensor] = lambda tensor: tensor, large: bool = False
     ) -> GgufTensor:
         base = self.base
         return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large

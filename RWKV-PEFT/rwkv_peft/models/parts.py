@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .state import TIME_STATE, State, swapped, wkv_shape
+from .state import TIME_STATE, State, grown, swapped, wkv_shape
 
 
 class Relay(Protocol):
@@ -19,11 +19,11 @@ class Relay(Protocol):
     def before(self, layer: int) -> Any:
         """The state before the part at a block, of the sequences that go on from the part before; None if none does."""
 
-    def after(self, layer: int, x: torch.Tensor, state: Any) -> torch.Tensor:
+    def after(self, layer: int, x: Tensor, state: Any) -> Tensor:
         """Take x (B, T, C) and the state that a block left -> x."""
 
 
-HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, the head's weight) -> a result for logits
+HeadFunction = Callable[[Tensor, Tensor], Tensor]  # (x, the head's weight) -> a result for logits
 
 
 class Recurrent(nn.Module):
@@ -40,7 +40,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.register_parameter(TIME_STATE, None)
 
-    def begun(self, carried: torch.Tensor | None, sequences: int) -> torch.Tensor | None:
+    def begun(self, carried: Tensor | None, sequences: int) -> Tensor | None:
         """The wkv states (sequences, H, N, N) before the first token, or None for zeros. carried (m, H, N, N) or None
         are those of the first m sequences; the others begin from time_state."""
         missing = sequences - (0 if carried is None else carried.shape[0])
@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
         return fresh if carried is None else torch.cat([carried, fresh])
 
 
-def count_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """The number of sequences in x (B, T, …): B, or the n that cu_seqlens (n + 1,) packs."""
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
@@ -68,7 +68,7 @@ class Head(nn.Linear):
     ZeRO-3's hooks gather the weight first.
     """
 
-    def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, function: HeadFunction | None = None) -> Tensor:
         """x (B, T, C) -> logits (B, T, V), or function(x, weight)."""
         return super().forward(x) if function is None else function(x, self.weight)
 
@@ -86,7 +86,7 @@ class Table(nn.Embedding):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Table":
         return self if "weight" in self._buffers else super()._apply(fn, recurse)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> rows (B, T, width), on the table's device and in its dtype."""
         return super().forward(tokens.to(self.weight.device))
 
@@ -116,13 +116,13 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         state: State | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         head: HeadFunction | None = None,
         keep: bool = True,
         relay: Relay | None = None,
-    ) -> tuple[torch.Tensor, State]:
+    ) -> tuple[Tensor, State]:
         """tokens (B, T) int64, state State or None -> logits (B, T, V), State (empty unless `keep`).
 
         cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. state
@@ -136,22 +136,23 @@ class LanguageModel(nn.Module):
 
     def through_blocks(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         state: State | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         keep: bool = True,
-        seen: tuple[torch.Tensor, ...] = (),
+        seen: tuple[Tensor, ...] = (),
         relay: Relay | None = None,
-    ) -> tuple[torch.Tensor, State]:
+    ) -> tuple[Tensor, State]:
         """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. seen holds the tokens if
         blocks see them. The states of many packed sequences are large: without `keep`, each layer's is dropped at
         once."""
-        carried: Sequence[torch.Tensor | None] = self.carried
+        carried: Sequence[Tensor | None] = self.carried
         sequences = count_sequences(x, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
             before = relay.before(layer) if relay else state[layer] if state else None
-            inputs = (x, *carried, before and shifts_begun(before, sequences), cu_seqlens, *seen)
+            before = before and shifts_begun(before, sequences)
+            inputs = (x, *carried, before, cu_seqlens, *seen)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -159,7 +160,7 @@ class LanguageModel(nn.Module):
             if relay:
                 x = relay.after(layer, x, layer_state)
             if keep:
-                states.append(layer_state)
+                states.append(grown(before, layer_state, cu_seqlens))
             del layer_state
         return x, State(states)
 

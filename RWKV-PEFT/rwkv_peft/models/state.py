@@ -6,21 +6,29 @@ state tuning makes it; a saved session also holds the other fields of the layers
 (C). web-rwkv and Ai00 swap the last two axes.
 
 A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. Its field wkv is float32 in a model of
-any dtype; its methods keys() and shapes() give each field's key in files and its size.
+any dtype; its methods keys() and shapes() give each field's key in files and its size. Fields of GROWING have an axis
+of tokens, (B, P, …), which are the last ones of the P: a last field, length (B,) int64, which files do without, tells
+how many.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ModelConfig
 from ..errors import UserError
 
 TIME_STATE = "time_state"
 WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
+GROWING = ("past_keys", "past_values")
+DTYPES = MappingProxyType({"wkv": torch.float32, "length": torch.int64})  # of the fields that do not have the model's
 
 
 class LayerState(NamedTuple):
@@ -30,9 +38,9 @@ class LayerState(NamedTuple):
     values, by generation (Family.rows_are_keys).
     """
 
-    att_shift: torch.Tensor
-    wkv: torch.Tensor
-    ffn_shift: torch.Tensor
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
 
     @staticmethod
     def keys() -> tuple[str, ...]:
@@ -46,41 +54,106 @@ class LayerState(NamedTuple):
 
 
 class State(tuple[Any, ...]):
-    """One layer_state for each layer: all that the model remembers of a sequence, in a size that does not grow with
-    its length."""
+    """One layer_state for each layer: all that the model remembers of a sequence, in a size that does not depend on its
+    length, unless fields grow."""
 
     @staticmethod
     def zeros(
-        config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        config: ModelConfig,
+        batch: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tokens: int = 0,
     ) -> "State":
-        """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's."""
+        """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's.
+        tokens: places in the fields that grow."""
         kind = config.layer_state
-        dtypes = [torch.float32 if name == "wkv" else dtype for name in kind._fields]
-        shapes = [(batch, *shape) for shape in kind.shapes(config)]
-        zeros = kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in zip(shapes, dtypes))
-        return State(zeros for _ in range(config.n_layer))
+        fields = [
+            ((batch, *((tokens, *shape[1:]) if name in GROWING else shape)), DTYPES.get(name, dtype))
+            for name, shape in zip(kind._fields, kind.shapes(config))
+        ]
+        return State(
+            kind._make(torch.zeros(shape, device=device, dtype=dt) for shape, dt in fields)
+            for _ in range(config.n_layer)
+        )
 
-    def selected(self, rows: torch.Tensor) -> "State":
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self for tensor in layer)
+
+    def each(self, function: Callable[[str, Tensor], Tensor]) -> "State":
+        """The State of function(a field's name, the field)."""
+        return State(layer._make(map(function, layer._fields, layer)) for layer in self)
+
+    def selected(self, rows: Tensor) -> "State":
         """The State of some sequences, chosen by rows (m,) int64."""
-        return State(layer._make(tensor[rows] for tensor in layer) for layer in self)
+        unfilled = 0
+        if hasattr(self[0], "length") and len(rows):
+            unfilled = self[0].past_keys.shape[1] - int(self[0].length[rows].max())
+        return self.each(lambda name, tensor: (tensor[:, unfilled:] if name in GROWING else tensor)[rows])
 
     def first(self, n: int) -> "State":
         """The State of its first n sequences, in the same memory."""
-        return State(layer._make(tensor[:n] for tensor in layer) for layer in self)
+        return self.each(lambda name, tensor: tensor[:n])
 
     def repeated(self, n: int) -> "State":
         """The State of n copies of each of its sequences, side by side."""
-        return State(layer._make(tensor.repeat_interleave(n, 0) for tensor in layer) for layer in self)
+        return self.each(lambda name, tensor: tensor.repeat_interleave(n, 0))
 
-    def put(self, rows: torch.Tensor, other: "State") -> None:
-        """Replace the sequences of rows (m,) int64 by those of another State."""
+    def put(self, rows: Tensor, other: "State") -> "State":
+        """The State with the sequences of rows (m,) int64 replaced by those of another State; fields that do not grow
+        are overwritten."""
+        layers = []
         for layer, news in zip(self, other):
-            for tensor, new in zip(layer, news):
+            pairs = [aligned(name, pair) for name, *pair in zip(layer._fields, layer, news)]
+            for tensor, new in pairs:
                 tensor[rows] = new.to(tensor.dtype)
+            layers.append(layer._make(tensor for tensor, _ in pairs))
+        return State(layers)
 
     def joined(self, *others: "State") -> "State":
         """The State of the sequences of all, its own first."""
-        return State(layers[0]._make(map(torch.cat, zip(*layers))) for layers in zip(self, *others))
+        return State(
+            layers[0]._make(torch.cat(aligned(name, tensors)) for name, *tensors in zip(layers[0]._fields, *layers))
+            for layers in zip(self, *others)
+        )
+
+
+def aligned(name: str, tensors: list[Tensor]) -> list[Tensor]:
+    """A field of some states, padded in front to the same number of tokens if it grows; copies then."""
+    if name not in GROWING:
+        return tensors
+    most = max(tensor.shape[1] for tensor in tensors)
+    return [F.pad(tensor, (0, 0, most - tensor.shape[1], 0)) for tensor in tensors]
+
+
+def grows(config: ModelConfig) -> bool:
+    """Tell whether a model's State grows with the tokens."""
+    return "length" in config.layer_state._fields
+
+
+def extended(before: Any, name: str, new: Tensor, lengths: Tensor) -> list[Tensor]:
+    """A growing field of each sequence of a packed row: the tokens that a layer's state before it has, if there is one,
+    and those of new (T, …), of `lengths` tokens each."""
+    parts = list(new.split(lengths.tolist()))
+    if before is None:
+        return parts
+    past, most = getattr(before, name), before.past_keys.shape[1]
+    return [torch.cat([past[i, most - size :], parts[i]]) for i, size in enumerate(before.length.tolist())]
+
+
+def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
+    """The layer's state after a call, of one whose growing fields have only the tokens of that call, packed as these
+    are, and of the state before the call."""
+    if not hasattr(after, "length"):
+        return after
+    fields = {name: getattr(after, name) for name in GROWING}
+    if cu_seqlens is not None:
+        rows = {name: extended(before, name, new[0], after.length) for name, new in fields.items()}
+        fields = {name: pad_sequence(row, batch_first=True, padding_side="left") for name, row in rows.items()}
+    elif before is not None:
+        fields = {name: torch.cat([getattr(before, name), new], 1) for name, new in fields.items()}
+    return after._replace(**fields, length=after.length if before is None else before.length + after.length)
 
 
 def is_time_state(key: str) -> bool:
@@ -98,7 +171,7 @@ def wkv_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.n_head, config.head_size, config.head_size
 
 
-def keyed(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+def keyed(state: State) -> Iterator[tuple[str, Tensor]]:
     """(key in a file, tensor) of each field of each layer."""
     return ((f"blocks.{i}.{end}", tensor) for i, layer in enumerate(state) for end, tensor in zip(layer.keys(), layer))
 
@@ -108,23 +181,22 @@ def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {time_state_key(i): wkv_shape(config) for i in range(config.n_layer)}
 
 
-def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
-    file's, and back."""
+def swapped(tensor: Tensor) -> Tensor:
+    """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
 
 
-def state_tensors(state: State, rows_are_keys: bool) -> dict[str, torch.Tensor]:
+def state_tensors(state: State, rows_are_keys: bool) -> dict[str, Tensor]:
     """A State of one sequence -> {key: float32 tensor} of a saved session."""
     return {key: turned(key, tensor[0], rows_are_keys).float().cpu().contiguous() for key, tensor in keyed(state)}
 
 
-def turned(key: str, tensor: torch.Tensor, rows_are_keys: bool) -> torch.Tensor:
+def turned(key: str, tensor: Tensor, rows_are_keys: bool) -> Tensor:
     """A field of a state with a file's axes for the model's, and back."""
     return swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
 
 
-def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
+def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
     """State of one sequence from the tensors of a file, each of which must have its place and shape; zeros is the
     model's State before the first token.
 
@@ -140,8 +212,9 @@ def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: b
             f"{name} is no state of this model of {len(zeros)} layers: {odd}; give a .pth of time states "
             "made for this model, or one that --save_state wrote"
         )
+    grow = tuple(f".{name}" for name in GROWING)
     for key, tensor in tensors.items():
-        if tensor.shape != due[key].shape:
+        if tensor.shape[key.endswith(grow) :] != due[key].shape[key.endswith(grow) :]:
             raise UserError(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
                 "the state was made for another model"
@@ -149,17 +222,23 @@ def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: b
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
     due |= {key: turned(key, tensor, rows_are_keys).to(due[key]) for key, tensor in tensors.items()}
-    rows = iter(due.values())
-    return State(layer._make(next(rows)[None].contiguous() for _ in layer) for layer in zeros)
+    lengths = {tensor.shape[0] for key, tensor in due.items() if key.endswith(grow)}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{name}: its keys and values are of {sorted(lengths)} tokens, and all of them must be of as many"
+        )
+    rows, names = iter(due.values()), zeros[0]._fields[: len(zeros[0].keys())]
+    length = {"length": torch.full_like(zeros[0].length, lengths.pop())} if lengths else {}
+    return State(layer._replace(**{name: next(rows)[None].contiguous() for name in names}, **length) for layer in zeros)
 
 
-def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def split_time_states(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the tensors of a model's parameters, its time states) of a model's {key: tensor}."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     return {key: tensor for key, tensor in tensors.items() if key not in states}, states
 
 
-def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
+def check_time_states(tensors: Mapping[str, Tensor], name: str | Path) -> None:
     """Raise UserError unless {key: tensor} is one time state (H, N, N) for each layer from 0 on."""
     missing = [key for key in map(time_state_key, range(len(tensors))) if key not in tensors]
     if missing:

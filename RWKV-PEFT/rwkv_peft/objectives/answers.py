@@ -4,12 +4,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config.objective import Figure, Objective, Passes
+from ..config.objective import Batch, Figure, Losses, Objective, Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..config.objective import Batch, Figures
 
 ACCURACY = Figure("accuracy", "preferred as the rows say", "share")
 MARGIN = Figure("margin", "margin", "margin (nats)")
@@ -59,10 +57,10 @@ class OfAnswers(Objective):
     )
 
     @abstractmethod
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         """The loss of each row (rows,), and figures of each by name."""
 
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         from .documents import counted_tokens, log_probabilities
 
         base = log_probabilities(passes.base, batch) if self.asks_base else None
@@ -74,7 +72,7 @@ class OfAnswers(Objective):
         means = {name: (figure.detach() * answers.counts).sum() / count for name, figure in figures.items()}
         return (losses * answers.counts).sum() / count, means
 
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         from .documents import counted_tokens
 
         return counted_tokens(batch).any(1).sum()

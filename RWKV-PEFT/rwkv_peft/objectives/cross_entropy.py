@@ -179,7 +179,6 @@ def weight_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Te
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Each counted token's cross-entropy (n,), float32 (float64 for float64 input); arguments as in
-    linear_cross_entropy."""
+    """Each counted token's cross-entropy (n,), float32 or float64; arguments as in linear_cross_entropy."""
     losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
     return losses

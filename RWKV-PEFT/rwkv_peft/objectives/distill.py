@@ -13,15 +13,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..cli import above_zero, positive, share, that
-from ..config.objective import TEACHER, Figure, Passes, number_of_tokens
+from ..config.objective import TEACHER, Batch, Figure, Losses, Passes, number_of_tokens
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..config.objective import Batch, Figures
 
 OF_DRAWING = "--temperature, --top_p, --draw_stop, --draw_batch, --learn_batch"
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
@@ -127,9 +125,8 @@ class Distill(Draws):
         type=that(share, lambda value: value > 0, "is not above 0"),
     )
 
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        from .divergence import Divergence, linear_divergence
-        from .stored import Stored
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
+        from .divergence import Divergence, Stored, linear_divergence
 
         counted = batch.get("teacher_counted", batch["counted"])
         divisor: float | Tensor = count
@@ -148,7 +145,7 @@ class Distill(Draws):
         loss, kl, nll = passes.model(head)
         return loss, {"kl": kl.detach(), "nll": nll.detach()}
 
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         return number_of_tokens(batch)
 
     def describe(self) -> str:

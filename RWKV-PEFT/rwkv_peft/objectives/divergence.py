@@ -20,7 +20,30 @@ from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
 from .cross_entropy import L2WRAP, chunk_rows, chunked_head, divisors
-from .stored import Stored, in_classes
+
+
+class Stored(NamedTuple):
+    """words (n, k): the most probable tokens; logprobs (n, k + 1): theirs, and that of all others together."""
+
+    words: Tensor
+    logprobs: Tensor
+
+    def part(self, part: slice) -> "Stored":
+        return Stored(self.words[part], self.logprobs[part])
+
+
+def most_probable(logits: Tensor, number: int, temperature: float) -> Stored:
+    """logits (n, V) -> the Stored of so many tokens, below V, of softmax(logits / temperature)."""
+    log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(1)
+    words = log_p.topk(number, 1).indices
+    return Stored(words, in_classes(log_p, words))
+
+
+def in_classes(log_p: Tensor, words: Tensor) -> Tensor:
+    """log-probabilities (n, V) -> those of the words (n, k), and of all others together: (n, k + 1)."""
+    others = log_p.scatter(1, words, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([log_p.gather(1, words), others], 1)
+
 
 ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk has so many times fewer tokens
 
@@ -120,8 +143,7 @@ def of_logits(
     settings: Divergence,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher as divergence takes them, targets and weights (n,) -> the sums of linear_divergence (3,), and
-    the gradient of the first (n, V)."""
+    """Student and teacher as in divergence -> the sums of linear_divergence (3,), the first one's gradient (n, V)."""
     mixes, share = settings.weight < 1, (1 - settings.weight) / count
     nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
     apart, gradient = divergence(student, teacher, settings)
@@ -134,3 +156,21 @@ def of_logits(
     total = torch.stack([apart.sum() / count, nll.sum() / count])
     loss = settings.weight * total[0] + (1 - settings.weight) * total[1]
     return torch.cat([loss[None], total]), gradient
+
+
+def linear_entropy(hidden: Tensor, weight: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the entropies (nats) of the next token at counted positions, each times its weight: (), float32 (float64
+    for float64 input).
+
+    hidden (B, T, C), weight (V, C) of the head, counted (n,) as in linear_cross_entropy, weights (n,). An entropy's
+    gradient in its logits is -p (log p + entropy).
+    """
+
+    def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(1)
+        grad = p.mul_(log_p.add_(entropy[:, None])).mul_(-weights[part, None]) if gradient else None
+        return (entropy * weights[part]).sum()[None], None if grad is None else grad.to(logits.dtype)
+
+    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]

@@ -1,34 +1,56 @@
-"""Log-probabilities of the documents of a packed batch, two of which are a row's answers with their prompts."""
+"""Log-probabilities of a packed batch's documents: the two answers of a row, or answers drawn to prompts."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..config.objective import Batch, Pass
 from .cross_entropy import token_losses
-
-if TYPE_CHECKING:
-    from ..config.objective import Batch, Pass
+from .divergence import linear_entropy
 
 
-def log_probabilities(through: "Pass", batch: "Batch") -> torch.Tensor:
+def log_probabilities(through: Pass, batch: Batch) -> torch.Tensor:
     """The log-probability of the counted tokens of each document: (rows, 2)."""
     return -per_document(batch, counted_losses(through, batch)).view(-1, 2)
 
 
-def counted_losses(through: "Pass", batch: "Batch") -> torch.Tensor:
+def counted_losses(through: Pass, batch: Batch) -> torch.Tensor:
     """The loss of each counted token (n,)."""
     return through(partial(token_losses, targets=batch["targets"], counted=batch["counted"]))
 
 
-def counted_tokens(batch: "Batch") -> torch.Tensor:
+def counted_tokens(batch: Batch) -> torch.Tensor:
     """The number of counted tokens in each document: (rows, 2)."""
     return per_document(batch, torch.ones_like(batch["counted"])).view(-1, 2)
 
 
-def per_document(batch: "Batch", values: torch.Tensor) -> torch.Tensor:
+def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     """Sum values of the counted positions (n,) by document -> (documents,)."""
     bounds = batch["cu_seqlens"]
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
     owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
+
+
+def drawn_log_probabilities(
+    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,), 0 without shares; and
+    the log-probability of each drawn token (n,), answer by answer, at a temperature; in one pass."""
+    lengths, counted = batch["lengths"], batch["counted"]
+    weights = None if shares is None else shares.repeat_interleave(lengths, output_size=len(counted))
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        warm = x if temperature == 1 else x / temperature
+        losses = token_losses(warm, weight, batch["targets"], counted)
+        entropy = losses.new_zeros(()) if weights is None else linear_entropy(warm, weight, counted, weights)
+        return torch.cat([entropy[None], -losses])
+
+    found: torch.Tensor = through(head)
+    return found[0], found[1:]
+
+
+def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Means of values (n,) over answers of these lengths, in one order on every run, unlike a GPU's index_add."""
+    found: torch.Tensor = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+    return found

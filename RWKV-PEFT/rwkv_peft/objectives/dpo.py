@@ -5,17 +5,11 @@ log-ratio log(p / p_base).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero, not_negative
-from ..config.objective import BASE
+from ..config.objective import BASE, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class DPO(OfAnswers):
         type=not_negative,
     )
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         from torch.nn.functional import softplus
 
         chosen, rejected = answers.gains

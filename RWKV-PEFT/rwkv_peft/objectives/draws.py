@@ -63,6 +63,5 @@ class Draws(Objective):
         return 1.0
 
     def advantages(self, rewards: "Tensor") -> "Tensor":
-        """rewards (prompts, answers), NaN for an answer without one -> advantages of the same shape; only objectives
-        that need REWARDS have them."""
+        """rewards (prompts, answers), NaN for none -> advantages alike; only objectives that need REWARDS have them."""
         raise NotImplementedError

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..cli import finite, not_negative, positive, switch
 from ..config import TrainConfig
-from ..config.objective import OF_BASE, REWARDS, Figure, Passes
+from ..config.objective import OF_BASE, REWARDS, Batch, Figure, Losses, Passes
 from ..config.setting import setting
 from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
@@ -35,16 +35,13 @@ from .draws import Draws
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config.objective import Batch, Figures
-
 EPSILON = 1e-4  # beside the spread of a group's rewards, by which gains are divided
 REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens of an answer", "tokens")
 ENTROPY = Figure("entropy", "entropy of a draw", "nats")
 
 
 class Form(NamedTuple):
-    """A form of the loss: how far from 1 a ratio may go by default, below and above, and whether an answer has one
-    ratio."""
+    """A form of the loss: how far a ratio may go below and above 1, and whether an answer has one ratio."""
 
     low: float
     high: float
@@ -178,19 +175,15 @@ class GRPO(Draws):
             return gains
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
-        from .drawn import entropy_and_log_probabilities, log_probabilities, means
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
+        from .documents import drawn_log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
         weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
-        entropy: Tensor | float = 0.0
-        if self.entropy_bonus:
-            of_token = weight if self.form == "rloo" else weight / lengths
-            entropy, now = entropy_and_log_probabilities(passes.model, batch, self.draw_temperature, of_token)
-        else:
-            now = log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
+        of_token = (weight if self.form == "rloo" else weight / lengths) if self.entropy_bonus else None
+        entropy, now = drawn_log_probabilities(passes.model, batch, self.draw_temperature, of_token)  # (), (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -211,14 +204,14 @@ class GRPO(Draws):
         }
         most = {"gap_max": gap.detach().max()}
         if self.asks_base:
-            difference = log_probabilities(passes.base, batch, self.draw_temperature) - now
+            difference = drawn_log_probabilities(passes.base, batch, self.draw_temperature)[1] - now
             figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count
         averages = {name: figure.detach().mean() * prompts for name, figure in figures.items()}
         return ((losses * weight).sum() - self.entropy_bonus * entropy) * prompts, averages | most
 
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         return batch["prompts"]
 
     def describe(self) -> str:

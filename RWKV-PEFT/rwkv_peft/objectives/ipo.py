@@ -6,23 +6,16 @@ answers do not weigh more; tau is beta here, as in trl.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero
-from ..config.objective import BASE
+from ..config.objective import BASE, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
 class IPO(OfAnswers):
-    """margin is the distance chosen - rejected, whose goal is 1 / (2 beta) nats a token; chosen is the chosen answers'
-    part of it."""
+    """margin is chosen - rejected, whose goal is 1 / (2 beta) nats a token; chosen is the chosen answers' part."""
 
     name = "ipo"
     text = "a fixed margin between chosen and rejected answer, by the base's measure"
@@ -36,7 +29,7 @@ class IPO(OfAnswers):
         type=above_zero,
     )
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         chosen, rejected = (gain / length for gain, length in zip(answers.gains, answers.lengths.unbind(1)))
         margin = chosen - rejected
         losses = (margin - 1 / (2 * self.beta)) ** 2

@@ -4,21 +4,15 @@ Ethayarajh et al. 2024, arXiv 2402.01306, equation 8: weight (1 - sigmoid(beta (
 weight (1 - sigmoid(beta (kl - gain))) of an undesirable one, with its gain, the log-ratio log(p / p_base). kl
 estimates how far the model as a whole is from the base: the mean gain of answers that belong to other prompts, at
 least 0, without a gradient. Each row brings one: its prompt with the answer of the next row
-(data/label_samples.py).
+(data/answer_samples.py).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero, not_negative
-from ..config.objective import BASE, Figure
+from ..config.objective import BASE, Figure, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class KTO(OfAnswers):
     )
     undesirable: float = setting(1.0, "weight of undesirable answers", flag="kto_undesirable", type=not_negative)
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         assert answers.labels is not None
         gain, mismatched = answers.gains
         kl = ((mismatched.detach() * answers.counts).sum() / answers.counts.sum().clamp_min(1)).clamp_min(0)

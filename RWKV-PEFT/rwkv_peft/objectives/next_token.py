@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..config.objective import Objective, Passes, number_of_tokens
+from ..config.objective import Batch, Head, Losses, Objective, Passes, number_of_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..config.objective import Batch, Figures, Head
 
 
 @dataclass(frozen=True)
@@ -22,14 +20,13 @@ class NextToken(Objective):
     rows = ("binidx", "sft")
     of_tokens = True
 
-    def head(self, targets: "Tensor", counted: "Tensor", count: float, weights: "Tensor | None" = None) -> "Head":
-        """The loss of positions that count, as a function that a model's head takes; arguments as in
-        linear_cross_entropy."""
+    def head(self, targets: "Tensor", counted: "Tensor", count: float, weights: "Tensor | None" = None) -> Head:
+        """The loss of positions that count, as a function for a model's head; arguments as in linear_cross_entropy."""
         from .cross_entropy import linear_cross_entropy
 
         return partial(linear_cross_entropy, targets=targets, counted=counted, count=count, weights=weights)
 
-    def loss(self, passes: Passes, batch: "Batch", count: float) -> "tuple[Tensor, Figures]":
+    def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         """Its figures are the losses of several data files, "loss/NAME", of those that count in the step."""
         shares: Mapping[str, float] = cast(Any, batch).get("sources") or {}
         if not shares:
@@ -48,5 +45,5 @@ class NextToken(Objective):
         named = zip(shares.items(), parts)
         return loss, {f"loss/{name}": part.detach() / share for (name, share), part in named if share}
 
-    def items(self, batch: "Batch") -> "Tensor":
+    def items(self, batch: Batch) -> "Tensor":
         return number_of_tokens(batch)

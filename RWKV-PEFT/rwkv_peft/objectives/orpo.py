@@ -6,16 +6,11 @@ probabilities of an answer's tokens.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import not_negative
+from ..config.objective import Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 CERTAIN = -1e-6  # the largest log-probability whose odds are computed, because those of 0 are infinite
 
@@ -31,7 +26,7 @@ class ORPO(OfAnswers):
         0.1, "how much the ratio of the odds weighs beside the loss", flag="orpo_lambda", type=not_negative
     )
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         from torch.nn.functional import softplus
 
         mean = answers.likelihood / answers.lengths

@@ -5,22 +5,16 @@ log-probability of each answer's tokens.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cli import above_zero, not_negative
+from ..config.objective import Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config.objective import Figures
 
 
 @dataclass(frozen=True)
 class SimPO(OfAnswers):
-    """margin is beta (chosen - rejected), which is to exceed gamma; nll is the mean loss of the chosen answer's
-    tokens."""
+    """margin is beta (chosen - rejected), to exceed gamma; nll is the mean loss of the chosen answer's tokens."""
 
     name = "simpo"
     text = "the chosen answer likelier a token than the rejected"
@@ -32,7 +26,7 @@ class SimPO(OfAnswers):
         1.0, "how far the chosen answer is to be above the rejected one", flag="simpo_gamma", type=not_negative
     )
 
-    def losses(self, answers: Answers) -> "tuple[Tensor, Figures]":
+    def losses(self, answers: Answers) -> Losses:
         from torch.nn.functional import softplus
 
         chosen, rejected = (answers.likelihood / answers.lengths).unbind(1)

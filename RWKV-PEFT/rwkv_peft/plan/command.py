@@ -10,10 +10,11 @@ import torch
 from ..adapters.inject import InjectReport
 from ..cli import counted
 from ..config.objective import TEACHER
+from ..data.recorded import find_tokenizer
 from ..errors import UserError
+from ..files.atomic import room_at
 from ..files.base import Base
-from ..files.dtypes import DTYPES
-from ..files.room import room_at
+from ..files.pth_writer import DTYPES
 from ..gpus import better_precision, count_gpus
 from ..memory import main_memory
 from ..models import family_named
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
     --accelerator gpu without a GPU to plan for."""
     flags = parse_flags(argv)
     request = request_of(flags)
+    if request.base is not None and request.config.data.of_rows:
+        find_tokenizer(request.config.data.tokenizer, request.config.model.vocab_size)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)
     accelerator = GPU if GPU in memory else CPU
     if request.config.train.cuda_graphs and accelerator == CPU:

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..files.base import Base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..models.state import time_state_shapes
 from ..names import STATE
-from ..training.saving.keeping import KEPT
-from ..training.saving.products import keeps_all
-from ..training.saving.room import checkpoint_size
+from ..training.saving.checkpoints import KEPT
+from ..training.saving.products import keeps_all, optimizer_size
 from .parts import Estimate
 
 
@@ -33,7 +32,7 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
     parameters = counts.total - counts.own
     model = estimate.file if estimate.file and asked is None else parameters * (asked or estimate.dtype).itemsize
     checkpoints, all_told = checkpoint_count(train)
-    checkpoint = checkpoint_size(counts.trains, train.optim)
+    checkpoint = optimizer_size(train.optim, counts.trains, counts.matrices)
     labels, held = label_count(train), checkpoints
     if not config.adapter.whole_model:
         name, size = "adapter.safetensors, and one an epoch", (counts.trains + counts.constants) * item

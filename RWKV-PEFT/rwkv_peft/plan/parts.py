@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
 from ..fused import Setting
 from ..generate.reading import PREFILL
 from ..models import family_named
@@ -22,8 +22,9 @@ from ..names import NONE
 from ..objectives.cross_entropy import chunk_rows
 from ..objectives.divergence import taught_rows
 from ..objectives.draws import Draws
-from ..training.saving.room import OPTIMIZER
-from ..training.step.gathering import exchanges_gradients, sums_apart
+from ..training.saving.products import optimizer_size
+from ..training.step.contexts import ROOM
+from ..training.step.zero import exchanges_gradients, sums_apart
 from .rehearsal import Counts, Step, count, drawing_bytes, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -155,8 +156,8 @@ class Estimate:
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
-            Part("optimizer", place, OPTIMIZER[train.optim] * own),
-            Part("updates, gathered", place, 4 * trains if train.optim == "muon" else 0, (UPDATE,)),
+            Part("optimizer", place, optimizer_size(train.optim, trains, self.counts.matrices) // self.ranks),
+            Part("updates, gathered", place, 4 * self.counts.matrices if train.optim == "muon" else 0, (UPDATE,)),
             Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
             Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
@@ -207,14 +208,17 @@ class Estimate:
         assert isinstance(objective, Draws)  # because others do not take prompts
         model, answers = config.model, self.learned(prompts)
         batch = min(objective.batch, prompts * config.data.num_generations * config.train.accumulate_grad_batches)
-        state = sum(tensor.nbytes for layer in State.zeros(model, 1, "meta", self.dtype) for tensor in layer)
+        before, state = (
+            State.zeros(model, 1, "meta", self.dtype, length).nbytes
+            for length in (tokens, tokens + config.data.max_completion_length)
+        )
         read = self.step.kept.at(1, min(PREFILL, prompts * tokens)) // model.n_layer
         logits = drawing_bytes(model.vocab_size, objective.top_p) + model.vocab_size * self.dtype.itemsize
         return [
             Part("states of the answers that are drawn", here, 2 * batch * state, (DRAW,)),
             Part("work of a block that reads prompts", here, read, (DRAW,)),
             Part("logits of drawing", here, round(batch * logits), (DRAW,)),
-            Part("states, handed from prompts to answers", here, 2 * answers * state, (LOSS, BACKWARD)),
+            Part("states, handed from prompts to answers", here, 2 * answers * before, (LOSS, BACKWARD)),
         ]
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
@@ -228,9 +232,11 @@ class Estimate:
         step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, setting, False)
         shapes = family.shapes(teacher).items()
         weights = sum(math.prod(shape) for key, shape in shapes if not key.endswith(family.tables))
+        contexts = self.config.data.of_contexts and (self.config.objective.teacher or self.config.train.stage < 3)
         return [
             Part("weights of the teacher", here, weights * dtype.itemsize if self.config.objective.teacher else 0),
             Part("work of a block of the teacher", here, step.kept.at(rows, tokens) // teacher.n_layer, (LOSS,)),
+            Part("contexts that are kept, at most", CPU, ROOM if contexts else 0),
             Part("hidden states of the teacher", here, rows * tokens * teacher.n_embd * dtype.itemsize, (LOSS,)),
         ]
 
@@ -259,8 +265,7 @@ class Estimate:
         return part in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
 
     def file_pages(self) -> int:
-        """Bytes of the base's file that a process reads and does not keep: the system takes them back when memory is
-        short."""
+        """Bytes of the base's file that a process reads but does not keep: the system takes them back if it must."""
         if not self.mapped or self.accelerator == GPU:
             return self.file
         return min(self.file, (self.counts.quantized + self.counts.trains - self.counts.own) * self.dtype.itemsize)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..adapters.groups import is_matrix
 from ..adapters.inject import count_parameters, inject
 from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
@@ -34,7 +35,7 @@ from ..names import STATE
 from ..objectives.cross_entropy import L2WRAP
 from ..objectives.divergence import Divergence, of_logits
 from ..ops.cross_entropy import cross_entropy_
-from ..training.step.gathering import live_parameters
+from ..training.step.zero import live_parameters
 
 DEPTH = 3  # blocks of the rehearsed model: all that follow are like its last one
 # Tokens of the shortest rehearsed row. Kernels keep a state at each 64th, some two in the room of one; and the peak of
@@ -256,12 +257,13 @@ def drawing_bytes(vocabulary: int, top_p: float) -> float:
 
 
 class Counts(NamedTuple):
-    """Numbers of elements in a model with its adapters: total: all parameters; trains: those that train; own: the
-    adapters' own; quantized: those that are quantized; constants: the adapters' constants; live: parameters that
-    ZeRO-3 keeps gathered."""
+    """Numbers of elements in a model with its adapters: total: all parameters; trains: those that train; matrices:
+    those that train in matrices of blocks and adapters; own: the adapters' own; quantized: those that are quantized;
+    constants: the adapters' constants; live: parameters that ZeRO-3 keeps gathered."""
 
     total: int
     trains: int
+    matrices: int
     own: int
     quantized: int
     constants: int
@@ -277,4 +279,8 @@ def count(family: Family, model: ModelConfig, adapter: AdapterConfig) -> Counts:
     constants = sum(buffer.numel() for module in adapted for buffer in module.buffers())
     own = sum(module.get_parameter(name).numel() for module in adapted for name in module.method.parameters)
     trains, total = count_parameters(built)
-    return Counts(total, trains, own, weights if adapter.quant != "none" else 0, constants, live_parameters(built))
+    training = ((name, each) for name, each in built.named_parameters() if each.requires_grad)
+    matrices = sum(each.numel() for name, each in training if is_matrix(name, each))
+    return Counts(
+        total, trains, matrices, own, weights if adapter.quant != "none" else 0, constants, live_parameters(built)
+    )

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..adapters.inject import inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import inject, load_tensors
 from ..cli import counted
 from ..errors import UserError
 from ..files.adapter_file import Adapter
@@ -25,10 +24,8 @@ from ..files.state_file import read_states
 from ..models.state import State, split_time_states, state_of
 from .differences import differences
 from .flags import check_flags
-from .logits import Difference, random_tokens, reference_logits
 from .merge import Merge, check_fingerprints
-from .rebuilt import adapter_config
-from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
+from .runtimes import NOT_LOOKED_FOR, Difference, random_tokens, reference_logits, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -48,7 +45,7 @@ def adapted_logits(
     if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None):
         for module in loaded.modules():  # quantized, or less its first factors, in the dtype that the training had
             model.get_submodule(module).to(metadata.base_dtype() or base.tensors[f"{module}.weight"].dtype)
-    inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
+    inject(model, loaded.config(base.family), family=base.family, initial=loaded.tensors)
     model.float()
     own, tuned = split_time_states(loaded.tensors)
     if own:

@@ -13,18 +13,17 @@ from ..adapters.methods import adapter_parameter
 from ..cli import counted
 from ..errors import UserError, short, visible
 from ..files.adapter_file import METADATA_KEY, Adapter
-from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
-from ..files.dtypes import dtype_name
 from ..files.lightning_folder import is_lightning_folder
+from ..files.peft_folder import is_adapter_folder
 from ..files.pth import read_tensors
+from ..files.pth_writer import dtype_name
 from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, read_web
-from .gguf import import_gguf
-from .gguf_header import read_header
+from .gguf import import_gguf, read_header
 
 Line = tuple[str, str]
 MODEL, ADAPTER, STATES, SESSION, UNKNOWN = "model", "adapter", "states", "session", ""  # what a file may hold
@@ -65,8 +64,7 @@ def contents_of(source: AdapterSource) -> Contents:
 
 
 def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.Tensor]) -> Contents:
-    """Describe an adapter's flat .pth. Such a file may say too little about itself to be read; its tensors are then
-    counted by name."""
+    """Describe an adapter's flat .pth; one that says too little about itself by the count of its tensors' names."""
     try:
         return adapter_contents(source)
     except UserError as error:

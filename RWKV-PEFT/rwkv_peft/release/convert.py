@@ -26,13 +26,13 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
-from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
-from ..files.dtypes import DTYPES, dtype_name
 from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
+from ..files.peft_folder import is_adapter_folder
 from ..files.pth import read_tensors
+from ..files.pth_writer import DTYPES, dtype_name
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states, write_states
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> int:
         files = [target / MANIFEST, target / WEIGHTS] if args.to == LIGHTNING else adapter_files(target)
     for file in files:
         check_output("the output", file, inputs)
-    refuse_inside(target, Path(args.input))
+    given = Path(args.input)
+    if given.is_dir() and target.resolve().is_relative_to(given.resolve()):  # it would hold two things for its readers
+        raise UserError(f"the output {target} is inside the input {given}; name a place outside of it")
     if args.to and not adapted:
         raise UserError(f"{source} holds no adapter, and only adapters convert to {args.to}; leave --to {args.to} out")
     refuse_unread(args, target, adapted)
@@ -66,13 +68,6 @@ def main(argv: list[str]) -> int:
     for line in written:
         print(f"wrote {line}")
     return 0
-
-
-def refuse_inside(target: Path, source: Path) -> None:
-    """Raise UserError if the output is the input folder or lies in it: the folder would then hold two things, and
-    readers could take one for the other."""
-    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"the output {target} is inside the input {source}; name a place outside of it")
 
 
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
@@ -176,8 +171,6 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
     in which RWKV-LM saves.
     """
     tensors = read_any(path)
-    if not tensors:
-        raise UserError(f"{path} holds no tensor; copy it again")
     if all(is_time_state(key) for key in tensors):
         check_time_states(tensors, path)
         return tensors

@@ -17,8 +17,7 @@ Definition = Callable[[torch.Tensor, torch.Tensor, Params, float], torch.Tensor]
 
 
 def bone(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-    """W'[o, i] = W[o, i] + s_i D[i mod rank, o mod width]; s is 1 except in bone-signed, width is out except in
-    bone-mini."""
+    """W'[o, i] = W[o, i] + s_i D[i mod rank, o mod width]; s is 1 but in bone-signed, width out but in bone-mini."""
     rank, width = params["bone"].shape
     columns = torch.arange(weight.shape[1]) % rank
     return weight + params["bone"][:, rows % width].t()[:, columns] * params.get("bone_signs", 1.0)

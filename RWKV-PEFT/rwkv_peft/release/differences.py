@@ -14,7 +14,7 @@ import torch
 from ..adapters.quant import block_size, roundtrip
 from ..files.adapter_file import Adapter, AdapterMetadata
 from ..files.base import Base
-from ..files.dtypes import dtype_name
+from ..files.pth_writer import dtype_name
 from ..models.state import is_time_state
 from .definitions import DEFINITIONS, Params, less_first_factors
 

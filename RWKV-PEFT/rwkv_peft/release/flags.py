@@ -52,8 +52,9 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
         "dtypes, which any RWKV runtime loads.",
     )
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
+    add(
         "--bone_checkpoint",
         "--lora_checkpoint",
         "--peft_checkpoint",
@@ -65,47 +66,41 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         help="adapters in order of application: .safetensors of train.py, or the folder of its run, flat .pth of "
         "RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
     )
-    parser.add_argument(
+    add(
         "--type",
         choices=ADAPTER_TYPES,
         help="kind of the adapters, in the words of RWKV-PEFT's scripts; the files say it, and another is refused",
     )
-    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
-    parser.add_argument(
+    add("--output", metavar="PTH", help="the merged model; required unless --dry_run")
+    add(
         "--state_output",
         metavar="FILE",
         help="write tuned time states to a file of their own (.pth for RWKV-Runner and ChatRWKV, .st for web-rwkv and "
         "Ai00), and leave them out of --output",
     )
-    parser.add_argument(
+    add(
         "--output_dtype",
         choices=DTYPES,
         default="keep",
         help="dtype of the merged model's tensors (default: keep, each has its own of the base)",
     )
     add_source_flags(parser)
-    parser.add_argument(
+    add(
         "--quant",
         choices=QUANTIZATIONS,
         help="quantization of the frozen weights in training (default: what the adapter says)",
     )
-    parser.add_argument("--scale", type=factor, default=1.0, help="multiplies the change, default 1.0")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)"
-    )
-    parser.add_argument(
-        "--unmerge", action="store_true", help="subtract the adapters from a merged --base_model, last first"
-    )
-    parser.add_argument(
+    add("--scale", type=factor, default=1.0, help="multiplies the change, default 1.0")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)")
+    add("--unmerge", action="store_true", help="subtract the adapters from a merged --base_model, last first")
+    add(
         "--any_base",
         action="store_true",
         help="do not compare the base with the one that the adapter names: merge into another of "
         "the same shape, or unmerge in any case",
     )
-    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
-    parser.add_argument(
-        "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
-    )
+    add("--dry_run", action="store_true", help="compute and report everything, write nothing")
+    add("--read_back", "--verify", action="store_true", help="read the output back and compare each tensor")
     return parser.parse_args(argv)
 
 
@@ -121,16 +116,13 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the adapter, or the folder of the run",
     )
+    add = parser.add_argument
     add_source_flags(parser)
-    parser.add_argument("--merged", required=True, metavar="PTH", help="the merged model")
-    parser.add_argument(
-        "--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)"
-    )
-    parser.add_argument(
-        "--any_base", action="store_true", help="do not compare the base with the one that the adapter names"
-    )
+    add("--merged", required=True, metavar="PTH", help="the merged model")
+    add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
+    add("--any_base", action="store_true", help="do not compare the base with the one that the adapter names")
     length = "length of the random token sequence (default 64)"
-    parser.add_argument("--tokens", type=up_to(MOST_TOKENS, positive), default=64, help=length)
+    add("--tokens", type=up_to(MOST_TOKENS, positive), default=64, help=length)
     return parser.parse_args(argv)
 
 
@@ -140,12 +132,13 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         description="Feeds one random token sequence to our model in float64 and to each installed runtime, and prints "
         "the largest differences of their logits. Needs memory for the model in float64.",
     )
-    parser.add_argument("model", help="the .pth to verify")
-    parser.add_argument("--state", metavar="FILE", help="its time states, if in another file")
-    parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
+    add = parser.add_argument
+    add("model", help="the .pth to verify")
+    add("--state", metavar="FILE", help="its time states, if in another file")
+    add("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
     length = "length of the sequence (default 50)"
-    parser.add_argument("--tokens", type=up_to(MOST_TOKENS, positive), default=50, help=length)
-    parser.add_argument(
+    add("--tokens", type=up_to(MOST_TOKENS, positive), default=50, help=length)
+    add(
         "--gguf_types",
         nargs="*",
         choices=GGUF_TYPES,
@@ -161,11 +154,10 @@ def inspect_flags(argv: list[str]) -> argparse.Namespace:
         rules=INSPECT_RULES,
         description="Describe a file or folder: a model, merged or not, an adapter, states; ours or another tool's.",
     )
-    parser.add_argument("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
-    parser.add_argument(
-        "--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model"
-    )
-    parser.add_argument("--output", type=picture, metavar="PNG", help="draw that, too")
+    add = parser.add_argument
+    add("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
+    add("--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model")
+    add("--output", type=picture, metavar="PNG", help="draw that, too")
     add_source_flags(parser)
     return parser.parse_args(argv)
 
@@ -177,41 +169,42 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         description="Convert models, states and adapters to and from the formats of other tools. The names of input "
         "and output choose the formats.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "input",
         help="a file or folder of one of those formats, flash-linear-attention's folder of an RWKV-7, the folder of a "
         "run, or a BONE or MISS folder of peft, of any model",
     )
-    parser.add_argument(
+    add(
         "output",
         help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder: BONE "
         "folders become MISS ones, and MISS ones BONE",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=DTYPES,
         help="dtype of the output's tensors; default fp16 for models in .st, which web-rwkv needs, else keep",
     )
-    parser.add_argument(
+    add(
         "--tokenizer",
         metavar="FILE",
         help="tokenizer whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file (default: "
         "that of the run whose folder holds the model, or by the model's vocabulary, 65536: world, 257: bytes)",
     )
-    parser.add_argument("--gguf_type", choices=GGUF_TYPES, help="type of a GGUF's large matrices (default f16)")
-    parser.add_argument(
+    add("--gguf_type", choices=GGUF_TYPES, help="type of a GGUF's large matrices (default f16)")
+    add(
         "--bone_parameter",
         choices=("disha", "bone"),
         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02 (default), bone before",
     )
-    parser.add_argument(
+    add(
         "--to",
         choices=("lora", "lightning"),
         help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
         "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
         "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves",
     )
-    parser.add_argument(
+    add(
         "--lora_rank",
         type=positive,
         default=0,
@@ -219,7 +212,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         help="rank of a form that is not exact (default twice the adapter's)",
     )
     add_source_flags(parser)
-    parser.add_argument(
+    add(
         "--base_model",
         metavar="PTH",
         help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
@@ -233,12 +226,13 @@ def push_flags(argv: list[str]) -> argparse.Namespace:
         description="Push an adapter or a model to a repository of the Hugging Face hub, with a card that says what it "
         "is: the README.md of the run's folder, else one made from the file. Needs `hf auth login`, or HF_TOKEN.",
     )
-    parser.add_argument("source", metavar="RUN", help="the folder of a run, or a .safetensors or .pth")
-    parser.add_argument("repo", type=repository, metavar="NAME/REPO", help="the repository; it is made if missing")
+    add = parser.add_argument
+    add("source", metavar="RUN", help="the folder of a run, or a .safetensors or .pth")
+    add("repo", type=repository, metavar="NAME/REPO", help="the repository; it is made if missing")
     files = "files of the folder (default: its newest adapter or model, merged model and states)"
-    parser.add_argument("--files", nargs="+", metavar="FILE", help=files)
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    add("--files", nargs="+", metavar="FILE", help=files)
+    add("--private", action="store_true", help="make a new repository private")
     message = "message of the commit (default: %(default)s)"
-    parser.add_argument("--message", default="Upload with rwkv-peft", metavar="TEXT", help=message)
-    parser.add_argument("--dry_run", action="store_true", help="only say what would be pushed")
+    add("--message", default="Upload with rwkv-peft", metavar="TEXT", help=message)
+    add("--dry_run", action="store_true", help="only say what would be pushed")
     return parser.parse_args(argv)

@@ -16,9 +16,8 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
-from ..files.readable import choice_in
+from ..files.readable import choice_in, read_settings
 from ..files.safetensors_file import read_safetensors, write_safetensors
-from ..files.settings_file import read_settings
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped

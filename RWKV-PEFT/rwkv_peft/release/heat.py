@@ -1,14 +1,22 @@
-"""Show how far each tensor of a model moved from its base, as a grid of layers and matrices."""
+"""Show how far each tensor of a model moved from its base, as a grid of layers and matrices: `rwkv-peft inspect FILE`.
+
+rwkv-peft inspect adapter.safetensors --base_model base.pth --output heat.png"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..errors import UserError
 from ..files.adapter_file import Adapter
-from ..files.base import Base
+from ..files.adapters import source_of
+from ..files.atomic import check_output
+from ..files.base import Base, open_base
+from ..plots import plot_heat
+from .contents import contents_of, formatted
+from .flags import inspect_flags
 from .merge import Merge, TensorReport, check_fingerprints, ratio, square
 
 SHADES = " ░▒▓█"
@@ -99,3 +107,22 @@ def cell_text(change: float | None, largest: float) -> str:
     darkest = len(SHADES) - 1
     shade = darkest if change >= largest else min(darkest, int(len(SHADES) * change / largest))
     return f"{100 * change:.3g} {SHADES[shade]}"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: argv -> exit code 0."""
+    args = inspect_flags(argv)
+    contents = contents_of(source_of(args, args.file))
+    if args.output:
+        check_output("--output", Path(args.output), [("the file", args.file), ("--base_model", args.base_model)])
+    print(formatted(contents.lines))
+    if args.base_model is None:
+        return 0
+    if contents.holds is None:
+        raise UserError(f"{args.file} is neither a model nor an adapter that is read here, which --base_model compares")
+    heat = heat_of(changes_of(open_base(args.base_model), contents.holds, args.file))
+    print("\nchange of each tensor from the base, |W' - W| / |W| in %:\n" + (text_of(heat) or "none: it is the base"))
+    if args.output:
+        plot_heat(heat.rows, heat.columns, heat.cells, args.output)
+        print(f"wrote {args.output}")
+    return 0

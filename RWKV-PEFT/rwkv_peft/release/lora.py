@@ -19,10 +19,9 @@ from ..adapters.quant import roundtrip
 from ..adapters.residual import svd_lowrank
 from ..errors import UserError
 from ..files.adapter_file import Adapter, save_adapter
-from ..files.adapter_folder import CONFIG, TENSORS
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..files.peft_folder import write_lora_folder
+from ..files.peft_folder import CONFIG, TENSORS, write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
 from .gguf import write_gguf_lora
 

@@ -18,10 +18,9 @@ from ..adapters.quant import roundtrip
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.base import Base
-from ..files.dtypes import DTYPES, dtype_name
 from ..files.fingerprint import fingerprint_of, sample
 from ..files.pth import all_finite, stream_tensors
-from ..files.pth_writer import TensorSpec
+from ..files.pth_writer import DTYPES, TensorSpec, dtype_name
 from .ahead import ahead
 from .belonging import Adapters, check_depth, check_effect, check_generations, check_places, check_states
 from .changes import LayerChange, WholeChange, check_params
@@ -224,8 +223,7 @@ def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 def quantization_error(base: Base, adapters: Adapters) -> float:
-    """Return |Q(W) - W| / |W| over the weights W that were quantized to Q(W) in the training of the (name, Adapter)
-    pairs."""
+    """Return |Q(W) - W| / |W| over the weights W that the (name, Adapter) pairs' trainings quantized to Q(W)."""
     error = size = 0.0
     for _, adapter in adapters:
         metadata = adapter.metadata

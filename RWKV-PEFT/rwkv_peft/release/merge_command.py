@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +15,11 @@ from ..config import forms
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
-from ..files.atomic import atomic_write, check_output, same_file
+from ..files.atomic import atomic_write, check_output, require_room, same_file
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import stream_tensors
-from ..files.pth_writer import TensorSpec, write_pth
-from ..files.room import require_room
-from ..files.state_file import write_states
+from ..files.pth_writer import DTYPES, TensorSpec, dtype_name, write_pth
+from ..files.state_file import check_state_output, read_states, write_states
 from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
@@ -29,7 +27,6 @@ from ..names import NONE
 from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
-from .states import check_separate, check_written, diverted, note_inside
 
 # RWKV-PEFT's --type -> the variants of it in files' metadata
 TYPES = MappingProxyType(
@@ -159,8 +156,7 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
 
 
 def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpec]) -> None:
-    """Print a table, 80 columns wide at most, of each layer's relative change and the share that the cast lost, if
-    any."""
+    """Print a table, at most 80 columns wide, of each layer's relative change and the share that a cast lost."""
     layers: dict[str, dict[str, TensorReport]] = {}
     for report in reports:
         _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
@@ -240,3 +236,48 @@ def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping
             )
     name = open_base(output).family.name
     print(f"verified {output}: every tensor reads back as computed, and the file is a complete {name} model")
+
+
+def check_separate(
+    path: str | Path, output: str | Path | None, merge: Merge, inputs: Iterable[tuple[str, str]]
+) -> None:
+    """Raise UserError if --state_output cannot be written, is --output, or would leave one of the files empty."""
+    check_state_output("--state_output", path)
+    check_output("--state_output", path, list(inputs))
+    if output is not None and same_file(path, output):
+        raise UserError(f"--state_output and --output are both {path}; give each a file of its own")
+    if not any(map(is_time_state, merge.specs)):
+        raise UserError(f"--state_output {path}: neither the base nor an adapter holds time states; leave it out")
+    if all(map(is_time_state, merge.changes)):
+        raise UserError(
+            f"--state_output {path}: time states are all that the adapters change, so that --output would be the base; "
+            "make a file of the states with `rwkv-peft convert`"
+        )
+
+
+def diverted(
+    bands: Iterable[tuple[str, torch.Tensor]], states: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a merge's (key, rows) without time states, which are gathered in `states`."""
+    for key, rows in bands:
+        if not is_time_state(key):
+            yield key, rows
+        else:
+            states[key] = torch.cat([states[key], rows]) if key in states else rows
+
+
+def check_written(path: str | Path, states: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError unless the file of states at path reads back as `states`."""
+    found = read_states(path).tensors
+    if found.keys() != states.keys() or not all(torch.equal(found[key], states[key]) for key in states):
+        raise UserError(
+            f"{path} does not read back as it was computed; the disk or the memory is faulty, do not use it"
+        )
+
+
+def note_inside(base: Base) -> str:
+    """Write a note for users about time states inside a merged model."""
+    note = "RWKV-Runner, web-rwkv and Ai00 take states as files of their own: --state_output writes one"
+    if not base.family.states_in_model:
+        note = f"the rwkv package does not look for them in an {base.family.name} file; {note}"
+    return f"states   in the model's file; {note}"

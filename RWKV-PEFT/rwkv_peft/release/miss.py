@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
-from ..files.adapter_folder import read_config, read_folder_tensors, replacing
+from ..files.peft_folder import read_config, read_folder_tensors, replacing
 from ..files.safetensors_file import save_safetensors
 
 OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})

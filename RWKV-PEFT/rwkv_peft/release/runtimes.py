@@ -1,7 +1,6 @@
-"""Compute the logits of one token sequence in runtimes that this project did not write.
+"""Compute the logits of one token sequence with our own model, and in runtimes that this project did not write.
 
-Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model.
-"""
+Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model."""
 
 import importlib.metadata
 import importlib.util
@@ -16,8 +15,10 @@ import torch
 from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
+from ..files.base import Base
 from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig
+from ..models.state import State, split_time_states, state_of
 from .rwkv_package import logits_of, rwkv_model
 
 NOT_LOOKED_FOR = (
@@ -43,8 +44,7 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self) -> str:
-        """The command that installs the missing packages of the runtime and of the writer of its files; "" if none is
-        missing."""
+        """The command that installs what the runtime and the writer of its files lack; "" if nothing is missing."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
@@ -61,15 +61,14 @@ def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: s
 
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) -> torch.Tensor:
-    """Ask the `rwkv` package about an RWKV-7 or 7a model, in a process of its own (rwkv7_process.py). Raises
-    RuntimeError if that fails."""
+    """Ask the `rwkv` package about an RWKV-7 or 7a in a process of its own. Raises RuntimeError if that fails."""
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
-        command = python_command("rwkv_peft.release.rwkv7_process", path, given, answer, version, mode)
+        command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"the rwkv package failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         logits: torch.Tensor = torch.load(answer, weights_only=True)
         return logits
 
@@ -154,3 +153,38 @@ def all_runtimes() -> tuple[Runtime, ...]:
         Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
         Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_llama_cpp, shifted=True),
     )
+
+
+def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
+    """Draw (length,) int64 tokens, the same on every run."""
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype says otherwise. The sequence
+    starts from the base's time states, if it has any."""
+    family, (weights, states) = base.family, split_time_states(base.tensors)
+    model = family.load({key: tensor.to(dtype) for key, tensor in weights.items()}, base.config)
+    start = State.zeros(base.config, 1, dtype=dtype)
+    if states:
+        start = state_of(states, start, family.rows_are_keys, base.path)
+    with torch.inference_mode():
+        return model(tokens[None], start)[0][0]
+
+
+class Difference(NamedTuple):
+    """The difference of two sets of logits (T, V): norm of the difference over the reference's norm, and the share of
+    positions with the same top token."""
+
+    relative: float
+    top_agreement: float
+
+    @classmethod
+    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> "Difference":
+        return cls(
+            float((logits - reference).norm() / reference.norm()),
+            float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        )
+
+    def __str__(self) -> str:
+        return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"

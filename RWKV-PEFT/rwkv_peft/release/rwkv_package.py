@@ -1,12 +1,17 @@
 """Open a .pth in the `rwkv` package, and ask it for logits.
 
 The package decides at import whether its models are RWKV-7 (RWKV_V7_ON), and with deep embeddings (RWKV_DE_VERSION), so
-one process can use it for one generation only.
+one process can use it for one generation only. As a process of its own, this module asks about RWKV-7 or RWKV-7a:
+
+    rwkv_peft.release.rwkv_package MODEL.pth TOKENS.pt LOGITS.pt x070|x070a sequence|tokens
+
+The package does not look for tuned states in such a model's file, so they are put into its list of states there.
 """
 
 import contextlib
 import io
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,3 +42,20 @@ def logits_of(model: Any, tokens: list[int], state: Any, mode: str) -> torch.Ten
             row, state = model.forward([token], state)
             rows.append(row.float().clone())
     return torch.stack(rows)
+
+
+def main(model_path: str, tokens_path: str, output_path: str, version: str, mode: str) -> None:
+    """Write the logits (T, V) float32 of tokens (T,) int64; mode is that of logits_of."""
+    tokens = torch.load(tokens_path, weights_only=True).tolist()
+    model = rwkv_model(model_path, version)
+    tensors = torch.load(model_path, weights_only=True, mmap=True)
+    state = model.generate_zero_state()
+    for layer in range(len(state) // 3):
+        tuned = tensors.get(f"blocks.{layer}.att.time_state")
+        if tuned is not None:
+            state[3 * layer + 1] = tuned.float().clone()  # (H, N value, N key), the package's layout too
+    torch.save(logits_of(model, tokens, state, mode), output_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -21,8 +21,7 @@ from ..files.state_file import read_states
 from ..models.state import is_time_state
 from .flags import verify_flags
 from .gguf import write_gguf
-from .logits import random_tokens, reference_logits
-from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes
+from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes, random_tokens, reference_logits
 from .vocabulary import table_vocabulary
 
 # The largest difference allowed between a format's logits and the reference, in standard deviations of the logits.
@@ -63,7 +62,8 @@ def main(argv: list[str]) -> int:
     rows = verify(model, args.tokens, tuple(args.gguf_types))
     print_table(rows)
     if not any(row.broke or row.difference is not None for row in rows):
-        raise UserError("no runtime was asked, for the reasons above; pip install rwkv rwkv-simple xllamacpp gguf")
+        remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
+        raise UserError(f"no runtime was asked, for the reasons above; {remedy}")
     return int(any(row.failed for row in rows))
 
 

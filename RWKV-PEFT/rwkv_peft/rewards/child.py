@@ -12,7 +12,6 @@ that this is known if it is heard of no more.
 """
 
 import faulthandler
-import math
 import os
 import signal
 import sys
@@ -26,8 +25,9 @@ from ..children import when_parent_ends
 from ..errors import UserError
 from .functions import FunctionReward, raised
 from .reward import Answer, Reward, quoted
-from .specs import reward_of
+from .tasks import reward_of
 
+LARGEST = 1e15  # reward: sums and squares of larger ones overflow
 GRACE = 30  # seconds after which a process ends itself that its parent should have ended
 
 
@@ -114,7 +114,7 @@ def told_failure(reward: Reward, error: BaseException) -> UserError:
 
 
 def number_in(value: Any) -> float | None:
-    """A reward as a float, None for None. Raises UserError if it is no finite number."""
+    """A reward as a float, None for None. Raises UserError if it is no number, or beyond LARGEST."""
     if value is None:
         return None
     with suppress(Exception):  # a value of numpy or torch; a list of several has no item
@@ -122,9 +122,11 @@ def number_in(value: Any) -> float | None:
     if not isinstance(value, Real):
         raise UserError(f"it returned {quoted(value)}, no number; return a number, or None for what it does not judge")
     with suppress(OverflowError):
-        if math.isfinite(value):
+        if abs(float(value)) <= LARGEST:
             return float(value)
-    raise UserError(f"it returned {quoted(value)}; return a finite number, or None for what it does not judge")
+    raise UserError(
+        f"it returned {quoted(value)}; return a finite number (up to {LARGEST:g}), or None for what it does not judge"
+    )
 
 
 def main(argv: list[str]) -> None:

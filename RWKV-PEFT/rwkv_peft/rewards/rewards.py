@@ -16,16 +16,14 @@ ROWS = 1000  # rows that are checked at a time
 
 
 class Judged(NamedTuple):
-    """The numbers that rewards give answers: the weighted sum for each answer, None for one that none of them judges,
-    and each reward's own by its name."""
+    """The numbers of answers: their weighted sums, None if no reward judges one, and each reward's own by its name."""
 
     total: list[float | None]
     each: dict[str, list[float | None]]
 
 
 class Rewards:
-    """Judges answers in processes of its own, which `Rewards.open` begins and ends. names are the rewards' names, in
-    the order in which they were given."""
+    """Judges answers in processes of its own, from `Rewards.open` on. names are those of the rewards, in order."""
 
     def __init__(
         self, specs: Sequence[str], weights: Sequence[float], workers: Sequence[Worker], listener: Executor

@@ -1,4 +1,4 @@
-"""The rewards of tasks of `rwkv-peft eval`: whether the answer is right."""
+"""Reads what --reward names; the rewards of tasks of `rwkv-peft eval` tell whether an answer is right."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,13 @@ from ..evals.choices import choices_of, right_of
 from ..evals.layouts import read_layout
 from ..evals.task import AnswerTask
 from ..tables import WRITTEN
+from .forms import Match, Schema
+from .functions import FunctionReward
 from .reward import Answer, Reward
 
 
 class TaskReward(Reward):
-    """1 if a measure of a task, the first one if none is named, calls the answer right, else 0. The right answer is
-    read from the row as eval reads it."""
+    """1 if a task's measure, the first unless one is named, calls the answer right by its row, else 0."""
 
     def __init__(self, name: str, measure: str = "") -> None:
         task: AnswerTask = WRITTEN[name]()
@@ -55,3 +56,26 @@ class ChoicesReward(Reward):
 def said(text: str) -> str:
     """An answer without the marks around it."""
     return text.strip().removeprefix("(").removesuffix(".").removesuffix(")")
+
+
+KINDS = (
+    f"a task ({', '.join(WRITTEN)}, choices; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
+    "FILE.py:FUNCTION"
+)
+
+
+def reward_of(spec: str) -> Reward:
+    """Make the Reward that a word of --reward names. Raises UserError, without the word, if it names none."""
+    kind, _, rest = spec.partition(":")
+    file, _, function = spec.rpartition(":")
+    if kind in WRITTEN:
+        return TaskReward(kind, rest)
+    if spec == ChoicesReward.name:
+        return ChoicesReward()
+    if kind == "match" and rest:
+        return Match(rest)
+    if kind == "json" and rest:
+        return Schema(rest)
+    if file.endswith(".py") and function.isidentifier():
+        return FunctionReward(file, function)
+    raise UserError(f"rewards are {KINDS}")

@@ -49,8 +49,7 @@ class Worker:
         self.limit, self.since = max(seconds, LOADING), time.monotonic()
 
     def send(self, kind: str, work: Sequence[object], first: int) -> None:
-        """Send a request about items, of which `first` come before. A process that is gone is noticed when it should
-        reply."""
+        """Send a request about items, of which `first` come before. A process that is gone is noticed by its reply."""
         self.first, self.place = first, Place(0, first, first + len(work) - 1)
         self.limit, self.since = self.seconds, time.monotonic()
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -62,8 +61,7 @@ class Worker:
         return max(0.0, self.since + self.limit - time.monotonic())
 
     def receive(self) -> tuple[Any] | None:
-        """Read a message: (the reply,), or None if it only says what the process is at. Raises Failure if the process
-        is gone, or if it tells of one."""
+        """Read a message: (the reply,), or None if it says what the process is at. Raises Failure if it is gone."""
         try:
             kind, told = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -86,8 +84,7 @@ class Worker:
         return f"the process that judges {how}; mend the reward, which must return"
 
     def stop(self) -> None:
-        """End the process and those that it has started. Whoever waits for its reply notices, and only then its pipe
-        is closed."""
+        """End the process and those that it started; its pipe is closed once whoever waits for a reply has noticed."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -97,8 +94,7 @@ class Worker:
 
 
 def replies(workers: Sequence[Worker]) -> list[Any]:
-    """Wait for the reply of each of the workers. Raises Failure for the first that fails, or that takes too long for a
-    call."""
+    """Wait for the reply of each of the workers. Raises Failure for the first that fails or takes too long."""
     waiting: dict[Connection[Any, Any], int] = {worker.pipe: number for number, worker in enumerate(workers)}
     found: dict[int, Any] = {}
     while waiting:

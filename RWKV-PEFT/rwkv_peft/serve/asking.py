@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..data.templates import segments, stops_of
-from ..data.thinking import OPENINGS
 from ..data.tokenizer import Tokenizer
+from ..data.turns import OPENINGS
 from ..errors import UserError
 from ..generate.prompts import encode
 from ..generate.settings import Sampling

@@ -71,6 +71,7 @@ def build_parser() -> Parser:
     add("--state", type=named, nargs="+", default=[], metavar="NAME=FILE", help="states, each a model by its name")
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
     add_running_flags(parser)
+    parser.set_defaults(batch=64)
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
     add("--port", type=port, default=8000, help="port to listen on; 0 takes any free one (default 8000)")
     add(

@@ -1,11 +1,12 @@
 """The bodies of requests: OpenAI's fields, and a few of ours. A field that is not here is refused, not passed over.
 
-`state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out.
+`state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out;
+so does null in a body, whatever the field.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Whole = Annotated[int, Field(strict=True)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
@@ -15,6 +16,12 @@ Tokens = list[Annotated[Whole, Field(ge=0)]]
 
 class Form(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """Drop fields that are null, which some clients send for all that nobody set."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class StreamOptions(Form):

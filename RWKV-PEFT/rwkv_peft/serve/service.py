@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ..data.thinking import OPENINGS
+from ..data.turns import OPENINGS
 from ..errors import UserError
 from ..generate.asked import Answer, Odds, Request
 from ..generate.continuation import Continuation

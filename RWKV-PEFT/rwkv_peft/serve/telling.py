@@ -1,8 +1,10 @@
 """Tell answers as OpenAI does: whole, or in chunks as they are drawn."""
 
+import codecs
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from ..generate.text import overlap
 from .worker import FAILED, Drawn, Piece
 
 Told = dict[str, Any]
+UTF_8 = codecs.getincrementaldecoder("utf-8")
 STOPS = ("end", "stop")  # every other end is a limit
 OPENINGS = ("<tool_call>", "**Tool Call:**")  # of what OPENS finds
 BROKEN = (DAMAGED, FAILED)  # ends of answers that cannot be told
@@ -128,7 +131,8 @@ class TextTeller(Teller):
 
     def __init__(self, model: str, tokenizer: Tokenizer, odds: bool) -> None:
         super().__init__(model, tokenizer, odds)
-        self.lengths: dict[int, int] = {}  # characters of each answer's tokens so far
+        self.lengths: dict[int, int] = defaultdict(int)  # whole characters of each answer's tokens so far
+        self.decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(lambda: UTF_8("replace"))
 
     def answer(self, piece: Piece) -> Told:
         return {
@@ -144,10 +148,10 @@ class TextTeller(Teller):
     def _odds(self, piece: Piece) -> Told:
         told: Told = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, odds in piece.tokens:
-            text = self.spelled(token)[0]
+            text, data = self.spelled(token)
             top = None if odds is None else {self.spelled(other)[0]: logprob for other, logprob in odds.top}
-            before = self.lengths.get(piece.number, 0)
-            self.lengths[piece.number] = before + len(text)
+            before = self.lengths[piece.number]
+            self.lengths[piece.number] += len(self.decoders[piece.number].decode(bytes(data)))
             for name, value in zip(told, (text, None if odds is None else odds.logprob, top, before)):
                 told[name].append(value)
         return told

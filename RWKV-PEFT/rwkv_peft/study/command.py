@@ -11,24 +11,21 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..errors import UserError
-from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base, open_base
+from ..files.lock import alone_in
 from ..files.readable import require_readable
 from ..generate.loading import Subject
 from ..models.parts import LanguageModel
 from ..names import MODEL
-from ..training.engine.machine import own_device, resolve_accelerator
 from ..training.flags.request import Request, parse_run
-from ..training.inputs import find_samples
-from ..training.measuring.validate import VALIDATION
-from ..training.model import adapt, build_model
+from ..training.inputs import VALIDATION, find_samples
+from ..training.model import adapt, build_model, own_device, resolve_accelerator
 from ..training.run import check, run, silent
 from ..training.step.teacher import make_teacher
-from .document import cut, read_document
 from .flags import Study, parse_flags
 from .measure import ALONE, BEHIND, Word, verdict, word_of
-from .questions import draw
+from .questions import cut, draw, read_document
 
 FIGURES = "study.json"
 
@@ -99,8 +96,7 @@ def subject_of(request: Request, model: LanguageModel) -> Subject:
 
 
 def write_questions(study: Study, text: str, reader: Subject) -> None:
-    """Draw questions about the text of a document, and write them. Raises UserError if there are questions already, or
-    if hardly any can be drawn."""
+    """Draw questions about a document, and write them. Raises UserError if some are there, or hardly any are drawn."""
     if study.path.exists():
         raise UserError(
             f"{study.path} holds questions that were drawn before; learn from them with --rows {study.path}, or move "

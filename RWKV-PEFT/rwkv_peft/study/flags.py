@@ -116,8 +116,7 @@ def build_parser() -> Parser:
 
 
 def parse_flags(argv: Sequence[str]) -> Study:
-    """Parse argv -> Study, without torch. Raises UserError for flags, also those of train.py, that are mistaken or
-    contradict each other."""
+    """Parse argv -> Study, without torch. Raises UserError for mistaken flags, also those of train.py."""
     document, words = (argv[0], argv[1:]) if argv and not FLAG.match(argv[0]) else ("", argv)
     parser = build_parser()
     own, theirs = parted(words, parser)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from ..data.samples import Samples
-from ..evals.rows_exam import last_answer
+from ..evals.exam import last_answer
 from ..evals.scoring import score
 from ..generate.loading import Subject
 from ..generate.reading import prefill
@@ -26,8 +26,7 @@ class Word(NamedTuple):
 
 
 def word_of(subject: Subject, samples: Samples, document: int) -> Word:
-    """Measure a model's word on the answers in one document (ALONE, BEHIND) of samples of rows with contexts. A context
-    is read once for all of its questions."""
+    """Measure a model's word on the answers in one document (ALONE, BEHIND) of samples; each context is read once."""
     logprob, right, tokens, number = 0.0, 0, 0, 0
     for context, pairs in questions(samples, document, subject.tokenizer.end_id).items():
         start = prefill(subject.model, [list(context)], subject.start)[1] if context else subject.start
@@ -57,8 +56,7 @@ def questions(samples: Samples, document: int, end_id: int | None) -> dict[Token
 
 
 def verdict(behind: Word, alone: Word, after: Word) -> str:
-    """Say in words what was learned: behind and alone are the base's words with the text and without, after that of the
-    trained model without."""
+    """Say what was learned, by the base's words with the text and without, and the trained model's without."""
     helped, learned = alone.nats - behind.nats, alone.nats - after.nats
     if helped <= 0:
         return "nothing can be learned: the text before the questions does not make their answers likelier to the model"

@@ -21,9 +21,9 @@ from .flags.rates import automatic_rate
 from .inputs import Inputs
 from .measuring.learned import doubts
 from .step.forked import saved_tokens
-from .step.gathering import loses_in_sums
 from .step.plan import Plan
 from .step.relay import in_flight, waiting
+from .step.zero import loses_in_sums
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
@@ -101,7 +101,8 @@ def describe(
         )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule].formula:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
-    chosen = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_schedule != "constant")
+    stays = train.lr_schedule == "constant" or train.lr_final == train.lr_init
+    chosen = f"{train.lr_init:g}" if stays else f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
         why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")

@@ -7,27 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, TrainConfig
+from ..data.answer_samples import PromptSamples
 from ..data.folders import held_out_split
 from ..data.mixture import Joined
 from ..data.prefix import default_mask
-from ..data.prompt_samples import PromptSamples
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
 from ..files.base import Base
 from ..names import METRICS
-from .flags.epochs import with_chosen_epochs
-from .flags.rates import with_first_rates
+from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
-from .measuring.validate import RETAINED, VALIDATION
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
 from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
-from .saving.saved_files import require_files
+from .saving.run_state import require_files
 from .step.plan import Plan
 from .step.stored import StoredTeacher
 from .step.teacher import require_own_tokens
+
+VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Inputs:
     lowest: Lowest
     teacher: Base | None
     stored: StoredTeacher | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.config.train.proj_dir)
 
 
 def find_inputs(request: Request) -> Inputs:

@@ -1,25 +1,32 @@
-"""Make the model of a run: a generation's plain model, its weights, its adapter, and the blocks that are fused."""
+"""Make the model of a run on its device: a generation's plain model, its weights, its adapter, and what fuses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ..adapters.inject import InjectReport, inject
-from ..adapters.load import load_tensors
+from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
-from ..config import AdapterConfig, RunConfig
+from ..cli import counted
+from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
+from ..errors import UserError
 from ..files.adapters import read_adapter
+from ..files.atomic import check_output
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.pth_writer import DTYPES
+from ..gpus import count_gpus
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import ADAPTER, MODEL, STATE
+from .flags.upstream import INIT
 from .inputs import Inputs
+from .saving.products import model_dtypes, write_model
 from .saving.start import start_adapter, start_states
-from .step.gradients import estimate_gradients
+from .step.segments import segments_of
+from .step.steps import NEXT_TOKEN, Batch, run
 
 
 def make_model(
@@ -85,3 +92,76 @@ def adapt(
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
+
+
+def write_new_model(config: RunConfig, say: Callable[..., object]) -> int:
+    """Write a new model, drawn by --random_seed, in the dtype of --save_dtype or --precision -> the exit code."""
+    path = Path(config.train.proj_dir) / INIT
+    check_output("--proj_dir", path, [])
+    family = family_named(config.model.version)
+    torch.manual_seed(config.train.random_seed)
+    model = family.build(config.model, False)
+    family.init_weights(model)
+    tensors = model.to(DTYPES[config.train.precision]).state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_model(path, tensors, model_dtypes(config, None))
+    say(f"wrote {path}, a new {family.name} of {sum(map(torch.numel, tensors.values())):,} parameters")
+    return 0
+
+
+def estimate_gradients(
+    model: nn.Module, names: Iterable[str], batch: Batch, length: int = 0
+) -> dict[str, torch.Tensor]:
+    """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
+
+    batch is one of TrainBatches, on the CPU, wherever the model is. If length is not 0, only one segment of `length`
+    positions is used, the one with the most counted targets. -> {module name: (out, in) tensor}, on the CPU; each
+    gradient goes there as soon as it is complete, so only one layer's at a time is beside the activations.
+    requires_grad flags are left as found.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    gradients: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
+
+        def keep(parameter: torch.Tensor, name: str = name) -> None:
+            assert parameter.grad is not None  # the hook runs once it is accumulated
+            gradients[name] = parameter.grad.to("cpu", copy=True)
+            parameter.grad = None
+
+        hooks.append(weight.register_post_accumulate_grad_hook(keep))
+    with torch.enable_grad():
+        segments = segments_of(batch, length or batch["tokens"].shape[1])
+        segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
+        count = max(1, len(segment.counted))
+        head = NEXT_TOKEN.head(segment.targets, segment.counted, count, segment.weights)
+        run(model, segment, None, head)[0].backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return gradients
+
+
+def resolve_accelerator(train: TrainConfig) -> str:
+    """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs, and for --cuda_graphs on a CPU."""
+    gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
+    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and train.devices > gpus:
+        raise UserError(
+            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
+            + (", or use --accelerator cpu" if not gpus else "")
+        )
+    if train.cuda_graphs and accelerator == "cpu":
+        raise UserError("--cuda_graphs 1 records launches on a GPU, and this run is on a CPU; leave it out")
+    return accelerator
+
+
+def own_device(accelerator: str, local_rank: int) -> torch.device:
+    """Return the device that a rank trains on, and make a GPU the current one, so that nothing is put on another."""
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,56 +1,52 @@
 """Take one training run from flags to files; `python train.py --help` shows the flags.
 
-Only here do model, adapters, data and engine meet.
+Only here do model, adapters, data and engine meet. The loss is computed in step/ (steps.py, by an objective), answers
+are drawn in drawing/, and saving/ writes checkpoints and products; engine/trainer.py tells the order of a step.
 """
 
+import json
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from ..config import RunConfig
+from ..config.objective import REWARDS
+from ..config.rules import check_settings
+from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
+from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
-from ..data.sources import check_config
 from ..errors import UserError, past_ctrl_c
-from ..files.alone import alone_in
 from ..files.atomic import check_output
+from ..files.lock import alone_in
 from ..fused import Setting, fuse
-from ..models import family_named
-from ..models.parts import LanguageModel
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss
+from ..refusals import require_none
 from ..rewards import Rewards
-from .drawing.judging import judging
-from .drawing.log import AnswersLog
 from .engine.fit import fit
-from .engine.machine import own_device, resolve_accelerator
 from .engine.prepared import Prepared
 from .engine.progress import telling_compilations
-from .flags.given import WRITE
-from .flags.new_model import write_new_model
+from .flags.parser import WRITE
 from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
-from .measuring.before_after import BeforeAfter
-from .measuring.examiner import Examiner
-from .measuring.exams import Questions, find_questions
-from .measuring.validate import Validator
-from .model import make_model
+from .measuring.before_after import Questions
+from .measuring.exams import find_questions
+from .model import make_model, own_device, resolve_accelerator, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
-from .ranks.lost_pages import sizes_of_mapped
 from .ranks.meeting import Ranks
-from .saving.checkpoints import ANSWERS, ROWS, UNSAVED, clear_unsaved
-from .saving.keeping import clear_hidden, discard_old
+from .ranks.watch import sizes_of_mapped
+from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
+from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state
-from .saving.room import require_room_to_save
-from .saving.saver import Saver
-from .step.teacher import Teacher, make_teacher
+from .step.teacher import make_teacher
 from .storing import store
 
 
@@ -59,15 +55,15 @@ def main(argv: list[str]) -> int:
     request = parse_run(argv)
     say = print if request.world.rank == 0 else silent
     try:
-        if request.check_flags:
+        if request.args.check_flags:
             return check(request, say)
-        if request.write_config:
-            return write_config(request.write_config, request, say)
+        if request.args.write_config:
+            return write_config(request.args.write_config, request, say)
         if request.config.train.show_samples:
             return show(request, say)
         if request.config.objective.store:
             return store(request, say) if request.world.rank == 0 else 0
-        if request.new_file:
+        if request.args.train_stage == 1:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
         past_ctrl_c()
@@ -88,7 +84,7 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     """Check a Request against the base and this machine, without reading data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
-    check_config(config.data)
+    require_none(check_settings, config.data)
     refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # a checkpoint is compared with the data, which is not read here
@@ -132,52 +128,35 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
 
 def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[int, str]:
     """Do the work of `run` on Ranks that are yet to meet."""
-    world, accelerator = request.world, resolve_accelerator(request.config.train)
+    leads, accelerator = request.world.rank == 0, resolve_accelerator(request.config.train)
     inputs = find_inputs(request)
-    if words := require_more_to_train(inputs, leads=world.rank == 0):
+    config, samples = inputs.config, (inputs.samples, *inputs.measured.values())
+    if words := require_more_to_train(inputs, leads):
         return 0, words
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
-    asked = find_questions(inputs, speaks=world.rank == 0)
-    with judging(inputs.config, (inputs.samples, *inputs.measured.values())) as rewards:
+    asked = find_questions(inputs, speaks=leads)
+    with judging(config, samples) as rewards:
         meet(ranks, inputs, asked)
-        return train_on(ranks, request, inputs, asked, rewards, accelerator, say)
-
-
-def train_on(
-    ranks: Ranks,
-    request: Request,
-    inputs: Inputs,
-    asked: Questions,
-    rewards: Rewards | None,
-    accelerator: str,
-    say: Callable[..., object],
-) -> tuple[int, str]:
-    """Do the work of `run` on Ranks that have met."""
-    world, config = request.world, inputs.config
-    batches = TrainBatches(
-        inputs.samples,
-        config.data.micro_bsz,
-        groups=config.train.groups,
-        accumulate=config.train.accumulate_grad_batches,
-    )
-    device = own_device(accelerator, world.local_rank)
-    model, report = make_model(inputs, request.layers, batches, device)
-    fused = fuse(model, Setting.of(config, device))
-    if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
-        for note in request.notes:
-            say(f"note      {note}")
-        describe(inputs, accelerator, batches.notes, report, say)
-        say(f"fused     {fused}")
-        make_way(inputs, report.trainable, say)
-    teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
-    return fit(prepare(inputs, asked, model, report.trainable, teacher, rewards, accelerator, ranks), say)
+        device, train = own_device(accelerator, request.world.local_rank), config.train
+        accumulate = train.accumulate_grad_batches
+        batches = TrainBatches(samples[0], config.data.micro_bsz, groups=train.groups, accumulate=accumulate)
+        model, report = make_model(inputs, request.layers, batches, device)
+        fused = fuse(model, Setting.of(config, device))
+        if leads:  # the others would each open GPU 0 to see whether the kernels work
+            for note in request.notes:
+                say(f"note      {note}")
+            describe(inputs, accelerator, batches.notes, report, say)
+            say(f"fused     {fused}")
+            make_way(inputs, report.trainable, say)
+        teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
+        return fit(Prepared(inputs, asked, model, report.trainable, teacher, rewards, accelerator, ranks), say)
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:
     """Return "" if there are steps to train, else how the run that --resume auto goes on from had ended; a process that
     `leads` then does what such a run may lack. Raises UserError for --resume by itself of such a run."""
-    train, folder = inputs.config.train, Path(inputs.config.train.proj_dir)
+    train, folder = inputs.config.train, inputs.folder
     complete, remedy = completed(train, inputs.plan, inputs.lowest) if inputs.state else ("", "")
     if complete and train.resume != AUTO:
         raise UserError(f"--resume: {complete}; {remedy} to go on")
@@ -197,57 +176,30 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
         **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
         "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
-    ranks.meet(passport(config, inputs.identity, others), Path(config.train.proj_dir), config.train.stall_minutes)
+    ranks.meet(passport(config, inputs.identity, others), inputs.folder, config.train.stall_minutes)
     assert ranks.watch is not None  # because they have met
     opened = (inputs.base, inputs.teacher, inputs.stored)
     ranks.watch.watch_files(sizes_of_mapped(opened, (inputs.samples, *inputs.measured.values())))
 
 
-def prepare(
-    inputs: Inputs,
-    asked: Questions,
-    model: LanguageModel,
-    trainable: int,
-    teacher: Teacher | None,
-    rewards: Rewards | None,
-    accelerator: str,
-    ranks: Ranks,
-) -> Prepared:
-    """Put together the parts of a run on Ranks that have met."""
-    config, plan, watch = inputs.config, inputs.plan, ranks.watch
-    train, folder, anew = config.train, Path(config.train.proj_dir), inputs.state is None
-    assert watch is not None  # because they have met
-    saver = Saver(folder, config, plan, inputs.identity, inputs.base)
-    validator = None
-    if inputs.measured:
-        bsz = config.data.micro_bsz
-        validator = Validator(inputs.measured, bsz, train, plan, saver, watch, inputs.lowest, anew)
-    examiners: list[Any] = [Examiner(exam, folder / name, train, plan, watch) for name, exam in asked.exams.items()]
-    if config.data.of_prompts:
-        examiners.append(AnswersLog(folder / ANSWERS, plan))
-    return Prepared(
-        config=config,
-        family=family_named(config.model.version),
-        model=model,
-        trainable=trainable,
-        samples=inputs.samples,
-        validator=validator,
-        examiners=examiners,
-        rows=None if asked.rows is None else BeforeAfter(asked.rows, folder / ROWS, watch, train.compile, anew),
-        saver=saver,
-        teacher=teacher,
-        stored=inputs.stored,
-        rewards=rewards,
-        checkpoint=None if train.fresh_optimizer else inputs.checkpoint,  # its state may belong to other ranks
-        accelerator=accelerator,
-        ranks=ranks,
-    )
+@contextmanager
+def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | None]:
+    """Within, have the Rewards of a run, None if its objective needs none. Raises UserError for rewards that cannot be
+    opened, and for a row of its data that lacks what they read."""
+    objective = config.objective
+    if REWARDS not in objective.needs:
+        yield None
+        return
+    with Rewards.open(objective.reward, objective.weights) as rewards:
+        for samples in data:
+            assert isinstance(samples, PromptSamples)
+            rewards.check_rows(map(json.loads, samples.rows))
+        yield rewards
 
 
 def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
-    """Clear a run's folder of what a killed run left, and check that there is room for a save; mark a run that begins
-    anew as UNSAVED until its first checkpoint."""
-    folder, anew = Path(inputs.config.train.proj_dir), inputs.state is None
+    """Clear a run's folder of what a killed run left, check its disk, and mark a run that begins anew as UNSAVED."""
+    folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)
     if anew:
         if (folder / METRICS).exists():

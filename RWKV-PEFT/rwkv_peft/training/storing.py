@@ -14,11 +14,10 @@ from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from ..models.parts import LanguageModel
 from ..objectives.distill import Distill
-from ..objectives.divergence import taught_rows
-from ..objectives.stored import Stored, most_probable
-from .engine.machine import own_device, resolve_accelerator
+from ..objectives.divergence import Stored, most_probable, taught_rows
 from .flags.request import Request
 from .inputs import find_samples
+from .model import own_device, resolve_accelerator
 from .step.contexts import Contexts, seen_by_teacher
 from .step.steps import Whole
 from .step.stored import Source, documents_of, write_stored

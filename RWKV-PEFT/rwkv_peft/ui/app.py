@@ -14,16 +14,15 @@ from pydantic import BaseModel
 from .. import __version__
 from ..children import python_command
 from ..errors import UserError, visible
-from ..files.alone import LOCK
-from ..names import METRICS
+from ..files.lock import LOCK
+from ..names import CARD, METRICS
 from .chat import ask, serve
-from .form import form
+from .form import chat_form, form
 from .jobs import Jobs, interrupt
 from .places import Places
 from .runs import ANSWERS, find_runs, last_of, lines_of
 
 PAGE = Path(__file__).parent / "page"
-SHOWN = (".png",)  # files of a run that the page shows as they are
 PLANNED = 120  # seconds for a plan or a preview
 
 
@@ -53,6 +52,7 @@ class Chat(BaseModel):
     adapter: str = ""
     state: str = ""
     tokenizer: str = ""
+    weights: str = ""
 
 
 def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
@@ -79,7 +79,7 @@ def make_app(root: Path) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        return {"version": __version__, "root": str(places.root), "form": form()}
+        return {"version": __version__, "root": str(places.root), "form": form(), "chat": chat_form()}
 
     @app.get("/api/files")
     def files(path: str = "") -> list[dict[str, Any]]:
@@ -87,8 +87,8 @@ def make_app(root: Path) -> FastAPI:
 
     @app.post("/api/preview")
     def preview(rows: Rows) -> dict[str, Any]:
-        path = places.path(rows.path)
-        _, text = finished("rwkv_peft.ui.preview", json.dumps(rows.model_dump() | {"path": str(path)}))
+        path = places.name(places.path(rows.path))  # messages name the file as the page does
+        _, text = finished("rwkv_peft.ui.preview", json.dumps(rows.model_dump() | {"path": path}))
         try:
             found = json.loads(text.splitlines()[-1])
         except (ValueError, IndexError):
@@ -165,11 +165,9 @@ def make_app(root: Path) -> FastAPI:
     def completions(name: str, request: dict[str, Any]) -> Response:
         return streamed(*ask(jobs, name, "v1/chat/completions", json.dumps(request).encode()))
 
-    @app.get("/api/picture")
-    def picture(path: str) -> Response:
-        file = places.path(path)
-        if file.suffix not in SHOWN or not file.is_file():
-            raise UserError(f"{path} is no picture")
-        return Response(file.read_bytes(), media_type=mimetypes.types_map[file.suffix])
+    @app.get("/api/runs/card")
+    def card(folder: str) -> dict[str, str]:
+        path = places.inside(f"{folder}/{CARD}")
+        return {"text": path.read_text("utf-8", "replace") if path.is_file() else ""}
 
     return app

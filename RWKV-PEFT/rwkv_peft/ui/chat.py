@@ -28,14 +28,15 @@ def key_file(jobs: Jobs) -> Path:
     return path
 
 
-def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", tokenizer: str = "") -> str:
-    """Start a server of a model, and of an adapter and a state as models beside it; -> its job."""
+def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: str) -> str:
+    """Start a server of a model, and of an adapter and a state as models beside it, with further flags that are not
+    empty; -> its job."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
-    return jobs.start(words + ["--tokenizer", tokenizer] * bool(tokenizer))
+    return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
 
 
 def port_of(jobs: Jobs, name: str) -> int:

@@ -1,10 +1,11 @@
-"""The flags of train.py as fields of a form, made from its parser, so that a new flag is a new field."""
+"""The flags of commands as fields of forms, made from their parsers, so that a new flag is a new field."""
 
 import argparse
 import re
 from typing import Any
 
 from ..cli import switch
+from ..serve.flags import build_parser as serve_parser
 from ..training.flags.parser import build_parser
 
 FIRST = (  # the flags that matter first, in the form's order
@@ -13,16 +14,19 @@ FIRST = (  # the flags that matter first, in the form's order
     "data_type",
     "proj_dir",
     "tokenizer",
+    "objective",
     "peft",
     "bone_r",
     "ctx_len",
     "micro_bsz",
     "epoch_count",
+    "optim",
     "lr_init",
     "val_split",
     "precision",
     "merge_on_save",
 )
+CHAT = ("tokenizer", "weights")  # flags of `serve` that a chat offers
 PATHS = (  # flags that name a file or folder
     "load_model",
     "data_file",
@@ -49,8 +53,7 @@ def form() -> list[dict[str, Any]]:
         if group.title is None or group.title.startswith(FOREIGN):
             continue
         fields = []
-        for action in group._group_actions:
-            field = field_of(action)
+        for field in map(field_of, group._group_actions):
             if field["flag"] in LEFT_OUT:
                 continue
             if field["flag"] in FIRST:
@@ -62,17 +65,23 @@ def form() -> list[dict[str, Any]]:
     return [{"title": "first", "fields": [first[flag] for flag in FIRST]}, *groups]
 
 
+def chat_form() -> list[dict[str, Any]]:
+    """The fields of CHAT."""
+    fields = {field["flag"]: field for field in map(field_of, serve_parser()._actions)}
+    return [fields[flag] for flag in CHAT]
+
+
 def field_of(action: argparse.Action) -> dict[str, Any]:
-    """A flag as a field: its name, help, kind (on: given or not; switch: 0 or 1; choice; list; path; text), the
-    values of a choice and the default as text."""
-    name = action.option_strings[0].removeprefix("--")
+    """A flag as a field: its name, help, kind (on: given or not; switch: 0 or 1; choice; list; paths; path; text), the
+    values of a choice, what the help says of each, and the default as text."""
+    name = next(flag for flag in action.option_strings if flag.startswith("--")).removeprefix("--")
     kind, values = "text", []
     if action.nargs == 0:
         kind = "on"
     elif action.type is switch:
         kind, values = "switch", ["0", "1"]
     elif action.nargs in ("+", "*"):
-        kind = "list"
+        kind = "paths" if name in PATHS else "list"
     elif action.choices:
         kind, values = "choice", [str(choice) for choice in action.choices]
     elif name in PATHS:
@@ -80,11 +89,14 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
     default, text = action.default, action.help or ""
     if default is True:
         default = 1
+    text = RULES.sub("", text % vars(action) if "%(" in text else text.replace("%%", "%"))
+    told = re.findall(rf"(?:^|[;:.] )({'|'.join(map(re.escape, values))}): (.+?)(?=; [\w-]+: |\. | \(default|$)", text)
     return {
         "flag": name,
-        "help": RULES.sub("", text % vars(action) if "%(" in text else text.replace("%%", "%")),
+        "help": text,
         "kind": kind,
         "values": values,
+        "words": dict(told) if values else {},
         "default": "" if kind == "on" or default in (None, False, []) else str(default),
         "required": action.required,
     }

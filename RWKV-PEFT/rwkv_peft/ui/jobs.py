@@ -18,7 +18,7 @@ from ..files.lock import holder
 from .job import COMMAND, EXIT, LOCK, OUTPUT
 
 HELD = 50  # jobs that are remembered
-COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "eval", "serve", "doctor")
+COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
 STARTING = 20.0  # seconds in which a job takes its lock
 RUNNING, ENDED, LOST = "running", "ended", "lost"

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..files.readable import require_readable
 
 ROWS = 2000  # rows that are read, from the start
+SPLIT = f"train[:{ROWS}]"
 SHOWN = 3  # documents that are shown as text
 
 
@@ -45,7 +46,7 @@ def preview(options: Mapping[str, str]) -> dict[str, Any]:
         end_token=command != "prompts",
     )
     with tempfile.TemporaryDirectory() as folder:
-        totals = write([options["path"]], f"{folder}/data", settings, split=f"train[:{ROWS}]")
+        totals = write([options["path"]], f"{folder}/data", settings, split=SPLIT)
         data = BinidxDataset(f"{folder}/data")
         tokenizer, documents = encoder(settings).tokenizer, []
         for index in range(min(SHOWN, len(data))):
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     try:
         print(json.dumps(preview(json.loads(argv[0]))))
     except UserError as error:
-        print(json.dumps({"error": str(error)}))
+        print(json.dumps({"error": str(error).replace(f" within {SPLIT}", "")}))
     return 0
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files.alone import LOCK
-from ..files.lock import holder
+from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
 from .places import Places
 

@@ -4,7 +4,7 @@ import pytest
 
 from cuda_shim import shim
 from rwkv_peft.ops.bone import cuda, op
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from ops.bone.cases import (
 from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
-from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import kernels as native_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -124,7 +124,7 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
 
 def test_the_driver_is_asked_for_a_block_a_tile_and_group(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.BoneArguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
     monkeypatch.setattr(native_family, "stream", lambda x: 7)

@@ -1,22 +1,56 @@
-"""Products of a few rows: every instruction set, and the plain form, against float64 of the matrix that they read."""
+"""Products of a few rows: every instruction set, the GPU's kernels on tests/cuda_shim, and the plain form, against
+float64 of the matrix that they read."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft.ops.decode import MOST_ROWS, product, quantize
+from cuda_shim import shim, toolchain
+from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
+from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.library import BuildError
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["plain", *level_flags()])
+@pytest.fixture(scope="module")
+def built():
+    try:
+        return shim.build(cuda.FAMILY)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def on_shim(built, monkeypatch):
+    """Send CPU tensors through the CUDA kernels; results begin as NaN, and plain products of many rows have a few
+    weights at a time. -> the shim, and the names of the kernels that ran."""
+    built.set_order("ascending")
+    run, launched = cuda.call, []
+
+    def call(name, x, weight, y, blocks):
+        launched.append(name)
+        run(name, x, weight, y.fill_(float("nan")), blocks, built)
+
+    monkeypatch.setattr(cuda, "call", call)
+    monkeypatch.setattr(cuda, "BAND", 1 << 15)
+    monkeypatch.setattr(cuda.FAMILY, "takes", lambda x: x.dtype in cuda.DTYPES and x.numel() > 0)
+    monkeypatch.setattr(FAMILY, "takes", lambda *_: False)
+    return built, launched
+
+
+@pytest.fixture(params=["plain", "cuda", *level_flags()])
 def level(request, monkeypatch):
-    """Let `product` compute in plain torch, or by the kernels of a level."""
+    """Let `product` compute in plain torch, or by the kernels of a level or of a GPU."""
     if request.param == "plain":
         monkeypatch.setattr(FAMILY, "unavailable", lambda: "no compiler")
+        return request.param
+    if request.param == "cuda":
+        request.getfixturevalue("on_shim")
         return request.param
     if reason := FAMILY.unavailable(request.param):
         pytest.skip(reason)
@@ -50,7 +84,7 @@ def test_plain_matrices(level, out, width, dtype):
 @pytest.mark.parametrize("out, width", SHAPES)
 def test_blocks(level, bits, out, width, dtype):
     """x is rounded to integers of 16 bits, of which the largest number in a block of 32 takes the largest."""
-    for rows in (1, 3, 8, 15, MOST_ROWS + 3):
+    for rows in (1, 3, 8, 15, 19, MOST_ROWS + 3):
         x, weight = problem(rows, out, width, dtype)
         blocks = quantize(weight, bits)
         x64, matrix = x.double(), blocks.dequantized().double()
@@ -133,3 +167,48 @@ def test_gradients_of_plain_matrices():
 def test_blocks_need_whole_blocks():
     with pytest.raises(ValueError, match="48 columns"):
         quantize(torch.zeros(4, 48), 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", (8, 4))
+def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_shim, dtype, bits):
+    built, launched = on_shim
+    x, weight = problem(cuda.MOST_ROWS, 33, 224, dtype)
+    blocks = quantize(weight, bits)
+    together, matrix = product(x, blocks), cuda.dequantized(blocks, dtype)
+    assert torch.equal(matrix, blocks.dequantized(dtype))
+    for rows, order in ((2, "shuffled"), (5, "descending"), (cuda.MOST_ROWS, "warps descending")):
+        built.set_order(order)
+        assert torch.equal(product(x[:rows], blocks), together[:rows])
+    torch.testing.assert_close(product(x[:1], blocks), together[:1])  # by more threads
+    assert {name.rpartition("_")[2] for name in launched if name.startswith("product")} == {"1", "16"}
+
+
+def test_many_rows_on_a_gpu_take_the_matrix_in_bands(on_shim):
+    x, weight = problem(cuda.MOST_ROWS + 1, 130, 1056, torch.bfloat16)
+    blocks = quantize(weight, 8)
+    assert torch.equal(product(x, blocks), F.linear(x, blocks.dequantized(torch.bfloat16)))
+    assert on_shim[1] == ["dequantize_bfloat16_8"] * 9  # of a panel each
+
+
+def test_float16_takes_the_kernels_of_float32(on_shim):
+    x, weight = problem(3, 20, 64, torch.float32)
+    blocks = quantize(weight, 4)
+    found = product(x.half(), blocks)
+    assert found.dtype == torch.float16 and torch.equal(found, product(x.half().float(), blocks).half())
+    assert product(x.half().repeat(9, 1), blocks).dtype == torch.float16
+
+
+def test_the_driver_is_asked_for_a_block_a_panel(monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.DecodeArguments)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
+    module = cuda.FAMILY.module(b"image")
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: module)
+    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    x, weight = problem(3, 33, 64, torch.float32)
+    blocks = quantize(weight, 8)
+    y = cuda.product(x, blocks)
+    ((sizes, stream, arguments, _),) = recorder.launches
+    assert sizes[:4] == [3, 1, 1, recorder.constant] and stream == 7
+    assert (arguments.in_features, arguments.out_features, arguments.rows) == (64, 33, 3)
+    assert (arguments.x, arguments.words, arguments.y) == (x.data_ptr(), blocks.words.data_ptr(), y.data_ptr())

@@ -25,8 +25,8 @@ from rwkv_peft.ops.mix import (
     sigmoid_gate,
     value_residual,
 )
-from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.native import family as native_family
+from rwkv_peft.ops.native import kernels as native_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -182,7 +182,7 @@ def test_each_kernel_has_its_layout():
 
 def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.MixArguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     x = randn(70, 300)
     module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(native_family, "stream", lambda x: 7)

@@ -8,7 +8,7 @@ import torch
 
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native.compilers import architecture_for, nvcc_architectures
-from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import BuildError
 
 
 class Compiler:

@@ -11,11 +11,12 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cpu as cross_entropy
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cpu as decode
+from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cpu as mix
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.library import BuildError
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
@@ -34,9 +35,10 @@ STRUCTURES = (
     (bone_cuda.BoneArguments, CUDA, "bone/arguments.cuh"),
     (wkv7_cuda.RECURRENCE.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy_cuda.CrossEntropyArguments, CUDA, "cross_entropy/arguments.cuh"),
+    (decode_cuda.DecodeArguments, CUDA, "decode/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(decode, name), CPU, "decode/arguments.h") for name in dir(decode) if name.endswith("Arguments")),
-    *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
+    *((structure, CPU, "mix/arguments.h") for structure in mix.STRUCTURES.values()),
     *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),
 )
 

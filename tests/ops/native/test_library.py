@@ -4,11 +4,10 @@ import ctypes
 
 import pytest
 
-from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.build import Recipe, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.cpu import cpu_library
-from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.native.library import load
+from rwkv_peft.ops.native.library import BuildError, load
 from rwkv_peft.ops.native.sources import source_directory
 
 CODE = """
@@ -24,7 +23,7 @@ class Pair(ctypes.Structure):
 def test_functions_are_declared(tmp_path):
     source, compiler = tmp_path / "times.cpp", find_compiler()
     source.write_text(CODE)
-    path = build_library("times", [Unit(source, (compiler, "-fPIC"))], (compiler, "-shared"), cache=tmp_path)
+    path = build_library("times", Recipe(source, (compiler, "-fPIC"), (compiler, "-shared")), cache=tmp_path)
     assert load(path, ("times", ctypes.c_double, Pair)).times(Pair(1.5, 3)) == 4.5
 
 

@@ -210,8 +210,8 @@ def test_the_chunked_form_is_exact(bounds, decay):
     inputs, gradients = random_inputs(1, 333, 2, 8, decay=decay, sequences=None if bounds is None else 5)
     truth = run("reference", inputs, gradients, torch.float64, cu_seqlens=cu_seqlens)
     inputs, (gy, gfinal) = [x.double() for x in inputs], (x.double() for x in gradients)
-    y, final, checkpoints = chunked.forward(*inputs, cu_seqlens, save=True)
-    found = [y, final, *chunked.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
+    y, final, checkpoints = chunked.RECURRENCE.forward(*inputs, cu_seqlens, save=True)
+    found = [y, final, *chunked.RECURRENCE.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
     for name, one, two in zip(NAMES, found, truth, strict=True):
         assert (one - two).norm() <= 1e-14 * two.norm(), name
 
@@ -238,4 +238,4 @@ def test_the_chunked_form_takes_few_operations_a_token_and_keeps_little():
         counts[T] = operations.count
     assert 0 < counts[2048] - counts[1024] < 512  # half of one a token, forward and backward
     for B, tokens in ((1, 1024), (8, 128), (64, 128)):
-        assert chunked.checkpoint_count(torch.empty(B, 4096, 1, 64, device="meta"), B) == B * 4096 // tokens
+        assert chunked.RECURRENCE.checkpoint_count(torch.empty(B, 4096, 1, 64, device="meta"), B) == B * 4096 // tokens

@@ -208,7 +208,7 @@ def test_the_chunked_form_is_exact(bounds):
     """In float64, because roundings hide nothing there."""
     inputs, gradients, cu_seqlens, truth, _ = case(1, 333, 2, 8, decay="mixed", bounds=bounds)
     inputs, (gy, gfinal) = [x.double() for x in inputs], (x.double() for x in gradients)
-    y, final, checkpoints = chunked.forward(*inputs, cu_seqlens, save=True)
-    found = [y, final, *chunked.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
+    y, final, checkpoints = chunked.RECURRENCE.forward(*inputs, cu_seqlens, save=True)
+    found = [y, final, *chunked.RECURRENCE.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
     for name, one, two in zip(NAMES, found, truth):
         assert (one - two).norm() <= 1e-13 * two.norm(), name

@@ -10,7 +10,7 @@ from cuda_shim import toolchain
 from cuda_shim import wkv7_cases as cases
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.recurrence import groups
 from rwkv_peft.ops.wkv7 import cuda, wkv7
 from rwkv_peft.ops.wkv7.op import WKV7
@@ -86,7 +86,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, w
 
 def test_groups_are_launched_in_their_order(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels.ctypes, "CDLL", lambda name: recorder)
     cases.run(cuda.FAMILY.module(b"image"), cases.make_case((2, 130, 3, 64), torch.bfloat16), group=64)
     groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
     assert [sizes[0] for sizes, *_ in recorder.launches] == 2 * [groups_of, scan, groups_of]  # forward, backward

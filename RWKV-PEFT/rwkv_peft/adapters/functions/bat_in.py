@@ -6,7 +6,7 @@ pass, and a quantized weight serves as it is.
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -16,14 +16,14 @@ from .tokens import apply_to_tokens, weight_gradient
 
 
 def bat_in(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bone: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bone: Tensor,
+    bias: Tensor | None = None,
     *,
-    scale: float | torch.Tensor = 1.0,
+    scale: float | Tensor = 1.0,
     product: Product = DENSE,
-) -> torch.Tensor:
+) -> Tensor:
     """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
 
     x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
@@ -38,14 +38,8 @@ class _BatIn(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        bone: torch.Tensor,
-        product: Product,
-        scale: float | torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor, product: Product, scale: float | Tensor
+    ) -> Tensor:
         ctx.product, ctx.scale = product, scale
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_x else None, weight, bone)
@@ -54,7 +48,7 @@ class _BatIn(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         dx = d_weight = d_bone = None
@@ -68,9 +62,7 @@ class _BatIn(Function):
         return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
-def tiled_product(
-    z: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
-) -> torch.Tensor:
+def tiled_product(z: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
     """W z + bias + tile(shift), without gradients: z (T, in), shift as `affine` gives it -> (T, out)."""
     return plus_tiled(
         shift,
@@ -80,5 +72,5 @@ def tiled_product(
     )
 
 
-def times(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+def times(bone: Tensor, scale: float | Tensor) -> Tensor:
     return bone if isinstance(scale, float) and scale == 1 else scale * bone

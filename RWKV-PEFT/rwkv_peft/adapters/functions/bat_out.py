@@ -1,8 +1,8 @@
 """bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
 
 B_a stands to the right of every block of output row a, so its effect on the activations differs
-for each a: the activation side costs 4 T in out FLOPs besides the product with W, where the weight
-side costs 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
+for each a: the activation side costs 4 T in out FLOPs besides the product with W, and the weight
+side 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
 weight side always: the gradient of B_a needs that of W', which makes 6 T in out the floor of a
 training step. It rebuilds W' a few output blocks at a time and never holds it whole; between
 forward and backward only x lives.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -24,14 +25,8 @@ GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU, which few of them leave idle: 128 MiB 
 
 
 def bat_out(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bone: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    side: str = "auto",
-    product: Product = DENSE,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bone: Tensor, bias: Tensor | None = None, *, side: str = "auto", product: Product = DENSE
+) -> Tensor:
     """Block affine by output block.
 
     x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
@@ -45,14 +40,8 @@ def bat_out(
 class _BatOut(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        bone: torch.Tensor,
-        product: Product,
-        side: str,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor, product: Product, side: str
+    ) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         if side == "weight":
@@ -68,7 +57,7 @@ class _BatOut(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         in_features = ctx.product.shape(weight)[1]
@@ -95,12 +84,12 @@ class _BatOut(Function):
         return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
-def row_step(like: torch.Tensor, columns: int) -> int:
-    """The rows of W', of so many columns, that are held at a time where `like` is; 1 at least."""
+def row_step(like: Tensor, columns: int) -> int:
+    """The rows of W', of so many columns, that are held at a time on the device of `like`; 1 at least."""
     return max(1, (CHUNK_ELEMENTS if like.is_cpu else GPU_CHUNK_ELEMENTS) // columns)
 
 
-def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
+def _row_chunks(bone: Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
     """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
     count, rank = bone.shape[:2]
     step = max(1, row_step(bone, in_features) // rank)
@@ -109,7 +98,7 @@ def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, s
         yield slice(start, stop), slice(start * rank, stop * rank)
 
 
-def _activation_rows(x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+def _activation_rows(x: Tensor, total: Tensor, rows: Tensor, bone: Tensor) -> Tensor:
     """The terms of some output blocks beside x Wᵀ, W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
     u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)

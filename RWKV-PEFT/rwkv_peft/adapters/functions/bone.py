@@ -6,7 +6,7 @@ backward pass of D needs.
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -15,14 +15,7 @@ from ..product import DENSE, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
 
-def bone(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bone: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    product: Product = DENSE,
-) -> torch.Tensor:
+def bone(x: Tensor, weight: Tensor, bone: Tensor, bias: Tensor | None = None, *, product: Product = DENSE) -> Tensor:
     """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
 
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
@@ -33,9 +26,7 @@ def bone(
 
 class _Bone(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bone: torch.Tensor, product: Product
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor, product: Product) -> Tensor:
         rank, width = bone.shape
         ctx.product = product
         total = shard_sum(x, rank)
@@ -56,7 +47,7 @@ class _Bone(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bone, total = ctx.saved_tensors
         need_x, _, _, need_bone, _ = ctx.needs_input_grad
         rank, width = bone.shape

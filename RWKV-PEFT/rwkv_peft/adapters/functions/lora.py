@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -11,15 +12,15 @@ from .tokens import apply_to_tokens, of_weight_and_bias
 
 
 def lora(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
     *,
     scale: float = 1.0,
     product: Product = DENSE,
-) -> torch.Tensor:
+) -> Tensor:
     """Low rank: W' = W + scale B A.
 
     x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
@@ -27,7 +28,7 @@ def lora(
     return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
 
 
-def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale a b, for matrices, in one operation."""
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
@@ -36,14 +37,14 @@ class _Lora(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
         product: Product,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         inner = x @ lora_A.t()  # (T, r)
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(
@@ -59,7 +60,7 @@ class _Lora(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)

@@ -4,6 +4,7 @@ and is never kept: between forward and backward only x lives."""
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -13,14 +14,8 @@ from .tokens import apply_to_tokens, weight_gradient
 
 
 def sparse(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    values: torch.Tensor,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    product: Product = DENSE,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None, *, product: Product = DENSE
+) -> Tensor:
     """W'[o, columns[o, j]] = W[o, columns[o, j]] + values[o, j].
 
     x (..., in), weight (out, in), values (out, n), columns (out, n) of integers that differ within a row, bias (out,)
@@ -29,7 +24,7 @@ def sparse(
     return apply_to_tokens(_Sparse, x, weight, bias, values, product=product, extra=(columns,))
 
 
-def added(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def added(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """Rows (m, in) of the weight with values (m, n) added at their columns (m, n)."""
     return rows.scatter_add(1, columns.long(), values)
 
@@ -37,14 +32,8 @@ def added(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> to
 class _Sparse(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        values: torch.Tensor,
-        product: Product,
-        columns: torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, product: Product, columns: Tensor
+    ) -> Tensor:
         ctx.product = product
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_x else None, weight, values, columns)
@@ -54,7 +43,7 @@ class _Sparse(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, values, columns = ctx.saved_tensors
         need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         out_features, in_features = ctx.product.shape(weight)

@@ -9,6 +9,7 @@ the weight is cast for the time of one product. Gradients of gradients are not d
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -16,22 +17,20 @@ from ...ops.bone import cpu as kernels
 from ..product import DENSE, Product
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, product: Product = DENSE
-) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, product: Product = DENSE) -> Tensor:
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
     return apply_to_tokens(_Linear, x, weight, bias, product=product)
 
 
 def apply_to_tokens(
     function: type[Function],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *params: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *params: Tensor,
     product: Product,
     extra: tuple[Any, ...] = (),
-) -> torch.Tensor:
+) -> Tensor:
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
     if autocasts(x):
         kind = x.device.type
@@ -39,30 +38,28 @@ def apply_to_tokens(
         with torch.autocast(kind, enabled=False):
             return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
     params = tuple(param.to(x.dtype) for param in params)
-    y: torch.Tensor = function.apply(flat(x), weight, bias, *params, product, *extra)
+    y: Tensor = function.apply(flat(x), weight, bias, *params, product, *extra)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on where x is."""
+def autocasts(x: Tensor) -> bool:
+    """True if autocast is on for x's device."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def flat(x: torch.Tensor) -> torch.Tensor:
+def flat(x: Tensor) -> Tensor:
     """(..., n) -> (T, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
     return kernels.transposed(g) @ x
 
 
-def of_weight_and_bias(
-    ctx: Any, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of a product's weight and bias, a Function's second and third inputs, where they are wanted: g
+def of_weight_and_bias(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a product's weight and bias, a Function's second and third inputs, if they are wanted: g
     (T, out), what is multiplied x (T, in), which is read for the weight alone."""
     need_weight, need_bias = ctx.needs_input_grad[1:3]
     return weight_gradient(g, x).to(weight.dtype) if need_weight else None, g.sum(0) if need_bias else None
@@ -70,16 +67,14 @@ def of_weight_and_bias(
 
 class _Linear(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
         return ctx.product.backward(g, weight) if need_x else None, *of_weight_and_bias(ctx, g, x, weight), None

@@ -6,6 +6,7 @@ The low-rank factors are transposed, the five token-shift lerps stacked, and the
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from ..family import GgufTensor
 from ..gguf import CONTEXT, GgufTensors, flat
@@ -15,7 +16,7 @@ LERPS = "wkvrg"  # the order in which llama.cpp stacks time_maa_*
 MATRICES = ("receptance", "key", "value", "gate", "output")  # of time-mix; channel-mix has three of these names
 
 
-def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[GgufTensor]:
+def gguf_tensors(base: Mapping[str, Tensor], config: RWKV6Config) -> Iterator[GgufTensor]:
     """See Family.gguf_tensors."""
     told = GgufTensors(base)
     entry = told.entry
@@ -40,7 +41,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[G
     yield from told.head()
 
 
-def settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:
+def gguf_settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:
     """See Family.gguf_settings."""
     return (
         ("add_context_length", CONTEXT),

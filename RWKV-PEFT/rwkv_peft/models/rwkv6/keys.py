@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import UserError
@@ -29,7 +29,7 @@ class RWKV6Config(ModelConfig):
     version, layer_state = "x060", LayerState
 
 
-def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
+def dimensions(tensors: Mapping[str, Tensor]) -> RWKV6Config:
     """RWKV6Config of {key: tensor}; see Family.dimensions."""
     embedding, bonus = tensors["emb.weight"].shape, tensors["blocks.0.att.time_faaaa"].shape
     if len(embedding) != 2 or len(bonus) != 2 or 0 in bonus or 0 in embedding:

@@ -7,7 +7,7 @@ B batch, T time, C channels (n_embd), A attention channels, F feed-forward chann
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops.mix import last_token, lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.wkv6 import wkv6
@@ -19,7 +19,7 @@ from .keys import RWKV6Config
 class GatedNorm(nn.GroupNorm):
     """Normalizes each head and multiplies by silu(gate)."""
 
-    def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
         return norm_gate(y, gate, self.weight, self.bias, self.eps)
 
@@ -55,12 +55,8 @@ class TimeMix(Recurrent):
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor | None = None,
-        wkv_state: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: Tensor, shift: Tensor | None = None, wkv_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token, wkv state (B, H, N, N)."""
         (point,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         last = last_token(x, cu_seqlens)
@@ -71,23 +67,17 @@ class TimeMix(Recurrent):
         y, wkv_state = self.recur(r, k, v, w, wkv_state, cu_seqlens)
         return self.output(self.ln_x(y, g)), last, wkv_state
 
-    def maa(self) -> torch.Tensor:
+    def maa(self) -> Tensor:
         """The five interpolation weights apart from their data-dependent term: (5, C), in time_maa_w2's order."""
         return torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)
 
-    def decay(self, low: torch.Tensor) -> torch.Tensor:
+    def decay(self, low: Tensor) -> Tensor:
         """The decay before its two exponentials: low (B, T, rank) -> (B, T, A)."""
         return F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten())
 
     def recur(
-        self,
-        r: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        w: torch.Tensor,
-        wkv_state: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, wkv_state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """wkv6 of r k v w (B, T, A) -> (B, T, H, N), final state."""
         r, k, v, w = (tensor.unflatten(-1, (self.n_head, self.head_size)) for tensor in (r, k, v, w))
         wkv_state = self.begun(wkv_state, count_sequences(r, cu_seqlens))
@@ -107,14 +97,14 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token (B, C)."""
         xk, xr = lerp(x, shift, self.maa(), cu_seqlens=cu_seqlens)
         y = self.value(relu_square(self.key(xk)))
         return sigmoid_gate(self.receptance(xr), y), last_token(x, cu_seqlens)
 
-    def maa(self) -> torch.Tensor:
+    def maa(self) -> Tensor:
         """The two interpolation weights: (2, C)."""
         return torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1)
 
@@ -134,8 +124,8 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: torch.Tensor, state: LayerState | None = None, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, LayerState]:
+        self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
         """x (B, T, C), state LayerState or None -> (B, T, C), LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ...errors import UserError, short
 from ..family import differences
@@ -45,9 +45,7 @@ SETTINGS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def from_fla(
-    tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
-) -> dict[str, torch.Tensor] | None:
+def from_fla(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path) -> dict[str, Tensor] | None:
     """See Family.from_fla."""
     if not any(map(SIGN.match, tensors)):
         return None
@@ -73,9 +71,9 @@ def from_fla(
     return {official[key]: _official(official[key], tensor) for key, tensor in tensors.items()}
 
 
-def _unstacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split each tensor of six token-shift amounts, as older folders have it, into six tensors."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         each = [f"{key.removesuffix('x')}{shift}" for shift in SHIFTS] if key.endswith(STACKED) else []
         stands_for_them = each and not any(map(tensors.__contains__, each)) and tensor.shape[:1] == (len(SHIFTS),)
@@ -83,7 +81,7 @@ def _unstacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """{key there: official key} of a whole model, of as many layers as the keys name."""
     layers = {match[1] for match in map(LAYER.match, tensors) if match}
     found = dict(OUTSIDE)
@@ -107,7 +105,7 @@ def _block(first: bool, value: bool) -> dict[str, str]:
     return found | {"ffn.x_k": "ffn.x_k"}
 
 
-def _official(key: str, tensor: torch.Tensor) -> torch.Tensor:
+def _official(key: str, tensor: Tensor) -> Tensor:
     """A view of a tensor from there in the shape of its official key: factors (D, C) -> (C, D) or back, vectors (C,) ->
     (1, 1, C). Norms stay as they are, and so do tensors with an unexpected number of axes."""
     if key.rpartition(".")[2] in LOW_RANK:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..family import GgufTensor
 from ..gguf import CONTEXT, GgufTensors, flat
 from .keys import SHIFTS, RWKV7Config
 
 
-def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
+def gguf_tensors(base: Mapping[str, Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
     """See Family.gguf_tensors."""
     told = GgufTensors(base)
     entry = told.entry
@@ -41,7 +42,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[G
     yield from told.head()
 
 
-def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
+def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
     """See Family.gguf_settings."""
     return (
         ("add_context_length", CONTEXT),

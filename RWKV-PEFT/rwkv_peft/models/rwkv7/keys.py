@@ -6,8 +6,9 @@ uses its value residual (v0, v1, v2), and only some files have it: it stays as i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import UserError
@@ -23,11 +24,7 @@ TIME = (*(f"x_{name}" for name in SHIFTS), "w0", "a0", "v0", *LOW_RANK, "k_k", "
 NORMS = ("ln0", "ln1", "ln2", "ln_x", "ln_out")
 LARGEST_HEAD = 128
 # (a part of the keys of another architecture, its name)
-VARIANTS = (
-    ("qkv.", "RWKV-7 with deep embeddings and attention over them (v7b)"),
-    ("ffn.enn", "an RWKV-8 preview"),
-    (".rosa", "an RWKV-8 preview with ROSA"),
-)
+VARIANTS = (("ffn.enn", "an RWKV-8 preview"), (".rosa", "an RWKV-8 preview with ROSA"))
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,11 @@ class RWKV7Config(ModelConfig):
     gate_rank: int = 128
     first_value: bool = True
 
-    version, layer_state = "x070", LayerState
+    version = "x070"
+    layer_state: ClassVar[Any] = LayerState
 
 
-def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
+def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7Config:
     """RWKV7Config of {key: tensor}; see Family.dimensions."""
     other = next((name for part, name in VARIANTS if any(part in key for key in tensors)), None)
     if other is not None:
@@ -73,7 +71,7 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7Config:
     )
 
 
-def _has_first_value(tensors: Mapping[str, torch.Tensor]) -> bool:
+def _has_first_value(tensors: Mapping[str, Tensor]) -> bool:
     return "blocks.0.att.v0" in tensors
 
 
@@ -157,7 +155,6 @@ def part_of(key: str) -> str | None:
 
 
 def learning_rate(key: str) -> tuple[float, bool]:
-    """RWKV-LM's rule: w0 learns at twice the rate; the mixes' own parameters (TIME) and time states have no weight
-    decay."""
+    """RWKV-LM's rule: w0 learns at twice the rate; the mixes' own parameters (TIME) and time states do not decay."""
     leaf = key.rpartition(".")[2]
     return 2.0 if leaf == "w0" else 1.0, leaf not in (*TIME, TIME_STATE)

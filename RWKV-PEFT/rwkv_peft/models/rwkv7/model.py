@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops.mix import delta_keys, last_token, lerp, norm_bonus_gate, relu_square, value_residual
 from ...ops.wkv7 import wkv7
@@ -24,8 +24,8 @@ class BonusNorm(nn.GroupNorm):
     """Normalizes each head, adds the current token's bonus and multiplies by the gate."""
 
     def forward(  # type: ignore[override]
-        self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor
-    ) -> torch.Tensor:
+        self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor
+    ) -> Tensor:
         """y r k v (B, T, H, N), g (B, T, C), r_k (H, N) -> (B, T, C)."""
         return norm_bonus_gate(y, r, k, v, g, (r_k, self.weight, self.bias), self.eps)
 
@@ -73,12 +73,12 @@ class TimeMix(Recurrent):
 
     def forward(
         self,
-        x: torch.Tensor,
-        v_first: torch.Tensor | None,
-        shift: torch.Tensor | None = None,
-        wkv_state: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor | None = None,
+        wkv_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C), v_first (B, T, C), the values of layer 0 (None there), shift (B, C) or None: the token before
         -> (B, T, C), v_first, last token (B, C), final wkv state (B, H, N value, N key)."""
         points = lerp(x, shift, self.amounts(), cu_seqlens=cu_seqlens)
@@ -91,11 +91,11 @@ class TimeMix(Recurrent):
         y = self.ln_x(y, r, k, v.view(heads), g, self.r_k)
         return self.output(y), v_first, last_token(x, cu_seqlens), wkv_state
 
-    def amounts(self) -> torch.Tensor:
+    def amounts(self) -> Tensor:
         """The six interpolation weights, from each token (0) to the one before (1): (6, C)."""
         return torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)
 
-    def projected(self, points: Sequence[torch.Tensor], v_first: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def projected(self, points: Sequence[Tensor], v_first: Tensor | None) -> tuple[Tensor, ...]:
         """Six shifted inputs and v_first, the values of layer 0 (None in layer 0) -> r, the decay w before its sigmoid,
         k, v, the in-context learning rate a before its sigmoid and without a0, the gate g, v_first; (B, T, C)."""
         xr, xw, xk, xv, xa, xg = points
@@ -120,8 +120,8 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token (B, C)."""
         (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
         return self.value(relu_square(self.key(xk))), last_token(x, cu_seqlens)
@@ -142,12 +142,8 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        v_first: torch.Tensor | None,
-        state: LayerState | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
+        self, x: Tensor, v_first: Tensor | None, state: LayerState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LayerState]:
         """x (B, T, C), v_first (B, T, C), None in block 0, state LayerState or None -> x, v_first, LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:

@@ -25,11 +25,6 @@ def to_web(key: str) -> str:
     return key.lower()
 
 
-def from_web(key: str) -> str:
-    """The inverse of to_web."""
-    return key
-
-
 def swapped_in_web(key: str) -> bool:
     """True if web-rwkv keeps the last two dimensions of this tensor the other way round."""
     return key.rpartition(".")[2] in LOW_RANK

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
+from ..parts import LanguageModel
 from ..rwkv7 import init
-from .model import Block, RWKV7a
+from .model import Block
 
 
 @torch.no_grad()
-def init_weights(model: RWKV7a) -> None:
+def init_weights(model: LanguageModel) -> None:
     """Fill every parameter in place; draws from torch's global generator.
 
     Public code has no recipe for the deep embeddings. These start as RWKV-7's low-rank projections do, the first factor

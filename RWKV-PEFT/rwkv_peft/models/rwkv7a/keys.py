@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
+from torch import Tensor
 
 from ..rwkv7 import keys
 from ..rwkv7.keys import RWKV7Config
@@ -23,7 +23,7 @@ class RWKV7aConfig(RWKV7Config):
     version = "x070a"
 
 
-def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV7aConfig:
+def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7aConfig:
     """RWKV7aConfig of {key: tensor}; see Family.dimensions."""
     return RWKV7aConfig(**asdict(keys.dimensions(tensors)), deep_size=tensors["blocks.0.ffn.s1"].shape[1])
 

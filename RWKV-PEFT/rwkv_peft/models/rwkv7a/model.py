@@ -6,7 +6,7 @@ B batch, T time, C channels, F feed-forward channels, D deep_size.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops.mix import last_token, lerp, relu_square
 from ..parts import LanguageModel, Table
@@ -28,20 +28,14 @@ class ChannelMix(rwkv7.ChannelMix):
         self.s0 = nn.Parameter(torch.empty(1, 1, F))
 
     def forward(  # type: ignore[override]
-        self,
-        x: torch.Tensor,
-        embedded: torch.Tensor,
-        tokens: torch.Tensor,
-        shift: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token
-        (B, C)."""
+        self, x: Tensor, embedded: Tensor, tokens: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token."""
         (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
         k = relu_square(self.key(xk)) * self.gate(x, embedded, tokens)
         return self.value(k), last_token(x, cu_seqlens)
 
-    def gate(self, x: torch.Tensor, embedded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def gate(self, x: Tensor, embedded: Tensor, tokens: Tensor) -> Tensor:
         """x s1 M s2 + s0 (B, T, F), with each token's matrix M (D, D)."""
         D = self.s1.shape[1]
         matrix = (self.s_emb(tokens).to(x) + self.s_emb_x(embedded)).unflatten(-1, (D, D))  # (B, T, D, D)
@@ -60,13 +54,13 @@ class Block(rwkv7.Block):
 
     def forward(  # type: ignore[override]
         self,
-        x: torch.Tensor,
-        v_first: torch.Tensor | None,
-        embedded: torch.Tensor | None,
+        x: Tensor,
+        v_first: Tensor | None,
+        embedded: Tensor | None,
         state: LayerState | None,
-        cu_seqlens: torch.Tensor | None,
-        tokens: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
+        cu_seqlens: Tensor | None,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
         """x (B, T, C), v_first and embedded (B, T, C), None in block 0, state LayerState or None, tokens (B, T) -> x,
         v_first, embedded, LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..native import arguments, levels
 from ..native.arguments import fields, fill
 from ..native.cpu import cpu_library
-from ..native.errors import BuildError
+from ..native.library import BuildError
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
 LEVELS = ("amx", *levels.LEVELS)
@@ -61,7 +61,7 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def affine(x: Tensor, bone: Tensor, level: str | None = None, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """z = x + u and factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
+    """z = x + u and factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
@@ -97,8 +97,7 @@ def merge(rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
-    """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by merge(rows, bone) itself -> the gradient
-    of bone."""
+    """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by that itself -> the gradient of bone."""
     d_bone = torch.zeros(bone.shape)
     _merge(rows, bone, d, d_bone, level)
     return d_bone.to(bone.dtype)

@@ -12,9 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..native.arguments import aligned
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from ..native.launch import aligned
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores

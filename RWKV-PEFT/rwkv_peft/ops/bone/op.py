@@ -97,8 +97,7 @@ def merge(rows: Tensor, bone: Tensor) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """merge(rows, bone), which may take the memory of d, and the gradient of bone, given d (a r, in), the gradient of
-    the merged rows."""
+    """merge(rows, bone), which may take d's memory, and bone's gradient, given d (a r, in), that of the merged rows."""
     if backend(d, rows, bone) is cpu and d.is_contiguous():
         d_bone = cpu.merge_backward_(d, rows, bone)
         return d, d_bone

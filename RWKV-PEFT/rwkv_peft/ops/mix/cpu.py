@@ -4,56 +4,29 @@ import ctypes
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
+from torch import Tensor
 
 from ..native.arguments import fields, fill
 from ..native.cpu import CpuFamily
+from .operations import OPERATIONS, Operation, class_name
 
 
 class LerpArguments(ctypes.Structure):
-    """The structure of the same name in cpu/mix/arguments.h. The next ones likewise."""
+    """The structure of the same name in cpu/mix/arguments.h, as those of OPERATIONS are."""
 
     _fields_ = fields(
         "x last maa low up outs grads gx glast gmaa glow gup cu_seqlens", "n tokens channels rank sequences"
     )
 
 
-class ReluSquareArguments(ctypes.Structure):
-    _fields_ = fields("x out grad gx", "tokens channels")
+def _structure(name: str, op: Operation) -> type[ctypes.Structure]:
+    names = [*op.inputs, *op.parameters, *op.outputs, *(name for names in op.gradients for name in names)]
+    members = fields(" ".join(names), "tokens channels" + " size" * op.by_head, "eps" * op.has_eps)
+    return type(f"{class_name(name)}Arguments", (ctypes.Structure,), {"_fields_": members})
 
 
-class NormGateArguments(ctypes.Structure):
-    _fields_ = fields("y g weight bias out grad gy gg gweight gbias", "tokens channels size", "eps")
-
-
-class SigmoidGateArguments(ctypes.Structure):
-    _fields_ = fields("r v out grad gr gv", "tokens channels")
-
-
-class DeltaKeysArguments(ctypes.Structure):
-    _fields_ = fields("k low a0 k_k k_a key a b gkey ga gb gk glow ga0 gk_k gk_a", "tokens channels size")
-
-
-class ValueResidualArguments(ctypes.Structure):
-    _fields_ = fields("v first low v0 out grad gv gfirst glow gv0", "tokens channels")
-
-
-class NormBonusGateArguments(ctypes.Structure):
-    _fields_ = fields(
-        "y r k v g r_k weight bias out grad gy gr gk gv gg gr_k gweight gbias", "tokens channels size", "eps"
-    )
-
-
-STRUCTURES = MappingProxyType(
-    {
-        "lerp": LerpArguments,
-        "relu_square": ReluSquareArguments,
-        "norm_gate": NormGateArguments,
-        "sigmoid_gate": SigmoidGateArguments,
-        "delta_keys": DeltaKeysArguments,
-        "value_residual": ValueResidualArguments,
-        "norm_bonus_gate": NormBonusGateArguments,
-    }
+STRUCTURES: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
+    {"lerp": LerpArguments, **{name: _structure(name, op) for name, op in OPERATIONS.items()}}
 )
 FUNCTIONS = tuple(
     (f"mix_{name}_{direction}", None, structure)
@@ -63,7 +36,7 @@ FUNCTIONS = tuple(
 FAMILY = CpuFamily("mix", FUNCTIONS)
 
 
-def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: float) -> None:
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], **sizes: float) -> None:
     """Run an operation, such as "relu_square_forward", given tensors by name (None: not given) and the rest of its
     structure. Does nothing for tensors without data."""
     if like.is_meta:

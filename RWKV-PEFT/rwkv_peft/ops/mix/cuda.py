@@ -1,14 +1,16 @@
 """Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
+from .operations import OPERATIONS, Operation
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
 MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
@@ -33,6 +35,14 @@ def _layout(*names: str) -> Layout:
     return Layout(*(tuple(text.split()) for text in names))
 
 
+def _layouts(op: Operation) -> Iterator[tuple[str, Layout]]:
+    """(the direction, its Layout) of an operation's both."""
+    of_outputs, of_inputs, of_parameters = op.gradients
+    yield "forward", Layout(op.inputs, op.outputs, op.parameters)
+    read = op.outputs if op.from_result else op.inputs
+    yield "backward", Layout(read + of_outputs, of_inputs, op.parameters, of_parameters)
+
+
 _POINTS = range(MOST_POINTS)
 _LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
 _OUTS, _GRADS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad"))
@@ -40,20 +50,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_forward": _layout("x offsets", _OUTS, "maa"),
         "lerp_backward": _layout(f"x offsets {_GRADS}", "gx goffsets", "maa", " ".join(f"gmaa{i}" for i in _POINTS)),
-        "relu_square_forward": _layout("x", "out"),
-        "relu_square_backward": _layout("out grad", "gx"),
-        "sigmoid_gate_forward": _layout("r v", "out"),
-        "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
-        "value_residual_forward": _layout("v first low", "out", "v0"),
-        "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
-        "norm_gate_forward": _layout("y g", "out", "weight bias"),
-        "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
-        "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
-        "delta_keys_backward": _layout("k low gkey ga gb", "gk glow", "a0 k_k k_a", "ga0 gk_k gk_a"),
-        "norm_bonus_gate_forward": _layout("y r k v g", "out", "r_k weight bias"),
-        "norm_bonus_gate_backward": _layout(
-            "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
-        ),
+        **{f"{name}_{way}": layout for name, op in OPERATIONS.items() for way, layout in _layouts(op)},
         "tanh_forward": _layout("parts", "out"),
         "tanh_backward": _layout("x parts", "gx"),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
@@ -101,86 +98,45 @@ class MixArguments(ctypes.Structure):
 
 def call(
     name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
+    like: Tensor,
+    tensors: Mapping[str, Tensor | None],
     kernels: Kernels | None = None,
-    **sizes: Any,
-) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
-    as in CudaFamily.run, sizes as in _run_strips or _run_tiles."""
-    (_run_tiles if name in TILED else _run_strips)(kernels, name, like, tensors, **sizes)
-
-
-def _run_strips(
-    kernels: Kernels | None,
-    name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    tokens: int,
-    channels: int,
-    size: int = MOST_SIZE,
-    **others: Any,
-) -> None:
-    """Run an operation of LAYOUTS on `tokens` of `channels`, whose groups are of `size`, such as a head's. others:
-    further fields of MixArguments; tensors become addresses."""
-    layout = LAYOUTS[name]
-    strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
-    strips, groups = -(-tokens // strip), -(-channels // size)
-    wanted = [tensors.get(sum_) for sum_ in layout.sums]
-    partial = [None if x is None else like.new_empty(strips, channels, dtype=torch.float32) for x in wanted]
-    arguments = _arguments(layout, like, tensors, partial, **others)
-    arguments.tokens, arguments.channels, arguments.size, arguments.strip = tokens, channels, size, strip
-    FAMILY.run(f"mix_{name}_{DTYPES[like.dtype]}", arguments, like, strips * groups, kernels=kernels)
-    for target, part in zip(wanted, partial):
-        if target is not None and part is not None:
-            torch.sum(part, 0, out=target.view(-1))
-
-
-def _run_tiles(
-    kernels: Kernels | None,
-    name: str,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    tokens: int,
-    channels: int,
     size: int = 0,
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """Run an operation of TILED: the blocks of a low-rank product take `size` channels, those of a norm `strip`
-    tokens."""
-    arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
-    arguments.tokens, arguments.channels = tokens, channels
-    up = tensors.get("up")
-    if up is not None:
-        tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
-        arguments.size, kernel, blocks = size, f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
+    as in CudaFamily.run. An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
+    warp takes); of TILED, blocks of a low-rank product take `size` channels, those of a norm `strip` tokens. others:
+    tokens, channels and further fields of MixArguments; tensors become addresses."""
+    tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
+    layout, up = {**LAYOUTS, **TILED}[name], tensors.get("up")
+    if name in LAYOUTS:
+        size, strip = size or MOST_SIZE, 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
+        blocks = -(-tokens // strip) * -(-channels // size)
+    elif up is None:
+        blocks = -(-tokens // strip)
     else:
-        kernel, blocks = DTYPES[like.dtype], -(-tokens // strip)
-    FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
-
-
-def _arguments(
-    layout: Layout,
-    like: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    sums: list[torch.Tensor | None],
-    **others: Any,
-) -> MixArguments:
-    plain = {key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()}
-    arguments = MixArguments(device=like.device.index or 0, **plain)
+        tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
+        kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
+    wanted = [tensors.get(sum_) for sum_ in layout.sums]
+    sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]
+    plain = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in others.items()}
+    arguments = MixArguments(device=like.device.index or 0, size=size, strip=strip, **plain)
     rooms = arguments.inputs, arguments.outputs, arguments.parameters, arguments.sums
     named = ([tensors.get(name) for name in names] for names in layout[:3])
     for room, given in zip(rooms, (*named, sums)):
         for i, x in enumerate(given):
             if x is not None:
                 room[i] = x.data_ptr()
-    return arguments
+    FAMILY.run(f"mix_{name}_{kernel}", arguments, like, blocks, kernels=kernels)
+    for target, part in zip(wanted, sums):
+        if target is not None and part is not None:
+            torch.sum(part, 0, out=target.view(-1))
 
 
-def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """True if the kernels take these tensors (None: not given): those of CudaFamily.takes with an even number of
-    channels."""
+def takes(first: Tensor, *others: Tensor | None) -> bool:
+    """True if the kernels take these tensors (None: not given): as CudaFamily.takes, an even number of channels."""
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 

@@ -1,8 +1,10 @@
-"""The elementwise mix operations: autograd Functions over cpu/mix and cuda/mix.
+"""The autograd Functions of operations.py's table over cpu/mix and cuda/mix.
 
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,62 +12,41 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .functions import call, differentiable_once, rounded, rows_of, sums_like
+from .operations import OPERATIONS, Operation, class_name
 
 
-class ReluSquare(Function):
-    """x -> max(x, 0)². Backward needs only the result, which a linear layer after it may keep in any case."""
+def _function(name: str, op: Operation) -> type[Function]:
+    """The Function of an operation: eps or None, its inputs and its parameters -> its outputs."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        ctx.save_for_backward(out)
-        call("relu_square_forward", x, dict(x=x, out=out), **rows_of(x))
-        return out
+    def forward(ctx: Any, eps: float | None, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outs = tuple(torch.empty_like(given[len(op.inputs) - 1]) for _ in op.outputs)
+        ctx.save_for_backward(*(outs if op.from_result else given))
+        ctx.sizes = _sizes(op, given[0], eps)
+        named = zip(op.inputs + op.parameters + op.outputs, given + outs)
+        call(f"{name}_forward", given[0], dict(named), **ctx.sizes)
+        return outs if len(outs) > 1 else outs[0]
 
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (out,) = ctx.saved_tensors
-        gx = torch.empty_like(out)
-        call("relu_square_backward", out, dict(out=out, grad=grad, gx=gx), **rows_of(out))
-        return gx
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in saved[: len(op.inputs)]]
+        parameters = saved[len(op.inputs) :]
+        sums = sums_like(parameters, any(ctx.needs_input_grad[1 + len(op.inputs) :]))
+        names = [*op.saved, *(name for names in op.gradients for name in names)]
+        call(f"{name}_backward", saved[0], dict(zip(names, (*saved, *grads, *gradients, *sums))), **ctx.sizes)
+        return None, *gradients, *rounded(sums, saved[0].dtype)
 
-
-class SigmoidGate(Function):
-    """r, v of one shape -> sigmoid(r) v."""
-
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(r, v)
-        out = torch.empty_like(v)
-        call("sigmoid_gate_forward", v, dict(r=r, v=v, out=out), **rows_of(v))
-        return out
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        r, v = ctx.saved_tensors
-        gr, gv = torch.empty_like(r), torch.empty_like(v)
-        call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), **rows_of(v))
-        return gr, gv
+    ways = {"forward": staticmethod(forward), "backward": staticmethod(differentiable_once(backward))}
+    return type(class_name(name), (Function,), ways)
 
 
-class ValueResidual(Function):
-    """v, first, low (B, T, C), v0 of C elements -> v + (first - v) sigmoid(v0 + low)."""
+def _sizes(op: Operation, like: Tensor, eps: float | None) -> dict[str, Any]:
+    return (head_sizes(like) if op.by_head else rows_of(like)) | ({} if eps is None else dict(eps=eps))
 
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
-        ctx.save_for_backward(v, first, low, v0)
-        out = torch.empty_like(v)
-        call("value_residual_forward", v, dict(v=v, first=first, low=low, v0=v0, out=out), **rows_of(v))
-        return out
 
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, first, low, v0 = ctx.saved_tensors
-        gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
-        sums = sums_like([v0], ctx.needs_input_grad[3])
-        tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0])
-        call("value_residual_backward", v, tensors, **rows_of(v))
-        return gv, gfirst, glow, *rounded(sums, v.dtype)
+def head_sizes(like: Tensor) -> dict[str, int]:
+    """The sizes of a tensor (B, T, H, N) that a kernel needs."""
+    B, T, H, N = like.shape
+    return dict(tokens=B * T, channels=H * N, size=N)
+
+
+KERNELS: Mapping[str, type[Function]] = MappingProxyType({name: _function(name, op) for name, op in OPERATIONS.items()})

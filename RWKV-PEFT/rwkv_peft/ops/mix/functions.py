@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
-from ..native.launch import aligned
+from ..native.arguments import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
 Item = TypeVar("Item")
 
 
-def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Run an operation, such as "relu_square_forward", on the device of `like`, given tensors by name (None: not given)
-    and sizes."""
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], **sizes: Any) -> None:
+    """Run an operation, such as "relu_square_forward", where `like` is, on tensors by name (None: not given)."""
     (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
 
 
@@ -25,19 +25,18 @@ class _NoGradient:
 
     needs_input_grad: tuple[bool, ...] = ()
 
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Save nothing."""
 
     def set_materialize_grads(self, value: bool) -> None:
         """Ignore the setting."""
 
-    def mark_non_differentiable(self, *outs: torch.Tensor) -> None:
+    def mark_non_differentiable(self, *outs: Tensor) -> None:
         """Ignore the mark."""
 
 
 def run(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), without autograd if gradients are off: on one token its bookkeeping costs several
-    times the kernel."""
+    """function.apply(*arguments); without gradients no autograd, which on one token costs several kernels."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NoGradient(), *arguments)
@@ -47,7 +46,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     """Make a backward refuse create_graph=True, which would take its result for a constant."""
 
     @functools.wraps(backward)
-    def checked(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
+    def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
@@ -57,7 +56,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return checked
 
 
-def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+def with_zeros(grads: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
     """Gradients of tensors like `like`, aligned for the kernels, with zeros in place of None."""
     return [torch.zeros_like(like) if grad is None else aligned(grad) for grad in grads]
 
@@ -67,22 +66,21 @@ def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, It
     return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
 
 
-def rows_of(x: torch.Tensor) -> dict[str, int]:
+def rows_of(x: Tensor) -> dict[str, int]:
     """The sizes of x (…, C) that a kernel needs."""
     return dict(tokens=x.shape[:-1].numel(), channels=x.shape[-1])
 
 
-def room_like(x: torch.Tensor | None) -> torch.Tensor | None:
+def room_like(x: Tensor | None) -> Tensor | None:
     """An empty tensor like x; None for None."""
     return None if x is None else torch.empty_like(x)
 
 
-def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:
-    """Empty float32 tensors for the gradients of parameters, which are sums over tokens; None for each if not
-    wanted."""
+def sums_like(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor | None]:
+    """Empty float32 tensors for parameters' gradients, which are sums over tokens; None for each if not wanted."""
     return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
 
 
-def rounded(sums: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
+def rounded(sums: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """Convert such sums to the parameters' dtype; None stays."""
     return [None if x is None else x.to(dtype) for x in sums]

@@ -69,8 +69,7 @@ class Lerp(Function):
 def has_product_inside(
     x: Tensor, last: Tensor | None, maa: Tensor, low: Tensor | None, up: Tensor | None, *grads: Tensor
 ) -> bool:
-    """True if the kernels with the low-rank product inside take these tensors: tiles are whole, and 16 bytes can be
-    read at once."""
+    """True if kernels with the low-rank product inside take these: whole tiles, and 16 bytes that are read at once."""
     return (
         up is not None
         and x.dtype == torch.bfloat16
@@ -81,11 +80,11 @@ def has_product_inside(
     )
 
 
-def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
-    """The number of channels of x (…, C) in one block, a multiple of `step`: few enough that the blocks fill a GPU, and
+def group_size(x: Tensor) -> int:
+    """The number of channels of x (…, C) in one block, a multiple of LOW_CHANNELS: few enough to fill a GPU, and
     no fewer, because each block adds a part to the sums over channels."""
     tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
-    groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
+    groups, step = min(MOST_GROUPS, -(-BLOCKS // tiles)), cuda.LOW_CHANNELS
     return -(-channels // (groups * step)) * step
 
 

@@ -3,18 +3,70 @@ of heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
 torch.compile sees. If the kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward
-instead (elements.py, heads.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
+instead (elements.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads
+from . import cpu, cpu_lerp, cuda, gpu_lerp
+from .elements import KERNELS
 from .functions import run
-from .shift import check_shift, fit, offsets_of, token_shift
+
+
+def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Each token's predecessor.
+
+    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
+    sequences (those at the end may be empty), and last is (n, C). Returns (B, T, C).
+    """
+    if cu_seqlens is None:
+        first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last[:, None]
+        return torch.cat([first, x[:, :-1]], dim=1)
+    # (1, T + 1, C): empty sequences begin at the last. Not torch.cat: torch.compile (2.13) lets its result share x's
+    # memory, so that the zeros below would be written into x itself.
+    previous = F.pad(x, (0, 0, 1, 0))
+    starts = cu_seqlens[:-1].long()
+    if last is None:
+        return previous.index_fill(1, starts, 0)[:, :-1]
+    return previous.index_copy(1, starts, last[None])[:, :-1]
+
+
+def check_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless last is None, or one token for each sequence of x, as in token_shift."""
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if last is not None and last.shape != (sequences, x.shape[2]):
+        raise ValueError(
+            f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
+            f"of the {sequences} sequences: {(sequences, x.shape[2])}"
+        )
+
+
+def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) if cu_seqlens packs n sequences. The row of
+    an empty sequence means nothing, here and in the kernels that give the last tokens."""
+    if cu_seqlens is not None:
+        return x[0, cu_seqlens[1:].long() - 1]
+    # A view would keep all of x alive as long as the state, though checkpointed blocks keep nothing else of x.
+    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
+
+
+def fit(low: Tensor | None, up: Tensor | None) -> bool:
+    """True if (B, T, m K) and (m, K, C) go together, or are both None."""
+    if low is None or up is None:
+        return low is up
+    return low.shape[-1] == up.shape[0] * up.shape[1]
+
+
+def offsets_of(low: Tensor, up: Tensor) -> Tensor:
+    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B, T, C)."""
+    B, T, _ = low.shape
+    m, K, C = up.shape
+    return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
 
 
 def fused(first: Tensor, *others: Tensor | None) -> bool:
@@ -30,7 +82,7 @@ def lerp(
     up: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Points between each token and its predecessor p: x + (p - x) m_i, where m_i = maa_i + low_i up_i, for each i.
+    """Points between each token and its predecessor p: x + (p - x) m_i, with m_i = maa_i + low_i up_i, for each i.
 
     x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), point by point, and up (m, K, C)
     make the weights depend on the token; without them (None) they do not -> m tensors (B, T, C).
@@ -54,7 +106,7 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
     if fused(y, g, weight, bias):
-        return run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
+        return _by_kernel("norm_gate", y, g, weight, bias, eps=eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
@@ -62,14 +114,14 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 def sigmoid_gate(r: Tensor, v: Tensor) -> Tensor:
     """sigmoid(r) · v, for r and v of one shape."""
     if fused(r, v):
-        return run(elements.SigmoidGate, *_contiguous(r, v))
+        return _by_kernel("sigmoid_gate", r, v)
     return torch.sigmoid(r) * v
 
 
 def relu_square(x: Tensor) -> Tensor:
     """max(x, 0)²."""
     if fused(x):
-        return run(elements.ReluSquare, *_contiguous(x))
+        return _by_kernel("relu_square", x)
     return torch.relu(x).square()
 
 
@@ -81,7 +133,7 @@ def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> 
     n being k · k_k divided by its length in each head (or by 1e-12 if it is shorter).
     """
     if fused(k, low, a0, k_k, k_a):
-        return run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))
+        return _by_kernel("delta_keys", k, low, a0, k_k, k_a)
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in (a0, k_k, k_a))
     rate = torch.sigmoid(a0 + low)
     n = F.normalize(k * k_k, dim=-1)
@@ -94,7 +146,7 @@ def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
     v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
     """
     if fused(v, first, low, v0):
-        return run(elements.ValueResidual, *_contiguous(v, first, low, v0))
+        return _by_kernel("value_residual", v, first, low, v0)
     return v + (first - v) * torch.sigmoid(v0 + low)
 
 
@@ -107,11 +159,15 @@ def norm_bonus_gate(
     y, r, k, v (B, T, H, N), g (B, T, H N); parameters: r_k (H, N), weight and bias (H N,) -> (B, T, H N).
     """
     if fused(y, r, k, v, g, *parameters):
-        return run(heads.NormBonusGate, eps, *_contiguous(y, r, k, v, g, *parameters))
+        return _by_kernel("norm_bonus_gate", y, r, k, v, g, *parameters, eps=eps)
     B, T, H, N = y.shape
     r_k, weight, bias = parameters
     normal = F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g
+
+
+def _by_kernel(name: str, *tensors: Tensor, eps: float | None = None) -> Any:
+    return run(KERNELS[name], eps, *_contiguous(*tensors))
 
 
 def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:

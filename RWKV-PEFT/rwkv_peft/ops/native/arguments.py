@@ -1,15 +1,16 @@
-"""The arguments of CPU kernels: which tensors they take, and the structure that passes them."""
+"""The arguments of kernels: which tensors those on the CPU take, the structure that passes them, and alignment."""
 
 import ctypes
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
+from torch import Tensor
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
 
-def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def takes(first: Tensor, *others: Tensor | None) -> bool:
     """True if the kernels take these tensors (None: not given): real ones on the CPU, all float32 or all bfloat16."""
     return (
         first.is_cpu
@@ -17,7 +18,7 @@ def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and all([x is None or (x.dtype == first.dtype and x.is_cpu) for x in others])
         and first.numel() > 0
         and not torch.compiler.is_compiling()
-        and type(first) is torch.Tensor  # not a fake one
+        and type(first) is Tensor  # not a fake one
     )
 
 
@@ -29,9 +30,7 @@ def fields(
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-def fill(
-    structure: type[Structure], like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **others: float
-) -> Structure:
+def fill(structure: type[Structure], like: Tensor, tensors: Mapping[str, Tensor | None], **others: float) -> Structure:
     """A structure of `fields` for the dtype of `like`, given tensors by name (None: not given) and the `others`."""
     return structure(
         bfloat16=like.dtype == torch.bfloat16,
@@ -39,3 +38,16 @@ def fill(
         **others,
         **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
     )
+
+
+@overload
+def aligned(x: Tensor) -> Tensor: ...
+
+
+@overload
+def aligned(x: None) -> None: ...
+
+
+def aligned(x: Tensor | None) -> Tensor | None:
+    """x if it is aligned for the kernels' copies of 8 and 16 bytes, else a copy of it."""
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()

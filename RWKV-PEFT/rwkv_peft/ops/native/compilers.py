@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
-from .errors import BuildError
+from .library import BuildError
 
 JETSON = ("87", "101")  # they do not run the code of other GPUs of their major version, nor do those run theirs
 

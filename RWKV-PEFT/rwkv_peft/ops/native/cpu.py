@@ -5,13 +5,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from . import arguments, levels
-from .build import Unit, build_library, kept_library
+from .build import Recipe, build_library, kept_library
 from .compilers import find_compiler
-from .errors import BuildError
-from .library import Declaration, load
+from .library import BuildError, Declaration, load
 from .sources import included_files, source_directory
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
@@ -27,13 +26,14 @@ def cpu_library(
     file = root / source
     headers = [*included_files(file, root), *headers]
 
-    def recipe(compiler: str) -> tuple[str, list[Unit], tuple[str, ...], list[str | Path]]:
-        return name, [Unit(file, (compiler, *FLAGS, *flags, f"-I{root}"))], (compiler, "-shared", "-fopenmp"), headers
+    def recipe(compiler: str) -> Recipe:
+        compiling = (compiler, *FLAGS, *flags, f"-I{root}")
+        return Recipe(file, compiling, (compiler, "-shared", "-fopenmp"), headers)
 
     try:
-        library = build_library(*recipe(find_compiler()))
+        library = build_library(name, recipe(find_compiler()))
     except BuildError:
-        kept = kept_library(*recipe(""))
+        kept = kept_library(name, recipe(""))
         if kept is None:
             raise
         library = kept
@@ -66,6 +66,6 @@ class CpuFamily:
             return str(error)
         return None
 
-    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (arguments.takes), and can be built here."""
         return arguments.takes(first, *others) and self.unavailable() is None

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from . import gpu
-from .driver import Module
-from .errors import BuildError
-from .kernels import Block, Kernels, Library
+from .kernels import Block, Kernels, Library, Module
+from .library import BuildError
 
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 
@@ -34,8 +34,7 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, built on first use. Raises BuildError if that fails, which is not
-        cached."""
+        """The kernels for GPU number `device`, built on first use. Raises BuildError, uncached, if that fails."""
 
         def trial(built: Kernels) -> None:
             with torch.cuda.device(device):
@@ -60,7 +59,7 @@ class CudaFamily:
             return str(error)
         return None
 
-    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (None: not given): real ones on one GPU, all float32 or all bfloat16.
         Tensors without data, with which a GPU's memory is planned, are taken like a GPU's."""
         if (
@@ -68,7 +67,7 @@ class CudaFamily:
             or first.numel() == 0
             or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
             or torch.compiler.is_compiling()
-            or type(first) is not torch.Tensor  # a fake one
+            or type(first) is not Tensor  # a fake one
         ):
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
@@ -77,7 +76,7 @@ class CudaFamily:
         self,
         name: str,
         arguments: ctypes.Structure,
-        like: torch.Tensor,
+        like: Tensor,
         blocks: int,
         block: Block | None = None,
         kernels: Kernels | None = None,
@@ -93,6 +92,6 @@ class CudaFamily:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 
 
-def stream(x: torch.Tensor) -> int | None:
+def stream(x: Tensor) -> int | None:
     """torch's current stream on the tensor's GPU; None on the CPU, where the tests run kernels."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

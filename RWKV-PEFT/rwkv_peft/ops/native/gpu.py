@@ -8,9 +8,9 @@ import torch
 
 from ...gpus import refusal
 from . import nvrtc
-from .build import Unit, build_library
+from .build import Recipe, build_library
 from .compilers import architecture_for, find_nvcc, nvcc_architectures
-from .errors import BuildError
+from .library import BuildError
 from .sources import included_files, source_directory
 
 Built = TypeVar("Built")
@@ -55,7 +55,7 @@ def build_kernels(
     reasons = []
     try:
         nvcc, architecture = nvcc_for(device)
-        library = build_library(f"{name}_sm{architecture}", *recipe(source, nvcc, architecture))
+        library = build_library(f"{name}_sm{architecture}", recipe(source, nvcc, architecture))
         return _tried(from_library(library), trial, "nvcc's code; it may be newer than the driver")
     except BuildError as error:  # there is no nvcc, or it does not fit this GPU, its driver or the C++ compiler
         reasons.append(str(error))
@@ -101,10 +101,9 @@ def _tried(kernels: Built, trial: Callable[[Built], object], whose: str) -> Buil
     return kernels
 
 
-def recipe(source: str | Path, nvcc: str, architecture: str) -> tuple[list[Unit], tuple[str, ...], list[Path]]:
-    """(units, link command, headers) of a library for one architecture: "80", "90", ...; source: a path below cuda/, or
-    an absolute one."""
+def recipe(source: str | Path, nvcc: str, architecture: str) -> Recipe:
+    """The Recipe of a library for one architecture: "80", "90", …; source: a path below cuda/, or an absolute one."""
     root = source_directory("cuda")
-    target = (nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
-    unit = Unit(root / source, (*target, *NVCC_FLAGS, f"-I{root}"))
-    return [unit], (*target, "-shared", "-cudart", "static"), included_files(unit.source, root)
+    file, target = root / source, (nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+    compiling = (*target, *NVCC_FLAGS, f"-I{root}")
+    return Recipe(file, compiling, (*target, "-shared", "-cudart", "static"), included_files(file, root))

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ...names import user_cache
-from .errors import BuildError
+from .library import BuildError
 
 COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user
 SEAL = hashlib.sha256().digest_size  # bytes

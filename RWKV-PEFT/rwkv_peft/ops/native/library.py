@@ -1,12 +1,14 @@
-"""Loading a compiled library."""
+"""Loading a compiled library, and the error of building or loading one."""
 
 import ctypes
 from pathlib import Path
 from typing import Any
 
-from .errors import BuildError
-
 Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
+
+
+class BuildError(RuntimeError):
+    """A library could not be built or loaded; the message says why and what to do."""
 
 
 def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import BuildError
 from .kept import cache_directory, content_of, make_once
+from .library import BuildError
 from .sources import included_files, source_directory
 
 SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .errors import BuildError
+from .library import BuildError
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 

@@ -14,6 +14,7 @@ from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
 
 KERNELS = ("cpu", "cuda")  # backends for the type of device that they are named after; others are for any device
+FALLBACK = "chunked"  # the backend that "auto" takes if there is no kernel
 
 
 class Backend(Protocol):
@@ -25,8 +26,7 @@ class Backend(Protocol):
 
     @property
     def checkpoint_count(self) -> Callable[[Tensor, int], int]:
-        """(one of the tensors (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for
-        backward."""
+        """(a tensor (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for backward."""
 
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -40,9 +40,8 @@ class Backend(Protocol):
 class Backends:
     """The backends of an operation other than "reference", which is plain torch, differentiated by autograd."""
 
-    def __init__(self, op: str, table: Mapping[str, Backend], fallback: str) -> None:
-        """fallback: the backend that "auto" takes if there is no kernel."""
-        self.op, self.table, self.fallback = op, table, fallback
+    def __init__(self, op: str, table: Mapping[str, Backend]) -> None:
+        self.op, self.table = op, table
 
         @constant_when_compiled  # does not work on methods
         def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
@@ -102,11 +101,11 @@ class Backends:
             reason = self.table[device_type].unavailable("")
         if reason is not None:
             warnings.warn(
-                f"{self.op} takes backend {self.fallback!r}, which is slow, for tensors on {device_type}: {reason}",
+                f"{self.op} takes backend {FALLBACK!r}, which is slow, for tensors on {device_type}: {reason}",
                 RuntimeWarning,
                 stacklevel=6,
             )
-        chosen = device_type if reason is None else self.fallback
+        chosen = device_type if reason is None else FALLBACK
         logging.getLogger(__name__).info("%s takes backend %r for tensors on %s", self.op, chosen, device_type)
         return chosen
 

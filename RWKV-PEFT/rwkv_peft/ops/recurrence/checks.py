@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .signature import Signature
 
@@ -10,9 +11,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 128
 
 
-def check(
-    signature: Signature, inputs: Sequence[torch.Tensor], state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> torch.Tensor:
+def check(signature: Signature, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Check the arguments -> v, whose shape, device and dtype are the call's. Raises ValueError, with the value, the
     rule and the remedy, if the arguments do not fit together."""
     op, rows = signature.op, signature.rows
@@ -54,9 +53,9 @@ def check(
     return v
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, B: int, T: int) -> int:
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
     """The number of sequences that cu_seqlens packs into the one row of T tokens."""
-    if not isinstance(cu_seqlens, torch.Tensor):
+    if not isinstance(cu_seqlens, Tensor):
         raise ValueError(
             f"{op}: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])"
         )
@@ -72,12 +71,12 @@ def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, B: int, T: int) -> int:
     return len(cu_seqlens) - 1
 
 
-def _has_values(x: torch.Tensor) -> bool:
+def _has_values(x: Tensor) -> bool:
     """True if x is a real tensor rather than a fake or meta one."""
-    return type(x) is torch.Tensor and x.device.type != "meta"
+    return type(x) is Tensor and x.device.type != "meta"
 
 
-def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
+def check_bounds(op: str, cu_seqlens: Tensor, T: int) -> None:
     """Raise ValueError unless cu_seqlens bounds sequences of T tokens in all.
 
     Reading a GPU's tensor waits for the GPU, so such a tensor remembers that it passed, as long as nobody writes to it.
@@ -94,14 +93,13 @@ def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
     _remember(cu_seqlens, bounds)
 
 
-def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
-    """Check cu_seqlens on the CPU for its copy on a GPU, so that check_bounds need not read the copy. Raises
-    check_bounds' ValueError."""
+def vouch(copy: Tensor, cu_seqlens: Tensor, T: int) -> None:
+    """Check cu_seqlens on the CPU for its copy on a GPU, which is then not read. Raises check_bounds' ValueError."""
     check_bounds("packing", cu_seqlens, T)
     _remember(copy, cu_seqlens.tolist())
 
 
-def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
+def bounds_on_host(cu_seqlens: Tensor) -> list[int]:
     """The values of a tensor that passed, without waiting for a GPU a second time. While a CUDA graph is recorded the
     remembered values are not used, because the graph must not depend on them: reading the tensor fails, as it should.
     """
@@ -112,7 +110,7 @@ def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
     return cu_seqlens.tolist()
 
 
-def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
+def as_int64(cu_seqlens: Tensor, T: int) -> Tensor:
     """cu_seqlens as the kernels take it; the copy of a tensor that passed counts as passed, too."""
     plain = cu_seqlens.to(torch.int64).contiguous()
     converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
@@ -122,13 +120,13 @@ def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     return plain
 
 
-def _remember(cu_seqlens: torch.Tensor, bounds: list[int]) -> None:
+def _remember(cu_seqlens: Tensor, bounds: list[int]) -> None:
     """Store on a GPU's tensor that it passed, and its values."""
     if cu_seqlens.device.type != "cpu":
         cu_seqlens._checked_bounds = _mark(cu_seqlens, bounds[-1])  # type: ignore[attr-defined]
         cu_seqlens._bounds = bounds  # type: ignore[attr-defined]
 
 
-def _mark(cu_seqlens: torch.Tensor, T: int) -> tuple[int, int]:
+def _mark(cu_seqlens: Tensor, T: int) -> tuple[int, int]:
     """The mark of a tensor that passed for T tokens; it differs once the tensor has been written to."""
     return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version

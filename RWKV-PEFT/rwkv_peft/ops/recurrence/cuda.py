@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native.arguments import aligned
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Block, Kernels
-from ..native.launch import aligned
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 

@@ -5,7 +5,7 @@ torch.compile and FakeTensor need the operators (operators.py); nothing else doe
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from .backends import Backend
@@ -15,7 +15,7 @@ class Differentiable(Function):
     """(operation's name, backend, its level, *inputs, state, cu_seqlens) -> y, final state, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: Tensor | None) -> Any:
         y, final_state, checkpoints = backend.forward(*tensors, save=True, level=level)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, checkpoints)
@@ -23,7 +23,7 @@ class Differentiable(Function):
         return y, final_state
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # read once: a second reading is an error if blocks are recomputed
         if all([x is None for x in gradients]):
             return (None,) * (2 + len(saved))
@@ -37,12 +37,12 @@ class _Gradients(Function):
     """Backward as a Function of its own, so that a second derivative raises a clear error."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: Tensor | None) -> Any:
         ctx.op = op
         return backend.backward(*tensors, level=level)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise second_derivative(ctx.op)
 
 

@@ -17,15 +17,11 @@ class Recurrence:
     """The operation of a signature."""
 
     def __init__(
-        self,
-        signature: Signature,
-        reference: Callable[..., tuple[Tensor, Tensor]],
-        backends: Mapping[str, Backend],
-        fallback: str = "reference",
+        self, signature: Signature, reference: Callable[..., tuple[Tensor, Tensor]], backends: Mapping[str, Backend]
     ) -> None:
-        """reference: the operation in plain torch; backends and fallback as in Backends."""
+        """reference: the operation in plain torch; backends as in Backends."""
         self.signature, self.reference, self.row_count = signature, reference, len(signature.rows)
-        self.backends = Backends(signature.op, backends, fallback)
+        self.backends = Backends(signature.op, backends)
         self.operators = Operators(signature, self.backends)
 
     def compute(

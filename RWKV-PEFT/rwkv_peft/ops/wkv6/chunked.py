@@ -1,4 +1,4 @@
-"""The chunked form of wkv6 in plain torch as a backend, for any device: products of matrices instead of single steps.
+"""The products of wkv6's chunked form.
 
 A step t reads an earlier step s of its chunk by the weight r_t · (d_{s+1} … d_{t-1} k_s), with d the decays. A chunk is
 halved again and again, until each such pair lies on both sides of one middle. There the decays split into those from s
@@ -11,33 +11,19 @@ Chunkwise forms of gated linear attention: Yang et al. 2023, arXiv 2312.06635; R
 2404.05892. Computes in float64 if the tensors are float64, else in float32.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recurrence.chunks import CHUNK, Call, segment_count
+from ..recurrence.chunked import Chunked, Parts
+from ..recurrence.chunks import CHUNK
 from .reference import LARGEST_W
 
 FILLERS = (0.0, 0.0, 0.0, -torch.inf)  # r k v w of a step that does not change the state
 HALVES = tuple(2**n for n in range(CHUNK.bit_length() - 1))  # steps on each side of a middle
 MOST_CHUNKS, LEAST_CHUNKS = 64, 8  # of a segment: with few rows launches cost most of the time, with many rows memory
-
-
-def unavailable(level: str = "") -> None:
-    """None: torch alone is enough."""
-
-
-def checkpoint_count(r: Tensor, sequences: int) -> int:
-    """The most states saved for backward."""
-    return segment_count(r.shape[0], r.shape[1], sequences, _segment(r.shape[0]))
-
-
-def _segment(B: int) -> int:
-    """The number of chunks in a segment of B rows."""
-    return max(LEAST_CHUNKS, MOST_CHUNKS // B)
 
 
 def _before(x: Tensor) -> Tensor:
@@ -90,7 +76,7 @@ def _sides(r: Tensor, k: Tensor, r_logs: Tensor, k_logs: Tensor) -> Sides:
     return Sides(since, r * since, until, k * until)
 
 
-def _prepare(u: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Products:
+def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Products:
     logs = -w.clamp(max=LARGEST_W).exp()
     own = torch.diag_embed((r * u * k).sum(-1))
     halves = []
@@ -102,11 +88,7 @@ def _prepare(u: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Products:
     return Products(r, k, v, logs, u, own, tuple(halves), _sides(r, k, logs, logs), kept)
 
 
-def _states(
-    p: Products, first: int, S: Tensor, starts: Mapping[int, Tensor], ends: Mapping[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(states before each chunk, the state after the last), from chunk number `first` on, S before it. starts: a chunk
-    -> the state that it begins with; ends: a chunk -> the tensor that gets the state after it."""
+def _states(p: Products, first: int, S: Tensor, starts: Parts, ends: Parts) -> tuple[tuple[Tensor], Tensor]:
     written = p.whole.k.mT @ p.v
     states = []
     for c in range(p.v.shape[1]):
@@ -115,82 +97,28 @@ def _states(
         S = torch.addcmul(written[:, c], p.kept[:, c], S)
         if first + c in ends:
             ends[first + c].copy_(S)
-    return torch.stack(states, 1), S
+    return (torch.stack(states, 1),), S
 
 
-def _bonus(u: Tensor, call: Call) -> Tensor:
-    """u (H, N) for each row and head, (G, 1, 1, N)."""
-    at = call.layout
-    return u.to(call.dtype).expand(at.B, at.H, at.N).reshape(-1, 1, 1, at.N)
+def _output(p: Products, states: Tensor) -> Tensor:
+    return p.own @ p.v + p.whole.r @ states
 
 
-def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
-    """tensors: r k v w (B, T, H, N) of one dtype, u (H, N); state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or
-    None -> y, final state, the states that the segments begin with (none unless `save`)."""
-    *rows, u, state, cu_seqlens = tensors
-    call, r = Call(rows, FILLERS, state, cu_seqlens, _segment(rows[0].shape[0])), rows[0]
-    at = call.layout
-    count = checkpoint_count(r, at.states) if save else 0
-    checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
-    kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
-    final, y, bonus = torch.empty_like(call.initial), call.empty(r), _bonus(u, call)
-    starts, ends = call.parts(call.initial, at.starts), call.parts(final, at.ends)
-    S = starts[0]
-    for number, (first, after) in enumerate(call.segments()):
-        if save:
-            kept[number] = S
-        p = _prepare(bonus, *call.taken(first, after))
-        states, S = _states(p, first, S, starts, ends)
-        call.put(y, first, after, p.own @ p.v + p.whole.r @ states)
-    return at.cut(y).contiguous(), final, checkpoints
-
-
-def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
-    """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-    gradients of r k v w u and state."""
-    *rows, u, state, cu_seqlens, checkpoints, gy, gfinal = tensors
-    call, r = Call(rows, FILLERS, state, cu_seqlens, _segment(rows[0].shape[0])), rows[0]
-    at = call.layout
-    kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
-    gy = at.pad(torch.zeros_like(r) if gy is None else gy)
-    gfinal, gstate, bonus = call.states(gfinal, r), torch.empty_like(call.initial), _bonus(u, call)
-    starts, begun = call.parts(call.initial, at.starts), call.parts(gstate, at.starts)
-    ended = call.parts(gfinal, at.ends)
-    outs = [call.empty(x) for x in rows]
-    dS, du = torch.zeros_like(kept[0]), torch.zeros_like(bonus)
-    segments = call.segments()
-    for number in reversed(range(len(segments))):
-        first, after = segments[number]
-        p = _prepare(bonus, *call.taken(first, after))
-        states, _ = _states(p, first, kept[number], starts, {})
-        dY = call.take(gy, first, after)
-        D, dS = _state_gradients(p, dY, dS, first, begun, ended)
-        *gradients, own_du = _gradients(p, states, D, dY)
-        du += own_du
-        for out, x in zip(outs, gradients):
-            call.put(out, first, after, x)
-    gu = du.view(at.B, at.H, at.N).sum(0).to(u.dtype)
-    return *(at.cut(x).contiguous() for x in outs), gu, gstate
-
-
-def _state_gradients(
-    p: Products, dY: Tensor, dS: Tensor, first: int, begun: Mapping[int, Tensor], ended: Mapping[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(gradients of the states after each chunk, that of the state before the segment). dS: gradient of the state after
-    the segment; begun: a chunk -> the tensor that gets the gradient of the state before it; ended: a chunk -> the
-    gradient of the state after it."""
-    read = p.whole.r.mT @ dY
+def _gradients(
+    p: Products, read: tuple[Tensor, ...], dY: Tensor, dS: Tensor, first: int, begun: Parts, ended: Parts
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    wanted = p.whole.r.mT @ dY
     after = []
     for c in reversed(range(dY.shape[1])):
         dS = ended.get(first + c, dS)
         after.append(dS)
-        dS = torch.addcmul(read[:, c], p.kept[:, c], dS)
+        dS = torch.addcmul(wanted[:, c], p.kept[:, c], dS)
         if first + c in begun:
             begun[first + c].copy_(dS)
-    return torch.stack(after[::-1], 1), dS
+    return dS, _input_gradients(p, read[0], torch.stack(after[::-1], 1), dY)
 
 
-def _gradients(p: Products, states: Tensor, D: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
+def _input_gradients(p: Products, states: Tensor, D: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
     """Gradients of r, k, v, w (G, n, C, N) and u (G, 1, 1, N). states: S before each chunk; D: gradients of those after
     each."""
     dv = p.own.mT @ dY + p.whole.k @ D
@@ -214,3 +142,6 @@ def _add_sides(sides: Sides, d_r: Tensor, d_k: Tensor, into: tuple[Tensor, Tenso
     dk.addcmul_(d_k, sides.until)
     since += _behind(d_r * sides.r)
     until += _before(d_k * sides.k)
+
+
+RECURRENCE = Chunked(FILLERS, _prepare, _states, _output, _gradients, lambda B: max(LEAST_CHUNKS, MOST_CHUNKS // B))

@@ -3,7 +3,7 @@
 from ..native.kernels import Block
 from ..recurrence.cuda import CudaRecurrence
 from ..recurrence.groups import Split
-from .signature import SIGNATURE
+from .reference import SIGNATURE
 
 STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv6/plain.cuh
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS

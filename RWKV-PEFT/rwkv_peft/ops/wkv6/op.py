@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ..recurrence.operation import Recurrence
 from . import chunked, cpu, cuda, reference
-from .signature import SIGNATURE
+from .reference import SIGNATURE
 
 WKV6 = Recurrence(
-    SIGNATURE, reference.wkv6, {"chunked": chunked, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}, fallback="chunked"
+    SIGNATURE, reference.wkv6, {"chunked": chunked.RECURRENCE, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}
 )
 
 

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 from ..recurrence.packed import one_by_one
+from ..recurrence.signature import Signature
+
+SIGNATURE = Signature("wkv6", rows=("r", "k", "v", "w"), shared=("u",), state_rows="key")
+
 
 LARGEST_W = 80.0  # w is cut here: the decay is 0 long before, and exp(w) and its gradient stay finite
 

@@ -3,7 +3,7 @@
 from ..native.kernels import Block
 from ..recurrence.cuda import CudaRecurrence
 from ..recurrence.groups import Split
-from .signature import SIGNATURE
+from .reference import SIGNATURE
 
 STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv7/plain.cuh
 SPLIT = Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ..recurrence.operation import Recurrence
 from . import chunked, cpu, cuda, reference
-from .signature import SIGNATURE
+from .reference import SIGNATURE
 
 WKV7 = Recurrence(
-    SIGNATURE, reference.wkv7, {"chunked": chunked, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}, fallback="chunked"
+    SIGNATURE, reference.wkv7, {"chunked": chunked.RECURRENCE, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}
 )
 
 

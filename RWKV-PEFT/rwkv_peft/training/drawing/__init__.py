@@ -1,1 +1,1 @@
-"""What a step learns from if the model answers itself: drawing answers, having them judged, and writing them down."""
+"""A step that learns from the model's own answers: it draws them, has them judged, and writes them down."""

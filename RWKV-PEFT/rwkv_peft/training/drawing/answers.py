@@ -1,13 +1,15 @@
 """Draw answers to prompts by the model in training, adapters on, several to a prompt that is read once."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ...config import RunConfig
+from ...data.answer_samples import PromptSamples
 from ...data.collate import collate_packed
-from ...data.prompt_samples import PromptSamples
 from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer
 from ...generate.command import Continuation
@@ -19,11 +21,12 @@ from ...objectives.draws import Draws
 from ..step.compiling import uncompiled
 
 SEEDS = 1 << 44  # more than the answers that any run draws: no two seeds of a run share a draw
+FILE = "drawn-{}.jsonl"  # of a rank
 
 
 class Manner(NamedTuple):
-    """How answers are drawn: by a sampling, so many tokens at most, up to a text of `stop` or that of a known layout,
-    `batch` answers at a time, in a tokenizer's tokens; compiles: the run compiles blocks."""
+    """The manner of drawing answers: by a sampling, so many tokens at most, up to a text of `stop` or that of a known
+    layout, `batch` answers at a time, in a tokenizer's tokens; compiles: the run compiles blocks."""
 
     sampling: Sampling
     longest: int
@@ -89,16 +92,12 @@ def draw(
                 texts[step.number].finish(step.end)
                 moved("the answers")
     model.train(trains)
-    found = []
-    for number, prompt in prompts.items():
-        keys = range(number * times, (number + 1) * times)
-        found.append([drawn(prompt, texts[key], measured[key]) for key in keys])
-    return found
-
-
-def drawn(prompt: list[int], answer: Continuation, measured: list[tuple[float, float]]) -> Drawn:
-    logprobs, entropies = map(list, zip(*measured))
-    return Drawn(prompt, answer.tokens, logprobs, entropies, answer.text, answer.end)
+    found: dict[int, list[Drawn]] = {number: [] for number in prompts}
+    for key, answer in texts.items():
+        logprobs, entropies = map(list, zip(*measured[key]))
+        number = key // times
+        found[number].append(Drawn(prompts[number], answer.tokens, logprobs, entropies, answer.text, answer.end))
+    return list(found.values())
 
 
 def packed(answers: Sequence[Drawn]) -> dict[str, torch.Tensor]:
@@ -112,3 +111,20 @@ def packed(answers: Sequence[Drawn]) -> dict[str, torch.Tensor]:
         "lengths": torch.tensor([len(answer.tokens) for answer in answers]),
         "sampled": torch.tensor([logprob for answer in answers for logprob in answer.logprobs]),
     }
+
+
+def write_drawn(folder: Path, rank: int, drawn: Mapping[int, Sequence[Drawn]]) -> None:
+    """Write the answers to samples, by their numbers; nothing if there are none."""
+    if drawn:
+        lines = (json.dumps([number, answer]) + "\n" for number, answers in drawn.items() for answer in answers)
+        (folder / FILE.format(rank)).write_text("".join(lines))
+
+
+def read_drawn(folder: Path) -> dict[int, list[Drawn]]:
+    """The answers of all ranks in a checkpoint, by the numbers of their samples."""
+    found: dict[int, list[Drawn]] = {}
+    for path in folder.glob(FILE.format("*")):
+        for line in path.read_text().splitlines():
+            number, answer = json.loads(line)
+            found.setdefault(number, []).append(Drawn(*answer))
+    return found

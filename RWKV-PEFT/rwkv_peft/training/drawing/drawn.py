@@ -2,7 +2,7 @@
 
 With --draw_ahead a step takes up the answers that were drawn before the step before it learned, and draws those of the
 next before it learns itself: rewards judge them, in processes of their own, while it does. Checkpoints keep them
-(ahead.py).
+(answers.py).
 """
 
 import math
@@ -15,25 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...config import RunConfig
-from ...data.prompt_samples import PromptSamples
-from ...data.recorded import find_tokenizer
-from ...data.samples import Samples
+from ...data.answer_samples import PromptSamples
 from ...models.parts import LanguageModel
 from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
 from ..step.steps import Batch, Whole, add, delivered
-from .ahead import read_drawn, write_drawn
-from .answers import Drawn, Manner, draw, packed
+from .answers import Drawn, Manner, draw, packed, read_drawn, write_drawn
 
 Judgement = Callable[[], Judged]  # waits for it
 LARGEST = ("gap_max",)  # figures that are no means
 
 
 class Place(NamedTuple):
-    """Where a rank's prompts lie: micro_bsz in a micro batch, the first ones of two micro batches `apart`, accumulate
-    micro batches in a step; `end` of them in a run, of all ranks."""
+    """The place of a rank's prompts: micro_bsz in a micro batch, the first ones of two micro batches `apart`,
+    accumulate micro batches in a step; `end` of them in a run, of all ranks."""
 
     micro_bsz: int
     apart: int
@@ -112,8 +108,7 @@ class Drawing(Whole):
     def prepared(
         self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
     ) -> dict[int, dict[str, Any]]:
-        """Draw and judge the answers of a step whose first prompt is `first` -> its batches by their first prompts, all
-        with the numbers of original samples."""
+        """Draw and judge the answers of a step from original sample `first` on -> its batches by their first ones."""
         numbers, after = self.place.numbers(first), self.place.firsts(first).stop
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         if all(len(self.drawn.get(number, ())) == self.times for number in numbers):
@@ -229,7 +224,7 @@ class Drawing(Whole):
         judged: Judged,
         advantages: Sequence[float],
     ) -> list[dict[str, Any]]:
-        """What is written down of answers: of which sample and row each is, and how it was judged, if it was."""
+        """The records of answers: the sample and row of each, and how it was judged, if it was."""
         owners = [number for number in numbers for _ in range(self.times)]
         return [
             {
@@ -270,22 +265,3 @@ def over_ranks(number: float, device: torch.device) -> float:
     total = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
-
-
-def drawing_of(
-    config: RunConfig,
-    samples: Samples,
-    rewards: Rewards | None,
-    teacher: nn.Module | None,
-    ranks: int,
-    end: int,
-    moved: Callable[[str], object],
-) -> Drawing:
-    """Make the Drawing of a run on so many ranks, which ends before sample `end`."""
-    objective, data = config.objective, config.data
-    assert isinstance(objective, Draws)  # because others do not take prompts
-    tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
-    manner = Manner.of(config, objective, tokenizer)
-    apart, accumulate = data.micro_bsz * ranks, config.train.accumulate_grad_batches
-    place = Place(data.micro_bsz, apart, accumulate, end // objective.together)
-    return Drawing(objective, manner, rewards, teacher, data.num_generations, place, moved)

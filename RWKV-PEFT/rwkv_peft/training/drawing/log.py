@@ -80,8 +80,7 @@ def rewards_of(records: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of a step's answers: those of their rewards, if they were judged; means of tokens and of entropy; the
-    share of answers that were cut."""
+    """The numbers of a step's answers: of their rewards, if judged; means of tokens and entropy; the share cut."""
     found = rewarded(records) if "reward" in records[0] else {}
     tokens = sum(record["length"] for record in records)
     found["length"] = tokens / len(records)
@@ -91,8 +90,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def rewarded(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means of reward and of each reward by itself; the mean spread of a group's rewards, and the share of groups
-    without any."""
+    """Means of reward and of each reward by itself, and of a group's spread; the share of groups without any."""
     groups: dict[int, list[float]] = {}
     for record in records:
         groups.setdefault(record["sample"], []).extend(rewards_of([record]))

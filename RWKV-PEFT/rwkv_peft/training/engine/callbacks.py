@@ -4,27 +4,23 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
-from ...config import Objective, TrainConfig
 from ...data.batches import TrainBatch
 from ...errors import give_back, hangup_signals
+from ...files.base import Base, Stamp
 from ...names import METRICS
-from ..measuring.before_after import BeforeAfter
-from ..measuring.examiner import Examiner
-from ..measuring.validate import Validator
 from ..ranks.watch import Watch
 from ..saving.history import forget_rest
-from ..saving.loading import load_checkpoint
-from ..saving.saver import Saver
+from ..saving.saver import load_checkpoint
 from ..step.lit import Diverged, Lit
-from ..step.loss_scale import dynamic_scaler, skipped
-from ..step.plan import Plan
+from ..step.zero import dynamic_scaler, skipped
+from .prepared import Prepared
 from .progress import Progress, in_words
 
 PLACE = ("step", "samples")  # a line's place in the run, which loggers do not get as numbers
@@ -45,8 +41,7 @@ class StepCallback(pl.Callback):
 
 
 def gradient_norm(trainer: Any) -> float | None:
-    """The norm of the gradient of the step just done, over all ranks and before clipping; None if the engine has
-    none."""
+    """The norm of the last step's gradient, over all ranks and before clipping; None if the engine has none."""
     norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
     if norm is None:
         return None
@@ -80,35 +75,25 @@ class FiniteGradients(StepCallback):
 class Record(StepCallback):
     """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers and draws the progress bar.
 
-    It calls the validator (or None) and the examiners, whose results join the line, and the rows (BeforeAfter, or
-    None), whose answers do not. tokens_per_s counts the tokens of all ranks, padding included, over the step's wall
-    time, validation, questions and saving excluded.
+    It calls the validator and the examiners, whose results join the line, and the rows, whose answers do not.
+    tokens_per_s counts the tokens of all ranks, padding included, over the step's wall time, validation, questions and
+    saving excluded.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        plan: Plan,
-        accumulate: int,
-        objective: Objective,
-        validator: Validator | None,
-        examiners: Sequence[Examiner],
-        rows: BeforeAfter | None,
-    ) -> None:
-        super().__init__(accumulate)
-        self.path, self.plan, self.objective, self.validator = folder / METRICS, plan, objective, validator
-        self.examiners, self.rows = examiners, rows
+    def __init__(self, run: Prepared) -> None:
+        super().__init__(run.config.train.accumulate_grad_batches)
+        self.run, self.path, self.plan, self.objective = run, run.folder / METRICS, run.plan, run.config.objective
         self.ending = False  # true once the last step is done
         self.tokens = 0
         self.before: dict[str, float] = {}  # measured before the first step, for its line
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        if self.validator is not None:
-            self.before = self.validator.before(trainer, lit)
-        if self.rows is not None:
-            self.rows.before(trainer, lit)
+        if self.run.validator is not None:
+            self.before = self.run.validator.before(trainer, lit)
+        if self.run.rows is not None:
+            self.run.rows.before(trainer, lit)
         if trainer.is_global_zero:
-            for path in (self.path, *(examiner.path for examiner in self.examiners)):
+            for path in (self.path, *(examiner.path for examiner in self.run.examiners)):
                 forget_rest(path, self.plan)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
@@ -123,11 +108,11 @@ class Record(StepCallback):
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         seconds = time.perf_counter() - self.start
         tokens, self.tokens = self.tokens, 0
-        validation = {} if self.validator is None else self.validator(trainer, lit, done)
-        self.ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        validation = {} if self.run.validator is None else self.run.validator(trainer, lit, done)
+        self.ending = self.run.ends(done)
         scores: dict[str, float] = {}
         told: list[str] = []
-        for examiner in self.examiners:
+        for examiner in self.run.examiners:
             found, words = examiner(trainer, lit, done, self.ending)
             scores |= found
             told += words
@@ -172,8 +157,8 @@ class Record(StepCallback):
             self.start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        if self.ending and self.rows is not None:  # Save has saved the last step
-            self.rows.after(trainer, lit)
+        if self.ending and self.run.rows is not None:  # Save has saved the last step
+            self.run.rows.after(trainer, lit)
         self.close(trainer)
 
     def on_exception(self, trainer: Any, lit: Lit, exception: BaseException) -> None:
@@ -186,31 +171,21 @@ class Record(StepCallback):
 
 
 class Save(StepCallback):
-    """Restores `checkpoint` (a folder, or None) before the first step, then saves every epoch_save epochs, every
-    save_every steps and save_minutes after the last save. It saves and stops the run after the last step, or if a stop
-    was asked for or the validator is exhausted; always after a multiple of `together` steps.
+    """Restores the checkpoint, if any, before the first step, then saves every epoch_save epochs, every save_every
+    steps and save_minutes after the last save. It saves and stops the run when that ends, or if a stop was asked for;
+    always after a multiple of the steps that learn from the same answers.
 
     Rank 0 counts the minutes, by a clock that neither a new time of day nor the machine's sleep moves.
     """
 
-    def __init__(
-        self,
-        saver: Saver,
-        plan: Plan,
-        train: TrainConfig,
-        checkpoint: Path | None,
-        validator: Validator | None = None,
-        together: int = 1,
-    ) -> None:
+    def __init__(self, run: Prepared) -> None:
+        self.run, train = run, run.config.train
         super().__init__(train.accumulate_grad_batches)
-        self.together = together
-        self.validator = validator
-        self.saver, self.plan, self.checkpoint = saver, plan, checkpoint
         self.epochs, self.steps, self.minutes = train.epoch_save, train.save_every, train.save_minutes
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        if self.checkpoint is not None:
-            load_checkpoint(trainer, lit, self.checkpoint)
+        if self.run.checkpoint is not None:
+            load_checkpoint(trainer, lit, self.run.checkpoint)
         self.saved = time.monotonic()
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
@@ -218,15 +193,13 @@ class Save(StepCallback):
         lit.save_requested = trainer.is_global_zero and 0 < self.minutes * 60 <= passed
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        if done % self.together:
+        if done % self.run.config.objective.together:
             return
-        epoch, rest = divmod(done, self.plan.epoch_steps)
-        ending = (
-            lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
-        )
+        epoch, rest = divmod(done, self.run.plan.epoch_steps)
+        ending = lit.stopping or self.run.ends(done)
         by_epoch = rest == 0 and self.epochs and epoch % self.epochs == 0
         if ending or by_epoch or lit.saving or (self.steps and done % self.steps == 0):
-            self.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
+            self.run.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
             self.saved = time.monotonic()
         if ending:
             trainer.should_stop = True
@@ -259,3 +232,32 @@ class StopSignals(pl.Callback):
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
         give_back(self.previous)
+
+
+class BaseGuard(pl.Callback):
+    """Raises UserError if a model's file was overwritten while weights are mapped from it. It checks at the start and
+    after every micro batch, and must stand before the callbacks that record and save a step."""
+
+    def __init__(self, base: Base, model: nn.Module) -> None:
+        self.base, self.model, self.seen, self.mapped = base, model, base.stamp, True
+
+    def on_train_start(self, trainer: Any, lit: Lit) -> None:
+        self.look()
+        self.mapped = is_mapped(self.base, self.model)
+
+    def on_train_batch_end(self, trainer: Any, lit: Lit, *of_batch: Any) -> None:
+        if self.mapped:
+            self.look()
+
+    def look(self) -> None:
+        """Check the file again if its Stamp has changed since the last check."""
+        if (now := Stamp.of(self.base.path)) != self.seen:
+            self.base.require_unchanged()
+            self.seen = now
+
+
+def is_mapped(base: Base, model: nn.Module) -> bool:
+    """Tell whether a weight of the model lies in the mapped file of its base, as on a CPU in the file's dtype."""
+    mapped = {tensor.untyped_storage().data_ptr() for tensor in base.tensors.values()}
+    held = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cpu")
+    return any(tensor.untyped_storage().data_ptr() in mapped for tensor in held)

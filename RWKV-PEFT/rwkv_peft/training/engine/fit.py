@@ -15,16 +15,16 @@ import torch
 
 from ...children import import_matplotlib
 from ...cli import counted
-from ...data import opening
 from ...data.recorded import ENTRY
+from ...data.report import OPENING, opening_of
 from ...errors import UserError, ending_at_once
 from ...files.atomic import atomic_write
 from ...memory import keep_freed_memory
 from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
+from ..inputs import VALIDATION
 from ..measuring.learned import by_source, fall_of, nothing_learned
-from ..measuring.validate import VALIDATION
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -66,8 +66,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         import_matplotlib()  # which Lightning imports
         from ..saving.loggers import make_loggers
         from ..step.lit import Diverged
-        from .data_module import RunData
-        from .trainer import make_lit, make_trainer
+        from .trainer import RunBatches, make_lit, make_trainer
 
     quiet()
     data, train = run.config.data, run.config.train
@@ -80,7 +79,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, train))
+            trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -104,13 +103,9 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, its steps, its vocabulary and what opens an answer in its data to config.json in its
-    folder."""
+    """Write the run's settings, steps, vocabulary and what opens an answer in its data to its config.json."""
     vocabulary = run.samples.vocabulary
-    entries: dict[str, Any] = {
-        opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary),
-        "steps": run.plan.total_steps,
-    }
+    entries: dict[str, Any] = {OPENING: opening_of(run.samples.dataset, vocabulary), "steps": run.plan.total_steps}
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:
@@ -119,8 +114,7 @@ def record(run: Prepared) -> None:
 
 def stopped(run: Prepared, lit: "Lit") -> int:
     """The exit code of a run that ends before its last step because a rank was asked to stop, else 0."""
-    exhausted = run.validator is not None and run.validator.exhausted
-    early = lit.stopping and lit.step < run.plan.total_steps and not exhausted
+    early = lit.stopping and lit.step < run.plan.total_steps and not run.exhausted
     return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
 
 
@@ -142,7 +136,9 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
-        figures.append((name, f"{sign * fall.first:.4f} to {sign * fall.last:.4f}, the first and last quarter's mean"))
+        figures.append(
+            (name, f"{sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f}, the first and last quarter's mean")
+        )
     figures += [("sources", line) for line in sources]
     if rows is not None:
         lines = list(rows.lines())
@@ -153,12 +149,15 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     if run.validator is not None and VALIDATION in run.validator.measured:
         figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
         told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
-        if run.validator.exhausted:
+        if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+    use = ""
     try:
-        if not write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+        if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+            use = f"; {run.folder / CARD} says how to use it"
+        else:
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
     except UserError as error:  # what it describes is saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}"

@@ -1,65 +1,66 @@
 """The parts of a run that is ready to begin."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from ...config import RunConfig
-from ...data.samples import Samples
-from ...models.family import Family
 from ...models.parts import LanguageModel
 from ...rewards import Rewards
-from ..measuring.before_after import BeforeAfter
+from ..drawing.log import AnswersLog
+from ..inputs import Inputs
+from ..measuring.before_after import BeforeAfter, Questions
 from ..measuring.examiner import Examiner
 from ..measuring.validate import Validator
 from ..ranks.meeting import Ranks
-from ..ranks.watch import Watch
+from ..saving.checkpoints import ANSWERS, ROWS
 from ..saving.saver import Saver
-from ..step.plan import Plan
-from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
 
 
-@dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to begin, on Ranks that have met.
+    """A run that is ready to begin, on Ranks that have met: its inputs, its questions, its model, of which so many
+    parameters are `trainable`, and the teacher and the rewards that it learns from, if any; accelerator: "cpu" or
+    "gpu".
 
-    trainable: the number of parameters that train; validator: None without data to measure; rows: those to be
-    answered before and after training, or None; teacher: the model that it learns from, or None; stored: what one
-    said before, or None; rewards: what judges answers that the model draws, or None; checkpoint: the one to go on
-    from, or None; accelerator: "cpu" or "gpu".
+    It makes what measures and saves: the validator (None without data to measure), the examiners, the rows to be
+    answered before and after training (or None), and the saver. `leads` tells whether this process writes the files
+    and prints: rank 0 does.
     """
 
-    config: RunConfig
-    family: Family
-    model: LanguageModel
-    trainable: int
-    samples: Samples
-    validator: Validator | None
-    examiners: Sequence[Examiner]
-    rows: BeforeAfter | None
-    saver: Saver
-    teacher: Teacher | None
-    stored: StoredTeacher | None
-    rewards: Rewards | None
-    checkpoint: Path | None
-    accelerator: str
-    ranks: Ranks
+    def __init__(
+        self,
+        inputs: Inputs,
+        asked: Questions,
+        model: LanguageModel,
+        trainable: int,
+        teacher: Teacher | None,
+        rewards: Rewards | None,
+        accelerator: str,
+        ranks: Ranks,
+    ) -> None:
+        assert ranks.watch is not None  # because they have met
+        config, plan, watch = inputs.config, inputs.plan, ranks.watch
+        self.inputs, self.model, self.trainable, self.teacher = inputs, model, trainable, teacher
+        self.rewards, self.accelerator, self.ranks, self.leads = rewards, accelerator, ranks, ranks.world.rank == 0
+        self.config, self.plan, self.samples, self.watch = config, plan, inputs.samples, watch
+        self.saver = Saver(inputs.folder, config, plan, inputs.identity, inputs.base)
+        self.folder, train, anew = inputs.folder, config.train, inputs.state is None
+        self.validator = None
+        if inputs.measured:
+            self.validator = Validator(inputs, self.saver, watch)
+        exams = asked.exams.items()
+        self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan, watch) for name, exam in exams]
+        if config.data.of_prompts:
+            self.examiners.append(AnswersLog(self.folder / ANSWERS, plan))
+        self.rows = None
+        if asked.rows is not None:
+            self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch, train.compile, anew)
+        # its optimizer's state may belong to other ranks
+        self.checkpoint = None if train.fresh_optimizer else inputs.checkpoint
 
     @property
-    def folder(self) -> Path:
-        return self.saver.folder
+    def exhausted(self) -> bool:
+        """Tell whether --early_stop ends the run."""
+        return self.validator is not None and self.validator.exhausted
 
-    @property
-    def plan(self) -> Plan:
-        return self.saver.plan
-
-    @property
-    def watch(self) -> Watch:
-        assert self.ranks.watch is not None  # because they have met
-        return self.ranks.watch
-
-    @property
-    def leads(self) -> bool:
-        """Tell whether this process writes the files and prints: rank 0 does."""
-        return self.ranks.world.rank == 0
+    def ends(self, done: int) -> bool:
+        """Tell whether the run is over after `done` steps."""
+        return done == self.plan.total_steps or self.exhausted

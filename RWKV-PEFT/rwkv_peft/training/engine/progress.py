@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ...config import Objective
 from ...ops.native.kept import COMPILING
+from ...plots import LOSSES, of_files
 from ..step.plan import Plan
 
 QUIET = 10  # seconds between two lines of a log
@@ -18,10 +19,8 @@ QUIET = 10  # seconds between two lines of a log
 def in_words(validation: dict[str, float], objective: Objective) -> str:
     """Put the numbers of a Validator in words."""
     words = {"val_ppl": ("perplexity", 2)} | {f"val_{name}": (name, 3) for name, *_ in objective.figures}
-    words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
-    words |= {
-        name: (f"of {name.partition('/')[2]}", 4) for name in validation if name.startswith(("val_loss/", "loss/"))
-    }
+    words |= {name: (word, 4) for name, word in LOSSES.items()}
+    words |= {name: (f"of {file}", 4) for name, _, file in of_files(validation)}
     told = ((*words[name], value) for name, value in validation.items() if name in words)
     return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
 

@@ -1,5 +1,4 @@
-"""Run DeepSpeed ZeRO under Lightning on any device, CPU processes over gloo as well as GPUs over NCCL, on ranks that
-have met already."""
+"""Run DeepSpeed ZeRO under Lightning on ranks that have met, CPUs over gloo as well as GPUs over NCCL."""
 
 import logging
 from datetime import timedelta
@@ -9,12 +8,11 @@ import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from ...config import BUCKET, TrainConfig
+from ...config import BUCKET
 from ..flags.world import World
 from ..ranks.meeting import Ranks
-from ..step.gathering import exchanges_gradients, sums_apart
-from ..step.loss_scale import dynamic_scaler
-from ..step.norms import gradient_norm
+from ..step.zero import dynamic_scaler, exchanges_gradients, gradient_norm, live_parameters, sums_apart
+from .prepared import Prepared
 
 FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
 
@@ -111,11 +109,9 @@ def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
 WHOLE = 1_000_000  # parameters of at most so many elements, as an adapter's matrices, stay on every rank in stage 3
 
 
-def make_strategy(
-    train: TrainConfig, micro_bsz: int, trainable: int, live: int, accelerator: str, ranks: Ranks
-) -> ZeroStrategy:
-    """Make the strategy that train names, for "cpu" or "gpu", on ranks that have met. The number of `trainable`
-    parameters sets the size of communication buckets, and `live` is the number that stage 3 keeps gathered."""
+def make_strategy(run: Prepared) -> ZeroStrategy:
+    """Make the strategy that a run's flags name. The number of trainable parameters sets the size of buckets."""
+    train, accelerator = run.config.train, run.accelerator
     if accelerator == "cpu":
         import deepspeed
 
@@ -123,9 +119,9 @@ def make_strategy(
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed takes float16 only on CPUs that multiply it by themselves; torch computes it on all, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    bucket, exchange = min(BUCKET, max(trainable, 1)), exchanges_gradients(train)
+    bucket, exchange = min(BUCKET, max(run.trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
-        ranks,
+        run.ranks,
         exchange,
         stage=train.stage,
         offload_optimizer=train.offload,
@@ -135,13 +131,13 @@ def make_strategy(
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket if exchange else 1,
         exclude_frozen_parameters=True,
-        logging_batch_size_per_gpu=micro_bsz,
+        logging_batch_size_per_gpu=run.config.data.micro_bsz,
         logging_level=logging.ERROR,
     )
     if train.stage == 3:
         zero = strategy.config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = WHOLE
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_parameters(run.model)
         if accelerator == "cpu":
             zero["stage3_prefetch_bucket_size"] = 0  # gloo's threads would compete with the step's
     if sums_apart(train):

@@ -19,7 +19,8 @@ A step does, in this order, for each of its micro batches:
     Lit.on_train_batch_end                  count the step
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,16 +28,19 @@ import lightning.pytorch as pl
 from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
 from ...config import RunConfig
+from ...data.batches import TrainBatch, TrainBatches
+from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...errors import UserError
+from ...models import family_named
 from ...models.state import TIME_STATE
 from ...names import STATE
+from ...objectives.draws import Draws
 from ...objectives.next_token import NextToken
-from ..drawing.drawn import drawing_of
-from ..ranks.base_guard import BaseGuard
+from ..drawing.answers import Manner
+from ..drawing.drawn import Drawing, Place
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
-from ..step.gathering import live_parameters
 from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.relay import Line
@@ -44,7 +48,7 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
+from .callbacks import BaseGuard, FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 
@@ -52,12 +56,21 @@ from .strategy import make_strategy
 def step_of(run: Prepared) -> Step:
     """Choose the Step of a run."""
     if run.config.data.of_prompts:
-        teacher = None if run.teacher is None else run.teacher.model
-        end = run.plan.total_steps * run.plan.step_samples
-        return drawing_of(run.config, run.samples, run.rewards, teacher, run.ranks.world.size, end, run.watch.moved)
+        return drawn_step(run)
     if run.config.train.context_parallel > 1:
         return shared_step(run)
-    return given_step(run.config, run.samples, run.accelerator, run.teacher, run.stored)
+    return given_step(run.config, run.samples, run.accelerator, run.teacher, run.inputs.stored)
+
+
+def drawn_step(run: Prepared) -> Step:
+    """Choose the Step of a run whose model answers prompts itself."""
+    config, objective, data = run.config, run.config.objective, run.config.data
+    assert isinstance(objective, Draws)  # because others do not take prompts
+    manner = Manner.of(config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary))
+    apart, end = data.micro_bsz * run.ranks.world.size, run.plan.total_steps * run.plan.step_samples
+    place = Place(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
+    teacher = None if run.teacher is None else run.teacher.model
+    return Drawing(objective, manner, run.rewards, teacher, data.num_generations, place, run.watch.moved)
 
 
 def shared_step(run: Prepared) -> Step:
@@ -77,8 +90,7 @@ def given_step(
     teacher: Teacher | None = None,
     stored: StoredTeacher | None = None,
 ) -> Step:
-    """Choose the Step for batches of `samples` that hold all that is learned: over whole rows, rows whose documents
-    share their prompt, or segments of rows."""
+    """Choose the Step for batches that hold all that is learned: rows, those that share their prompt, or segments."""
     train, data, objective = config.train, config.data, config.objective
     way: Way = straight
     base_way: Way = straight
@@ -96,27 +108,49 @@ def given_step(
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
 
+class RunBatches:
+    """The micro batches that a rank still has to see; Lightning fetches none ahead if it knows their number."""
+
+    def __init__(self, run: Prepared) -> None:
+        train, plan = run.config.train, run.plan
+        self.length = (plan.total_steps - plan.first_step) * train.accumulate_grad_batches
+        self.batches = TrainBatches(
+            run.samples,
+            run.config.data.micro_bsz,
+            group=run.ranks.world.rank // train.context_parallel,
+            groups=train.groups,
+            accumulate=train.accumulate_grad_batches,
+            samples_seen=plan.first_sample,
+            pin_memory=run.accelerator == "gpu",
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        return islice(self.batches, self.length)
+
+
 def make_lit(run: Prepared) -> Lit:
     adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    family = family_named(run.config.model.version)
     if train.cuda_graphs and run.model.sees_tokens:
-        raise UserError(
-            f"--cuda_graphs 1: blocks of {run.family.name} see tokens, which no graph records; leave it out"
-        )
+        raise UserError(f"--cuda_graphs 1: blocks of {family.name} see tokens, which no graph records; leave it out")
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
-    rates = run.family if train.layerwise_lr else None
+    rates = family if train.layerwise_lr else None
     return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, rates, ratios)
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:
-    train, micro_bsz, live = run.config.train, run.config.data.micro_bsz, live_parameters(run.model)
+    train = run.config.train
     accumulate = train.accumulate_grad_batches
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=train.devices,
         num_nodes=train.num_nodes,
-        strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
+        strategy=make_strategy(run),
         precision={"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,
@@ -133,8 +167,8 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
             *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
-            Record(run.folder, run.plan, accumulate, run.config.objective, run.validator, run.examiners, run.rows),
-            Save(run.saver, run.plan, train, run.checkpoint, run.validator, run.config.objective.together),
+            Record(run),
+            Save(run),
             StopSignals(say),
         ],
     )

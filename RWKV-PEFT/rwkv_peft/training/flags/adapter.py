@@ -37,8 +37,7 @@ def add_json_flags(parser: argparse._ArgumentGroup) -> None:
 
 
 def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
-    """Yield (flag, the words of --peft that take it, its keys) of each flag with a JSON value; peft is the word given,
-    whose keys --peft_config takes."""
+    """Yield (flag, the words of --peft that take it, its keys) of each JSON flag; --peft_config takes peft's keys."""
     own = dict(WORDS[peft].keys) if peft in WORDS else {}
     for flag in JSON_FLAGS:
         takers = words_with(flag.json_flag)

@@ -4,26 +4,34 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 """
 
 import argparse
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
-from ...cli import HelpFormatter, Parser, count, positive, switch, up_to
+from ...cli import FLAG, HelpFormatter, Parser, count, positive, switch, up_to
 from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
+from ...config.optimizer import OptimizerConfig
 from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
+from ...config.train import MachineSettings, ModelSettings, RunSettings
+from ...config.validation import ValidationConfig
 from ...names import TRAIN_TYPES, generation
 from ...objectives import FLAGS as OBJECTIVE_FLAGS
 from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
 from ...tables import GENERATIONS
 from .adapter import add_json_flags
-from .legacy import add_legacy_flags
-from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
-from .upstream import WORDS, add_upstream_flags
+from .upstream import WORDS, add_legacy_flags, add_upstream_flags, marker
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know
+GROUPS = (
+    ("validation", ValidationConfig),
+    ("run", RunSettings),
+    ("optimizer", OptimizerConfig),
+    ("machine", MachineSettings),
+)
 RULES = (*SETTINGS_RULES, *OBJECTIVE_RULES)  # of flags that do not go together
 DIMENSIONS = (
     ("n_layer", "blocks"),
@@ -41,6 +49,9 @@ HEAD = """# Flags of train.py
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
 shows the same. An unknown flag is refused with the nearest that exists.
 """
+READ, WRITE = "--config", "--write_config"  # the files of settings to read and to write (settings_file.py)
+Actions = Mapping[str, argparse.Action]  # those of a parser, by each name of their flags
+Entries = dict[str, str | bool | list[str]]  # flags without their dashes, and their values
 
 
 def build_parser() -> Parser:
@@ -57,7 +68,7 @@ def build_parser() -> Parser:
         description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
     )
     model = parser.add_argument_group("model")
-    add_settings(model, TrainConfig, "model")
+    add_settings(model, fields(ModelSettings))
     model.add_argument(
         "--model_version",
         "--generation",
@@ -89,10 +100,10 @@ def build_parser() -> Parser:
         "which then may be left out; "
         "infctx: rows of any length, in segments whose states are carried over (--chunk_ctx)",
     )
-    add_settings(adapter, AdapterConfig)
+    add_settings(adapter, fields(AdapterConfig))
     add_json_flags(adapter)
     data = parser.add_argument_group("data")
-    add_settings(data, DataConfig)
+    add_settings(data, fields(DataConfig))
     data.add_argument(
         "--data_shuffle",
         type=switch,
@@ -101,18 +112,17 @@ def build_parser() -> Parser:
         help="0: samples come in the order of the file, in every epoch",
     )
     minimized = parser.add_argument_group("objective")
-    texts = "; ".join(f"{name}: {objective.text}" for name, objective in OBJECTIVES.items())
+    texts = "; ".join(f"{name}: {each.text} (rows: {', '.join(each.rows)})" for name, each in OBJECTIVES.items())
     minimized.add_argument(
         "--objective",
         choices=tuple(OBJECTIVES),
         default=None,
         help=f"what a step minimizes. {texts} (default: the first that learns from the --data_type)",
     )
-    for field in OBJECTIVE_FLAGS.values():
-        add_setting(minimized, field)
-    for name in ("validation", "run", "optimizer", "machine"):
+    add_settings(minimized, OBJECTIVE_FLAGS.values())
+    for name, settings in GROUPS:
         group = parser.add_argument_group(name)
-        add_settings(group, TrainConfig, name)
+        add_settings(group, fields(settings))
         if name == "run":
             group.add_argument(
                 "--check_flags",
@@ -148,24 +158,17 @@ def version(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, {' or '.join(SHORT)} for short")
 
 
-def add_settings(
-    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
-) -> None:
-    """Add the flags of one group of a settings dataclass to a parser."""
-    for field in fields(config):
-        if flag_of(field) is not None and field.metadata["group"] == group:
-            add_setting(parser, field)
-
-
-def add_setting(parser: argparse._ArgumentGroup, field: Field[Any]) -> None:
-    """Add the flag of a field of settings to a parser."""
-    flag = flag_of(field)
-    options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
-    if "required" not in options:
-        many = options.get("nargs") in ("*", "+")
-        default: Any = field.default
-        options["default"] = None if field.metadata["unset"] else list(default) if many else default
-    parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+def add_settings(parser: argparse._ArgumentGroup, settings: Iterable[Field[Any]]) -> None:
+    """Add the flags of fields of settings to a parser."""
+    for field in settings:
+        if (flag := flag_of(field)) is None:
+            continue
+        options = field.metadata["options"] | {option: value for name, option, value in OPTIONS if name == flag}
+        if "required" not in options:
+            many = options.get("nargs") in ("*", "+")
+            default: Any = field.default
+            options["default"] = None if field.metadata["unset"] else list(default) if many else default
+        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
@@ -201,3 +204,27 @@ def table() -> str:
 
 if __name__ == "__main__":
     print(table(), end="")
+
+
+def entries_of(words: Sequence[str], actions: Actions) -> Entries:
+    """The flags among the words of a command line, by the names that stand there, without dashes; of a flag that is
+    given twice the last value, as argparse takes it."""
+    entries: Entries = {}
+    flag = ""
+    for word in words:
+        name, _, value = word.partition("=")
+        if FLAG.match(word) and name in actions:
+            action, flag = actions[name], name[2:]
+            for other in [each for each in entries if actions[f"--{each}"] is action]:
+                del entries[other]
+            entries[flag] = True if action.nargs == 0 else [value] if name != word else []
+        elif flag and isinstance(values := entries[flag], list):
+            values.append(word)
+    one = {flag for flag, values in entries.items() if actions[f"--{flag}"].nargs is None and values}
+    return {flag: value[-1] if flag in one and isinstance(value, list) else value for flag, value in entries.items()}
+
+
+def first_of(files: str | list[str] | None) -> tuple[str, tuple[str, ...]]:
+    """Part the files of a flag -> (the first or "", the others)."""
+    first, *more = [files] if isinstance(files, str) else files or [""]
+    return first, tuple(more)

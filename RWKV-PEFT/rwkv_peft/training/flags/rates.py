@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
-from ...config import STATE_LR, AdapterConfig, Objective, TrainConfig
+from ...config import AIM, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
 from ...errors import UserError
 
 ANCHOR = 0.08  # Bone's rate times the model's channels
@@ -54,14 +54,12 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
 
 
 def follows_rule(adapter: AdapterConfig, objective: Objective) -> bool:
-    """Tell whether a run takes the rule's rate unless one is given. States alone have a rate of their own, and the rule
-    is for the loss of tokens."""
+    """Tell whether the rule gives a run's rate: it is for the loss of tokens, and states alone have their own."""
     return not adapter.states_alone and objective.of_tokens
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:
-    """Return the TrainConfig with the rates that the flags left to be chosen: lr_init is `rate`, lr_final FALL times
-    that."""
+    """Return the TrainConfig with `rate` as lr_init and FALL times that as lr_final, if these are to be chosen."""
     values: dict[str, Any] = {"lr_init": rate, "lr_final": float(f"{rate * FALL:.2g}")}
     return replace(train, **{name: values[name] for name in train.lr_chosen})
 
@@ -74,3 +72,15 @@ def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfi
         name: float(then[name]) for name in train.lr_chosen if isinstance(then.get(name), (int, float))
     }
     return replace(train, **values)
+
+
+def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str, Any] | None) -> TrainConfig:
+    """Fill in the number of epochs if it is to be chosen: as many as make AIM steps at `epoch_steps` an epoch,
+    MOST_EPOCHS at most. A run that goes on keeps what it began with, by its checkpoint's state.json (None: a new
+    run)."""
+    if not train.epochs_chosen:
+        return train
+    chosen = min(max(-(-AIM // epoch_steps), 1), MOST_EPOCHS)
+    then = {} if state is None else state.get("config", {}).get("train", {})
+    began = then.get("epoch_count")
+    return replace(train, epoch_count=began if type(began) is int and began > 0 else chosen)

@@ -29,21 +29,16 @@ from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.prefix import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
+from ...objectives import takers_of
 from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .elastic import fit
-from .given import READ, WRITE, Entries, entries_of, first_of
-from .markers import markers_of
-from .objective import check_objective, objective_of
-from .overwriting import check_overwriting
-from .parser import DIMENSIONS, RULES, build_parser, settings_of
-from .run_folder import check_run_folder
-from .seed import DRAWN, draw_seed
-from .train import check_tokens, check_train
-from .upstream import PLACEHOLDER, adopt, check_stage
-from .world import World, find_world
+from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, build_parser, entries_of, first_of, settings_of
+from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
+from .train import check_objective, check_tokens, check_train
+from .upstream import PLACEHOLDER, adopt, check_stage, markers_of
+from .world import World, find_world, fit
 
 if TYPE_CHECKING:
     from ...files.base import Base
@@ -56,22 +51,19 @@ class Request(NamedTuple):
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    check_flags: only check the flags; new_file: write a new model and end; notes: how the flags were read;
-    write_config: the file to write the flags to, and end, or None; teacher: the model that it learns from, or None;
-    stored: what one said of its rows before, or None.
+    notes: how the flags were read; args: the flags as parsed; teacher: the model that it learns from, or None; stored:
+    what one said of its rows before, or None.
     """
 
     config: RunConfig
     base: "Base | None"
     layers: tuple[str, ...]
     world: World
-    argv: tuple[str, ...] = ()
-    check_flags: bool = False
-    new_file: bool = False
-    notes: tuple[str, ...] = ()
-    write_config: str | None = None
-    teacher: "Base | None" = None
-    stored: "StoredTeacher | None" = None
+    argv: tuple[str, ...]
+    notes: tuple[str, ...]
+    args: Namespace
+    teacher: "Base | None"
+    stored: "StoredTeacher | None"
 
 
 class Flags(NamedTuple):
@@ -101,8 +93,7 @@ def judge(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Parse argv -> Flags, without torch. Raises one UserError of all flags that are mistaken or contradict each
-    other."""
+    """Parse argv -> Flags, without torch. Raises one UserError of all mistakes and contradictions."""
     parser = build_parser()
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
@@ -127,8 +118,7 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
 
 
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
-    """Turn what a parser made of argv into Flags; world is None if it was refused. Raises one UserError of all
-    refusals, earlier ones included."""
+    """Turn what a parser made of argv into Flags, without a World if it was refused. Raises all refusals as one."""
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
     notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
@@ -139,7 +129,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(check_adapter_flags, args)
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
-    objective = objective_of(args)
+    objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
     train = refusals.attempt(train_config, args, data)
     made = (adapter, data, train, objective if args.data_type in objective.rows else None)
     refusals.gather(contradictions, RULES, flags_given(args, *(each for each in made if each)))
@@ -192,7 +182,7 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
         train = replace(train, **rates)
-    return train
+    return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
 
 
 def parse_run(argv: Sequence[str]) -> Request:
@@ -212,6 +202,7 @@ def request_of(flags: Flags) -> Request:
     from ...adapters.inject import check_adapter
     from ...files.base import linear_shapes, open_base
     from ...models import family_named
+    from ...models.state import grows
     from ..step.stored import open_stored
     from ..step.teacher import open_teacher
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
@@ -225,6 +216,11 @@ def request_of(flags: Flags) -> Request:
     version = args.model_version or args.my_testing or next(iter(GENERATIONS))
     family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
+    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
+        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        raise UserError(
+            f"{given} hands on states of one size, and those of {family.name} grow with the tokens; leave it out"
+        )
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
@@ -243,14 +239,12 @@ def request_of(flags: Flags) -> Request:
             "without them; name it as --teacher_model too"
         )
     config = RunConfig(model, adapter, data, train, objective, flags.given)
-    of_file = args.check_flags, args.train_stage == 1, notes, args.write_config
     taught = open_teacher(objective, model.vocab_size), open_stored(objective, model.vocab_size)
-    return Request(config, base, layers, world, argv, *of_file, *taught)
+    return Request(config, base, layers, world, argv, notes, args, *taught)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
-    """The linear layers that get an adapter: all of a generation's if none are named, and all of a half of the block if
-    that is named ("att", "ffn")."""
+    """The linear layers that get an adapter: those named, of a half of the block ("att", "ffn"), or all."""
     if not targets:
         return family.targets
     if all("." not in target for target in targets):

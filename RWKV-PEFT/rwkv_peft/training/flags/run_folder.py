@@ -1,16 +1,20 @@
-"""Refuse a run's folder in which an entry that the run reads or writes is not a plain file or folder of its own. A link
-would lead writes elsewhere, a pipe would be waited for, and a device has no end."""
+"""Refuse a run's folder in which an entry that the run reads or writes is not a plain file or folder of its own, or is
+to be read. A link would lead writes elsewhere, a pipe would be waited for, and a device has no end."""
 
 import os
+import secrets
 import stat
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...errors import UserError
-from ...files.alone import LOCK
+from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
-from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED
-from ..saving.keeping import HIDDEN
+from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, find_checkpoint
+from ..saving.run_state import UNREADABLE, read_state
+from .world import World
 
 LOGS = "tensorboard"
 FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, CARD, UNSAVED, LOCK)
@@ -23,6 +27,8 @@ OTHERS = (
     (stat.S_ISDIR, "a folder, and a file is due"),
     (stat.S_ISREG, "a file, and a folder is due"),
 )
+
+DRAWN = -1  # the value that asks for a drawn seed
 
 
 def check_run_folder(folder: Path) -> None:
@@ -69,3 +75,39 @@ def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
             return list(entries)
     except OSError:
         return []
+
+
+def draw_seed(args: Namespace, world: World) -> int:
+    """Return the seed of a command with --random_seed -1: the run's own if it resumes, else a new one. Raises UserError
+    if several processes of a World would each draw another."""
+    checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
+    if checkpoint is not None:
+        try:
+            return read_state(checkpoint)["config"]["train"]["random_seed"]
+        except UNREADABLE:
+            pass  # the resume itself says what is wrong with the checkpoint
+    if world.nodes > 1 or not world.starts:
+        raise UserError(
+            f"--random_seed {DRAWN} draws a seed, and each of the processes that are started here would draw another; "
+            "give a number"
+        )
+    return secrets.randbelow(2**31)
+
+
+def check_overwriting(
+    adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective
+) -> Iterator[str]:
+    """Yield a refusal for each file to read that has, in --proj_dir, a name under which runs write. A save would
+    replace it, and what was merged into it would then be merged twice; a run that begins anew would delete it."""
+    folder = Path(train.proj_dir)
+    models = (train.load_model, train.state_load, adapter.load, adapter.init)
+    teacher = (objective.teacher, objective.stored, *objective.teacher_adapters, objective.teacher_state)
+    rows = (data.path, *data.more, train.val_data, *train.more_val, train.retain_data, train.eval_data)
+    sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
+    for name in (entry.name for entry in entries_of(folder)):
+        written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)
+        if written and (source := sources.get(os.path.realpath(folder / name))):
+            yield (
+                f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {name}; move "
+                "it elsewhere, or name another folder"
+            )

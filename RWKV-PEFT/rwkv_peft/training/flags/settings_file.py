@@ -17,7 +17,7 @@ from ...cli import Parser
 from ...errors import UserError, short, told
 from ...files.atomic import atomic_write
 from ...refusals import Refusals
-from .given import READ, WRITE, entries_of
+from .parser import READ, WRITE, entries_of
 
 FLAGS = "flags"  # the flags of a run, in its config.json
 SIZE, DEPTH = 1 << 20, 8  # of a file: bytes, and collections within each other
@@ -77,8 +77,7 @@ def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def require_plain(path: Path, text: str) -> None:
-    """Raise UserError for YAML of anchors, or of more than DEPTH collections within each other: a few lines of either
-    may stand for more than memory holds."""
+    """Raise UserError for aliases and for more than DEPTH collections within each other, which may fill memory."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

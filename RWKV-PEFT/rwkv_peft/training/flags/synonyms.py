@@ -1,5 +1,4 @@
-"""Tell what other trainers' flags and values are called here: by meaning, because a spelling may be near to another
-flag's."""
+"""Tell what other trainers' flags and values are called here, by meaning, because spellings mislead."""
 
 from types import MappingProxyType
 

@@ -1,14 +1,16 @@
 """Find the contradictions among settings that no rule tells: those of numbers, folders and packages."""
 
+import argparse
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
 from ...cli import counted
-from ...config import SCHEDULE_FREE, DataConfig, TrainConfig
+from ...config import SCHEDULE_FREE, DataConfig, Objective, TrainConfig
 from ...files.readable import home_meant
 from ...installing import how_to_install
+from ...objectives import takers_of
 from ..saving.trackers import check_trackers
 
 # of optimizers that others have written
@@ -17,8 +19,7 @@ MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bi
 
 
 def check_tokens(data: DataConfig) -> Iterator[str]:
-    """Yield the refusals of a micro batch of more than MOST_TOKENS, of prompts without room, and of shares that are
-    not one a file."""
+    """Yield refusals of too many tokens in a micro batch, of prompts without room, and of shares not one a file."""
     if data.mix and len(data.mix) != 1 + len(data.more):
         yield (
             f"--data_mix {' '.join(f'{share:g}' for share in data.mix)}: {counted(len(data.mix), 'share')} of "
@@ -63,3 +64,12 @@ def check_train(train: TrainConfig) -> Iterator[str]:
         yield f"--proj_dir {folder}: {meant}"
     if folder.exists() and not folder.is_dir():
         yield f"--proj_dir {folder} is a file; name a folder"
+
+
+def check_objective(args: argparse.Namespace, objective: Objective) -> Iterator[str]:
+    """Yield the refusal of data that the objective does not learn from."""
+    if args.data_type not in objective.rows:
+        yield (
+            f"--objective {objective.name} learns from --data_type {' or '.join(objective.rows)}, and the data is "
+            f"{args.data_type}; give such data, or --objective {' or '.join(takers_of(args.data_type))}"
+        )

@@ -3,9 +3,12 @@ another launcher that sets torch's variables), or Slurm's srun."""
 
 import os
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
+from ...cli import counted
 from ...config import TrainConfig
 from ...errors import UserError
 
@@ -105,8 +108,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there. Raises
-    UserError as find_world does."""
+    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
@@ -157,3 +159,37 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
             "unset it"
         )
     return int(text)
+
+
+def fit(args: Namespace, world: World) -> list[str]:
+    """Set --devices and --num_nodes in a parsed command line to those of an elastic World, and
+    --accumulate_grad_batches so that a step keeps its samples -> a note, in a list, if it changes. Flags of 1, the
+    default, stand for as many as there are. Raises UserError if the ranks cannot share a step's samples."""
+    if not world.elastic:
+        return []
+    notes = []
+    if world.hosted and world.nodes > 1:
+        notes.append(
+            "torchrun keeps the place at which ranks meet over its restarts; with --rdzv_backend c10d and nodes that "
+            "come and go, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it (docs/guides/clusters.md)"
+        )
+    devices, nodes = (
+        given if given > 1 else there for given, there in ((args.devices, world.devices), (args.num_nodes, world.nodes))
+    )
+    args.devices, args.num_nodes = world.devices, world.nodes
+    if devices * nodes == world.size:
+        return notes
+    passes = args.accumulate_grad_batches
+    asked = f"--num_nodes {nodes} x --devices {devices} x --accumulate_grad_batches {passes}"
+    args.accumulate_grad_batches, rest = divmod(passes * devices * nodes, world.size)
+    if rest:
+        unit = world.size // gcd(devices * nodes, world.size)
+        raise UserError(
+            f"torchrun started {counted(world.size, 'rank')}, which cannot share the micro batches of a step, {asked}; "
+            f"give --accumulate_grad_batches {-(-passes // unit) * unit}, and --micro_bsz to match, or wait for nodes"
+        )
+    return [
+        *notes,
+        f"--accumulate_grad_batches {args.accumulate_grad_batches}, so that a step on {counted(world.size, 'rank')} "
+        f"has the samples of {asked}",
+    ]

@@ -1,1 +1,1 @@
-"""What is measured while training: losses of held-out samples, answers to questions, whether rows were learned."""
+"""Measurements while training: losses of held-out samples, answers to questions, whether rows were learned."""

@@ -4,19 +4,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...cli import counted
 from ..ranks.watch import Watch
 from ..saving.history import write_records
-from .examiner import Answer, Exam, answers_of
+from .examiner import Answer, Exam, Judged, answers_of
 
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
 NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
 
 
 class Rows(Exam, Protocol):
-    """An exam of rows of the data (evals/rows_exam.py): `prompts` are their texts, `kinds` name the data that each
+    """An exam of rows of the data (evals/exam.py): `prompts` are their texts, `kinds` name the data that each
     comes from, and digest is equal for equal rows."""
 
     prompts: list[str]
@@ -27,6 +27,13 @@ class Rows(Exam, Protocol):
 
     def answer(self, number: int) -> dict[str, str]:
         """The row's own answer, {"text", "end"}."""
+
+
+class Questions(NamedTuple):
+    """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
+
+    exams: Mapping[str, Judged]
+    rows: Rows | None
 
 
 class BeforeAfter:
@@ -90,8 +97,7 @@ class BeforeAfter:
 
 
 def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
-    """Read the answers before training from a run's file; None for each row if it is missing, damaged, or of other
-    rows."""
+    """Read the answers before training from a run's file; None for each row if it is gone, damaged or of others."""
     unknown = [None] * len(exam)
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...config import TrainConfig
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
+from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 
@@ -17,7 +17,7 @@ Answer = dict[str, Any]  # its "number" is that of the question
 
 
 class Exam(Protocol):
-    """Questions for a model in training: evals/exam.py, evals/harness_exam.py and evals/rows_exam.py have one each."""
+    """Questions for a model in training: evals/exam.py and evals/harness_exam.py have them."""
 
     def __len__(self) -> int: ...
 
@@ -25,11 +25,13 @@ class Exam(Protocol):
 
 
 class Judged(Exam, Protocol):
-    """An Exam whose answers are scored."""
+    """An Exam whose answers are scored; digest is equal for equal questions."""
+
+    @property
+    def digest(self) -> str: ...
 
     def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
-        """Return numbers for the run's metrics by name, records for the lines of a JSON file, and lines of text to
-        print."""
+        """Return numbers for the metrics by name, records for a file of JSON lines, and lines of text to print."""
 
 
 class Examiner:
@@ -46,8 +48,7 @@ class Examiner:
         self.plan = plan
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
-        """Ask if it is due after this step -> (numbers by name, lines of text to print) on rank 0; ({}, [])
-        otherwise."""
+        """Ask if it is due after this step -> (numbers by name, lines to print) on rank 0; else ({}, [])."""
         if done % self.every and not ending:
             return {}, []
         records = answers_of(self.exam, self.watch, self.compile, trainer, lit, f"the questions after step {done}")

@@ -1,8 +1,6 @@
-"""Find what a run asks its model: the questions that flags name, while it trains, and a few rows of its data, before
-and after."""
+"""Find what a run asks its model: questions that flags name, and rows of its data before and after."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from ...cli import counted
 from ...config import RunConfig
@@ -10,22 +8,14 @@ from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
-from ...evals.exam import Exam
+from ...evals.exam import Exam, RowsExam, rows_of
 from ...evals.harness_exam import HarnessExam
-from ...evals.rows_exam import RowsExam, rows_of
-from ..inputs import Inputs
+from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
-from .validate import VALIDATION
+from .before_after import Questions
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
-
-
-class Questions(NamedTuple):
-    """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
-
-    exams: Mapping[str, Exam | HarnessExam]
-    rows: RowsExam | None
 
 
 def find_questions(inputs: Inputs, speaks: bool) -> Questions:
@@ -63,8 +53,7 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
 
 
 def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
-    """Choose the rows to answer -> (their exam, a note on them); (None, why not) if they cannot be answered, (None, "")
-    if --answer_rows is 0."""
+    """Choose the rows to answer -> (their exam, a note); (None, why not), with "" if none are asked for."""
     train, number = config.train, config.train.answer_rows
     if not number:
         return None, ""

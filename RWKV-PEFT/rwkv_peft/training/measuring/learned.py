@@ -9,7 +9,7 @@ from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import RunConfig
 from ...config.objective import REWARDS
-from ...plots import is_number
+from ...plots import LOSSES, is_number, of_files
 from ..flags.rates import known_rate
 from ..step.plan import Plan
 
@@ -44,14 +44,12 @@ def fall_of(losses: Sequence[float]) -> Fall | None:
 
 def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line on the losses of each of several data files: means of the first and the last quarter of them."""
-    names = dict.fromkeys(name for record in records for name in record if name.startswith(("loss/", "val_loss/")))
-    for name in sorted(names, key=lambda name: name.startswith("val_")):
+    names = dict.fromkeys(found for record in records for found in of_files(record))
+    for name, loss, source in sorted(names, key=lambda found: found[1] != "loss"):
         values = [record[name] for record in records if is_number(record.get(name))]
         quarter = max(1, len(values) // 4)
         first, last = statistics.fmean(values[:quarter]), statistics.fmean(values[-quarter:])
-        what, _, source = name.partition("/")
-        word = {"loss": "loss", "val_loss": "validation loss"}[what]
-        yield f"{word} of {source}: {first:.4f} at first, {last:.4f} at last"
+        yield f"{LOSSES[loss]} of {source}: {first:.4f} at first, {last:.4f} at last"
 
 
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
@@ -83,18 +81,21 @@ def low_rate(config: RunConfig) -> str:
 
 
 def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
-    """A note if a run seems to have learned nothing, with the likely reason and the flag; "" if it learned, or neither
+    """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; "" if neither
     losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
     from the one before training, None if that is not known."""
     fall = fall_of(losses)
+    name, sign = ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
+    way = "" if fall is None else f"({sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f})"
+    if fall is not None and fall.last - fall.first > fall.noise:
+        lower = f"--lr_init {config.train.lr_init / FAR:.1g}"
+        moved = "fell" if sign < 0 else "rose"
+        return f"note: this run seems to have made the model worse: the {name} {moved} {way}. Try a lower rate: {lower}"
     if changed or (fall is not None and fall.real) or (fall is None and changed is None):
         return ""
     found = []
     if fall is not None:
-        if REWARDS in config.objective.needs:
-            found.append(f"the reward did not rise by more than its noise ({-fall.first:.4f} to {-fall.last:.4f})")
-        else:
-            found.append(f"the loss did not fall by more than its noise ({fall.first:.4f} to {fall.last:.4f})")
+        found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")
     if changed is False:
         found.append("the rows are answered as before training")
     reasons = doubts(config, plan) or [f"the rate may be too low: try --lr_init {FAR * config.train.lr_init:.1g}"]

@@ -2,29 +2,24 @@
 of what should be retained."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ...config import TrainConfig
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
+from ..inputs import RETAINED, VALIDATION, Inputs
 from ..ranks.watch import Watch
-from ..saving.averaging import averaged
-from ..saving.history import Lowest
+from ..saving.partitions import averaged
 from ..saving.products import BEST
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
-from ..step.plan import Plan
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
-
-
-VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 class Validator:
@@ -33,31 +28,21 @@ class Validator:
 
     A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
     row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/ranks/watch.py)
-    hears of every batch; `lowest` is that of the run so far, `anew` tells a run that begins from one that goes on.
+    hears of every batch.
     """
 
-    def __init__(
-        self,
-        measured: Mapping[str, Samples],
-        micro_bsz: int,
-        train: TrainConfig,
-        plan: Plan,
-        saver: Saver,
-        watch: Watch,
-        lowest: Lowest,
-        anew: bool,
-    ) -> None:
-        self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
-        self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest, self.anew, self.train_config = plan, lowest, anew, train
+    def __init__(self, inputs: Inputs, saver: Saver, watch: Watch) -> None:
+        self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
+        self.saver, self.watch, train = saver, watch, inputs.config.train
+        self.micro_bsz, self.train_config = inputs.config.data.micro_bsz, train
+        self.every, self.patience = train.val_every or inputs.plan.epoch_steps, train.early_stop
 
     @property
     def exhausted(self) -> bool:
         return self.lowest.exhausts(self.patience)
 
     def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """Return {"retain_start": the loss of RETAINED before the first step of a run}, {} if there is no such data or
-        the run goes on. All ranks call it."""
+        """Return {"retain_start": RETAINED's loss before a run's first step}, {} without such data or if it goes on."""
         if RETAINED not in self.measured or not self.anew:
             return {}
         return {f"{RETAINED}_start": means(self.sums(self.measured[RETAINED], trainer, lit))[0]}
@@ -87,8 +72,7 @@ class Validator:
 
     @torch.no_grad()
     def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
-        """Return [how many items of samples count, the sums over them of the loss and the step's other measures], over
-        all ranks."""
+        """Return [the items that count, sums over them of the loss and the step's other measures], over all ranks."""
         device, train = trainer.strategy.root_device, self.train_config
         sums: list[torch.Tensor] = []
         lit.model.eval()

@@ -4,7 +4,7 @@ matrices each.
 
 An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one weight
 decay serve both. torch.optim.Muon takes whole matrices; ZeRO cuts them. Here ranks gather the momenta of all, and each
-computes the matrices of which it has a part.
+computes the matrices that it has a part of.
 """
 
 import math

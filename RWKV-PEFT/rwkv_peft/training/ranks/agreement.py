@@ -26,8 +26,7 @@ SHOWN = 4  # differences that a message names
 
 
 def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect {what is compared: its value} of this process. identity is what a resumed run must share with the first
-    (identity.py); others are further values."""
+    """Collect {what is compared: its value} of this process, from its settings, a run's identity and `others`."""
     found = {}
     for settings in (config.model, config.adapter, config.data, config.train, config.objective):
         for field in fields(settings):
@@ -83,8 +82,7 @@ def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[st
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
-    """Say how the first rank that differs from rank 0 differs; "" if all agree. passports are the ranks' values, hosts
-    their machines."""
+    """Say how the first rank that differs from rank 0 does, by their passports and machines; "" if all agree."""
     for rank, theirs in enumerate(passports):
         ours = passports[0]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

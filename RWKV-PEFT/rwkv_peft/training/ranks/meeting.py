@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ...errors import UserError, told
 from ..flags.world import LOOPBACK, World
-from ..saving.connection import is_of_connection
+from ..saving.checkpoints import is_of_connection
 from .agreement import disagreement
 from .processes import Processes
 from .watch import CAME, END, LEFT, Watch, acknowledge, beat, first_reason
@@ -91,8 +91,7 @@ class Ranks:
             waiting(f"node 0 of {self.world.nodes} at {address}:{port}{reason}")
 
     def gather_nodes(self) -> None:
-        """Register this node, and on rank 0 wait for the others. Raises UserError if two nodes have the same number, or
-        if --devices or --num_nodes differ."""
+        """Register this node; rank 0 waits for the others. Raises UserError for a number used twice, or other flags."""
         world, store = self.world, self.store
         mine = {"--devices": world.devices, "--num_nodes": world.nodes}
         if world.leads:
@@ -137,8 +136,7 @@ class Ranks:
         store.set("begin", "")
 
     def show(self, folder: Path, waiting: "Waiting", hosts: Sequence[str]) -> None:
-        """Write a file into the folder, and wait until the other nodes have looked for it; hosts are the ranks'
-        machines."""
+        """Write a file into the folder, and wait until the other nodes have looked for it; hosts: their machines."""
         world, store = self.world, self.store
         token = folder / f".shared-{secrets.token_hex(8)}"
         token.touch()
@@ -183,8 +181,7 @@ class Ranks:
             ) from None
 
     def refuse(self, reason: str) -> None:
-        """Raise UserError with the reason, or with what another rank said first; ranks that wait then raise the
-        same."""
+        """Raise UserError with the reason, or with what another rank said first; ranks that wait raise the same."""
         raise UserError(first_reason(self.store, reason))
 
     def __exit__(

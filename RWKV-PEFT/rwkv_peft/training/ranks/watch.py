@@ -1,23 +1,29 @@
 """Watch over a run from a thread of its own: end every process, with one message a node, if a rank ends or falls
 silent, if a mapped file becomes shorter, or if the run no longer moves.
 
+A thread that reads a page which a mapped file has lost gets the signal SIGBUS, and again as soon as that is handled: it
+gets no further, and this thread has to end the process.
+
 Time is counted in the thread's own turns, so that a machine that slept, or a process that was stopped, does not take
 others for silent.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 
+from ...data.samples import Samples
+from ...files.base import Base
 from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on
-from .lost_pages import LostPages
+from ..step.stored import StoredTeacher
 from .processes import Processes
 
 PERIOD = 1.0  # seconds per turn
@@ -35,6 +41,7 @@ ACKNOWLEDGED = "acknowledged"  # how many ranks know of the end
 PARENT = 5.0  # seconds for a process to end with the one that started it (processes.py)
 BROKEN = "broken"  # set once a connection between ranks is broken
 LEFT = "left"  # the beat of a rank that is done
+REPORTS = 1 << 16  # bytes read from the pipe at once, one a signal
 
 
 def beat(rank: int) -> str:
@@ -70,8 +77,7 @@ class Watch(threading.Thread):
         self.join(SILENT * PERIOD)
 
     def watch_files(self, sizes: Mapping[str | Path, int]) -> None:
-        """Also end the run if one of the mapped files, given by path and size, becomes shorter. Only the main thread
-        may call it."""
+        """Also end the run if a mapped file, given by path and size, becomes shorter; for the main thread alone."""
         self.lost_pages = LostPages(sizes)
 
     def stop(self) -> None:
@@ -157,8 +163,7 @@ def first_reason(store: dist.Store, reason: str) -> str:
 
 
 def acknowledge(world: World, store: dist.Store) -> None:
-    """Say that this rank knows of the end; rank 0, which keeps the store, stays up to FAREWELL seconds for the others
-    to know too."""
+    """Say that this rank knows of the end; rank 0, which keeps the store, waits up to FAREWELL seconds for others."""
     deadline = time.monotonic() + FAREWELL
     try:
         store.add(ACKNOWLEDGED, 1)
@@ -177,3 +182,48 @@ def where() -> str:
         return "another package"
     file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
     return f"{file}, line {frame.f_lineno} ({frame.f_code.co_name})"
+
+
+class LostPages:
+    """Hears of SIGBUS through a pipe, into which Python's C handler writes the number of each signal. Only the main
+    thread may make and close it. sizes: {path of a mapped file: bytes}."""
+
+    def __init__(self, sizes: Mapping[str | Path, int]) -> None:
+        self.sizes = sizes
+        self.reports, self.pipe = os.pipe()
+        os.set_blocking(self.reports, False)
+        os.set_blocking(self.pipe, False)
+        self.handler = signal.signal(signal.SIGBUS, lambda number, frame: None)
+        self.before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+
+    def reason(self) -> str:
+        """Say which file lost pages; "" if no SIGBUS came."""
+        try:
+            if signal.SIGBUS not in os.read(self.reports, REPORTS):
+                return ""
+        except BlockingIOError:  # nothing came
+            return ""
+        for path, before in self.sizes.items():
+            now = os.path.getsize(path) if os.path.exists(path) else 0
+            if now < before:
+                return (
+                    f"{path} was overwritten while it is read: it has {now:,} bytes, and had {before:,}; put the old "
+                    "file back"
+                )
+        return "a file can no longer be read (SIGBUS): was it overwritten, or is its disk or network gone?"
+
+    def close(self) -> None:
+        """Listen no more, and restore the earlier handler and pipe of signals."""
+        signal.set_wakeup_fd(self.before)
+        signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: not set from Python
+        os.close(self.reports)
+        os.close(self.pipe)
+
+
+def sizes_of_mapped(opened: Iterable[Base | StoredTeacher | None], found: Iterable[Samples]) -> dict[str | Path, int]:
+    """Collect {path: bytes} of the files that a run maps: its base, its teacher or what one said, and its data."""
+    sizes: dict[str | Path, int] = {file.path: file.stamp.size for file in opened if file and file.stamp}
+    for samples in found:
+        for part in samples.parts:
+            sizes.update({path: stat.st_size for path, stat in part.dataset.mapped.items()})
+    return sizes

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how one that ended goes on from it."""
+"""The files that a run leaves, and from which one that ended goes on."""

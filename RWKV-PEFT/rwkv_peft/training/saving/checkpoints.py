@@ -1,13 +1,18 @@
-"""List the checkpoints of a run, say how a run that ended goes on, and clear what one left that had not saved any."""
+"""List and remove the checkpoints of a run, and say how a run that ended goes on.
+
+A kill leaves each checkpoint whole or gone, because one is hidden while it is written or removed.
+"""
 
 import errno
 import math
 import os
 import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from ...errors import UserError
 from .run_state import STATE, UNREADABLE, load_state
@@ -19,11 +24,13 @@ DIVERGED = "the run stopped, and nothing of that step was saved"  # told if numb
 # the files of what was trained, under all labels (products.py), and the number of the epoch
 TRAINED = re.compile(r"(?:adapter|rwkv|merged|state)(?:-epoch-(\d+)|-best)?\.(?:safetensors|pth)")
 UNSAVED = ".unsaved"  # marks the folder of a run that has not saved yet; what it holds may be cleared
+KEPT = 2  # checkpoints, if --keep_checkpoints does not say how many; the files of all epochs stay then
+HIDDEN = ".step-"  # how the name of a checkpoint begins while it is written or removed
+Thing = TypeVar("Thing")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the complete checkpoint folders under proj_dir, oldest first: by samples seen, because a step's size may
-    have changed."""
+    """List the complete checkpoint folders under proj_dir by samples seen, because a step's size may have changed."""
 
     def seen(checkpoint: Path) -> float:
         try:
@@ -83,10 +90,48 @@ def refusal(error: BaseException | None) -> str:
 
 
 def clear_unsaved(folder: Path) -> None:
-    """Remove the trained tensors and answers of a run that ended before its first checkpoint; without the mark UNSAVED,
-    nothing."""
+    """Remove the trained tensors and answers of a run that is marked as UNSAVED."""
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
         if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
             file.unlink()
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Tell whether an error is that of a collective whose connection to another rank broke."""
+    from torch.distributed import DistError  # flags are judged before torch is imported
+
+    return isinstance(error, DistError) or "gloo" in str(error).lower()
+
+
+def discard_old(folder: Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints of a run, and the files of all but the newest `keep` saved epochs. 0
+    keeps all; None keeps KEPT checkpoints and all files. The newest save must be on the disk by then."""
+    clear_hidden(folder)
+    for checkpoint in all_but(list_checkpoints(folder), KEPT if keep is None else keep):
+        remove(checkpoint)
+    matches = ((file, TRAINED.fullmatch(file.name)) for file in folder.iterdir())
+    epochs = {file: int(match[1]) for file, match in matches if match and match[1]}
+    old = all_but(sorted(set(epochs.values())), keep or 0)
+    for file, epoch in epochs.items():
+        if epoch in old:
+            file.unlink()
+
+
+def all_but(things: Sequence[Thing], newest: int) -> Sequence[Thing]:
+    """All but the last `newest` of some things; none for 0."""
+    return things[:-newest] if newest else []
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. It is hidden first, because a kill may leave some of its files."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clear_hidden(folder: Path) -> None:
+    """Remove the checkpoints that a run was writing or removing when it was killed."""
+    for leftover in (folder / CHECKPOINTS).glob(f"{HIDDEN}*"):
+        shutil.rmtree(leftover)

@@ -17,8 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from ...errors import UserError
 from ...files.pth import read_pth, require_file
 from .partitions import MOMENTS, STEP, flat_tensors, state_of
-from .run_state import MOST
-from .saved_files import DEEPSPEED
+from .run_state import DEEPSPEED, MOST, remedy_of
 
 KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # they hold only numbers and names
 
@@ -38,10 +37,7 @@ def load_deepspeed(checkpoint: Path, optimizer: Any, rank: int, ranks: int) -> i
     try:
         return copy_states(entry(found, "optimizer_state_dict"), optimizer, ranks)
     except Mismatch as error:
-        raise UserError(
-            f"{path} does not hold the state of this run: {error}; delete {checkpoint} to resume from an older "
-            "checkpoint, or add --fresh_optimizer to go on without the optimizer's state"
-        ) from error
+        raise UserError(f"{path} does not hold the state of this run: {error}; {remedy_of(checkpoint)}") from error
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
-"""The identity of a run, which a resumed run must share: adapter, base, data, objective and teacher; strategy, ranks
-and precision."""
+"""The identity of a run, which one that goes on must share: adapter, base, data, objective, teacher, ranks."""
 
 import hashlib
 import json
@@ -13,14 +12,13 @@ from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...errors import UserError, told
 from ...objectives import takers_of
-from .run_state import STATE, UNREADABLE, read_state
-from .saved_files import is_of_deepspeed, require_files
+from ...tables import OPTIMS
+from .run_state import STATE, UNREADABLE, is_of_deepspeed, read_state, remedy_of, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
 SAME_OPTIMIZER = ("precision", "optim")  # what it must share, too, to keep the optimizer's state,
 SAME_RANKS = ("strategy", "world_size")  # and this, if it is kept by ranks
-BY_RANKS = ("adamw8bit",)  # values of --optim whose state is of use to the ranks alone that had it
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
@@ -50,8 +48,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
-    """The digest of the token files that samples are read from, with their weights, and their mask file if --loss_mask
-    is file."""
+    """The digest of the token files that samples are read from, with weights, and masks if --loss_mask is file."""
     with_mask = config.data.loss_mask == "file"
     digests = "".join(part.dataset.digest(with_mask) for part in samples.parts)
     return hashlib.sha256(digests.encode()).hexdigest()[:16]
@@ -61,12 +58,13 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     """Read state.json of a checkpoint; compare it with `now`, the resuming run's own entries that must be the same,
     and the checkpoint's other files with the sizes in it. Raises UserError if they differ; fresh_optimizer leaves out
     what only the optimizer's state needs."""
-    older = f"delete {checkpoint} to resume from an older checkpoint"
     now = json.loads(json.dumps(now))
     try:
         state = read_state(checkpoint)
     except UNREADABLE as error:
-        raise UserError(f"{checkpoint}/{STATE} cannot be read ({told(error)}); {older}") from error
+        raise UserError(
+            f"{checkpoint}/{STATE} cannot be read ({told(error)}); {remedy_of(checkpoint, False)}"
+        ) from error
     # earlier versions recorded neither sizes nor data, nor where validation on other data had begun, and had one
     # objective for each --data_type, one optimizer, and no teacher
     state = {"files": {}, "data": now["data"], "validated_from": 0, "teacher": "", "optim": "adamw"} | state
@@ -78,7 +76,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     if mix := state["data"].get("mix"):
         state["data"]["mix"] = shares_of(mix)
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    by_ranks = is_of_deepspeed(checkpoint) or now["optim"] in BY_RANKS
+    other = OPTIMS.get(now["optim"])
+    by_ranks = is_of_deepspeed(checkpoint) or (other is not None and not other.by_parameter)
     of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if by_ranks else ())
     for key in SAME + (() if fresh_optimizer else of_optimizer):
         if state[key] != now[key]:
@@ -99,8 +98,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
 
 
 def differences(then: Any, now: Any) -> tuple[Any, Any]:
-    """Reduce two dicts to the entries in which they differ, with None for a missing one; other values stay as they
-    are."""
+    """Reduce two dicts to the entries in which they differ, None for a missing one; other values stay."""
     if not isinstance(now, dict):
         return then, now
     keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]

@@ -1,5 +1,4 @@
-"""Log the numbers of a run besides metrics.jsonl: to TensorBoard, and on request to Weights & Biases, trackio and
-SwanLab, each with the whole config."""
+"""Log a run's numbers and config also to TensorBoard, and on request to Weights & Biases, trackio, SwanLab."""
 
 import importlib
 from dataclasses import asdict

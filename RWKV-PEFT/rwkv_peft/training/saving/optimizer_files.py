@@ -21,8 +21,7 @@ from ...files.atomic import fsync
 from ...files.pth_writer import TensorSpec
 from ...files.safetensors_file import read_safetensors, write_safetensors
 from .partitions import Piece
-from .run_state import MOST
-from .saved_files import OPTIMIZER
+from .run_state import MOST, OPTIMIZER, remedy_of
 
 METADATA_KEY, FORMAT_VERSION = "rwkv_peft_optimizer", 1
 STEPS = "steps"  # its entry in the metadata
@@ -40,8 +39,7 @@ def write_pieces(
     codes: Mapping[str, torch.Tensor] = NO_CODES,
     scale: Mapping[str, float] = NO_SCALE,
 ) -> None:
-    """Write the pieces of a rank, codes that are of use to it alone, and the counters of the loss scale, into a
-    checkpoint's folder, a tensor at a time."""
+    """Write a rank's pieces, its codes and the loss scale's counters into a checkpoint, a tensor at a time."""
     tensors = {f"{kind}:{piece.start}:{piece.name}": part for piece in pieces for kind, part in piece.tensors.items()}
     tensors |= {f"{CODES}:{rank}:{name}": tensor for name, tensor in codes.items()}
     told = {"format_version": FORMAT_VERSION, STEPS: steps} | ({SCALE: dict(scale)} if scale else {})
@@ -53,8 +51,7 @@ def write_pieces(
 
 
 class SavedOptimizer:
-    """The optimizer's state in a checkpoint, whatever ranks wrote it; steps: how many the optimizer had taken;
-    scale: the counters of the loss scale."""
+    """The optimizer's state in a checkpoint, of all ranks; its count of steps; the counters of the loss scale."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint, self.steps = checkpoint, 0
@@ -80,13 +77,13 @@ class SavedOptimizer:
                         raise ValueError(f"{short(key)} is no row of float32")
                     self.found[kind, name].append((int(start), tensor))
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise UserError(f"{path} {self.refusal(error)}") from error
+                raise self.mismatch(error, path) from error
 
-    def refusal(self, reason: object) -> str:
-        """How a message goes on that names what is not as it should be."""
-        return (
-            f"does not hold the optimizer's state of this run: {reason}; delete {self.checkpoint} to resume from an "
-            "older checkpoint, or add --fresh_optimizer to go on without the optimizer's state"
+    def mismatch(self, reason: object, path: Path | None = None) -> UserError:
+        """The error that a file, or the folder of all, does not hold what is due."""
+        return UserError(
+            f"{path or self.checkpoint / OPTIMIZER} does not hold the optimizer's state of this run: {reason}; "
+            + remedy_of(self.checkpoint)
         )
 
     @torch.no_grad()
@@ -95,10 +92,7 @@ class SavedOptimizer:
         for name, into in codes.items():
             saved = self.codes.get((rank, name))
             if saved is None or (saved.shape, saved.dtype) != (into.shape, into.dtype):
-                raise UserError(
-                    f"{self.checkpoint / OPTIMIZER} "
-                    + self.refusal(f"{CODES}:{rank}:{name} is no {into.dtype} of shape {tuple(into.shape)}")
-                )
+                raise self.mismatch(f"{CODES}:{rank}:{name} is no {into.dtype} of shape {tuple(into.shape)}")
             into.copy_(saved)
 
     @torch.no_grad()
@@ -108,10 +102,7 @@ class SavedOptimizer:
             saved = sorted(self.found.get((kind, piece.name), ()), key=lambda part: part[0])
             size = max((start + len(tensor) for start, tensor in saved), default=0)
             if size != piece.size:
-                raise UserError(
-                    f"{self.checkpoint / OPTIMIZER} "
-                    + self.refusal(f"{kind} of {piece.name} has {size:,} elements, and {piece.size:,} are due")
-                )
+                raise self.mismatch(f"{kind} of {piece.name} has {size:,} elements, and {piece.size:,} are due")
             done = piece.start
             for start, tensor in saved:
                 end = min(start + len(tensor), piece.start + len(into))
@@ -119,6 +110,4 @@ class SavedOptimizer:
                     into[done - piece.start : end - piece.start] = tensor[done - start : end - start].to(into.device)
                     done = end
             if done != piece.start + len(into):
-                raise UserError(
-                    f"{self.checkpoint / OPTIMIZER} " + self.refusal(f"{kind} of {piece.name} lacks element {done:,}")
-                )
+                raise self.mismatch(f"{kind} of {piece.name} lacks element {done:,}")

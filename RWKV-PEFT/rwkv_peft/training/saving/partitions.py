@@ -6,6 +6,7 @@ so any number of ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,7 @@ STEP = "step"  # Adam's count of steps
 
 
 class Piece(NamedTuple):
-    """The elements from `start` on of a flattened parameter of `size` elements: {kind: float32 (n,)}, views into the
-    optimizer's tensors."""
+    """The elements from `start` on of a flattened parameter: {kind: float32 (n,)}, views of the optimizer's."""
 
     name: str
     size: int
@@ -73,8 +73,7 @@ def moments_of(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def codes_of(optimizer: Any) -> dict[str, torch.Tensor]:
-    """This rank's state of an optimizer that keeps none by parameter: {NUMBER:NAME: tensor}, NUMBER being that of the
-    flat tensor."""
+    """This rank's state that is not by parameter: {NUMBER:NAME: tensor}, of the NUMBERth flat tensor."""
     if is_by_parameter(optimizer):
         return {}
     states = enumerate(state_of(optimizer, flat) for flat in flat_tensors(optimizer))
@@ -88,8 +87,7 @@ def codes_of(optimizer: Any) -> dict[str, torch.Tensor]:
 
 
 def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
-    """(elements of a parameter, the first that this rank holds, the number of the flat tensor that holds them, where
-    there, how many)."""
+    """(elements of a parameter, the first that this rank holds, its flat tensor's number, the place there, length)."""
     if hasattr(parameter, "ds_numel"):  # stage 3: each rank has as many, and what is beyond the parameter's end is none
         number, place, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dist.get_rank(optimizer.dp_process_group) * length
@@ -110,8 +108,7 @@ def steps_taken(optimizer: Any) -> int:
 
 @torch.no_grad()
 def take_up(optimizer: Any, steps: int) -> None:
-    """Let a ZeRO optimizer go on after `steps` steps from the pieces as they are now, and give the model its weights.
-    Every rank calls it at once."""
+    """Let a ZeRO optimizer go on after `steps` steps, and give the model its weights. All ranks call it at once."""
     for flat in flat_tensors(optimizer):
         state = state_of(optimizer, flat)
         if STEP in state:
@@ -128,3 +125,24 @@ def publish(optimizer: Any) -> None:
     for number in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
     optimizer.checkpoint_event_epilogue()
+
+
+@contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Give the model the weights that are the run's result so far, while within. Every rank enters at once."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Averaging) or inner.averaging:
+        yield
+        return
+    flats = flat_tensors(optimizer)
+    weights = [flat.detach().clone() for flat in flats]
+    inner.eval()
+    publish(optimizer)
+    try:
+        yield
+    finally:
+        inner.train()
+        with torch.no_grad():
+            for flat, before in zip(flats, weights):
+                flat.copy_(before)  # because train() comes back to them but for rounding
+        publish(optimizer)

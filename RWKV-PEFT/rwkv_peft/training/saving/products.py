@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -21,13 +22,11 @@ from ... import __version__
 from ...config import AdapterConfig, DataConfig, RunConfig
 from ...data.recorded import recorded_of_data
 from ...errors import UserError
-from ...files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from ...files.atomic import atomic_write
+from ...files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
+from ...files.atomic import atomic_write, require_room
 from ...files.base import Base
-from ...files.dtypes import DTYPES, dtype_name
-from ...files.origin import Origin
 from ...files.pth import all_finite, stream_tensors
-from ...files.pth_writer import save_pth, write_pth
+from ...files.pth_writer import DTYPES, dtype_name, save_pth, write_pth
 from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
@@ -35,6 +34,10 @@ from ...names import ADAPTER, MERGED, MODEL, STATE, TUNED
 from ...release.merge import Merge, MergeOptions
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
+# bytes a number that trains: a float32 copy, and the moments
+OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "lion": 8, "muon": 12, "schedule_free": 12})
+MATRIX = MappingProxyType({**OPTIMIZER, "muon": 8})  # of the matrices of blocks and adapters
+SMALLEST = 2  # least bytes of a number in a model's file
 
 
 def newest_name(adapter: AdapterConfig) -> str:
@@ -90,8 +93,7 @@ class Products:
         return self.folder / newest_name(self.config.adapter)
 
     def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
-        """Write {name: trained tensor} for each label: the adapter or model, time states that train, and with
-        --merge_on_save the merged model."""
+        """Write {name: trained tensor} for each label: adapter or model, states, and the merged model if asked for."""
         train = self.config.train
         paths = [labelled(self.newest, label) for label in labels]
         if self.config.adapter.whole_model:
@@ -132,8 +134,7 @@ class Products:
         )
 
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
-        """Merge once and give the file each of the paths. A UserError is only printed, because the adapter is saved,
-        and merge_bone.py can merge it later."""
+        """Merge once for all paths. A UserError is only printed, because merge_bone.py can merge the adapter later."""
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
@@ -172,3 +173,16 @@ def share_file(path: Path, copy: Path) -> None:
         os.link(path, copy)
     except OSError:
         shutil.copyfile(path, copy)
+
+
+def optimizer_size(optim: str, trains: int, matrices: int) -> int:
+    """The bytes of an optimizer, and of a checkpoint's tensors beside the file of what trained, if `trains` numbers
+    train by --optim, `matrices` of them in matrices."""
+    return OPTIMIZER[optim] * (trains - matrices) + MATRIX[optim] * matrices
+
+
+def require_room_to_save(folder: Path, config: RunConfig, trains: int) -> None:
+    """Raise UserError if the disk of a run's folder cannot hold one save, the least that any run leaves."""
+    item = DTYPES[config.train.precision].itemsize
+    file = (SMALLEST if config.adapter.whole_model else item) * trains
+    require_room("--proj_dir", folder, file + optimizer_size(config.train.optim, trains, trains), "a save")

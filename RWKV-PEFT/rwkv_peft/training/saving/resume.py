@@ -108,8 +108,7 @@ def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]
 
 
 def find_trained(folder: Path, newest: str) -> str | None:
-    """The name of a file of trained tensors that a new run would overwrite: `newest`, or any other in the folder of a
-    run; None if there is none."""
+    """The file of trained tensors that a new run would overwrite: `newest`, or another in a run's folder; or None."""
     if (folder / newest).exists():
         return newest
     files = [file.name for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]

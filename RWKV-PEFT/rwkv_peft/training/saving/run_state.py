@@ -11,14 +11,83 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .saved_files import check_records
+from ...errors import UserError, short
 
+OPTIMIZER, DEEPSPEED = "optimizer", "zero"  # folders of the optimizer's state: ours, and that of earlier versions
+CHUNK = 1 << 24
 Kind = type | tuple[Any] | Callable[[Any], bool]  # of an entry, as is_of reads it
 STATE = "state.json"
 CHECKSUM = "crc32"  # its entry; earlier versions wrote none
 MOST = 1 << 62  # samples, steps, bytes: more than any run counts
 # errors of reading JSON that is not what a run writes
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
+DUE: Mapping[str, Kind] = MappingProxyType(
+    {
+        "samples_seen": int,
+        "trained": (str,),
+        "adapter": dict,
+        "base": str,
+        "strategy": str,
+        "world_size": int,
+        "precision": str,
+    }
+)
+
+
+def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
+    """Say what helps if a checkpoint, or only the optimizer's state in it, is of no use."""
+    fresh = ", or add --fresh_optimizer to go on without the optimizer's state" if of_optimizer else ""
+    return f"delete {checkpoint} to resume from an older checkpoint{fresh}"
+
+
+def is_of_deepspeed(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is of an earlier version, which kept DeepSpeed's files."""
+    return (checkpoint / DEEPSPEED).is_dir()
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The record of a file in state.json: {"bytes", "crc32"}."""
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
+
+
+def checksum(path: Path) -> str:
+    """The CRC-32 of a file's content, as eight hexadecimal digits."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def check_records(records: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each name is a path inside the checkpoint and each size an integer. A record is as
+    record_of gives it, or only a size, as earlier versions wrote it."""
+    for name, record in records.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"{short(name)} does not lie in it")
+        if type(size_of(record)) is not int:
+            raise ValueError(f"the size of {short(name)} is no whole number")
+
+
+def size_of(record: Any) -> Any:
+    """The size that a record holds."""
+    return record.get("bytes") if isinstance(record, dict) else record
+
+
+def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer: bool, contents: bool = False) -> None:
+    """Raise UserError for a file of a checkpoint that is missing or of another size than its record says or, with
+    `contents`, of another checksum. With fresh_optimizer those of the optimizer's state are not checked."""
+    for name, record in records.items():
+        path, of_optimizer = checkpoint / name, Path(name).parts[:1] in ((OPTIMIZER,), (DEEPSPEED,))
+        if fresh_optimizer and of_optimizer:
+            continue
+        if not path.is_file() or path.stat().st_size != size_of(record):
+            what = f"is missing or not of the {size_of(record):,} bytes that were saved"
+        elif contents and isinstance(record, dict) and checksum(path) != record.get("crc32"):
+            what = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
+        else:
+            continue
+        raise UserError(f"--resume: {path} {what}; {remedy_of(checkpoint, of_optimizer)}")
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -27,8 +96,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint, whatever entries it has. Raises one of UNREADABLE if it is no JSON object or
-    its checksum differs."""
+    """Read the state.json of a checkpoint. Raises one of UNREADABLE if it is no JSON object, or was changed."""
     state = json.loads((checkpoint / STATE).read_text())
     if not isinstance(state, dict):
         raise ValueError(f"it is a {type(state).__name__}, and an object is due")
@@ -39,8 +107,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint. Raises one of UNREADABLE as load_state does, and if an entry of DUE is
-    missing or any entry is of another kind."""
+    """Read and check the state.json of a checkpoint. Raises one of UNREADABLE, also for a missing or wrong entry."""
     state = load_state(checkpoint)
     for name in DUE:
         if name not in state:
@@ -62,8 +129,7 @@ def check(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
 
 
 def is_of(kind: Kind, value: Any) -> bool:
-    """Tell whether a value of JSON is of a kind: int for a count, str, dict, (kind,) for a list, or a function that
-    tells."""
+    """Tell whether a value of JSON is of a kind: int (a count), str, dict, (kind,) for a list, or a function."""
     if isinstance(kind, tuple):
         return isinstance(value, list) and all(is_of(kind[0], item) for item in value)
     if kind is int:
@@ -89,8 +155,7 @@ def are_records(value: object) -> bool:
 
 
 def are_settings(value: object) -> bool:
-    """Tell whether a value is the config of a run; the settings that a resumed run reads must be numbers as a run
-    writes them."""
+    """Tell whether a value is the config of a run, whose settings that are read again are as a run writes them."""
     if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
         return False
     check(train, dict.fromkeys(("lr_init", "lr_final", "weight_decay", "layerwise_lr", "state_lr"), is_rate))
@@ -98,17 +163,6 @@ def are_settings(value: object) -> bool:
     return True
 
 
-DUE: Mapping[str, Kind] = MappingProxyType(
-    {
-        "samples_seen": int,
-        "trained": (str,),
-        "adapter": dict,
-        "base": str,
-        "strategy": str,
-        "world_size": int,
-        "precision": str,
-    }
-)
 MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did not write
     {
         "files": are_records,

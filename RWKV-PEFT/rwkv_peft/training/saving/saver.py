@@ -1,4 +1,4 @@
-"""Write what a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise.
+"""Write what a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise; and put them back.
 
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
@@ -6,7 +6,7 @@ proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
 proj_dir/checkpoints/step-NNNNNNNN/    the optimizer's state, the trained tensors, state.json
 
-products.py writes the first four; keeping.py decides how many saves stay.
+products.py writes the first four; checkpoints.py decides how many saves stay.
 """
 
 import shutil
@@ -24,18 +24,24 @@ from ...errors import UserError
 from ...files.atomic import CannotWrite, fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
-from ..step.loss_scale import counters_of
+from ..optimizers.choice import Averaging
 from ..step.plan import Plan
-from .averaging import averaged
-from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
-from .connection import is_of_connection
-from .keeping import HIDDEN, clear_hidden, discard_old, remove
-from .loading import grouped_names, trained_names
-from .optimizer_files import write_pieces
-from .partitions import codes_of, is_by_parameter, pieces_of, steps_taken
+from ..step.zero import counters_of, go_on_with
+from .checkpoints import (
+    CHECKPOINTS,
+    HIDDEN,
+    UNSAVED,
+    clear_hidden,
+    discard_old,
+    find_checkpoint,
+    how_to_go_on,
+    is_of_connection,
+    remove,
+)
+from .optimizer_files import SavedOptimizer, write_pieces
+from .partitions import averaged, codes_of, is_by_parameter, pieces_of, steps_taken, take_up
 from .products import Products, keeps_all, model_dtypes, share_file
-from .run_state import STATE, write_state
-from .saved_files import OPTIMIZER, record_of
+from .run_state import OPTIMIZER, STATE, is_of_deepspeed, read_state, record_of, write_state
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
@@ -66,8 +72,7 @@ class Saver:
         self.save_checkpoint(trainer, lit, done)
 
     def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
-        """Write the trained tensors, named by each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft
-        none)."""
+        """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
             try:
@@ -77,8 +82,7 @@ class Saver:
         trainer.strategy.barrier()
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
-        """Return {name: tensor} of what the run saves, in the training's dtype: the model, or the adapter and the parts
-        that train along; {} on ranks other than 0."""
+        """Return {name: tensor} of the model, or of the adapter and what trains along; {} on ranks other than 0."""
         whole = self.config.adapter.whole_model
         parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
@@ -86,8 +90,7 @@ class Saver:
             return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
-        """Write the optimizer's state, the trained tensors and state.json to a hidden folder, which gets its name when
-        it is complete."""
+        """Write the optimizer's state, the trained tensors and state.json to a folder, hidden until it is complete."""
         hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
             with self.telling(hidden):
@@ -184,3 +187,53 @@ def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: 
             if keep:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
     return tensors
+
+
+def trained_names(lit: "Lit") -> list[str]:
+    """The names of the parameters that train, which a checkpoint holds."""
+    return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
+
+
+def grouped_names(lit: "Lit") -> list[list[str]]:
+    """The names of the parameters that train, by optimizer group, in the order of a state that is kept by ranks."""
+    names = {parameter: name for name, parameter in lit.model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
+
+
+def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
+    """Restore weights and the optimizer's state into the engine, on all ranks; the optimizer's settings are those of
+    this run's flags.
+
+    Frozen parameters come from the base, and the list in state.json shows that nothing else is missing. Raises
+    UserError if this run trains other parameters or, in a checkpoint of earlier versions, in other groups.
+    """
+    state = read_state(checkpoint)
+    saved, now = state["trained"], trained_names(lit)
+    if saved != now:
+        different = sorted(set(saved) ^ set(now))
+        raise UserError(
+            f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
+            f"{len(different) - 1} more); give the first run's flags"
+        )
+    lit.compute.restore(checkpoint)
+    optimizer = trainer.optimizers[0]
+    by_ranks = is_of_deepspeed(checkpoint) or not is_by_parameter(optimizer)
+    if by_ranks and state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions recorded none
+        raise UserError(
+            f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's; "
+            "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
+        )
+    if is_of_deepspeed(checkpoint):
+        from .deepspeed_files import load_deepspeed
+
+        steps = load_deepspeed(checkpoint, optimizer, trainer.global_rank, trainer.world_size)
+    else:
+        found = SavedOptimizer(checkpoint)
+        for piece in pieces_of(optimizer, lit.model.named_parameters()):
+            found.fill(piece)
+        found.fill_codes(trainer.global_rank, codes_of(optimizer))
+        go_on_with(optimizer, found.scale)
+        steps = found.steps
+    take_up(optimizer, steps)
+    if isinstance(optimizer.optimizer, Averaging):
+        optimizer.optimizer.go_on(lit.lr_at(step) for step in range(lit.step - steps, lit.step))

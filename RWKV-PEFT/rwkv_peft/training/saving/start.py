@@ -1,5 +1,4 @@
-"""Read the adapter or the states that a run starts from (bone_load, lora_load, pissa_load; --state_load), and check
-them against the run."""
+"""Read the adapter or the states that a run starts from (--bone_load and its kin, --state_load), and check them."""
 
 import math
 from pathlib import Path
@@ -18,8 +17,7 @@ from ...names import STATE
 
 
 def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
-    """Read the adapter to start from. Raises UserError unless it has this run's variant, rank, scale, quantization,
-    parts and base."""
+    """Read the adapter to start from. Raises UserError unless it fits this run's method, sizes, base and parts."""
     path, method, word = Path(adapter.load), method_of(adapter), WORDS[adapter.method]
     assert method is not None  # --peft none has nothing to load
     flat = path.is_file() and path.suffix != ".safetensors"  # a file as RWKV-PEFT writes it
@@ -89,8 +87,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
 
 
 def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
-    """The State of one sequence that --train_parts state starts from: that of the file at `path` (--state_load), else
-    the base's, or None for zeros."""
+    """The State that --train_parts state starts from: that of --state_load, else the base's, or None for zeros."""
     tensors = {} if base is None else split_time_states(base.tensors)[1]
     if path:
         file = read_states(path)

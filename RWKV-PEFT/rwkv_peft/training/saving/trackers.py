@@ -27,11 +27,6 @@ class Tracker(NamedTuple):
     remedy: str = ""
 
 
-def wandb_ready() -> bool:
-    """Tell whether wandb only writes to disk, or has a key."""
-    return wandb_is_offline() or wandb_has_key()
-
-
 def wandb_is_offline() -> bool:
     """Tell whether wandb only writes to disk, by WANDB_MODE or the settings of `wandb offline`."""
     mode = os.environ.get("WANDB_MODE")
@@ -71,7 +66,7 @@ TRACKERS = MappingProxyType(
             r"[^/\\#?%:]+",
             "a project's name may not contain / \\ # ? % :",
             "run `wandb login --relogin`, or set WANDB_MODE=offline",
-            wandb_ready,
+            lambda: wandb_is_offline() or wandb_has_key(),
             "this machine is not logged in to Weights & Biases; run `wandb login` first, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline to keep the numbers in --proj_dir",
         ),

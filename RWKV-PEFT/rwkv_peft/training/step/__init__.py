@@ -1,1 +1,1 @@
-"""What a training step does: the loss of a batch, its gradients, the rate, and the optimizer."""
+"""A training step: the loss of a batch, its gradients, the rate, and the optimizer."""

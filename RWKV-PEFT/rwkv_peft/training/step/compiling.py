@@ -30,6 +30,5 @@ def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
 
 
 def uncompiled(compile: bool) -> AbstractContextManager[object]:
-    """Within, run blocks uncompiled, if the run compiles them at all: for passes without gradients, whose many shapes
-    would each be compiled."""
+    """Within, run blocks uncompiled, because passes without gradients have many shapes, each of which compiles."""
     return torch.compiler.set_stance("force_eager") if compile else nullcontext()

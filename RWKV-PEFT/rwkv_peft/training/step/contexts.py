@@ -15,7 +15,7 @@ ROOM = 1 << 30  # bytes of main memory that States may take
 
 def seen_by_teacher(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch that a teacher reads: the same, or if it has teacher_tokens, all that is named teacher_…, such as
-    teacher_cu_seqlens and teacher_counted, where as many tokens count as in the student's."""
+    teacher_cu_seqlens and teacher_counted, in which as many tokens count as in the student's."""
     prefix = "teacher_"
     own = {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
     return own or batch
@@ -29,8 +29,7 @@ class Contexts:
         self.room, self.kept = room, dict[bytes, State]()
 
     def laid(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors that a teacher reads of a batch of rows with contexts behind their States: what the student
-        reads."""
+        """The tensors that a teacher reads of a batch behind its contexts' States: what the student reads."""
         return {f"teacher_{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
 
     def texts(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -43,11 +42,8 @@ class Contexts:
         """Go through a teacher with what it sees of a batch, behind its contexts if there are any (a Way)."""
         state = state_before(model, seen) if "shared" in seen else None
         if texts := seen.get("contexts"):
-            states = [self.after(model, text, seen["tokens"].device) for text in texts]
-            state = State(
-                layers[0]._make(torch.cat(fields).to(seen["tokens"].device) for fields in zip(*layers))
-                for layers in zip(*states)
-            )
+            first, *others = (self.after(model, text, seen["tokens"].device) for text in texts)
+            state = first.joined(*others).each(lambda name, tensor: tensor.to(seen["tokens"].device))
         result: torch.Tensor = model(seen["tokens"], state, seen.get("cu_seqlens"), head, keep=False)[0]
         return result
 
@@ -57,9 +53,8 @@ class Contexts:
         state = self.kept.pop(key, None)
         if state is None:
             found = model(text[None].to(device), head=no_head)[1]
-            state = State(layer._make(tensor.cpu().clone() for tensor in layer) for layer in found)
+            state = found.each(lambda name, tensor: tensor.cpu().clone())
         self.kept[key] = state  # the last one used
-        size = sum(tensor.nbytes for layer in state for tensor in layer)
-        while len(self.kept) * size > max(self.room, size):
+        while len(self.kept) > 1 and sum(state.nbytes for state in self.kept.values()) > self.room:
             self.kept.pop(next(iter(self.kept)))
         return state

@@ -1,6 +1,6 @@
 """Compute once what documents begin with alike: answers to a prompt go on from one State.
 
-A recurrent model's prompt is a State of one size, from which any number of answers start. The gradients that they have
+A recurrent model's prompt is a State, from which any number of answers start. The gradients that they have
 for it add up, and go back through the prompt once.
 """
 
@@ -105,7 +105,7 @@ def on_device(laid: Batch, device: torch.device) -> dict[str, torch.Tensor]:
 def state_before(model: nn.Module, batch: Batch) -> State:
     """The State that each document of a batch (of forked) goes on from, computed once for each group."""
     _, state = model(batch["shared"], cu_seqlens=batch["shared_seqlens"], head=no_head)
-    return State(layer._make(Handed.apply(tensor, batch["owner"]) for tensor in layer) for layer in state)
+    return state.each(lambda name, tensor: Handed.apply(tensor, batch["owner"]))
 
 
 def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -114,8 +114,7 @@ def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Handed(torch.autograd.Function):
-    """tensor (groups, …), owner (n,) -> (n, …). Backward adds in the same order on every run, unlike that of indexing
-    on several threads."""
+    """tensor (groups, …), owner (n,) -> (n, …). Backward adds in the same order on every run, unlike indexing."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

@@ -123,8 +123,7 @@ class BlockGraphs:
     def __init__(
         self, model: LanguageModel, x: torch.Tensor, sequences: int = 0, leader: "BlockGraphs | None" = None
     ) -> None:
-        """x: inputs are copied to its memory; sequences: 0 if nothing is packed; leader: the graphs of larger inputs,
-        whose memory these use too."""
+        """Inputs are copied to x's memory; sequences: 0 if none are packed; leader: graphs whose memory these use."""
         self.blocks, self.x, self.calls = Blocks(model), x.detach(), 0
         self.bounds = bounds_like(x, sequences) if sequences else None
         self.leader = leader or self

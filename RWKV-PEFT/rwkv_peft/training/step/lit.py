@@ -20,8 +20,7 @@ from .steps import Step
 
 
 class Diverged(Exception):
-    """The loss, the gradient norm or a trained tensor became NaN or infinite; raised by every rank at the same step,
-    before anything of that step is saved."""
+    """A loss, gradient norm or trained tensor is not finite; all ranks raise it before that step is saved."""
 
 
 class Lit(pl.LightningModule):
@@ -123,8 +122,7 @@ class Lit(pl.LightningModule):
             dist.all_reduce(self.status)
 
     def on_after_backward(self) -> None:
-        """Read the sums over all ranks: before the optimizer's step, and only after backward, because reading waits for
-        the GPU."""
+        """Read the sums over all ranks: before the optimizer's step, and after backward, as it waits for the GPU."""
         total, *measures, tokens, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step + 1}")

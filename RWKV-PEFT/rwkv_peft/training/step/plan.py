@@ -1,4 +1,4 @@
-"""The steps of a run, and where in the data each begins."""
+"""The steps of a run, and the place in the data at which each begins."""
 
 from dataclasses import dataclass
 

@@ -35,16 +35,14 @@ class Segment(NamedTuple):
         return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds, weights=weights)
 
     def state_after(self, state: State) -> State:
-        """Pick from the State after the segment that of the sequences that may go on: all rows, or the last packed
-        sequence."""
+        """Pick from the State after the segment what may go on: all rows, or the last packed sequence."""
         if self.cu_seqlens is None:
             return state
         return State(type(layer)(*(tensor[-1:] for tensor in layer)) for layer in state)
 
 
 def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
-    """Cut a batch (of TrainBatches) -> its segments of `length` positions. Those after the last counted target are left
-    out, except the first."""
+    """Cut a batch -> its segments of `length` positions, up to the last target that counts; one at least."""
     T = batch["mask"].shape[1]
     return [part_of(batch, start, min(start + length, T)) for start in range(0, end_of(batch), length)]
 

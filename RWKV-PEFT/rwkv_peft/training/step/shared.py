@@ -48,8 +48,7 @@ class SharedRows(Whole):
         return self.forward(model, batch, 1)
 
     def forward(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        """The sum of the segments' losses. Autograd goes back through what came last first, on every rank. The shares
-        of data files are told of whole rows only."""
+        """The sum of the segments' losses, without data files' shares; backward begins at the last on every rank."""
         self.line.open_ring()
         total, measures = torch.zeros((), device=batch["tokens"].device), dict[str, torch.Tensor]()
         for part in cast(Mapping[str, Any], batch)["segments"]:
@@ -67,8 +66,7 @@ class SharedRows(Whole):
 
 
 class SharedSegments(Segments):
-    """Compute this rank's part of each segment of a batch; see Segments. A rank begins a segment while others are still
-    at the one before."""
+    """Compute this rank's part of each segment of a batch; others may still be at the segment before."""
 
     def __init__(self, length: int, line: Line, objective: NextToken) -> None:
         super().__init__(max(1, length // line.parts) * line.parts, objective=objective)

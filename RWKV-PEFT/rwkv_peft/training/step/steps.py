@@ -209,8 +209,7 @@ class Segments(Step):
     def states(
         self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State, none: State
     ) -> list[State]:
-        """Compute the State before each segment of a chain, from `state` before the first; `none` is that of no
-        sequence."""
+        """Compute the State before each segment of a chain, from `state` on; `none` is that of no sequence."""
         befores = [state]
         for position, segment in enumerate(chain[:-1]):
             torch.manual_seed(draws[position])
@@ -226,14 +225,13 @@ def of_none(model: nn.Module) -> State:
 
 
 def following(segments: Sequence[Segment], position: int, after: State, none: State) -> State:
-    """The State before the segment at `position`: `after`, which the one before it left, or `none` if it begins anew or
-    there is none."""
+    """The State before the segment at `position`: `after` if it goes on from the one before, else `none`."""
     return after if position < len(segments) and segments[position].carries else none
 
 
 def kept(state: State) -> State:
     """Copy a State, detached, because its shifts are views of all inputs, and would keep them in memory."""
-    return State(layer._make(tensor.detach().clone() for tensor in layer) for layer in state)
+    return state.each(lambda name, tensor: tensor.detach().clone())
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, head: HeadFunction) -> tuple[torch.Tensor, State]:
@@ -244,8 +242,7 @@ def run(model: nn.Module, segment: Segment, state: State | None, head: HeadFunct
 def go_back(
     model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, head: HeadFunction
 ) -> Gradients:
-    """Compute the Gradients of a segment from the State before it. `gradient` is that of the tensors of the State after
-    it, () if nothing goes on from there."""
+    """Compute the Gradients of a segment from the State before it and the gradient of that after it (() for none)."""
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     rest = iter(inputs)
     start = State(layer._make(islice(rest, len(layer))) for layer in before)
@@ -271,8 +268,7 @@ def add(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> N
 
 
 def delivered(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> torch.Tensor:
-    """Return the loss with gradients that are known already. Its backward hands them to the parameters, once for each,
-    as ZeRO's bookkeeping needs."""
+    """Return the loss; its backward hands known gradients to the parameters, once each, as ZeRO needs."""
     cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
     if cut:  # ZeRO-3's shards are gathered, because a gradient needs the whole shape; it shards again after backward
         cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]

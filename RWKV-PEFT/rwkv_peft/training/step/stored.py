@@ -5,7 +5,7 @@ The file is a .safetensors with, for R documents and their N tokens that count,
 
 - keys int64 (R, 2): a hash of each document's tokens and of which of them count
 - bounds int64 (R + 1,): where the tokens of each begin
-- words int32 (N, k), logprobs float32 (N, k + 1): as in objectives/stored.py
+- words int32 (N, k), logprobs float32 (N, k + 1): as in a Stored (objectives/divergence.py)
 
 and in its metadata a Source. A document is found by its key, in whichever order, batch or packing it is read.
 """
@@ -27,7 +27,7 @@ from ...files.base import Stamp
 from ...files.digest import digest_of
 from ...files.pth import all_finite, require_file
 from ...objectives.distill import Distill
-from ...objectives.stored import Stored
+from ...objectives.divergence import Stored
 from .contexts import seen_by_teacher
 from .steps import Batch
 

@@ -9,7 +9,7 @@ from ...data.recorded import Vocabulary, recorded_beside
 from ...errors import UserError
 from ...files.adapters import read_adapter
 from ...files.base import Base, base_of, open_base
-from ...files.dtypes import DTYPES
+from ...files.pth_writer import DTYPES
 from ...files.state_file import read_states
 from ...fused import Setting, fuse
 from ...models.parts import LanguageModel
@@ -47,8 +47,7 @@ def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
 
 
 def require_own_tokens(teacher: Base, data: Vocabulary | None) -> None:
-    """Raise UserError if a run recorded beside the teacher that its tokens are others than those of the data (None:
-    unknown)."""
+    """Raise UserError if a run recorded beside the teacher that its tokens are others than the data's."""
     own = recorded_beside(teacher.path)
     if own is not None and data is not None and own.hash != data.hash:
         raise UserError(

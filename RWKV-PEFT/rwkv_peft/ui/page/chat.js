@@ -1,24 +1,25 @@
 // Chat: a base and what was trained on it, side by side, at the same prompt and seed.
-import { copyButton, el, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
+import { copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
 import { showJob } from "./runs.js";
 
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []);
-  const run = runs.find((one) => one.folder === folder);
-  const kept = { ...recall("chat", {}), ...(run ? { model: run.flags.load_model, adapter: `${folder}/adapter.safetensors`, tokenizer: run.flags.tokenizer ?? "" } : {}) };
+  const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
+  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: `${run.folder}/adapter.safetensors`, tokenizer: run.flags.tokenizer ?? "" } : {}) };
   const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
-  const tokenizer = el("input", { id: "tokenizer", value: kept.tokenizer ?? "", placeholder: "as the files say", spellcheck: false });
+  const flags = Object.fromEntries(about.chat.map(({ flag }) => [flag, kept[flag] ?? ""]));
+  const more = about.chat.map((made) => flagField(made, made.flag[0].toUpperCase() + made.flag.slice(1), flags[made.flag], (value) => { flags[made.flag] = value; }));
   const error = el("div"), status = el("div"), talk = el("div"), running = el("ul", { className: "list" });
   let used = "", loading = null;
   const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
   place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
-  el("div", { className: "fields" }, model.box, adapter.box, state.box, el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer)),
+  el("div", { className: "fields" }, model.box, adapter.box, state.box, more),
   el("div", { className: "row" }, open), running, error, status, talk);
   const served = await list();
-  if (served.length && !run) enter(served[0].id);
+  if (served.length && !folder) enter(served[0].id);
   repeat(signal, 3, list);
 
   // Lists the models that are open, each with its memory, until someone closes them.
@@ -42,7 +43,7 @@ export async function chatPage(place, about, signal, folder) {
   }
 
   async function begin() {
-    const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), state: state.input.value.trim(), tokenizer: tokenizer.value.trim() };
+    const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), state: state.input.value.trim(), ...flags };
     remember("chat", asked);
     tell(error, null);
     open.disabled = true;

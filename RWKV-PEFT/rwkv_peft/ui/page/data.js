@@ -1,19 +1,18 @@
 // Data: rows as the model will see them.
-import { el, figure, number, pathField, post, recall, remember, tell } from "./lib.js";
+import { asListed, el, figure, flagField, number, pathField, post, recall, remember, tell } from "./lib.js";
 
-export async function dataPage(place) {
-  const kept = recall("data", { path: "", tokenizer: "world", data_type: "sft", ctx_len: "1024" });
-  const path = pathField("path", "File or folder of rows", { value: kept.path, help: ".jsonl, .json, .csv, .tsv, .parquet, .txt" });
-  const tokenizer = el("input", { id: "tokenizer", value: kept.tokenizer, spellcheck: false });
-  const type = el("select", { id: "rows" }, ...Object.entries({
-    sft: "chats, questions and answers, texts", pairs: "pairs: a better and a worse answer", labels: "answers with a label", prompts: "prompts for rewards",
-  }).map(([value, text]) => el("option", { value, selected: value === kept.data_type }, text)));
-  const limit = el("input", { id: "ctx", type: "number", min: 1, value: kept.ctx_len });
+export async function dataPage(place, about) {
+  const asked = recall("data", { path: "", tokenizer: "world", data_type: "sft", ctx_len: "1024" });
+  const path = pathField("path", "File or folder of rows", { value: asked.path, folders: true, help: ".jsonl, .json, .csv, .tsv, .parquet, .txt" });
+  const made = about.form[0].fields.find(({ flag }) => flag === "data_type");
+  const values = made.values.filter((value) => value !== "binidx");
+  const type = flagField({ ...made, values, default: "sft" }, "Rows are", asked.data_type, (value) => { asked.data_type = value || "sft"; });
+  const tokenizer = el("input", { id: "tokenizer", value: asked.tokenizer, spellcheck: false });
+  const limit = el("input", { id: "ctx", type: "number", min: 1, value: asked.ctx_len });
   const show = el("button", { className: "main" }, "Show");
   const error = el("div"), result = el("div", { "aria-live": "polite" });
-  const form = el("form", { onsubmit: look }, el("div", { className: "fields" }, path.box,
-    el("div", {}, el("label", { htmlFor: "rows" }, "Rows are"), type),
-    el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, el("p", { className: "help" }, "world, bytes, or a vocabulary file")),
+  const form = el("form", { onsubmit: look }, el("div", { className: "fields" }, path.box, type,
+    el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, el("p", { className: "help" }, "that of the base model: world, bytes (the demo's), or a vocabulary file")),
     el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, el("p", { className: "help" }, "--ctx_len of the run"))),
   el("div", { className: "row" }, show));
   place.append(el("h1", {}, "Data"), el("p", { className: "lead" },
@@ -21,62 +20,67 @@ export async function dataPage(place) {
 
   async function look(event) {
     event?.preventDefault();
-    const asked = { path: path.input.value.trim(), tokenizer: tokenizer.value.trim(), data_type: type.value };
-    remember("data", { ...asked, ctx_len: limit.value });
+    Object.assign(asked, { path: path.input.value.trim(), tokenizer: tokenizer.value.trim(), ctx_len: limit.value });
+    remember("data", asked);
     show.disabled = true;
     tell(error, null);
     result.replaceChildren("reading …");
     try {
       if (!asked.path) throw new Error("name a file first");
-      draw(await post("/api/preview", asked), asked);
+      draw(await post("/api/preview", asked));
     } catch (problem) {
       result.replaceChildren();
       tell(error, problem);
+      const other = /--data_type (\w+)/.exec(problem.message)?.[1];
+      if (values.includes(other)) result.append(el("button", { type: "button", onclick: () => as(other) }, `Show them as ${other}`));
     }
     show.disabled = false;
   }
 
-  function draw(found, asked) {
-    const longest = Number(limit.value) || Infinity;
+  function as(other) {
+    const select = type.querySelector("select");
+    select.value = other;
+    select.dispatchEvent(new Event("input"));
+    look();
+  }
+
+  function draw(found) {
+    const longest = Number(asked.ctx_len) || Infinity;
     const total = found.sizes.reduce((sum, size) => sum + size, 0);
     const cut = found.sizes.filter((size) => size > longest + 1).length;
     const most = found.sizes.reduce((a, b) => Math.max(a, b), 0);
-    const bars = el("div", { className: "scroll" });
     result.replaceChildren(
       el("div", { className: "figures" }, figure("rows read", number(found.sizes.length + found.bad)), figure("tokens", number(total)),
-        figure("tokens that count", `${Math.round((100 * found.counted) / Math.max(total, 1))} %`), figure("longest row", number(most)),
-        figure(`longer than ${limit.value}`, number(cut)), figure("refused", number(found.bad))),
-      cut ? el("p", { className: "note" }, `${cut} rows lose the front of their prompt; a larger --ctx_len keeps them whole.`) : "",
+        figure("of them learned", `${Math.round((100 * found.counted) / Math.max(total, 1))} %`), figure("tokens of the longest row", number(most)),
+        figure(`rows longer than ${number(longest)}`, number(cut), cut > 0), figure("rows refused", number(found.bad), found.bad > 0)),
+      cut ? el("p", { className: "note" }, `${cut === 1 ? "1 row is" : `${number(cut)} rows are`} cut to ${number(longest)} tokens, the front of the prompt first; a larger --ctx_len keeps rows whole.`) : "",
       ...found.notes.map((line) => el("p", { className: "note" }, line)),
       found.sizes.length >= found.rows ? el("p", { className: "note" }, `These are the first ${number(found.rows)} rows.`) : "",
-      el("h2", {}, "Lengths"), bars, el("h2", {}, "As the model sees them"),
+      el("div", { className: "row" }, el("button", { className: "main", type: "button", onclick: train }, "Train on this")),
+      el("h2", {}, "As the model sees them"),
       ...found.documents.map((row, n) => el("div", { className: "document" }, el("h3", {}, `row ${n + 1}: ${row.title}`),
         ...row.pieces.map(([text, counts]) => (counts ? el("mark", {}, text) : text)))),
-      el("div", { className: "row" }, el("button", { className: "main", type: "button", onclick: () => train(asked) }, "Train on this")));
-    histogram(bars, found.sizes);
+      el("h2", {}, "Lengths"), histogram(found.sizes));
   }
 
-  function train(asked) {
-    const flags = recall("train", {});
-    remember("train", { ...flags, data_file: asked.path, data_type: asked.data_type, tokenizer: asked.tokenizer, ctx_len: limit.value });
+  function train() {
+    const { path: name, data_type, tokenizer, ctx_len } = asked;
+    remember("train", { ...recall("train", {}), data_file: asListed(name), data_type, tokenizer, ctx_len });
     location.hash = "#train";
   }
 
-  if (kept.path) look();
+  if (asked.path) look();
 }
 
-function histogram(place, sizes) {
+function histogram(sizes) {
   const classes = new Map();
   for (const size of sizes) {
     const power = Math.ceil(Math.log2(Math.max(size, 1)));
     classes.set(power, (classes.get(power) ?? 0) + 1);
   }
-  const powers = [...classes.keys()].sort((a, b) => a - b), most = Math.max(...classes.values());
-  const rows = [];
-  for (let power = powers[0]; power <= powers.at(-1); power += 1) {
-    const count = classes.get(power) ?? 0;
-    rows.push(el("tr", {}, el("td", {}, `up to ${(2 ** power).toLocaleString("en")}`), el("td", {}, number(count)),
-      el("td", {}, el("progress", { max: most, value: count, "aria-label": `${count} rows` }))));
-  }
-  place.append(el("table", {}, el("tr", {}, el("th", {}, "tokens"), el("th", {}, "rows"), el("th", {}, "")), ...rows));
+  const most = Math.max(...classes.values());
+  return el("table", { className: "bars" }, el("tr", {}, el("th", {}, "tokens"), el("th", {}, "rows"), el("th", {})),
+    [...classes].sort(([a], [b]) => a - b).map(([power, count]) => el("tr", {},
+      el("td", {}, power ? `${number(2 ** (power - 1) + 1)} to ${number(2 ** power)}` : "1"), el("td", {}, number(count)),
+      el("td", {}, el("progress", { max: most, value: count, "aria-label": `${count} rows` })))));
 }

@@ -64,8 +64,8 @@ export function duration(seconds) {
 export const number = (value, digits = 4) =>
   typeof value !== "number" ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(digits)).toString();
 
-export function figure(name, value) {
-  return el("div", { className: "figure" }, el("b", {}, String(value)), el("span", {}, name));
+export function figure(name, value, warns = false) {
+  return el("div", { className: `figure ${warns ? "warns" : ""}` }, el("b", {}, String(value)), el("span", {}, name));
 }
 
 export function copyButton(text, label = "Copy") {
@@ -78,20 +78,51 @@ export function copyButton(text, label = "Copy") {
   return button;
 }
 
+// Several names in one field are set apart by spaces; one that has spaces stands in quotes.
+export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"));
+export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
+
 // A labelled field for a file below the root, with a button that looks for it.
-export function pathField(name, label, { value = "", help = "", folders = false, endings = [], change = () => {} } = {}) {
-  const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off", oninput: change });
+export function pathField(name, label, { value = "", help = "", folders = false, endings = [], several = false } = {}) {
+  const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off" });
   const browse = el("button", { type: "button", title: `look for ${label}`, "aria-label": `look for ${label}` }, "…");
   browse.addEventListener("click", async () => {
-    const found = await choose(label, input.value, folders, endings);
+    const found = await choose(label, several ? listed(input.value)[0] ?? "" : input.value, folders, endings);
     if (found !== null) {
-      input.value = found;
+      input.value = several ? asListed(found) : found;
       input.dispatchEvent(new Event("input", { bubbles: true }));
     }
   });
   const box = el("div", {}, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
     help ? el("p", { className: "help" }, help) : null);
   return { box, input };
+}
+
+// A field made from a flag (form.py), with what its help says of the value that is chosen; change(value) hears of it.
+export function flagField(made, label, value, change, endings = []) {
+  const { flag, kind, values, words: told, help, required } = made, id = `flag-${flag}`;
+  let box, input;
+  if (kind === "path" || kind === "paths") {
+    ({ box, input } = pathField(id, label, { value, endings, several: kind === "paths", folders: flag === "proj_dir" || flag === "data_file", help }));
+    input.placeholder = made.default;
+  } else {
+    if (kind === "on") input = el("input", { id, type: "checkbox", checked: value === "on" });
+    else if (kind === "choice" || kind === "switch") {
+      const named = (one) => (told[one] ? `${one}: ${told[one].length > 60 ? `${told[one].slice(0, 60)} …` : told[one]}` : one);
+      input = el("select", { id }, el("option", { value: "" }, made.default ? `default: ${made.default}` : "default"),
+        values.map((one) => el("option", { value: one, selected: one === value }, named(one))));
+    } else input = el("input", { id, value, placeholder: made.default, spellcheck: false, autocomplete: "off" });
+    box = el("div", {}, el("label", { htmlFor: id }, label), input, el("p", { className: "help" }));
+  }
+  const explain = () => { box.lastElementChild.textContent = told[input.value || made.default] ?? help; };
+  if (help) explain();
+  input.title = `--${flag}`;
+  if (required) input.required = true;
+  input.addEventListener("input", () => {
+    explain();
+    change(kind === "on" ? (input.checked ? "on" : "") : input.value.trim());
+  });
+  return box;
 }
 
 // A dialog with the files below the root; -> the one chosen, or null.
@@ -107,13 +138,14 @@ function choose(label, start, folders, endings) {
       try {
         const entries = await get("/api/files", { path });
         here.path = path;
-        where.textContent = path || "the folder of --files";
+        where.textContent = path || "in the folder that was opened";
         const rows = entries.filter((entry) => entry.folder || !endings.length || endings.some((end) => entry.name.endsWith(end)));
         const up = path ? [{ name: path.split("/").slice(0, -1).join("/"), folder: true, up: true }] : [];
         list.replaceChildren(...[...up, ...rows].map((entry) => el("li", {}, el("button", {
           type: "button", className: "entry", onclick: () => (entry.folder ? open(entry.name) : done(entry.name)),
         }, entry.up ? "↑ up" : `${entry.folder ? "▸ " : ""}${entry.name.split("/").at(-1)}`),
         entry.folder ? null : el("span", { className: "state" }, size(entry.bytes)))));
+        if (!list.childElementCount) list.append(el("li", { className: "note" }, endings.length ? `no folder, and no file that ends in ${endings.join(" or ")}` : "nothing here"));
         tell(error, null);
       } catch (problem) {
         if (path) open(""); else tell(error, problem);
@@ -131,8 +163,6 @@ export function size(bytes) {
   return `${(bytes / 1000 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
-
 // Draws lines over steps into `place`: lines = [{label, x, y}], each with its own steps.
 export function chart(place, title, lines) {
   const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
@@ -140,16 +170,17 @@ export function chart(place, title, lines) {
     const at = new Map(line.x.map((x, n) => [x, line.y[n]]));
     return steps.map((x) => at.get(x) ?? null);
   });
-  const style = getComputedStyle(document.documentElement);
+  const style = getComputedStyle(document.documentElement), colours = style.getPropertyValue("--lines").trim().split(" ");
   const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line"), width: 0.5 } };
   const options = {
     title, width: Math.max(place.clientWidth, 260), height: 260, scales: { x: { time: false } }, axes: [axis, { ...axis, size: 70, values: (plot, ticks) => ticks.map((tick) => number(tick)) }],
     series: [{ label: "step" }, ...lines.map((line, n) => ({
-      label: line.label, stroke: COLOURS[n % COLOURS.length], width: 1.7, spanGaps: true, points: { show: line.x.length < 20 },
+      label: line.label, stroke: colours[n % colours.length], width: 1.7, spanGaps: true, points: { show: line.x.length < 20 },
       dash: line.dash, value: (plot, value) => (value === null ? "–" : number(value)),
     }))],
   };
   place.replaceChildren();
+  if (!steps.length) return;
   place.plot = new uPlot(options, [steps, ...rows], place);
 }
 

@@ -1,4 +1,4 @@
-// Release: merge a run's adapter into its base, check the result, convert it for a runtime.
+// Release: merge a run's adapter into its base, check the result, convert it for a runtime, push it to the hub.
 import { el, get, pathField, post, tell } from "./lib.js";
 import { showJob } from "./runs.js";
 
@@ -9,42 +9,46 @@ export async function releasePage(place, about, signal, folder) {
   const run = pathField("run", "Run, or adapter", { value: folder || runs[0]?.folder || "", folders: true, help: "a run's folder, or its adapter.safetensors" });
   const base = pathField("base", "Base model", { endings: [".pth"] });
   const output = pathField("output", "Merged model", { help: "is written by Merge" });
-  const format = el("select", { id: "format" }, Object.entries(FORMATS).map(([value, text]) => el("option", { value }, text)));
-  const error = el("div"), result = el("div");
-  const buttons = {
-    merge: () => ["merge", "--base_model", base.input.value, "--bone_checkpoint", adapter(), "--output", output.input.value],
-    check: () => ["check", "--base_model", base.input.value, "--bone_checkpoint", adapter(), "--merged", output.input.value],
-    convert: () => ["convert", output.input.value, output.input.value.replace(/\.pth$/, "") + `.${format.value}`],
-    inspect: () => ["inspect", output.input.value],
-  };
-  place.append(el("h1", {}, "Release"), el("p", { className: "lead" },
-    "Merging folds what was trained into the base: one .pth that every RWKV runtime loads. Checking recomputes each tensor and runs the file."),
-  el("div", { className: "fields" }, run.box, base.box, output.box,
-    el("div", {}, el("label", { htmlFor: "format" }, "Convert to"), format)),
-  el("div", { className: "row" }, ...Object.keys(buttons).map((name) =>
-    el("button", { type: "button", className: name === "merge" ? "main" : "", onclick: () => begin(name) }, name[0].toUpperCase() + name.slice(1)))),
-  error, result);
+  const format = el("select", { "aria-label": "format" }, Object.entries(FORMATS).map(([value, text]) => el("option", { value }, text)));
+  const repo = el("input", { placeholder: "NAME/REPOSITORY", "aria-label": "repository", spellcheck: false });
+  const open = el("select", { "aria-label": "who sees it" }, el("option", { value: "--private" }, "private"), el("option", { value: "" }, "public"));
+  const card = el("pre", { tabIndex: 0, "aria-label": "card" }), error = el("div"), result = el("div");
+  const known = () => runs.find((one) => one.folder === run.input.value.trim());
+  const adapter = () => (known() ? `${known().folder}/adapter.safetensors` : run.input.value.trim());
+  const merged = () => output.input.value.trim(), from = () => base.input.value.trim();
+  const push = (...more) => ["push", run.input.value.trim(), repo.value.trim(), ...(open.value ? [open.value] : []), ...more];
+  const steps = [
+    ["Merge", "folds what was trained into the base: one .pth that every RWKV runtime loads.",
+      () => ["merge", "--base_model", from(), "--bone_checkpoint", adapter(), "--output", merged()]],
+    ["Check", "recomputes each tensor of the merged model, and runs it.",
+      () => ["check", "--base_model", from(), "--bone_checkpoint", adapter(), "--merged", merged()]],
+    ["Inspect", "shows what is in the merged model.", () => ["inspect", merged()]],
+    ["Convert", "writes the merged model for another runtime:", () => ["convert", merged(), merged().replace(/\.pth$/, "") + `.${format.value}`], format],
+    ["Preview", "says which files Push would send, with the card below:", () => push("--dry_run"), repo, open],
+    ["Push", "sends them to the Hugging Face hub. Log in once with hf auth login in a terminal.", () => push()],
+  ];
+  place.append(el("h1", {}, "Release"), el("p", { className: "lead" }, "From a run to a file that others can use."),
+    el("div", { className: "fields" }, run.box, base.box, output.box),
+    ...steps.map(([name, text, command, ...inputs], n) => el("div", { className: "row step" },
+      el("button", { type: "button", className: n ? "" : "main", onclick: () => begin(command()) }, name), el("span", {}, text), ...inputs)),
+    error, result, el("details", {}, el("summary", {}, "The card of the run"), card));
   run.input.addEventListener("input", fill);
   fill();
 
-  function fill() {
-    const found = runs.find((one) => one.folder === run.input.value);
+  async function fill() {
+    const found = known();
     if (!found) return;
     base.input.value = found.flags.load_model ?? base.input.value;
     output.input.value = `${found.folder}/merged.pth`;
+    const { text } = await get("/api/runs/card", { folder: found.folder }).catch(() => ({ text: "" }));
+    card.textContent = text || "none yet: it is written when the run ends";
   }
 
-  function adapter() {
-    const found = runs.find((one) => one.folder === run.input.value);
-    return found ? `${found.folder}/adapter.safetensors` : run.input.value;
-  }
-
-  async function begin(name) {
+  async function begin(command) {
     tell(error, null);
     result.replaceChildren();
     try {
-      const command = buttons[name]();
-      if (command.includes("")) throw new Error("fill in the run, its base and the merged model's name first");
+      if (command.includes("")) throw new Error(command[0] === "push" ? "fill in the run and the repository first" : "fill in the run, its base and the merged model's name first");
       const { id } = await post("/api/jobs", { words: command });
       showJob(result, id, signal);
     } catch (problem) {

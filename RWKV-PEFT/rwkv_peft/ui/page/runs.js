@@ -7,9 +7,9 @@ const LOSSES = ["loss", "reward"];
 export async function runsPage(place, about, signal, chosen) {
   const list = el("ul", { className: "list" }), jobs = el("ul", { className: "list" }), view = el("div");
   place.append(el("h1", {}, "Runs"), el("div", { className: "columns side" },
-    el("div", {}, el("h2", {}, "Runs"), list, el("h2", {}, "Commands started here"), jobs), view));
+    el("div", {}, list, el("h2", {}, "Commands started here"), jobs), view));
   const compared = new Set(recall("compared", []));
-  let runs = [], shown = null;
+  let runs = [], commands = [], shown = null;
   const job = chosen.startsWith("job:") ? chosen.slice(4) : "";
   const leave = new AbortController();
   signal.addEventListener("abort", () => leave.abort());
@@ -17,7 +17,7 @@ export async function runsPage(place, about, signal, chosen) {
   await repeat(signal, 3, async () => {
     try {
       const [found, started] = await Promise.all([get("/api/runs"), get("/api/jobs")]);
-      runs = found;
+      [runs, commands] = [found, started];
       drawList();
       jobs.replaceChildren(...started.slice(0, 12).map((one) => el("li", {},
         el("a", { href: `#runs:job:${one.id}`, "aria-current": one.id === job ? "true" : null }, `${one.id}: ${one.words.slice(0, 1)} ${target(one.words)}`), badge(one))));
@@ -40,24 +40,28 @@ export async function runsPage(place, about, signal, chosen) {
       return el("li", {}, box, el("a", { href: `#runs:${run.folder}`, "aria-current": run.folder === folder ? "true" : null }, run.folder),
         el("span", { className: `state ${run.running ? "running" : ""}` }, run.running ? "running" : ""));
     }));
-    if (!runs.length) list.append(el("li", { className: "note" }, "no run yet; start one under Train"));
+    if (!runs.length) list.append(el("li", {}, el("span", { className: "note" }, "no run yet; ", el("a", { href: "#train" }, "start one"))));
+    if (runs.length > 1) list.append(el("li", { className: "note" }, "Mark runs to draw their losses into one picture."));
   }
 
   function open(started) {
     const one = job ? started.find((found) => found.id === job) : null;
     const folder = job ? (one ? folderOf(one.words) : "") : chosen || runs[0]?.folder || "";
     shown = { again() {} };
-    if (job) showJob(view, job, leave.signal);
-    if (folder && (!job || one?.words[0] === "train")) showRun(folder);
+    const shows = folder && (!job || one?.words[0] === "train");
+    const output = job ? showJob(view, job, leave.signal) : null;
+    if (shows) showRun(folder, output);
     if (!job && !folder) view.append(el("p", { className: "note" }, "Nothing to show yet."));
   }
 
-  function showRun(folder) {
+  // output: that of the run's command, which is folded when the run has something to show; null for a run of others.
+  function showRun(folder, output) {
     const place = el("div"), lines = [];
     view.append(place);
     const title = el("h2", {}, folder), figures = el("div", { className: "figures" }), bar = el("progress", { max: 1, value: 0, "aria-label": "steps" });
-    const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div", { className: "scroll" });
-    place.append(title, figures, bar, buttons, error, losses, rates, el("h2", {}, "Answers"), answers);
+    const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div");
+    const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, title, figures, bar, buttons, error, losses, rates, answers);
+    place.append(begins, all);
     let next = 0, drawn = "", many = new Map();
 
     async function turn() {
@@ -66,12 +70,17 @@ export async function runsPage(place, about, signal, chosen) {
       if (found.again) lines.length = 0;
       next = found.next;
       lines.push(...found.lines);
-      const run = runs.find((one) => one.folder === folder) ?? { flags: {}, files: [] };
+      const run = runs.find((one) => one.folder === folder);
+      const begun = commands.some((one) => one.id === job && one.state === "running") && !view.querySelector(".job .failed");
+      begins.hidden = Boolean(run) || !begun;
+      all.hidden = !run;
+      if (!run) return;
+      if (output && lines.length && !drawn) output.open = false;
       for (const other of compared) if (other !== folder && !many.has(other)) many.set(other, await wholeOf(other));
-      const stamp = `${lines.length} ${run.running} ${[...compared].sort()}`;
+      const stamp = `${lines.length} ${run.running} ${begun} ${[...compared].sort()}`;
       if (stamp === drawn) return;
       drawn = stamp;
-      draw(run);
+      draw(run, begun);
       showAnswers(answers, (await get("/api/runs/answers", { folder }).catch(() => ({}))));
     }
 
@@ -85,22 +94,22 @@ export async function runsPage(place, about, signal, chosen) {
       }
     }
 
-    function draw(run) {
+    function draw(run, begun) {
       const name = LOSSES.find((one) => lines.some((line) => typeof line[one] === "number")) ?? "loss";
       const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {};
       const held = lines.filter((line) => typeof line.val_loss === "number").at(-1);
       const done = steps.length ? last.step + 1 : 0, total = run.steps ?? 0;
       const speeds = steps.slice(-20).filter((line) => line.tokens && line.tokens_per_s).map((line) => line.tokens / line.tokens_per_s);
       const pace = speeds.reduce((a, b) => a + b, 0) / Math.max(speeds.length, 1);
-      figures.replaceChildren(figure("state", run.running ? "running" : total && done >= total ? "done" : "stopped"),
+      figures.replaceChildren(figure("state", run.running ? "running" : total && done >= total ? "done" : begun ? "begins" : "stopped"),
         figure("step", total ? `${number(done)} of ${number(total)}` : number(done)), figure(name, number(last[name])),
-        figure("validation", number(held?.val_loss)), figure("rate", number(last.lr, 3)), figure("tokens/s", number(Math.round(last.tokens_per_s ?? 0))),
+        figure("held-out loss", number(held?.val_loss)), figure("learning rate", number(last.lr, 3)), figure("tokens/s", last.tokens_per_s ? number(Math.round(last.tokens_per_s)) : "–"),
         figure("time left", run.running && total ? duration((total - done) * pace) : "–"));
       bar.max = total || 1;
       bar.value = Math.min(done, total || 1);
       buttons.replaceChildren(
         run.running ? el("button", { type: "button", onclick: () => post("/api/runs/stop", { folder }).catch((problem) => tell(error, problem)) }, "Stop after this step") : "",
-        !run.running && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
+        !run.running && !begun && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
         run.files.some((file) => file.endsWith(".safetensors") || file === "state.pth") ? el("a", { className: "button", href: `#release:${folder}` }, "Release") : "",
         run.files.length ? el("a", { className: "button", href: `#chat:${folder}` }, "Chat") : "");
       const others = [...compared].filter((one) => one !== folder);
@@ -133,32 +142,40 @@ function linesOf(lines, name, run) {
   })).filter((line) => line.x.length);
 }
 
-// Answers that the newest step drew, with what they earned; and those to some rows before the first step and after the last.
+// Answers that a step drew, the newest or another of the last, with what they earned; and those to some rows before
+// the first step and after the last.
 function showAnswers(place, found) {
   const drawn = (found["answers.jsonl"] ?? []).filter((line) => typeof line.completion === "string");
-  const step = drawn.at(-1)?.step, newest = drawn.filter((line) => line.step === step);
   const rows = (found["rows.jsonl"] ?? []).slice(-SHOWN), said = (one) => one?.text ?? "";
-  place.replaceChildren(
-    newest.length ? table(`drawn at step ${number(step + 1)}`, ["prompt", "answer", "reward", "tokens"],
-      newest.slice(0, SHOWN).map((line) => [line.prompt, line.completion, number(line.reward), number(line.length)])) : "",
-    rows.length ? table("before the first step, and after the last", ["prompt", "the row's answer", "before", "after"],
+  const steps = [...new Set(drawn.map((line) => line.step))].reverse(), body = el("div");
+  const chosen = Number(place.dataset.step ?? -1), step = steps.includes(chosen) ? chosen : steps[0];
+  const select = el("select", { "aria-label": "step", onchange: () => {
+    if (Number(select.value) === steps[0]) delete place.dataset.step; else place.dataset.step = select.value; // the newest stays the newest
+    show(Number(select.value));
+  } }, steps.map((one) => el("option", { value: one, selected: one === step }, `drawn at step ${number(one + 1)}`)));
+  const show = (one) => body.replaceChildren(table("", ["prompt", "answer", "reward", "tokens"],
+    drawn.filter((line) => line.step === one).slice(0, SHOWN).map((line) => [line.prompt, line.completion, number(line.reward), number(line.length)])));
+  if (steps.length) show(step);
+  place.replaceChildren(el("h2", {}, "Answers"),
+    ...(steps.length ? [el("div", { className: "row" }, select), body] : []),
+    rows.length ? table("to rows, before the first step and after the last", ["prompt", "the row's answer", "before", "after"],
       rows.map((row) => [row.prompt, said(row.answer), said(row.before), said(row.after)])) : "",
-    newest.length || rows.length ? "" : el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
+    steps.length || rows.length ? "" : el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
 }
 
 function table(caption, names, rows) {
-  return el("table", {}, el("caption", {}, caption), el("tr", {}, ...names.map((name) => el("th", {}, name))),
-    ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, text))))));
+  return el("div", { className: "scroll" }, el("table", {}, caption ? el("caption", {}, caption) : null, el("tr", {}, ...names.map((name) => el("th", {}, name))),
+    ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, String(text ?? "").trim())))))));
 }
 
-// A command that the page started: its words, its output as it comes, how it ended.
-export function showJob(place, id, signal, ended = () => {}) {
-  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), state = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
-  place.append(el("div", { className: "job" }, title, line, state, wrong, buttons, output));
+// A command that the page started: its words, its output as it comes, how it ended; -> the part with its output.
+export function showJob(place, id, signal) {
+  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), folded = el("details", { open: true }, el("summary", {}, "What it printed"), output), state = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
+  place.append(el("div", { className: "job" }, title, line, state, wrong, buttons, folded));
   const leave = new AbortController();
   signal.addEventListener("abort", () => leave.abort());
   let next = 0;
-  return repeat(leave.signal, 1, async () => {
+  repeat(leave.signal, 1, async () => {
     let job;
     try {
       job = await get(`/api/jobs/${id}`, { begin: next });
@@ -176,9 +193,10 @@ export function showJob(place, id, signal, ended = () => {}) {
     buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
     if (job.state === "running") return;
     leave.abort();
+    if (failed(job) && job.words[0] === "train") buttons.append(el("a", { className: "button", href: "#train" }, "Back to the settings"));
     if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
-    ended(job);
   });
+  return folded;
 }
 
 function lastWords(text, code) {

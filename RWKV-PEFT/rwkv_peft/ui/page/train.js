@@ -1,58 +1,56 @@
 // Train: the flags of train.py as a form, the command that they make, and the memory that it takes.
-import { copyButton, el, pathField, post, recall, remember, tell, words } from "./lib.js";
+import { copyButton, el, figure, flagField, get, listed, post, recall, remember, tell, words } from "./lib.js";
 
 const ENDINGS = { load_model: [".pth"] };
 const NAMES = {
   load_model: "Base model", data_file: "Data", data_type: "Rows are", proj_dir: "Folder of the run", tokenizer: "Tokenizer",
-  peft: "Method", bone_r: "Rank", ctx_len: "Longest row, tokens", micro_bsz: "Rows a step", epoch_count: "Epochs",
-  lr_init: "Learning rate", val_split: "Share held out", precision: "Precision", merge_on_save: "Merge when saved",
+  objective: "Objective", peft: "Method", bone_r: "Rank", ctx_len: "Longest row, tokens", micro_bsz: "Rows a step",
+  epoch_count: "Epochs", optim: "Optimizer", lr_init: "Learning rate", val_split: "Share held out", precision: "Precision",
+  merge_on_save: "Merge when saved",
 };
+const STARTED = { data_type: "sft", val_split: "0.1", merge_on_save: "on", proj_dir: "out/mine" };
 
 export async function trainPage(place, about, signal) {
-  const state = recall("train", {});
-  const started = { data_type: "sft", val_split: "0.1", merge_on_save: "on", proj_dir: "out/mine" };
-  for (const [flag, value] of Object.entries(started)) state[flag] ??= value;
+  const state = { ...STARTED, ...recall("train", {}) };
+  state.proj_dir = unused(state.proj_dir, (await get("/api/runs").catch(() => [])).map((run) => run.folder));
   const fields = new Map(), known = new Map();
-  const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("pre", { id: "plan", tabIndex: 0 }), error = el("div");
+  const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("div", { id: "plan", "aria-live": "polite" }), error = el("div");
   const start = el("button", { className: "main", type: "button", onclick: begin }, "Start");
   const [first, ...others] = about.form;
+  const find = el("input", { type: "search", placeholder: "find a setting, such as warm-up or wandb", "aria-label": "find a setting", oninput: search });
+  const groups = others.map((group) => el("details", {}, el("summary", {}, group.title), el("div", { className: "fields" }, group.fields.map(field))));
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
-    el("div", { className: "fields" }, first.fields.map(field)),
-    el("h2", {}, "All other settings"),
-    others.map((group) => el("details", {}, el("summary", {}, group.title), el("div", { className: "fields" }, group.fields.map(field)))));
+    el("div", { className: "fields" }, first.fields.map(field)), el("h2", {}, "All other settings"), find, groups);
   place.append(el("h1", {}, "Train"), el("p", { className: "lead" },
-    "Fields that are left empty take the default in grey. Memory and mistakes are shown as you type."),
-  el("div", { className: "columns" }, form, el("div", {}, error,
+    "Name a base model and data; fields that are left empty take the default in grey. Memory and mistakes are shown as you type."),
+  el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
     el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
       el("button", { type: "button", onclick: reset }, "Clear all")),
     el("h2", {}, "Memory and disk"), plan)));
 
   function field(made) {
-    const { flag, kind, values, help, required } = made, value = state[flag] ?? "";
-    const label = NAMES[flag] ?? flag, id = `flag-${flag}`;
+    const { flag } = made;
     known.set(flag, made);
-    let box, input;
-    if (kind === "path") {
-      ({ box, input } = pathField(id, label, { value, endings: ENDINGS[flag] ?? [], folders: flag === "proj_dir" || flag === "data_file", help }));
-      input.placeholder = made.default;
-    } else {
-      if (kind === "on") input = el("input", { id, type: "checkbox", checked: value === "on" });
-      else if (kind === "choice" || kind === "switch") {
-        input = el("select", { id }, el("option", { value: "" }, made.default ? `default: ${made.default}` : "default"),
-          values.map((one) => el("option", { value: one, selected: one === value }, one)));
-      } else input = el("input", { id, value, placeholder: made.default, spellcheck: false, autocomplete: "off" });
-      box = el("div", {}, el("label", { htmlFor: id }, label), input, el("p", { className: "help" }, help));
-    }
-    input.title = `--${flag}`;
-    if (required) input.required = true;
-    input.addEventListener("input", () => {
-      const given = kind === "on" ? (input.checked ? "on" : "") : input.value.trim();
+    fields.set(flag, flagField(made, NAMES[flag] ?? flag, state[flag] ?? "", (given) => {
       state[flag] = given;
       remember("train", state);
       changed();
-    });
-    fields.set(flag, box);
-    return box;
+    }, ENDINGS[flag]));
+    return fields.get(flag);
+  }
+
+  // Shows only the settings whose names or help have the word, in open groups.
+  function search() {
+    const word = find.value.trim().toLowerCase().replaceAll(" ", "_");
+    for (const [n, group] of groups.entries()) {
+      const hits = others[n].fields.filter(({ flag, help }) => {
+        const hit = flag.includes(word) || help.toLowerCase().includes(find.value.trim().toLowerCase());
+        fields.get(flag).hidden = !hit;
+        return hit;
+      });
+      group.hidden = !hits.length;
+      group.open = Boolean(word) && hits.length > 0;
+    }
   }
 
   function argv() {
@@ -61,7 +59,7 @@ export async function trainPage(place, about, signal) {
       const value = state[flag] ?? "";
       if (value === "") continue;
       if (kind === "on") found.push(`--${flag}`);
-      else if (kind === "list") found.push(`--${flag}`, ...value.split(/\s+/));
+      else if (kind === "list" || kind === "paths") found.push(`--${flag}`, ...listed(value));
       else found.push(`--${flag}`, value);
     }
     return found;
@@ -76,23 +74,35 @@ export async function trainPage(place, about, signal) {
 
   async function judge() {
     const turn = (latest += 1);
-    plan.textContent = "counting …";
+    const note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
+    if (!state.data_file || !(state.load_model || state.n_layer)) return note("is shown when a base model and data are named");
+    note("counting …");
     try {
       const found = await post("/api/plan", { words: argv() });
       if (turn !== latest || signal.aborted) return;
       const refused = found.code === 2;
       mark(refused ? found.text : "");
-      plan.textContent = refused ? "" : found.text;
+      if (refused) note("is shown when the flags go together"); else showPlan(found.text);
       tell(error, refused ? found.text.trim() : null);
     } catch (problem) {
-      if (turn === latest) { plan.textContent = ""; tell(error, problem); }
+      if (turn === latest) { plan.replaceChildren(); tell(error, problem); }
     }
   }
 
-  // Marks the fields that a message names.
+  // The peak of each device first, then what `rwkv-peft plan` prints.
+  function showPlan(text) {
+    const peaks = [...text.matchAll(/^(GPU|main memory)( of [\d.,]+ \w+)?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(.*)$/gm)];
+    plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, verdict]) =>
+      figure(`${device}${whole ?? ""}${verdict}`, peak))), el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
+  }
+
+  // Marks the fields that a message names, and opens their groups.
   function mark(message) {
     const named = new Set([...message.matchAll(/--(\w+)/g)].map((found) => found[1]));
-    for (const [flag, box] of fields) box.classList.toggle("wrong", named.has(flag));
+    for (const [flag, box] of fields) {
+      box.classList.toggle("wrong", named.has(flag));
+      if (named.has(flag) && box.closest("details")) box.closest("details").open = true;
+    }
   }
 
   async function begin() {
@@ -108,9 +118,17 @@ export async function trainPage(place, about, signal) {
   }
 
   function reset() {
+    if (!confirm("Empty all fields of this page?")) return;
     remember("train", {});
     dispatchEvent(new Event("hashchange"));
   }
 
   changed();
+}
+
+// A folder's name, with a number behind it if it holds a run already.
+function unused(folder, taken) {
+  let name = folder;
+  for (let n = 2; taken.includes(name); n += 1) name = `${folder.replace(/-\d+$/, "")}-${n}`;
+  return name;
 }

@@ -1,0 +1,186 @@
+"""Lays out the rows of preferences, labels, prompts and contexts as the texts of documents.
+
+In each layout names are the fields that hold its parts, if they are given, and think is as in templates.segments.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import UserError, short
+from .templates import UnknownForm, behind_system, named_segments, require_field, segments
+from .turns import TURN_END, Segment, chat, field, speaker
+
+SIDES = ("chosen", "rejected")
+CONTEXT, LABEL, COMPLETION, ANSWER = "context", "label", "completion", "answer"
+PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
+TURNS = ("messages", "conversations", "prompt")  # fields that may hold the turns before the answers
+SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # of dialogues that are texts, as in Anthropic's HH
+UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled undesirable
+# think -> an answer to lay out, in the place of the one that the model will give
+STAND_IN = MappingProxyType({"": ".", "off": ".", "on": "<think>.</think>."})
+PAIRS = (
+    "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
+    "(and input), or behind messages; or two dialogues"
+)
+LABELS = (
+    "label (true or false) beside a prompt and its completion, a query and response, a question and answer, an "
+    "instruction and output; beside messages that end in the answer; or beside messages, or a list as prompt, and a "
+    "completion behind them"
+)
+ASKED = (
+    "a prompt, query, question or instruction (and input), or messages; an answer beside them is not read, but by what "
+    "judges the model's"
+)
+CONTEXTS = (
+    "context beside a question and answer, a query and response, an instruction and output, a prompt and completion, "
+    "or messages"
+)
+
+
+def fields_of(row: object, forms: str) -> dict[str, Any]:
+    """The row itself. Raises UserError with the known forms if it is no object."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row is {type(row).__name__}, not an object with fields: {forms}")
+    return row
+
+
+def unknown(row: Mapping[str, Any], words: str) -> UnknownForm:
+    return UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; {words}")
+
+
+def turns_before(row: Mapping[str, Any]) -> list[Any] | None:
+    """The turns that a row holds as a list, None if it has none."""
+    return next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
+
+
+def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
+    """Lay out a row as the segments of its better and of its worse answer, each with the prompt before it."""
+    row = fields_of(row, PAIRS)
+    if names:
+        return [named_segments(row, (names[0], name), think) for name in names[1:]]
+    if not all(side in row for side in SIDES):
+        raise unknown(row, f"pairs are {PAIRS}; rows of one answer are for --data_type sft")
+    for side in SIDES:
+        if not isinstance(row[side], str | list | dict):
+            field(row, side)
+    before = turns_before(row)
+    if before is not None or not all(isinstance(row[side], str) for side in SIDES):
+        better, worse = (turns(row, before, row[side]) for side in SIDES)
+    elif prompt := next((name for name in PROMPTS if name in row), None):
+        rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
+        return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
+    else:
+        better, worse = (dialogue(row[side]) for side in SIDES)
+        if not better or not worse:
+            raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {PAIRS}")
+    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
+    shared -= better == worse  # pairs of equal answers are counted as such
+    return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]
+
+
+def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
+    """The turns of a conversation that ends in `answer`: a text, a turn, or a list of turns, which is the whole
+    conversation if its first turn is not the assistant's."""
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    after = answer if isinstance(answer, list) else [answer]
+    if after and not answers(after[0]):
+        return after
+    if before and answers(before[-1]):
+        raise UserError("the turns before the answers end in one of the assistant's; leave it out")
+    if before is None and isinstance(row.get("prompt"), str):
+        before = [{"role": "user", "content": row["prompt"]}]
+    return [*(before or []), *after]
+
+
+def answers(turn: object) -> bool:
+    """Tell whether a turn is the assistant's or has no role. Raises UserError for an unknown role."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return not isinstance(role, str) or speaker(role) == "Assistant"
+
+
+def dialogue(text: str) -> list[Any]:
+    """The turns of a text in which each turn begins with its speaker's name; [] for any other text."""
+    front, *rest = SPEAKER.split(text)
+    turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
+    return [] if front.strip() else turns
+
+
+def behind(conversation: list[Any], known: int, think: str) -> list[Segment]:
+    """Lay out a conversation as segments; its first `known` turns do not count."""
+    before = len(chat(conversation[:known])) if known else 0
+    return [(text, counts and place >= before) for place, (text, counts) in enumerate(chat(conversation, think))]
+
+
+def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
+    """Lay out a row as the segments of a prompt and an answer with a label; of a chat only the last answer counts."""
+    row, label = fields_of(row, LABELS), names[2] if names else LABEL
+    if label not in row:
+        raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
+    if names:
+        return named_segments(row, names[:2], think)
+    before = turns_before(row)
+    if before is None and isinstance(row.get(COMPLETION, ""), str):
+        return segments({name: value for name, value in row.items() if name != label}, think)
+    conversation = turns(row, before, row[COMPLETION]) if COMPLETION in row else before or []
+    if len(conversation) < 2 or not answers(conversation[-1]):
+        raise UserError("the turns of a labelled row are to end in one of the assistant's, which the label judges")
+    return behind_system(row, behind(conversation, len(conversation) - 1, think))
+
+
+def label_of(row: object, names: Sequence[str]) -> bool:
+    """The label of a row that `labelled` lays out. Raises UserError for anything but true and false."""
+    name = names[2] if names else LABEL
+    value = row[name] if isinstance(row, dict) else None
+    if not isinstance(value, bool):
+        raise UserError(
+            f"field {name!r} holds {short(repr(value))}; a label is true for a desirable answer, or false for an "
+            "undesirable one"
+        )
+    return value
+
+
+def opened(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
+    """Lay out a row as the segments of its prompt up to the point where its answer opens, none of which counts in the
+    loss; think "on" asks every row for thinking. Raises UserError for an empty prompt."""
+    row, words = fields_of(row, ASKED), STAND_IN[think]
+    turns, question = turns_before(row), next((name for name in PROMPTS if name in row), None)
+    if names:
+        parts = named_segments({**require_field(row, names[0]), "": words}, (names[0], ""), think)
+    elif turns is not None:
+        before = turns[:-1] if turns and answers(turns[-1]) else turns
+        parts = behind_system(row, chat([*before, {"role": "assistant", "content": words}], think))
+    elif question is not None:
+        rest = {name: value for name, value in row.items() if name != "text"}
+        parts = segments({**rest, PROMPTS[question]: words}, think)
+    else:
+        raise unknown(row, f"prompts are {ASKED}")
+    *prompt, _ = parts
+    if not any(text.strip() for text, _ in prompt):
+        raise UserError("the prompt is empty; write one, or leave the row out")
+    return [(text, False) for text, _ in prompt]
+
+
+def in_context(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
+    """Lay out a row as two documents: the segments of its context, none of which counts in the loss, and those of its
+    question and answer, which alone a student reads. Raises UserError if one of the three has no words."""
+    name = names[0] if names else CONTEXT
+    row = require_field(fields_of(row, CONTEXTS), name)
+    rest = {key: value for key, value in row.items() if key not in (name, "text")}
+    question = next((key for key in PROMPTS if key in rest), "")
+    if question and ANSWER in rest:  # whatever the question is called
+        rest[PROMPTS[question]] = rest.pop(ANSWER) if PROMPTS[question] not in rest else rest[PROMPTS[question]]
+    if not names and not any(key in rest for key in ("messages", "conversations", PROMPTS.get(question, ""))):
+        raise unknown(row, f"rows with contexts have {CONTEXTS}")
+    parts = named_segments(rest, names[1:], think) if names else segments(rest, think)
+    for what, texts in (
+        ("context", [field(row, name)]),
+        ("question", [text for text, counts in parts if not counts]),
+        ("answer", [text for text, counts in parts if counts]),
+    ):
+        if not any(text.strip() for text in texts):
+            raise UserError(f"the {what} is empty; write one, or leave the row out")
+    return [[(f"{field(row, name).strip()}{TURN_END}", False)], parts]

@@ -1,0 +1,66 @@
+"""Calls cuda/decode: products with matrices in blocks, and the matrices that blocks stand for, on NVIDIA GPUs."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..native.arguments import aligned
+from ..native.family import DTYPES, CudaFamily
+from ..native.kernels import Kernels
+from .blocks import BITS, PANEL, Blocks
+
+ROWS = (1, 16)  # the most rows of a kernel of products
+MOST_ROWS = ROWS[-1]
+BAND = 1 << 25  # weights of a band that is multiplied as a plain matrix
+DEQUANTIZE_THREADS = 256  # of a block in cuda/decode/blocks.cuh, which take 16 bytes each
+KINDS = [f"{dtype}_{bits}" for dtype in DTYPES.values() for bits in BITS]
+KERNELS = (
+    *(f"decode_product_{kind}_{rows}" for kind in KINDS for rows in ROWS),
+    *(f"decode_dequantize_{kind}" for kind in KINDS),
+)
+
+
+class DecodeArguments(ctypes.Structure):
+    """The structure of the same name in cuda/decode/arguments.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x words scales y".split()),
+        *((name, ctypes.c_longlong) for name in ("in_features", "out_features")),
+        *((name, ctypes.c_int) for name in ("rows", "device")),
+    ]
+
+
+def product(x: Tensor, weight: Blocks) -> Tensor:
+    """x (n, in), contiguous, of at most 16 rows, times the transpose of the matrix: -> (n, out)."""
+    y = x.new_empty(len(x), weight.out_features)
+    most = next(rows for rows in ROWS if len(x) <= rows)
+    call(f"product_{DTYPES[x.dtype]}_{weight.bits}_{most}", aligned(x), weight, y, len(weight.words))
+    return y
+
+
+def dequantized(weight: Blocks, dtype: torch.dtype) -> Tensor:
+    """Blocks.dequantized, by one kernel."""
+    y = weight.words.new_empty(weight.out_features, weight.in_features, dtype=dtype)
+    blocks = -(-weight.words.nbytes // (16 * DEQUANTIZE_THREADS))
+    call(f"dequantize_{DTYPES[dtype]}_{weight.bits}", None, weight, y, blocks)
+    return y
+
+
+def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int, kernels: Kernels | None = None) -> None:
+    """Enqueue a kernel on the GPU of y. name: its name in KERNELS without "decode_"; kernels as in CudaFamily.run."""
+    tensors = dict(x=x, words=weight.words, scales=weight.scales, y=y)
+    addresses = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
+    sizes = dict(in_features=weight.in_features, out_features=weight.out_features, rows=len(y))
+    arguments = DecodeArguments(**addresses, **sizes, device=y.device.index or 0)
+    FAMILY.run(f"decode_{name}", arguments, y, blocks, kernels=kernels)
+
+
+def _trial(kernels: Kernels, device: int) -> None:
+    words = torch.zeros(1, 1, 8, PANEL, dtype=torch.int32, device=device)
+    weight = Blocks(8, PANEL, words, words.new_zeros(1, 1, PANEL, dtype=torch.bfloat16))
+    y = words.new_empty(PANEL, weight.in_features, dtype=torch.float32)
+    call("dequantize_float32_8", None, weight, y, 1, kernels)
+
+
+FAMILY = CudaFamily("decode", "decode/decode.cu", KERNELS, DecodeArguments, _trial)

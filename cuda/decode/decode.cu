@@ -1,0 +1,18 @@
+// Products of the rows of a step of decoding with matrices in blocks of integers, on NVIDIA GPUs, and these matrices.
+//
+// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
+// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+#include "common/kernel.cuh"
+#include "decode/blocks.cuh"
+
+#define PRODUCT(E, dtype, bits, rows)                                                                                  \
+    KERNEL(DecodeArguments, decode_product_##dtype##_##bits##_##rows, (product<E, bits, rows>), PRODUCT_THREADS<rows>, \
+           1, 0)
+#define BLOCKS(E, dtype, bits)  \
+    PRODUCT(E, dtype, bits, 1)  \
+    PRODUCT(E, dtype, bits, 16) \
+    KERNEL(DecodeArguments, decode_dequantize_##dtype##_##bits, (dequantize<E, bits>), DEQUANTIZE_THREADS, 1, 0)
+BLOCKS(float, float32, 8)
+BLOCKS(float, float32, 4)
+BLOCKS(bf16, bfloat16, 8)
+BLOCKS(bf16, bfloat16, 4)
