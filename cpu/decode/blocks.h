@@ -2,10 +2,11 @@
 // of 8 or 4 bits, kept without a sign: 128 or 8 more than they are.
 //
 // Rows of W stand in panels of 16, a lane each, so that sums need no moves between lanes. A panel's block of 32 columns
-// is `bits` words of 32 bits for each row. Of 8 bits, byte c of word j is column 8 c + j; of 4 bits, its low half is
-// that, and its high half column 8 c + 4 + j, so that a mask, or a shift and a mask, leaves four columns in bytes. They
-// meet four integers of x, of 16 bits, which share a scale by blocks of 32 too: what that rounds away is far below what
-// rounding the weights does. Sums over a block are exact; what the weights have too much is taken from each at once.
+// is `bits` words of 32 bits for each row. Four columns are a word's bytes; of 4 bits, they are the lower halves of its
+// bytes, and the next four columns the upper ones, so that a mask, or a shift and a mask, leaves four columns in bytes.
+// They meet four integers of x, of 16 bits, which share a scale by blocks of 32 too: what that rounds away is far below
+// what rounding the weights does. Sums over a block are exact; what the weights have too much is taken from each at
+// once.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -56,15 +57,9 @@ struct Sums {
     }
     INLINE VecInt total() const { return (first << 8) + second; }
     static void split(const int32_t* x, int32_t* words) {
-        for (int j = 0; j < kWords; j++) {
-            int32_t upper = 0, lower = 0;
-            for (int c = 0; c < 4; c++) {
-                const int32_t value = x[kWords * c + j];
-                upper |= ((value + 128) >> 8 & 255) << 8 * c;
-                lower |= (value & 255) << 8 * c;
-            }
-            words[j] = upper, words[kWords + j] = lower;
-        }
+        int8_t bytes[2][kBlock];
+        for (int i = 0; i < kBlock; i++) bytes[0][i] = (x[i] + 128) >> 8, bytes[1][i] = x[i];
+        memcpy(words, bytes, sizeof(bytes));
     }
 #else
     INLINE void add(VecInt weights, int32_t even, int32_t odd) {
@@ -73,7 +68,8 @@ struct Sums {
     }
     INLINE VecInt total() const { return first + second; }
     static void split(const int32_t* x, int32_t* words) {
-        for (int j = 0; j < 2 * kWords; j++) words[j] = (x[j] & 0xffff) | x[2 * kWords + j] << 16;
+        for (int i = 0; i < kWords; i++, x += 4)
+            for (int odd = 0; odd < 2; odd++) words[odd * kWords + i] = (x[odd] & 0xffff) | x[odd + 2] << 16;
     }
 #endif
 };
@@ -142,11 +138,13 @@ INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& 
             VecInt word[P];
             UNROLL for (int p = 0; p < P; p++)
                 word[p] = *reinterpret_cast<const VecInt*>(w.words + ((p * blocks + b) * kBits + j) * kPanel);
-            UNROLL for (int i = j; i < kWords; i += kBits)
+            UNROLL for (int half = 0; half < 8 / kBits; half++) {
+                const int i = j * (8 / kBits) + half;
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int p = 0; p < P; p++)
-                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (i - j)) & 0x0f0f0f0f, x[m].words[i],
+                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (4 * half)) & 0x0f0f0f0f, x[m].words[i],
                                         x[m].words[kWords + i]);
+            }
         }
         UNROLL for (int p = 0; p < P; p++) {
             const Vec scale = load(w.scales + (p * blocks + b) * kPanel);

@@ -1,9 +1,8 @@
 // Products of a few rows with a matrix in blocks, and the matrix itself: 32 weights along a row share a scale, and are
 // integers of 8 or 4 bits.
 //
-// The unit of work is a quad: the words of four rows, side by side in memory, each of 32 / BITS columns, which stand
-// BITS apart. A quad is one load of 16 bytes, and neighbouring threads take neighbouring quads: of the next four rows,
-// or of the next columns.
+// The unit of work is a quad: the words of four rows, side by side in memory, each of 32 / BITS columns. A quad is one
+// load of 16 bytes, and neighbouring threads take neighbouring quads.
 #pragma once
 #include "common/vector.cuh"
 #include "decode/arguments.cuh"
@@ -13,6 +12,8 @@ constexpr int QUADS = PANEL / 4;
 constexpr int DEQUANTIZE_THREADS = 256;
 template <int ROWS>
 constexpr int PRODUCT_THREADS = ROWS == 1 ? 512 : 256;  // more rows need more registers
+template <class E, int BITS>
+constexpr int MOVED = 32 / BITS < WIDEST<E> ? 32 / BITS : WIDEST<E>;  // elements of a word's columns at once
 
 struct alignas(16) Words { uint32_t x[4]; };
 
@@ -30,21 +31,17 @@ struct Quad {
         #pragma unroll
         for (int r = 0; r < 4; r++)
             #pragma unroll
-            for (int c = 0; c < COLUMNS; c++)
-                x[r][c] = (float)((int)(words.x[r] >> (BITS * c) & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
-    }
-
-    // The first column of quad number `at` of a panel.
-    __device__ __forceinline__ static index_t column(index_t at) {
-        const index_t word = at / QUADS;
-        return word / BITS * 32 + word % BITS;
+            for (int c = 0; c < COLUMNS; c++) {  // four columns in bytes, or in their halves
+                const int lowest = c % 4 * 8 + c / 4 * BITS;
+                x[r][c] = (float)((int)(words.x[r] >> lowest & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
+            }
     }
 };
 
 // y = x Wᵀ for at most ROWS rows x; a block of threads takes a panel of W.
 template <class E, int BITS, int ROWS>
 __device__ void product(const DecodeArguments& a) {
-    constexpr int THREADS = PRODUCT_THREADS<ROWS>, COLUMNS = Quad<BITS>::COLUMNS;
+    constexpr int THREADS = PRODUCT_THREADS<ROWS>, COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<E, BITS>;
     __shared__ float parts[THREADS / 32][ROWS][PANEL];  // of the sums, by warps
     const index_t quads = a.in_features / COLUMNS * QUADS, first = blockIdx.x * quads;
     float sums[ROWS][4] = {};
@@ -54,15 +51,15 @@ __device__ void product(const DecodeArguments& a) {
         #pragma unroll
         for (int t = 0; t < ROWS; t++) {
             if (t >= a.rows) continue;
-            const E* p = (const E*)a.x + t * a.in_features + Quad<BITS>::column(at);
-            float x[COLUMNS];
+            const E* p = (const E*)a.x + t * a.in_features + at / QUADS * COLUMNS;
+            float x[COLUMNS / V][V];
             #pragma unroll
-            for (int c = 0; c < COLUMNS; c++) x[c] = to_float(p[c * BITS]);
+            for (int i = 0; i < COLUMNS / V; i++) load_vector<E, V>(x[i], p + i * V);
             #pragma unroll
             for (int r = 0; r < 4; r++) {
                 float sum = 0.f;
                 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++) sum += w.x[r][c] * x[c];
+                for (int c = 0; c < COLUMNS; c++) sum += w.x[r][c] * x[c / V][c % V];
                 sums[t][r] += w.scales[r] * sum;
             }
         }
@@ -87,7 +84,7 @@ __device__ void product(const DecodeArguments& a) {
 // The matrix (out, in) that the blocks stand for; a thread takes a quad.
 template <class E, int BITS>
 __device__ void dequantize(const DecodeArguments& a) {
-    constexpr int COLUMNS = Quad<BITS>::COLUMNS;
+    constexpr int COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<E, BITS>;
     const index_t at = blockIdx.x * (index_t)DEQUANTIZE_THREADS + threadIdx.x;
     const index_t quads = a.in_features / COLUMNS * QUADS, row = at / quads * PANEL + at % QUADS * 4;
     if (row >= a.out_features) return;
@@ -95,8 +92,13 @@ __device__ void dequantize(const DecodeArguments& a) {
     #pragma unroll
     for (int r = 0; r < 4; r++) {
         if (row + r >= a.out_features) return;
-        E* p = (E*)a.y + (row + r) * a.in_features + Quad<BITS>::column(at % quads);
+        E* p = (E*)a.y + (row + r) * a.in_features + at % quads / QUADS * COLUMNS;
         #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) store(p + c * BITS, w.scales[r] * w.x[r][c]);
+        for (int i = 0; i < COLUMNS; i += V) {
+            float x[V];
+            #pragma unroll
+            for (int e = 0; e < V; e++) x[e] = w.scales[r] * w.x[r][i + e];
+            store_vector<E, V>(p + i, x);
+        }
     }
 }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_peft.generate import pace
-from rwkv_peft.generate.pace import CROWD, LEAST, Pace
+from rwkv_peft.generate.pace import CROWD, LEAST, MOST, Pace
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_a_piece_takes_about_the_seconds_that_are_given(clock, rate):
 def test_a_piece_takes_as_long_as_a_step_of_the_answers(clock):
     pace = Pace(64, 0.1)
     read(pace, clock, 64, 0.1)
-    for own, pieces in ((0.5, 5), (0.02, 1)):
+    for own, tokens in ((0.5, 320), (0.02, 64), (60.0, MOST)):
         clock.now += own
-        assert pace.piece(10, 20) == pytest.approx(64 * pieces, abs=1)
+        assert pace.piece(10, 20) == pytest.approx(tokens, abs=1)
         pace.end()
 
 

@@ -224,6 +224,7 @@ def test_losses_are_those_of_trl(form):
     picked = mask.bool()
     batch = {
         "lengths": torch.tensor(ANSWERS),
+        "counted": torch.arange(int(mask.sum())),
         "old": old[picked],
         "sampled": old[picked],
         "advantages": advantages,

@@ -139,6 +139,7 @@ def test_a_mistaken_body_is_told_by_its_field(server, body, field):
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "think": "on"}, "response_format"),
     ],
 )

@@ -18,7 +18,7 @@ from rwkv_peft.evals.exam import RowsExam, rows_of
 from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
-from rwkv_peft.training.measuring.before_after import agreement, quoted, read_before
+from rwkv_peft.training.measuring.before_after import agreement, quoted, read_before, unended
 from rwkv_peft.training.measuring.exams import find_rows
 from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned
 from rwkv_peft.training.step.plan import Plan
@@ -256,6 +256,13 @@ def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, run
     for record in after:
         assert f"  row     {record['answer']['text'].strip()}\n" in told["resumed"]
     assert "2 training rows and 2 held-out rows are answered before and after training" in told["begun"]
+    noted = "note: no answer ends like its row's yet: 6 steps are few to learn from" in told["resumed"]
+    assert noted == unended(after)
+
+
+def test_answers_that_never_end_are_told_from_those_that_do():
+    endless, ended = ({"answer": {"end": "end"}, "after": {"end": end}} for end in ("length", "end"))
+    assert unended([endless, endless]) and not unended([endless, ended]) and not unended([{"answer": {"end": "end"}}])
 
 
 def test_config_names_the_tokenizer_of_the_token_files(folder, runs):

@@ -1,8 +1,9 @@
 """Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +14,7 @@ from ..config import AdapterConfig
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.adapters import AdapterSource
 from ..files.base import Base, open_base
 from ..files.pth_writer import DTYPES
@@ -84,6 +85,8 @@ class Model(nn.Module):
 
         Without a state they are the beginning. A state of one sequence serves all B.
         """
+        if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.shape[1]:
+            raise UserError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: (B, T) whole numbers are due, T at least 1")
         if state is None and self.start is not None:
             state = self.begun()
         if state is not None and state[0].wkv.shape[0] == 1 < len(tokens):
@@ -94,18 +97,19 @@ class Model(nn.Module):
     def generate(self, prompts: str, max_tokens: int = ..., **settings: Any) -> str: ...
 
     @overload
-    def generate(self, prompts: Sequence[str], max_tokens: int = ..., **settings: Any) -> list[str]: ...
+    def generate(self, prompts: Iterable[str], max_tokens: int = ..., **settings: Any) -> list[str]: ...
 
-    def generate(self, prompts: str | Sequence[str], max_tokens: int = 256, **settings: Any) -> str | list[str]:
+    def generate(self, prompts: str | Iterable[str], max_tokens: int = 256, **settings: Any) -> str | list[str]:
         """Continue one prompt -> a text, or many at once -> their texts. settings are those of `stream`."""
-        texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
-        for piece in self.stream(prompts, max_tokens, **settings):
+        asked = texts_in("prompts", prompts)
+        texts = [""] * len(asked)
+        for piece in self.stream(asked, max_tokens, **settings):
             texts[piece.number] += piece.text
         return texts[0] if isinstance(prompts, str) else texts
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Iterable[str],
         max_tokens: int = 256,
         *,
         stop: str | Iterable[str] | None = None,
@@ -121,9 +125,13 @@ class Model(nn.Module):
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             known = ", ".join(field.name for field in fields(Sampling))
             raise UserError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting of generate; known are {known}")
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not isinstance(max_tokens, Integral) or max_tokens < 0:
+            raise UserError(f"max_tokens={max_tokens!r}: a whole number from 0 on is due")
+        asked = texts_in("prompts", prompts)
         tokens = [encode(self.tokenizer, prompt, number) for number, prompt in enumerate(asked)]
-        stops = None if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = None if stop is None else tuple(texts_in("stop", stop))
+        if "" in (stops or ()):
+            raise UserError("stop='': an empty text would stop before the first token; leave it out")
         pieces: list[Piece] = []  # of the token drawn last
 
         def showing(number: int) -> Callable[[str], object]:
@@ -154,6 +162,14 @@ class Model(nn.Module):
                 pieces.clear()
         finally:
             self.train(training)
+
+
+def texts_in(name: str, given: Any) -> list[str]:
+    """The texts of an argument that may be one. Raises UserError for anything else."""
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if wrong := [one for one in found if not isinstance(one, str)]:
+        raise UserError(f"{name}: {short(repr(wrong[0]))} is no text; a str is due, or several")
+    return found
 
 
 def load(

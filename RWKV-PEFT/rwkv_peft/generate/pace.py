@@ -20,11 +20,11 @@ class Pace:
 
     def piece(self, waiting: int, answering: int) -> int:
         """The tokens to read while so many wait for the end of their prompts, and so many answer."""
-        crowd = min(max(waiting // max(answering, 1), 1), CROWD)
-        if self.seconds and answering:
-            own = time.perf_counter() - self.ended
-            return int(self.tokens * crowd * max(own / self.seconds, 1.0))
-        return self.tokens * crowd
+        tokens = self.tokens * min(max(waiting // max(answering, 1), 1), CROWD)
+        if not self.seconds or not answering:
+            return tokens
+        own = time.perf_counter() - self.ended
+        return max(tokens, min(int(tokens * own / self.seconds), MOST))
 
     def begin(self, tokens: int) -> None:
         """Hear that so many tokens are being read."""
@@ -35,5 +35,7 @@ class Pace:
         self.ended = time.perf_counter()
         if self.seconds and self.read >= LEAST:  # fewer take the time of a pass, and tell little of a token's
             fitting = self.read * self.seconds / (self.ended - self.began)
-            self.tokens = int(min(max(math.sqrt(self.tokens * fitting), LEAST), MOST))  # one slow pass halves it
+            self.tokens = int(
+                min(max(math.sqrt(self.tokens * fitting), LEAST), MOST)
+            )  # one slow pass does not undo many
         self.read = 0

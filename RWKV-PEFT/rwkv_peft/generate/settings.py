@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 from ..errors import UserError
 
@@ -29,8 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not math.isfinite(value):
-                raise UserError(f"--{field.name} {value}: a finite number is due")
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise UserError(f"--{field.name} {value!r}: a finite number is due")
         for name, rule, holds in (
             # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures
             ("presence_penalty", "a number from -1e30 to 1e30", abs(self.presence_penalty) <= 1e30),

@@ -29,6 +29,7 @@ class Tapes:
         self._arena, self._lock = Arena(), Lock()
         self._turned: dict[int, Tensor] = {}
         self._tapes: dict[tuple[int, int], Recorded] = {}
+        self._memory: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, tokens: Tensor, state: State | None = None, *others: Any, **named: Any) -> tuple[Any, State]:
         """LanguageModel.forward."""
@@ -51,7 +52,7 @@ class Tapes:
             kind = rows, torch.get_num_threads()
             if kind not in self._tapes:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._tapes[kind] = Recorded(self.model, rows, self._turn)
+                    self._tapes[kind] = Recorded(self.model, rows, self._turn, self._memory)
             logits, state = self._tapes[kind].run(tokens[:, 0], state, in_place)
         return logits[:, None], state
 
@@ -65,12 +66,13 @@ class Tapes:
 class Recorded:
     """A tape of a model's step, and where tokens, states and logits go in it."""
 
-    def __init__(self, model: LanguageModel, rows: int, turned: Any) -> None:
+    def __init__(self, model: LanguageModel, rows: int, turned: Any, memory: dict[tuple[str, int], Tensor]) -> None:
         config, self.emb = model.config, model.emb.weight
-        self.tape = Tape(rows, self.emb.dtype)
+        self.tape = Tape(rows, self.emb.dtype, memory)
         self.x = self.tape.buffer("x", config.n_embd)
         recorder = Recorder(self.tape, self.x, turned)
-        self.shifts = self.emb.new_empty(config.n_layer, 2, rows, config.n_embd)
+        shifts = self.tape.buffer("shifts", 2 * config.n_layer * config.n_embd)
+        self.shifts = shifts.view(config.n_layer, 2, rows, config.n_embd)
         record = RECORDS[config.version]
         self.layers = [record(recorder, block, own) for block, own in zip(model.blocks, self.shifts)]
         x = recorder.norm(model.ln_out, self.tape.buffer("out", config.n_embd))

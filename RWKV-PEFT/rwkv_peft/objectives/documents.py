@@ -32,19 +32,26 @@ def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
 
 
-def drawn_log_probabilities(
-    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor | None = None
+def drawn_log_probabilities(through: Pass, batch: Batch, temperature: float) -> torch.Tensor:
+    """The log-probability of each drawn token (n,), answer by answer, at a temperature."""
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_losses(x if temperature == 1 else x / temperature, weight, batch["targets"], batch["counted"])
+
+    return -through(head)
+
+
+def entropy_and_log_probabilities(
+    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,), 0 without shares; and
-    the log-probability of each drawn token (n,), answer by answer, at a temperature; in one pass."""
-    lengths, counted = batch["lengths"], batch["counted"]
-    weights = None if shares is None else shares.repeat_interleave(lengths, output_size=len(counted))
+    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
+    log-probabilities of drawn_log_probabilities, in one pass."""
+    weights = shares.repeat_interleave(batch["lengths"], output_size=len(batch["counted"]))
 
     def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         warm = x if temperature == 1 else x / temperature
-        losses = token_losses(warm, weight, batch["targets"], counted)
-        entropy = losses.new_zeros(()) if weights is None else linear_entropy(warm, weight, counted, weights)
-        return torch.cat([entropy[None], -losses])
+        losses = token_losses(warm, weight, batch["targets"], batch["counted"])
+        return torch.cat([linear_entropy(warm, weight, batch["counted"], weights)[None], -losses])
 
     found: torch.Tensor = through(head)
     return found[0], found[1:]

@@ -91,6 +91,10 @@ class Schemas:
             matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise wrong(field, matcher.get_error().partition("\n")[0])
+        held = Compiled(matcher, self.size).held()
+        held.take(int(held.allowed().int().argmax()))
+        if not held.allowed().any() or held.matcher.is_error():  # as of a schema that only refers to itself
+            raise wrong(field, "no text satisfies the schema; mend what refers to itself in it")
         return Compiled(matcher, self.size)
 
 

@@ -78,7 +78,7 @@ def test_plain_matrices(level, out, width, dtype):
 @pytest.mark.parametrize("out, width", SHAPES)
 def test_blocks(level, bits, out, width, dtype):
     """x is rounded to integers of 16 bits, of which the largest number in a block of 32 takes the largest."""
-    for rows in (1, 3, 8, 15, MOST_ROWS + 3):
+    for rows in (1, 3, 8, 15, 19, MOST_ROWS + 3):
         x, weight = problem(rows, out, width, dtype)
         blocks = quantize(weight, bits)
         x64, matrix = x.double(), blocks.dequantized().double()
@@ -167,11 +167,11 @@ def test_blocks_need_whole_blocks():
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_shim, dtype, bits):
     built, launched = on_shim
-    x, weight = problem(MOST_ROWS, 33, 224, dtype)
+    x, weight = problem(cuda.MOST_ROWS, 33, 224, dtype)
     blocks = quantize(weight, bits)
     together, matrix = product(x, blocks), cuda.dequantized(blocks, dtype)
     assert torch.equal(matrix, blocks.dequantized(dtype))
-    for rows, order in ((2, "shuffled"), (5, "descending"), (MOST_ROWS, "warps descending")):
+    for rows, order in ((2, "shuffled"), (5, "descending"), (cuda.MOST_ROWS, "warps descending")):
         built.set_order(order)
         assert torch.equal(product(x[:rows], blocks), together[:rows])
     torch.testing.assert_close(product(x[:1], blocks), together[:1])  # by more threads
@@ -179,7 +179,7 @@ def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_sh
 
 
 def test_many_rows_on_a_gpu_take_the_matrix_in_bands(on_shim):
-    x, weight = problem(MOST_ROWS + 1, 130, 1056, torch.bfloat16)
+    x, weight = problem(cuda.MOST_ROWS + 1, 130, 1056, torch.bfloat16)
     blocks = quantize(weight, 8)
     assert torch.equal(product(x, blocks), F.linear(x, blocks.dequantized(torch.bfloat16)))
     assert on_shim[1] == ["dequantize_bfloat16_8"] * 9  # of a panel each

@@ -16,7 +16,8 @@ class Blocks(NamedTuple):
     """A matrix (out, in) in the layout of cpu/decode/blocks.h and cuda/decode; the last panel is padded with zeros.
 
     words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word, without a sign:
-    1 << (bits - 1) more than they are. scales (panels, in / 32, 16) bfloat16.
+    1 << (bits - 1) more than they are. Its first four columns are the word's bytes, or their lower halves, and the next
+    four the upper ones. scales (panels, in / 32, 16) bfloat16.
     """
 
     bits: int
@@ -44,10 +45,15 @@ class Blocks(NamedTuple):
 
     def _rows(self) -> Tensor:
         """The same in float32, of one band."""
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.words.device)[:, None, None]
-        integers = (self.words[:, :, None] >> shifts) & ((1 << self.bits) - 1)  # (panels, blocks, 32 / bits, bits, 16)
+        integers = (self.words[:, :, :, None] >> places(self.bits, self.words.device)) & ((1 << self.bits) - 1)
         values = (integers.flatten(2, 3) - (1 << (self.bits - 1))) * self.scales[:, :, None].float()
         return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)[: self.out_features]
+
+
+def places(bits: int, device: torch.device) -> Tensor:
+    """The lowest bit of each column of a word: (32 / bits, 1) int32."""
+    columns = torch.arange(32 // bits, dtype=torch.int32, device=device)[:, None]
+    return columns % 4 * 8 + columns // 4 * bits
 
 
 def quantize(weight: Tensor, bits: int) -> Blocks:
@@ -91,6 +97,5 @@ def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _pack(integers: Tensor, bits: int, words: Tensor) -> None:
     """Add integers (panels, 16, blocks, 32) to words (panels, blocks, bits, 16), which are zeros."""
-    columns = integers.to(torch.int32).permute(0, 2, 3, 1) + (1 << (bits - 1))
-    for place, column in enumerate(columns.unflatten(2, (32 // bits, bits)).unbind(2)):
-        words |= column << (bits * place)
+    columns = integers.to(torch.int32).permute(0, 2, 3, 1).unflatten(2, (bits, 32 // bits)) + (1 << (bits - 1))
+    words += (columns << places(bits, words.device)).sum(3, dtype=torch.int32)

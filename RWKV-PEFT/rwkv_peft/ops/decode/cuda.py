@@ -11,6 +11,7 @@ from ..native.kernels import Kernels
 from .blocks import BITS, PANEL, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products
+MOST_ROWS = ROWS[-1]
 BAND = 1 << 25  # weights of a band that is multiplied as a plain matrix
 DEQUANTIZE_THREADS = 256  # of a block in cuda/decode/blocks.cuh, which take 16 bytes each
 KINDS = [f"{dtype}_{bits}" for dtype in DTYPES.values() for bits in BITS]

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import cpu, cuda
 from .blocks import Blocks
 
-MOST_ROWS = 16  # rows up to which reading the matrix is most of the work
+MOST_ROWS = 64  # rows up to which a CPU's kernels are faster than torch's
 
 
 def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
@@ -26,7 +26,7 @@ def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
 
 def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
     """The same of x (n, in), contiguous. Many rows on a GPU take plain products with the matrix, a band at a time."""
-    if x.dtype == torch.float16 and len(x) <= MOST_ROWS:  # which no kernel takes
+    if x.dtype == torch.float16 and len(x) <= cuda.MOST_ROWS:  # which no kernel takes
         return product_with_blocks(x.float(), weight).half()
     if cpu.FAMILY.takes(x):
         found = x.new_empty(len(x), weight.out_features)
@@ -35,7 +35,7 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
         return found
     if not cuda.FAMILY.takes(x):
         return F.linear(x, weight.dequantized(x.dtype))
-    if len(x) <= MOST_ROWS:
+    if len(x) <= cuda.MOST_ROWS:
         return cuda.product(x, weight)
     parts = [F.linear(x, cuda.dequantized(band, x.dtype)) for band in weight.bands(cuda.BAND)]
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]

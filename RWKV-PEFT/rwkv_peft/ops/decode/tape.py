@@ -15,6 +15,7 @@ from ..native.arguments import fill
 from ..recurrence.cpu import CpuRecurrence
 from .blocks import Blocks
 from .cpu import FAMILY, Call, ElementArguments, NormArguments, ProductArguments, given_to_product
+from .op import MOST_ROWS
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 KINDS = ("", "tanh", "sigmoid")  # as ElementArguments numbers them
@@ -22,11 +23,11 @@ KINDS = ("", "tanh", "sigmoid")  # as ElementArguments numbers them
 
 class Tape:
     """Calls over `rows` rows in a dtype. Each method adds one, and returns the buffers that it fills; those of one name
-    and width are one, so that a name is for what is read before it is filled again."""
+    and width are one, so that a name is for what is read before it is filled again. Tapes that do not run at once may
+    share `memory`, which holds their buffers for MOST_ROWS rows."""
 
-    def __init__(self, rows: int, dtype: torch.dtype) -> None:
-        self.rows, self.like = rows, torch.empty(0, dtype=dtype)
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+    def __init__(self, rows: int, dtype: torch.dtype, memory: dict[tuple[str, int], Tensor]) -> None:
+        self.rows, self.like, self._memory = rows, torch.empty(0, dtype=dtype), memory
         self._calls: list[Call] = []
         self._kept: list[Any] = []  # all that the calls point to
         self._array: Any = None
@@ -40,9 +41,9 @@ class Tape:
 
     def buffer(self, name: str, width: int) -> Tensor:
         """The buffer (rows, width) of a name."""
-        if (name, width) not in self._buffers:
-            self._buffers[name, width] = self.like.new_empty(self.rows, width)
-        return self._buffers[name, width]
+        if (name, width) not in self._memory:
+            self._memory[name, width] = self.like.new_empty(MOST_ROWS, width)
+        return self._memory[name, width][: self.rows]
 
     def product(self, x: Tensor, weight: Tensor | Blocks, name: str) -> Tensor:
         """x (rows, in) times the transpose of weight (out, in)."""

@@ -24,7 +24,8 @@ from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
-from ..measuring.learned import by_source, fall_of, nothing_learned
+from ..measuring.before_after import unended
+from ..measuring.learned import by_source, doubts, fall_of, nothing_learned
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -146,6 +147,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(lines))
     if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
         told += f"{note}\n"
+    elif rows is not None and unended(rows.records) and (reasons := doubts(run.config, run.plan)):
+        told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:
         figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
         told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"

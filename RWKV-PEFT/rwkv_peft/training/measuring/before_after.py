@@ -1,7 +1,7 @@
 """Answer a few rows of a run's data before its first step and after its last one, to show whether it learned."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -122,6 +122,12 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> str:
         f"{right} answered word for word ({right_before} before training), {ends} end like the row's answer "
         f"({ends_before} before)"
     )
+
+
+def unended(records: Iterable[Mapping[str, Any]]) -> bool:
+    """Tell whether none of the answers after training ends like its row's."""
+    ends = [end_alike(record["after"], record["answer"]) for record in records if "after" in record]
+    return bool(ends) and not any(ends)
 
 
 def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
