@@ -90,7 +90,7 @@ def renamed(old, new):
         (with_entry(f"{LAYER}.weight", torch.zeros(64, 64, dtype=torch.int8)), "int8.*not quantized"),
         (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
         (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
-        (with_entry("epoch", 3), "entry 'epoch' is a int"),
+        (with_entry("epoch", 3), "entry 'epoch' is of type int"),
         (with_entry("blocks.99999999999.x", torch.zeros(2)), "has layer 99999999999, and there are"),
         (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
         (with_entry("\ud800", torch.zeros(2)), r"the name '.ud800' is no Unicode"),

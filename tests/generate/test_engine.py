@@ -1,6 +1,7 @@
 """The engine: an answer is that of `generate`, whoever shares its batch and whatever is known of its prompt."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.pace import Pace
-from rwkv_peft.generate.rows import DAMAGED
+from rwkv_peft.generate.rows import DAMAGED, LOST
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -241,6 +242,15 @@ def test_damaged_logits_end_their_row_alone(voice, sampling):
     (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], sampling, max_tokens=2)
     finish(running)
     assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
+
+
+def test_a_lost_form_ends_its_row_with_that(voice):
+    running, lost = engine_of(voice), Heard()
+    follows = iter((True, False))
+    held = SimpleNamespace(allowed=lambda: torch.ones(1, dtype=torch.bool), take=lambda token: next(follows))
+    running.add(Request(voice, [1], [Answer(GREEDY, 9, lost, held=held)]))
+    finish(running)
+    assert lost.end == LOST and len(lost.tokens) == 1
 
 
 def test_adapters_and_states_answer_side_by_side_as_each_alone(files, voice):

@@ -254,3 +254,14 @@ def test_export_refuses_what_rwkv_peft_does_not_have(folder):
     tensors, metadata = adapter_of("bat-out", open_base(folder / "base.pth").tensors)
     with pytest.raises(UserError, match="no bat-out"):
         write_rwkv_peft(folder / "flat.pth", Adapter(tensors, metadata))
+
+
+def test_bone_of_two_ranks_or_of_no_layer_of_the_base_is_refused(folder):
+    tensors, _ = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
+    key = next(iter(tensors))
+    torch.save(tensors | {key: tensors[key].reshape(-1, RANK // 2, RANK // 2)}, folder / "a.pth")
+    with pytest.raises(UserError, match=f"ranks {RANK // 2}, {RANK}; they cannot be from one training"):
+        run(folder, adapter="a.pth")
+    torch.save({key.replace("blocks", "layers"): tensor for key, tensor in tensors.items()}, folder / "a.pth")
+    with pytest.raises(UserError, match="there is no layers.*it was trained on a model of other names"):
+        run(folder, adapter="a.pth")

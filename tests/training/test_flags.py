@@ -176,6 +176,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
     "more, words",
     [
         (["--bone_rank", "8"], "no --bone_rank; did you mean --bone_r"),
+        (["--gpus", "8"], "no --gpus; see train.py --help"),
         (["--bone_mode", "bats"], "'bats' does not exist"),
         (["--bone_r", "64"], "64"),
         (["--bone_mode", "bat-out", "--bone_r", "64"], "96"),

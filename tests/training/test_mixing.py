@@ -50,7 +50,7 @@ def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed)
 @pytest.mark.parametrize(
     "more, words",
     [
-        (("--data_mix", "1"), "--data_mix 1: 1 share of 2 --data_files; give one for each"),
+        (("--data_mix", "1"), "--data_mix 1: 1 share of 2 files of --data_file; give one for each"),
         (("--data_mix", "1", "0"), "argument --data_mix"),
         (("--data_type", "pairs"), "several --data_file does not go with --data_type pairs"),
     ],

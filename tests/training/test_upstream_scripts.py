@@ -25,7 +25,7 @@ REFUSED = {
     "RWKV-PEFT demo-lora": FIRST,
     "RWKV-PEFT demo-pissa": (*FIRST, "it is --peft pissa", "svd_niter in"),
     "RWKV-PEFT infctx": (*FIRST, "it is --peft pissa", "svd_niter in"),
-    "RWKV-PEFT training-v6 lisa": ("no --LISA", "no --lisa_r", "no --lisa_k"),
+    "RWKV-PEFT training-v6 lisa": tuple(f"no --{name} here; it is LISA's" for name in ("LISA", "lisa_r", "lisa_k")),
     "RWKV-PEFT demo-finetune": ("invalid choice: 'xpu'", "single_device of other tools"),
     "RWKV-PEFT demo-finetune, later": ("invalid choice: 'xpu'", "single of other tools"),
     "RWKV-PEFT run_lora_fp8": ("fp8 of other tools is --quant int8",),

@@ -71,7 +71,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path} is not a flat dict of tensors: entry {reprlib.repr(key)} is a {type(value).__name__}; "
+                f"{path} is not a flat dict of tensors: entry {reprlib.repr(key)} is of type {type(value).__name__}; "
                 "if the weights are nested in it, save that inner dict as a .pth of its own"
             )
         if not key.isascii() and key != key.encode("utf-8", "replace").decode():

@@ -149,6 +149,12 @@ def _read_bone(
     else:
         rank = next(iter(tensors.values())).shape[-1]
         variant = "bat-in" if kind == "disha" else _block_affine_variant(path, tensors, mode, base)
+    ranks = {tensor.shape[0 if variant == "bone" else -1] for tensor in tensors.values()}
+    if len(ranks) > 1:
+        raise UserError(
+            f"{path} mixes .{kind} tensors of the ranks {', '.join(map(str, sorted(ranks)))}; they cannot be from one "
+            "training"
+        )
     own = {f"{module}.bone": tensor for module, tensor in tensors.items()}
     return own, AdapterMetadata(variant, rank=rank, **common)
 
@@ -158,6 +164,11 @@ def _block_affine_variant(
 ) -> str:
     """The variant of 3-D .bone tensors, bat-in or bat-out, by the layers that are not square in base, or else by mode.
     Raises UserError if neither tells it, or the layers contradict each other."""
+    if base is not None and not any(f"{module}.weight" in base for module in tensors):
+        raise UserError(
+            f"{path}: its tensors have no place in the base, as there is no {next(iter(tensors))}.weight; it was "
+            "trained on a model of other names or of more layers"
+        )
     votes = set()
     for module, tensor in tensors.items():
         weight = None if base is None else base.get(f"{module}.weight")

@@ -29,8 +29,8 @@ class Held(Protocol):
         """The tokens that may be drawn next: (V,) bool, at least one."""
         ...
 
-    def take(self, token: int) -> None:
-        """Hear of the token that was drawn."""
+    def take(self, token: int) -> bool:
+        """Hear of the token that was drawn -> whether the form can still be held to."""
         ...
 
 
@@ -46,7 +46,7 @@ class Listener(Protocol):
         ...
 
     def finish(self, end: str) -> None:
-        """Hear why the answer ended: a reason of the listener's own, "length" or DAMAGED."""
+        """Hear why the answer ended: a reason of the listener's own, "length", DAMAGED or LOST."""
         ...
 
 

@@ -16,6 +16,7 @@ from .settings import Sampling
 from .voices import Voice
 
 DAMAGED = "damaged"  # why a row ends whose logits are NaN or Inf
+LOST = "lost"  # why a row ends that cannot be held to its form any more
 
 
 @dataclass(eq=False)
@@ -38,8 +39,8 @@ class Row:
         """Take the token that was drawn, and tell it -> why the row ends with it, or ""."""
         self.length += 1
         self.tokens.append(token)
-        if self.answer.held is not None:
-            self.answer.held.take(token)
+        if self.answer.held is not None and not self.answer.held.take(token):
+            return LOST
         return self.answer.listener.draw(token, odds) or ("length" if self.length >= self.answer.max_tokens else "")
 
 

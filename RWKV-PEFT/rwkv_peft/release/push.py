@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
         contents[CARD] = card_of(args.repo, paths).encode()
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        print(f"{'would push' if args.dry_run else 'pushes':<10} {name}, {size / 1e6:,.1f} MB")
+        told_size = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+        print(f"{'would push' if args.dry_run else 'pushes':<10} {name}, {told_size}")
     if not args.dry_run:
         print(f"pushed     {counted(len(contents), 'file')} to {push(args.repo, contents, args.private, args.message)}")
     return 0

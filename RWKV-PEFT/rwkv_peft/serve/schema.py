@@ -21,7 +21,10 @@ from .forms import ChatAsked
 from .refused import Refused
 
 ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
-SPACES = MappingProxyType({"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"})
+# how JSON is written, and oneOf as anyOf if its forms may overlap, because that just one holds cannot be known ahead
+OPTIONS = MappingProxyType(
+    {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
+)
 OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # what comes before an answer's JSON, by ChatAsked.think
 
 
@@ -47,15 +50,13 @@ class Held:
         self.matcher, self.size = matcher, size
 
     def allowed(self) -> torch.Tensor:
-        """The tokens that may be drawn next: (V,) bool. After an error, as of a text that takes too long to judge, it
-        is the end alone."""
-        if self.matcher.is_error():
-            return torch.arange(self.size) == Vocabulary.eos_token_id
+        """The tokens that may be drawn next: (V,) bool. After an error, llguidance has the end alone."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         return torch.from_numpy(np.unpackbits(bits, count=self.size, bitorder="little")).bool()
 
-    def take(self, token: int) -> None:
+    def take(self, token: int) -> bool:
         self.matcher.consume_token(token)
+        return not self.matcher.is_error()
 
 
 class Schemas:
@@ -86,7 +87,7 @@ class Schemas:
             raise wrong(field, "an answer with thinking is not held to a form; leave think out")
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(SPACES)})}"
+        grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(OPTIONS)})}"
         with self._making:
             matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():

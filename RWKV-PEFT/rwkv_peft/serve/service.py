@@ -185,7 +185,7 @@ class Conversation:
         waits = True
         async for piece in self.exchange.heard():
             if piece.end in BROKEN:
-                raise Refused(500, "the model's values are NaN or Inf, or it failed; see what the server has printed")
+                raise Refused(500, BROKEN[piece.end])
             if piece.end == LATE and waits:
                 raise Refused(503, "the time was over before the answer began; try again later")
             if piece.tokens and waits:

@@ -6,11 +6,12 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..data.tools import OPENS, Call, parse_calls
-from ..generate.rows import DAMAGED
+from ..generate.rows import DAMAGED, LOST
 from ..generate.text import overlap
 from .worker import FAILED, Drawn, Piece
 
@@ -18,7 +19,13 @@ Told = dict[str, Any]
 UTF_8 = codecs.getincrementaldecoder("utf-8")
 STOPS = ("end", "stop")  # every other end is a limit
 OPENINGS = ("<tool_call>", "**Tool Call:**")  # of what OPENS finds
-BROKEN = (DAMAGED, FAILED)  # ends of answers that cannot be told
+BROKEN = MappingProxyType(  # ends of answers that cannot be told, and what is told instead
+    {
+        DAMAGED: "the model's values are NaN or Inf; check its file and its adapter's",
+        FAILED: "the model failed; see what the server has printed",
+        LOST: "the schema became too costly to follow in the middle of the answer; make it simpler",
+    }
+)
 
 
 class Usage(NamedTuple):

@@ -61,6 +61,7 @@ MEANINGS = (
     ("--merge_on_save", ("merge_and_save",)),
     ("--optim", ("optimizer", "optimizer_name", "optim_type")),
     ("--config", ("config_file", "config_path", "cfg")),
+    ("LISA's, which is no method here (--peft names those that are)", ("LISA", "lisa_r", "lisa_k")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
 

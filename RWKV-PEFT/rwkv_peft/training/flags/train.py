@@ -23,7 +23,7 @@ def check_tokens(data: DataConfig) -> Iterator[str]:
     if data.mix and len(data.mix) != 1 + len(data.more):
         yield (
             f"--data_mix {' '.join(f'{share:g}' for share in data.mix)}: {counted(len(data.mix), 'share')} of "
-            f"{counted(1 + len(data.more), '--data_file')}; give one for each"
+            f"{counted(1 + len(data.more), 'file')} of --data_file; give one for each"
         )
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
