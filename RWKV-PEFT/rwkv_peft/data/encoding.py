@@ -51,9 +51,9 @@ class Encoded:
     were read. Of documents, or of pairs: empty,
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
-    that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers; thinking
-    and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field that may be
-    missed.
+    that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers;
+    thinking and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field
+    that may be missed.
     """
 
     sizes: list[int] = field(default_factory=list)
