@@ -65,12 +65,13 @@ def test_blocks_see_tokens():
     assert changed.tolist() == [bool(token == tokens[0, 3]) for token in tokens[0]]
 
 
-def test_graphs_which_record_no_tokens_are_refused_before_the_first_step():
-    from rwkv_peft.training.engine.trainer import make_lit
+def test_graphs_which_record_no_tokens_are_refused_before_the_first_step(monkeypatch):
+    from rwkv_peft.training.engine import trainer
 
-    config = SimpleNamespace(adapter=None, train=SimpleNamespace(cuda_graphs=True))
+    monkeypatch.setattr(trainer, "family_named", {ThirdFamily.version: ThirdFamily()}.__getitem__)
+    config = SimpleNamespace(model=ThirdConfig, adapter=None, train=SimpleNamespace(cuda_graphs=True))
     with pytest.raises(UserError, match="--cuda_graphs 1: blocks of RWKV-third see tokens, which no graph records"):
-        make_lit(SimpleNamespace(config=config, plan=None, model=a_model(), family=ThirdFamily()))
+        trainer.make_lit(SimpleNamespace(config=config, plan=None, model=a_model()))
 
 
 def test_it_trains_in_segments_with_states_and_parts(files):
