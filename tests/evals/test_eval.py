@@ -73,7 +73,7 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"answers of other settings \(max_tokens: 512, and now 9\)"):
         run(*words, "--max_tokens", 9)
     write(tmp_path / "rows.jsonl", ROWS[:2])
-    with pytest.raises(UserError, match=r"answers of other settings \(files: "):
+    with pytest.raises(UserError, match=r"answers of other settings \(other files: "):
         run(*words)
 
 
@@ -105,7 +105,7 @@ def test_no_old_answers_stand_for_those_of_what_changed_since(run, tmp_path):
     assert run(*words, "--adapter", folder) == told
     for change in (lambda: layout.write_text("{question} later"), lambda: adapt(0.2, folder)):
         change()
-        with pytest.raises(UserError, match=r"answers of other settings \(files: "):
+        with pytest.raises(UserError, match=r"answers of other settings \(other files: "):
             run(*words, "--adapter", folder)
         output.unlink()
         run(*words, "--adapter", folder)
@@ -257,7 +257,7 @@ def test_mistaken_flags_are_told(arguments, message):
         (["--data", "good.jsonl", "--template", "absent"], "--template absent"),
         (["--data", "good.jsonl", "--output", "good.jsonl"], "is the file given as --data"),
         (["--data", "good.jsonl", "--output", "other.jsonl"], "another tool's file|no line of rwkv-peft eval"),
-        (["--data", "good.jsonl", "--model", "absent.pth"], "absent.pth"),
+        (["--data", "good.jsonl", "--model", "absent.pth", "--output", "new.jsonl"], "absent.pth"),
     ],
 )
 def test_files_that_cannot_serve_are_told(tmp_path, monkeypatch, arguments, message):
@@ -270,3 +270,4 @@ def test_files_that_cannot_serve_are_told(tmp_path, monkeypatch, arguments, mess
     with pytest.raises(UserError, match=message):
         command.main(["gsm8k", *MODEL, *arguments])
     assert (tmp_path / "other.jsonl").read_bytes() == before
+    assert not (tmp_path / "new.jsonl").exists()

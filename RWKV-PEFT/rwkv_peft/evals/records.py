@@ -48,7 +48,10 @@ class Records:
             if self._file is not None:
                 with self._telling():
                     self._file.close()
-                self._write()  # in the order of the problems
+                if self.found:
+                    self._write()  # in the order of the problems
+                else:
+                    Path(self._file.name).unlink()  # a mistaken command stands in the way of no other
 
     def add(self, record: Record) -> None:
         """Add the Record of a problem, which holds its number."""
@@ -73,8 +76,8 @@ class Records:
         for name, value in self.settings.items():
             if head and head[HEAD].get(name) != value:
                 raise UserError(
-                    f"--output {path} holds answers of other settings ({name}: {head[HEAD].get(name)!r}, and now "
-                    f"{value!r}); choose another name, or delete it"
+                    f"--output {path} holds answers of other settings ({change(name, head[HEAD].get(name), value)}); "
+                    "choose another name, or delete it"
                 )
         self.found = {record["number"]: record for record in records[1:] if record is not None}
 
@@ -86,6 +89,13 @@ class Records:
                 encoding="utf-8",
                 errors="backslashreplace",
             )
+
+
+def change(name: str, then: Any, now: Any) -> str:
+    """Words for a setting's value that differs, or for files whose stamps do."""
+    if name == "files" and isinstance(then, dict):
+        return "other files: " + ", ".join(path for path in {**then, **now} if then.get(path) != now.get(path))
+    return f"{name}: {then!r}, and now {now!r}"
 
 
 def digest_of(questions: object) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
@@ -19,6 +20,7 @@ HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
 SAME_OPTIMIZER = ("precision", "optim")  # what it must share, too, to keep the optimizer's state,
 SAME_RANKS = ("strategy", "world_size")  # and this, if it is kept by ranks
+HASHES = MappingProxyType({"content": "tokens", "counted": "loss mask", "files": "files"})
 NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
@@ -81,9 +83,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if by_ranks else ())
     for key in SAME + (() if fresh_optimizer else of_optimizer):
         if state[key] != now[key]:
-            then, today = differences(state[key], now[key])
             raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {key} {then}, this command {today}; "
+                f"--resume: the run in {checkpoint.parent.parent} has {told_difference(key, state[key], now[key])}; "
                 + (
                     "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
                     "data go on"
@@ -95,6 +96,15 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
                 )
             )
     return state
+
+
+def told_difference(key: str, then: Any, now: Any) -> str:
+    """Words for what differs; hashes of the data are told by what they are of."""
+    then, now = differences(then, now)
+    hashed = [name for name in HASHES if key == "data" and then.pop(name, None) != now.pop(name, None)]
+    words = [f"{key} {then}, this command {now}"] if then else []
+    others = " and ".join(HASHES[name] for name in hashed)
+    return " and ".join(words + [f"data whose {others} are others than this command's"] * bool(hashed))
 
 
 def differences(then: Any, now: Any) -> tuple[Any, Any]:
