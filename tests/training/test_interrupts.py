@@ -36,7 +36,7 @@ def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monk
     run = SimpleNamespace(
         folder=tmp_path,
         plan=SimpleNamespace(total_steps=9),
-        config=SimpleNamespace(train=SimpleNamespace(early_stop=2)),
+        config=SimpleNamespace(train=SimpleNamespace(early_stop=2), objective=SimpleNamespace(needs=())),
         rows=None,
         rewards=None,
         validator=SimpleNamespace(measured={"val": ()}, lowest=SimpleNamespace(loss=1.5)),
