@@ -26,7 +26,7 @@ def test_layers_that_only_look_linear_are_refused():
     with pytest.raises(UserError, match="0 is a Scaled of torch.float32"):
         get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
     eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
-    with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
+    with pytest.raises(UserError, match="0 is of type Linear of torch.float8_e4m3fn"):
         get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
     with pytest.raises(UserError, match="inside of a MultiheadAttention"):
         get_peft_model(
