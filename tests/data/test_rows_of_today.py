@@ -64,6 +64,8 @@ NOTES = (
     ({"prompt": "Q", "completion": ""}, "with an empty answer, "),
     (chat(("user", "Q"), ("assistant", ""), ("user", "R"), ("assistant", "B")), "with an empty answer, "),
     (chat(("user", "Q")), "without an answer, so that none of their tokens counts in the loss"),
+    (chat(("assistant", "A"), ("user", "Q")), "whose last turn is not the model's, and so is not learned"),
+    (chat(("user", "Q"), ("assistant", "A"), ("tool", "R")), "whose last turn is not the model's, "),
     ({"query": " ", "response": "A"}, "in which a turn before an answer is empty"),
     ({"instruction": "", "output": "A"}, "in which a turn before an answer is empty"),
     (chat(("system", ""), ("user", "Q"), ("assistant", "A")), "in which a turn before an answer is empty"),
@@ -89,7 +91,7 @@ def test_rows_that_may_not_be_what_they_were_meant_to_be_are_told(preprocess, ca
     "rows",
     [
         [chat(("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")), {"query": "Q", "response": "A"}],
-        [chat(("user", "Q"), ("assistant", "A"), ("user", "R"))],
+        [{"messages": [*ASKED, {"role": "assistant", "content": "Yo", "weight": 0}]}],
         [{"text": "A"}, {"text": "User: Q"}, {"prompt": "Q", "completion": "A"}, {"prompt": "Q", "completion": "B"}],
         " \n\nA\n",
     ],

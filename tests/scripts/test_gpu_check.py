@@ -135,7 +135,7 @@ def test_a_step_that_fails_does_not_stop_the_others(check, code, outcome):
 
 def test_a_tool_that_fails_does_not_stop_other_programs(check):
     assert check("--only", "memcheck", "sanitizer", failing="kns=mix").returncode == 1
-    assert len(outcomes(check)) == 6 and list(exceptions(check)) == ["sanitizer mix"]
+    assert len(outcomes(check)) == 7 and list(exceptions(check)) == ["sanitizer mix"]
 
 
 def test_what_a_machine_lacks_is_left_out_and_told(check):

@@ -52,7 +52,7 @@ def test_a_rank_whose_agent_is_gone_ends_with_the_others(tmp_path):
 
 
 def test_only_a_run_that_was_asked_to_stop_before_its_end_ends_with_a_signals_code():
-    run = SimpleNamespace(validator=None, plan=SimpleNamespace(total_steps=10))
+    run = SimpleNamespace(exhausted=False, plan=SimpleNamespace(total_steps=10))
     for step, stopping, number, code in ((3, True, 2, 130), (3, True, 0, 143), (10, True, 15, 0), (3, False, 0, 0)):
         assert stopped(run, SimpleNamespace(step=step, stopping=stopping, stop_requested=number)) == code
 

@@ -39,7 +39,8 @@ def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monk
         config=SimpleNamespace(train=SimpleNamespace(early_stop=2)),
         rows=None,
         rewards=None,
-        validator=SimpleNamespace(measured={"val": ()}, lowest=SimpleNamespace(loss=1.5), exhausted=exhausted),
+        validator=SimpleNamespace(measured={"val": ()}, lowest=SimpleNamespace(loss=1.5)),
+        exhausted=exhausted,
         saver=SimpleNamespace(newest=tmp_path / "adapter.safetensors"),
     )
     lit = SimpleNamespace(stopping=True, step=4, stop_requested=signal.SIGINT)

@@ -53,7 +53,7 @@ def test_a_run_that_moves_is_the_run_that_stayed(files, train, precision, most):
 
 OLD = """
 from rwkv_peft.commands import run
-from rwkv_peft.training.saving import saver, loading
+from rwkv_peft.training.saving import saver
 
 def save(self, trainer, lit, done):
     hidden = self.folder / "checkpoints" / f".step-{done:08d}"
@@ -63,7 +63,7 @@ def save(self, trainer, lit, done):
     )
     (hidden / "optimizer").mkdir()
     state = {"step": done, "epoch": 1, "samples_seen": self.plan.samples_seen(done)}
-    state |= {"trained": loading.trained_names(lit), "groups": loading.grouped_names(lit), **self.identity}
+    state |= {"trained": saver.trained_names(lit), "groups": saver.grouped_names(lit), **self.identity}
     self.complete(hidden, state, {})
 
 saver.Saver.save_checkpoint = save

@@ -210,6 +210,7 @@ def test_a_base_that_holds_states_is_no_teacher_of_itself(folder, tiny_state):
 
 
 def test_a_plan_counts_what_the_model_teaches_itself(folder, capsys):
-    plan(["--load_model", str(folder / "base.pth"), "--data_type", "contexts", *STATE, "--accelerator", "cpu"])
+    given = ["--load_model", str(folder / "base.pth"), "--data_type", "contexts", "--tokenizer", "bytes", *STATE]
+    plan([*given, "--accelerator", "cpu"])
     out = capsys.readouterr().out
     assert "hidden states of the teacher" in out and "weights of the teacher" not in out

@@ -22,7 +22,7 @@ from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
-from .turns import TURN_END, Segment, weight_of
+from .turns import SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
 # the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
@@ -34,8 +34,9 @@ LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str], Documents]] = Mappi
         "contexts": in_context,
     }
 )
-# a turn before an answer that has only its speaker's name
 DIGEST = 16  # bytes of a row's
+OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant:"}  # what opens their turns in a chat
+# a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
 ASIDE = ("context", "passage", "document", "choices", "options", "input")  # fields that often belong to a question
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
@@ -49,9 +50,10 @@ class Encoded:
     each row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that
     were read. Of documents, or of pairs: empty,
     shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
-    Of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another empty
-    turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and without,
-    if it is asked for; "unread NAME" for rows with a field that may be missed.
+    Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
+    that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers;
+    thinking and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field
+    that may be missed.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -191,6 +193,8 @@ class Encoder:
             counts["unanswered"] += self.kind != "prompts"
         elif not all(text.strip() or text == TURN_END for one in learned for text in one):
             counts["wordless"] += 1
+        else:
+            counts["unfinished"] += any(map(ends_with_another, documents))
         counts["blank"] += any(map(has_empty_turn, documents))
         (text, is_learned), *more = documents[0]
         counts["dialogues"] += is_learned and not more and bool(opening_within(text))
@@ -250,6 +254,11 @@ def asked_and_answered(document: list[Segment]) -> bool:
     """Return whether a document begins with a text that does not count, and has words that do."""
     (prompt, counts), *_ = document
     return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
+
+
+def ends_with_another(document: list[Segment]) -> bool:
+    """Return whether the last turn of a document is not the model's."""
+    return len(document) > 1 and document[-2][0] in OTHERS
 
 
 def has_empty_turn(document: list[Segment]) -> bool:

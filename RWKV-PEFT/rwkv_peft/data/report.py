@@ -46,6 +46,7 @@ def laid_out(totals: Encoded) -> list[str]:
         ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
+        (counts["unfinished"], "whose last turn is not the model's, and so is not learned"),
         (counts["blank"], "in which a turn before an answer is empty"),
         (counts["repeated"], "the same as an earlier one, which therefore trains more often"),
         (

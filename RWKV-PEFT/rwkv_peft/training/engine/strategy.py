@@ -11,7 +11,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from ...config import BUCKET
 from ..flags.world import World
 from ..ranks.meeting import Ranks
-from ..step.zero import dynamic_scaler, exchanges_gradients, gradient_norm, live_parameters, sums_apart
+from ..step.zero import (
+    dynamic_scaler,
+    exchanges_gradients,
+    gradient_norm,
+    live_parameters,
+    recompute_whole_blocks,
+    sums_apart,
+)
 from .prepared import Prepared
 
 FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
@@ -140,6 +147,8 @@ def make_strategy(run: Prepared) -> ZeroStrategy:
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_parameters(run.model)
         if accelerator == "cpu":
             zero["stage3_prefetch_bucket_size"] = 0  # gloo's threads would compete with the step's
+        if train.grad_cp:
+            recompute_whole_blocks(run.model)
     if sums_apart(train):
         strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}
     return strategy

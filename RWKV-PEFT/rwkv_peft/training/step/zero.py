@@ -1,4 +1,4 @@
-"""Tell of a ZeRO engine its optimizer's loss scale, the norm of its gradients, and what it gathers.
+"""Tell of a ZeRO engine its optimizer's loss scale, the norm of its gradients, and what it gathers and keeps.
 
 The loss scale is that of --precision fp16. DeepSpeed halves it, and skips the step, if gradients overflow, and doubles
 it later. For a norm DeepSpeed converts each gradient to float64, which on a CPU takes longer than the optimizer's step;
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import Function
 
 from ...config import TrainConfig
 from ...models.parts import LanguageModel
@@ -71,6 +72,37 @@ def live_parameters(model: LanguageModel) -> int:
     gathered."""
     blocks = sorted(map(_size, model.blocks))
     return max(sum(blocks[-2:]), _size(model.emb), _size(model.head))
+
+
+def recompute_whole_blocks(model: LanguageModel) -> None:
+    """Let --grad_cp recompute a block at the beginning of its backward, before the engine adds hooks of its own.
+
+    ZeRO-3 keeps what a recomputation gathers until the module that then goes back is done. Begun later, as the first
+    layer asks for what it saved, the recomputation leaves that very layer, and the engine frees its weight too early.
+    """
+    for block in model.blocks:
+        block.register_forward_hook(_recomputed_first)
+
+
+def _recomputed_first(block: nn.Module, inputs: object, outputs: Any) -> Any:
+    *tensors, state = outputs
+    results = _AsksFirst.apply(*tensors, *state)
+    return *results[: len(tensors)], type(state)(*results[len(tensors) :])
+
+
+class _AsksFirst(Function):
+    """Pass tensors on; backward first asks for a saved tensor, for which a checkpoint recomputes all."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(tensors[0].new_empty(0))
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # reading it recomputes the block
+        return gradients
 
 
 def sums_apart(train: TrainConfig) -> bool:
