@@ -23,10 +23,10 @@ class Scaled(nn.Linear):
 
 
 def test_layers_that_only_look_linear_are_refused():
-    with pytest.raises(UserError, match="0 is a Scaled of torch.float32"):
+    with pytest.raises(UserError, match="0 is of type Scaled of torch.float32"):
         get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
     eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
-    with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
+    with pytest.raises(UserError, match="0 is of type Linear of torch.float8_e4m3fn"):
         get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
     with pytest.raises(UserError, match="inside of a MultiheadAttention"):
         get_peft_model(
@@ -183,5 +183,5 @@ def test_a_base_layer_that_is_replaced_is_used_or_refused():
     with pytest.raises(UserError, match="is quantized, and merging"):
         layer.merge()
     layer.base_layer = Scaled(64, 64)
-    with pytest.raises(UserError, match="the layer is a Scaled"):
+    with pytest.raises(UserError, match="the layer is of type Scaled"):
         layer(x)

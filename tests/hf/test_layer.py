@@ -188,7 +188,7 @@ def test_a_broken_adapter_is_not_merged(llama):
         ({"r": 48, "init_weights": "bat"}, "bat-out: r=48 does not divide 64"),
         ({"r": 1000}, "r=1000 is more than 64"),
         ({"r": 4, "init_weights": "mini", "mini_r": 7}, "mini_r=7 does not divide"),
-        ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding, and Bone works on"),
+        ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is of type Embedding, and Bone works on"),
     ],
 )
 def test_what_does_not_fit_a_layer_is_refused(llama, settings, message):

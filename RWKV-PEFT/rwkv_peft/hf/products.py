@@ -33,8 +33,8 @@ def product_for(layer: nn.Module, name: str) -> Product:
         return DENSE
     kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
     raise UserError(
-        f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "
-        "leave it out of target_modules (if you named none: name those that Bone should adapt)"
+        f"{name} is of type {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of "
+        "bitsandbytes; leave it out of target_modules (if you named none: name those that Bone should adapt)"
     )
 
 
