@@ -82,8 +82,8 @@ def read_rwkv_peft(
         )
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
         raise UserError(
-            f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
-            ".disha, and .lora_A with .lora_B"
+            f"{path} holds adapter tensors {kind}; known are .bone, .disha, and .lora_A with .lora_B: give the adapter "
+            "as one of these, or its peft folder"
         )
     if init is not None and kind != ("lora_A", "lora_B"):
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
