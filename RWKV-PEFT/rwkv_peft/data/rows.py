@@ -70,7 +70,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     if path.is_dir():
         chunks = folder_chunks(path, name)
     elif suffix == ".jsonl.gz":
-        chunks = line_chunks(path)
+        chunks = zipped_chunks(path)
     elif suffix in JSON_ENDINGS:
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
@@ -114,8 +114,8 @@ def values_in(text: bytes) -> int:
     return sum(map(text.count, (b",", b"[", b"{")))
 
 
-def line_chunks(path: Path) -> Iterator[Chunk]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+def zipped_chunks(path: Path) -> Iterator[Chunk]:
+    with gzip.open(path, "rb") as file:
         yield from listed_chunks(path, read_lines(file, path))
 
 
@@ -148,13 +148,13 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
     """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
-    with open(path, "rb") as file:
-        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not head.startswith(b"["):
-        yield from line_chunks(path)
-        return
+    with open(path, "rb") as file:  # once, because it may be a pipe
+        if not file.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from listed_chunks(path, read_lines(file, path))
+            return
+        text = file.read()
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(text)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
