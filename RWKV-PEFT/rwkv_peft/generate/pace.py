@@ -35,7 +35,6 @@ class Pace:
         self.ended = time.perf_counter()
         if self.seconds and self.read >= LEAST:  # fewer take the time of a pass, and tell little of a token's
             fitting = self.read * self.seconds / (self.ended - self.began)
-            self.tokens = int(
-                min(max(math.sqrt(self.tokens * fitting), LEAST), MOST)
-            )  # one slow pass does not undo many
+            mean = math.sqrt(self.tokens * fitting)  # so that one slow pass does not undo many
+            self.tokens = int(min(max(mean, LEAST), MOST))
         self.read = 0
