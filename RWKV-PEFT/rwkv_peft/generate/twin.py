@@ -25,8 +25,8 @@ class Twin:
         return Twin, ()  # a copy of the model gets its own
 
     def of(self, model: LanguageModel, base: Base) -> LanguageModel:
-        """What decodes for a model of a Base: the model itself on a GPU, where it is replayed, and if it has something
-        in it that is not its generation's."""
+        """Choose what decodes for a model of a Base: the twin, or the model itself on a GPU, where it is replayed, and
+        if it has something in it that is not its generation's."""
         if not self._kinds:
             with torch.device("meta"):
                 due = base.family.build(base.config)
@@ -59,5 +59,5 @@ def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def weights_of(model: nn.Module) -> list[tuple[int, int]]:
-    """Where each parameter lies, and how often it was written to."""
+    """Return each parameter's address, and how often it was written to."""
     return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]

@@ -19,8 +19,8 @@ from .library import BuildError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a library is made: `compile` (compiler and flags) turns `source` into an object, and `link` (linker and
-    flags) that into a library. headers: files whose content matters besides the source's."""
+    """The making of a library: `compile` (compiler and flags) turns `source` into an object, and `link` (linker
+    and flags) that into a library. headers: files whose content matters besides the source's."""
 
     source: Path
     compile: tuple[str, ...]
