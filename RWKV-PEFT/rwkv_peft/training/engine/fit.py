@@ -25,7 +25,7 @@ from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.before_after import unended
-from ..measuring.learned import by_source, doubts, fall_of, nothing_learned
+from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -122,7 +122,7 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
     losses, sources = list[float](), list[str]()
-    name, sign = ("reward", -1) if run.rewards is not None else ("loss", 1)  # what is to fall
+    name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
@@ -137,9 +137,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
-        figures.append(
-            (name, f"{sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f}, the first and last quarter's mean")
-        )
+        figures.append((name, f"{fall.told(sign)}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
     if rows is not None:
         lines = list(rows.lines())

@@ -30,6 +30,10 @@ class Fall(NamedTuple):
     def real(self) -> bool:
         return self.first - self.last > self.noise
 
+    def told(self, sign: int) -> str:
+        """Both means, of values whose `sign` (1 or -1) multiple is to fall."""
+        return f"{sign * self.first + 0.0:.4f} to {sign * self.last + 0.0:.4f}"
+
 
 def fall_of(losses: Sequence[float]) -> Fall | None:
     """The Fall of a run's losses in their order; None if they are fewer than LEAST. The noise is estimated from how
@@ -80,13 +84,18 @@ def low_rate(config: RunConfig) -> str:
     )
 
 
+def aim_of(config: RunConfig) -> tuple[str, int]:
+    """The name of a run's measure in the metrics, and the sign with which it is to fall."""
+    return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
+
+
 def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
     """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; "" if neither
     losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
     from the one before training, None if that is not known."""
     fall = fall_of(losses)
-    name, sign = ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
-    way = "" if fall is None else f"({sign * fall.first + 0.0:.4f} to {sign * fall.last + 0.0:.4f})"
+    name, sign = aim_of(config)
+    way = "" if fall is None else f"({fall.told(sign)})"
     if fall is not None and fall.last - fall.first > fall.noise:
         lower = f"--lr_init {config.train.lr_init / FAR:.1g}"
         moved = "fell" if sign < 0 else "rose"
