@@ -132,14 +132,18 @@ def grows(config: ModelConfig) -> bool:
     return "length" in config.layer_state._fields
 
 
-def extended(before: Any, name: str, new: Tensor, lengths: Tensor) -> list[Tensor]:
-    """A growing field of each sequence of a packed row: the tokens that a layer's state before it has, if there is one,
-    and those of new (T, …), of `lengths` tokens each."""
-    parts = list(new.split(lengths.tolist()))
+def extended(before: Any, fields: Mapping[str, Tensor], lengths: Tensor) -> dict[str, list[Tensor]]:
+    """The growing fields of each sequence of a packed row: the tokens that a layer's state before it has, if there is
+    one, and those of fields (T, …), of `lengths` tokens each."""
+    sizes = lengths.tolist()
+    parts = {name: list(new.split(sizes)) for name, new in fields.items()}
     if before is None:
         return parts
-    past, most = getattr(before, name), before.past_keys.shape[1]
-    return [torch.cat([past[i, most - size :], parts[i]]) for i, size in enumerate(before.length.tolist())]
+    unfilled = [before.past_keys.shape[1] - size for size in before.length.tolist()]
+    return {
+        name: [torch.cat([past[first:], new]) for past, first, new in zip(getattr(before, name), unfilled, own)]
+        for name, own in parts.items()
+    }
 
 
 def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
@@ -149,7 +153,7 @@ def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
         return after
     fields = {name: getattr(after, name) for name in GROWING}
     if cu_seqlens is not None:
-        rows = {name: extended(before, name, new[0], after.length) for name, new in fields.items()}
+        rows = extended(before, {name: new[0] for name, new in fields.items()}, after.length)
         fields = {name: pad_sequence(row, batch_first=True, padding_side="left") for name, row in rows.items()}
     elif before is not None:
         fields = {name: torch.cat([getattr(before, name), new], 1) for name, new in fields.items()}

@@ -61,8 +61,8 @@ def look_back(q: Tensor, k: Tensor, v: Tensor, before: DeepState | None, cu_seql
     k (B, T, D), v (B, T, C) -> (B, T, C)."""
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
-        keys, values = extended(before, "past_keys", k[0], lengths), extended(before, "past_values", v[0], lengths)
-        sequences = zip(q[0].split(lengths.tolist()), keys, values)
+        seen = extended(before, {"past_keys": k[0], "past_values": v[0]}, lengths)
+        sequences = zip(q[0].split(lengths.tolist()), seen["past_keys"], seen["past_values"])
         return torch.cat([attend(*(each[None] for each in one)) for one in sequences if len(one[0])], 1)
     if before is None:
         return attend(q, k, v)
