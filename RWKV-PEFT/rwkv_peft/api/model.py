@@ -20,6 +20,7 @@ from ..files.base import Base, open_base
 from ..files.pth_writer import DTYPES
 from ..generate.continuation import Continuation
 from ..generate.decode import generate
+from ..generate.flags import WEIGHTS
 from ..generate.loading import merged_base, model_of, read_state_file, resolve_device
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
@@ -28,7 +29,7 @@ from ..generate.weights import quantize_products
 from ..models.parts import LanguageModel
 from ..models.state import State
 
-DEVICES, WEIGHTS = ("cpu", "cuda"), ("int8", "int4")
+DEVICES = ("cpu", "cuda")
 
 
 class Piece(NamedTuple):

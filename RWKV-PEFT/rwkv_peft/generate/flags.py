@@ -11,6 +11,7 @@ from ..rules import EXCLUDES, NEEDS, Rule
 from .settings import Sampling
 
 PROG = "rwkv-peft generate"
+WEIGHTS = ("int8", "int4")
 AS_PROMPT = r"""without it, begin the prompt with 'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"""
 RULES = (
     Rule(PROG, NEEDS, "--prompt, --prompt_file, --chat", "it continues what they give", "give one of them"),
@@ -152,7 +153,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     add(
         "--weights",
-        choices=("int8", "int4"),
+        choices=WEIGHTS,
         help="round the matrices to blocks of such integers when the model is loaded, for speed and memory "
         "(default: as --precision says)",
     )
