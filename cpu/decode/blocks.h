@@ -156,7 +156,7 @@ INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& 
         UNROLL for (int m = 0; m < M; m++) store(y + (m * P + p) * kPanel, sum[p][m]);
 }
 
-// M rows of x by P panels, of which y (rows, out) takes the first `count` rows.
+// Multiplies M rows of x by P panels; y (rows, out) takes the first `count` of the panels' rows.
 template <class E, int kBits, int P, int M>
 void block_panels(const Point* x, Panels w, E* y, int64_t blocks, int64_t out, int64_t count, Stream& ahead) {
     E sums[M * P * kPanel];

@@ -1,4 +1,4 @@
-"""What lays a row out as text: its fields, a template, roles; and what has no place in a layout."""
+"""Rows are laid out as text by their fields, a template and roles; what has no place in a layout is refused."""
 
 from itertools import groupby
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tests of the chat say, and what its tokens are in training data."""
+"""The words that the tests of the chat use, and their tokens in training data."""
 
 import torch
 

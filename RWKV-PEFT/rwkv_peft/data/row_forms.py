@@ -1,6 +1,6 @@
 """Lays out the rows of preferences, labels, prompts and contexts as the texts of documents.
 
-In each layout names are the fields that hold its parts, if they are given, and think is as in templates.segments.
+`names`, if given, are the fields that hold the parts of a layout; `think` is as in templates.segments.
 """
 
 import re

@@ -44,9 +44,8 @@ class RowGroups:
                 "whose rows are found without reading all before; leave --stream out"
             )
         self._parquet = lru_cache(maxsize=16)(open_parquet)
-        self._batches = lru_cache(maxsize=16)(
-            lambda file: list(arrow_batches(file))
-        )  # mapped, as long as they are held
+        # mapped, as long as they are held
+        self._batches = lru_cache(maxsize=16)(lambda file: list(arrow_batches(file)))
         self.files = files
         self.groups = [group for file in files for group in self._groups(file)]
         self.rows = sum(group.rows for group in self.groups)

@@ -16,9 +16,8 @@ from ..step.teacher import Teacher
 
 
 class Prepared:
-    """A run that is ready to begin, on Ranks that have met: its inputs, its questions, its model, of which so many
-    parameters are `trainable`, and the teacher and the rewards that it learns from, if any; accelerator: "cpu" or
-    "gpu".
+    """A run that is ready to begin, on Ranks that have met: its inputs, its questions, its model with the number of
+    `trainable` parameters, and the teacher and the rewards that it learns from, if any; accelerator: "cpu" or "gpu".
 
     It makes what measures and saves: the validator (None without data to measure), the examiners, the rows to be
     answered before and after training (or None), and the saver. `leads` tells whether this process writes the files

@@ -6,6 +6,7 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ...cli import FLAG, HelpFormatter, Parser, count, positive, switch, up_to
@@ -43,7 +44,7 @@ DIMENSIONS = (
 )
 LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
 OTHER_VERSIONS = ("x052", "x051")
-SHORT = {generation(version).removeprefix("RWKV-"): version for version in GENERATIONS}
+SHORT = MappingProxyType({generation(version).removeprefix("RWKV-"): version for version in GENERATIONS})
 HEAD = """# Flags of train.py
 
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
