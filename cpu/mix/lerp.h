@@ -63,12 +63,19 @@ struct Lerp {
         for (int64_t i = 0; i < rows * n * rank; i++) factors[i] = to_float(low[t * n * rank + i]);
     }
 
-    // m_i of some rows, for `size` channels from `begin` on: (rows, kBlock).
+    // m_i of some rows, for `size` channels from `begin` on: (rows, kBlock). One row takes up_i as it lies in memory,
+    // from which reading it takes longest.
     void weights(int i, const std::vector<float>& factors, int64_t rows, int64_t begin, int64_t size, float* m) const {
         const E* base = maa + i * channels + begin;
         for (int64_t a = 0; a < rows; a++)
             for (int64_t c = 0; c < size; c++) m[a * kBlock + c] = to_float(base[c]);
         if (!rank) return;
+        if (rows == 1) {
+            const float* row = up + i * rank * channels + begin;
+            for (int64_t k = 0; k < rank; k++, row += channels)
+                for (int64_t c = 0; c < size; c++) m[c] += factors[i * rank + k] * row[c];
+            return;
+        }
         add_product<false>(
             {m, kBlock, factors.data() + i * rank, n * rank, up + i * rank * channels + begin, channels, rank, size},
             rows);
@@ -80,8 +87,9 @@ struct Lerp {
             for (int64_t t = first; t < end; t += kTileRows) {
                 const int64_t rows = std::min<int64_t>(kTileRows, end - t);
                 load_low(t, rows, factors);
-                for (int64_t begin = 0; begin < channels; begin += kBlock) {
-                    const int64_t size = std::min(kBlock, channels - begin);
+                const int64_t block = rows == 1 ? kTileRows * kBlock : kBlock;
+                for (int64_t begin = 0; begin < channels; begin += block) {
+                    const int64_t size = std::min(block, channels - begin);
                     for (int64_t a = 0; a < rows; a++) difference(t + a, begin, size, delta.data() + a * kBlock);
                     for (int i = 0; i < n; i++) {
                         weights(i, factors, rows, begin, size, m.data());

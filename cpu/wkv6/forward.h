@@ -1,6 +1,7 @@
 // Forward of one head of one sequence.
 #pragma once
 #include <initializer_list>
+#include <type_traits>
 
 #include "common/prefetch.h"
 #include "wkv6/block.h"
@@ -60,17 +61,23 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
         store(decay + c, d);
     }
     const int64_t begin = task.values.begin, end = task.values.end < n ? task.values.end : n;
-    float* sum = q.y;
-    const float* value = q.padded[2];
-    for (int64_t c = begin; c < end; c += kLanes) store(sum + c, zero());
-    for (int i = 0; i < n; i++) {
-        const float ri = q.padded[0][i], ki = q.padded[1][i], di = decay[i], bonus = u[i] * ki;
-        for (int64_t c = begin; c < end; c += kLanes) {
-            const Vec v = load(value + c), from = state ? load_some(state + i * n + c, end - c) : zero();
-            store(sum + c, load(sum + c) + ri * (from + bonus * v));
-            store_some(final_state + i * n + c, di * from + ki * v, end - c);
+    const auto columns = [&](auto V, int64_t c) {  // V vectors of values, all rows
+        Vec v[V], sum[V];
+    UNROLL for (int l = 0; l < V; l++) v[l] = load(q.padded[2] + c + l * kLanes), sum[l] = zero();
+        for (int i = 0; i < n; i++) {
+            const float ri = q.padded[0][i], ki = q.padded[1][i], di = decay[i], bonus = u[i] * ki;
+            UNROLL for (int l = 0; l < V; l++) {
+                const int64_t at = i * n + c + l * kLanes, left = end - c - l * kLanes;
+                const Vec from = state ? load_some(state + at, left) : zero();
+                sum[l] += ri * (from + bonus * v[l]);
+                store_some(final_state + at, di * from + ki * v[l], left);
+            }
         }
-    }
+        UNROLL for (int l = 0; l < V; l++) store(q.y + c + l * kLanes, sum[l]);
+    };
+    int64_t c = begin;
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) columns(std::integral_constant<int, 4>(), c);
+    for (; c < end; c += kLanes) columns(std::integral_constant<int, 1>(), c);
     store_rows<N>(y, q.y, 0, 1, {begin, end});
 }
 

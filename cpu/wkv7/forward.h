@@ -38,21 +38,27 @@ void single_step(float* row, const Task& task, const Rows<const E>& rows, const 
         store(b + c, load_lanes(rows.b, c, n));
         store(old + c, zero());
     }
-    for (int64_t i = task.values.first; i < task.values.first + task.values.count; i++) {
-        const float* S = state ? state + i * n : old;
-        float* to = final_state + i * n;
-        Vec removed_lanes = zero(), y_lanes = zero();
-        for (int64_t c = 0; c < n; c += kLanes) removed_lanes += load_lanes(S, c, n) * load(a + c);
-        float removed = 0.0f, sum = 0.0f;
-        for (int l = 0; l < kLanes; l++) removed += removed_lanes[l];
-        const Vec value = broadcast(to_float(rows.v[i])), taken = broadcast(removed);
-        for (int64_t c = 0; c < n; c += kLanes) {
-            const Vec next = load_lanes(S, c, n) * load(d + c) + taken * load(b + c) + value * load(k + c);
-            y_lanes += next * load(r + c);
-            store_lanes(to, next, c, n);
+    const int64_t end = task.values.first + task.values.count;
+    for (int64_t i = task.values.first; i < end; i += 4) {  // four values, whose sums over keys are taken at once
+        const float* S[4];
+        Vec sums[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+            S[j] = state ? state + (i + j) * n : old;
+            sums[j] = zero();
+            for (int64_t c = 0; c < n; c += kLanes) sums[j] += load_lanes(S[j], c, n) * load(a + c);
         }
-        for (int l = 0; l < kLanes; l++) sum += y_lanes[l];
-        y[i] = from_float<E>(sum);
+        const Quad removed = sum_of_quads(quad_sums(sums[0], sums[1], sums[2], sums[3]));
+        UNROLL for (int j = 0; j < 4; j++) {
+            const Vec value = broadcast(to_float(rows.v[i + j])), taken = broadcast(removed[j]);
+            sums[j] = zero();
+            for (int64_t c = 0; c < n; c += kLanes) {
+                const Vec next = load_lanes(S[j], c, n) * load(d + c) + taken * load(b + c) + value * load(k + c);
+                sums[j] += next * load(r + c);
+                store_lanes(final_state + (i + j) * n, next, c, n);
+            }
+        }
+        const Quad sum = sum_of_quads(quad_sums(sums[0], sums[1], sums[2], sums[3]));
+        UNROLL for (int j = 0; j < 4; j++) y[i + j] = from_float<E>(sum[j]);
     }
 }
 
