@@ -90,7 +90,8 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
 
     A UserError becomes one message on stderr and its exit code, 2 unless it is NotNow. An OSError of UNSEEN about a
     file, a limit on open files that is reached, and output that was lost become a message and exit code 2. Ctrl-C gives
-    INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in ENDINGS, 143 and 129. The standard streams are Patient from then on (streams.py).
+    INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in ENDINGS, 143 and 129.
+    The standard streams are Patient from then on (streams.py).
     """
     make_patient()
     try:
