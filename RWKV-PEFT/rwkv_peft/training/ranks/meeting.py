@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...errors import NotNow, UserError, told
+from ...errors import Ended, NotNow, UserError, ending_of, told
 from ..flags.world import LOOPBACK, World
 from ..saving.checkpoints import is_of_connection
 from .agreement import disagreement
@@ -219,8 +219,10 @@ class Ranks:
         """Tell the other ranks what ended this one."""
         if self.world.size == 1:
             return
-        what = str(error) if isinstance(error, UserError) else told(error)
-        word = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"ended: {what}"
+        if isinstance(error, KeyboardInterrupt | Ended):
+            word = f"was {ending_of(error)[0]}"
+        else:
+            word = f"ended: {error if isinstance(error, UserError) else told(error)}"
         try:
             if not self.connected:  # it ends before it could meet the others, who may be waiting
                 self.connect(call(self.world.address, self.world.port))
