@@ -18,11 +18,11 @@ from ..errors import UserError
 from .bad_rows import BadRows
 from .binidx import dtype_code
 from .encode_settings import REMEDIES, EncodeSettings
-from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
+from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
-from .turns import SPEAKERS, TURN_END, Segment, weight_of
+from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
 # the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
@@ -48,8 +48,8 @@ class Encoded:
 
     weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has DIGEST bytes for
     each row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that
-    were read. Of documents, or of pairs: empty,
-    shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
+    were read. Of documents, or of pairs: empty, shortened and too_long ones; equal pairs, whose answers are the same;
+    bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
     that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers;
     thinking and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field
@@ -174,7 +174,7 @@ class Encoder:
             if added and not whole:
                 self._count(self.told(documents), result.counts)
                 if self.told_aside:
-                    result.counts.update(unread(row))
+                    result.counts.update(unread(row, self.settings.think))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -238,10 +238,12 @@ class Encoder:
         return True
 
 
-def unread(row: Any) -> list[str]:
-    """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
-    read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
-    return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]
+def unread(row: Any, think: str) -> list[str]:
+    """The fields of a row of answers that no layout reads: what may belong to its question, and unasked thinking."""
+    aside = [name for name in ASIDE if row.get(name) and (name != "input" or "instruction" not in row)]
+    turns = () if think else [turn for turn in (row, *(turns_before(row) or ())) if isinstance(turn, dict)]
+    thought = [name for name in FIELDS if any(turn.get(name) for turn in turns)]
+    return [f"unread {name}" for name in aside + thought if "text" not in row]
 
 
 def judged(text: str) -> list[int]:
