@@ -81,7 +81,7 @@ def test_every_flag_of_train_is_a_field_once():
 
 def test_a_choice_says_when_each_value_is_taken():
     words = {field["flag"]: field["words"] for group in form() for field in group["fields"]}
-    for flag in ("precision", "optim", "objective", "data_type"):
+    for flag in ("precision", "optim", "objective", "data_type", "peft"):
         field = next(field for group in form() for field in group["fields"] if field["flag"] == flag)
         assert list(words[flag]) == field["values"]
     assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
