@@ -182,6 +182,13 @@ def test_a_command_that_is_killed_is_told(server, folder):
     assert status == 400 and "does not run" in text
 
 
+def test_a_command_is_stopped_before_it_has_begun(server):
+    train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir early"
+    job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "500"]})["id"]
+    assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
+    assert wait_for(server, job)["code"] == 130
+
+
 def test_lines_that_are_not_whole_are_read_later(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
