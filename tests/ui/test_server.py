@@ -8,8 +8,10 @@ import time
 import pytest
 
 from rwkv_peft.errors import UserError
+from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
+from rwkv_peft.ui.jobs import Jobs
 from rwkv_peft.ui.places import Places
 from rwkv_peft.ui.runs import TAIL, last_of, lines_of
 
@@ -187,6 +189,15 @@ def test_a_command_is_stopped_before_it_has_begun(server):
     job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "500"]})["id"]
     assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
     assert wait_for(server, job)["code"] == 130
+
+
+def test_a_page_that_ends_closes_its_models_and_leaves_runs(monkeypatch, tmp_path):
+    jobs, stopped = Jobs(tmp_path), []
+    jobs.own = ["1", "2"]
+    monkeypatch.setattr(jobs, "job", lambda name: {"words": ["serve" if name == "1" else "train"]})
+    monkeypatch.setattr(jobs, "stop", stopped.append)
+    close_chats(jobs)
+    assert stopped == ["1"]
 
 
 def test_lines_that_are_not_whole_are_read_later(tmp_path):

@@ -35,8 +35,17 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: s
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
+    words += ["--drain_seconds", "1"]  # who closes it waits for no answer
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
+
+
+def close_chats(jobs: Jobs) -> None:
+    """End the servers that this page has opened, of which nobody else knows."""
+    for name in jobs.own:
+        with suppress(UserError, OSError):  # it has ended
+            if jobs.job(name)["words"][0] == "serve":
+                jobs.stop(name)
 
 
 def port_of(jobs: Jobs, name: str) -> int:
@@ -62,7 +71,7 @@ def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[in
         raise UserError("the model is not loaded yet, or its server is gone") from error
 
     def pieces() -> Iterator[bytes]:
-        with closing(connection):
+        with closing(connection), suppress(OSError, http.client.HTTPException):  # the server is gone: so the page says
             while piece := response.read1(1 << 16):
                 yield piece
 

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
         else:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
     with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
         command = python_command("rwkv_peft", *words)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)

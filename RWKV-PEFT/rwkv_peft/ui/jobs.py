@@ -30,6 +30,7 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
+        self.own: list[str] = []  # those that this process began
 
     def start(self, words: Sequence[str]) -> str:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
@@ -48,6 +49,7 @@ class Jobs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
+        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
