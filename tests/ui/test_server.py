@@ -214,3 +214,19 @@ def test_mistaken_flags_are_refused(tmp_path):
         parse_flags(["--files", str(tmp_path / "none")])
     with pytest.raises(UserError, match="--port"):
         parse_flags(["--port", "70000"])
+    with pytest.raises(UserError, match="ssh -L"):
+        parse_flags(["--host", "0.0.0.0"])
+
+
+def test_a_folder_that_cannot_be_written_is_told(server, folder):
+    """Root may write everywhere, so that a file stands in the way."""
+    jobs = folder / ".rwkv-peft"
+    jobs.rename(folder / "aside")
+    jobs.write_text("")
+    try:
+        for path, body in (("/api/jobs", {"words": ["doctor"]}), ("/api/chat", {"model": "base.pth"})):
+            status, text = server.ask(path, body)
+            assert status == 400 and ".rwkv-peft" in json.loads(text)["error"]
+    finally:
+        jobs.unlink()
+        (folder / "aside").rename(jobs)

@@ -65,6 +65,7 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     app = FastAPI(title="rwkv-peft", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(UserError)
+    @app.exception_handler(OSError)  # a full disk, a folder that is gone
     def refuse(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": str(error)}, 400)
 

@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.atomic import temporary_beside
 from .jobs import RUNNING, Jobs
 
 HOST = "127.0.0.1"
@@ -22,9 +23,11 @@ WAITED = 600  # seconds for an answer's next word
 def key_file(jobs: Jobs) -> Path:
     """The file with the key of these servers, which nobody else on this machine may read; made if it is missing."""
     path = jobs.folder.with_name("key")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    if not path.exists():
+        with temporary_beside(path) as temporary, suppress(FileExistsError):
+            temporary.chmod(0o600)
+            temporary.write_text(secrets.token_hex(32))
+            os.link(temporary, path)
     return path
 
 
