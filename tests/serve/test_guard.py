@@ -150,6 +150,13 @@ def test_a_mistaken_chat_is_told_by_its_field(server, more, field):
     assert told(answer) == 400 and answer[2]["error"]["param"] == field
 
 
+def test_a_schema_that_takes_hours_to_compile_is_refused(server):
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "multipleOf": 99999989}}}
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    answer = server.send("POST", "/v1/chat/completions", body)
+    assert told(answer) == 400 and "simpler" in answer[2]["error"]["message"]
+
+
 def test_unknown_routes_are_told_in_the_same_form(server):
     assert told(server.send("GET", "/v1/nothing")) == 404 and told(server.send("GET", "/v1/completions")) == 405
     assert told(server.send("GET", "/docs")) == 404

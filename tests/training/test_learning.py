@@ -251,14 +251,10 @@ def runs(folder):
         flags += ["--accelerator", "cpu", "--precision", "fp32", "--val_split", "0.3", *more]
         return finish(start([sys.executable, str(ROOT / "train.py"), *flags]))[0]
 
-    begun = train("asked", "--epoch_count", "1", "--answer_rows", "2")
-    before = records(folder)
+    begun, before = train("asked", "--epoch_count", "1", "--answer_rows", "2"), records(folder)
     resumed = train("asked", "--epoch_count", "2", "--answer_rows", "2", "--resume")
-    return {
-        "begun": begun,
-        "resumed": resumed,
-        "plain": train("plain", "--epoch_count", "2", "--answer_rows", "0"),
-    }, before
+    plain = train("plain", "--epoch_count", "2", "--answer_rows", "0")
+    return {"begun": begun, "resumed": resumed, "plain": plain}, before
 
 
 def records(folder):
@@ -286,16 +282,13 @@ def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, run
     assert "2 training rows and 2 held-out rows are answered before and after training" in told["begun"]
     noted = "note: no answer ends like its row's yet: 6 steps are few to learn from" in told["resumed"]
     assert noted == unended(after)
+    settings = json.loads((folder / "asked" / "config.json").read_text())
+    assert settings["data"]["tokenizer"] == settings["vocabulary"]["name"] == "bytes"
 
 
 def test_answers_that_never_end_are_told_from_those_that_do():
     endless, ended = ({"answer": {"end": "end"}, "after": {"end": end}} for end in ("length", "end"))
     assert unended([endless, endless]) and not unended([endless, ended]) and not unended([{"answer": {"end": "end"}}])
-
-
-def test_config_names_the_tokenizer_of_the_token_files(folder, runs):
-    told = json.loads((folder / "asked" / "config.json").read_text())
-    assert told["data"]["tokenizer"] == told["vocabulary"]["name"] == "bytes"
 
 
 def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp_path):
@@ -319,6 +312,5 @@ def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp
 
 def test_a_terminal_finds_nothing_to_obey_in_an_answer():
     assert quoted({"text": " a\n\x1b[2Jb ü", "end": "end"}) == "a\\n\\x1b[2Jb ü"
-    assert (
-        quoted({"text": "a", "end": "length"}) == "a…" and quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"
-    )
+    assert quoted({"text": "a", "end": "length"}) == "a…"
+    assert quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"

@@ -22,7 +22,7 @@ from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
+from .saving.resume import find_state, other_retained, validated_from, with_kept_order, with_kept_steps
 from .saving.run_state import require_files
 from .step.plan import Plan
 from .step.stored import StoredTeacher
@@ -60,6 +60,7 @@ class Inputs:
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
+    config = replace(config, data=with_kept_order(config.data, config.train))
     train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
     step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
