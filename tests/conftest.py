@@ -13,7 +13,7 @@ import torch
 import warm
 from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
-LONG = ("training", "scripts")  # folders whose tests run whole commands
+LONG = ("training", "scripts", "ui", "study", "hf")  # folders whose tests run whole commands
 
 
 def pytest_addoption(parser):
@@ -35,10 +35,17 @@ def pytest_configure_node(node):
     node.workerinput["warm"] = node.config.warm.name
 
 
-def pytest_collection_modifyitems(items):
-    """Run the long tests first, so that no worker waits at the end for a long test of the other."""
+def pytest_collection_modifyitems(config, items):
+    """Have each worker begin with its share of the long tests, so that none waits at the end for another's long test.
+    worksteal deals one part of the list to each, and moves tests from the ends of parts later."""
     here = Path(__file__).parent
-    items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in LONG)
+    long = [item for item in items if item.path.relative_to(here).parts[0] in LONG]
+    short = [item for item in items if item.path.relative_to(here).parts[0] not in LONG]
+    items.clear()
+    for workers in range(getattr(config, "workerinput", {}).get("workercount", 1), 0, -1):
+        size, first = (len(long) + len(short)) // workers, len(long) // workers
+        items += long[:first] + short[: size - first]
+        del long[:first], short[: size - first]
 
 
 def pytest_collection_finish():

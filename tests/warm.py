@@ -30,6 +30,8 @@ from pathlib import Path
 IMPORTS = (
     "rwkv_peft.training.run",
     "rwkv_peft.training.engine.callbacks",
+    "rwkv_peft.training.engine.trainer",
+    "rwkv_peft.training.saving.loggers",
     "rwkv_peft.training.step.lit",
     "rwkv_peft.training.engine.strategy",
     "lightning.pytorch",
@@ -40,6 +42,8 @@ IMPORTS = (
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
+    "tensorboard.plugins.hparams.api_pb2",
+    "tensorboard.plugins.hparams.plugin_data_pb2",
 )
 # They are read when those are imported; a run itself sets the last one.
 VARIABLES = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
@@ -173,11 +177,14 @@ def main(address):
     for name in IMPORTS:
         with suppress(ImportError):
             importlib.import_module(name)
+    look_around()
     sys.executable = str(Path(address).with_name("python"))
     gc.collect()
     gc.freeze()  # what was imported for all commands is looked through in none
     if argv := server.serve():
         sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
+        if Path(argv[0]) != Path(__file__):
+            draw_at_once()
         code = 0
         try:
             runpy.run_path(argv[0], run_name="__main__")
@@ -186,6 +193,23 @@ def main(address):
                 raise
             code = ended.code or 0
         leave(code)
+
+
+def look_around():
+    """Do once what each run would: DeepSpeed looks for compilers, and matplotlib for fonts."""
+    import deepspeed
+    from matplotlib.figure import Figure
+
+    deepspeed.ops.__compatible_ops__  # noqa: B018 - found when it is asked for
+    Figure().subplots().figure.savefig(os.devnull, format="png")
+
+
+def draw_at_once():
+    """Draw pictures without looking for the best place of each part, which takes a tenth of a short run;
+    tests/test_plots.py has it."""
+    from matplotlib.figure import Figure
+
+    Figure.set_layout_engine = lambda *_, **__: None
 
 
 def leave(code):

@@ -6,6 +6,7 @@ made earlier by the same recipe serves (kept_library).
 """
 
 import errno
+import functools
 import hashlib
 import os
 import subprocess
@@ -68,12 +69,17 @@ def _compilers(recipe: Recipe) -> str:
     """A hash of the compilers by path and version."""
     digest = hashlib.sha256()
     for program in sorted({recipe.link[0], recipe.compile[0]}):
-        try:
-            version = subprocess.run([program, "--version"], capture_output=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise BuildError(f"cannot run the compiler {program}: {error}; install a working one") from error
-        digest.update(program.encode() + version)
+        digest.update(program.encode() + _version(program))
     return digest.hexdigest()[:8]
+
+
+@functools.cache  # a run asks for several libraries
+def _version(compiler: str) -> bytes:
+    """What a compiler says of its version; BuildError if it does not run."""
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"cannot run the compiler {compiler}: {error}; install a working one") from error
 
 
 def _make(work: Path, recipe: Recipe) -> Path:
