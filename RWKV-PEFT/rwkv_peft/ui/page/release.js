@@ -27,19 +27,24 @@ export async function releasePage(place, about, signal, folder) {
     ["Preview", "says which files Push would send, with the card below:", () => push("--dry_run"), repo, open],
     ["Push", "sends them to the Hugging Face hub. Log in once with hf auth login in a terminal.", () => push()],
   ];
+  const buttons = new Map(steps.map(([name, , command], n) => [name,
+    el("button", { type: "button", className: n ? "" : "main", onclick: () => begin(command()) }, name)]));
+  const whole = el("p", { className: "note", hidden: true }, "This run trained the model itself: rwkv.pth is what runtimes load, and there is nothing to merge.");
   place.append(el("h1", {}, "Release"), el("p", { className: "lead" }, "From a run to a file that others can use."),
-    el("div", { className: "fields" }, run.box, base.box, output.box),
-    ...steps.map(([name, text, command, ...inputs], n) => el("div", { className: "row step" },
-      el("button", { type: "button", className: n ? "" : "main", onclick: () => begin(command()) }, name), el("span", {}, text), ...inputs)),
+    el("div", { className: "fields" }, run.box, base.box, output.box), whole,
+    ...steps.map(([name, text, , ...inputs]) => el("div", { className: "row step" }, buttons.get(name), el("span", {}, text), ...inputs)),
     error, result, el("details", {}, el("summary", {}, "The card of the run"), card));
   run.input.addEventListener("input", fill);
   fill();
 
   async function fill() {
     const found = known();
+    const alone = found?.files.includes("rwkv.pth") && !found.files.includes("adapter.safetensors");
+    whole.hidden = !alone;
+    for (const name of ["Merge", "Check"]) buttons.get(name).disabled = Boolean(alone);
     if (!found) return;
     base.input.value = found.flags.load_model ?? base.input.value;
-    output.input.value = `${found.folder}/merged.pth`;
+    output.input.value = `${found.folder}/${alone ? "rwkv" : "merged"}.pth`;
     const { text } = await get("/api/runs/card", { folder: found.folder }).catch(() => ({ text: "" }));
     card.textContent = text || "none yet: it is written when the run ends";
   }

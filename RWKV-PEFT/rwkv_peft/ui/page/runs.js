@@ -101,6 +101,7 @@ export async function runsPage(place, about, signal, chosen) {
       const done = steps.length ? last.step + 1 : 0, total = run.steps ?? 0;
       const speeds = steps.slice(-20).filter((line) => line.tokens && line.tokens_per_s).map((line) => line.tokens / line.tokens_per_s);
       const pace = speeds.reduce((a, b) => a + b, 0) / Math.max(speeds.length, 1);
+      const command = commands.find((one) => one.words[0] === "train" && folderOf(one.words) === folder);
       figures.replaceChildren(figure("state", run.running ? "running" : total && done >= total ? "done" : begun ? "begins" : "stopped"),
         figure("step", total ? `${number(done)} of ${number(total)}` : number(done)), figure(name, number(last[name])),
         figure("held-out loss", number(held?.val_loss)), figure("learning rate", number(last.lr, 3)), figure("tokens/s", last.tokens_per_s ? number(Math.round(last.tokens_per_s)) : "–"),
@@ -110,8 +111,9 @@ export async function runsPage(place, about, signal, chosen) {
       buttons.replaceChildren(
         run.running ? el("button", { type: "button", onclick: () => post("/api/runs/stop", { folder }).catch((problem) => tell(error, problem)) }, "Stop after this step") : "",
         !run.running && !begun && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
-        run.files.some((file) => file.endsWith(".safetensors") || file === "state.pth") ? el("a", { className: "button", href: `#release:${folder}` }, "Release") : "",
-        run.files.length ? el("a", { className: "button", href: `#chat:${folder}` }, "Chat") : "");
+        run.files.some((file) => /\.(safetensors|pth)$/.test(file)) ? el("a", { className: "button", href: `#release:${folder}` }, "Release") : "",
+        run.files.length ? el("a", { className: "button", href: `#chat:${folder}` }, "Chat") : "",
+        command && !output ? el("a", { className: "button", href: `#runs:job:${command.id}` }, "What it printed") : "");
       const others = [...compared].filter((one) => one !== folder);
       chart(losses, name, [...linesOf(lines, name, others.length ? folder : ""),
         ...others.flatMap((other) => linesOf(many.get(other) ?? [], name, other))]);
@@ -146,7 +148,7 @@ function linesOf(lines, name, run) {
 // the first step and after the last.
 function showAnswers(place, found) {
   const drawn = (found["answers.jsonl"] ?? []).filter((line) => typeof line.completion === "string");
-  const rows = (found["rows.jsonl"] ?? []).slice(-SHOWN), said = (one) => one?.text ?? "";
+  const rows = (found["rows.jsonl"] ?? []).slice(-SHOWN);
   const steps = [...new Set(drawn.map((line) => line.step))].reverse(), body = el("div");
   const chosen = Number(place.dataset.step ?? -1), step = steps.includes(chosen) ? chosen : steps[0];
   const select = el("select", { "aria-label": "step", onchange: () => {
@@ -158,10 +160,19 @@ function showAnswers(place, found) {
   if (steps.length) show(step);
   place.replaceChildren(el("h2", {}, "Answers"),
     ...(steps.length ? [el("div", { className: "row" }, select), body] : []),
-    rows.length ? table("to rows, before the first step and after the last", ["prompt", "the row's answer", "before", "after"],
+    rows.length ? table(verdict(rows), ["prompt", "the row's answer", "before", "after"],
       rows.map((row) => [row.prompt, said(row.answer), said(row.before), said(row.after)])) : "",
     steps.length || rows.length ? "" : el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
 }
+
+// How many rows of each kind are answered as they stand, after training and before.
+function verdict(rows) {
+  const right = (of, when) => rows.filter((row) => row.of === of && row[when] && said(row[when]) === said(row.answer)).length;
+  return [...new Set(rows.map((row) => row.of))].map((of) =>
+    `${of} rows: ${right(of, "after")} of ${rows.filter((row) => row.of === of).length} are answered word for word after the last step, ${right(of, "before")} before the first`).join("\n");
+}
+
+const said = (one) => (one?.text ?? "").trim();
 
 function table(caption, names, rows) {
   return el("div", { className: "scroll" }, el("table", {}, caption ? el("caption", {}, caption) : null, el("tr", {}, ...names.map((name) => el("th", {}, name))),
@@ -170,8 +181,8 @@ function table(caption, names, rows) {
 
 // A command that the page started: its words, its output as it comes, how it ended; -> the part with its output.
 export function showJob(place, id, signal) {
-  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), folded = el("details", { open: true }, el("summary", {}, "What it printed"), output), state = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
-  place.append(el("div", { className: "job" }, title, line, state, wrong, buttons, folded));
+  const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), folded = el("details", { open: true }, el("summary", {}, "What it printed"), output), state = el("div"), notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
+  place.append(el("div", { className: "job" }, title, line, state, notes, wrong, buttons, folded));
   const leave = new AbortController();
   signal.addEventListener("abort", () => leave.abort());
   let next = 0;
@@ -194,6 +205,7 @@ export function showJob(place, id, signal) {
     if (job.state === "running") return;
     leave.abort();
     if (failed(job) && job.words[0] === "train") buttons.append(el("a", { className: "button", href: "#train" }, "Back to the settings"));
+    notes.replaceChildren(...[...output.textContent.matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
     if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
   });
   return folded;
