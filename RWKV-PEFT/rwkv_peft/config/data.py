@@ -1,10 +1,12 @@
 """Settings of the data that a run reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli import above_zero, alias, count, positive
+from ..errors import UserError
 from ..names import LOSS_MASKS
 from ..tables import SAMPLINGS
 from .setting import setting
@@ -17,6 +19,11 @@ class DataType(NamedTuple):
     documents: int = 1
     fields: tuple[int, ...] = ()
     named: str = ""
+
+    def judge(self, given: Sequence[str]) -> None:
+        """Raise UserError for a number of fields that such rows do not have."""
+        if given and len(given) not in self.fields:
+            raise UserError(f"--sft_field {' '.join(given)}: {self.named}; name all, or leave them to be recognised")
 
 
 DATA_TYPES = MappingProxyType(
@@ -46,8 +53,8 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; for tokens the PREFIX of PREFIX.bin and "
-        "PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
+        "for rows a .jsonl, .json, .csv, .parquet or .txt, or a folder of them; for tokens the PREFIX of PREFIX.bin "
+        "and PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples
 from ..data.folders import held_out_split
+from ..data.leaks import leaked
 from ..data.mixture import Joined
 from ..data.prefix import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
@@ -145,6 +146,10 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             )
     if held_out:
         measured[VALIDATION] = Joined(held_out) if train.more_val else held_out[""]
+    elif VALIDATION in measured:
+        held_out[""] = measured[VALIDATION]
+    for found in held_out.values():
+        samples.notes += leaked(samples, found)
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file
