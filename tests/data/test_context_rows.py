@@ -95,7 +95,7 @@ def test_a_context_is_never_shortened(data):
     with pytest.raises(
         UserError,
         match=f"contexts.jsonl, line 2: the context with its question and answer has {size + 1} "
-        f"tokens, and --ctx_len 64 is the most; take --ctx_len {size} or more",
+        f"tokens, and --ctx_len 64 is the most; this row needs --ctx_len {size}: ",
     ):
         build_samples(data(rows, ctx_len=64), 257)
     assert len(build_samples(data(rows, ctx_len=size), 257)) == 2

@@ -228,8 +228,8 @@ class Encoder:
             if self.kind == "contexts":
                 raise UserError(
                     f"the context with its question and answer has {longest:,} tokens, and --ctx_len {limit - 1:,} is "
-                    f"the most; take --ctx_len {longest - 1} or more, a shorter context, or --sft_long skip to leave "
-                    "such rows out"
+                    f"the most; this row needs --ctx_len {longest - 1}: take what the longest needs, shorter contexts, "
+                    "or --sft_long skip to leave such rows out"
                 )
             is_text = isinstance(chunk.items[0], str)
             if is_text:
