@@ -57,6 +57,7 @@ def test_a_turn_that_does_not_count_leaves_the_same_text(off):
         ({"text": "a", "weight": -1}, "field 'weight' holds -1; a row's weight in the loss is a number from 0 on"),
         ({"text": "a", "weight": "much"}, "field 'weight' holds 'much'; a row's"),
         ({"text": "a", "weight": True}, "field 'weight' holds True; a row's"),
+        ({"text": "a", "weight": 10**400}, "field 'weight' holds 1000"),
         ({"text": "a", "weight": float("nan")}, "field 'weight' holds nan; a row's"),
     ],
 )

@@ -77,6 +77,7 @@ def left_out(totals: Encoded) -> list[str]:
         "empty": "empty rows left out",
         "too_long": "rows too long, left out",
         "shortened": "rows too long, shortened",
+        "cut": "texts longer than a row, cut into several",
         "equal": "pairs of equal answers left out",
         "dropped": "rows dropped that are the same as an earlier one",
         "bare": "rows left out that lack a prompt or an answer",

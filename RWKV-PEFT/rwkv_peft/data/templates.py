@@ -147,7 +147,8 @@ def named_segments(row: object, names: Sequence[str], think: str = "") -> list[S
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     opening, rest = answered(field(row, names[1]), row, think)
-    return behind_system(row, [(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)])
+    words = field(row, names[0]).strip()  # as in a chat
+    return behind_system(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
 
 
 # Layouts by name, for --template; see Template for the signs.

@@ -205,7 +205,7 @@ def weight_of(row: object, command: str) -> float:
         return 1.0
     try:
         weight = float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
     if isinstance(found, bool) or not 0 <= weight < math.inf:
