@@ -84,6 +84,8 @@ NOTES = (
         "with a field 'thinking', which is not read; --think (train.py: --sft_think) lays it out",
     ),
     ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, and counts as a whole in the loss"),
+    ({"text": "<s>[INST] Q [/INST] A</s>"}, "whose text has the turns of another model's template, such as <|im_start"),
+    ({"text": "Below is a task.\n\n### Instruction:\nQ\n\n### Response:\nA"}, "whose text has the turns of another"),
     ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "whose text holds questions and answers, "),
 )
 

@@ -21,7 +21,7 @@ from .encode_settings import REMEDIES, EncodeSettings
 from .foreign import TO_UTF_8
 from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
 from .rows import Chunk
-from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
+from .templates import FOREIGN_MARKS, Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
@@ -51,9 +51,8 @@ class Encoded:
     were read. Of documents, or of pairs: empty, shortened and too_long ones; cut texts, each of which became several;
     equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
-    that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers;
-    thinking and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field
-    that may be missed.
+    that is not the model's, blank with another empty turn, dialogues and templated for texts with turns, of RWKV's or
+    another model's; thinking and at_once for those with and without, if asked; "unread NAME" for those with a field.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -202,6 +201,7 @@ class Encoder:
         counts["blank"] += any(map(has_empty_turn, documents))
         (text, is_learned), *more = documents[0]
         counts["dialogues"] += is_learned and not more and bool(opening_within(text))
+        counts["templated"] += is_learned and not more and bool(FOREIGN_MARKS.search(text))
         if self.settings.think == "on":
             counts["thinking" if thinks(documents[0]) else "at_once"] += 1
 

@@ -54,6 +54,11 @@ def laid_out(totals: Encoded) -> list[str]:
             "whose text holds questions and answers, and counts as a whole in the loss, even the questions; to count "
             "only the answers, write such rows as messages, or as query and response, or train with --loss_mask qa",
         ),
+        (
+            counts["templated"],
+            "whose text has the turns of another model's template, such as <|im_start|>, and counts as a whole in the "
+            "loss; write such rows as messages, which are laid out as chats, and of which only the answers count",
+        ),
     ):
         if count:
             lines.append(f"note: {counted(count, 'row')} {what}")

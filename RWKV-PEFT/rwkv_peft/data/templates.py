@@ -30,6 +30,12 @@ ANSWERED = (  # the fields of the forms in which only answers count
 )
 # (texts that may open the turn behind an answer, the text that opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
+# what opens turns in the templates of other models; here it is text like any other
+FOREIGN_MARKS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<\|start\|>|<start_of_turn>|<\|user\|>|\[INST\]|<｜User｜>"
+    r"|^### (?:Instruction|Human|User|Question):",
+    re.MULTILINE,
+)
 
 
 class UnknownForm(UserError):

@@ -32,6 +32,7 @@ NO_PLAIN_LORA = (
 ).split()
 # values of init_lora_weights that leave the base as it is; others take the initial factors out of it
 BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+ELSEWHERE = "merge it in peft, into the model that it was trained on (merge_and_unload), and take that model"
 Number = TypeVar("Number", int, float)
 
 
@@ -104,7 +105,8 @@ def read_hf_folder(folder: str | Path) -> Adapter:
         return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     if kind not in ("BONE", "MISS"):
         raise UserError(
-            f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be merged"
+            f"{folder} holds a {kind or 'nameless'} adapter of peft, and BONE, MISS and plain LORA are read here; "
+            + ELSEWHERE
         )
     parameter = f"{kind.lower()}_block"
     own = {}
@@ -200,10 +202,9 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     """Raise UserError for LoRA settings with which the trained model is not W + scale B A over the original base."""
     odd = [name for name in NO_PLAIN_LORA if config.get(name)]
-    if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
-        odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")
+    remedy = ELSEWHERE
+    if not odd and config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
+        odd = [f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base"]
+        remedy = "save it again in peft as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
     if odd:
-        raise UserError(
-            f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "
-            "convert it with peft first (path_initial_model_for_weight_conversion)"
-        )
+        raise UserError(f"{folder}: this LoRA uses {', '.join(odd)}, and only plain LoRA is read here; {remedy}")
