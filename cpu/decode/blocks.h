@@ -4,16 +4,11 @@
 // Rows of W stand in panels of 16, a lane each, so that sums need no moves between lanes. A panel's block of 32 columns
 // is `bits` words of 32 bits for each row. Four columns are a word's bytes; of 4 bits, they are the lower halves of its
 // bytes, and the next four columns the upper ones, so that a mask, or a shift and a mask, leaves four columns in bytes.
-// They meet four integers of x, of 16 bits, which share a scale by blocks of 32 too: what that rounds away is far below
-// what rounding the weights does. Sums over a block are exact; what the weights have too much is taken from each at
-// once.
+// They meet four integers of x, of 8 bits, which share a scale by blocks of 32 too: what that rounds away is about what
+// rounding x to bfloat16 does. Sums over a block are exact; what the weights have too much is taken from each at once.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "common/prefetch.h"
 #include "common/scratch.h"
@@ -31,89 +26,79 @@ constexpr int kPanels = 2;  // panels that meet them at once: as many sums as fi
 constexpr int kPanels = 1;
 #endif
 
-#if !defined(__AVX512VNNI__)
-// sum + a0 b0 + a1 b1 in each lane, which holds two 16-bit integers.
-INLINE VecInt add_pairs(VecInt sum, VecInt a, VecInt b) {
-#if defined(__AVX512F__)
-    return sum + (VecInt)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    return sum + (VecInt)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-    return sum + (VecInt)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-    return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-#endif
+typedef int16_t VecShort __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int8_t VecByte __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-// Sums of products of four weights, bytes in each lane, with four integers of x, which two words hold: the integers'
-// upper and lower bytes if the processor multiplies bytes, else those of even and of odd bytes.
-struct Sums {
-    VecInt first, second;
+// Sums of products of the four bytes in each lane, weights without a sign, with the four integers of a word of x.
 #if defined(__AVX512VNNI__)
-    INLINE void add(VecInt weights, int32_t upper, int32_t lower) {
-        first = (VecInt)_mm512_dpbusd_epi32((__m512i)first, (__m512i)weights, _mm512_set1_epi32(upper));
-        second = (VecInt)_mm512_dpbusd_epi32((__m512i)second, (__m512i)weights, _mm512_set1_epi32(lower));
+template <int kBits>
+struct Sums {
+    VecInt sum{};
+    INLINE void add(VecInt weights, int32_t x) {
+        sum = (VecInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
     }
-    INLINE VecInt total() const { return (first << 8) + second; }
-    static void split(const int32_t* x, int32_t* words) {
-        int8_t bytes[2][kBlock];
-        for (int i = 0; i < kBlock; i++) bytes[0][i] = (x[i] + 128) >> 8, bytes[1][i] = x[i];
-        memcpy(words, bytes, sizeof(bytes));
-    }
-#else
-    INLINE void add(VecInt weights, int32_t even, int32_t odd) {
-        first = add_pairs(first, weights & 0xff00ff, even - VecInt{});
-        second = add_pairs(second, (weights >> 8) & 0xff00ff, odd - VecInt{});
-    }
-    INLINE VecInt total() const { return first + second; }
-    static void split(const int32_t* x, int32_t* words) {
-        for (int i = 0; i < kWords; i++, x += 4)
-            for (int odd = 0; odd < 2; odd++) words[odd * kWords + i] = (x[odd] & 0xffff) | x[odd + 2] << 16;
-    }
-#endif
+    INLINE VecInt total() const { return sum; }
 };
-
-INLINE float largest_lane(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    Quad most = load_quad(lanes);
-    UNROLL for (int q = 4; q < kLanes; q += 4) {
-        const Quad next = load_quad(lanes + q);
-        most = next > most ? next : most;
+#else
+// Two products with weights below 16 and their sums over a block fit 16 bits; larger weights are two of them.
+template <int kBits>
+struct Sums {
+    VecShort lower{}, upper{};
+    INLINE void add(VecInt weights, int32_t x) {
+        lower += pairs(kBits == 8 ? weights & 0x0f0f0f0f : weights, x - VecInt{});
+        if (kBits == 8) upper += pairs((weights >> 4) & 0x0f0f0f0f, x - VecInt{});
     }
-    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+    INLINE VecInt total() const { return kBits == 8 ? folded(lower) + (folded(upper) << 4) : folded(lower); }
+
+    static INLINE VecShort pairs(VecInt weights, VecInt x) {
+#if defined(__AVX512F__)
+        return (VecShort)_mm512_maddubs_epi16((__m512i)weights, (__m512i)x);
+#elif defined(__AVX2__)
+        return (VecShort)_mm256_maddubs_epi16((__m256i)weights, (__m256i)x);
+#else
+        const VecShort w = (VecShort)weights, p = (VecShort)x;
+        return (w & 0xff) * ((p << 8) >> 8) + (w >> 8) * (p >> 8);
+#endif
+    }
+    static INLINE VecInt folded(VecShort sums) { return (((VecInt)sums << 16) >> 16) + ((VecInt)sums >> 16); }
+};
+#endif
+
+INLINE int32_t largest_lane(VecInt x) {
+    int32_t lanes[kLanes], most = 0;
+    memcpy(lanes, &x, sizeof(x));
+    UNROLL for (int l = 0; l < kLanes; l++) most = std::max(most, lanes[l]);
+    return most;
 }
 
 // A block of a row of x: integers times a scale.
 struct Point {
-    int32_t words[2 * kWords];
+    int32_t words[kWords];
     int32_t excess;  // what the weights have too much times the integers, negative
-    float scale;
+    float scale;     // NaN or Inf if a number is
 
     template <class E>
     void round(const E* x, int bits) {
-        constexpr float kMost = 32639.0f;      // 127 * 256 + 127
-        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-        Vec most = zero(), invalid = zero(), all = zero();
+        constexpr float kMost = 127.0f;
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+        VecInt most{};
+        Vec all = zero();
         UNROLL for (int i = 0; i < kBlock; i += kLanes) {
-            const Vec value = load(x + i), size = value < 0.0f ? -value : value;
+            const VecInt size = (VecInt)load(x + i) & 0x7fffffff;  // ordered like the numbers, and NaN the largest
             most = size > most ? size : most;
-            invalid += value * 0.0f;  // NaN if the value is NaN or Inf
         }
-        const float largest = largest_lane(most), damage = total(invalid);
-        const float inverse = kMost / largest;
-        const bool empty = !std::isfinite(inverse) || damage != 0.0f;  // numbers close to 0 count as zeros
-        int32_t integers[kBlock];
+        const int32_t largest_bits = largest_lane(most);
+        float largest;
+        memcpy(&largest, &largest_bits, sizeof(largest));
+        const float inverse = largest > 1e-36f ? kMost / largest : 0.0f;  // numbers close to 0 count as zeros
         UNROLL for (int i = 0; i < kBlock; i += kLanes) {
-            const Vec scaled = empty ? zero() : (load(x + i) * inverse + kRound) - kRound;
-            const Vec value = at_most(at_least(scaled, -kMost), kMost);
-            *reinterpret_cast<VecInt*>(integers + i) = __builtin_convertvector(value, VecInt);
-            all += value;
+            const Vec value = load(x + i) * inverse + kRound;
+            const VecByte bytes = __builtin_convertvector((VecInt)value, VecByte);
+            memcpy(reinterpret_cast<int8_t*>(words) + i, &bytes, sizeof(bytes));
+            all += value - kRound;
         }
-        Sums::split(integers, words);
         excess = -static_cast<int32_t>(total(all)) * (1 << (bits - 1));  // this sum of integers is exact, too
-        scale = largest / kMost + damage;
+        scale = largest / kMost;
     }
 };
 
@@ -131,9 +116,7 @@ INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& 
         UNROLL for (int m = 0; m < M; m++) sum[p][m] = zero();
     for (int64_t b = 0; b < blocks; b++, x += M) {
         if (M > 1) ahead.step();
-        Sums whole[P][M];
-        UNROLL for (int p = 0; p < P; p++)
-            UNROLL for (int m = 0; m < M; m++) whole[p][m] = {VecInt{}, x[m].excess - VecInt{}};
+        Sums<kBits> whole[P][M];
         UNROLL for (int j = 0; j < kBits; j++) {
             VecInt word[P];
             UNROLL for (int p = 0; p < P; p++)
@@ -142,14 +125,13 @@ INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& 
                 const int i = j * (8 / kBits) + half;
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int p = 0; p < P; p++)
-                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (4 * half)) & 0x0f0f0f0f, x[m].words[i],
-                                        x[m].words[kWords + i]);
+                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (4 * half)) & 0x0f0f0f0f, x[m].words[i]);
             }
         }
         UNROLL for (int p = 0; p < P; p++) {
             const Vec scale = load(w.scales + (p * blocks + b) * kPanel);
             UNROLL for (int m = 0; m < M; m++)
-                sum[p][m] += __builtin_convertvector(whole[p][m].total(), Vec) * (scale * x[m].scale);
+                sum[p][m] += __builtin_convertvector(whole[p][m].total() + x[m].excess, Vec) * (scale * x[m].scale);
         }
     }
     UNROLL for (int p = 0; p < P; p++)

@@ -175,11 +175,7 @@ OF_BASE = (
     (["--train_parts", "ln"], "--train_parts ln: "),
     (["--bone_load", "x.safetensors"], r"an adapter to start from \(x.safetensors\): .* merge it first"),
 )
-OF_ANSWERS = (
-    (["--peft", "lora-ga"], "--peft lora-ga: "),
-    (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
-    (["--train_type", "infctx"], "--train_type infctx: "),
-)
+OF_ANSWERS = ((["--peft", "lora-ga"], "--peft lora-ga: "), (["--train_type", "infctx"], "--train_type infctx: "))
 OF_PACKED = (
     (["--context_parallel", "2", "--devices", "2"], "--context_parallel 2: "),
     (["--dataload", "pad"], "--dataload pad: "),

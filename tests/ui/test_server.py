@@ -96,6 +96,19 @@ def test_a_preview_shows_what_counts(server):
     assert 0 < found["counted"] < sum(found["sizes"])
 
 
+def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, folder):
+    (folder / "表 格.csv").write_text("问题,答案\n几？,一\n", "utf-8-sig")
+    asked = {"path": "表 格.csv", "tokenizer": "bytes"}
+    status, text = server.ask("/api/preview", asked)
+    assert status == 400 and "name others with --sft_field" in text
+    found = server.json("/api/preview", asked | {"fields": ["问题", "答案"]})
+    assert found["documents"][0]["pieces"][1] == [" 一<end>", True]
+    (folder / "texts").mkdir()
+    for name in "ab":
+        (folder / f"texts/{name}.txt").write_text("é" * 10)
+    assert server.json("/api/preview", {"path": "texts", "tokenizer": "bytes"})["sizes"] == [21, 21]
+
+
 def test_a_preview_tells_which_rows_are_refused(server, folder):
     (folder / "bad.jsonl").write_text('{"text": "good"}\nnot json\n{"nothing": 1}\n')
     found = server.json("/api/preview", {"path": "bad.jsonl", "tokenizer": "bytes"})

@@ -40,7 +40,7 @@ class Rows(BaseModel):
     path: str
     tokenizer: str = "world"
     data_type: str = "sft"
-    think: str = ""
+    fields: list[str] = []
 
 
 class Folder(BaseModel):

@@ -1,5 +1,5 @@
 // Runs: those below the folder, live; several in one picture.
-import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell } from "./lib.js";
+import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
 
 const HELD_OUT = ["val_loss", "retain_loss"];
 const LOSSES = ["loss", "reward"];
@@ -188,7 +188,7 @@ export function showJob(place, id, signal) {
     const low = output.scrollHeight - output.scrollTop - output.clientHeight < 30;
     output.append(job.output ?? "");
     if (low) output.scrollTop = output.scrollHeight;
-    line.textContent = ["rwkv-peft", ...job.words].join(" ");
+    line.textContent = words(job.words);
     state.replaceChildren(badge(job));
     buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
     if (job.state === "running") return;
