@@ -8,6 +8,7 @@ import time
 import pytest
 
 from rwkv_peft.errors import UserError
+from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.jobs import Jobs
@@ -82,7 +83,7 @@ def test_every_flag_of_train_is_a_field_once():
 
 def test_a_choice_says_when_each_value_is_taken():
     words = {field["flag"]: field["words"] for group in form() for field in group["fields"]}
-    for flag in ("precision", "optim", "objective", "data_type"):
+    for flag in ("precision", "optim", "objective", "data_type", "peft"):
         field = next(field for group in form() for field in group["fields"] if field["flag"] == flag)
         assert list(words[flag]) == field["values"]
     assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
@@ -183,6 +184,22 @@ def test_a_command_that_is_killed_is_told(server, folder):
     assert status == 400 and "does not run" in text
 
 
+def test_a_command_is_stopped_before_it_has_begun(server):
+    train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir early"
+    job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "500"]})["id"]
+    assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
+    assert wait_for(server, job)["code"] == 130
+
+
+def test_a_page_that_ends_closes_its_models_and_leaves_runs(monkeypatch, tmp_path):
+    jobs, stopped = Jobs(tmp_path), []
+    jobs.own = ["1", "2"]
+    monkeypatch.setattr(jobs, "job", lambda name: {"words": ["serve" if name == "1" else "train"]})
+    monkeypatch.setattr(jobs, "stop", stopped.append)
+    close_chats(jobs)
+    assert stopped == ["1"]
+
+
 def test_lines_that_are_not_whole_are_read_later(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
@@ -243,3 +260,19 @@ def test_mistaken_flags_are_refused(tmp_path):
         parse_flags(["--files", str(tmp_path / "none")])
     with pytest.raises(UserError, match="--port"):
         parse_flags(["--port", "70000"])
+    with pytest.raises(UserError, match="ssh -L"):
+        parse_flags(["--host", "0.0.0.0"])
+
+
+def test_a_folder_that_cannot_be_written_is_told(server, folder):
+    """Root may write everywhere, so that a file stands in the way."""
+    jobs = folder / ".rwkv-peft"
+    jobs.rename(folder / "aside")
+    jobs.write_text("")
+    try:
+        for path, body in (("/api/jobs", {"words": ["doctor"]}), ("/api/chat", {"model": "base.pth"})):
+            status, text = server.ask(path, body)
+            assert status == 400 and ".rwkv-peft" in json.loads(text)["error"]
+    finally:
+        jobs.unlink()
+        (folder / "aside").rename(jobs)

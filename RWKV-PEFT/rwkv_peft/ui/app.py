@@ -61,9 +61,9 @@ def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
     return StreamingResponse(pieces, status, media_type=kind)
 
 
-def make_app(root: Path) -> FastAPI:
+def make_app(root: Path, jobs: Jobs) -> FastAPI:
     """The application that shows the files below `root` and starts commands there."""
-    places, jobs = Places(root), Jobs(root.resolve())
+    places = Places(root)
     app = FastAPI(
         title="rwkv-peft",
         version=__version__,
@@ -74,6 +74,7 @@ def make_app(root: Path) -> FastAPI:
     )
 
     @app.exception_handler(UserError)
+    @app.exception_handler(OSError)  # a full disk, a folder that is gone
     def refuse(request: Request, error: Exception) -> Response:
         return Body({"error": str(error)}, 400)
 

@@ -22,6 +22,7 @@ HELD = 50  # jobs that are remembered
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
 STARTING = 20.0  # seconds in which a job takes its lock
+POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
 
 
@@ -30,6 +31,7 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
+        self.own: list[str] = []  # those that this process began
 
     def start(self, words: Sequence[str]) -> str:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
@@ -48,6 +50,7 @@ class Jobs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
+        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
@@ -117,8 +120,11 @@ class Jobs:
         return job
 
     def stop(self, name: str) -> None:
-        """End a job as Ctrl-C does: a run saves after its step."""
-        interrupt(self.folder_of(name) / LOCK, f"job {name}")
+        """End a job as Ctrl-C does: a run saves after its step. One that has just been started is waited for."""
+        lock = self.folder_of(name) / LOCK
+        while not holder(lock) and self.job(name)["state"] == RUNNING:
+            time.sleep(POLLED)
+        interrupt(lock, f"job {name}")
 
     def folder_of(self, name: str) -> Path:
         if not (name.isdecimal() and name.isascii() and (self.folder / name).is_dir()):

@@ -26,7 +26,7 @@ from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.before_after import unended
 from ..measuring.held_out import UNKNOWN, HeldOut
-from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned
+from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -122,11 +122,12 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
-    losses, sources, held_out = list[float](), list[str](), HeldOut(None, ())
+    losses, sources, held_out, unlikely = list[float](), list[str](), HeldOut(None, ()), ""
     name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
+        unlikely = unlikely_answers(run.config, records)
         held_out = HeldOut.of(records, run.inputs.identity["validated_from"])
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
@@ -148,6 +149,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     changed, known = (None, False) if rows is None else (rows.changed, rows.known)
     if note := nothing_learned(run.config, run.plan, losses, changed, known):
         told += f"{note}\n"
+    elif unlikely:
+        told += f"{unlikely}\n"
     elif rows is not None and unended(rows.records) and (reasons := doubts(run.config, run.plan)):
         told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
     if held_out.losses:

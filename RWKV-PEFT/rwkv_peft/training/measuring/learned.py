@@ -94,6 +94,25 @@ def aim_of(config: RunConfig) -> tuple[str, int]:
     return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
 
 
+def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """A note if a run on pairs made the chosen answers less likely themselves: margins grow then in a model that comes
+    to answer in neither way (Pal et al. 2024, arXiv 2402.13228); "" if it did not."""
+    if config.objective.unit != "pair":
+        return ""
+    told = ""
+    for name, sign in (("chosen", 1), ("nll", -1)):  # the gain over the base, which begins at 0; the loss
+        values = [sign * record[name] for record in records if is_number(record.get(name))]
+        if (fall := fall_of(values)) and fall.last < (fall.first - fall.noise if sign < 0 else 0.0):
+            told = f"{name} {fall.told(sign)}"
+    if not told:
+        return ""
+    return (
+        f"note: the chosen answers became less likely themselves ({told}), so that the model may answer in neither "
+        "way, however good accuracy and margin are; --objective dpo --dpo_nll 1 and --objective orpo keep them likely, "
+        "and fewer steps or a lower rate harm less"
+    )
+
+
 def nothing_learned(
     config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None, known: bool = False
 ) -> str:
