@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.training.measuring.held_out import HeldOut
+from rwkv_peft.training.measuring.held_out import HeldOut, blind
 from rwkv_peft.training.step.plan import Plan
 
 PLAN, BEST = Plan(8, 10, 40, 0, 0), Path("out/adapter-best.safetensors")
@@ -37,6 +37,15 @@ def test_rows_learned_by_heart_are_told_from_what_holds_for_others(losses, words
 def test_the_loss_before_and_after_and_the_lowest_are_told():
     told = held_out(3.0, 1.0, 0.5, 0.7).told
     assert told == "loss 3.0000 before training, 0.7000 at the end; after step 20 the lowest loss 0.5000"
+
+
+@pytest.mark.parametrize(
+    "gains, is_blind",
+    [([1.0, 0.5, 2.0, 0.1, 0.8, 1.2, 0.4, 0.9], False), ([0.5, -0.5, 0.2, -0.1] * 2, True), ([0.0] * 7, False)],
+)
+def test_answers_that_do_not_depend_on_their_questions_are_told(gains, is_blind):
+    note = blind([(1.0, 1.0 + gain) for gain in gains])
+    assert bool(note) == is_blind and ("learned how answers look, and not what they say" in note) == is_blind
 
 
 def test_losses_on_other_rows_do_not_count():

@@ -79,7 +79,9 @@ def test_what_the_flags_leave_open_is_chosen_by_data_and_method(folder, name, mo
     assert (train.lr_init, train.lr_final) == expected[4:]
 
 
-@pytest.mark.parametrize("epoch_steps, epochs", [(1, 15), (13, 15), (14, 15), (25, 8), (150, 2), (200, 1), (10_000, 1)])
+@pytest.mark.parametrize(
+    "epoch_steps, epochs", [(1, 50), (3, 17), (4, 15), (13, 15), (14, 15), (25, 8), (150, 2), (200, 1), (10_000, 1)]
+)
 def test_few_rows_are_read_more_often_up_to_a_bound(epoch_steps, epochs):
     chosen = TrainConfig(epochs_chosen=True)
     assert with_chosen_epochs(chosen, epoch_steps, None).epoch_count == epochs
@@ -117,6 +119,8 @@ def test_too_little_to_learn_from_is_told_with_its_flag(folder):
     assert doubts(config(folder, "chats"), Plan(8, 13, 52, 0, 0)) == []
     (low,) = doubts(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
     assert low.startswith("a rate of 2e-05 is far below 0.00063") and low.endswith("--lr_init auto takes it")
+    (high,) = doubts(config(folder, "chats", "--lr_init", "0.1"), Plan(8, 13, 52, 0, 0))
+    assert high.startswith("a rate of 0.1 is far above 0.00063")
     lora = config(folder, "chats", "--peft", "lora", "--lora_config", '{"lora_r":8}', "--lr_init", "6.3e-4")
     (low,) = doubts(lora, Plan(8, 13, 52, 0, 0))
     assert "far below 0.0043, that of lora" in low

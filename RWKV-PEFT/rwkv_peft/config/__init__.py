@@ -15,7 +15,7 @@ from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
 from .objective import Objective
 from .optimizer import SCHEDULE_FREE, STATE_LR
-from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STRATEGIES, TrainConfig
+from .train import AIM, BUCKET, CHUNK_CTX, FEW, MOST_EPOCHS, STRATEGIES, TrainConfig
 
 
 @dataclass(frozen=True)

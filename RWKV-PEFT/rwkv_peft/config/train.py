@@ -10,7 +10,8 @@ from .validation import ValidationConfig
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens of a segment
-AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/guides/learning-rates.md
+# steps that a few rows are read for, the most times, and the fewest steps all the same; docs/guides/learning-rates.md
+AIM, MOST_EPOCHS, FEW = 200, 15, 50
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RunSettings:
     epoch_count: int = setting(
         1,
         f"epochs; the run ends after them (default 1; of rows of answers up to {MOST_EPOCHS}, as many as make some "
-        f"{AIM} steps)",
+        f"{AIM} steps, or more if these are fewer than {FEW})",
         unset=True,
         type=positive,
     )

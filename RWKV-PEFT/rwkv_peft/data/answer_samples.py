@@ -73,7 +73,7 @@ class LabelSamples(AnswerSamples):
         epoch, position = divmod(n, len(self))
         following = epoch * len(self) + (position + 1) % len(self)
         own, other = (self.labelled(self.unit(number)) for number in (n, following))
-        return [own, self.mismatched(own, other)]
+        return [own, mismatched(own, other, self.ctx_len)]
 
     def labelled(self, index: int) -> Document:
         """(tokens, mask) of the row `index`."""
@@ -82,12 +82,13 @@ class LabelSamples(AnswerSamples):
         assert mask is not None  # because a prompt does not count
         return self.document(index)[0], torch.from_numpy(np.array(mask[start + 1 : start + size]))
 
-    def mismatched(self, own: Document, other: Document) -> Document:
-        """(tokens, mask) of a row's prompt with the answer of another; a prompt too long for that loses its front."""
-        prompt, (answer, counts) = own[0][: asked(own)], (part[asked(other) - 1 :] for part in other)
-        answer = answer[1:]
-        prompt = prompt[max(0, len(prompt) + len(answer) - self.ctx_len - 1) :]
-        return torch.cat([prompt, answer]), torch.cat([counts.new_zeros(len(prompt) - 1), counts])
+
+def mismatched(own: Document, other: Document, ctx_len: int) -> Document:
+    """(tokens, mask) of a row's prompt with the answer of another; a prompt too long for that loses its front."""
+    prompt, (answer, counts) = own[0][: asked(own)], (part[asked(other) - 1 :] for part in other)
+    answer = answer[1:]
+    prompt = prompt[max(0, len(prompt) + len(answer) - ctx_len - 1) :]
+    return torch.cat([prompt, answer]), torch.cat([counts.new_zeros(len(prompt) - 1), counts])
 
 
 def asked(document: Document) -> int:

@@ -20,6 +20,7 @@ class ORPO(OfAnswers):
     """margin is the logarithm of the ratio of the odds; nll is the mean loss of the chosen answer's tokens."""
 
     name = "orpo"
+    pace = 1.0  # most of its loss is that of next tokens
     text = "the loss of the chosen answer, and its odds above those of the rejected"
     figures = (ACCURACY, MARGIN, NLL)
     weight: float = setting(

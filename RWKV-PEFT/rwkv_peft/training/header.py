@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
 from ..cli import counted
-from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
+from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
@@ -127,7 +127,8 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
         f"step; each {unit} is seen {', '.join(seen)}"
     )
     if train.epochs_chosen:
-        yield f"          chosen: epochs for some {AIM} steps, {MOST_EPOCHS} at most (--epoch_count)"
+        enough = f"some {AIM} steps, {MOST_EPOCHS} at most" if train.epoch_count <= MOST_EPOCHS else f"{FEW} steps"
+        yield f"          chosen: epochs for {enough} (--epoch_count)"
         if not train.epoch_save:
             yield "          saved at the end (--epoch_save 1: after each epoch too)"
     if data.of_answers and data.dataload == "pad":

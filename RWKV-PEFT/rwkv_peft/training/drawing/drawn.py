@@ -74,7 +74,7 @@ class Drawing(Whole):
         self.drawn: dict[int, list[Drawn]] = {}  # answers that were drawn ahead, by the numbers of their prompts
         self.judging: Judgement | None = None  # of these; None if they are of a checkpoint
         self.records: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
+        self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         self.most: dict[str, torch.Tensor] = {}
 
     def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:

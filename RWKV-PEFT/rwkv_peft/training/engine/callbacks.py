@@ -158,7 +158,9 @@ class Record(StepCallback):
             self.start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        if self.ending and self.run.rows is not None:  # Save has saved the last step
+        if self.ending and self.run.validator is not None:  # Save has saved the last step
+            self.run.validator.after(trainer, lit)
+        if self.ending and self.run.rows is not None:
             self.run.rows.after(trainer, lit)
         self.close(trainer)
 

@@ -25,7 +25,7 @@ from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.before_after import unended
-from ..measuring.held_out import UNKNOWN, HeldOut
+from ..measuring.held_out import UNKNOWN, HeldOut, blind
 from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
@@ -160,7 +160,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
-        if sign > 0 and (note := held_out.note(run.plan, best, run.config.train.lr_init)):
+        note = held_out.note(run.plan, best, run.config.train.lr_init) if sign > 0 else ""
+        if note := note or blind(run.validator.swapped if run.validator is not None else ()):
             told += f"{note}\n"
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
         told += f"validation  {UNKNOWN}\n"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
-from ...config import AIM, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
+from ...config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
 ANCHOR, WHOLE, NEW = 0.08, 0.03, 0.4
@@ -56,11 +56,11 @@ def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfi
 
 def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str, Any] | None) -> TrainConfig:
     """Fill in the number of epochs if it is to be chosen: as many as make AIM steps at `epoch_steps` an epoch,
-    MOST_EPOCHS at most. A run that goes on keeps what it began with, by its checkpoint's state.json (None: a new
-    run)."""
+    MOST_EPOCHS at most, unless these are fewer than FEW steps. A run that goes on keeps what it began with, by its
+    checkpoint's state.json (None: a new run)."""
     if not train.epochs_chosen:
         return train
-    chosen = min(max(-(-AIM // epoch_steps), 1), MOST_EPOCHS)
+    chosen = max(min(-(-AIM // epoch_steps), MOST_EPOCHS), -(-FEW // epoch_steps))
     then = {} if state is None else state.get("config", {}).get("train", {})
     began = then.get("epoch_count")
     return replace(train, epoch_count=began if type(began) is int and began > 0 else chosen)

@@ -1,6 +1,7 @@
 """Judge by the losses of held-out rows whether a run learned what holds for other rows, or its own rows by heart."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from ...plots import is_number
 from ..step.plan import Plan
 
 UNKNOWN = "none: how well it answers other rows is not known (--val_split 0.1 holds some back, and tells)"
+LEAST, SURE = 8, 2  # answers that tell something, and standard errors that are no chance
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 
 
@@ -59,3 +61,19 @@ class HeldOut(NamedTuple):
             f"note: after step {step:,} the run learned its own rows by heart, and forgot others: take {best}, or "
             f"end sooner: {fewer}--early_stop 2. More rows help most"
         )
+
+
+def blind(losses: Sequence[Sequence[float]]) -> str:
+    """A note if answers are no likelier behind their own prompts than behind others, by the losses [(behind its own,
+    behind another)] of each; "" if they are, or if too few answers tell."""
+    if len(losses) < LEAST:
+        return ""
+    gains = [other - own for own, other in losses]
+    if statistics.fmean(gains) > SURE * statistics.stdev(gains) / math.sqrt(len(gains)):
+        return ""
+    own, other = (statistics.fmean(column) for column in zip(*losses))
+    return (
+        f"note: held-out answers are no likelier behind their own questions ({own:.4f} nats a token) than behind those "
+        f"of other rows ({other:.4f}): this run learned how answers look, and not what they say. They may not follow "
+        "from the questions, or that may take more rows or steps"
+    )

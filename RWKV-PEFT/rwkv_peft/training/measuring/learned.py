@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
 from ...cli import counted
-from ...config import RunConfig
+from ...config import FEW, RunConfig
 from ...config.objective import REWARDS
 from ...plots import LOSSES, is_number, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
 
-FEW = 50  # steps: fewer are little to learn from
-FAR = 3  # a rate so many times below that of the method's rule is far below
+FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
 LEAST = 8  # losses: fewer do not tell the noise
 SURE = 2  # standard errors
 KNOWN = 0.05  # nats a token: of rows with less there is little left to learn
@@ -59,7 +58,7 @@ def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
     """List the reasons why a run may learn too little, each with the flag that changes it."""
-    return [doubt for doubt in (few_steps(config, plan), low_rate(config)) if doubt]
+    return [doubt for doubt in (few_steps(config, plan), odd_rate(config)) if doubt]
 
 
 def few_steps(config: RunConfig, plan: Plan) -> str:
@@ -78,14 +77,14 @@ def rate_of(config: RunConfig) -> Rate:
     return automatic_rate(config.adapter, config.model.n_embd, config.objective, not config.train.load_model)
 
 
-def low_rate(config: RunConfig) -> str:
+def odd_rate(config: RunConfig) -> str:
     rate, rule, method = config.train.lr_init, rate_of(config).value, method_of(config.adapter)
-    if config.adapter.states_alone or rate * FAR > rule:
+    if config.adapter.states_alone or rule / FAR < rate < rule * TOO_FAR:
         return ""
     of = f"{'the model itself' if method is None else method.label} on {config.model.n_embd} channels"
     return (
-        f"a rate of {rate:g} is far below {rule:g}, that of {of} (docs/guides/learning-rates.md): --lr_init auto "
-        "takes it"
+        f"a rate of {rate:g} is far {'below' if rate < rule else 'above'} {rule:g}, that of {of} "
+        "(docs/guides/learning-rates.md): --lr_init auto takes it"
     )
 
 
@@ -108,8 +107,7 @@ def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) ->
         return ""
     return (
         f"note: the chosen answers became less likely themselves ({told}), so that the model may answer in neither "
-        "way, however good accuracy and margin are; --objective dpo --dpo_nll 1 and --objective orpo keep them likely, "
-        "and fewer steps or a lower rate harm less"
+        "way, however good accuracy and margin are; --objective dpo --dpo_nll 1 and --objective orpo keep them likely"
     )
 
 

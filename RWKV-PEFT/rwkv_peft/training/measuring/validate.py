@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
+from ...data.swapped import swapped
 from ..inputs import VALIDATION, Inputs
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
@@ -34,7 +35,9 @@ class Validator:
     def __init__(self, inputs: Inputs, saver: Saver, watch: Watch) -> None:
         self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
         self.saver, self.watch, train = saver, watch, inputs.config.train
+        self.of_tokens = inputs.config.objective.of_tokens
         self.micro_bsz, self.train_config = inputs.config.data.micro_bsz, train
+        self.swapped: Sequence[Sequence[float]] = ()  # (loss behind its own prompt, behind another's) of each answer
         self.every, self.patience = train.val_every or inputs.plan.epoch_steps, train.early_stop
 
     @property
@@ -71,14 +74,23 @@ class Validator:
             self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
+    def after(self, trainer: Any, lit: "Lit") -> None:
+        """Measure the held-out answers behind their own prompts and behind others, once the last step is done."""
+        if VALIDATION not in self.measured or not self.of_tokens:
+            return
+        pairs = swapped(self.measured[VALIDATION])
+        rows = 0 if self.train_config.cuda_graphs else 1  # graphs are of batches of one size
+        with averaged(trainer.optimizers[0]):
+            self.swapped = [[means(self.sums(one, trainer, lit, rows))[0] for one in pair] for pair in pairs]
+
     @torch.no_grad()
-    def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
+    def sums(self, samples: Samples, trainer: Any, lit: "Lit", rows: int = 0) -> list[float]:
         """Return [the items that count, sums over them of the loss and the step's other measures], over all ranks."""
         device, train = trainer.strategy.root_device, self.train_config
         sums: list[torch.Tensor] = []
         lit.model.eval()
         group = trainer.global_rank // train.context_parallel
-        for batch in EvalBatches(samples, self.micro_bsz, group, train.groups):
+        for batch in EvalBatches(samples, rows or self.micro_bsz, group, train.groups):
             self.watch.moved(f"the validation at step {lit.step + 1}")
             tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
             batch |= tensors | lit.compute.sent(batch, device)
