@@ -20,7 +20,7 @@ from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
 from rwkv_peft.training.measuring.before_after import BeforeAfter, agreement, quoted, read_before, unended
 from rwkv_peft.training.measuring.exams import find_rows
-from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned, unlikely_answers
+from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
@@ -156,22 +156,6 @@ def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
     worse = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), list(np.linspace(1, 2, 60)), changed)
     assert "made the model worse: the loss rose (1.1186 to 1.8814). Try a lower rate: --lr_init 0.0002" in worse
     assert ("the rate may be too low: try --lr_init 0.002" in enough) == bool(words)
-
-
-@pytest.mark.parametrize(
-    "objective, name, way, harmed",
-    [
-        ("dpo", "chosen", (0.0, 0.3), False),
-        ("dpo", "chosen", (0.1, -0.4), True),
-        ("simpo", "nll", (0.2, 0.6), True),
-        ("orpo", "nll", (0.2, 0.1), False),
-    ],
-)
-def test_pairs_whose_chosen_answers_become_unlikely_are_told(folder, objective, name, way, harmed):
-    pairs = config(folder, "pairs.jsonl", "--data_type", "pairs", "--tokenizer", "bytes", "--objective", objective)
-    note = unlikely_answers(pairs, [{"step": n, name: value} for n, value in enumerate(np.linspace(*way, 40))])
-    assert bool(note) == harmed and ("--dpo_nll 1" in note) == harmed
-    assert unlikely_answers(config(folder, "chats"), [{"step": 0, "chosen": -1.0}] * 40) == ""
 
 
 def test_rows_that_the_base_knew_are_no_mistake_of_the_run(folder):

@@ -76,7 +76,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     """Return what the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None
     if no process holds it."""
     try:
-        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "r")
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")  # a pipe would be waited for
     except OSError:
         return None
     with file:

@@ -12,6 +12,7 @@ Whole = Annotated[int, Field(strict=True)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True)]  # a million mistakes are told as one
+Several = Field(fail_fast=True, max_length=4096)  # prompts, more than a batch has places
 
 
 class Form(BaseModel):
@@ -69,7 +70,7 @@ class Asked(Form):
 class TextAsked(Asked):
     """POST /v1/completions."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)]
+    prompt: str | Tokens | Annotated[list[str], Several] | Annotated[list[Tokens], Several]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 

@@ -162,7 +162,7 @@ export async function chatPage(place, about, signal, folder) {
       const show = bubble({ ...message, content: "…" });
       scroll();
       told();
-      let end = "";
+      let end = "cut: the model was closed";
       try {
         const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
         if (!response.ok) {
@@ -173,11 +173,12 @@ export async function chatPage(place, about, signal, folder) {
           if (part.error) throw new Error(part.error.message ?? part.error);
           const choice = part.choices?.[0];
           message.content += choice?.delta?.content ?? "";
-          if (choice?.finish_reason === "length") end = "cut: it reached the longest answer, a number under Sampling";
-          show(message.content || "…", end);
+          if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
+          show(message.content || "…");
         }
       } catch (found) {
         if (!mine.signal.aborted) tell(problem, found);
+        end = "";
       }
       show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
       if (busy !== mine) return;

@@ -201,10 +201,12 @@ export function showJob(place, id, signal) {
 
 function lastWords(text, code) {
   const at = text.lastIndexOf("error: ");
+  if (code === KILLED) return "It was killed from outside, mostly because memory ran out; a run's Resume goes on from its last checkpoint.";
   return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
 }
 
 const SHOWN = 16; // answers
+const KILLED = 137;
 const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order
 const failed = (job) => job.state === "lost" || (job.state === "ended" && job.code !== 0 && !STOPPED.includes(job.code));
 
