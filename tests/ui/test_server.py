@@ -12,8 +12,8 @@ from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.jobs import Jobs
+from rwkv_peft.ui.lines import TAIL, last_of, lines_of
 from rwkv_peft.ui.places import Places
-from rwkv_peft.ui.runs import TAIL, last_of, lines_of
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,52 @@ def test_lines_that_are_not_whole_are_read_later(tmp_path):
     assert found == {"lines": [{"step": 0, "loss": None}], "next": 25, "again": False}
     path.write_bytes(b'{"step": 9}\n')
     assert lines_of(path, 25) == {"lines": [{"step": 9}], "next": 12, "again": True}
+
+
+def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
+    secret, deep = tmp_path / "secret.jsonl", "[" * 300 + "]" * 300
+    secret.write_text('{"secret": 1}\n')
+    contents = {
+        "config.json": [deep, '{"flags": {"a": 1e999, "b": "\\ud800"}}', "pipe", secret],
+        "metrics.jsonl": [f'{deep}\n{{"step": 1, "loss": 1e999}}\n', '{"a": "\\ud800"}\n', "pipe", secret],
+        ".run.lock": ["", "", "pipe", secret],
+        "answers.jsonl": ["", "", "pipe", secret],
+        os.fsdecode(b"\xff"): ["", "", "pipe", secret],
+    }
+    for name, kinds in contents.items():
+        for number, content in enumerate(kinds):
+            path = folder / "strange" / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content == "pipe":
+                os.mkfifo(path)
+            else:
+                path.symlink_to(content) if content is secret else path.write_text(content)
+    assert {f"strange/{number}" for number in range(4)} <= {run["folder"] for run in server.json("/api/runs")}
+    assert server.json("/api/runs/metrics?folder=strange/0")["lines"] == [{"step": 1, "loss": None}]
+    assert server.json("/api/runs/metrics?folder=strange/1")["lines"] == [{"a": "\ud800"}]
+    assert server.json("/api/runs/metrics?folder=strange/2")["lines"] == []
+    for kind in ("metrics", "answers", "card"):
+        assert "secret" not in server.ask(f"/api/runs/{kind}?folder=strange/3")[1]
+    assert len(server.json("/api/files?path=strange/1")) == 4  # one of the names is not Unicode
+
+
+def test_records_of_commands_that_came_with_a_folder_are_data(tmp_path):
+    jobs = Jobs(tmp_path)
+    records = [
+        "{}",
+        "[1]",
+        "[" * 300,
+        '{"words": ["serve", "--port", "9"], "began": 1e18}',
+        '{"words": [], "began": 1}',
+    ]
+    for number, record in enumerate(records):
+        (jobs.folder / str(number)).mkdir(parents=True)
+        (jobs.folder / str(number) / "command.json").write_text(record)
+    assert [(job["id"], job["state"]) for job in jobs.all()] == [("3", "lost")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".rwkv-peft").symlink_to(jobs.folder.parent)
+    with pytest.raises(UserError, match="by a link"):
+        Jobs(tmp_path / "other").start(["doctor"])
 
 
 def test_mistaken_flags_are_refused(tmp_path):

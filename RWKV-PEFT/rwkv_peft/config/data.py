@@ -47,7 +47,8 @@ class DataConfig:
     "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
     two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
     ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
-    the samples; None keeps that of the file.
+    the samples; None keeps that of the file. bucketed: whether dataload "pad" brings rows of similar length together;
+    None: if rows share a batch.
     """
 
     path: str = setting(
@@ -146,6 +147,7 @@ class DataConfig:
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
     )
     seed: int | None = setting(42)
+    bucketed: bool | None = setting(None)
     micro_bsz: int = setting(
         1,
         "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt "
@@ -178,6 +180,11 @@ class DataConfig:
     def of_contexts(self) -> bool:
         """True if only a teacher reads a part of each row."""
         return self.data_type == "contexts"
+
+    @property
+    def buckets(self) -> bool:
+        """True if dataload "pad" brings rows of similar length together."""
+        return self.micro_bsz > 1 if self.bucketed is None else self.bucketed
 
     @property
     def longest(self) -> int:

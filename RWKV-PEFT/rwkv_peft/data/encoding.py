@@ -19,11 +19,11 @@ from .binidx import dtype_code
 from .cutting import Piece, length, shorten, windows
 from .encode_settings import REMEDIES, EncodeSettings
 from .foreign import TO_UTF_8
-from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
+from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
-from .turns import SPEAKERS, TURN_END, Segment, weight_of
+from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
 # the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
@@ -178,7 +178,7 @@ class Encoder:
             if added and not whole:
                 self._count(self.told(documents), result.counts)
                 if self.told_aside:
-                    result.counts.update(unread(row))
+                    result.counts.update(unread(row, self.settings.think))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -246,10 +246,12 @@ class Encoder:
         return True
 
 
-def unread(row: Any) -> list[str]:
-    """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
-    read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
-    return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]
+def unread(row: Any, think: str) -> list[str]:
+    """The fields of a row of answers that no layout reads: what may belong to its question, and unasked thinking."""
+    aside = [name for name in ASIDE if row.get(name) and (name != "input" or "instruction" not in row)]
+    turns = () if think else [turn for turn in (row, *(turns_before(row) or ())) if isinstance(turn, dict)]
+    thought = [name for name in FIELDS if any(turn.get(name) for turn in turns)]
+    return [f"unread {name}" for name in aside + thought if "text" not in row]
 
 
 def judged(text: str) -> list[int]:

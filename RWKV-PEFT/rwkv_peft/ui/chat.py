@@ -8,6 +8,7 @@ import http.client
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -21,8 +22,12 @@ WAITED = 600  # seconds for an answer's next word
 
 
 def key_file(jobs: Jobs) -> Path:
-    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing."""
+    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing, or if
+    what lies there, as in a folder that was copied, is no such file."""
     path = jobs.folder.with_name("key")
+    with suppress(FileNotFoundError):
+        if path.lstat().st_mode != stat.S_IFREG | 0o600:
+            path.unlink()
     if not path.exists():
         with temporary_beside(path) as temporary, suppress(FileExistsError):
             temporary.chmod(0o600)

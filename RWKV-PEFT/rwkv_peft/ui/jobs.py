@@ -16,6 +16,7 @@ from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import holder
 from .job import COMMAND, EXIT, LOCK, OUTPUT
+from .lines import objects, read
 
 HELD = 50  # jobs that are remembered
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
@@ -54,6 +55,8 @@ class Jobs:
 
     def new_folder(self) -> Path:
         """Make the folder of the next job, and forget the oldest that have ended."""
+        if self.folder.resolve() != self.folder:
+            raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = self.numbers()
         for number in numbers[:-HELD]:
@@ -79,19 +82,20 @@ class Jobs:
 
     def described(self, folder: Path) -> dict[str, Any] | None:
         """A job's number, words, state, exit code and when it began; None if its folder tells nothing."""
-        try:
-            command = json.loads((folder / COMMAND).read_text())
-        except (OSError, ValueError):
-            return None
-        state = self.state(folder, command["began"])
-        code = (folder / EXIT).read_text() if state == ENDED else ""
-        return {"id": folder.name, **command, "state": state, "code": int(code) if code.isdecimal() else None}
+        match next(objects([read(folder / COMMAND)]), None):
+            case {"words": [str(), *_] as words, "began": int(began) | float(began)}:
+                state = self.state(folder, began)
+            case _:
+                return None
+        code = read(folder / EXIT, 9) if state == ENDED else b""
+        told = {"id": folder.name, "words": [str(word) for word in words], "began": began, "state": state}
+        return told | {"code": int(code) if code.isdigit() else None}
 
     def state(self, folder: Path, began: float = 0.0) -> str:
         """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
         if (folder / EXIT).exists():
             return ENDED
-        starting = time.time() - began < STARTING
+        starting = 0 <= time.time() - began < STARTING
         if starting or holder(folder / LOCK) is not None:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
@@ -106,7 +110,9 @@ class Jobs:
     def read(self, name: str, begin: int = 0) -> dict[str, Any]:
         """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
         folder, job = self.folder_of(name), self.job(name)
-        with suppress(FileNotFoundError), open(folder / OUTPUT, "rb") as output:
+        if not (folder / OUTPUT).is_file():
+            return job
+        with open(folder / OUTPUT, "rb") as output:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(begin, size - TAIL, 0))
             text = output.read(TAIL)
@@ -131,6 +137,7 @@ def interrupt(lock: Path, what: str) -> None:
     held = holder(lock)
     if held is None:
         raise UserError(f"{what} does not run")
-    if held.get("host") != platform.node() or not isinstance(held.get("process"), int):
+    process = held.get("process")
+    if held.get("host") != platform.node() or not isinstance(process, int) or process <= 1:  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
-    os.kill(held["process"], signal.SIGINT)
+    os.kill(process, signal.SIGINT)
