@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..cli import switch
@@ -93,13 +94,21 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
     if default is True:
         default = 1
     text = RULES.sub("", text % vars(action) if "%(" in text else text.replace("%%", "%"))
-    told = re.findall(rf"(?:^|[;:.] )({'|'.join(map(re.escape, values))}): (.+?)(?=; [\w-]+: |\. | \(default|$)", text)
+    told = dict(
+        re.findall(rf"(?:^|[;:.] )({'|'.join(map(re.escape, values))}): (.+?)(?=; [\w-]+: |\. | \(default|$)", text)
+    )
     return {
         "flag": name,
-        "help": text,
+        "help": around(text, told) if values and len(told) == len(values) else text,
         "kind": kind,
         "values": values,
-        "words": dict(told) if values else {},
+        "words": told if values else {},
         "default": "" if kind == "on" or default in (None, False, []) else str(default),
         "required": action.required,
     }
+
+
+def around(text: str, told: Mapping[str, str]) -> str:
+    """What a help says before its values and of the default, for a field that tells of each value when it is chosen."""
+    begin, end = text.find(f"{next(iter(told))}: "), text.rfind(" (default")
+    return (text[:begin] + (text[end + 1 :] if end >= 0 else "")).strip()

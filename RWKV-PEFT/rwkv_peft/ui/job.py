@@ -22,12 +22,11 @@ OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
 def main(argv: list[str]) -> int:
     folder, words = Path(argv[0]), argv[1:]
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []  # signals that came before the command began
+    came: list[int] = []  # signals
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if process is None:
-            early.append(number)
-        else:
+        came.append(number)
+        if process is not None:
             process.send_signal(number)
 
     signal.signal(signal.SIGINT, forward)
@@ -35,9 +34,11 @@ def main(argv: list[str]) -> int:
     with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
         command = python_command("rwkv_peft", *words)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        for number in early:
+        for number in came:  # before it began
             process.send_signal(number)
         code = process.wait()
+        if came and code == 1:  # Python itself had not begun, and says no more
+            code = -came[-1]
         with atomic_write(folder / EXIT) as temporary:
             temporary.write_text(str(code if code >= 0 else 128 - code))
     return 0

@@ -1,5 +1,5 @@
 // Data: rows as the model will see them.
-import { asListed, el, figure, flagField, listed, number, pathField, post, recall, remember, tell } from "./lib.js";
+import { asListed, el, figure, flagField, helpLine, listed, number, pathField, post, recall, remember, tell } from "./lib.js";
 
 export async function dataPage(place, about) {
   const asked = { path: "", tokenizer: "world", data_type: "sft", ctx_len: "1024", sft_field: "", ...recall("data", {}) };
@@ -14,8 +14,8 @@ export async function dataPage(place, about) {
   const show = el("button", { className: "main" }, "Show");
   const error = el("div"), result = el("div", { "aria-live": "polite" });
   const form = el("form", { onsubmit: look }, el("div", { className: "fields" }, path.box, type,
-    el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, el("p", { className: "help" }, "that of the base model: world, bytes (the demo's), or a vocabulary file")),
-    el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, el("p", { className: "help" }, "--ctx_len of the run")), columns),
+    el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, helpLine(tokenizer, "that of the base model: world, bytes (the demo's), or a vocabulary file")),
+    el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, helpLine(limit, "--ctx_len of the run")), columns),
   el("div", { className: "row" }, show));
   place.append(el("h1", {}, "Data"), el("p", { className: "lead" },
     "Choose a file of rows. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
@@ -83,7 +83,7 @@ function histogram(sizes) {
     classes.set(power, (classes.get(power) ?? 0) + 1);
   }
   const most = Math.max(...classes.values());
-  return el("table", { className: "bars" }, el("tr", {}, el("th", {}, "tokens"), el("th", {}, "rows"), el("th", {})),
+  return el("table", { className: "bars" }, el("tr", {}, el("th", {}, "tokens"), el("th", {}, "rows"), el("td", {})),
     [...classes].sort(([a], [b]) => a - b).map(([power, count]) => el("tr", {},
       el("td", {}, power ? `${number(2 ** (power - 1) + 1)} to ${number(2 ** power)}` : "1"), el("td", {}, number(count)),
       el("td", {}, el("progress", { max: most, value: count, "aria-label": `${count} rows` })))));

@@ -82,6 +82,14 @@ export function copyButton(text, label = "Copy") {
 export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"));
 export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
 
+// A line of help below a field, which a screen reader reads with it. A long one is shown whole above what follows while
+// the field is in use: if it moved what follows, the press of a button there would be lost.
+export function helpLine(input, text) {
+  const line = el("p", { id: `${input.id}-help`, className: "help", "data-text": text }, el("span", {}, text));
+  input.setAttribute("aria-describedby", line.id);
+  return line;
+}
+
 // A labelled field for a file below the root, with a button that looks for it.
 export function pathField(name, label, { value = "", help = "", folders = false, endings = [], several = false } = {}) {
   const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off" });
@@ -94,7 +102,7 @@ export function pathField(name, label, { value = "", help = "", folders = false,
     }
   });
   const box = el("div", {}, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
-    help ? el("p", { className: "help" }, help) : null);
+    help ? helpLine(input, help) : null);
   return { box, input };
 }
 
@@ -112,10 +120,10 @@ export function flagField(made, label, value, change, endings = []) {
       input = el("select", { id }, el("option", { value: "" }, made.default ? `default: ${made.default}` : "default"),
         values.map((one) => el("option", { value: one, selected: one === value }, named(one))));
     } else input = el("input", { id, value, placeholder: made.default, spellcheck: false, autocomplete: "off" });
-    box = el("div", {}, el("label", { htmlFor: id }, label), input, el("p", { className: "help" }));
+    box = el("div", {}, el("label", { htmlFor: id }, label), input, helpLine(input, help));
   }
-  const explain = () => { box.lastElementChild.textContent = told[input.value || made.default] ?? help; };
-  if (help) explain();
+  const explain = () => { box.lastElementChild.replaceWith(helpLine(input, told[input.value || made.default] ?? help)); };
+  explain();
   input.title = `--${flag}`;
   if (required) input.required = true;
   input.addEventListener("input", () => {

@@ -43,8 +43,8 @@ export async function trainPage(place, about, signal) {
   function search() {
     const word = find.value.trim().toLowerCase().replaceAll(" ", "_");
     for (const [n, group] of groups.entries()) {
-      const hits = others[n].fields.filter(({ flag, help }) => {
-        const hit = flag.includes(word) || help.toLowerCase().includes(find.value.trim().toLowerCase());
+      const hits = others[n].fields.filter(({ flag, help, words: told }) => {
+        const hit = flag.includes(word) || [help, ...Object.values(told)].join(" ").toLowerCase().includes(find.value.trim().toLowerCase());
         fields.get(flag).hidden = !hit;
         return hit;
       });
