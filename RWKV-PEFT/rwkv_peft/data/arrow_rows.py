@@ -1,7 +1,7 @@
 """Reads rows of parquet files and of folders that datasets.save_to_disk wrote, in lists of about a megabyte.
 
-Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address. The memory of
-each list is measured before it is made.
+Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address. The memory
+of each list is measured before it is made.
 """
 
 import json
