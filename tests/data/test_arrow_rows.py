@@ -54,6 +54,10 @@ def test_json_in_a_column_is_what_it_says(tmp_path, kind):
     tools = pyarrow.ListArray.from_arrays([0, 1, 1], json_type.wrap_array(tool))
     table = pyarrow.table({"messages": json_type.wrap_array(texts), "tools": tools})
     assert rows_of(written(kind, tmp_path, table)) == rows
+    (tmp_path / "large").mkdir()
+    large = json_type.wrap_array(pyarrow.array(["[" + "[]," * 2_000_000 + "[]]"]))
+    with pytest.raises(UserError, match="a row takes .* bytes, and at most"):
+        rows_of(written(kind, tmp_path / "large", pyarrow.table({"messages": large})))
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])

@@ -180,7 +180,7 @@ def restorer(kind: Any) -> Callable[[Any], Any] | None:
     from pyarrow import BaseExtensionType, types
 
     if isinstance(kind, BaseExtensionType):
-        return from_json if kind.extension_name == "arrow.json" else restorer(kind.storage_type)
+        return from_json if is_json(kind) else restorer(kind.storage_type)
     if types.is_struct(kind):
         fields = {field.name: restorer(field.type) or unchanged for field in kind}
         return lambda value: value and {name: fields[name](inner) for name, inner in value.items() if inner is not None}
@@ -199,10 +199,13 @@ def from_json(text: str | None) -> Any:
 
 
 def taken(array: Any) -> int:
-    """The bytes that the values of an array take as rows; a repeated text counts each time."""
+    """The bytes that the values of an array take as rows; a repeated text counts each time, and JSON by its values."""
     from pyarrow import compute, types
 
     kind, own = array.type, VALUE * len(array)
+    if is_json(kind):
+        inner = sum(compute.sum(compute.count_substring(array.storage, mark)).as_py() or 0 for mark in ",[{")
+        return own + array.nbytes + VALUE * inner
     if types.is_dictionary(kind):
         if not is_text(kind.value_type):
             return own
@@ -243,6 +246,11 @@ def plain_type(kind: Any) -> Any:
             return arrow.list_(field, kind.list_size)
         return arrow.list_(field) if types.is_list(kind) else arrow.large_list(field)
     return kind if types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind) or is_text(kind) else None
+
+
+def is_json(kind: Any) -> bool:
+    """Return whether a type is Arrow's for texts of JSON."""
+    return getattr(kind, "extension_name", "") == "arrow.json"
 
 
 def is_text(kind: Any) -> bool:
