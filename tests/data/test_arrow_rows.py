@@ -46,6 +46,21 @@ def test_a_call_has_no_arguments_of_other_tools(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_json_in_a_column_is_what_it_says(tmp_path, kind):
+    """As datasets keeps values of mixed types: https://huggingface.co/docs/datasets has them as Json."""
+    rows = [{"messages": CHAT, "tools": [{"name": "f", "parameters": None}]}, {"messages": None, "tools": []}]
+    json_type = pyarrow.json_()
+    texts, tool = pyarrow.array([json.dumps(CHAT), None]), pyarrow.array([json.dumps(rows[0]["tools"][0])])
+    tools = pyarrow.ListArray.from_arrays([0, 1, 1], json_type.wrap_array(tool))
+    table = pyarrow.table({"messages": json_type.wrap_array(texts), "tools": tools})
+    assert rows_of(written(kind, tmp_path, table)) == rows
+    (tmp_path / "large").mkdir()
+    large = json_type.wrap_array(pyarrow.array(["[" + "[]," * 2_000_000 + "[]]"]))
+    with pytest.raises(UserError, match="a row takes .* bytes, and at most"):
+        rows_of(written(kind, tmp_path / "large", pyarrow.table({"messages": large})))
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
 @pytest.mark.parametrize(
     "stamp", [("us", None, 1 << 62), ("s", None, -(1 << 50)), ("ms", "No/Where", 5), ("us", "+25:61", 5)]
 )

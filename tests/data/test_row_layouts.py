@@ -41,6 +41,11 @@ ANSWER = {"role": "assistant", "content": "Yo"}
             "User: Hi\n\nAssistant: Yo",
             " Yo",
         ),
+        (
+            {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]'},
+            "User: Hi\n\nAssistant: Yo",
+            " Yo",
+        ),
     ],
 )
 def test_every_form_of_row(preprocess, row, text, counted):

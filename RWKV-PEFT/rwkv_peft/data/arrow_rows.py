@@ -1,11 +1,12 @@
 """Reads rows of parquet files and of folders that datasets.save_to_disk wrote, in lists of about a megabyte.
 
-Values are read as they are stored: a date is its number, a picture its bytes or its address. The memory of each list is
-measured before it is made.
+Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address. The memory
+of each list is measured before it is made.
 """
 
+import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -163,26 +164,48 @@ def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
         return
     columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
     names = [name for name, column in columns.items() if column is not None]
-    lists = [without_nulls(columns[name].to_pylist()) for name in names]
+    restorers = {field.name: restorer(field.type) or unchanged for field in batch.schema}
+    lists = [list(map(restorers[name], columns[name].to_pylist())) for name in names]
     rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
     step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without the fields of its objects that are null: all objects of a column have the same fields, so that
-    a call of one tool has the arguments of all others."""
-    if isinstance(value, dict):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+def restorer(kind: Any) -> Callable[[Any], Any] | None:
+    """Return what turns a stored value of an Arrow type into what was written, None for a type whose values are that.
+
+    JSON is stored as text, and all objects of a column have the same fields, null where one lacks them, so that a call
+    of a tool has the arguments of all others."""
+    from pyarrow import BaseExtensionType, types
+
+    if isinstance(kind, BaseExtensionType):
+        return from_json if is_json(kind) else restorer(kind.storage_type)
+    if types.is_struct(kind):
+        fields = {field.name: restorer(field.type) or unchanged for field in kind}
+        return lambda value: value and {name: fields[name](inner) for name, inner in value.items() if inner is not None}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        restore = restorer(kind.value_type)
+        return None if restore is None else lambda value: value and list(map(restore, value))
+    return None
+
+
+def unchanged(value: Any) -> Any:
+    return value
+
+
+def from_json(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
 
 
 def taken(array: Any) -> int:
-    """The bytes that the values of an array take as rows; a repeated text counts each time."""
+    """The bytes that the values of an array take as rows; a repeated text counts each time, and JSON by its values."""
     from pyarrow import compute, types
 
     kind, own = array.type, VALUE * len(array)
+    if is_json(kind):
+        inner = sum(compute.sum(compute.count_substring(array.storage, mark)).as_py() or 0 for mark in ",[{")
+        return own + array.nbytes + VALUE * inner
     if types.is_dictionary(kind):
         if not is_text(kind.value_type):
             return own
@@ -223,6 +246,11 @@ def plain_type(kind: Any) -> Any:
             return arrow.list_(field, kind.list_size)
         return arrow.list_(field) if types.is_list(kind) else arrow.large_list(field)
     return kind if types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind) or is_text(kind) else None
+
+
+def is_json(kind: Any) -> bool:
+    """Return whether a type is Arrow's for texts of JSON."""
+    return getattr(kind, "extension_name", "") == "arrow.json"
 
 
 def is_text(kind: Any) -> bool:

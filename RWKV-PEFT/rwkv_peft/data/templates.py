@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UserError, short
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
-from .tools import LISTS, listed
+from .tools import LISTS, listed, parsed
 from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, field, refuse_unplaced, without_opening
 
 FORMS = (
@@ -58,7 +58,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
             return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
-            return behind_system(row, chat(row[name], think))
+            return behind_system(row, chat(parsed(row[name], f"field {name!r}"), think))
     if "query" in row and "answers" in row and any(map(row.get, LISTS)):
         turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
         return behind_system(row, chat(turns, think))

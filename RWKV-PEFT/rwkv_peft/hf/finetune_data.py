@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli import counted
-from ..data.arrow_rows import without_nulls
 from ..data.turns import WEIGHT, is_learned, refuse_media
 from ..errors import UserError
 from ..names import SYSTEM_FIELDS
@@ -92,6 +91,14 @@ def system_of(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(words, str):
         raise UserError(f"{where} has a {type(words).__name__} for its system text, and text is due")
     return words
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields of its objects that are null: all objects of a column have the same fields, so that
+    a call of one tool has the arguments of all others."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def calls(turn: Mapping[str, Any]) -> bool:
