@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -93,6 +94,18 @@ def test_a_server_of_another_kind_costs_no_more_than_the_time_to_join(monkeypatc
         with pytest.raises(UserError, match="did not come within 0.05 minutes"):
             ranks.reach()
     assert max(patience) <= 3
+
+
+def test_a_store_on_a_frozen_machine_is_asked_in_vain_for_so_many_turns(tmp_path, monkeypatch):
+    def frozen(*beat):
+        watch.stopped.wait()
+        raise dist.DistError
+
+    monkeypatch.setattr("rwkv_peft.training.ranks.watch.PERIOD", 0.001)
+    watch = Watch(World(1, 3, 1), tmp_path, 1.0, Processes(), SimpleNamespace(set=frozen))
+    words = "rank 0, or the launcher that kept the ranks together, has not answered for "
+    assert watch.look_in_time().startswith(words) and watch.frozen
+    watch.stopped.set()
 
 
 def test_a_run_hangs_once_it_has_not_moved_for_its_minutes_however_slow_it_was(tmp_path):

@@ -60,7 +60,7 @@ class Watch(threading.Thread):
         self.stall_minutes = stall_minutes
         self.doing, self.still, self.turn = "", 0, 0
         self.agent = os.getppid() if world.elastic else 0
-        self.broken = False
+        self.broken = self.frozen = False
         self.stopped = threading.Event()
         self.lost_pages: LostPages | None = None
         others = range(1, world.size) if world.rank == 0 else range(1)
@@ -89,14 +89,35 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.stopped.wait(PERIOD):
-            try:
-                reason = self.look()
-            except dist.DistError:
-                reason = f"{self.world.name(0)}, or the launcher that kept the ranks together, is gone"
-                if self.world.local_rank > 0:  # its parent is gone or ends soon, which ends it with a message
-                    self.stopped.wait(PARENT)
+            reason = self.look_in_time()
             if reason and not self.stopped.is_set():
                 self.end(reason)
+
+    def look_in_time(self) -> str:
+        """Look in a thread of its own, because a store whose process or machine is frozen never answers; return why the
+        run must end, or ""."""
+        found: list[str] = []
+        looking = threading.Thread(target=lambda: found.append(self.look_or_be_lost()), daemon=True)
+        looking.start()
+        for _ in range(SILENT):
+            looking.join(PERIOD)
+            if not looking.is_alive():
+                return found[0]
+        self.frozen = True
+        return f"{self.keeper} has not answered for {SILENT * PERIOD:.0f} seconds"
+
+    @property
+    def keeper(self) -> str:
+        return f"{self.world.name(0)}, or the launcher that kept the ranks together,"
+
+    def look_or_be_lost(self) -> str:
+        """Take one turn; return why the run must end, also because the store is gone, or ""."""
+        try:
+            return self.look()
+        except dist.DistError:
+            if self.world.local_rank > 0:  # its parent is gone or ends soon, which ends it with a message
+                self.stopped.wait(PARENT)
+            return f"{self.keeper} is gone"
 
     def look(self) -> str:
         """Take one turn, and return why the run must end, or ""."""
@@ -149,9 +170,9 @@ class Watch(threading.Thread):
 
     def end(self, reason: str) -> None:
         """End this process and those that it started."""
-        if self.world.leads:
+        if self.world.leads or self.frozen and self.world.rank == 1:  # because rank 0 cannot
             print(f"\nerror: {reason}; {how_to_go_on(self.folder)}", file=sys.stderr, flush=True)
-        if self.store is not None:
+        if self.store is not None and not self.frozen:
             acknowledge(self.world, self.store)
         self.processes.kill()
         os._exit(1)
