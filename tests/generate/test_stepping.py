@@ -92,6 +92,30 @@ def test_a_state_advances_in_its_own_memory(path):
         assert all(map(torch.equal, own, theirs))
 
 
+def test_states_that_advance_by_turns(path):
+    """Whatever else the tape steps meanwhile, in place or not."""
+    model, _ = load_model(path)
+    forward, tokens = forward_of(model, 1), torch.tensor([[5]])
+    with torch.inference_mode():
+        states = [prefill(model, [[first]])[1] for first in (2, 3)]
+        due = [list(walk(model, state, tokens.repeat(1, 5))[0]) for state in states]
+        for number, in_place in (
+            (0, True),
+            (0, True),
+            (1, True),
+            (0, False),
+            (0, True),
+            (1, False),
+            (1, True),
+            (1, True),
+        ):
+            logits, after = (forward if in_place else model)(tokens, states[number])
+            assert torch.equal(logits[:, 0], due[number][0])
+            if in_place:
+                states[number] = after
+                del due[number][0]
+
+
 def test_states_of_views_and_other_numbers_of_threads(path):
     model, _ = load_model(path)
     tokens, threads = torch.tensor([[5], [9]]), torch.get_num_threads()

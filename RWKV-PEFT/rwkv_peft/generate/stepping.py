@@ -78,22 +78,43 @@ class Recorded:
         x = recorder.norm(model.ln_out, self.tape.buffer("out", config.n_embd))
         logits = self.tape.buffer("logits", config.vocab_size)
         self.logits = self.tape.product_into(x, model.head.weight, logits)
+        self.bound: object = None  # `to` of the State that the tape points to
 
     def run(self, tokens: Tensor, state: State, in_place: bool) -> tuple[Tensor, State]:
         """tokens (n,) and the State before them -> logits (n, V), the State after them, `in_place` or not."""
         torch.index_select(self.emb, 0, tokens, out=self.x)
-        before = [LayerState._make(tensor.contiguous() for tensor in layer) for layer in state]
-        wkv = [layer.wkv if in_place else torch.empty_like(layer.wkv) for layer in before]
-        for layer, arguments, after in zip(before, self.layers, wkv):
-            for one in arguments.att_shift:
-                one.last = layer.att_shift.data_ptr()
-            arguments.wkv.state, arguments.wkv.final_state = layer.wkv.data_ptr(), after.data_ptr()
-            arguments.ffn_shift.last = layer.ffn_shift.data_ptr()
+        if in_place and isinstance(state, Bound) and state.to is self.bound:
+            after = state
+        else:
+            state = State(LayerState._make(tensor.contiguous() for tensor in layer) for layer in state)
+            after = self.bind(state, in_place)
         logits = self.x.new_empty(len(tokens), self.logits.out_features)
         self.logits.y = logits.data_ptr()
         self.tape.run()
-        shifts = self.shifts.clone()
-        return logits, State(LayerState(own[0], after, own[1]) for own, after in zip(shifts, wkv))
+        after.shifts.copy_(self.shifts)
+        return logits, after
+
+    def bind(self, state: State, in_place: bool) -> "Bound":
+        """Point the tape to a State, and to that after it. If it is in place, the next step finds them so: to point
+        anew takes as long as some products."""
+        shifts = torch.stack([torch.stack([layer.att_shift, layer.ffn_shift]) for layer in state])
+        wkv = [layer.wkv if in_place else torch.empty_like(layer.wkv) for layer in state]
+        for layer, own, arguments, after in zip(state, shifts, self.layers, wkv):
+            for one in arguments.att_shift:
+                one.last = own[0].data_ptr()
+            arguments.wkv.state, arguments.wkv.final_state = layer.wkv.data_ptr(), after.data_ptr()
+            arguments.ffn_shift.last = own[1].data_ptr()
+        bound = Bound(LayerState(own[0], after, own[1]) for own, after in zip(shifts, wkv))
+        bound.shifts, bound.to = shifts, object()
+        self.bound = bound.to if in_place else None
+        return bound
+
+
+class Bound(State):
+    """A State that tapes made: its shifts in one tensor, and the name by which the tape knows it that points to it."""
+
+    shifts: Tensor
+    to: object
 
 
 def step_by_tape(model: LanguageModel) -> None:
