@@ -93,7 +93,7 @@ def attack_with(attack, inputs, place):
         "it prints a traceback": "Traceback" not in said,
         "it prints what moves a terminal's cursor": re.sub(r"[\r\n\t]", "", said).isprintable(),
         f"it reaches for {reached.read_text() if reached.exists() else ''}": not reached.exists(),
-        f"it changes {sorted(changed)}": attack.code != REFUSED or not changed,
+        f"it changes {sorted(changed)}": attack.code == 0 or not changed,
     }
     last = f"; it said last: {said.strip().splitlines()[-1][:300]}" if said.strip() else ""
     faults = [f"{attack.name}: {what}{last}" for what, holds in expected.items() if not holds]

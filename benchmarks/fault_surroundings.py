@@ -116,5 +116,5 @@ def surroundings():
             "folders in the cache of kernels", functools.partial(cached, os.mkdir), "directory", 0, within=use_cache
         ),
         Attack("pipes in the cache of kernels", functools.partial(cached, os.mkfifo), "finished", 0, within=use_cache),
-        Attack("a silent server at MASTER_PORT", nodes, "did not come within", variables=meeting),
+        Attack("a silent server at MASTER_PORT", nodes, "did not come within", 75, variables=meeting),
     ]

@@ -27,7 +27,8 @@ srun --kill-on-bad-exit=1 python train.py --num_nodes 2 --devices 8 --strategy d
     --peft bone --bone_config '{"bone_mode":"bat-in","bone_load":"","bone_r":64}' \
     --ctx_len 1024 --micro_bsz 8 --epoch_count 1 --save_every 200 --grad_cp 1 || code=$?
 
-# 0: done. 2: the command is mistaken, and would be again. All else goes on from the last checkpoint, some times.
+# 0: done. 2: the command is mistaken, and would be again. All else goes on from the last checkpoint, some times, also a
+# start that was refused because a node did not come, or a lost one still locks the folder (75).
 case "$code" in
 0 | 2) exit "$code" ;;
 esac

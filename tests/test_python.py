@@ -198,6 +198,7 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: model.generate("a", temprature=1), "temprature=1 is no setting of generate; known are"),
         (lambda: model.generate("a", top_p=2), "it is a probability from 0 to 1"),
         (lambda: model.generate("a", temperature="0"), "temperature '0': a finite number is due"),
+        (lambda: model.generate("a", top_k=10**400), "a finite number is due"),
         (lambda: model.generate("a", max_tokens=-1), "max_tokens=-1: a whole number from 0 on is due"),
         (lambda: model.generate(["a", 3]), "prompts: 3 is no text"),
         (lambda: model.generate("a", stop=""), "an empty text would stop before the first token"),

@@ -31,10 +31,19 @@ TOLD = 200  # the most characters of a quoted text
 
 class UserError(ValueError):
     """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file, and so is shown as
-    `visible` makes it."""
+    `visible` makes it. It ends a command with the exit code `code`."""
+
+    code = 2
 
     def __str__(self) -> str:
         return visible(super().__str__())
+
+
+class NotNow(UserError):
+    """A refusal that the same command may not meet a while later: what starts commands again (torchrun, a scheduler)
+    tells it from a mistake by the exit code, which is EX_TEMPFAIL of sysexits.h."""
+
+    code = 75
 
 
 class Ended(SystemExit):
@@ -79,10 +88,10 @@ def some(names: Sequence[str], limit: int = 3) -> str:
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`, and exit.
 
-    A UserError becomes one message on stderr and exit code 2, and so do an OSError of UNSEEN about a file, a limit on
-    open files that is reached, and output that was lost. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a
-    terminal that goes away (SIGHUP) their words in ENDINGS and 143 and 129. The standard streams are Patient from then
-    on (streams.py).
+    A UserError becomes one message on stderr and its exit code, 2 unless it is NotNow. An OSError of UNSEEN about a
+    file, a limit on open files that is reached, and output that was lost become a message and exit code 2. Ctrl-C gives
+    INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in ENDINGS, 143 and 129.
+    The standard streams are Patient from then on (streams.py).
     """
     make_patient()
     try:
@@ -92,7 +101,7 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
             sys.exit(code)
         message, code = f"error: the work is done, but its printed output is not whole: {reason}", 2
     except UserError as error:
-        message, code = f"error: {error}", 2
+        message, code = f"error: {error}", error.code
     except OSError as error:  # any access to a file may find that its path is forbidden or malformed
         advice = UNSEEN.get(error.errno or 0)
         if error.errno == errno.EMFILE:  # of a pipe or a socket it names no file

@@ -4,10 +4,9 @@
 
 // y = x Wᵀ for a few rows x; see dense.h and blocks.h.
 struct ProductArguments {
-    const void* x;       // (rows, in_features), float or bfloat16
-    const void* w;       // (out_features, in_features) of the type of x, or the words of blocks.h
-    const void* scales;  // of blocks, bfloat16 (panels, in_features / 32, 16)
-    void* y;             // (rows, out_features), like x
+    const void* x;  // (rows, in_features), float or bfloat16
+    const void* w;  // (out_features, in_features) of the type of x, or the blocks of blocks.h
+    void* y;        // (rows, out_features), like x
     int64_t rows, in_features, out_features;
     int bits;  // of a block's weights: 8 or 4; 0 for a plain matrix
     int bfloat16, threads;

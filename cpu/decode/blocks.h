@@ -2,18 +2,14 @@
 // of 8 or 4 bits, kept without a sign: 128 or 8 more than they are.
 //
 // Rows of W stand in panels of 16, a lane each, so that sums need no moves between lanes. A panel's block of 32 columns
-// is `bits` words of 32 bits for each row. Four columns are a word's bytes; of 4 bits, they are the lower halves of its
-// bytes, and the next four columns the upper ones, so that a mask, or a shift and a mask, leaves four columns in bytes.
-// They meet four integers of x, of 16 bits, which share a scale by blocks of 32 too: what that rounds away is far below
-// what rounding the weights does. Sums over a block are exact; what the weights have too much is taken from each at
-// once.
+// is `bits` words of 32 bits for each row, and their scales, because a processor foresees one stream of memory better
+// than two. Four columns are a word's bytes; of 4 bits, they are the lower halves of its bytes, and the next four
+// columns the upper ones, so that a mask, or a shift and a mask, leaves four columns in bytes. They meet four integers
+// of x, of 8 bits, which share a scale by blocks of 32 too: what that rounds away is about what rounding x to bfloat16
+// does. Sums over a block are exact; what the weights have too much is taken from each at once.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "common/prefetch.h"
 #include "common/scratch.h"
@@ -31,171 +27,166 @@ constexpr int kPanels = 2;  // panels that meet them at once: as many sums as fi
 constexpr int kPanels = 1;
 #endif
 
-#if !defined(__AVX512VNNI__)
-// sum + a0 b0 + a1 b1 in each lane, which holds two 16-bit integers.
-INLINE VecInt add_pairs(VecInt sum, VecInt a, VecInt b) {
-#if defined(__AVX512F__)
-    return sum + (VecInt)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    return sum + (VecInt)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-    return sum + (VecInt)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-    return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-#endif
+typedef int16_t VecShort __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-// Sums of products of four weights, bytes in each lane, with four integers of x, which two words hold: the integers'
-// upper and lower bytes if the processor multiplies bytes, else those of even and of odd bytes.
-struct Sums {
-    VecInt first, second;
+// Sums of products of the four bytes in each lane, weights without a sign, with the four integers of a word of x.
 #if defined(__AVX512VNNI__)
-    INLINE void add(VecInt weights, int32_t upper, int32_t lower) {
-        first = (VecInt)_mm512_dpbusd_epi32((__m512i)first, (__m512i)weights, _mm512_set1_epi32(upper));
-        second = (VecInt)_mm512_dpbusd_epi32((__m512i)second, (__m512i)weights, _mm512_set1_epi32(lower));
+template <int kBits>
+struct Sums {
+    VecInt sum{};
+    INLINE void add(VecInt weights, int32_t x) {
+        sum = (VecInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
     }
-    INLINE VecInt total() const { return (first << 8) + second; }
-    static void split(const int32_t* x, int32_t* words) {
-        int8_t bytes[2][kBlock];
-        for (int i = 0; i < kBlock; i++) bytes[0][i] = (x[i] + 128) >> 8, bytes[1][i] = x[i];
-        memcpy(words, bytes, sizeof(bytes));
-    }
-#else
-    INLINE void add(VecInt weights, int32_t even, int32_t odd) {
-        first = add_pairs(first, weights & 0xff00ff, even - VecInt{});
-        second = add_pairs(second, (weights >> 8) & 0xff00ff, odd - VecInt{});
-    }
-    INLINE VecInt total() const { return first + second; }
-    static void split(const int32_t* x, int32_t* words) {
-        for (int i = 0; i < kWords; i++, x += 4)
-            for (int odd = 0; odd < 2; odd++) words[odd * kWords + i] = (x[odd] & 0xffff) | x[odd + 2] << 16;
-    }
-#endif
+    INLINE VecInt total() const { return sum; }
 };
-
-INLINE float largest_lane(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    Quad most = load_quad(lanes);
-    UNROLL for (int q = 4; q < kLanes; q += 4) {
-        const Quad next = load_quad(lanes + q);
-        most = next > most ? next : most;
+#else
+// Two products with weights below 16 and their sums over a block fit 16 bits; larger weights are two of them.
+template <int kBits>
+struct Sums {
+    VecShort lower{}, upper{};
+    INLINE void add(VecInt weights, int32_t x) {
+        lower += pairs(kBits == 8 ? weights & 0x0f0f0f0f : weights, x - VecInt{});
+        if (kBits == 8) upper += pairs((weights >> 4) & 0x0f0f0f0f, x - VecInt{});
     }
-    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+    INLINE VecInt total() const { return kBits == 8 ? folded(lower) + (folded(upper) << 4) : folded(lower); }
+
+    static INLINE VecShort pairs(VecInt weights, VecInt x) {
+#if defined(__AVX512F__)
+        return (VecShort)_mm512_maddubs_epi16((__m512i)weights, (__m512i)x);
+#elif defined(__AVX2__)
+        return (VecShort)_mm256_maddubs_epi16((__m256i)weights, (__m256i)x);
+#else
+        const VecShort w = (VecShort)weights, p = (VecShort)x;
+        return (w & 0xff) * ((p << 8) >> 8) + (w >> 8) * (p >> 8);
+#endif
+    }
+    static INLINE VecInt folded(VecShort sums) { return (((VecInt)sums << 16) >> 16) + ((VecInt)sums >> 16); }
+};
+#endif
+
+INLINE int32_t largest_lane(VecInt x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t most = x[0];
+    UNROLL for (int l = 1; l < kLanes; l++) most = std::max(most, x[l]);
+    return most;
+#endif
 }
 
 // A block of a row of x: integers times a scale.
 struct Point {
-    int32_t words[2 * kWords];
+    int32_t words[kWords];
     int32_t excess;  // what the weights have too much times the integers, negative
-    float scale;
+    float scale;     // NaN or Inf if a number is
 
     template <class E>
     void round(const E* x, int bits) {
-        constexpr float kMost = 32639.0f;      // 127 * 256 + 127
-        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-        Vec most = zero(), invalid = zero(), all = zero();
+        constexpr float kMost = 127.0f;
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+        VecInt most{};
+        Vec all = zero();
         UNROLL for (int i = 0; i < kBlock; i += kLanes) {
-            const Vec value = load(x + i), size = value < 0.0f ? -value : value;
+            const VecInt size = (VecInt)load(x + i) & 0x7fffffff;  // ordered like the numbers, and NaN the largest
             most = size > most ? size : most;
-            invalid += value * 0.0f;  // NaN if the value is NaN or Inf
         }
-        const float largest = largest_lane(most), damage = total(invalid);
-        const float inverse = kMost / largest;
-        const bool empty = !std::isfinite(inverse) || damage != 0.0f;  // numbers close to 0 count as zeros
+        const int32_t largest_bits = largest_lane(most);
+        float largest;
+        memcpy(&largest, &largest_bits, sizeof(largest));
+        const float inverse = kMost / std::max(largest, 1e-36f);  // numbers close to 0 count as zeros
         int32_t integers[kBlock];
         UNROLL for (int i = 0; i < kBlock; i += kLanes) {
-            const Vec scaled = empty ? zero() : (load(x + i) * inverse + kRound) - kRound;
-            const Vec value = at_most(at_least(scaled, -kMost), kMost);
-            *reinterpret_cast<VecInt*>(integers + i) = __builtin_convertvector(value, VecInt);
-            all += value;
+            const Vec value = load(x + i) * inverse + kRound;
+            memcpy(integers + i, &value, sizeof(value));
+            all += value - kRound;
         }
-        Sums::split(integers, words);
+        for (int i = 0; i < kBlock; i++) reinterpret_cast<int8_t*>(words)[i] = integers[i];
         excess = -static_cast<int32_t>(total(all)) * (1 << (bits - 1));  // this sum of integers is exact, too
-        scale = largest / kMost + damage;
+        scale = largest * (1.0f / kMost);
     }
 };
 
-// The panels of W.
-struct Panels {
-    const int32_t* words;    // (panels, in / 32, bits, 16)
-    const Bfloat16* scales;  // (panels, in / 32, 16)
-};
+template <int kBits>
+constexpr int64_t kSize = kBits * kPanel + kPanel / 2;  // words of a panel's block
 
-// M rows of x, (blocks, M) points, by kLanes rows of P panels of in / 32 = `blocks` blocks: y (M, P, 16).
+// M rows of x, (blocks, M) points, by kLanes rows, from `lane` on, of P panels w of in / 32 = `blocks` blocks: y (M, P,
+// 16).
 template <int kBits, int P, int M, class E>
-INLINE void block_lanes(const Point* x, Panels w, E* y, int64_t blocks, Stream& ahead) {
+INLINE void block_lanes(const Point* x, const int32_t* w, E* y, int64_t blocks, int64_t lane, Stream& ahead) {
     Vec sum[P][M];
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int m = 0; m < M; m++) sum[p][m] = zero();
-    for (int64_t b = 0; b < blocks; b++, x += M) {
-        if (M > 1) ahead.step();
-        Sums whole[P][M];
-        UNROLL for (int p = 0; p < P; p++)
-            UNROLL for (int m = 0; m < M; m++) whole[p][m] = {VecInt{}, x[m].excess - VecInt{}};
+    for (int64_t b = 0; b < blocks; b++, x += M, w += kSize<kBits>) {
+        ahead.step();
+        Sums<kBits> whole[P][M];
+        const int32_t* block[P];
+        UNROLL for (int p = 0; p < P; p++) block[p] = w + p * blocks * kSize<kBits>;
         UNROLL for (int j = 0; j < kBits; j++) {
             VecInt word[P];
             UNROLL for (int p = 0; p < P; p++)
-                word[p] = *reinterpret_cast<const VecInt*>(w.words + ((p * blocks + b) * kBits + j) * kPanel);
+                word[p] = *reinterpret_cast<const VecInt*>(block[p] + j * kPanel + lane);
             UNROLL for (int half = 0; half < 8 / kBits; half++) {
                 const int i = j * (8 / kBits) + half;
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int p = 0; p < P; p++)
-                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (4 * half)) & 0x0f0f0f0f, x[m].words[i],
-                                        x[m].words[kWords + i]);
+                        whole[p][m].add(kBits == 8 ? word[p] : (word[p] >> (4 * half)) & 0x0f0f0f0f, x[m].words[i]);
             }
         }
         UNROLL for (int p = 0; p < P; p++) {
-            const Vec scale = load(w.scales + (p * blocks + b) * kPanel);
+            const Vec scale = load(reinterpret_cast<const Bfloat16*>(block[p] + kBits * kPanel) + lane);
             UNROLL for (int m = 0; m < M; m++)
-                sum[p][m] += __builtin_convertvector(whole[p][m].total(), Vec) * (scale * x[m].scale);
+                sum[p][m] += __builtin_convertvector(whole[p][m].total() + x[m].excess, Vec) * (scale * x[m].scale);
         }
     }
     UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int m = 0; m < M; m++) store(y + (m * P + p) * kPanel, sum[p][m]);
+        UNROLL for (int m = 0; m < M; m++) store(y + (m * P + p) * kPanel + lane, sum[p][m]);
 }
 
 // Multiplies M rows of x by P panels; y (rows, out) takes the first `count` of the panels' rows.
 template <class E, int kBits, int P, int M>
-void block_panels(const Point* x, Panels w, E* y, int64_t blocks, int64_t out, int64_t count, Stream& ahead) {
+void block_panels(const Point* x, const int32_t* w, E* y, int64_t blocks, int64_t out, int64_t count, Stream& ahead) {
     E sums[M * P * kPanel];
-    for (int64_t l = 0; l < kPanel; l += kLanes)
-        block_lanes<kBits, P, M>(x, {w.words + l, w.scales + l}, sums + l, blocks, ahead);
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+        block_lanes<kBits, P, M>(x, w, sums, blocks, lane, ahead);
     for (int m = 0; m < M; m++) memcpy(y + m * out, sums + m * P * kPanel, count * sizeof(E));
 }
 
-// All rows of x, whose points lie kTogether rows side by side, by P panels.
+// All rows of x, whose points lie kTogether rows side by side, by P panels. The next ones are fetched if computing
+// takes longer than reading; else the processor itself, which foresees them, is faster.
 template <class E, int kBits, int P>
-void block_rows(const Point* x, Panels w, E* y, int64_t rows, int64_t blocks, int64_t out, int64_t count) {
-    const int64_t size = P * blocks * kBits * kPanel;
-    Stream ahead(w.words + size, size * sizeof(int32_t), std::max<int64_t>(rows / kTogether, 1) * blocks);
+void block_rows(const Point* x, const int32_t* w, E* y, int64_t rows, int64_t blocks, int64_t out, int64_t count) {
+    const int64_t size = P * blocks * kSize<kBits>;
+    Stream ahead(w + size, rows > kTogether ? size * sizeof(int32_t) : 0, (rows + kTogether - 1) / kTogether * blocks);
+    const auto run = [&](auto M, int64_t m) {
+        block_panels<E, kBits, P, M>(x + m * blocks, w, y + m * out, blocks, out, count, ahead);
+    };
     int64_t m = 0;
-    for (; m + kTogether <= rows; m += kTogether)
-        block_panels<E, kBits, P, kTogether>(x + m * blocks, w, y + m * out, blocks, out, count, ahead);
-    for (; m < rows; m++) block_panels<E, kBits, P, 1>(x + m * blocks, w, y + m * out, blocks, out, count, ahead);
+    for (; m + kTogether <= rows; m += kTogether) run(std::integral_constant<int, kTogether>(), m);
+    if (m + 3 == rows) run(std::integral_constant<int, 3>(), m);
+    if (m + 2 == rows) run(std::integral_constant<int, 2>(), m);
+    if (m + 1 == rows) run(std::integral_constant<int, 1>(), m);
 }
 
+// w: (panels, in / 32) blocks.
 template <class E, int kBits>
-void blocks(const E* x, Panels w, E* y, int64_t rows, int64_t in, int64_t out, int threads) {
+void blocks(const E* x, const int32_t* w, E* y, int64_t rows, int64_t in, int64_t out, int threads) {
     static thread_local Workspace memory;
     const int64_t panels = (out + kPanel - 1) / kPanel, count = in / kBlock;
     Point* points = static_cast<Point*>(memory.get(rows * count * sizeof(Point)));
     parallel(rows, rows * in, threads, [=](int64_t m, int64_t end, int) {
         for (; m < end; m++) {
-            const int64_t first = m / kTogether * kTogether, M = first + kTogether <= rows ? kTogether : 1;
-            Point* own = points + (M == 1 ? m * count : first * count + m - first);
+            const int64_t first = m / kTogether * kTogether, M = std::min<int64_t>(kTogether, rows - first);
+            Point* own = points + first * count + m - first;
             for (int64_t b = 0; b < count; b++) own[b * M].round(x + m * in + b * kBlock, kBits);
         }
     });
     parallel(panels, out * in, threads, [=](int64_t p, int64_t end, int) {
         const auto run = [&](auto P) {
-            const Panels own = {w.words + p * count * kBits * kPanel, w.scales + p * count * kPanel};
-            const int64_t first = p * kPanel;
-            block_rows<E, kBits, P>(points, own, y + first, rows, count, out, std::min(P * kPanel, out - first));
+            const int64_t first = p * kPanel, here = std::min(P * kPanel, out - first);
+            block_rows<E, kBits, P>(points, w + p * count * kSize<kBits>, y + first, rows, count, out, here);
             p += P;
         };
-        while (rows >= kTogether && p + kPanels <= end) run(std::integral_constant<int, kPanels>());
+        while (rows > kTogether && p + kPanels <= end) run(std::integral_constant<int, kPanels>());
         while (p < end) run(std::integral_constant<int, 1>());
     });
 }

@@ -12,11 +12,11 @@ namespace {
 
 template <class E>
 void product(const ProductArguments* a) {
-    const Panels panels = {static_cast<const int32_t*>(a->w), in<Bfloat16>(a->scales)};
+    const int32_t* w = in<int32_t>(a->w);
     if (a->bits == 8)
-        blocks<E, 8>(in<E>(a->x), panels, out<E>(a->y), a->rows, a->in_features, a->out_features, a->threads);
+        blocks<E, 8>(in<E>(a->x), w, out<E>(a->y), a->rows, a->in_features, a->out_features, a->threads);
     else if (a->bits == 4)
-        blocks<E, 4>(in<E>(a->x), panels, out<E>(a->y), a->rows, a->in_features, a->out_features, a->threads);
+        blocks<E, 4>(in<E>(a->x), w, out<E>(a->y), a->rows, a->in_features, a->out_features, a->threads);
     else
         dense<E>(in<E>(a->x), in<E>(a->w), out<E>(a->y), a->rows, a->in_features, a->out_features, a->threads);
 }

@@ -3,12 +3,11 @@
 #include "common/device.cuh"
 
 // ops/decode/cuda.py mirrors it field by field. Elements of x and y are float32 or bf16, by the kernel's name; tensors
-// are contiguous and aligned to 16 bytes. ops/decode/blocks.py says how words hold a matrix (out, in) of integers.
+// are contiguous and aligned to 16 bytes. ops/decode/blocks.py says how words hold a matrix (out, in).
 struct DecodeArguments {
-    const void* x;          // (rows, in_features)
-    const uint32_t* words;  // (panels, in_features / 32, bits, 16)
-    const void* scales;     // (panels, in_features / 32, 16), bf16
-    void* y;                // (rows, out_features); or the matrix that the blocks stand for
+    const void* x;      // (rows, in_features)
+    const void* words;  // (panels, in_features / 32, bits * 16 + 8)
+    void* y;            // (rows, out_features); or the matrix that the blocks stand for
     index_t in_features, out_features;
     int rows, device;
 };

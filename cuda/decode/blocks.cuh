@@ -9,6 +9,7 @@
 
 constexpr int PANEL = 16;  // rows of a matrix that stand side by side
 constexpr int QUADS = PANEL / 4;
+constexpr int SCALES = PANEL / 8;  // the quads that a block's scales take the place of
 constexpr int DEQUANTIZE_THREADS = 256;
 template <int ROWS>
 constexpr int PRODUCT_THREADS = ROWS == 1 ? 512 : 256;  // more rows need more registers
@@ -25,9 +26,10 @@ struct Quad {
 
     // Quad number `at` of a matrix.
     __device__ __forceinline__ Quad(const DecodeArguments& a, index_t at) {
-        const Words words = ((const Words*)a.words)[at];
-        const index_t block = at / (BITS * QUADS);
-        load_vector<bf16, 4>(scales, (const bf16*)a.scales + block * PANEL + at % QUADS * 4);
+        constexpr int HERE = BITS * QUADS;  // quads of a block, which its scales follow
+        const Words* block = (const Words*)a.words + at / HERE * (HERE + SCALES);
+        const Words words = block[at % HERE];
+        load_vector<bf16, 4>(scales, (const bf16*)(block + HERE) + at % QUADS * 4);
         #pragma unroll
         for (int r = 0; r < 4; r++)
             #pragma unroll

@@ -38,6 +38,14 @@ def test_rows_are_what_was_written(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_call_has_no_arguments_of_other_tools(tmp_path, kind):
+    """Arrow gives all objects of a column the same fields, null where an object lacks them."""
+    calls = [{"function": {"name": name, "arguments": given}} for name, given in (("f", {"a": 1}), ("g", {"b": "x"}))]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    assert rows_of(written(kind, tmp_path, pyarrow.Table.from_pylist(rows))) == rows
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
 @pytest.mark.parametrize(
     "stamp", [("us", None, 1 << 62), ("s", None, -(1 << 50)), ("ms", "No/Where", 5), ("us", "+25:61", 5)]
 )
@@ -61,7 +69,7 @@ def test_a_picture_is_the_address_that_it_names_and_nobody_asks_for_it(tmp_path)
         folder = save_folder(tmp_path / "rows", pyarrow.Table.from_pylist([{"text": "one", "image": picture}]))
         features = {"text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
         (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
-        assert rows_of(folder) == [{"text": "one", "image": picture}]
+        assert rows_of(folder) == [{"text": "one", "image": {"path": picture["path"]}}]
         server.settimeout(0.2)
         with pytest.raises(TimeoutError):
             server.accept()

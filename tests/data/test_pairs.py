@@ -30,6 +30,7 @@ PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
         ({"prompt": "Hi?", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
         ({"messages": [USER], "chosen": "Yes.", "rejected": "No."}, PROMPT),
+        ({"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}, PROMPT),
         (
             {
                 "conversations": [{"from": "human", "value": "Hi?"}],

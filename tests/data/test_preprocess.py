@@ -10,7 +10,7 @@ import pytest
 from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import shorten
+from rwkv_peft.data.cutting import shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.sources import build_samples
@@ -64,6 +64,10 @@ def test_other_inputs(preprocess, tmp_path):
         ("in.doc", "a", "inputs are .jsonl"),
         ("in.txt", b"\xff", "not UTF-8"),
         ("in.json", "[1,", "not JSON"),
+        ("in.json", '{\n"data": [1]\n}', "begins with an object over several lines"),
+        ("in.jsonl", "a,b\n", "not JSON .* the name of a table ends in .csv"),
+        ("in.jsonl", '{"text": "é"}'.encode("utf-16"), "is UTF-16, .* convert the file"),
+        ("in.csv", b"PK\3\4", "is a zip file, .* export it as .csv"),
         ("in.json", b'["\xff"]', "not UTF-8 .* convert the file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -109,6 +109,13 @@ def test_folders_of_rows(folder, tmp_path, files, split, expected):
     assert "".join(asked(BinidxDataset(tmp_path / "data"))) == expected
 
 
+def test_a_folder_of_texts(folder):
+    """A text is read only if the folder has no rows, and its name says nothing of a split."""
+    files = {"b.txt": "B", "test a.txt": "A"}
+    assert [chunk.items for chunk in read_chunks(folder(files))] == [("B",), ("A",)]
+    assert len(list(read_chunks(folder({"rows.jsonl": lines("a")})))) == 1
+
+
 def test_a_folder_of_parquet(folder, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -128,7 +135,7 @@ def test_a_folder_of_parquet(folder, tmp_path):
         ({"main/a.jsonl": "x", "other/a.jsonl": "x"}, "", "several folders of rows; give one of .*main, .*other"),
         (TWO | HELD, "dev", "no split 'dev'; it has test, train, validation"),
         (HELD, "", "no split 'train'; it has test, validation"),
-        ({"a.txt": "x"}, "", "not a folder that datasets.save_to_disk wrote; give .*a.txt"),
+        ({"a.json": "x"}, "", "not a folder that datasets.save_to_disk wrote; give .*a.json"),
     ],
 )
 def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):

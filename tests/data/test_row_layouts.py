@@ -7,8 +7,11 @@ import pytest
 
 from data.documents import texts
 from rwkv_peft.data.row_forms import pair
-from rwkv_peft.data.templates import TEMPLATES, segments
+from rwkv_peft.data.templates import TEMPLATES, question, segments
+from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
+
+ANSWER = {"role": "assistant", "content": "Yo"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,18 @@ def test_every_form_of_row(preprocess, row, text, counted):
     assert dataset[0][-1] == 0  # the end token
     if dataset.mask is not None:
         assert dataset.mask[-1] == 1  # which the model learns to write
+
+
+@pytest.mark.parametrize("words", ["Hi", " spaced  ", "two\n\nparagraphs\n", "多谢。", "tab\t", "a:\r\nb\n"])
+@pytest.mark.parametrize("system", ["", "Be kind.\n"])
+def test_a_question_has_the_tokens_of_a_chats_turn(words, system):
+    """Those that generate --chat, serve and the page ask with."""
+    encode = load_tokenizer("world").encode
+    beside = {"system": system} if system else {}
+    due = [token for text in question(words, system=system) for token in encode(text)]
+    for row in ({"query": words, "response": "Yo"}, {"messages": [{"role": "user", "content": words}, ANSWER]}):
+        asked = [text for text, counts in segments(row | beside) if not counts]
+        assert [token for text in asked for token in encode(text)] == due
 
 
 def test_fields_and_templates_name_others(preprocess, tmp_path):

@@ -52,6 +52,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (chat(("user", [part(7)])), "field 'text' holds int, not text"),
         (chat(("user", "Hi"), ("assistant", None)), "field 'content' of a turn is null; give it the turn's words"),
         (shared(("alien", "Hi")), "role 'alien'; known are user, .*developer, .*observation"),
+        (chat(("user", "See <image>"), ("assistant", "Yo")) | {"images": ["x.png"]}, "field 'images' is no text"),
+        ({"question": "Q", "answer": "A", "image": {"path": "x.png"}}, "field 'image' is no text, and only"),
+        ({"messages": [{"role": "user", "content": "Q", "audio": [1]}]}, "field 'audio' is no text"),
     ],
 )
 def test_what_no_layout_has_a_place_for_is_named(preprocess, row, message):
@@ -72,6 +75,14 @@ NOTES = (
     (chat(("user", "Q"), ("assistant", "A"), ("user", ""), ("assistant", "B")), "in which a turn before an answer is"),
     ({"question": "Q", "answer": "A", "context": "C"}, "with a field 'context', which is not read; "),
     ({"query": "Q", "response": "A", "options": ["A", "B"]}, "with a field 'options', which is not read; "),
+    (
+        {"query": "Q", "response": "A", "reasoning": "R"},
+        "with a field 'reasoning', which is not read; --think (train.py",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "thinking": "T"}]},
+        "with a field 'thinking', which is not read; --think (train.py: --sft_think) lays it out",
+    ),
     ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, and counts as a whole in the loss"),
     ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "whose text holds questions and answers, "),
 )

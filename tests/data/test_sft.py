@@ -64,6 +64,14 @@ def test_long_prompts_lose_their_front_and_are_counted(config):
     assert "1 rows too long, left out" in notes
 
 
+def test_a_long_text_is_read_whole(config, tmp_path):
+    """It becomes rows of which each begins with the last token of the one before."""
+    (tmp_path / "story.txt").write_text("abcdefg\nhi")
+    read, notes = samples_of(replace(config([]), path=str(tmp_path / "story.txt"), ctx_len=4))
+    assert read == [("abcde", "bcde"), ("efg\nh", "fg\nh"), ("hi", "i")]
+    assert "1 texts longer than a row, cut into several" in notes
+
+
 def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatch):
     calls, plain = [], sft.write
     monkeypatch.setattr(sft, "write", lambda *args, **settings: calls.append(1) or plain(*args, **settings))

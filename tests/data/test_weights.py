@@ -27,9 +27,13 @@ def turns(*more):
 def test_segments_are_laid_out_as_they_stand(preprocess):
     assert texts(preprocess([{"segments": SEGMENTS}])) == [("abcd".replace("bc", "b c"), "b c")]
     assert texts(preprocess([{"segments": SEGMENTS[:2]}, {"segments": SEGMENTS}]))[0] == ("ab c", "b c")
+    axolotl = [{"text": part["text"], "label": part["train"]} for part in SEGMENTS]
+    assert segments({"segments": axolotl}) == segments({"segments": SEGMENTS})
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+@pytest.mark.parametrize(
+    "off", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}, {"training": False}, {"loss": False}]
+)
 def test_a_turn_that_does_not_count_leaves_the_same_text(off):
     whole = segments(turns(("Q", {}), ("A", {"weight": 1}), ("R", {"weight": 0}), ("B", {"train": True})))
     part = segments(turns(("Q", {}), ("A", off), ("R", {}), ("B", {})))
@@ -48,9 +52,12 @@ def test_a_turn_that_does_not_count_leaves_the_same_text(off):
         ({"segments": SEGMENTS, "tools": [{"name": "f"}]}, "field 'tools' has no place in this layout"),
         (turns(("Q", {}), ("A", {"weight": 0.5})), "field 'weight' of a turn holds 0.5; 0 leaves its words out"),
         (turns(("Q", {}), ("A", {"train": "yes"})), "field 'train' of a turn holds 'yes'"),
+        (turns(("Q", {}), ("A", {"train_detail": [{"begin_offset": 0}]})), "field 'train_detail' of a turn is not"),
+        (turns(("Q", {}), ("A", {"masked": True})), "field 'masked' of a turn is not followed; .* rows of segments"),
         ({"text": "a", "weight": -1}, "field 'weight' holds -1; a row's weight in the loss is a number from 0 on"),
         ({"text": "a", "weight": "much"}, "field 'weight' holds 'much'; a row's"),
         ({"text": "a", "weight": True}, "field 'weight' holds True; a row's"),
+        ({"text": "a", "weight": 10**400}, "field 'weight' holds 1000"),
         ({"text": "a", "weight": float("nan")}, "field 'weight' holds nan; a row's"),
     ],
 )

@@ -64,6 +64,19 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
         pass
 
 
+def test_what_others_could_not_read_stays_so(tmp_path):
+    path, before = tmp_path / "answers.jsonl", os.umask(0o022)
+    try:
+        for mode, after in ((None, 0o644), (0o600, 0o600), (0o440, 0o640), (0o666, 0o644)):
+            if mode is not None:
+                path.chmod(mode)
+            with atomic_write(path) as temporary:
+                temporary.write_text("x")
+            assert path.stat().st_mode & 0o777 == after
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
 def test_a_folder_that_was_made_for_what_did_not_come_goes(tmp_path, error):
     (tmp_path / "old").mkdir()

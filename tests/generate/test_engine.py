@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import GREEDY, PROMPTS, Heard, ask, engine_of, finish, model_file
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
@@ -14,16 +15,12 @@ from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.generate import Sampling, generate, load_model, prefill, save_state_file
 from rwkv_peft.generate.asked import Answer, Request
-from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
-from rwkv_peft.generate.pace import Pace
 from rwkv_peft.generate.rows import DAMAGED, LOST
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 
-GREEDY = Sampling(temperature=0)
-PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]
 MANNERS = [
     GREEDY,
     Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9, seed=4),
@@ -37,13 +34,6 @@ METHODS = [
     {"method": "lora", "alpha": 16.0, "train_parts": ("state",)},
     {"method": "pissa"},
 ]
-
-
-def model_file(tiny_state, path):
-    state = tiny_state(seed=3)
-    state["head.weight"] = state["head.weight"] * 4  # logits far enough apart for rounding not to matter
-    save_model(path, state)
-    return path
 
 
 def adapter_file(base, path, seed=0, size=0.1, **settings):
@@ -79,41 +69,6 @@ def files(tiny_state, tmp_path_factory):
 @pytest.fixture(scope="module")
 def voice(files):
     return Voice("base", *load_model(files / "base.pth"))
-
-
-class Heard:
-    """A listener that keeps what it hears, and ends after some tokens by itself."""
-
-    def __init__(self, most=10**9, gone=False):
-        self.tokens, self.odds, self.end, self.most, self.gone = [], [], "", most, gone
-
-    def over(self):
-        return "gone" if self.gone else ""
-
-    def draw(self, token, odds):
-        self.tokens.append(token)
-        self.odds.append(odds)
-        return "gone" if self.gone else "enough" if len(self.tokens) == self.most else ""
-
-    def finish(self, end):
-        assert not self.end
-        self.end = end
-
-
-def engine_of(voice, batch=8, piece=64, ahead=False):
-    return Engine(voice.model.config.vocab_size, batch, Known(1 << 30), Pace(piece), ahead)
-
-
-def ask(running, voice, prompt, *samplings, most=10**9, max_tokens=12, **settings):
-    heard = [Heard(most) for _ in samplings]
-    answers = [Answer(sampling, max_tokens, listener) for sampling, listener in zip(samplings, heard)]
-    running.add(Request(voice, prompt, answers, **settings))
-    return heard
-
-
-def finish(running):
-    while running.busy:
-        running.step()
 
 
 def alone(voice, prompt, sampling, max_tokens=12):

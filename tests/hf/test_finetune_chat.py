@@ -64,6 +64,7 @@ def test_all_of_it_counts_where_that_is_asked(tiny, tmp_path, monkeypatch):
 
 def test_other_names_of_columns_roles_and_fields(tiny, tmp_path, monkeypatch):
     chat = turns("A", "B", form=("from", "value"), names=("human", "gpt"))
+    chat[0]["train"] = False  # as of all that are not the model's
     assert learned(tiny, tmp_path, monkeypatch, write(tmp_path / "a.jsonl", "conversations", chat)) == [" B</s>"]
     chat = turns("A", "B", "C", form=("from", "value"), names=("observation", "gpt"))
     path = write(tmp_path / "c.jsonl", "conversations", chat)
@@ -139,12 +140,15 @@ CALL = [{"type": "function", "function": {"name": "t", "arguments": {"x": 1}}}]
         ),
         ({"query": "A", "response": "B", "history": [["C", "D"]]}, "has a history, .* --dataset_field query response"),
         ({"messages": turns("A", "B"), "system": ["Be."]}, "has a list for its system text, and text is due"),
+        ({"messages": [turn | {"weight": 0} for turn in turns("A", "B")]}, "a turn is not to count, and every answer"),
+        ({"query": "A", "response": "B", "weight": 2}, "field 'weight' holds 2, and rows have no weights here"),
+        ({"query": "A", "response": "B", "image": "x.png"}, "field 'image' is no text, and only text is read"),
     ],
 )
 def test_what_would_be_lost_of_a_row_is_refused(tiny, tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=f"row 1 of .* {message}"):
+    with pytest.raises(UserError, match=f"row 1 of .*{message}"):
         run(tiny, tmp_path / "out", "--data_path", str(path), *STEPS)
 
 
@@ -152,11 +156,13 @@ def test_a_chat_may_end_in_a_call_where_the_template_has_a_place_for_it(tiny, tm
     tokenizer = finetune.load_tokenizer(str(tiny / "model"), {})
     tokenizer.chat_template = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% for call in m.tool_calls or [] %}"
-        "{{ call.function.name }}{% endfor %}{% endgeneration %}{% endfor %}"
+        "{{ call.function.name }}({{ call.function.arguments | join }}){% endfor %}{% endgeneration %}{% endfor %}"
     )
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: tokenizer)
-    path = write(tmp_path / "a.jsonl", "messages", [*turns("A"), {"role": "assistant", "tool_calls": CALL}])
-    assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == ["At"]
+    calls = CALL, [{"function": {"name": "s", "arguments": {"y": 1}}}]  # with none of the other's arguments
+    chats = [[*turns("A"), {"role": "assistant", "tool_calls": call}] for call in calls]
+    path = write(tmp_path / "a.jsonl", "messages", *chats)
+    assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == ["As(y)", "At(x)"]
 
 
 def test_a_layout_that_the_tokenizer_gets_is_told_and_kept(tiny, tmp_path, capsys):

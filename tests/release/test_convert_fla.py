@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from release.conversions import convert, same
 from rwkv_peft.errors import UserError
@@ -115,6 +115,38 @@ def test_a_value_residual_of_layer_0_is_kept(tmp_path, state):
             official |= {f"blocks.0.att.v{i}": state[f"blocks.1.att.v{i}"] + 1 for i in (1, 2, 0)}
     convert(write(tmp_path / "hf", in_fla(official, value_in_first=True)), tmp_path / "m.pth")
     assert same(open_base(tmp_path / "m.pth").tensors, official)
+
+
+def test_a_folder_is_written_as_it_is_read(tmp_path, state, capsys):
+    """Without the value residual of layer 0, which those models do not have and none computes."""
+    value = {f"blocks.0.att.v{i}": state[f"blocks.1.att.v{i}"] for i in range(3)}
+    torch.save(state | value, tmp_path / "m.pth")
+    convert(tmp_path / "m.pth", tmp_path / "hf", "--to", "fla")
+    assert f"{len(state)} tensors, bfloat16 and float32, vocabulary bytes; flash-linear" in capsys.readouterr().out
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    expected = in_fla(state)
+    assert set(written) == set(expected) and all(torch.equal(written[key], expected[key]) for key in written)
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings.items() >= (SETTINGS | {"hidden_size": CHANNELS, "num_heads": 2, "intermediate_size": 192}).items()
+    assert settings["eos_token_id"] == 0 and settings["value_dim"] == [CHANNELS] * LAYERS
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(torch.load(tmp_path / "back.pth", weights_only=True), state)
+
+
+def test_what_has_no_such_folder_is_refused(tmp_path, state, tiny_state):
+    torch.save(tiny_state(vocab_size=257), tmp_path / "six.pth")
+    heads = {key: tensor.view(4, 32) if key.endswith("r_k") else tensor for key, tensor in state.items()}
+    torch.save(heads, tmp_path / "heads.pth")
+    torch.save({"blocks.0.att.key.bone": torch.zeros(8, 128)}, tmp_path / "adapter.pth")
+    for name, target, message in (
+        ("six", "hf", "RWKV-6 has no form as flash-linear-attention's folder"),
+        ("heads", "hf", "heads of 32, and flash-linear-attention computes RWKV-7 only with heads of 64"),
+        ("adapter", "hf", "holds an adapter, and only models convert to fla"),
+        ("heads", "m.gguf", "--to fla writes a folder, and .*m.gguf names a .gguf file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / f"{name}.pth", tmp_path / target, "--to", "fla")
+        assert not (tmp_path / target).exists()
 
 
 def test_each_missing_tensor_is_named_as_the_folder_has_it(tmp_path, state):

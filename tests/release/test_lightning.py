@@ -109,6 +109,7 @@ def test_what_is_no_such_adapter_is_told(base, adapter, tmp_path, capsys, tiny_s
         ({"method": "lora"}, "method is 'lora', and 'miss' is read here"),
         ({"format_version": 2}, "format_version is 2"),
         ({"scale": 0}, "scale = 0, and two finite numbers other than 0 are due"),
+        ({"scale": 10**400}, "two finite numbers other than 0 are due"),
         ({"rank": 4}, "do not fit together: not all are D of rank 4"),
         ({"targets": manifest["targets"][1:]}, "do not fit together: blocks.0.att.key.weight.D"),
         ({"targets": None}, "do not fit together"),

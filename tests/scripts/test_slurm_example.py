@@ -17,7 +17,8 @@ TOOLS = {
 
 
 @pytest.mark.parametrize(
-    "code, restarts, requeued", [(0, 0, False), (2, 0, False), (143, 0, True), (1, 19, True), (1, 20, False)]
+    "code, restarts, requeued",
+    [(0, 0, False), (2, 0, False), (75, 0, True), (143, 0, True), (1, 19, True), (1, 20, False)],
 )
 def test_it_is_queued_again_where_that_helps(tmp_path, code, restarts, requeued):
     for name, text in TOOLS.items():

@@ -48,7 +48,17 @@ def test_own_pages_and_allowed_ones_are_answered(server):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "", "["]
+    "host",
+    [
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "localhost@evil",
+        "localhost/evil",
+        "localhost?e",
+        "",
+        "[",
+    ],
 )
 def test_a_name_that_is_not_the_servers_is_refused(server, host):
     assert told(ask(server, Host=host)) in (400, 421)
@@ -150,9 +160,20 @@ def test_a_mistaken_chat_is_told_by_its_field(server, more, field):
     assert told(answer) == 400 and answer[2]["error"]["param"] == field
 
 
+def test_a_schema_that_takes_hours_to_compile_is_refused(server):
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "multipleOf": 99999989}}}
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    answer = server.send("POST", "/v1/chat/completions", body)
+    assert told(answer) == 400 and "simpler" in answer[2]["error"]["message"]
+
+
 def test_unknown_routes_are_told_in_the_same_form(server):
     assert told(server.send("GET", "/v1/nothing")) == 404 and told(server.send("GET", "/v1/completions")) == 405
     assert told(server.send("GET", "/docs")) == 404
+
+
+def test_who_sends_too_much_hears_of_it(server):
+    assert told(server.send("POST", "/v1/completions", ASK | {"prompt": "x" * (3 << 20)})) == 413
 
 
 def test_a_body_of_100_megabytes_is_not_read(server):

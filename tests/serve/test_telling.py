@@ -5,8 +5,9 @@ import json
 import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.serve.body import Body
 from rwkv_peft.serve.forms import ChatAsked
-from rwkv_peft.serve.telling import ChatTeller, TextTeller
+from rwkv_peft.serve.telling import ChatTeller, TextTeller, event
 from rwkv_peft.serve.worker import Drawn, Piece
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -68,3 +69,8 @@ def test_offsets_are_those_of_the_text():
 def test_a_field_that_is_null_is_left_out():
     asked = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     assert ChatAsked.model_validate(asked | {"logit_bias": None, "n": None}) == ChatAsked.model_validate(asked)
+
+
+def test_what_is_not_unicode_is_told_as_json_escapes_it():
+    told = {"arguments": '{"a": "\ud800 中"}'}
+    assert json.loads(Body(told).body) == json.loads(event(told).removeprefix(b"data: ")) == told

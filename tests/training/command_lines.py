@@ -32,12 +32,12 @@ def flags(files, *more):
     ]
 
 
-def refused(monkeypatch, capsys, argv):
-    """The message of a command that must end with exit code 2 and one line on stderr."""
+def refused(monkeypatch, capsys, argv, code=2):
+    """The message of a command that must end with this exit code and one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     with pytest.raises(SystemExit) as exit_info:
         exit_on_user_error(main)
     error = capsys.readouterr().err
-    assert exit_info.value.code == 2
+    assert exit_info.value.code == code
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error

@@ -112,7 +112,6 @@ def test_a_teacher_that_is_overwritten_ends_the_run(files, command, tiny_state):
             ("--teacher_model", "t.pth", "--train_type", "infctx"),
             "distill does not go with --train_type infctx: the te",
         ),
-        (("--teacher_model", "t.pth", "--lr_init", "auto"), "does not go with --lr_init auto: its rule is for another"),
         (("--teacher_model", "t.pth", "--peft", "lora-ga"), "does not go with --peft lora-ga: it begins with the grad"),
         (
             ("--objective", "next_token", "--teacher_adapter", "a", "b"),

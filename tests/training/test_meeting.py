@@ -1,11 +1,12 @@
 """Ranks meet, here within one process: nodes that count themselves wrongly, and one that has died."""
 
+import signal
 import socket
 
 import pytest
 import torch.distributed as dist
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import Ended, UserError
 from rwkv_peft.training.flags.world import LOOPBACK, World
 from rwkv_peft.training.ranks.meeting import Ranks, call
 from rwkv_peft.training.ranks.processes import Processes
@@ -59,6 +60,13 @@ def test_the_end_of_one_is_the_reason_of_the_others_and_the_first_reason_counts(
     second.tell(UserError("the disk is full"))
     second.tell(RuntimeError("of no matter"))
     with pytest.raises(UserError, match="^rank 1 \\(node 1 of 2\\) on .* ended: the disk is full$"):
+        first.gather_nodes()
+
+
+@pytest.mark.parametrize("error, words", [(KeyboardInterrupt(), "interrupted"), (Ended(signal.SIGTERM), "terminated")])
+def test_a_rank_that_a_signal_ends_says_so(first, error, words):
+    other(first, World(2, 1, 1)).tell(error)
+    with pytest.raises(UserError, match=f"^rank 1 .* on .* was {words}$"):
         first.gather_nodes()
 
 

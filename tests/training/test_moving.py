@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.checkpoints import find_checkpoint
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
-from rwkv_peft.training.saving.resume import with_kept_steps
+from rwkv_peft.training.saving.resume import with_kept_order, with_kept_steps
 from training.runs import finish, metrics, start
 
 FLAGS = (
@@ -110,3 +110,10 @@ def test_a_step_keeps_its_samples_on_other_ranks(tmp_path):
         kept_steps(tmp_path, eight, 3, 2)
     with pytest.raises(UserError, match="and 5 ranks of .*take a number of ranks that divides it, or"):
         kept_steps(tmp_path, eight, 4, 5)
+
+
+def test_a_run_keeps_its_order_of_rows_whatever_its_batches(tmp_path):
+    alone = DataConfig(micro_bsz=1)
+    kept_steps(tmp_path, {"data": {"rows_share_batches": True}}, 1, 1)
+    assert with_kept_order(alone, TrainConfig(proj_dir=str(tmp_path), resume="must")).buckets
+    assert with_kept_order(alone, TrainConfig(proj_dir=str(tmp_path))) == alone and not alone.buckets

@@ -121,7 +121,7 @@ def test_a_node_that_is_refused_says_so_to_the_other(files, command):
 
 def test_waiting_is_told_and_ends(command):
     port = free_port()
-    out, err = finish(node(command("late", "--join_minutes", "0.02"), 1, port), 2)
+    out, err = finish(node(command("late", "--join_minutes", "0.02"), 1, port), 75)
     assert f"waiting for node 0 of 2 at 127.0.0.1:{port}, 0 s" in out
     assert "node 0 of 2 at 127.0.0.1:" in err and "did not come within 0.02 minutes (--join_minutes)" in err
     process = node(command("late"), 0, port)
@@ -143,7 +143,7 @@ def test_what_a_launcher_leaves_behind_and_a_taken_port_are_told(command):
         assert words in err and err.count("\n") == 1
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        _, err = finish(start(command("stray", "--devices", "2"), MASTER_PORT=port), 2)
+        _, err = finish(start(command("stray", "--devices", "2"), MASTER_PORT=port), 75)
     assert f"MASTER_PORT {port} is taken by another process; set MASTER_PORT to a free one" in err
 
 

@@ -48,7 +48,9 @@ def test_it_is_measured_before_the_first_step_and_with_each_validation(files, me
     assert list(retained) == list(losses(lines, "val_loss")) == [2, 5, 7]
     assert retained == losses(metrics(files, "measured"), "retain_loss")
     first, second = measured
-    assert f"before the first step: retained loss {lines[0]['retain_start']:.4f}\n" in first
+    starts = (lines[0][f"{name}_start"] for name in ("val", "retain"))
+    assert "before the first step: validation loss {:.4f}, retained loss {:.4f}\n".format(*starts) in first
+    assert f"validation  loss {lines[0]['val_start']:.4f} before training, {lines[-1]['val_loss']:.4f} at" in second
     assert "before the first step" not in second
     assert f", perplexity {lines[5]['val_ppl']:.2f}, retained loss {retained[5]:.4f}\n" in second
     assert f"forgetting is measured on 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first

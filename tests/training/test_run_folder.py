@@ -131,7 +131,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resu
 def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
     with alone_in(files / "out"):
         assert f"a run is training there (process {os.getpid()} on " in refused(
-            monkeypatch, capsys, flags(files, *more)
+            monkeypatch, capsys, flags(files, *more), 75
         )
     assert not (files / "out").exists()
 

@@ -118,11 +118,18 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Longest answer, tokens").fill("24")
     message.fill("Ann has 3 red cups.")
+    message.dispatch_event("keydown", {"key": "Enter", "isComposing": True})  # ends a word of an input method
+    expect(message).to_have_value("Ann has 3 red cups.")
     message.press("Enter")
     for name in ("base", "adapter"):
         said = page.get_by_role("region", name=name).locator(".turn.assistant span")
         expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
     press(page, "Regenerate")
+    page.reload()
+    expect(page.locator(".turn.user span").last).to_have_text("Ann has 3 red cups.", timeout=LONG)
+    press(page, "Edit the last")
+    expect(message).to_have_value("Ann has 3 red cups.")
+    expect(page.locator(".turn")).to_have_count(0)
     expect(page.get_by_text("open: base.pth, adapter=out/mine/adapter.safetensors")).to_be_visible()
     press(page, "Close the model")
     expect(message).to_be_hidden()

@@ -8,10 +8,12 @@ import time
 import pytest
 
 from rwkv_peft.errors import UserError
+from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
+from rwkv_peft.ui.jobs import Jobs
+from rwkv_peft.ui.lines import TAIL, last_of, lines_of
 from rwkv_peft.ui.places import Places
-from rwkv_peft.ui.runs import TAIL, last_of, lines_of
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_every_flag_of_train_is_a_field_once():
 
 def test_a_choice_says_when_each_value_is_taken():
     words = {field["flag"]: field["words"] for group in form() for field in group["fields"]}
-    for flag in ("precision", "optim", "objective", "data_type"):
+    for flag in ("precision", "optim", "objective", "data_type", "peft"):
         field = next(field for group in form() for field in group["fields"] if field["flag"] == flag)
         assert list(words[flag]) == field["values"]
     assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
@@ -93,6 +95,19 @@ def test_a_preview_shows_what_counts(server):
     assert [counts for _, counts in first] == [False, True] and first[1][0] == ' {"name": "Ann"}\n<end>'
     assert len(found["sizes"]) == 40 and found["bad"] == 0
     assert 0 < found["counted"] < sum(found["sizes"])
+
+
+def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, folder):
+    (folder / "表 格.csv").write_text("问题,答案\n几？,一\n", "utf-8-sig")
+    asked = {"path": "表 格.csv", "tokenizer": "bytes"}
+    status, text = server.ask("/api/preview", asked)
+    assert status == 400 and "name others with --sft_field" in text
+    found = server.json("/api/preview", asked | {"fields": ["问题", "答案"]})
+    assert found["documents"][0]["pieces"][1] == [" 一<end>", True]
+    (folder / "texts").mkdir()
+    for name in "ab":
+        (folder / f"texts/{name}.txt").write_text("é" * 10)
+    assert server.json("/api/preview", {"path": "texts", "tokenizer": "bytes"})["sizes"] == [21, 21]
 
 
 def test_a_preview_tells_which_rows_are_refused(server, folder):
@@ -169,6 +184,22 @@ def test_a_command_that_is_killed_is_told(server, folder):
     assert status == 400 and "does not run" in text
 
 
+def test_a_command_is_stopped_before_it_has_begun(server):
+    train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir early"
+    job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "500"]})["id"]
+    assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
+    assert wait_for(server, job)["code"] == 130
+
+
+def test_a_page_that_ends_closes_its_models_and_leaves_runs(monkeypatch, tmp_path):
+    jobs, stopped = Jobs(tmp_path), []
+    jobs.own = ["1", "2"]
+    monkeypatch.setattr(jobs, "job", lambda name: {"words": ["serve" if name == "1" else "train"]})
+    monkeypatch.setattr(jobs, "stop", stopped.append)
+    close_chats(jobs)
+    assert stopped == ["1"]
+
+
 def test_lines_that_are_not_whole_are_read_later(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
@@ -178,8 +209,70 @@ def test_lines_that_are_not_whole_are_read_later(tmp_path):
     assert lines_of(path, 25) == {"lines": [{"step": 9}], "next": 12, "again": True}
 
 
+def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
+    secret, deep = tmp_path / "secret.jsonl", "[" * 300 + "]" * 300
+    secret.write_text('{"secret": 1}\n')
+    contents = {
+        "config.json": [deep, '{"flags": {"a": 1e999, "b": "\\ud800"}}', "pipe", secret],
+        "metrics.jsonl": [f'{deep}\n{{"step": 1, "loss": 1e999}}\n', '{"a": "\\ud800"}\n', "pipe", secret],
+        ".run.lock": ["", "", "pipe", secret],
+        "answers.jsonl": ["", "", "pipe", secret],
+        os.fsdecode(b"\xff"): ["", "", "pipe", secret],
+    }
+    for name, kinds in contents.items():
+        for number, content in enumerate(kinds):
+            path = folder / "strange" / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content == "pipe":
+                os.mkfifo(path)
+            else:
+                path.symlink_to(content) if content is secret else path.write_text(content)
+    assert {f"strange/{number}" for number in range(4)} <= {run["folder"] for run in server.json("/api/runs")}
+    assert server.json("/api/runs/metrics?folder=strange/0")["lines"] == [{"step": 1, "loss": None}]
+    assert server.json("/api/runs/metrics?folder=strange/1")["lines"] == [{"a": "\ud800"}]
+    assert server.json("/api/runs/metrics?folder=strange/2")["lines"] == []
+    for kind in ("metrics", "answers", "card"):
+        assert "secret" not in server.ask(f"/api/runs/{kind}?folder=strange/3")[1]
+    assert len(server.json("/api/files?path=strange/1")) == 4  # one of the names is not Unicode
+
+
+def test_records_of_commands_that_came_with_a_folder_are_data(tmp_path):
+    jobs = Jobs(tmp_path)
+    records = [
+        "{}",
+        "[1]",
+        "[" * 300,
+        '{"words": ["serve", "--port", "9"], "began": 1e18}',
+        '{"words": [], "began": 1}',
+    ]
+    for number, record in enumerate(records):
+        (jobs.folder / str(number)).mkdir(parents=True)
+        (jobs.folder / str(number) / "command.json").write_text(record)
+    assert [(job["id"], job["state"]) for job in jobs.all()] == [("3", "lost")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".rwkv-peft").symlink_to(jobs.folder.parent)
+    with pytest.raises(UserError, match="by a link"):
+        Jobs(tmp_path / "other").start(["doctor"])
+
+
 def test_mistaken_flags_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         parse_flags(["--files", str(tmp_path / "none")])
     with pytest.raises(UserError, match="--port"):
         parse_flags(["--port", "70000"])
+    with pytest.raises(UserError, match="ssh -L"):
+        parse_flags(["--host", "0.0.0.0"])
+
+
+def test_a_folder_that_cannot_be_written_is_told(server, folder):
+    """Root may write everywhere, so that a file stands in the way."""
+    jobs = folder / ".rwkv-peft"
+    jobs.rename(folder / "aside")
+    jobs.write_text("")
+    try:
+        for path, body in (("/api/jobs", {"words": ["doctor"]}), ("/api/chat", {"model": "base.pth"})):
+            status, text = server.ask(path, body)
+            assert status == 400 and ".rwkv-peft" in json.loads(text)["error"]
+    finally:
+        jobs.unlink()
+        (folder / "aside").rename(jobs)

@@ -32,7 +32,6 @@ METHOD = Method(
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=BlockAffine(index="b"),
     apply=apply,
-    step=lambda method, config, in_features: 1.0,
     term=term,
     upstream=Upstream(),
     hf=HfForm(("bat-in",), dims=3),

@@ -36,6 +36,5 @@ METHOD = Method(
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=ByOutput(index="a"),
     apply=apply,
-    step=lambda method, config, in_features: 1.0,
     hf=HfForm(("bat", "bat-out"), dims=3),
 )

@@ -58,7 +58,6 @@ METHOD = Method(
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,
-    step=lambda method, config, in_features: 1.0,
     lora=as_lora,
     upstream=Upstream(),
     hf=HfForm((True, False, "bone")),

@@ -58,6 +58,5 @@ METHOD = Method(
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,
     held=Constants(("bone_signs",), make),
-    step=lambda method, config, in_features: 1.0,
     lora=as_lora,
 )

@@ -5,10 +5,10 @@ in place of the paper's magnitude (1 + gain) |W|, keeps its small steps in bfloa
 the length |(W + U)_o| counts as a constant in the backward pass. It is never read off W + U:
 |W_o + U_o|² = |W_o|² + 2 W_o · U_o + |U_o|², of which W Aᵀ (out, rank) is the only product with the weight.
 
-Its file holds |W_o| as `lora_row_norm` (out,), so that it says what it began with. No step: a gain moves its row by as
-much of it as the rate says.
+Its file holds |W_o| as `lora_row_norm` (out,), so that it says what it began with.
 """
 
+import math
 from types import MappingProxyType
 
 import torch
@@ -42,6 +42,11 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
     change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
     turned = y if base.bias is None else y - base.bias.to(y.dtype)
     return torch.addcmul(y, turned, change.to(y.dtype))
+
+
+def step(method: Method, config: AdapterConfig, in_features: int) -> float:
+    """A row turns as LoRA's moves, and its gain lengthens it by as much of it as the rate says."""
+    return math.hypot(low_rank.step(method, config, in_features), 1 / math.sqrt(in_features))
 
 
 class Turned(Change):
@@ -104,4 +109,5 @@ METHOD = Method(
     draw=low_rank.draw,
     held=Constants(("lora_row_norm",), make),
     alpha=Alpha(),
+    step=step,
 )

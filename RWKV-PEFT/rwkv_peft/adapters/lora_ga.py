@@ -7,6 +7,7 @@ from torch import Tensor
 from ..config import AdapterConfig
 from ..errors import UserError
 from .change import Params
+from .method import Method
 from .residual import residual, svd_lowrank
 
 GAMMA = 16  # the paper's stable scale
@@ -25,4 +26,9 @@ def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Para
     return {"init_lora_A": scale * v.t()[:rank], "init_lora_B": scale * u[:, rank : 2 * rank]}
 
 
-METHOD = residual("lora-ga", make, most=lambda *layer: min(layer) // 2, from_gradient=True)
+def step(method: Method, config: AdapterConfig, in_features: int) -> float:
+    """The factors have rows and columns of the length `scale` of `make`, here of a square layer."""
+    return method.scale(config) * math.sqrt(2 * config.rank / (GAMMA * math.sqrt(in_features)))
+
+
+METHOD = residual("lora-ga", make, step, most=lambda *layer: min(layer) // 2, from_gradient=True)

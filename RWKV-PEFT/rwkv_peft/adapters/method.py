@@ -19,6 +19,7 @@ from .quant import roundtrip
 Shapes = dict[str, tuple[int, ...]]
 Apply = Callable[[Tensor, Frozen, Params, float, float], Tensor]
 Initial = Callable[[Tensor, AdapterConfig, Tensor | None], Params]
+FirstStep = Callable[["Method", AdapterConfig, int], float]
 
 
 class Layer(Protocol):
@@ -154,7 +155,8 @@ class Method:
     that compute it together with the operation before or after the layer. lora(params, scale, out, in) is the change as
     `lora_A` (r, in) and `lora_B` (out, r), float32, whose product it is exactly. step(method, config, in) tells how far
     Adam's first step moves a layer's weight: the root mean square of the change of its entries over the learning rate
-    (docs/guides/learning-rates.md). rates are (tensor, AdapterConfig field that multiplies its rate).
+    (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean square 1/in.
+    rates are (tensor, AdapterConfig field that multiplies its rate).
     """
 
     name: str
@@ -167,7 +169,7 @@ class Method:
     residual: Residual | None = None
     alpha: Alpha | None = None
     rates: tuple[tuple[str, str], ...] = ()
-    step: "Callable[[Method, AdapterConfig, int], float] | None" = None
+    step: "FirstStep" = lambda method, config, in_features: 1.0
     term: Callable[[Params, float], BlockTerm] | None = None
     lora: Callable[[Params, float, int, int], Params] | None = None
     upstream: Upstream | None = None
@@ -200,10 +202,6 @@ class Method:
     def size_words(self, sizes: Mapping[str, int]) -> str:
         """Write {field: value} of a size: "rank 8", or "" for a method without one."""
         return ", ".join(f"{field} {sizes[field]}" for field in self.tensors.size)
-
-    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
-        """`step` of this method, None if it depends on the weight."""
-        return None if self.step is None else self.step(self, config, in_features)
 
     def training_base(self, weight: Tensor, params: Params, scale: float) -> Tensor:
         """The weight that the layer trains on, of weight's dtype."""

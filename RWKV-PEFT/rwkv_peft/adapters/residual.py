@@ -2,9 +2,10 @@
 
 PiSSA, OLoRA and LoRA-GA train on the base W - scale B0 A0, so that the layer begins where the model was; the factors go
 into the adapter file, and merging starts from the original weight: W' = W + scale (B A - B0 A0) with A0 = `init_lora_A`
-and B0 = `init_lora_B`. No step: the factors are as large as what was taken out of the weight.
+and B0 = `init_lora_B`.
 """
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 
@@ -14,7 +15,19 @@ from torch import Tensor
 from ..config import AdapterConfig
 from . import low_rank
 from .change import Params, Sum
-from .method import Alpha, Constants, Initial, Layer, Method, Residual, Shapes, Tensors, Upstream, UpstreamLayer
+from .method import (
+    Alpha,
+    Constants,
+    FirstStep,
+    Initial,
+    Layer,
+    Method,
+    Residual,
+    Shapes,
+    Tensors,
+    Upstream,
+    UpstreamLayer,
+)
 
 NAMES = ("lora_A", "lora_B")
 FIRST = ("init_lora_A", "init_lora_B")
@@ -70,7 +83,14 @@ def as_pissa(layer: UpstreamLayer) -> Params:
     return {name: layer.scale * tensor if name.endswith("B") else tensor for name, tensor in layer.params.items()}
 
 
-def residual(name: str, make: Initial, most: Callable[[int, int], int] = min, from_gradient: bool = False) -> Method:
+def step(method: Method, config: AdapterConfig, in_features: int) -> float:
+    """Each factor, of the weight's own size, carries the step of the other: together some three times LoRA's."""
+    return method.scale(config) * math.sqrt(min(1.0, 3 * config.rank / in_features))
+
+
+def residual(
+    name: str, make: Initial, step: FirstStep = step, most: Callable[[int, int], int] = min, from_gradient: bool = False
+) -> Method:
     """The method that starts from the factors of `make`, at a rank of at most most(out, in)."""
     fit = low_rank.fits_up_to(most)
     return Method(
@@ -84,6 +104,7 @@ def residual(name: str, make: Initial, most: Callable[[int, int], int] = min, fr
         held=Constants(FIRST, make, keep, from_gradient),
         residual=Residual(training_base, first),
         alpha=Alpha(),
+        step=step,
         lora=as_lora,
         upstream=Upstream(as_pissa),
     )

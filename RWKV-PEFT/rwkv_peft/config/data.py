@@ -1,10 +1,12 @@
 """Settings of the data that a run reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli import above_zero, alias, count, positive
+from ..errors import UserError
 from ..names import LOSS_MASKS
 from ..tables import SAMPLINGS
 from .setting import setting
@@ -17,6 +19,11 @@ class DataType(NamedTuple):
     documents: int = 1
     fields: tuple[int, ...] = ()
     named: str = ""
+
+    def judge(self, given: Sequence[str]) -> None:
+        """Raise UserError for a number of fields that such rows do not have."""
+        if given and len(given) not in self.fields:
+            raise UserError(f"--sft_field {' '.join(given)}: {self.named}; name all, or leave them to be recognised")
 
 
 DATA_TYPES = MappingProxyType(
@@ -40,13 +47,14 @@ class DataConfig:
     "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
     two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
     ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
-    the samples; None keeps that of the file.
+    the samples; None keeps that of the file. bucketed: whether dataload "pad" brings rows of similar length together;
+    None: if rows share a batch.
     """
 
     path: str = setting(
         "",
-        "for rows a .jsonl, .json, .csv or .parquet, or a folder of rows; for tokens the PREFIX of PREFIX.bin and "
-        "PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
+        "for rows a .jsonl, .json, .csv, .parquet or .txt, or a folder of them; for tokens the PREFIX of PREFIX.bin "
+        "and PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",
@@ -139,6 +147,7 @@ class DataConfig:
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
     )
     seed: int | None = setting(42)
+    bucketed: bool | None = setting(None)
     micro_bsz: int = setting(
         1,
         "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt "
@@ -171,6 +180,11 @@ class DataConfig:
     def of_contexts(self) -> bool:
         """True if only a teacher reads a part of each row."""
         return self.data_type == "contexts"
+
+    @property
+    def buckets(self) -> bool:
+        """True if dataload "pad" brings rows of similar length together."""
+        return self.micro_bsz > 1 if self.bucketed is None else self.bucketed
 
     @property
     def longest(self) -> int:

@@ -23,6 +23,23 @@ SIZES = ("rank", "mini_rank", "entries")  # settings that give the shapes of ten
 SEEDS = 256  # a seed lies below it, so that bfloat16 holds it and no cast of the model changes it
 
 
+GOOD_FOR = MappingProxyType(  # value of --peft -> what trains, and when to take it
+    {
+        "bone": "one small block for each layer, guided by the weight (begin with it)",
+        "lora": "two thin factors, which most other tools know, at a larger rate",
+        "lora-plus": "lora whose second factor learns faster",
+        "rslora": "lora with a scale that suits large ranks, 128 and more",
+        "dora": "lora that also learns the length of each row, in more time",
+        "pissa": "lora that starts at the weight's largest singular values, to learn faster at first",
+        "olora": "lora that starts at the weight's QR decomposition, for the same end",
+        "lora-ga": "lora that starts along the first gradient, for which it reads some rows before",
+        "vera": "two vectors around random matrices, for the smallest file",
+        "shira": "some entries of each row of the weight, to change the fewest of the base's numbers",
+        NONE: "no adapter, the model itself (all of it, or --train_parts), in the most memory",
+    }
+)
+
+
 def whole_from(least: int, words: str) -> Condition:
     return Condition(lambda value: value >= least, words)
 
@@ -53,9 +70,9 @@ class Settings:
 
     method: str = setting(
         "bone",
-        "adapter method; none trains the model itself (all of it, or --train_parts); RWKV-PEFT's miss is bone with "
-        "--bone_mode bone, and its state is --train_type state; default bone, and none for a new model and with "
-        "--train_type finetune or state",
+        f"adapter method. {'; '.join(f'{name}: {words}' for name, words in GOOD_FOR.items())}. RWKV-PEFT's miss is "
+        "bone with --bone_mode bone, and its state is --train_type state (default: bone; none for a new model and with "
+        "--train_type finetune or state)",
         flag="peft",
         unset=True,
         type=alias(METHOD_ALIASES),

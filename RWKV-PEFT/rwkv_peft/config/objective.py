@@ -67,8 +67,9 @@ class Objective(ABC):
     - needs: what it asks for besides a pass through the model: BASE, TEACHER, REWARDS
     - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
     - rules: further rules, on flags of its own
-    - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and the rules
-      of learning rates and comparisons of methods apply, which are for that loss
+    - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and
+      methods compared
+    - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it reports, the first also in the progress bar
     - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER and
       the model is not its own; stored, a file of that word in place of the model; store, the file to write it to
@@ -83,6 +84,7 @@ class Objective(ABC):
     excludes: ClassVar[tuple[Exclusion, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
     of_tokens: ClassVar[bool] = False
+    pace: ClassVar[float] = 1.0
     figures: ClassVar[tuple[Figure, ...]] = ()
     # without annotations, which would make them fields of every objective
     teacher = ""

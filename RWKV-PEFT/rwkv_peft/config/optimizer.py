@@ -18,9 +18,8 @@ class OptimizerConfig:
 
     lr_init: float = setting(
         2e-5,
-        f"learning rate after warm-up (default: auto if docs/guides/learning-rates.md has a rule, else 2e-5; "
-        f"{STATE_LR:g} if only states train, 2e-5 for pairs and labels); auto: chosen by the method, its rank and "
-        "the model's width",
+        f"learning rate after warm-up (default: auto); auto: chosen by the method, its rank, the model's width and the "
+        f"objective, {STATE_LR:g} if only states train (docs/guides/learning-rates.md)",
         unset=True,
         type=rate,
     )

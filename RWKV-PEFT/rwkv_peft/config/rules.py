@@ -5,7 +5,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from ..names import AUTO, INFCTX, NONE, STATE
+from ..names import INFCTX, NONE, STATE
 from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
 from ..tables import WRITTEN
 from .adapter import AdapterConfig
@@ -160,7 +160,6 @@ def values_of(*settings: Settings) -> dict[str, Any]:
             values[SEVERAL] = bool(one.more)
         if isinstance(one, TrainConfig):
             values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
-            values |= {"lr_init": AUTO} if "lr_init" in one.lr_chosen else {}
         if isinstance(one, Objective):
             values["objective"] = one.name
     other = values.get("teacher_model") or values.get("teacher_logprobs")

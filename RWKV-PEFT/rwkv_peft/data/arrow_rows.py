@@ -163,11 +163,19 @@ def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
         return
     columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
     names = [name for name, column in columns.items() if column is not None]
-    lists = [columns[name].to_pylist() for name in names]
+    lists = [without_nulls(columns[name].to_pylist()) for name in names]
     rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
     step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields of its objects that are null: all objects of a column have the same fields, so that
+    a call of one tool has the arguments of all others."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def taken(array: Any) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from ..errors import UserError
+from ..errors import NotNow
 from ..files.atomic import temporary_beside
 from ..files.lock import Busy, hold
 from .prefix import binidx_prefix
@@ -18,8 +18,8 @@ class BinidxWriter(TokenFiles):
 
     The files appear, whole, when the block ends without an exception, the index last. Until then they are hidden
     temporary files in the same folder, which are removed if the block fails, or by the next writer there if the process
-    was killed. A mask of ones is not kept, nor are weights of 1, because they say nothing. Raises UserError if another
-    process is writing the same data set, and if the files cannot be written.
+    was killed. A mask of ones is not kept, nor are weights of 1, because they say nothing. Raises NotNow if another
+    process is writing the same data set, UserError if the files cannot be written.
     """
 
     files: dict[str, BinaryIO]
@@ -53,9 +53,9 @@ class BinidxWriter(TokenFiles):
 
 @contextmanager
 def alone(prefix: str) -> Iterator[None]:
-    """Hold the lock of a data set while it is written. Raises UserError if another process does."""
+    """Hold the lock of a data set while it is written. Raises NotNow if another process does."""
     try:
         with hold(Path(prefix).with_name(f".{Path(prefix).name}.lock")):
             yield
     except Busy as error:
-        raise UserError(f"{prefix}: another process is writing it ({error}); wait, or give another name") from None
+        raise NotNow(f"{prefix}: another process is writing it ({error}); wait, or give another name") from None

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -17,12 +16,14 @@ import numpy as np
 from ..errors import UserError
 from .bad_rows import BadRows
 from .binidx import dtype_code
+from .cutting import Piece, length, shorten, windows
 from .encode_settings import REMEDIES, EncodeSettings
-from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair
+from .foreign import TO_UTF_8
+from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
 from .rows import Chunk
 from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
-from .turns import SPEAKERS, TURN_END, Segment, weight_of
+from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
 # the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
@@ -39,7 +40,6 @@ OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant
 # a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
 ASIDE = ("context", "passage", "document", "choices", "options", "input")  # fields that often belong to a question
-Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Encoded:
 
     weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has DIGEST bytes for
     each row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that
-    were read. Of documents, or of pairs: empty,
-    shortened and too_long ones; equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
+    were read. Of documents, or of pairs: empty, shortened and too_long ones; cut texts, each of which became several;
+    equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
     that is not the model's, blank with another empty turn, dialogues for texts that hold questions and answers;
     thinking and at_once for rows with thinking and without, if it is asked for; "unread NAME" for rows with a field
@@ -149,7 +149,11 @@ class Encoder:
         return documents[1:] if self.kind == "contexts" else documents
 
     def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
-        result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
+        result, tokens, mask = (
+            Encoded(continues=chunk.continues and not self.settings.max_tokens),
+            array(self.code),
+            bytearray(),
+        )
         digests = bytearray()
         for offset, item in enumerate(chunk.items):
             if isinstance(item, bytes) and not item.strip():
@@ -174,7 +178,7 @@ class Encoder:
             if added and not whole:
                 self._count(self.told(documents), result.counts)
                 if self.told_aside:
-                    result.counts.update(unread(row))
+                    result.counts.update(unread(row, self.settings.think))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -227,8 +231,12 @@ class Encoder:
                     f"the most; take --ctx_len {longest - 1} or more, a shorter context, or --sft_long skip to leave "
                     "such rows out"
                 )
-            documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
-            result.counts["shortened"] += 1
+            is_text = isinstance(chunk.items[0], str)
+            if is_text:
+                documents = windows(documents[0], limit)
+            else:
+                documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
+            result.counts["cut" if is_text else "shortened"] += 1
         for pieces in documents:
             for ids, counts in pieces:
                 tokens += array(self.code, ids)  # faster than extend(ids)
@@ -238,10 +246,12 @@ class Encoder:
         return True
 
 
-def unread(row: Any) -> list[str]:
-    """The fields of a row of answers that seem to belong to its question, and that no layout reads."""
-    read = ("input",) if "instruction" in row else ASIDE if "text" in row else ()
-    return [f"unread {name}" for name in ASIDE if row.get(name) and name not in read]
+def unread(row: Any, think: str) -> list[str]:
+    """The fields of a row of answers that no layout reads: what may belong to its question, and unasked thinking."""
+    aside = [name for name in ASIDE if row.get(name) and (name != "input" or "instruction" not in row)]
+    turns = () if think else [turn for turn in (row, *(turns_before(row) or ())) if isinstance(turn, dict)]
+    thought = [name for name in FIELDS if any(turn.get(name) for turn in turns)]
+    return [f"unread {name}" for name in aside + thought if "text" not in row]
 
 
 def judged(text: str) -> list[int]:
@@ -277,22 +287,9 @@ def parse(item: object) -> Any:
     try:
         return json.loads(item)
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise UserError(f"not UTF-8 ({error.reason}); {TO_UTF_8}") from error
     except (ValueError, RecursionError) as error:
-        comma = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
-        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{comma}") from error
-
-
-def length(pieces: list[Piece]) -> int:
-    """The number of tokens of a document."""
-    return sum(len(ids) for ids, _ in pieces)
-
-
-def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
-    """Remove `excess` tokens from the front of the prompt, but not its last, then those beyond `limit` at the end."""
-    prompt = sum(len(ids) for ids, _ in takewhile(lambda piece: not piece[1], pieces))
-    first, shorter = min(excess, max(prompt - 1, 0)), []  # tokens [first, first + limit) stay
-    for ids, counts in pieces:
-        shorter.append((ids[max(first, 0) : max(first + limit, 0)], counts))
-        first -= len(ids)
-    return shorter
+        more = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
+        if item.lstrip()[:1] not in (b"{", b"["):
+            more = "; the name of a table ends in .csv, and that of a text in .txt"
+        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{more}") from error

@@ -32,9 +32,9 @@ def is_saved(folder: Path) -> bool:
 
 
 def row_files(folder: Path) -> dict[str, list[Path]]:
-    """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some; {} if there are
-    none. A file whose name has none of WORDS is of the split train. Raises UserError for files of several kinds, and
-    for several such folders."""
+    """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some, or else the
+    folder's texts; {} if there are none. A file whose name has none of WORDS is of the split train. Raises UserError
+    for files of several kinds, and for several such folders."""
     if found := files_in(folder):
         kinds = sorted({ending_of(path) for path in found})
         if len(kinds) > 1:
@@ -50,7 +50,10 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
     within = [path for path in below(folder) if path.is_dir() and files_in(path)]
     if len(within) > 1:
         raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, within))}")
-    return row_files(within[0]) if within else {}
+    if within:
+        return row_files(within[0])
+    texts = [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]
+    return {TRAIN: texts} if texts else {}
 
 
 def choose(splits: Iterable[str], name: str, folder: Path) -> str:

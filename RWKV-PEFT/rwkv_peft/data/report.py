@@ -10,7 +10,7 @@ from .order import magic_prime
 from .recorded import Vocabulary, vocabulary_of
 from .templates import opening_within, stops_of
 from .tokenizer import Tokenizer, load_tokenizer
-from .turns import TURN_END
+from .turns import FIELDS, TURN_END
 
 OPENING = "opening"  # an entry of a run's config.json
 DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
@@ -34,15 +34,15 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 def laid_out(totals: Encoded) -> list[str]:
     """The lines on rows with thinking and without, if asked for, and notes on rows that may be mistakes."""
     lines, counts = [], totals.counts
+    unread = {name.removeprefix("unread "): number for name, number in counts.items() if name.startswith("unread ")}
     if counts["thinking"]:
         lines.append(
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
         )
     for count, what in (
         *(
-            (number, f"with a field {name.split()[1]!r}, which is not read; preprocess --template lays it out")
-            for name, number in counts.items()
-            if name.startswith("unread ")
+            (number, f"with a field {name!r}, which is not read; {remedy_of(name)} lays it out")
+            for name, number in unread.items()
         ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
@@ -60,6 +60,11 @@ def laid_out(totals: Encoded) -> list[str]:
     return lines
 
 
+def remedy_of(name: str) -> str:
+    """The flag by which a field is read that is not."""
+    return "--think (train.py: --sft_think)" if name in FIELDS else "preprocess --template"
+
+
 def left_out(totals: Encoded) -> list[str]:
     """The lines on rows that were not written, or not whole."""
     lines = list(totals.bad.lines(" left out")) if totals.bad else []
@@ -67,6 +72,7 @@ def left_out(totals: Encoded) -> list[str]:
         "empty": "empty rows left out",
         "too_long": "rows too long, left out",
         "shortened": "rows too long, shortened",
+        "cut": "texts longer than a row, cut into several",
         "equal": "pairs of equal answers left out",
         "dropped": "rows dropped that are the same as an earlier one",
         "bare": "rows left out that lack a prompt or an answer",

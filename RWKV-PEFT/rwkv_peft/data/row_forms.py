@@ -14,6 +14,7 @@ from .templates import UnknownForm, behind_system, named_segments, require_field
 from .turns import TURN_END, Segment, chat, field, speaker
 
 SIDES = ("chosen", "rejected")
+OPENAI = ("preferred_output", "non_preferred_output")  # beside an input, which holds messages and tools
 CONTEXT, LABEL, COMPLETION, ANSWER = "context", "label", "completion", "answer"
 PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
 TURNS = ("messages", "conversations", "prompt")  # fields that may hold the turns before the answers
@@ -23,7 +24,8 @@ UNDESIRABLE = 2  # in a .mask: the token counts, in an answer that is labelled u
 STAND_IN = MappingProxyType({"": ".", "off": ".", "on": "<think>.</think>."})
 PAIRS = (
     "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
-    "(and input), or behind messages; or two dialogues"
+    "(and input), or behind messages; input, preferred_output and non_preferred_output, as OpenAI has them; or two "
+    "dialogues"
 )
 LABELS = (
     "label (true or false) beside a prompt and its completion, a query and response, a question and answer, an "
@@ -59,6 +61,8 @@ def turns_before(row: Mapping[str, Any]) -> list[Any] | None:
 def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
     """Lay out a row as the segments of its better and of its worse answer, each with the prompt before it."""
     row = fields_of(row, PAIRS)
+    if isinstance(row.get("input"), dict) and all(side in row for side in OPENAI):
+        row = {**row["input"], **{ours: row[theirs] for ours, theirs in zip(SIDES, OPENAI)}}
     if names:
         return [named_segments(row, (names[0], name), think) for name in names[1:]]
     if not all(side in row for side in SIDES):

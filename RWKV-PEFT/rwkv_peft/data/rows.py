@@ -17,6 +17,7 @@ from ..errors import UserError, short, told
 from ..files.readable import choice_in, require_readable
 from .arrow_rows import ROW_BYTES, parquet_rows, saved_rows
 from .folders import choose, is_saved, row_files
+from .foreign import TO_UTF_8, refuse_foreign
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
@@ -24,8 +25,8 @@ HELD_BYTES = 1 << 28  # the most bytes of rows of a compressed file or a folder 
 ROW_VALUES = 1 << 24  # the most values that a row may have, because a value of three bytes, [], takes 70 in memory
 VALUE_BYTES = 64  # bytes that a value takes in memory beside its text
 KINDS = (
-    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
-    "that datasets.save_to_disk wrote"
+    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv, .parquet or .txt files, "
+    "or one that datasets.save_to_disk wrote"
 )
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
@@ -65,6 +66,8 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     path = Path(path)
     if not path.is_dir():
         require_readable(path, f"{path}: no such file; inputs are {KINDS}")
+    if path.is_file():
+        refuse_foreign(path)
     name, bounds = parse_split(split)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
@@ -82,11 +85,11 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     elif suffix == ".parquet":
         chunks = listed_chunks(path, parquet_rows(path))
     else:
-        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx, .ods) as .csv")
+        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
     try:
         yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
 
 
 def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
@@ -149,7 +152,12 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 def json_chunks(path: Path) -> Iterator[Chunk]:
     """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
     with open(path, "rb") as file:  # once, because it may be a pipe
-        if not file.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.partition(b"\n")[0].strip() == b"{":
+            raise UserError(
+                f"{path} begins with an object over several lines; write a row a line, or all as one list, [{{…}}, …]"
+            )
+        if not start.startswith(b"["):
             yield from listed_chunks(path, read_lines(file, path))
             return
         text = file.read()
@@ -167,16 +175,17 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
 
 def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
     rest: list[str] = []  # what was read since the last cut
-    continues = False
+    continues, read, most = False, "", 4 * CHUNK_BYTES
     with open(path, encoding="utf-8-sig") as file:
-        # whole lines, so that the next read begins where a line does
-        while pieces and (read := file.read(4 * CHUNK_BYTES) + file.readline()):
+        while pieces and len(read := file.read(most)) == most:
+            read += file.readline()  # whole lines, so that the next read begins where a line does
             cut = last_line(read)
             if cut >= 0 and (text := "".join([*rest, read[:cut]])):
                 yield Chunk(str(path), 1, (text,), continues, ends=False)
                 rest, continues, read = [], True, read[cut:]
             rest.append(read)
-        yield Chunk(str(path), 1, ("".join(rest) + file.read(),), continues)
+            read = ""
+        yield Chunk(str(path), 1, ("".join(rest) + read + file.read(),), continues)
 
 
 def last_line(text: str) -> int:

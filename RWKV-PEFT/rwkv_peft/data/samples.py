@@ -36,8 +36,8 @@ class Samples(ABC):
     dataset: BinidxDataset
     kind = counted = "window"
 
-    def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Tell the samples, before the first is read, how many rows share a batch; it may change their order."""
+    def bucket(self, wanted: bool) -> None:  # noqa: B027 (most have nothing to do)
+        """Tell the samples, before the first is read, whether rows of similar length are to come together."""
 
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
@@ -256,12 +256,12 @@ class DocumentSamples(Samples):
 class PaddedSamples(DocumentSamples):
     """Dataload "pad": the rows of a batch are padded to the longest, so rows of similar length should share a batch.
 
-    If rows share a batch and there is a seed, the order is bucketed; it does not depend on how many rows share one. If
-    each row is alone in its batch, nothing is padded, and the order is a plain shuffle.
+    If that is wanted and there is a seed, the order is bucketed; it does not depend on how many rows share one. A run
+    whose rows are each alone in a batch does not want it: nothing is padded, and the order is a plain shuffle.
     """
 
-    def share_batches(self, rows: int) -> None:
-        self.bucketed = rows > 1 and self.seed is not None
+    def bucket(self, wanted: bool) -> None:
+        self.bucketed = wanted and self.seed is not None
 
 
 class SingleSamples(DocumentSamples):

@@ -24,7 +24,7 @@ from .preprocess import write
 from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 
-FORMAT = 7
+FORMAT = 8
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (*ENDINGS, ROWS)  # ROWS only of prompts
 
@@ -34,8 +34,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 
     config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
     rows. Documents longer than ctx_len, or prompts that leave no room there for an answer, lose the front of their
-    prompt (sft_long "left") or are left out ("skip"); the stream of dataload "get" keeps them whole. cache is a folder,
-    by default rwkv_peft/data under the user's cache folder.
+    prompt (sft_long "left") or are left out ("skip"), and a .txt is cut into several; the stream of dataload "get"
+    keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache folder.
     """
     settings, path = settings_of(config), Path(config.path)
     cache = Path(cache or cache_folder())
@@ -68,11 +68,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 def settings_of(config: DataConfig) -> EncodeSettings:
     """The settings by which the rows of a DataConfig become documents. Raises UserError for fields that its kind of
     rows does not have, and for rows that are not there."""
-    kind = DATA_TYPES[config.data_type]
-    if config.sft_field and len(config.sft_field) not in kind.fields:
-        raise UserError(
-            f"--sft_field {' '.join(config.sft_field)}: {kind.named}; name all, or leave them to be recognised"
-        )
+    DATA_TYPES[config.data_type].judge(config.sft_field)
     settings = EncodeSettings(
         config.tokenizer,
         fields=config.sft_field,

@@ -59,7 +59,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     mask = weighted(mask, dataset)
     sampling = OF_TYPES.get(config.data_type) or SAMPLINGS[config.dataload]
     samples: Samples = sampling(dataset, config.ctx_len, config.seed, mask)
-    samples.share_batches(config.micro_bsz)
+    samples.bucket(config.buckets)
     samples.vocabulary = vocabulary
     counts = [] if config.of_prompts else [describe_mask(dataset, config)]
     if dataset.weights is not None:
@@ -74,7 +74,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
 def streamed(config: DataConfig, vocabulary: Vocabulary) -> Samples:
     """The samples of rows that are tokenized as they are read (--stream)."""
     samples = StreamSamples(config, settings_of(config))
-    samples.share_batches(config.micro_bsz)
+    samples.bucket(config.buckets)
     samples.vocabulary = vocabulary
     require_counted(samples, config)
     return samples

@@ -75,7 +75,7 @@ class StreamSamples(Samples):
 
     def __init__(self, config: DataConfig, settings: EncodeSettings) -> None:
         self.rows = RowGroups(config.path, config.sft_split)
-        self.config, self.settings, self.shared = config, settings, 1
+        self.config, self.settings, self.bucketed = config, settings, False
         super().__init__(range(self.rows.rows), config.seed)
         self._windows = lru_cache(maxsize=4)(self._cut)
         self._held = lru_cache(maxsize=2)(self._encoded)  # a step may begin in one window and end in the next
@@ -99,8 +99,8 @@ class StreamSamples(Samples):
     def head(self) -> PaddedSamples:
         return self._window(0, 0)
 
-    def share_batches(self, rows: int) -> None:
-        self.shared = rows
+    def bucket(self, wanted: bool) -> None:
+        self.bucketed = wanted
         self._window.cache_clear()
 
     def subset(self, chosen: np.ndarray) -> Samples:
@@ -142,7 +142,7 @@ class StreamSamples(Samples):
         stored = dataset.mask
         mask = weighted(lambda start, stop: stored[start:stop] != 0, dataset)
         samples = PaddedSamples(dataset, self.config.ctx_len, seed, mask)
-        samples.share_batches(self.shared)
+        samples.bucket(self.bucketed)
         return samples
 
     def _encoded(self, epoch: int, number: int) -> tuple[HeldDataset, Encoded]:

@@ -109,13 +109,17 @@ def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]
 
 
 def given_segments(parts: object) -> list[Segment]:
-    """The segments that a row gives itself, {text, train} each: its texts as they are, and whether they count."""
+    """The segments that a row gives itself, {text, train} each: its texts as they are, and whether they count, which
+    Axolotl's rows call label."""
     if not isinstance(parts, list) or not parts:
         raise UserError("segments must be a list of objects with text and train")
+    found = []
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get(TRAIN), bool) or "text" not in part:
+        counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
+        if not isinstance(counts, bool) or "text" not in part:
             raise UserError(f"a segment is {short(repr(part))}; it needs a text, and train, true or false")
-    return [(field(part, "text"), part[TRAIN]) for part in parts]
+        found.append((field(part, "text"), counts))
+    return found
 
 
 def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
@@ -137,7 +141,8 @@ def named_segments(row: object, names: Sequence[str], think: str = "") -> list[S
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     opening, rest = answered(field(row, names[1]), row, think)
-    return behind_system(row, [(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)])
+    words = field(row, names[0]).strip()  # as in a chat
+    return behind_system(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
 
 
 # Layouts by name, for --template; see Template for the signs.

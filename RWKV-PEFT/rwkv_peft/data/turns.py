@@ -1,5 +1,5 @@
 """Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss: a row's field
-"weight", and a turn's "weight" of 0 or 1, or "train", tell it, too.
+"weight", and a turn's SWITCHES, tell it, too.
 
 Answers with thinking are laid out as the RWKV-7 G1 models give them: <think>, the thinking, </think>, the answer. A
 prompt that ends in "Assistant: <think" asks for thinking, and one that ends in "Assistant: <think></think", an empty
@@ -23,6 +23,7 @@ Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # fields of a row for which the layouts have no place
 UNPLACED = ("tool_calls", "function_call", "history")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row, or of a turn
 CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
 SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World chats give to it
     {
@@ -43,6 +44,8 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World c
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
 WEIGHT, TRAIN = "weight", "train"
+SWITCHES = (WEIGHT, TRAIN, "training", "loss")  # fields of a turn that say whether it counts, in one tool or another
+PARTLY = ("train_detail", "mask", "masked")  # those that say it in a way that is not followed
 OF_TOKENS = ("preprocess", "train")  # the commands of encoding.REMEDIES whose rows may weigh
 
 
@@ -115,6 +118,7 @@ def said(turn: Mapping[str, Any]) -> tuple[str, str]:
     """The speaker of a turn and its words, with the calls of the assistant's and the tools of the system's."""
     role_name, words_name = ("role", "content") if "role" in turn else ("from", "value")
     role = speaker(field(turn, role_name)) if role_name in turn else ""
+    refuse_media(turn)
     calls, tools = called(turn), listed(turn)
     if not role or (words_name not in turn and not calls):
         raise UserError(
@@ -166,11 +170,22 @@ def part_text(part: object) -> str:
 
 def refuse_unplaced(row: Mapping[str, Any], more: Sequence[str] = ()) -> None:
     """Raise UserError if a row holds one of UNPLACED, or of more fields, which would be lost."""
+    refuse_media(row)
     for name in (*UNPLACED, *more):
         if row.get(name) not in NOTHING:
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
             raise UserError(
                 f"field {name!r} has no place in this layout; {remedy}, or remove the field if it should not be learned"
+            )
+
+
+def refuse_media(holder: Mapping[str, Any]) -> None:
+    """Raise UserError if a row or a turn holds one of MEDIA."""
+    for name in MEDIA:
+        if holder.get(name) not in NOTHING:
+            raise UserError(
+                f"field {name!r} is no text, and only text is read; leave such rows out, or remove the field if their "
+                "words do without it"
             )
 
 
@@ -190,7 +205,7 @@ def weight_of(row: object, command: str) -> float:
         return 1.0
     try:
         weight = float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
     if isinstance(found, bool) or not 0 <= weight < math.inf:
@@ -201,9 +216,15 @@ def weight_of(row: object, command: str) -> float:
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
-    """Return whether an answer counts: not if its WEIGHT is 0, as in OpenAI's rows, or its TRAIN false. Raises
-    UserError for other values, because only whole rows have other weights."""
-    for name in (WEIGHT, TRAIN):
+    """Return whether an answer counts: not if one of its SWITCHES is 0 or false. Raises UserError for other values,
+    because only whole rows have other weights, and for a turn that holds one of PARTLY."""
+    for name in PARTLY:
+        if turn.get(name) not in (*NOTHING, False):
+            raise UserError(
+                f"field {name!r} of a turn is not followed; a turn counts as a whole, or with {TRAIN!r} false not at "
+                "all, and rows of segments may count in parts"
+            )
+    for name in SWITCHES:
         found = turn.get(name)
         if found not in (None, 0, 1):
             raise UserError(

@@ -42,6 +42,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = _real(path, f"cannot write {path}")
     with temporary_beside(path) as temporary:
         mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
+        with suppress(FileNotFoundError):
+            mode &= path.stat().st_mode | 0o700  # what others could not read stays so
         yield temporary
         temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
         fsync(temporary)

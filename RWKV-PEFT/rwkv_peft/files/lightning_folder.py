@@ -8,6 +8,7 @@ y = W x + scale D S, which is bone with Dᵀ (https://github.com/Alic-Li/rwkv_li
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_lightning_folder(folder: Path) -> Adapter:
                 f"{folder / MANIFEST}: {name} is {told}, and {due!r} is read here; merge it where it is from"
             )
     rank, scale, targets = (manifest.get(name) for name in ("rank", "scale", "targets"))
-    if type(rank) is not int or not isinstance(scale, (int, float)) or not math.isfinite(scale) or not scale:
+    if type(rank) is not int or not isinstance(scale, (int, float)) or not 0 < abs(scale) <= sys.float_info.max:
         told = short(f"rank = {rank!r} and scale = {scale!r}")
         raise UserError(f"{folder / MANIFEST} has {told}, and two finite numbers other than 0 are due; copy it again")
     listed = targets if isinstance(targets, list) else []

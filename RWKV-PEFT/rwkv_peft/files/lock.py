@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, told
+from ..errors import NotNow, told
 from .atomic import check_output, without_empty_folders
 
 LONGEST = 1000  # bytes that a holder writes about itself
@@ -76,7 +76,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     """Return what the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None
     if no process holds it."""
     try:
-        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "r")
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")  # a pipe would be waited for
     except OSError:
         return None
     with file:
@@ -95,8 +95,8 @@ def holder(path: Path) -> dict[str, Any] | None:
 @contextmanager
 def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--proj_dir") -> Iterator[None]:
     """Lock a run's folder, given as `flag`; make it if it is missing, and remove it again if it stays empty. Raises
-    UserError if it cannot be written or another process holds it; if the file system has no locks, `say` tells so and
-    the run goes on."""
+    UserError if it cannot be written, NotNow if another process holds it; if the file system has no locks, `say` tells
+    so and the run goes on."""
     real = Path(os.path.realpath(folder))  # mkdir fails on a link whose target does not exist yet
     with without_empty_folders(real), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
@@ -108,7 +108,7 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
 @contextmanager
 def alone_at(path: Path, say: Callable[..., object] = print) -> Iterator[None]:
     """Be the only process that writes a file, given as --output, by a lock beside it; make its folder if it is missing,
-    and remove that again if it stays empty. Raises UserError if another process holds the lock; if the file system has
+    and remove that again if it stays empty. Raises NotNow if another process holds the lock; if the file system has
     no locks, `say` tells so."""
     with without_empty_folders(path.parent), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,6 @@ def enter(stack: ExitStack, lock: Path, given: str, busy: str, instead: str, say
     try:
         stack.enter_context(hold(lock))
     except Busy as error:
-        raise UserError(f"{given}: {busy} ({error}); wait for it, or name {instead}") from None
+        raise NotNow(f"{given}: {busy} ({error}); wait for it, or name {instead}") from None
     except OSError as error:
         say(f"output    {given} cannot be locked ({error}): start nothing else that writes there")

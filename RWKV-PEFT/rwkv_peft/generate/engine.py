@@ -12,7 +12,7 @@ import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .asked import Request
+from .asked import Answer, Request
 from .known import Known, Read
 from .pace import Pace
 from .reading import prefill, read_packed
@@ -55,6 +55,7 @@ class Engine:
         self.reading: deque[Reading] = deque()
         self.groups: dict[LanguageModel, Group] = {}
         self.forwards: dict[LanguageModel, Forward] = {}
+        self._open: dict[Answer, None] = {}  # those that have not ended, in the order in which they were added
         self.drawn = self.read = self.reused = 0  # tokens since the start
 
     @property
@@ -68,14 +69,14 @@ class Engine:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self._open.update(dict.fromkeys(request.answers))
 
     def fail(self, reason: str) -> None:
-        """End all that is being answered, after an error that may have left it half advanced."""
-        rows = [row.answer for group in self.groups.values() for row in group.rows]
-        asked = [answer for reading in self.reading for answer in reading.request.answers]
+        """End all that does not wait, after an error that may have left it half advanced, and in no list."""
         self.groups, self.reading = {}, deque()
-        for answer in rows + asked:
-            answer.listener.finish(reason)
+        waiting = {answer for request in self.waiting for answer in request.answers}
+        for answer in [answer for answer in self._open if answer not in waiting]:
+            self._finish(answer, reason)
 
     def forget(self, voice: Voice) -> None:
         """Drop what is kept for a voice that nobody will ask for."""
@@ -85,8 +86,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Read the tokens that were drawn last and a piece of the prompts, and draw a token for each row."""
-        self.waiting = deque(request for request in self.waiting if not ended(request))
-        self.reading = deque(reading for reading in self.reading if not ended(reading.request))
+        self.waiting = deque(request for request in self.waiting if not self._over(request))
+        self.reading = deque(reading for reading in self.reading if not self._over(reading.request))
         for group in self.groups.values():
             group.read(self._forward(group.model))
         if self.ahead:
@@ -100,6 +101,19 @@ class Engine:
             group.draw(self.vocab_size, not self.ahead)
         if not self.ahead:
             self._hear()
+
+    def _over(self, request: Request) -> bool:
+        """Finish a request whose listeners all have a reason to end it -> True if they had."""
+        reasons = [answer.listener.over() for answer in request.answers]
+        if not all(reasons):
+            return False
+        for answer, reason in zip(request.answers, reasons):
+            self._finish(answer, reason)
+        return True
+
+    def _finish(self, answer: Answer, end: str) -> None:
+        del self._open[answer]
+        answer.listener.finish(end)
 
     def _forward(self, model: LanguageModel) -> Forward:
         if model not in self.forwards:
@@ -216,23 +230,13 @@ class Engine:
                 read = row.tokens if self.ahead else row.tokens[:-1]
                 if self.known.limit and (self.ahead or row.length > 1) and token is not None:
                     self.known.add(row.voice, read, *group.own(place))
-                row.answer.listener.finish(end)
+                self._finish(row.answer, end)
             if not staying:
                 del self.groups[group.model]
             elif len(staying) < len(group.rows):
                 group.keep(staying)
         if self.pace is not None and self.ahead:
             self.pace.end()
-
-
-def ended(request: Request) -> bool:
-    """Finish a request whose listeners all have a reason to end it -> True if they had."""
-    reasons = [answer.listener.over() for answer in request.answers]
-    if not all(reasons):
-        return False
-    for answer, reason in zip(request.answers, reasons):
-        answer.listener.finish(reason)
-    return True
 
 
 def piece_of(reading: Reading, most: int) -> list[int]:

@@ -30,7 +30,11 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, Real) or not math.isfinite(value):
+            try:
+                finite = isinstance(value, Real) and math.isfinite(value)
+            except OverflowError:  # an int that no float can hold
+                finite = False
+            if not finite:
                 raise UserError(f"--{field.name} {value!r}: a finite number is due")
         for name, rule, holds in (
             # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures

@@ -37,8 +37,7 @@ class Product(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Product":
         """Let blocks move with the model; no cast reaches them."""
         if isinstance(blocks := self.weight, Blocks):
-            words = fn(blocks.words)
-            self.weight = blocks._replace(words=words, scales=blocks.scales.to(words.device))
+            self.weight = blocks._replace(words=fn(blocks.words))
         return super()._apply(fn, recurse)
 
 
@@ -93,7 +92,7 @@ def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object])
     arena, before, after = Arena(), 0, 0
     for name, layer in layers.items():
         rounded = quantize(layer.weight.detach(), bits)
-        rounded = rounded._replace(words=arena.keep(rounded.words), scales=arena.keep(rounded.scales))
+        rounded = rounded._replace(words=arena.keep(rounded.words))
         before, after = before + layer.weight.nbytes, after + rounded.nbytes
         model.set_submodule(name, Product(rounded))
     say(f"{kind} blocks of {BLOCK}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB in {len(layers)} matrices")

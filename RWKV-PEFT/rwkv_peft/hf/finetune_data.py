@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli import counted
+from ..data.arrow_rows import without_nulls
+from ..data.turns import WEIGHT, is_learned, refuse_media
 from ..errors import UserError
 from ..names import SYSTEM_FIELDS
 from .finetune_flags import BoneArguments
@@ -26,6 +28,7 @@ TEMPLATE = (
     "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n### ASSISTANT:' }}{% endif %}"
 )
+NEW = "new "  # before the names of columns of JSON, in which an object keeps its own fields, and only these
 # The columns that are taken if --dataset_field names none: a question and its answer, or the turns of a chat.
 COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
@@ -59,6 +62,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
     if not isinstance(turns, list):
         raise UserError(f"{where} has a {type(turns).__name__} for its {column}, and a list of turns is due")
     messages = [_message(turn, where) for turn in turns]
+    refuse_lost(row, messages, where)
     if not any(turn["role"] == "assistant" and (turn["content"] or calls(turn)) for turn in messages):
         raise UserError(f"{where} has no turn of the assistant's to learn from; drop such rows from the file")
     system = system_of(row, where)
@@ -118,7 +122,7 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
     """Load the rows of the split that the flag --`split` names, as messages, or as prompt and completion with the
     tokenizer's eos_token at the end. A tokenizer without a chat template gets one if the rows are messages. Raises
     UserError if there is no such data or column, or if a row has another form."""
-    from datasets import load_dataset
+    from datasets import Features, Json, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
@@ -158,11 +162,29 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
                 f"--dataset_field {' '.join(columns)}, which learns without it"
             )
         if len(columns) == 1:
-            return as_messages(row, columns[0], where, tokenizer)
+            row = {name: without_nulls(row[name]) for name in row}
+            return {NEW + name: value for name, value in as_messages(row, columns[0], where, tokenizer).items()}
         return as_prompt(row, columns, where, tokenizer.eos_token or "")
 
+    kept = [name for name in ("messages", "tools") if len(columns) == 1 and name in ("messages", *data.column_names)]
+    features = Features({NEW + name: Json() for name in kept}) if kept else None
     with refusals_of(f"--data_path {arguments.data_path}"):  # text is decoded only here
-        return data.map(made, with_indices=True, remove_columns=data.column_names)
+        data = data.map(made, with_indices=True, remove_columns=data.column_names, features=features)
+    return data.rename_columns({NEW + name: name for name in kept})
+
+
+def refuse_lost(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise UserError, which names `where`, for a row with a weight, for an answer that does not count, because all do
+    here, and for anything that is no text."""
+    try:
+        for holder in (row, *messages):
+            refuse_media(holder)
+        if row.get(WEIGHT) not in (None, "", 1):
+            raise UserError(f"field {WEIGHT!r} holds {row[WEIGHT]!r}, and rows have no weights here; leave it out")
+        if not all(is_learned(turn) for turn in messages if turn["role"] == "assistant"):
+            raise UserError("a turn is not to count, and every answer does; end the chat before that turn")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
@@ -191,6 +213,7 @@ def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: s
                 f"{where} has a {type(row[name]).__name__} for its {name}, and text is due; write it out as a question "
                 "and its answer"
             )
+    refuse_lost(row, (), where)
     system = system_of(row, where)
     opening = f"### SYSTEM: {system}\n" if system else ""
     return {"prompt": f"{opening}### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}

@@ -115,6 +115,11 @@ class Family(ABC, Generic[Config, Model]):
         Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
         return None
 
+    def to_fla(self, base: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The inverse of from_fla: the tensors in that layout, without what its models do not compute, and the settings
+        of config.json but those of the tokenizer. Raises UserError without such a form."""
+        raise self.formless("flash-linear-attention's folder")
+
     def hf_settings(self, config: Config) -> dict[str, Any]:
         """config.json of a Hugging Face folder, as a dict. Raises UserError without such a form."""
         raise self.formless("a Hugging Face folder")

@@ -47,9 +47,9 @@ class OfAnswers(Objective):
 
     rows = ("pairs",)
     unit = "pair"
+    pace = 0.1
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
-        ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
         ("--train_type infctx", "an answer's probability is that of all its tokens at once", "leave it out"),
         ("--context_parallel", "an answer's probability is that of all its tokens at once", "leave it out"),
         ("--dataload !pack", "answers are packed", "leave it out"),

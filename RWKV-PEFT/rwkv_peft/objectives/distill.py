@@ -40,7 +40,6 @@ class Distill(Draws):
     needs = (TEACHER,)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
-        ("--lr_init auto", "its rule is for another loss", "give a number, such as 1e-4"),
         ("--train_type infctx", "the teacher reads whole rows", "leave it out, and take shorter rows"),
     )
     rules = (

@@ -70,11 +70,11 @@ class GRPO(Draws):
     text = "answers that the model draws itself, judged by --reward"
     rows = ("prompts",)
     unit = "prompt"
+    pace = 0.3
     needs = (REWARDS,)
     figures = (REWARD, LENGTH, ENTROPY)
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
-        ("--lr_init auto", "its rule is for the loss of tokens", "give a number, such as 5e-6"),
         ("--train_type infctx", "an answer is drawn and learned as a whole", "leave it out"),
     )
     rules = (

@@ -4,6 +4,7 @@ INPUT's content and OUTPUT's ending say what is converted:
 
 - model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
   .gguf (llama.cpp), a folder (Hugging Face layout)
+- with --to fla, model.pth -> a folder in flash-linear-attention's layout
 - .st, .safetensors or a Hugging Face folder (for RWKV-7 also flash-linear-attention's) -> model.pth
 - a state file (.pth with time_state tensors only) <-> .st, .state, .safetensors (Ai00); an adapter that holds only
   time states -> the same
@@ -42,7 +43,8 @@ from .formats import GGUF_TYPE, Wanted, cast, format_of
 from .lora import adapter_files, as_lora, describe_errors, write_lora
 from .miss import rename_folder
 
-LIGHTNING = "lightning"
+LIGHTNING, FLA = "lightning", "fla"  # values of --to
+FLA_LOADER = "flash-linear-attention loads it, and so does rwkv7-hf"
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
@@ -61,8 +63,11 @@ def main(argv: list[str]) -> int:
     given = Path(args.input)
     if given.is_dir() and target.resolve().is_relative_to(given.resolve()):  # it would hold two things for its readers
         raise UserError(f"the output {target} is inside the input {given}; name a place outside of it")
-    if args.to and not adapted:
-        raise UserError(f"{source} holds no adapter, and only adapters convert to {args.to}; leave --to {args.to} out")
+    if args.to and adapted == (args.to == FLA):
+        kinds = "an adapter, and only models convert" if adapted else "no adapter, and only adapters convert"
+        raise UserError(f"{source} holds {kinds} to {args.to}; leave --to {args.to} out")
+    if args.to == FLA and target.suffix:
+        raise UserError(f"--to {FLA} writes a folder, and {target} names a {target.suffix} file; leave that out")
     refuse_unread(args, target, adapted)
     written = convert_adapter(source, target, args) if adapted else convert_model(source, target, args)
     for line in written:
@@ -222,18 +227,18 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     tokenizer = None
     if form.vocabulary:
         tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
-    form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
+    form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, args.to == FLA))
     if base.has_states and not (form.states_in_model and base.family.states_in_model):
         print(
             f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "
             "run's state.pth, or the file of merge_bone.py --state_output"
         )
-    what = describe(tensors, dtype)
+    what = describe(base.family.to_fla(tensors, base.config)[0] if args.to == FLA else tensors, dtype)
     if target.suffix == ".gguf":
         number = len(list(base.family.gguf_tensors(tensors, base.config)))
         what = f"{number} tensors, the large ones {args.gguf_type or GGUF_TYPE}"
     line = f"{target}: {what}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
-    return [f"{line}; {form.loaded_by}"]
+    return [f"{line}; {FLA_LOADER if args.to == FLA else form.loaded_by}"]
 
 
 def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:

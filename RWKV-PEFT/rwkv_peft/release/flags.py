@@ -199,10 +199,11 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--to",
-        choices=("lora", "lightning"),
+        choices=("lora", "lightning", "fla"),
         help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
         "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
-        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves",
+        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves; fla: write an "
+        "RWKV-7 into a folder as flash-linear-attention has it",
     )
     add(
         "--lora_rank",

@@ -33,11 +33,13 @@ Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor
 
 class Wanted(NamedTuple):
     """The settings for writing a model: dtype of its tensors (None: each keeps its own), type of a GGUF's large
-    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one."""
+    matrices, the tokenizer whose vocabulary is written with it, if the format holds one, and whether a folder has
+    flash-linear-attention's layout."""
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
     tokenizer: Tokenizer | None = None
+    fla: bool = False
 
 
 class Format(NamedTuple):
@@ -129,16 +131,19 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
-    """Write a folder in the layout of the generation's Hugging Face models.
+    """Write a folder in the layout of the generation's Hugging Face models, or in flash-linear-attention's.
 
     config.json is removed before the other files are replaced, and written last: a folder that was left between an old
     model and a new one has none, so readers refuse it.
     """
     family, config, tokenizer = base.family, base.config, wanted.tokenizer
     assert tokenizer is not None  # because the format's vocabulary is True
-    end = tokenizer.end_id
-    settings = family.hf_settings(config) | {"bos_token_id": end, "eos_token_id": end}
-    tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
+    if wanted.fla:
+        tensors, settings = family.to_fla(base.tensors, config)
+    else:
+        tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
+        settings = family.hf_settings(config)
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
     with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
         for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():

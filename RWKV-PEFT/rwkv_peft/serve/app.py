@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import short
+from .body import Body
 from .forms import ChatAsked, Detokenized, Loaded, TextAsked, Tokenized
 from .guard import App, Gate, Guard
 from .refused import Refused
@@ -129,7 +130,7 @@ async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -
     conversation = await service.ask(form)
     if form.stream:
         return Events(conversation)
-    return JSONResponse(await conversation.whole(departure(http)))
+    return Body(await conversation.whole(departure(http)))
 
 
 async def departure(http: Request) -> None:

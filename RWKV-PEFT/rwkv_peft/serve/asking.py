@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..data.templates import segments, stops_of
 from ..data.tokenizer import Tokenizer
@@ -47,23 +47,29 @@ class Asking(NamedTuple):
 
 
 def asking_of(form: TextAsked | ChatAsked, tokenizer: Tokenizer, defaults: Sampling, bounds: Bounds) -> Asking:
-    """Read a request. Raises Refused for what cannot be answered."""
+    """Read a request. Raises Refused for what cannot be answered, and for too much before it is tokenized."""
+    times, number = form.n or 1, 1 if isinstance(form, ChatAsked) else len(form.prompts)
+    if number * times > bounds.answers:
+        raise Refused(400, f"{number * times} answers in one request, and {bounds.answers} may be: ask for fewer")
     if isinstance(form, ChatAsked):
+        if (parts := len(form.messages) + len(form.tools or ())) > bounds.prompt:
+            raise too_long(f"{parts:,} messages and tools", bounds)
         prompts, stops = [chat_prompt(form, tokenizer)], (*stops_of("Assistant:"), *form.stops)
         longest = form.max_completion_tokens or form.max_tokens or bounds.tokens
     else:
         prompts, stops = text_prompts(form, tokenizer, bounds), form.stops
         longest = form.max_tokens or 16
-    times = form.n or 1
-    if len(prompts) * times > bounds.answers:
-        raise Refused(400, f"{len(prompts) * times} answers in one request, and {bounds.answers} may be: ask for fewer")
     if longest > bounds.tokens:
         raise Refused(400, f"max_tokens {longest:,}: an answer has at most {bounds.tokens:,} here", "max_tokens")
     for prompt in prompts:
         if len(prompt.tokens) > bounds.prompt:
-            message = f"the prompt has {len(prompt.tokens):,} tokens, and {bounds.prompt:,} may be; shorten it"
-            raise Refused(400, message, code="context_length_exceeded")
+            raise too_long(f"{len(prompt.tokens):,} tokens", bounds)
     return Asking(prompts, times, sampling_of(form, defaults), stops, longest, form.odds)
+
+
+def too_long(length: str, bounds: Bounds) -> Refused:
+    message = f"the prompt has {length}, and {bounds.prompt:,} tokens may be; shorten it"
+    return Refused(400, message, code="context_length_exceeded")
 
 
 def sampling_of(form: Asked, defaults: Sampling) -> Sampling:
@@ -93,11 +99,8 @@ def chat_prompt(form: ChatAsked, tokenizer: Tokenizer) -> Prompt:
 
 
 def text_prompts(form: TextAsked, tokenizer: Tokenizer, bounds: Bounds) -> list[Prompt]:
-    given: Any = form.prompt  # which of the four forms it is, mypy does not see
-    if isinstance(given, str) or not given or isinstance(given[0], int):
-        given = [given]
     prompts = []
-    for number, one in enumerate(given):
+    for number, one in enumerate(form.prompts):
         try:
             tokens = encode(tokenizer, one, number) if isinstance(one, str) else list(one)
         except UserError as error:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Whole = Annotated[int, Field(strict=True)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Tokens = list[Annotated[Whole, Field(ge=0)]]
+Tokens = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True)]  # a million mistakes are told as one
+Several = Field(fail_fast=True, max_length=4096)  # prompts, more than a batch has places
 
 
 class Form(BaseModel):
@@ -20,8 +21,12 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, body: Any) -> Any:
-        """Drop fields that are null, which some clients send for all that nobody set."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        """Drop fields that are null, which some clients send for all that nobody set, and all unknown ones but the
+        first, which is told."""
+        if not isinstance(body, dict):
+            return body
+        told = {*cls.model_fields, next((name for name in body if name not in cls.model_fields), "")}
+        return {name: value for name, value in body.items() if value is not None and name in told}
 
 
 class StreamOptions(Form):
@@ -65,9 +70,14 @@ class Asked(Form):
 class TextAsked(Asked):
     """POST /v1/completions."""
 
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: str | Tokens | Annotated[list[str], Several] | Annotated[list[Tokens], Several]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        given: Any = self.prompt  # which of the four forms it is, mypy does not see
+        return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
 
     @property
     def odds(self) -> int | None:
@@ -78,12 +88,12 @@ class TextAsked(Asked):
 class ChatAsked(Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     think: Literal["on", "off"] | None = None

@@ -21,6 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN = ("/health",)  # needs no key: who watches over a process has none
 JSON = "application/json"
+PASSED = 4  # a body of so many times the most is read, and dropped: who is still sending would not hear the refusal
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Gate:
         self.judge_size(headers)
 
     def judge_size(self, headers: dict[str, str]) -> None:
-        """Raise Refused for a body that says that it is too large."""
+        """Raise Refused for a body that says that it is far too large."""
         size = headers.get("content-length", "0")
-        if not size.isdecimal() or int(size) > self.most:
+        if not size.isdecimal() or int(size) > PASSED * self.most:
             raise self.too_large
 
     def knows(self, host: str) -> bool:
         """True if the header Host names this server: localhost, an address in digits, or one of `hosts`."""
-        name = (urlsplit(f"//{host}").hostname or "") if "@" not in host else ""
+        name = (urlsplit(f"//{host}").hostname or "") if not set("@/?#") & set(host) else ""
         if name in ("localhost", *(own.lower() for own in self.hosts)):
             return True
         try:
@@ -123,13 +124,16 @@ class Guard:
 
     async def whole(self, receive: Receive) -> bytes | None:
         """Read the body, None if the client left. Raises Refused if it is too large."""
-        body = bytearray()
+        body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self.gate.most:
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self.gate.most:
+                body += part
+            if size > self.gate.most and not (message.get("more_body") and size <= PASSED * self.gate.most):
                 raise self.gate.too_large
             if not message.get("more_body"):
                 return bytes(body)

@@ -5,6 +5,7 @@ The llguidance package knows these tokens. JSON is written in one line, with or 
 colons, because a model may go on writing space forever where it may write any.
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ import torch
 from ..data.tokenizer import Tokenizer
 from .forms import ChatAsked
 from .refused import Refused
+from .trial import MEMORY, SECONDS, compiles
 
 ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
 # how JSON is written, and oneOf as anyOf if its forms may overlap, because that just one holds cannot be known ahead
 OPTIONS = MappingProxyType(
     {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 )
+REMEMBERED = 10_000  # grammars that are known to compile
 OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # what comes before an answer's JSON, by ChatAsked.think
 
 
@@ -65,6 +68,7 @@ class Schemas:
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
         self._making = threading.Lock()
+        self._tried: set[bytes] = set()
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -89,6 +93,7 @@ class Schemas:
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
         grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(OPTIONS)})}"
         with self._making:
+            self._try(field, grammar)
             matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise wrong(field, matcher.get_error().partition("\n")[0])
@@ -97,6 +102,17 @@ class Schemas:
         if not held.allowed().any() or held.matcher.is_error():  # as of a schema that only refers to itself
             raise wrong(field, "no text satisfies the schema; mend what refers to itself in it")
         return Compiled(matcher, self.size)
+
+    def _try(self, field: str, grammar: str) -> None:
+        """Raise Refused for a grammar that would take too long, or too much memory, to compile."""
+        digest = hashlib.sha256(grammar.encode()).digest()
+        if digest in self._tried:
+            return
+        if not compiles(grammar):
+            raise wrong(field, f"the schema takes more than {SECONDS} seconds or {MEMORY >> 20} MiB; make it simpler")
+        if len(self._tried) >= REMEMBERED:
+            self._tried.clear()
+        self._tried.add(digest)
 
 
 def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -156,7 +156,7 @@ class Conversation:
                 with suppress(asyncio.CancelledError, Refused):
                     await task
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncIterator[bytes]:
         """The events of an answer that is told as it is drawn."""
         begun: set[int] = set()
         try:
@@ -166,7 +166,7 @@ class Conversation:
                     begun.add(piece.number)
             if self.tells_usage:
                 yield self.teller.chunk([], self.usage())
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
         except Refused as refused:
             yield event(refused.body)
 

@@ -13,6 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.tools import OPENS, Call, parse_calls
 from ..generate.rows import DAMAGED, LOST
 from ..generate.text import overlap
+from .body import encoded
 from .worker import FAILED, Drawn, Piece
 
 Told = dict[str, Any]
@@ -68,7 +69,7 @@ class Teller:
         choices = [self.answer(piece) for piece in answers]
         return {**self.head, "object": self.whole_kind, "choices": choices, "usage": usage.told()}
 
-    def chunk(self, choices: Sequence[Told], usage: Usage | None = None) -> str:
+    def chunk(self, choices: Sequence[Told], usage: Usage | None = None) -> bytes:
         """A server-sent event."""
         told = {**self.head, "object": self.chunk_kind, "choices": list(choices)}
         return event(told | ({} if usage is None else {"usage": usage.told()}))
@@ -196,8 +197,8 @@ def reason(end: str) -> str | None:
     return ("stop" if end in STOPS else "length") if end else None
 
 
-def event(told: Told) -> str:
-    return f"data: {json.dumps(told, ensure_ascii=False)}\n\n"
+def event(told: Told) -> bytes:
+    return encoded(f"data: {json.dumps(told, ensure_ascii=False)}\n\n")
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

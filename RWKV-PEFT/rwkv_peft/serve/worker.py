@@ -129,7 +129,7 @@ class Worker(threading.Thread):
                 act()
             try:
                 self.engine.step()
-            except Exception:
+            except BaseException:  # a panic of a package in Rust is no Exception
                 traceback.print_exc()
                 self.engine.fail(FAILED)
 

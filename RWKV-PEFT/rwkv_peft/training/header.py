@@ -17,9 +17,8 @@ from ..names import NONE, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
-from .flags.rates import automatic_rate
 from .inputs import Inputs
-from .measuring.learned import doubts
+from .measuring.learned import doubts, rate_of
 from .step.forked import saved_tokens
 from .step.plan import Plan
 from .step.relay import in_flight, waiting
@@ -104,7 +103,7 @@ def describe(
     stays = train.lr_schedule == "constant" or train.lr_final == train.lr_init
     chosen = f"{train.lr_init:g}" if stays else f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
-        why = "as the run began" if inputs.state else automatic_rate(adapter, model.n_embd).reason
+        why = "as the run began" if inputs.state else rate_of(config).reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")

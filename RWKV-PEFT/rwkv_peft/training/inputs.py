@@ -9,6 +9,7 @@ from typing import Any
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples
 from ..data.folders import held_out_split
+from ..data.leaks import leaked
 from ..data.mixture import Joined
 from ..data.prefix import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
@@ -21,7 +22,7 @@ from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, other_retained, validated_from, with_kept_steps
+from .saving.resume import find_state, other_retained, validated_from, with_kept_order, with_kept_steps
 from .saving.run_state import require_files
 from .step.plan import Plan
 from .step.stored import StoredTeacher
@@ -59,6 +60,7 @@ class Inputs:
 def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
+    config = replace(config, data=with_kept_order(config.data, config.train))
     train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
     step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
     samples, measured = find_samples(config)
@@ -144,6 +146,10 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             )
     if held_out:
         measured[VALIDATION] = Joined(held_out) if train.more_val else held_out[""]
+    elif VALIDATION in measured:
+        held_out[""] = measured[VALIDATION]
+    for found in held_out.values():
+        samples.notes += leaked(samples, found)
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file

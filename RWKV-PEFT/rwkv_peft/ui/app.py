@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from .. import __version__
@@ -16,11 +16,13 @@ from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import LOCK
 from ..names import CARD, METRICS
+from ..serve.body import Body
 from .chat import ask, serve
 from .form import chat_form, form
 from .jobs import Jobs, interrupt
+from .lines import last_of, lines_of, read
 from .places import Places
-from .runs import ANSWERS, find_runs, last_of, lines_of
+from .runs import ANSWERS, find_runs
 
 PAGE = Path(__file__).parent / "page"
 PLANNED = 120  # seconds for a plan or a preview
@@ -38,7 +40,7 @@ class Rows(BaseModel):
     path: str
     tokenizer: str = "world"
     data_type: str = "sft"
-    think: str = ""
+    fields: list[str] = []
 
 
 class Folder(BaseModel):
@@ -59,14 +61,22 @@ def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
     return StreamingResponse(pieces, status, media_type=kind)
 
 
-def make_app(root: Path) -> FastAPI:
+def make_app(root: Path, jobs: Jobs) -> FastAPI:
     """The application that shows the files below `root` and starts commands there."""
-    places, jobs = Places(root), Jobs(root.resolve())
-    app = FastAPI(title="rwkv-peft", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    places = Places(root)
+    app = FastAPI(
+        title="rwkv-peft",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        default_response_class=Body,
+    )
 
     @app.exception_handler(UserError)
+    @app.exception_handler(OSError)  # a full disk, a folder that is gone
     def refuse(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": str(error)}, 400)
+        return Body({"error": str(error)}, 400)
 
     def page(name: str) -> Callable[[], Response]:
         kind = mimetypes.guess_type(name)[0] or "text/plain"
@@ -142,11 +152,11 @@ def make_app(root: Path) -> FastAPI:
 
     @app.get("/api/runs/metrics")
     def metrics(folder: str, begin: int = 0) -> dict[str, Any]:
-        return lines_of(places.inside(folder) / METRICS, begin)
+        return lines_of(places.file(f"{folder}/{METRICS}"), begin)
 
     @app.get("/api/runs/answers")
     def answers(folder: str) -> dict[str, Any]:
-        return {name: last_of(places.inside(folder) / name) for name in ANSWERS}
+        return {name: last_of(places.file(f"{folder}/{name}")) for name in ANSWERS}
 
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:
@@ -167,7 +177,6 @@ def make_app(root: Path) -> FastAPI:
 
     @app.get("/api/runs/card")
     def card(folder: str) -> dict[str, str]:
-        path = places.inside(f"{folder}/{CARD}")
-        return {"text": path.read_text("utf-8", "replace") if path.is_file() else ""}
+        return {"text": read(places.file(f"{folder}/{CARD}")).decode("utf-8", "replace")}
 
     return app

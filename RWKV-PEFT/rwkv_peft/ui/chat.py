@@ -8,11 +8,13 @@ import http.client
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.atomic import temporary_beside
 from .jobs import RUNNING, Jobs
 
 HOST = "127.0.0.1"
@@ -20,11 +22,17 @@ WAITED = 600  # seconds for an answer's next word
 
 
 def key_file(jobs: Jobs) -> Path:
-    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing."""
+    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing, or if
+    what lies there, as in a folder that was copied, is no such file."""
     path = jobs.folder.with_name("key")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    with suppress(FileNotFoundError):
+        if path.lstat().st_mode != stat.S_IFREG | 0o600:
+            path.unlink()
+    if not path.exists():
+        with temporary_beside(path) as temporary, suppress(FileExistsError):
+            temporary.chmod(0o600)
+            temporary.write_text(secrets.token_hex(32))
+            os.link(temporary, path)
     return path
 
 
@@ -35,8 +43,17 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: s
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
+    words += ["--drain_seconds", "1"]  # who closes it waits for no answer
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
+
+
+def close_chats(jobs: Jobs) -> None:
+    """End the servers that this page has opened, of which nobody else knows."""
+    for name in jobs.own:
+        with suppress(UserError, OSError):  # it has ended
+            if jobs.job(name)["words"][0] == "serve":
+                jobs.stop(name)
 
 
 def port_of(jobs: Jobs, name: str) -> int:
@@ -62,7 +79,7 @@ def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[in
         raise UserError("the model is not loaded yet, or its server is gone") from error
 
     def pieces() -> Iterator[bytes]:
-        with closing(connection):
+        with closing(connection), suppress(OSError, http.client.HTTPException):  # the server is gone: so the page says
             while piece := response.read1(1 << 16):
                 yield piece
 

@@ -14,7 +14,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     """argv -> the flags. Raises UserError for mistaken ones, and for a folder that is not there."""
     parser = Parser(
         prog=PROG,
-        synonyms={"--folder": "--files", "--dir": "--files", "--root": "--files", "--open": "what it does by itself"},
+        synonyms={
+            **dict.fromkeys(("--folder", "--dir", "--root"), "--files"),
+            **dict.fromkeys(("--host", "--share"), "`ssh -L 8600:127.0.0.1:8600 MACHINE`, run where the browser is"),
+            "--open": "what it does by itself",
+        },
         description="Serve a page on this machine to look at data, train, watch runs, chat with models and release "
         "them. It listens on 127.0.0.1 alone, and the address that it prints holds the key to it.",
     )

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from ..cli import switch
+from ..config import CHOICES
 from ..serve.flags import build_parser as serve_parser
 from ..training.flags.parser import build_parser
 
@@ -85,7 +86,7 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
     elif action.nargs in ("+", "*"):
         kind = "paths" if name in PATHS else "list"
     elif action.choices:
-        kind, values = "choice", [str(choice) for choice in action.choices]
+        kind, values = "choice", [str(choice) for choice in (CHOICES if name == "peft" else action.choices)]
     elif name in PATHS:
         kind = "path"
     default, text = action.default, action.help or ""

@@ -21,16 +21,22 @@ OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
 
 def main(argv: list[str]) -> int:
     folder, words = Path(argv[0]), argv[1:]
-    with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
-        process = subprocess.Popen(
-            python_command("rwkv_peft", *words), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before the command began
 
-        def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
+        if process is None:
+            early.append(number)
+        else:
             process.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, forward)
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
+    with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
+        command = python_command("rwkv_peft", *words)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
         with atomic_write(folder / EXIT) as temporary:
             temporary.write_text(str(code if code >= 0 else 128 - code))

@@ -16,11 +16,13 @@ from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import holder
 from .job import COMMAND, EXIT, LOCK, OUTPUT
+from .lines import objects, read
 
 HELD = 50  # jobs that are remembered
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
 STARTING = 20.0  # seconds in which a job takes its lock
+POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
 
 
@@ -29,6 +31,7 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
+        self.own: list[str] = []  # those that this process began
 
     def start(self, words: Sequence[str]) -> str:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
@@ -47,10 +50,13 @@ class Jobs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
+        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
         """Make the folder of the next job, and forget the oldest that have ended."""
+        if self.folder.resolve() != self.folder:
+            raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = self.numbers()
         for number in numbers[:-HELD]:
@@ -76,19 +82,20 @@ class Jobs:
 
     def described(self, folder: Path) -> dict[str, Any] | None:
         """A job's number, words, state, exit code and when it began; None if its folder tells nothing."""
-        try:
-            command = json.loads((folder / COMMAND).read_text())
-        except (OSError, ValueError):
-            return None
-        state = self.state(folder, command["began"])
-        code = (folder / EXIT).read_text() if state == ENDED else ""
-        return {"id": folder.name, **command, "state": state, "code": int(code) if code.isdecimal() else None}
+        match next(objects([read(folder / COMMAND)]), None):
+            case {"words": [str(), *_] as words, "began": int(began) | float(began)}:
+                state = self.state(folder, began)
+            case _:
+                return None
+        code = read(folder / EXIT, 9) if state == ENDED else b""
+        told = {"id": folder.name, "words": [str(word) for word in words], "began": began, "state": state}
+        return told | {"code": int(code) if code.isdigit() else None}
 
     def state(self, folder: Path, began: float = 0.0) -> str:
         """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
         if (folder / EXIT).exists():
             return ENDED
-        starting = time.time() - began < STARTING
+        starting = 0 <= time.time() - began < STARTING
         if starting or holder(folder / LOCK) is not None:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
@@ -103,7 +110,9 @@ class Jobs:
     def read(self, name: str, begin: int = 0) -> dict[str, Any]:
         """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
         folder, job = self.folder_of(name), self.job(name)
-        with suppress(FileNotFoundError), open(folder / OUTPUT, "rb") as output:
+        if not (folder / OUTPUT).is_file():
+            return job
+        with open(folder / OUTPUT, "rb") as output:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(begin, size - TAIL, 0))
             text = output.read(TAIL)
@@ -111,8 +120,11 @@ class Jobs:
         return job
 
     def stop(self, name: str) -> None:
-        """End a job as Ctrl-C does: a run saves after its step."""
-        interrupt(self.folder_of(name) / LOCK, f"job {name}")
+        """End a job as Ctrl-C does: a run saves after its step. One that has just been started is waited for."""
+        lock = self.folder_of(name) / LOCK
+        while not holder(lock) and self.job(name)["state"] == RUNNING:
+            time.sleep(POLLED)
+        interrupt(lock, f"job {name}")
 
     def folder_of(self, name: str) -> Path:
         if not (name.isdecimal() and name.isascii() and (self.folder / name).is_dir()):
@@ -125,6 +137,7 @@ def interrupt(lock: Path, what: str) -> None:
     held = holder(lock)
     if held is None:
         raise UserError(f"{what} does not run")
-    if held.get("host") != platform.node() or not isinstance(held.get("process"), int):
+    process = held.get("process")
+    if held.get("host") != platform.node() or not isinstance(process, int) or process <= 1:  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
-    os.kill(held["process"], signal.SIGINT)
+    os.kill(process, signal.SIGINT)

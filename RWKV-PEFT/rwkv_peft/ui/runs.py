@@ -1,19 +1,19 @@
 """The runs below a folder, whoever started them: what they are, and what they wrote so far."""
 
-import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
+from .lines import objects, read
 from .places import Places
 
 DEEP = 5  # levels of folders that are looked through
 MOST = 200  # runs that are shown
-BYTES = 4 << 20  # of a file, that are read at a time
-TAIL = 1 << 18  # bytes at the end of a file of answers
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
 SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
@@ -43,49 +43,17 @@ def modified(folder: Path) -> float:
 
 def described(places: Places, folder: Path) -> dict[str, Any]:
     """A run in a few words. Settings that cannot be read are missing."""
-    try:
-        settings = json.loads((folder / RUN).read_text("utf-8"))
-    except (OSError, ValueError):
-        settings = {}
+    name = places.name(folder)
+    settings: Any = {}
+    with suppress(OSError, UserError):
+        settings = next(objects([read(places.file(f"{name}/{RUN}"))]), {})
     settings = settings if isinstance(settings, dict) else {}
+    flags = settings.get("flags")
     return {
-        "folder": places.name(folder),
+        "folder": name,
         "running": holder(folder / LOCK) is not None,
         "modified": modified(folder),
         "steps": settings.get("steps"),
-        "flags": settings.get("flags", {}),
+        "flags": flags if isinstance(flags, dict) else {},
         "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),
     }
-
-
-def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
-    """The objects in whole lines of a .jsonl file from byte `begin` on, and `next`, the byte to go on from. A file that
-    became shorter, because a run began anew, is read from its start: `again` is then True."""
-    try:
-        with open(path, "rb") as file:
-            again = begin > file.seek(0, os.SEEK_END)
-            file.seek(0 if again else begin)
-            data = file.read(BYTES)
-    except FileNotFoundError:
-        return {"lines": [], "next": 0, "again": begin > 0}
-    whole = data[: data.rfind(b"\n") + 1]
-    return {"lines": list(objects(whole)), "next": (0 if again else begin) + len(whole), "again": again}
-
-
-def last_of(path: Path) -> list[Any]:
-    """The objects in the last lines of a .jsonl file."""
-    try:
-        found: list[Any] = lines_of(path, max(path.stat().st_size - TAIL, 0))["lines"]
-    except FileNotFoundError:
-        return []
-    return found
-
-
-def objects(data: bytes) -> Iterator[Any]:
-    """Yield the values of lines of JSON; a number that JSON does not have (NaN) becomes None, and other lines are left
-    out."""
-    for line in data.splitlines():
-        try:
-            yield json.loads(line, parse_constant=lambda word: None)
-        except ValueError:
-            continue

@@ -14,6 +14,7 @@ from rwkv_peft.ops.native import build
 from rwkv_peft.ops.native.build import Recipe, build_library, kept_library
 from rwkv_peft.ops.native.compilers import find_program
 from rwkv_peft.ops.native.cpu import CpuFamily
+from rwkv_peft.ops.native.kept import cache_directory
 from rwkv_peft.ops.native.library import BuildError
 
 
@@ -76,6 +77,20 @@ def test_a_user_without_a_home_is_told_so(monkeypatch):
     monkeypatch.setattr(Path, "home", nowhere)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert "point XDG_CACHE_HOME at one" in CpuFamily("wkv6", ()).unavailable()
+
+
+@pytest.mark.parametrize("mode, user", [(0o777, 0), (0o755, 1)])
+def test_a_cache_of_others_is_not_trusted(tmp_path, monkeypatch, mode, user):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_directory()  # it is not there yet
+    folder.mkdir()
+    cache_directory()
+    folder.chmod(mode)
+    if os.getuid() == 0:  # whose folders all trust
+        os.chown(folder, 4321, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + user)
+    with pytest.raises(BuildError, match="other users may put files into"):
+        cache_directory()
 
 
 def test_source_header_and_flags_decide_the_file(tmp_path, compiler):

@@ -6,7 +6,7 @@ folders have the six token-shift amounts of a layer in one tensor of six rows.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import UserError, short
 from ..family import differences
-from .keys import LOW_RANK, SHIFTS
+from .keys import LOW_RANK, SHIFTS, RWKV7Config
 
 LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 SIGN = re.compile(r"model\.layers\.[0-9]+\.attn\.[wavg]_lora\.lora\.")
@@ -71,6 +71,37 @@ def from_fla(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: s
     return {official[key]: _official(official[key], tensor) for key, tensor in tensors.items()}
 
 
+def to_fla(base: Mapping[str, Tensor], config: RWKV7Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """See Family.to_fla."""
+    if config.head_size != HEAD_SIZE:
+        raise UserError(
+            f"the model has heads of {config.head_size}, and flash-linear-attention computes RWKV-7 only with heads of "
+            f"{HEAD_SIZE}; take another format"
+        )
+    names = _names([f"model.layers.{i}." for i in range(config.n_layer)])
+    return {key: _foreign(key, official, base[official]) for key, official in names.items()}, dict(SETTINGS) | {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "intermediate_size": config.dim_ffn,
+        "hidden_ratio": config.dim_ffn / config.n_embd,
+        "head_dim": config.head_size,
+        "num_heads": config.n_head,
+        "value_dim": [config.dim_att] * config.n_layer,
+        "decay_low_rank_dim": config.decay_rank,
+        "a_low_rank_dim": config.iclr_rank,
+        "v_low_rank_dim": config.value_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "attn_mode": "chunk",
+        "norm_first": True,
+        "norm_bias": True,
+        "fuse_norm": False,
+        "use_cache": True,
+    }
+
+
 def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split each tensor of six token-shift amounts, as older folders have it, into six tensors."""
     found: dict[str, Tensor] = {}
@@ -81,13 +112,13 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """{key there: official key} of a whole model, of as many layers as the keys name."""
-    layers = {match[1] for match in map(LAYER.match, tensors) if match}
+def _names(keys: Collection[str]) -> dict[str, str]:
+    """{key there: official key} of a whole model, of as many layers as the keys there name."""
+    layers = {match[1] for match in map(LAYER.match, keys) if match}
     found = dict(OUTSIDE)
     for i in range(len(layers)):
         there = f"model.layers.{i}."
-        value = i > 0 or any(key.startswith(f"{there}attn.v_lora.") for key in tensors)
+        value = i > 0 or any(key.startswith(f"{there}attn.v_lora.") for key in keys)
         found |= {f"{there}{key}": f"blocks.{i}.{official}" for key, official in _block(i == 0, value).items()}
     return found
 
@@ -112,3 +143,10 @@ def _official(key: str, tensor: Tensor) -> Tensor:
         return tensor.mT if tensor.ndim == 2 else tensor
     flat = tensor.ndim == 1 and not key.endswith((".weight", ".bias"))
     return tensor[None, None] if flat else tensor
+
+
+def _foreign(key: str, official: str, tensor: Tensor) -> Tensor:
+    """The inverse of _official; key is the tensor's there."""
+    if official.rpartition(".")[2] in LOW_RANK:
+        return tensor.mT
+    return tensor if ".attn.x_" in key else tensor.flatten() if tensor.ndim == 3 else tensor

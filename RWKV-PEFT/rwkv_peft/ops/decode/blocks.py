@@ -15,15 +15,30 @@ BAND = 1 << 22  # weights that are packed or unpacked at a time, because they ar
 class Blocks(NamedTuple):
     """A matrix (out, in) in the layout of cpu/decode/blocks.h and cuda/decode; the last panel is padded with zeros.
 
-    words (panels, in / 32, bits, 16) int32 hold a panel's 32 columns, 32 / bits of each row in a word, without a sign:
-    1 << (bits - 1) more than they are. Its first four columns are the word's bytes, or their lower halves, and the next
-    four the upper ones. scales (panels, in / 32, 16) bfloat16.
+    words (panels, in / 32, bits * 16 + 8) int32 are a panel's blocks: its `integers`, then its `scales`.
     """
 
     bits: int
     out_features: int
     words: Tensor
-    scales: Tensor
+
+    @classmethod
+    def zeros(cls, bits: int, out_features: int, in_features: int, device: torch.device) -> "Blocks":
+        """Blocks of memory that is to be filled."""
+        shape = -(-out_features // PANEL), in_features // BLOCK, bits * PANEL + PANEL // 2
+        return cls(bits, out_features, torch.zeros(shape, dtype=torch.int32, device=device))
+
+    @property
+    def integers(self) -> Tensor:
+        """(panels, in / 32, bits, 16) int32: a panel's 32 columns, 32 / bits of each row in a word, without a sign:
+        1 << (bits - 1) more than they are. Its first four columns are the word's bytes, or their lower halves, and the
+        next four the upper ones."""
+        return self.words[..., : self.bits * PANEL].unflatten(2, (self.bits, PANEL))
+
+    @property
+    def scales(self) -> Tensor:
+        """(panels, in / 32, 16) bfloat16."""
+        return self.words[..., self.bits * PANEL :].view(torch.bfloat16)
 
     @property
     def in_features(self) -> int:
@@ -31,13 +46,13 @@ class Blocks(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes
+        return self.words.nbytes
 
     def bands(self, size: int) -> Iterator["Blocks"]:
         """Parts of some rows, of about `size` weights each."""
         step = max(size // (PANEL * self.in_features), 1)
-        for i, (words, scales) in enumerate(zip(self.words.split(step), self.scales.split(step))):
-            yield Blocks(self.bits, min(self.out_features - i * step * PANEL, len(words) * PANEL), words, scales)
+        for i, words in enumerate(self.words.split(step)):
+            yield Blocks(self.bits, min(self.out_features - i * step * PANEL, len(words) * PANEL), words)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix that the blocks stand for: (out, in)."""
@@ -45,7 +60,7 @@ class Blocks(NamedTuple):
 
     def _rows(self) -> Tensor:
         """The same in float32, of one band."""
-        integers = (self.words[:, :, :, None] >> places(self.bits, self.words.device)) & ((1 << self.bits) - 1)
+        integers = (self.integers[:, :, :, None] >> places(self.bits, self.words.device)) & ((1 << self.bits) - 1)
         values = (integers.flatten(2, 3) - (1 << (self.bits - 1))) * self.scales[:, :, None].float()
         return values.permute(0, 3, 1, 2).reshape(-1, self.in_features)[: self.out_features]
 
@@ -65,18 +80,16 @@ def quantize(weight: Tensor, bits: int) -> Blocks:
     out, width = weight.shape
     if bits not in BITS or width % BLOCK:
         raise ValueError(f"{bits} bits, {width} columns: blocks have 8 or 4 bits, and rows are whole blocks of {BLOCK}")
-    panels = -(-out // PANEL)
-    words = torch.zeros(panels, width // BLOCK, bits, PANEL, dtype=torch.int32, device=weight.device)
-    scales = torch.zeros(panels, width // BLOCK, PANEL, dtype=torch.bfloat16, device=weight.device)
-    step = max(BAND // (PANEL * width), 1)
-    for first in range(0, panels, step):
-        rows = weight[first * PANEL : (first + step) * PANEL].float()
+    found, done = Blocks.zeros(bits, out, width, weight.device), 0
+    for band in found.bands(BAND):
+        rows = weight[done : done + band.out_features].float()
+        done += len(rows)
         missing = -len(rows) % PANEL
         rows = torch.cat([rows, rows.new_zeros(missing, width)]) if missing else rows
         integers, own = _rounded(rows.view(-1, width // BLOCK, BLOCK), bits)
-        _pack(integers.view(-1, PANEL, width // BLOCK, BLOCK), bits, words[first : first + step])
-        scales[first : first + step] = own.view(-1, PANEL, width // BLOCK).transpose(1, 2)
-    return Blocks(bits, out, words, scales)
+        _pack(integers.view(-1, PANEL, width // BLOCK, BLOCK), bits, band.integers)
+        band.scales.copy_(own.view(-1, PANEL, width // BLOCK).transpose(1, 2))
+    return found
 
 
 def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .blocks import Blocks
 class ProductArguments(ctypes.Structure):
     """The structure of the same name in cpu/decode/arguments.h. The next ones likewise."""
 
-    _fields_ = fields("x w scales y", "rows in_features out_features", "", "bits bfloat16 threads")
+    _fields_ = fields("x w y", "rows in_features out_features", "", "bits bfloat16 threads")
 
 
 class NormArguments(ctypes.Structure):
@@ -45,7 +45,7 @@ def product_into(x: Tensor, weight: Tensor | Blocks, y: Tensor) -> None:
 def given_to_product(x: Tensor, weight: Tensor | Blocks, y: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors and sizes of ProductArguments."""
     if isinstance(weight, Blocks):
-        tensors, bits = dict(x=x, w=weight.words, scales=weight.scales, y=y), weight.bits
+        tensors, bits = dict(x=x, w=weight.words, y=y), weight.bits
     else:
         tensors, bits = dict(x=x, w=weight.contiguous(), y=y), 0
     return tensors, dict(rows=x.shape[0], in_features=x.shape[1], out_features=y.shape[1], bits=bits)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from .blocks import BITS, PANEL, Blocks
+from .blocks import BITS, BLOCK, PANEL, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products
 MOST_ROWS = ROWS[-1]
@@ -24,7 +24,7 @@ KERNELS = (
 class DecodeArguments(ctypes.Structure):
     """The structure of the same name in cuda/decode/arguments.cuh."""
 
-    _fields_ = fields("x words scales y", "in_features out_features", flags="rows device")
+    _fields_ = fields("x words y", "in_features out_features", flags="rows device")
 
 
 def product(x: Tensor, weight: Blocks) -> Tensor:
@@ -38,22 +38,21 @@ def product(x: Tensor, weight: Blocks) -> Tensor:
 def dequantized(weight: Blocks, dtype: torch.dtype) -> Tensor:
     """Blocks.dequantized, by one kernel."""
     y = weight.words.new_empty(weight.out_features, weight.in_features, dtype=dtype)
-    blocks = -(-weight.words.nbytes // (16 * DEQUANTIZE_THREADS))
+    blocks = -(-weight.integers.nbytes // (16 * DEQUANTIZE_THREADS))
     call(f"dequantize_{DTYPES[dtype]}_{weight.bits}", None, weight, y, blocks)
     return y
 
 
 def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int, kernels: Kernels | None = None) -> None:
     """Enqueue a kernel on the GPU of y. name: its name in KERNELS without "decode_"; kernels as in CudaFamily.run."""
-    given = dict(x=x, words=weight.words, scales=weight.scales, y=y, rows=len(y))
+    given = dict(x=x, words=weight.words, y=y, rows=len(y))
     given |= dict(in_features=weight.in_features, out_features=weight.out_features)
     FAMILY.run(f"decode_{name}", y, given, blocks, kernels=kernels)
 
 
 def _trial(kernels: Kernels, device: int) -> None:
-    words = torch.zeros(1, 1, 8, PANEL, dtype=torch.int32, device=device)
-    weight = Blocks(8, PANEL, words, words.new_zeros(1, 1, PANEL, dtype=torch.bfloat16))
-    y = words.new_empty(PANEL, weight.in_features, dtype=torch.float32)
+    weight = Blocks.zeros(8, PANEL, BLOCK, torch.device(device))
+    y = weight.words.new_empty(PANEL, weight.in_features, dtype=torch.float32)
     call("dequantize_float32_8", None, weight, y, 1, kernels)
 
 

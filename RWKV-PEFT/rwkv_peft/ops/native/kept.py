@@ -9,7 +9,9 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,10 +24,18 @@ SEAL = hashlib.sha256().digest_size  # bytes
 
 
 def cache_directory() -> Path:
-    """The folder of these files. Raises BuildError for a user without a home folder."""
+    """The folder of these files, which are programs. Raises BuildError for a user without a home folder, and for a
+    folder that another user owns or all may write into."""
     folder = user_cache()
     if folder is None:
         raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one")
+    with suppress(FileNotFoundError):
+        now = folder.stat()
+        if os.geteuid() not in (0, now.st_uid) and now.st_uid != 0 or now.st_mode & stat.S_IWOTH:
+            raise BuildError(
+                f"other users may put files into {folder}, which would run as you; take their right to write from it, "
+                "or point XDG_CACHE_HOME at a folder of your own"
+            )
     return folder
 
 
@@ -38,7 +48,7 @@ def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
     """
     if is_whole(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(path.parent / f"{name}.lock"):
         if is_whole(path):  # another process has made it while this one waited
             return

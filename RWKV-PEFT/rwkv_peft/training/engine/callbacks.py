@@ -98,7 +98,8 @@ class Record(StepCallback):
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
             if self.before:
-                self.progress.say(f"before the first step: retained loss {self.before['retain_start']:.4f}")
+                losses = {name.replace("_start", "_loss"): loss for name, loss in self.before.items()}
+                self.progress.say(f"before the first step: {in_words(losses, self.objective)}")
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:

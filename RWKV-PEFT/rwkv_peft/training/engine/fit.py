@@ -25,7 +25,8 @@ from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.before_after import unended
-from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned
+from ..measuring.held_out import UNKNOWN, HeldOut
+from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
@@ -121,11 +122,13 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
-    losses, sources = list[float](), list[str]()
+    losses, sources, held_out, unlikely = list[float](), list[str](), HeldOut(None, ()), ""
     name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
+        unlikely = unlikely_answers(run.config, records)
+        held_out = HeldOut.of(records, run.inputs.identity["validated_from"])
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
@@ -143,16 +146,24 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         lines = list(rows.lines())
         figures += [("answers", line) for line in lines if not line.startswith(" ")]
         told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(lines))
-    if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
+    changed, known = (None, False) if rows is None else (rows.changed, rows.known)
+    if note := nothing_learned(run.config, run.plan, losses, changed, known):
         told += f"{note}\n"
+    elif unlikely:
+        told += f"{unlikely}\n"
     elif rows is not None and unended(rows.records) and (reasons := doubts(run.config, run.plan)):
         told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
-    if run.validator is not None and VALIDATION in run.validator.measured:
-        figures.append(("validation", f"lowest loss {run.validator.lowest.loss:.4f}"))
-        told += f"validation  lowest loss {run.validator.lowest.loss:.4f}, {labelled(run.saver.newest, BEST)}"
+    if held_out.losses:
+        best = labelled(run.saver.newest, BEST)
+        figures.append(("validation", held_out.told))
+        told += f"validation  {held_out.told}, {best}"
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
+        if sign > 0 and (note := held_out.note(run.plan, best, run.config.train.lr_init)):
+            told += f"{note}\n"
+    elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
+        told += f"validation  {UNKNOWN}\n"
     use = ""
     try:
         if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):

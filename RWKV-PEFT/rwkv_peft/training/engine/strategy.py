@@ -137,7 +137,6 @@ def make_strategy(run: Prepared) -> ZeroStrategy:
         pin_memory=train.offload and accelerator == "gpu",
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket if exchange else 1,
-        exclude_frozen_parameters=True,
         logging_batch_size_per_gpu=run.config.data.micro_bsz,
         logging_level=logging.ERROR,
     )

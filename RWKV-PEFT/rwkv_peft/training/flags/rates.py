@@ -1,5 +1,5 @@
-"""Choose the learning rate of a run that is given none: Bone's by the model's width, another method's also by its first
-step.
+"""Choose the learning rate of a run that is given none, by the model's width, the method's first step and what is
+learned.
 
 docs/guides/learning-rates.md has the formulas, their evidence, and the cases in which they mislead.
 """
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
 from ...config import AIM, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
-from ...errors import UserError
 
-ANCHOR = 0.08  # Bone's rate times the model's channels
+# rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
+ANCHOR, WHOLE, NEW = 0.08, 0.03, 0.4
 FALL = 0.1  # the last rate over the first
 
 
@@ -23,39 +23,19 @@ class Rate(NamedTuple):
     reason: str
 
 
-def known_rate(adapter: AdapterConfig, n_embd: int) -> Rate | None:
-    """The Rate of an adapter on a model of n_embd channels, None if there is no rule for it."""
-    method = method_of(adapter)
+def automatic_rate(adapter: AdapterConfig, n_embd: int, objective: Objective | None = None, new: bool = False) -> Rate:
+    """The Rate of an adapter on a model of n_embd channels, for an objective (None: next tokens); `new`: the model has
+    learned nothing yet."""
     if adapter.states_alone:
         return Rate(STATE_LR, "that of states")
-    step = None if method is None else method.first_step(adapter, n_embd)
-    if method is None or step is None:
-        return None
-    reason = f"{ANCHOR:g} / {n_embd} channels"
-    if step != 1:
+    method, pace = method_of(adapter), 1.0 if objective is None else objective.pace
+    step, anchor = 1.0, ANCHOR if method is not None else NEW if new else WHOLE
+    reason = f"{anchor:g} / {n_embd} channels"
+    if method is not None and (step := method.step(method, adapter, n_embd)) != 1:
         reason = f"bone's {reason}, over {step:.2g}, {method.label}'s first step in the weight where bone's is 1"
-    return Rate(float(f"{ANCHOR / n_embd / step:.2g}"), reason)
-
-
-def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
-    """The Rate for --lr_init auto. Raises UserError if there is no rule."""
-    if found := known_rate(adapter, n_embd):
-        return found
-    method, bone = method_of(adapter), ANCHOR / n_embd
-    if method is None:
-        raise UserError(
-            "--lr_init auto has no rule for the model itself (--peft none), of whose rates nothing was measured here; "
-            "give a number: others fine-tune models of some billion parameters at 1e-5"
-        )
-    raise UserError(
-        f"--lr_init auto: how far {method.label} moves a weight depends on the weight, and there is no rule; give a "
-        f"number, {bone:.1g} to {10 * bone:.1g} to begin with here, or ask rwkv-peft compare"
-    )
-
-
-def follows_rule(adapter: AdapterConfig, objective: Objective) -> bool:
-    """Tell whether the rule gives a run's rate: it is for the loss of tokens, and states alone have their own."""
-    return not adapter.states_alone and objective.of_tokens
+    if objective is not None and pace != 1:
+        reason += f", times {pace:g} for {objective.name}"
+    return Rate(float(f"{pace * anchor / n_embd / step:.2g}"), reason)
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:

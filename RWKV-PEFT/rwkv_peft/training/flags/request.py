@@ -205,7 +205,7 @@ def request_of(flags: Flags) -> Request:
     from ...models.state import grows
     from ..step.stored import open_stored
     from ..step.teacher import open_teacher
-    from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
+    from .rates import automatic_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
@@ -224,10 +224,9 @@ def request_of(flags: Flags) -> Request:
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
-    if train.lr_chosen:
-        train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
-    elif args.lr_init is None and follows_rule(adapter, objective) and (rule := known_rate(adapter, model.n_embd)):
-        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
+    if train.lr_chosen or (args.lr_init is None and not adapter.states_alone):
+        rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
+        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "

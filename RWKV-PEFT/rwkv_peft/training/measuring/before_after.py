@@ -80,6 +80,12 @@ class BeforeAfter:
             return None
         return any(before != after for before, after in pairs)
 
+    @property
+    def known(self) -> bool:
+        """True if every row was answered word for word before training."""
+        answers = [(record["before"], record["answer"]) for record in self.records]
+        return bool(answers) and all(given and same(given, due) for given, due in answers)
+
     def lines(self) -> Iterator[str]:
         """Yield the lines to print at the end of a run; none if it ended before the last step."""
         done = [record for record in self.records if "after" in record]

@@ -10,13 +10,14 @@ from ...cli import counted
 from ...config import RunConfig
 from ...config.objective import REWARDS
 from ...plots import LOSSES, is_number, of_files
-from ..flags.rates import known_rate
+from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
 
 FEW = 50  # steps: fewer are little to learn from
 FAR = 3  # a rate so many times below that of the method's rule is far below
 LEAST = 8  # losses: fewer do not tell the noise
 SURE = 2  # standard errors
+KNOWN = 0.05  # nats a token: of rows with less there is little left to learn
 
 
 class Fall(NamedTuple):
@@ -72,15 +73,19 @@ def few_steps(config: RunConfig, plan: Plan) -> str:
     return f"{few}: --epoch_count {epochs} has {FEW} or more{smaller}"
 
 
+def rate_of(config: RunConfig) -> Rate:
+    """The Rate that --lr_init auto takes for a run."""
+    return automatic_rate(config.adapter, config.model.n_embd, config.objective, not config.train.load_model)
+
+
 def low_rate(config: RunConfig) -> str:
-    adapter, rate = config.adapter, config.train.lr_init
-    rule = known_rate(adapter, config.model.n_embd)
-    method = method_of(adapter)
-    if method is None or rule is None or not config.objective.of_tokens or rate * FAR > rule.value:
+    rate, rule, method = config.train.lr_init, rate_of(config).value, method_of(config.adapter)
+    if config.adapter.states_alone or rate * FAR > rule:
         return ""
+    of = f"{'the model itself' if method is None else method.label} on {config.model.n_embd} channels"
     return (
-        f"a rate of {rate:g} is far below {rule.value:g}, that of {method.label} on {config.model.n_embd} channels "
-        "(docs/guides/learning-rates.md): --lr_init auto takes it"
+        f"a rate of {rate:g} is far below {rule:g}, that of {of} (docs/guides/learning-rates.md): --lr_init auto "
+        "takes it"
     )
 
 
@@ -89,10 +94,31 @@ def aim_of(config: RunConfig) -> tuple[str, int]:
     return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
 
 
-def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
+def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """A note if a run on pairs made the chosen answers less likely themselves: margins grow then in a model that comes
+    to answer in neither way (Pal et al. 2024, arXiv 2402.13228); "" if it did not."""
+    if config.objective.unit != "pair":
+        return ""
+    told = ""
+    for name, sign in (("chosen", 1), ("nll", -1)):  # the gain over the base, which begins at 0; the loss
+        values = [sign * record[name] for record in records if is_number(record.get(name))]
+        if (fall := fall_of(values)) and fall.last < (fall.first - fall.noise if sign < 0 else 0.0):
+            told = f"{name} {fall.told(sign)}"
+    if not told:
+        return ""
+    return (
+        f"note: the chosen answers became less likely themselves ({told}), so that the model may answer in neither "
+        "way, however good accuracy and margin are; --objective dpo --dpo_nll 1 and --objective orpo keep them likely, "
+        "and fewer steps or a lower rate harm less"
+    )
+
+
+def nothing_learned(
+    config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None, known: bool = False
+) -> str:
     """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; "" if neither
     losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
-    from the one before training, None if that is not known."""
+    from the one before training, None if that is not known; `known` if all were those of the rows before it."""
     fall = fall_of(losses)
     name, sign = aim_of(config)
     way = "" if fall is None else f"({fall.told(sign)})"
@@ -102,6 +128,8 @@ def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], chan
         return f"note: this run seems to have made the model worse: the {name} {moved} {way}. Try a lower rate: {lower}"
     if changed or (fall is not None and fall.real) or (fall is None and changed is None):
         return ""
+    if known or (config.objective.of_tokens and fall is not None and fall.first < KNOWN):
+        return f"note: the base knew these rows already, so that there was little to learn from them {way}".rstrip()
     found = []
     if fall is not None:
         found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
-from ..inputs import RETAINED, VALIDATION, Inputs
+from ..inputs import VALIDATION, Inputs
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..saving.products import BEST
@@ -42,10 +42,11 @@ class Validator:
         return self.lowest.exhausts(self.patience)
 
     def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """Return {"retain_start": RETAINED's loss before a run's first step}, {} without such data or if it goes on."""
-        if RETAINED not in self.measured or not self.anew:
+        """Return the losses before a run's first step as {"val_start", "retain_start"}; {} if it goes on."""
+        if not self.anew:
             return {}
-        return {f"{RETAINED}_start": means(self.sums(self.measured[RETAINED], trainer, lit))[0]}
+        sums = {name: [self.sums(part, trainer, lit) for part in found.parts] for name, found in self.measured.items()}
+        return {f"{name}_start": means([sum(each) for each in zip(*found)])[0] for name, found in sums.items()}
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """Return {"val_loss"} and its perplexity "val_ppl", or in its place the step's other measures, if it has any;

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...errors import UserError, told
+from ...errors import Ended, NotNow, UserError, ending_of, told
 from ..flags.world import LOOPBACK, World
 from ..saving.checkpoints import is_of_connection
 from .agreement import disagreement
@@ -170,19 +170,19 @@ class Ranks:
             while not self.store.check([key]):
                 if failed := self.processes.failed():
                     rank, how = failed
-                    self.refuse(f"{self.world.name(rank)} {how}")
+                    self.refuse(f"{self.world.name(rank)} {how}", NotNow)
                 if self.store.check([END]):
                     self.refuse("")
                 waiting(whom)
         except dist.DistError:
-            raise UserError(
+            raise NotNow(
                 f"node 0 of {self.world.nodes} at {self.world.address}:{self.world.port} has ended; its output there "
                 "says why"
             ) from None
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, kind: type[UserError] = UserError) -> None:
         """Raise UserError with the reason, or with what another rank said first; ranks that wait raise the same."""
-        raise UserError(first_reason(self.store, reason))
+        raise kind(first_reason(self.store, reason))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -198,7 +198,7 @@ class Ranks:
         self.tell(error)
         self.processes.kill()
         if isinstance(error, UserError) and self.connected and not self.world.leads:
-            raise SystemExit(2)  # the first rank of the node prints it
+            raise SystemExit(error.code)  # the first rank of the node prints it
 
     def leave(self) -> None:
         """Say that this rank is done; rank 0, if it keeps the store, waits up to GOODBYE seconds for the others."""
@@ -219,8 +219,10 @@ class Ranks:
         """Tell the other ranks what ended this one."""
         if self.world.size == 1:
             return
-        what = str(error) if isinstance(error, UserError) else told(error)
-        word = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"ended: {what}"
+        if isinstance(error, KeyboardInterrupt | Ended):
+            word = f"was {ending_of(error)[0]}"
+        else:
+            word = f"ended: {error if isinstance(error, UserError) else told(error)}"
         try:
             if not self.connected:  # it ends before it could meet the others, who may be waiting
                 self.connect(call(self.world.address, self.world.port))
@@ -232,7 +234,7 @@ class Ranks:
 
 class Waiting:
     """Report a wait: a call sleeps 0.1 s, and every EVERY seconds, from `first` seconds on, it prints whom the run
-    waits for and how long. Raises UserError after join_minutes."""
+    waits for and how long. Raises NotNow after join_minutes."""
 
     def __init__(self, join_minutes: float, say: Callable[..., object], first: float = 0.0) -> None:
         self.minutes, self.say, self.next = join_minutes, say, first
@@ -245,7 +247,7 @@ class Waiting:
     def __call__(self, whom: str) -> None:
         waited = time.monotonic() - self.began
         if waited >= 60 * self.minutes:
-            raise UserError(
+            raise NotNow(
                 f"{whom} did not come within {self.minutes:g} minutes (--join_minutes); see its output there, and if "
                 "it can reach node 0"
             )
@@ -261,9 +263,7 @@ def keep_store(port: int) -> dist.TCPStore:
         return dist.TCPStore(LOOPBACK, port, None, True, timeout=ANSWER, wait_for_workers=False)
     except dist.DistNetworkError as error:
         reason = "is taken by another process" if "EADDRINUSE" in str(error) else f"cannot be opened: {told(error)}"
-        raise UserError(
-            f"MASTER_PORT {port} {reason}; set MASTER_PORT to a free one, the same on every node"
-        ) from error
+        raise NotNow(f"MASTER_PORT {port} {reason}; set MASTER_PORT to a free one, the same on every node") from error
 
 
 def call(address: str, port: int, patience: timedelta = ANSWER) -> dist.TCPStore:

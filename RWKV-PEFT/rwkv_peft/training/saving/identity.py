@@ -31,10 +31,10 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in asdict(config.data).items()
-        if name not in ("path", "more", "tokenizer", "micro_bsz")
+        if name not in ("path", "more", "tokenizer", "micro_bsz", "bucketed")
     }
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
-        settings["rows_share_batches"] = config.data.micro_bsz > 1
+        settings["rows_share_batches"] = config.data.buckets
     settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed

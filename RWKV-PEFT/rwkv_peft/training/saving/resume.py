@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import counted
-from ...config import AdapterConfig, TrainConfig
+from ...config import AdapterConfig, DataConfig, TrainConfig
 from ...errors import UserError
 from ...names import ADAPTER, METRICS, MODEL
 from ..step.plan import Plan
@@ -53,11 +53,7 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
     """Return (the TrainConfig with as many forward passes a step as give a run that goes on on another number of ranks
     the samples a step that it had, the number of ranks for which its flags are meant, a note in a list if the passes
     are not the flags'). Raises UserError if none do."""
-    checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume and not train.fresh_optimizer else None
-    try:
-        state = {} if checkpoint is None else load_state(checkpoint)
-    except UNREADABLE:  # read_run_state tells why
-        return train, ranks, []
+    state = {} if train.fresh_optimizer else state_to_resume(train)
     # earlier versions did not record the size of a step, and had no ranks that share rows
     before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
     if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
@@ -77,6 +73,23 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
         f"note: --accumulate_grad_batches {passes}, so that a step on {counted(ranks, 'rank')} takes {samples} samples"
     )
     return replace(train, accumulate_grad_batches=passes), before, [f"{note}, as before on {before}"]
+
+
+def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
+    """Return the DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
+    before = state_to_resume(train).get("data")
+    kept = before.get("rows_share_batches") if isinstance(before, dict) else None
+    return replace(data, bucketed=kept) if isinstance(kept, bool) else data
+
+
+def state_to_resume(train: TrainConfig) -> dict[str, Any]:
+    """The state.json that a run goes on from, unchecked; {} if it begins, or if the file cannot be read, which
+    read_run_state tells."""
+    checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume else None
+    try:
+        return {} if checkpoint is None else load_state(checkpoint)
+    except UNREADABLE:
+        return {}
 
 
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:

@@ -6,6 +6,7 @@ start if batches differ in them, and passes outside of training run uncompiled. 
 base and adapter in turn, still need more than 8, so the limit is raised for the time of the run.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,6 +14,7 @@ import torch
 
 from ...config import DataConfig
 from ...models.parts import LanguageModel
+from ...names import user_cache
 
 FORMS = 64  # the raised limit
 
@@ -20,6 +22,8 @@ FORMS = 64  # the raised limit
 @contextmanager
 def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
     """Compile the blocks of a model as batches first reach them within; data tells whether batches differ in shape."""
+    if (cache := user_cache()) is not None:  # torch's own place is in /tmp, where any user may put libraries before
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     varies = data.dataload != "get" or data.documents > 1  # lengths, and numbers of packed sequences
     for block in model.blocks:
         block.compile(dynamic=varies or None)

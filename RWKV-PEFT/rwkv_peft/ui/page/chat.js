@@ -5,7 +5,7 @@ import { showJob } from "./runs.js";
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []);
   const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
-  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: `${run.folder}/adapter.safetensors`, tokenizer: run.flags.tokenizer ?? "" } : {}) };
+  const kept = { ...last, ...(run ? { ...trained(run), state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
   const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
@@ -18,8 +18,10 @@ export async function chatPage(place, about, signal, folder) {
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
   el("div", { className: "fields" }, model.box, adapter.box, state.box, more),
   el("div", { className: "row" }, open), running, error, status, talk);
-  const served = await list();
-  if (served.length && !folder) enter(served[0].id);
+  const wanted = kept.adapter ? `adapter=${kept.adapter}` : kept.model;
+  const fresh = (job) => job.words.includes(wanted) && !(run?.modified > job.began); // opened after the run had written
+  const served = (await list()).find((job) => !folder || fresh(job));
+  if (served) enter(served.id);
   repeat(signal, 3, list);
 
   // Lists the models that are open, each with its memory, until someone closes them.
@@ -74,91 +76,144 @@ export async function chatPage(place, about, signal, folder) {
       if (!models || leave.signal.aborted) return;
       leave.abort();
       status.replaceChildren();
-      draw(id, models.data.map((one) => one.id));
+      draw(id, job.began, models.data.map((one) => one.id));
     });
   }
 
-  function draw(id, names) {
+  function draw(id, began, names) {
     const option = (name, label, value, step) => {
       const input = el("input", { id: name, type: "number", min: 0, step, value });
       return { input, box: el("div", {}, el("label", { htmlFor: name }, label), input) };
     };
     const temperature = option("temperature", "Temperature", 1, 0.1), top_p = option("top_p", "Top p", 0.5, 0.05);
-    const tokens = option("tokens", "Longest answer, tokens", 200, 1), seed = option("seed", "Seed", 1, 1);
+    const tokens = option("tokens", "Longest answer, tokens", 1000, 1), seed = option("seed", "Seed", 1, 1);
+    const think = el("select", { id: "think" }, el("option", { value: "" }, "as the model does"), el("option", { value: "on" }, "on"), el("option", { value: "off" }, "off"));
     const system = el("input", { id: "system", placeholder: "none" });
     const text = el("textarea", { id: "message", placeholder: "Say something", "aria-label": "message" });
-    const columns = names.map((name) => column(id, name, () => ({
+    const options = () => ({
       temperature: Number(temperature.input.value), top_p: Number(top_p.input.value), max_tokens: Number(tokens.input.value), seed: Number(seed.input.value),
-    }), () => system.value.trim()));
+      ...(think.value ? { think: think.value } : {}),
+    });
+    const before = recall("talk", {}), chats = before.began === began ? before.chats : {};
+    const columns = names.map((name) => column(id, name, chats[name] ?? [], options, () => system.value.trim(), told));
     const say = el("button", { className: "main" }, "Send");
+    const stop = el("button", { type: "button", hidden: true, onclick: () => columns.forEach((one) => one.stop()) }, "Stop");
     const again = el("button", { type: "button", onclick: () => { seed.input.value = Number(seed.input.value) + 1; columns.forEach((one) => one.again()); } }, "Regenerate");
+    const edit = el("button", { type: "button", onclick: () => { text.value = columns.map((one) => one.takeBack())[0] || text.value; text.focus(); } }, "Edit the last");
     const clear = el("button", { type: "button", onclick: () => columns.forEach((one) => one.clear()) }, "New chat");
     const end = el("button", { type: "button", onclick: () => close(id) }, "Close the model");
     const form = el("form", { onsubmit: (event) => {
       event.preventDefault();
       const said = text.value.trim();
-      if (!said) return;
+      if (!said || say.disabled) return;
       text.value = "";
       columns.forEach((one) => one.say(said));
-    } }, text, el("div", { className: "row" }, say, again, clear, end),
+    } }, text, el("div", { className: "row" }, say, stop, again, edit, clear, end),
     el("details", {}, el("summary", {}, "Sampling"), el("div", { className: "fields" }, temperature.box, top_p.box, tokens.box, seed.box,
-      el("div", {}, el("label", { htmlFor: "system" }, "System text"), system))));
+      el("div", {}, el("label", { htmlFor: "think" }, "Thinking"), think), el("div", {}, el("label", { htmlFor: "system" }, "System text"), system))));
     text.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit(); }
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // an input method's Enter ends its word
+      event.preventDefault();
+      form.requestSubmit();
     });
     talk.replaceChildren(el("div", { className: "chats" }, columns.map((one) => one.box)), form);
+    signal.addEventListener("abort", () => columns.forEach((one) => one.stop()));
+    columns.forEach((one) => one.scroll());
     text.focus();
+
+    // Hears of each change: what was said is there again after a reload, and nothing is sent in the middle of an answer.
+    function told() {
+      stop.hidden = !(say.disabled = columns.some((one) => one.busy()));
+      remember("talk", { began, chats: Object.fromEntries(columns.map((one, n) => [names[n], one.messages()])) });
+    }
   }
 
-  function column(id, name, options, system) {
-    const turns = el("div", { "aria-live": "polite" }), problem = el("div");
-    let messages = [], busy = null;
-    const rows = () => JSON.stringify({ messages: [...(system() ? [{ role: "system", content: system() }] : []), ...messages] });
+  function column(id, name, messages, options, system, told) {
+    const turns = el("div", { className: "turns", "aria-live": "polite", tabIndex: 0 }), problem = el("div");
+    let busy = null;
+    const all = () => [...(system() ? [{ role: "system", content: system() }] : []), ...messages.filter((one) => one.content)];
     const box = el("section", { className: "chat", "aria-label": name }, el("h2", {}, name), turns, problem,
-      el("div", { className: "row" }, copyButton(rows, "Copy as a row")));
+      el("div", { className: "row" }, copyButton(() => JSON.stringify({ messages: all() }), "Copy as a row")));
+    const scroll = () => { turns.scrollTop = turns.scrollHeight; };
 
-    const bubble = (role, text) => {
-      const body = el("span", {}, text);
-      turns.append(el("div", { className: `turn ${role}` }, el("small", {}, role), body));
-      return body;
-    };
+    // Shows a turn; -> what replaces its words, of which a thinking is folded, and says how it ended.
+    function bubble({ role, content }) {
+      const thought = el("div", { className: "note" }), folded = el("details", { hidden: true }, el("summary", {}, "thinking"), thought);
+      const words = el("span"), end = el("small");
+      turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, end));
+      const show = (text, ended = "") => {
+        const low = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
+        const found = role === "assistant" && /^\s*<think>?([^]*?)(?:<\/think>\s*([^]*))?$/.exec(text);
+        folded.hidden = !found;
+        if (found) thought.textContent = found[1].trim();
+        words.textContent = found ? found[2] ?? "" : text;
+        end.textContent = ended;
+        if (low) scroll();
+      };
+      show(content);
+      return show;
+    }
 
     async function answer() {
-      busy?.abort();
-      busy = new AbortController();
+      const mine = (busy = new AbortController()), asked = all(), message = { role: "assistant", content: "" };
+      messages.push(message);
       tell(problem, null);
-      const body = bubble("assistant", "…"), said = [];
+      turns.ariaBusy = "true";
+      const show = bubble({ ...message, content: "…" });
+      scroll();
+      told();
+      let end = "cut: the model was closed";
       try {
-        const full = [...(system() ? [{ role: "system", content: system() }] : []), ...messages];
-        const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: full, stream: true, ...options() });
+        const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
         if (!response.ok) {
           const found = await response.json().catch(() => ({}));
           throw new Error(found.error?.message ?? found.error ?? `the server answered ${response.status}`);
         }
-        for await (const part of events(response.body, busy.signal)) {
+        for await (const part of events(response.body, mine.signal)) {
           if (part.error) throw new Error(part.error.message ?? part.error);
-          said.push(part.choices?.[0]?.delta?.content ?? "");
-          body.textContent = said.join("");
+          const choice = part.choices?.[0];
+          message.content += choice?.delta?.content ?? "";
+          if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
+          show(message.content || "…");
         }
-        messages.push({ role: "assistant", content: said.join("") });
       } catch (found) {
-        if (!busy.signal.aborted) tell(problem, found);
+        if (!mine.signal.aborted) tell(problem, found);
+        end = "";
       }
-      if (!said.join("")) body.textContent = "(nothing)";
+      show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
+      if (busy !== mine) return;
+      busy = null;
+      turns.ariaBusy = "false";
+      told();
     }
 
+    function stop() {
+      busy?.abort();
+      busy = null;
+    }
+
+    // Takes the last turn of a role away; -> its text, or "" if the last is another's.
+    function drop(role) {
+      if (messages.at(-1)?.role !== role) return "";
+      turns.lastElementChild.remove();
+      return messages.pop().content;
+    }
+
+    messages.forEach((one) => bubble(one));
     return {
-      box,
-      say(text) { messages.push({ role: "user", content: text }); bubble("user", text); answer(); },
-      again() {
-        if (messages.at(-1)?.role === "assistant") messages.pop();
-        if (!messages.length) return;
-        turns.lastElementChild.remove();
-        answer();
-      },
-      clear() { busy?.abort(); messages = []; turns.replaceChildren(); tell(problem, null); },
+      box, scroll, stop() { stop(); told(); }, busy: () => busy !== null, messages: () => messages,
+      say(text) { messages.push({ role: "user", content: text }); bubble(messages.at(-1)); answer(); },
+      again() { stop(); drop("assistant"); if (messages.length) answer(); },
+      takeBack() { stop(); drop("assistant"); const text = drop("user"); tell(problem, null); told(); return text; },
+      clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); told(); },
     };
   }
+}
+
+// What a run trained, as fields of a chat: its adapter beside its base, or the model itself.
+function trained({ folder, flags, files }) {
+  if (!files.includes("adapter.safetensors") && files.includes("rwkv.pth")) return { model: `${folder}/rwkv.pth`, adapter: "" };
+  return { model: flags.load_model, adapter: `${folder}/adapter.safetensors` };
 }
 
 // The events of a stream of server-sent events, as objects.

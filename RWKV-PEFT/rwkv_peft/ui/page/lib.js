@@ -29,9 +29,9 @@ export async function get(path, query = {}) {
   return answer(await fetch(`${path}?${new URLSearchParams(query)}`).catch(gone));
 }
 
-export function send(path, body) {
+export function send(path, body, signal = null) {
   const headers = { "Content-Type": "application/json" };
-  return fetch(path, { method: "POST", headers, body: JSON.stringify(body) }).catch(gone);
+  return fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal }).catch(gone);
 }
 
 export async function post(path, body = {}) {

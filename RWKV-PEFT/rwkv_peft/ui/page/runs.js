@@ -1,5 +1,5 @@
 // Runs: those below the folder, live; several in one picture.
-import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell } from "./lib.js";
+import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
 
 const HELD_OUT = ["val_loss", "retain_loss"];
 const LOSSES = ["loss", "reward"];
@@ -188,7 +188,7 @@ export function showJob(place, id, signal) {
     const low = output.scrollHeight - output.scrollTop - output.clientHeight < 30;
     output.append(job.output ?? "");
     if (low) output.scrollTop = output.scrollHeight;
-    line.textContent = ["rwkv-peft", ...job.words].join(" ");
+    line.textContent = words(job.words);
     state.replaceChildren(badge(job));
     buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
     if (job.state === "running") return;
@@ -201,10 +201,12 @@ export function showJob(place, id, signal) {
 
 function lastWords(text, code) {
   const at = text.lastIndexOf("error: ");
+  if (code === KILLED) return "It was killed from outside, mostly because memory ran out; a run's Resume goes on from its last checkpoint.";
   return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
 }
 
 const SHOWN = 16; // answers
+const KILLED = 137;
 const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order
 const failed = (job) => job.state === "lost" || (job.state === "ended" && job.code !== 0 && !STOPPED.includes(job.code));
 
