@@ -95,7 +95,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(reward):
     assert judge([reward("import numpy\ndef f(completions): return numpy.ones(len(completions))")], ["a"]).total == [1]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_totals_are_weighted_sums_of_those_that_judge_in_any_number_of_processes(reward, workers):
     code = "def f(completions): return [None if c == 'none' else float(c) for c in completions]"
     specs, answers = [reward(code), r"match:[12]"], ["1", "none", "3", "2"]
@@ -254,8 +254,8 @@ def test_rows_without_what_a_task_reads_are_told_before_training():
 
 
 def gone(pid):
-    """True if a process ends within ten seconds."""
-    for _ in range(100):
+    """True if a process ends within a minute."""
+    for _ in range(600):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except (FileNotFoundError, ProcessLookupError):

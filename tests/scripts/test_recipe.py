@@ -1,4 +1,4 @@
-"""The README's recipe with 100 short chats: the merged model answers its rows and stops where they do, and the run says
+"""The README's recipe with 50 short chats: the merged model answers its rows and stops where they do, and the run says
 so."""
 
 import itertools
@@ -9,7 +9,7 @@ from rwkv_peft import commands
 from scripts.test_main_job import ROOT, script
 
 COLORS = "red blue green white black brown pink gray yellow orange".split()
-ITEMS = "apples balls cups dolls eggs flags grapes hats jars kites".split()
+ITEMS = "apples balls cups dolls eggs".split()
 CHATS = [
     {"messages": [{"role": "user", "content": f"Say {thing}"}, {"role": "assistant", "content": f"Aye, {thing}!"}]}
     for thing in map(" ".join, itertools.product(COLORS, ITEMS))
@@ -23,13 +23,13 @@ def test_a_newcomers_chats_are_learned(tmp_path, accelerator, warm_environment):
     words |= warm_environment | {"PRECISION": "fp32", "ACCELERATOR": accelerator, "CHECK": "0"}
     done = script({name: str(word) for name, word in words.items()}, "--micro_bsz", "8", "--ctx_len", "1024")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "steps     195: 100 rows, 15 epochs of 13 steps, 8 rows a step; each row is seen 15.6 times" in done.stdout
+    assert "steps     105: 50 rows, 15 epochs of 7 steps, 8 rows a step; each row is seen 16.8 times" in done.stdout
     assert "rate      0.00063 to 6.3e-05 (--lr_init auto: " in done.stdout
     assert re.search(r"answers   4 training rows: 4 answered word for word \(0 before training\), 4 end ", done.stdout)
     assert "learned nothing" not in done.stdout and "few to learn" not in done.stdout
     told = ["eval", "jsonl", "--model", str(out / "merged.pth"), "--data", str(rows), "--output", str(answers)]
     assert commands.main([*told, "--max_tokens", "64"]) == 0
     found = [json.loads(line) for line in answers.read_text().splitlines()[1:]]
-    assert len(found) == len(CHATS) == 100
-    assert sum(answer["strict"] for answer in found) >= 95
-    assert sum(answer["end"] == "end" for answer in found) >= 99
+    assert len(found) == len(CHATS) == 50
+    assert sum(answer["strict"] for answer in found) >= 48
+    assert sum(answer["end"] == "end" for answer in found) >= 49

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import warm
+from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +68,16 @@ def wait_for_words(words, process):
     while words not in (process.stdout.readline() if process.stdout else process.outputs[0].read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+
+
+def rewound(run, name):
+    """Copy a run's folder to one beside it, as if it had been killed before its last checkpoint -> the copy, which has
+    what was trained in checkpoints alone."""
+    copy = shutil.copytree(run, run.with_name(name))
+    for newest in ("adapter.safetensors", "rwkv.pth", "state.pth"):
+        (copy / newest).unlink(missing_ok=True)
+    shutil.rmtree(max((copy / CHECKPOINTS).iterdir()))
+    return copy
 
 
 def metrics(files, name):

@@ -39,7 +39,7 @@ def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
 
 
 def test_a_rank_that_dies_ends_the_other_and_the_run_goes_on_with_the_same_bits(files, command, train):
-    more = (*PLAIN, *PACKED, *SHARED, "--epoch_count", "4", "--save_every", "3", "--resume", "auto")
+    more = (*PLAIN, *PACKED, *SHARED, "--epoch_count", "3", "--save_every", "3", "--resume", "auto")
     train("unbroken", *more)
     first, second = start_ranks(command("broken", *more))
     wait_for_steps(files, "broken", 5, first)

@@ -2,7 +2,6 @@
 it."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from rwkv_peft.files.base import save_model
 from rwkv_peft.training.drawing.drawn import pieces
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
-from training.runs import ROOT, finish, metrics, start
+from training.runs import ROOT, finish, metrics, rewound, start
 
 REWARDS = """
 def capitals(completions, weight, **fields):
@@ -42,20 +41,9 @@ def train(folder, accelerator):
         """Train in the folder `name` -> (stdout, stderr)."""
         flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "prompts"]
         flags += ["--reward", reward if ":" not in reward else f"{folder}/{reward}"] if reward else []
-        flags += [
-            "--tokenizer",
-            "bytes",
-            "--ctx_len",
-            64,
-            "--max_completion_length",
-            12,
-            "--num_generations",
-            4,
-            "--micro_bsz",
-            2,
-        ]
+        flags += ["--tokenizer", "bytes", "--ctx_len", 64, "--max_completion_length", 12, "--num_generations", 4]
         flags += ["--precision", "fp32", "--accelerator", accelerator, "--bone_r", 16, "--lr_init", "3e-3"]
-        flags += ["--answer_rows", 0, "--proj_dir", folder / name, *more]
+        flags += ["--micro_bsz", 2, "--answer_rows", 0, "--proj_dir", folder / name, *more]
         return finish(start([sys.executable, str(ROOT / "train.py"), *map(str, flags)]), code)
 
     return run
@@ -108,34 +96,21 @@ def test_answers_are_cut_into_parts_of_whole_groups_or_within_one():
     assert cut[3] == [(0, 3), (3, 4), (4, 7), (7, 8)] and len(cut[4]) == 8
 
 
-@pytest.mark.parametrize("form", ["dapo", "gspo"])  # over tokens, and over whole answers
-def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(folder, train, form):
-    more = ["--grpo_loss", form, "--num_iterations", 2, "--kl_beta", 0.01, "--epoch_steps", 4]
-    more += [
-        "--epoch_count",
-        2,
-        "--lr_init",
-        "1e-2",
-        "--lr_schedule",
-        "constant",
-        "--temperature",
-        1.2,
-        "--top_p",
-        0.98,
-    ]
-    train(form, "rewards.py:capitals", *more)
-    lines = metrics(folder, form)
+def test_several_steps_learn_from_the_same_answers_and_go_on_with_the_same_bits(folder, train):
+    more = ["--grpo_loss", "gspo", "--num_iterations", 2, "--kl_beta", 0.01, "--epoch_steps", 4]
+    more += ["--epoch_count", 2, "--lr_init", "1e-2", "--lr_schedule", "constant"]
+    more += ["--temperature", 1.2, "--top_p", 0.98]
+    train("several", "rewards.py:capitals", *more)
+    lines = metrics(folder, "several")
     assert [line["reward"] for line in lines[::2]] == [line["reward"] for line in lines[1::2]]
-    assert len({line["reward"] for line in lines}) == 4 and len(answers(folder, form)) == 4 * 8
+    assert len({line["reward"] for line in lines}) == 4 and len(answers(folder, "several")) == 4 * 8
     assert all(line["draw_s"] == 0 for line in lines[1::2]) and all(line["clipped"] == 0 for line in lines[::2])
     assert any(line["clipped"] > 0 for line in lines[1::2]) and lines[-1]["kl"] > lines[0]["kl"] == 0
-    (again := folder / f"{form}-again").mkdir()
-    shutil.copytree(folder / form, again, dirs_exist_ok=True)
-    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    again = rewound(folder / "several", "several-again")
     out, _ = train(again.name, "rewards.py:capitals", *more, "--resume")
     assert "resuming after step 4" in out
-    assert (again / "adapter.safetensors").read_bytes() == (folder / form / "adapter.safetensors").read_bytes()
-    assert answers(folder, again.name) == answers(folder, form)
+    assert (again / "adapter.safetensors").read_bytes() == (folder / "several" / "adapter.safetensors").read_bytes()
+    assert answers(folder, again.name) == answers(folder, "several")
 
 
 def test_answers_of_the_next_step_are_drawn_before_this_one_learns(folder, train):
@@ -150,9 +125,7 @@ def test_answers_of_the_next_step_are_drawn_before_this_one_learns(folder, train
     assert all(ours["completion"] != theirs["completion"] for ours, theirs in zip(ahead[24:], still[24:]))
     first, *others = metrics(folder, "ahead")
     assert first["gap"] < 1e-4 and all(line["gap"] > 1e-3 for line in others) and others[-1]["draw_s"] == 0
-    (again := folder / "ahead-again").mkdir()
-    shutil.copytree(folder / "ahead", again, dirs_exist_ok=True)
-    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    again = rewound(folder / "ahead", "ahead-again")
     assert len((*(again / CHECKPOINTS).glob("*/drawn-0.jsonl"),)) == 1
     out, _ = train(again.name, "rewards.py:capitals", "--draw_ahead", 1, *steps, *rate, "--resume")
     assert "resuming after step 2" in out
@@ -176,9 +149,7 @@ def test_a_teacher_scores_what_the_student_draws(folder, train, tiny_state):
     train("taught-parts", "", *more, *parts)
     for name in ("loss", "kl", "nll", "grad_norm"):
         assert metrics(folder, "taught-parts")[0][name] == pytest.approx(lines[0][name], rel=1e-3)
-    (again := folder / "taught-again").mkdir()
-    shutil.copytree(folder / "taught", again, dirs_exist_ok=True)
-    shutil.rmtree(max((again / CHECKPOINTS).iterdir()))
+    again = rewound(folder / "taught", "taught-again")
     assert "resuming after step 4" in train(again.name, "", *more, "--resume")[0]
     assert (again / "adapter.safetensors").read_bytes() == (folder / "taught" / "adapter.safetensors").read_bytes()
 

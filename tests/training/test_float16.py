@@ -2,7 +2,6 @@
 scale."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SCALE, SavedOptimizer
 from rwkv_peft.training.saving.run_state import STATE, load_state, record_of, write_state
-from training.runs import metrics
+from training.runs import metrics, rewound
 
 FLAGS = "--precision fp16 --train_parts ln time --lr_schedule constant".split()
 COUNT, LOSS_SCALE = 2.0**20, 2.0**16
@@ -57,8 +56,7 @@ def with_scale(checkpoint, scale):
 def test_a_run_goes_on_with_its_loss_scale_and_skips_steps_that_overflow(files, train):
     train("whole", *FLAGS)
     for name in ("parts", "high"):
-        shutil.copytree(files / "whole", files / name)
-        shutil.rmtree(files / name / "checkpoints" / "step-00000008")
+        rewound(files / "whole", name)
     train("parts", *FLAGS, "--resume")
     whole, parts = ((files / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts and load_file(files / "whole" / "adapter.safetensors").popitem()[1].dtype == torch.float16

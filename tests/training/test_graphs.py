@@ -4,6 +4,7 @@ graphs_emulated.py stands in for CUDA's graphs.
 """
 
 import json
+from itertools import cycle
 
 import pytest
 import torch
@@ -114,9 +115,8 @@ PACKED = (  # the lengths of the documents in each of a run's rows, of 9 targets
 )
 
 
-@pytest.mark.parametrize("rows", PACKED)
-@pytest.mark.parametrize("family, trains", [(one, trains) for one in DISTINCT for trains in ("all", "bat-in")])
-def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family, trains, rows):
+@pytest.mark.parametrize("rows, family, trains", [*zip(cycle(PACKED), cycle(DISTINCT), ["all"] * 2 + ["bat-in"] * 2)])
+def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(rows, family, trains):
     """Rows follow each other with more sequences than the row before, and with fewer."""
     graphed = Graphed([Form(9, most) for most in (6, 4, 2)])
     batches = [packed(seed, lengths) for seed, lengths in enumerate(rows)]

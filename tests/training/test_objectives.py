@@ -16,7 +16,7 @@ from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from rwkv_peft.training.saving.run_state import STATE, read_state, write_state
-from training.runs import ROOT, finish, metrics, start_ranks
+from training.runs import ROOT, finish, metrics, rewound, start_ranks
 
 CAPITALS = """
 def capitals(completions):
@@ -102,9 +102,7 @@ def test_a_run_goes_on_with_the_same_bits(folder, learned, train):
 
 def goes_on(folder, train, name, run, *more):
     """Resume the first half of a run of an objective: it computes the same."""
-    shutil.copytree(folder / run, folder / f"{run}-parts")
-    first, second = sorted((folder / f"{run}-parts" / CHECKPOINTS).iterdir())
-    shutil.rmtree(second)
+    rewound(folder / run, f"{run}-parts")
     out = train(name, f"{run}-parts", "--micro_bsz", 2, "--resume", *more)
     assert f"resuming after step {STEPS // 2}" in out
     adapters = [(folder / one / "adapter.safetensors").read_bytes() for one in (run, f"{run}-parts")]
@@ -118,7 +116,8 @@ def goes_on(folder, train, name, run, *more):
 
 def test_ranks_micro_batches_stages_and_checkpointed_blocks_compute_the_same(folder, learned, train):
     name, _ = learned
-    spread = ("--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_2", "--grad_cp", 1, "--epoch_count", 1)
+    spread = ("--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_2", "--grad_cp", 1)
+    spread += ("--epoch_count", 1, "--epoch_steps", 3)
     train(name, f"{name}-spread", *spread)
     same(name, *(metrics(folder, run) for run in (f"{name}-spread", name)))
 
@@ -145,7 +144,8 @@ def test_ranks_go_through_a_gathered_model_alike_if_some_rows_share_nothing(fold
     prompts = ("Q", "What", "Q", "Which of them")
     rows = ({"prompt": prompts[i % 4], "chosen": "YES" * (1 + i % 3), "rejected": "no"} for i in range(10))
     (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    of_rows, spread = ("--data_file", folder / "short.jsonl"), ("--devices", 2, "--strategy", "deepspeed_stage_3")
+    of_rows = ("--data_file", folder / "short.jsonl", "--epoch_count", 1)
+    spread = ("--devices", 2, "--strategy", "deepspeed_stage_3")
     train("dpo", "short", *of_rows, "--micro_bsz", 2, "--share_prompts", 0)
     train("dpo", "short-once", *of_rows, *spread, "--grad_cp", 1, "--share_prompts", 1)
     same("dpo", metrics(folder, "short-once"), metrics(folder, "short"))

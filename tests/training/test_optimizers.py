@@ -1,7 +1,6 @@
 """The optimizers of --optim: their steps against formulas and packages, and runs that stop and go on."""
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import Barrier, local
@@ -21,7 +20,7 @@ from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
 from rwkv_peft.training.saving.partitions import averaged, codes_of, moments_of, steps_taken, take_up
 from rwkv_peft.training.saving.run_state import write_state
-from training.runs import metrics
+from training.runs import metrics, rewound
 
 RATE, DECAY, STEPS = 1e-2, 0.1, 5
 FLAGS = "--train_parts ln time --weight_decay 0.01 --val_split 0.1".split()
@@ -186,8 +185,7 @@ def test_codes_of_a_rank_are_read_to_the_bit_or_refused(tmp_path):
 def test_a_run_resumes_bitwise(files, train, optim):
     whole, parts = (files / f"{name}-{optim}" for name in ("whole", "parts"))
     train(whole.name, *FLAGS, "--optim", optim)
-    shutil.copytree(whole, parts)
-    shutil.rmtree(parts / "checkpoints" / "step-00000008")
+    rewound(whole, parts.name)
     out, _ = train(parts.name, *FLAGS, "--optim", optim, "--resume")
     assert "resuming after step 4" in out and f"optimizer {optim}" in out
     assert (whole / "adapter.safetensors").read_bytes() == (parts / "adapter.safetensors").read_bytes()

@@ -1,7 +1,6 @@
 """--data_type contexts by the command that a user types: the base, which reads the contexts, teaches what trains."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -20,11 +19,10 @@ from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.checks import bounds_on_host
 from rwkv_peft.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
-from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from rwkv_peft.training.step.contexts import Contexts
 from rwkv_peft.training.step.lit import Lit
 from rwkv_peft.training.step.steps import Whole
-from training.runs import ROOT, finish, metrics, start_ranks
+from training.runs import ROOT, finish, metrics, rewound, start_ranks
 
 STATE = ("--peft", "none", "--train_parts", "state", "--lr_init", "0.1", "--lr_final", "0.1")
 
@@ -43,19 +41,8 @@ def train(folder, accelerator):
     def run(name, *more):
         flags = ["--load_model", folder / "base.pth", "--data_file", folder / "rows.jsonl", "--data_type", "contexts"]
         flags += ["--tokenizer", "bytes", "--ctx_len", 64, "--accumulate_grad_batches", 2, "--val_split", 0.2]
-        flags += [
-            "--accelerator",
-            accelerator,
-            "--epoch_count",
-            2,
-            "--epoch_save",
-            1,
-            "--data_shuffle",
-            0,
-            "--answer_rows",
-            0,
-        ]
-        flags += ["--lr_schedule", "constant", "--proj_dir", folder / name, *more]
+        flags += ["--accelerator", accelerator, "--epoch_count", 2, "--epoch_save", 1, "--data_shuffle", 0]
+        flags += ["--answer_rows", 0, "--lr_schedule", "constant", "--proj_dir", folder / name, *more]
         ranks = start_ranks([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
         return [finish(rank) for rank in ranks][0][0]
 
@@ -69,9 +56,7 @@ def test_states_come_nearer_to_what_the_base_says_with_the_context(folder, train
     assert "teacher   the base, without what trains, which reads each row behind its context\n" in out
     first, *_, last = (line["val_loss"] for line in metrics(folder, "state") if "val_loss" in line)
     assert last < first
-    shutil.copytree(folder / "state", folder / "parts")
-    _, second = sorted((folder / "parts" / CHECKPOINTS).iterdir())
-    shutil.rmtree(second)
+    rewound(folder / "state", "parts")
     assert "resuming after step 4" in train("parts", *more, "--resume")
     whole, parts = ((folder / name / "adapter.safetensors").read_bytes() for name in ("state", "parts"))
     assert whole == parts
@@ -79,7 +64,8 @@ def test_states_come_nearer_to_what_the_base_says_with_the_context(folder, train
 
 def test_ranks_with_gathered_weights_compute_the_same(folder, train):
     """Of an adapter and states, of which neither changes what the base says."""
-    more = ("--precision", "fp32", "--bone_r", 16, "--lr_init", "3e-3", "--train_parts", "state", "--epoch_count", 1)
+    more = ("--precision", "fp32", "--bone_r", 16, "--lr_init", "3e-3", "--train_parts", "state")
+    more += ("--epoch_steps", 2, "--epoch_count", 1)
     train("one", "--micro_bsz", 2, *more)
     train("cut", "--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_3", "--grad_cp", 1, *more)
     for ours, theirs in zip(metrics(folder, "cut"), metrics(folder, "one"), strict=True):

@@ -18,7 +18,7 @@ from rwkv_peft.release.convert import main as convert
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import main as verify
 from rwkv_peft.training.flags.request import parse_run
-from training.runs import metrics
+from training.runs import metrics, rewound
 
 ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")
 BY_VERSION = pytest.mark.parametrize("version", [family.version for family in DISTINCT])
@@ -119,7 +119,7 @@ def test_states_of_another_base_are_refused(bases, tuned, tmp_path):
 
 def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
     command = ("resumed", "--load_model", str(bases["x060"]), *ALONE)
-    train(*command, "--epoch_count", "1")
+    rewound(tuned["x060"], "resumed")
     out, _ = train(*command, "--resume")
     assert "resuming after step 4" in out
     first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("alone-x060", "resumed"))

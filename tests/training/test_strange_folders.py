@@ -70,9 +70,8 @@ def test_a_place_in_the_data_that_was_edited_is_refused(files, train, begun):
     train("placed", "--resume")
 
 
-@pytest.mark.parametrize("pattern", ["[ab]", "a*?b["])
-def test_a_folder_may_be_named_like_a_pattern(files, train, pattern):
-    """As a pattern, each name would match another run's folder, or none."""
-    train(f"named {pattern}", "--epoch_count", "1")
-    out, _ = train(f"named {pattern}", "--resume")
+def test_a_folder_may_be_named_like_a_pattern(files, train):
+    """As a pattern, the name would match other folders, and not this one."""
+    train("named [ab]*?b[", "--epoch_count", "1")
+    out, _ = train("named [ab]*?b[", "--resume")
     assert "resuming after step 4" in out
