@@ -141,15 +141,20 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
 def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, server):
     page = open_page()
     go(page, "Train")
-    fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "long"}
+    page.get_by_role("link", name="to the content").press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "100 % long"}
     for label, value in {**fields, "Epochs": "6", "Rows a step": "8"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")
-    press(page, "Stop after this step")
+    page.get_by_role("button", name="Stop after this step", exact=True).dblclick()  # the second click does nothing
     expect(page.locator(".job .state")).to_have_text("stopped", timeout=LONG)
     expect(page.locator(".figure", has_text="state")).to_contain_text("stopped", timeout=LONG)
     press(page, "Resume")
+    expect(page.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+    go(page, "Runs")
+    page.get_by_role("link", name="100 % long", exact=True).click()
     expect(page.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
 
     go(page, "Release")

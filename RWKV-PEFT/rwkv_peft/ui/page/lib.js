@@ -38,6 +38,9 @@ export async function post(path, body = {}) {
   return answer(await send(path, body));
 }
 
+// The address of a page about a run's folder, whatever its name holds.
+export const address = (page, folder) => `#${page}:${encodeURIComponent(folder)}`;
+
 // Shows an error where it belongs: in `place`, which a screen reader then reads.
 export function tell(place, error) {
   place.replaceChildren(error ? el("div", { className: "error", role: "alert" }, error.message ?? String(error)) : "");

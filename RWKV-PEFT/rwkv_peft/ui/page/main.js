@@ -14,7 +14,7 @@ let about = null;
 async function open() {
   leaving.abort();
   leaving = new AbortController();
-  const [name, ...rest] = decodeURIComponent(location.hash.slice(1)).split(":");
+  const [name, ...rest] = decoded(location.hash.slice(1)).split(":");
   const page = PAGES[name] ?? dataPage;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${page === dataPage ? "data" : name}`) link.setAttribute("aria-current", "page");
@@ -31,5 +31,17 @@ async function open() {
   }
 }
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody typed a % into the address
+  }
+}
+
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // its address would open another page
+  main.focus();
+});
 addEventListener("hashchange", open);
 open();

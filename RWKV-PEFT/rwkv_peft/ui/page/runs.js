@@ -1,5 +1,5 @@
 // Runs: those below the folder, live; several in one picture.
-import { chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
+import { address, chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
 
 const HELD_OUT = ["val_loss", "retain_loss"];
 const LOSSES = ["loss", "reward"];
@@ -37,7 +37,7 @@ export async function runsPage(place, about, signal, chosen) {
         remember("compared", [...compared]);
         shown?.again();
       });
-      return el("li", {}, box, el("a", { href: `#runs:${run.folder}`, "aria-current": run.folder === folder ? "true" : null }, run.folder),
+      return el("li", {}, box, el("a", { href: address("runs", run.folder), "aria-current": run.folder === folder ? "true" : null }, run.folder),
         el("span", { className: `state ${run.running ? "running" : ""}` }, run.running ? "running" : ""));
     }));
     if (!runs.length) list.append(el("li", {}, el("span", { className: "note" }, "no run yet; ", el("a", { href: "#train" }, "start one"))));
@@ -49,8 +49,9 @@ export async function runsPage(place, about, signal, chosen) {
     const folder = job ? (one ? folderOf(one.words) : "") : chosen || runs[0]?.folder || "";
     shown = { again() {} };
     const shows = folder && (!job || one?.words[0] === "train");
-    const output = job ? showJob(view, job, leave.signal) : null;
+    const output = job ? showJob(view, job, leave.signal, () => !shown.running) : null;
     if (shows) showRun(folder, output);
+    if (chosen && matchMedia("(max-width: 850px)").matches) view.scrollIntoView(); // below the lists there
     if (!job && !folder) view.append(el("p", { className: "note" }, "Nothing to show yet."));
   }
 
@@ -62,7 +63,7 @@ export async function runsPage(place, about, signal, chosen) {
     const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div");
     const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, title, figures, bar, buttons, error, losses, rates, answers);
     place.append(begins, all);
-    let next = 0, drawn = "", many = new Map();
+    let next = 0, drawn = "", many = new Map(), stopping = false;
 
     async function turn() {
       const found = await get("/api/runs/metrics", { folder, begin: next }).catch(() => null);
@@ -77,6 +78,8 @@ export async function runsPage(place, about, signal, chosen) {
       if (!run) return;
       if (output && lines.length && !drawn) output.open = false;
       for (const other of compared) if (other !== folder && !many.has(other)) many.set(other, await wholeOf(other));
+      stopping &&= run.running;
+      shown.running = run.running;
       const stamp = `${lines.length} ${run.running} ${begun} ${[...compared].sort()}`;
       if (stamp === drawn) return;
       drawn = stamp;
@@ -109,15 +112,24 @@ export async function runsPage(place, about, signal, chosen) {
       bar.max = total || 1;
       bar.value = Math.min(done, total || 1);
       buttons.replaceChildren(
-        run.running ? el("button", { type: "button", onclick: () => post("/api/runs/stop", { folder }).catch((problem) => tell(error, problem)) }, "Stop after this step") : "",
+        run.running ? el("button", { type: "button", disabled: stopping, onclick: stop }, stopping ? "Stopping after this step …" : "Stop after this step") : "",
+        run.running && stopping ? el("button", { type: "button", onclick: stop }, "Stop at once, without saving") : "",
         !run.running && !begun && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
-        run.files.some((file) => /\.(safetensors|pth)$/.test(file)) ? el("a", { className: "button", href: `#release:${folder}` }, "Release") : "",
-        run.files.length ? el("a", { className: "button", href: `#chat:${folder}` }, "Chat") : "",
+        run.files.some((file) => /\.(safetensors|pth)$/.test(file)) ? el("a", { className: "button", href: address("release", folder) }, "Release") : "",
+        run.files.length ? el("a", { className: "button", href: address("chat", folder) }, "Chat") : "",
         command && !output ? el("a", { className: "button", href: `#runs:job:${command.id}` }, "What it printed") : "");
       const others = [...compared].filter((one) => one !== folder);
       chart(losses, name, [...linesOf(lines, name, others.length ? folder : ""),
         ...others.flatMap((other) => linesOf(many.get(other) ?? [], name, other))]);
       chart(rates, "learning rate", linesOf(lines, "lr", "").slice(0, 1));
+    }
+
+    // The run takes a second signal as a wish to stop without saving, so that the first button works once.
+    async function stop({ target }) {
+      target.disabled = true;
+      await post("/api/runs/stop", { folder }).then(() => { stopping = true; }, (problem) => tell(error, problem));
+      drawn = "";
+      turn();
     }
 
     async function resume(run) {
@@ -180,12 +192,17 @@ function table(caption, names, rows) {
 }
 
 // A command that the page started: its words, its output as it comes, how it ended; -> the part with its output.
-export function showJob(place, id, signal) {
+// stops() tells whether it offers to stop the command, which a run does itself once it has begun.
+export function showJob(place, id, signal, stops = () => true) {
   const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), folded = el("details", { open: true }, el("summary", {}, "What it printed"), output), state = el("div"), notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
   place.append(el("div", { className: "job" }, title, line, state, notes, wrong, buttons, folded));
   const leave = new AbortController();
   signal.addEventListener("abort", () => leave.abort());
-  let next = 0;
+  let next = 0, stopping = false;
+  const stop = ({ target }) => {
+    target.disabled = stopping = true;
+    post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem));
+  };
   repeat(leave.signal, 1, async () => {
     let job;
     try {
@@ -201,7 +218,7 @@ export function showJob(place, id, signal) {
     if (low) output.scrollTop = output.scrollHeight;
     line.textContent = words(job.words);
     state.replaceChildren(badge(job));
-    buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", onclick: () => post(`/api/jobs/${id}/stop`).catch((problem) => tell(wrong, problem)) }, "Stop") : "");
+    buttons.replaceChildren(job.state === "running" && stops() ? el("button", { type: "button", disabled: stopping, onclick: stop }, "Stop") : "");
     if (job.state === "running") return;
     leave.abort();
     if (failed(job) && job.words[0] === "train") buttons.append(el("a", { className: "button", href: "#train" }, "Back to the settings"));
