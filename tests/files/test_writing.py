@@ -234,6 +234,8 @@ def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"~/m.pth: a shell replaces ~ .*; give {tmp_path}/home/m.pth"):
             read_or_written("~/m.pth")
     assert os.listdir(tmp_path) == []
+    with pytest.raises(UserError, match="a path of Windows; in WSL give /mnt/c/a b/m.pth"):
+        check_output("--output", r"C:\a b\m.pth", [])
     check_output("--output", "~m.pth", [])
     (tmp_path / "~").mkdir()
     check_output("--output", "~/m.pth", [])

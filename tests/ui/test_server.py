@@ -267,7 +267,7 @@ def test_mistaken_flags_are_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told(server, folder):
     """Root may write everywhere, so that a file stands in the way."""
-    jobs = folder / ".rwkv-peft"
+    (jobs := folder / ".rwkv-peft").mkdir(exist_ok=True)
     jobs.rename(folder / "aside")
     jobs.write_text("")
     try:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, told
 
+WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
 SHOWN = 5  # files of a folder that a message names
 
 
@@ -36,10 +38,13 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
 
 
 def home_meant(path: str | Path) -> str:
-    """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes; "" for any other path."""
-    meant = os.path.expanduser(path)
-    if meant == str(path) or os.path.lexists(Path(path).parts[0]):
+    """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes, and on one of Windows; ""
+    for any other path."""
+    meant, windows = os.path.expanduser(path), WINDOWS.fullmatch(str(path))
+    if (meant == str(path) and not windows) or os.path.lexists(Path(path).parts[0]):
         return ""
+    if windows:
+        return f"a path of Windows; in WSL give /mnt/{windows[1].lower()}/" + windows[2].replace("\\", "/")
     return f"a shell replaces ~ by the home folder only at the start of a word, and so not here; give {meant}"
 
 

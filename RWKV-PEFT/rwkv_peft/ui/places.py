@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.readable import home_meant
 
 SHOWN = 2000  # entries of a folder, at most
 
@@ -19,7 +20,8 @@ class Places:
         """The path of a file or folder named from the root. Raises UserError if it is not there, or not below it."""
         path = self.inside(name)
         if not path.exists():
-            raise UserError(f"{name}: there is no such file in {self.root}")
+            meant = f"; it is {remark}" if (remark := home_meant(name)) else ""
+            raise UserError(f"{name}: there is no such file in {self.root}{meant}")
         return path
 
     def inside(self, name: str) -> Path:

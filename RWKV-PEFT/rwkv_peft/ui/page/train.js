@@ -22,7 +22,7 @@ export async function trainPage(place, about, signal) {
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
     el("div", { className: "fields" }, first.fields.map(field)), el("h2", {}, "All other settings"), find, groups);
   place.append(el("h1", {}, "Train"), el("p", { className: "lead" },
-    "Name a base model and data; fields that are left empty take the default in grey. Memory and mistakes are shown as you type."),
+    "Name a base model (docs/start/models.md says which there are, and how to download one) and data; fields that are left empty take the default in grey. Memory and mistakes are shown as you type."),
   el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
     el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
       el("button", { type: "button", onclick: reset }, "Clear all")),
