@@ -226,26 +226,6 @@ def test_mistakes_are_told(path, model, ids, tmp_path):
     assert not (tmp_path / "m.pth").exists()
 
 
-def test_the_tokenizer_is_the_packages_own(tmp_path):
-    tokenizer, world = RWKVTokenizer(), rp.tokenizer("world")
-    texts = ["Ann has 3 red balls.\n\nUser: héllo 你好 🦢", "<s> and  <|endoftext|>", " lead\ttail "]
-    for text in texts:
-        tokens = tokenizer(text).input_ids
-        assert tokens == world.encode(text) and tokenizer.decode(tokens) == text
-        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == tokens
-    assert tokenizer.vocab_size == len(tokenizer) == 65536 and tokenizer.eos_token_id == tokenizer.pad_token_id == 0
-    assert tokenizer.decode([0, *world.encode("a"), 0]) == f"{tokenizer.eos_token}a{tokenizer.eos_token}"
-    assert tokenizer.decode([0, *world.encode("a"), 0], skip_special_tokens=True) == "a"
-    assert tokenizer(f"a{tokenizer.eos_token}").input_ids == [*world.encode("a"), 0]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert chat == "User: Hi\n\nAssistant:"
-    tokenizer.save_pretrained(tmp_path)
-    again = RWKVTokenizer.from_pretrained(tmp_path)
-    assert [again(text).input_ids for text in texts] == [world.encode(text) for text in texts]
-
-
 def test_the_guides_example_runs(tmp_path, monkeypatch, capsys):
     root = Path(__file__).resolve().parents[2]
     guide = (root / "docs" / "guides" / "hugging-face.md").read_text(encoding="utf-8")

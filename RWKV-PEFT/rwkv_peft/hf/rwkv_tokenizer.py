@@ -1,16 +1,55 @@
 """RWKV's World vocabulary as a tokenizer of transformers: the same tokens as everywhere in this package."""
 
+import re
 import shutil
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
 from ..data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, world_vocabulary
+from ..data.tools import ASKED
 from ..errors import UserError
-from ..release.vocabulary import CHAT_TEMPLATE, WORLD_FILE, world_file
+from ..release.vocabulary import WORLD_FILE, world_file
 
 END = "<|rwkv_tokenizer_end_of_text|>"  # the text of token 0, which ends a document, as published folders spell it
+
+# The layout of rows (data/turns.py, data/tools.py) but for the last turn, which a blank line ends like the others. What
+# is generated is what counts there: an answer, the blank line behind it, and the name of the next speaker.
+CHAT_TEMPLATE = (
+    "{%- set names = {'system': 'System', 'developer': 'System', 'user': 'User', 'assistant': 'Assistant', "
+    "'model': 'Assistant', 'tool': 'Tool', 'function': 'Tool'} -%}"
+    "{%- set told = namespace(tools='') -%}"
+    "{%- for tool in tools or [] -%}"
+    "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"
+    "{%- endfor -%}"
+    "{%- if tools -%}"
+    f"{{%- set told.tools = '<tools>\n' + told.tools + '</tools>\n{ASKED}' -%}}"
+    "{%- if names[messages[0]['role']] != 'System' -%}{{- 'System: ' + told.tools + '\n\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- set name = names[message['role']] or raise_exception('the role ' + message['role'] + ' has no name') -%}"
+    "{%- set turn = namespace(words=(message['content'] or '')|trim) -%}"
+    "{%- for called in message['tool_calls'] or [] -%}"
+    "{%- set call = called['function'] if called['function'] is defined else called -%}"
+    "{%- set given = call['arguments'] if call['arguments'] is string else call['arguments']|tojson -%}"
+    "{%- set call = '{\"name\": ' + call['name']|tojson + ', \"arguments\": ' + given + '}' -%}"
+    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + '<tool_call>\n' + call + '\n</tool_call>' -%}"
+    "{%- endfor -%}"
+    "{%- if loop.first and name == 'System' and tools -%}"
+    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + told.tools -%}"
+    "{%- endif -%}"
+    "{%- set words = ' ' + turn.words + '\n\n' -%}"
+    "{%- if name == 'Assistant' -%}{{- 'Assistant:' -}}{% generation %}{{- words -}}{% endgeneration %}"
+    "{%- elif loop.previtem is defined and names[loop.previtem['role']] == 'Assistant' -%}"
+    "{% generation %}{{- name + ':' -}}{% endgeneration %}{{- words -}}"
+    "{%- else -%}{{- name + ':' + words -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+BORDER = "\ufdd0"  # no character: stands in for a template's marks of what is generated, to find their places
+MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 class RWKVTokenizer(PreTrainedTokenizer):
@@ -39,6 +78,32 @@ class RWKVTokenizer(PreTrainedTokenizer):
         settings.setdefault("chat_template", CHAT_TEMPLATE)
         settings |= {"clean_up_tokenization_spaces": False}
         super().__init__(end=end, **settings)
+
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, return_assistant_tokens_mask: bool = False, **settings: Any
+    ) -> Any:
+        """transformers' method; with the mask, which that computes only for tokenizers of another kind, of a
+        conversation or several, neither cut nor padded."""
+        if not return_assistant_tokens_mask:
+            return super().apply_chat_template(conversation, *args, **settings)
+        found = super().apply_chat_template(conversation, *args, **settings | {"return_dict": True})
+        marked = MARKS.sub("{{- '" + BORDER + "' -}}", settings.get("chat_template") or self.chat_template)
+        settings |= {"chat_template": marked, "tokenize": False}
+        texts = super().apply_chat_template(conversation, *args, **settings)
+        if isinstance(texts, str):
+            found["assistant_masks"] = self._mask(found["input_ids"], texts)
+        else:
+            found["assistant_masks"] = [self._mask(*pair) for pair in zip(found["input_ids"], texts, strict=True)]
+        return found
+
+    def _mask(self, tokens: list[int], text: str) -> list[int]:
+        """1 for each token of a text that overlaps what stands between an odd BORDER and the next, else 0."""
+        parts = [part.encode() for part in text.split(BORDER)]
+        learned = b"".join((b"\1" if number % 2 else b"\0") * len(part) for number, part in enumerate(parts))
+        ends = list(accumulate(len(self._spelled.get(token) or self.eos_token or "") for token in tokens))
+        if ends[-1:] != [len(learned)]:
+            raise UserError("a mask of the assistant's tokens is of whole conversations; leave out cuts and padding")
+        return [int(any(learned[start:end])) for start, end in zip([0, *ends], ends)]
 
     @property
     def vocab_size(self) -> int:

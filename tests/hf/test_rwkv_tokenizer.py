@@ -1,0 +1,66 @@
+"""RWKV's vocabulary as a tokenizer of transformers: the package's own tokens, and what counts of a chat."""
+
+import pytest
+from jinja2 import TemplateError
+
+import rwkv_peft as rp
+from rwkv_peft.data.templates import segments
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import RWKVTokenizer
+
+
+def test_the_tokenizer_is_the_packages_own(tmp_path):
+    tokenizer, world = RWKVTokenizer(), rp.tokenizer("world")
+    texts = ["Ann has 3 red balls.\n\nUser: héllo 你好 🦢", "<s> and  <|endoftext|>", " lead\ttail "]
+    for text in texts:
+        tokens = tokenizer(text).input_ids
+        assert tokens == world.encode(text) and tokenizer.decode(tokens) == text
+        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == tokens
+    assert tokenizer.vocab_size == len(tokenizer) == 65536 and tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    assert tokenizer.decode([0, *world.encode("a"), 0]) == f"{tokenizer.eos_token}a{tokenizer.eos_token}"
+    assert tokenizer.decode([0, *world.encode("a"), 0], skip_special_tokens=True) == "a"
+    assert tokenizer(f"a{tokenizer.eos_token}").input_ids == [*world.encode("a"), 0]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "User: Hi\n\nAssistant:"
+    tokenizer.save_pretrained(tmp_path)
+    again = RWKVTokenizer.from_pretrained(tmp_path)
+    assert [again(text).input_ids for text in texts] == [world.encode(text) for text in texts]
+
+
+CALL = {"function": {"name": "f", "arguments": {"é": [1, "x"]}}}
+CHAT = [
+    {"role": "system", "content": "Be. "},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo, é."},
+    {"role": "user", "content": "So?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "No", "tool_calls": [CALL]},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"é": 1}}}, {"name": "g"}]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("turns", [CHAT, CHAT[1:3], CHAT[2:]])
+def test_chats_and_what_counts_of_them_are_those_of_rows(turns, tools):
+    """As trl's assistant_only_loss asks for it; the template ends every turn with a blank line, also the last."""
+    tokenizer, parts = RWKVTokenizer("bytes"), [*segments({"messages": turns, "tools": tools}), ("\n\n", True)]
+    found = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    assert tokenizer.decode(found["input_ids"]) == "".join(text for text, _ in parts)
+    assert found["assistant_masks"] == [int(counts) for text, counts in parts for _ in text.encode()]
+
+
+def test_masks_of_several_chats_and_of_another_template(tmp_path):
+    tokenizer, asked = RWKVTokenizer("bytes"), dict(return_dict=True, return_assistant_tokens_mask=True)
+    one, other = (tokenizer.apply_chat_template(chat, **asked)["assistant_masks"] for chat in (CHAT, CHAT[:3]))
+    assert tokenizer.apply_chat_template([CHAT, CHAT[:3]], **asked)["assistant_masks"] == [one, other]
+    plain = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    assert not any(tokenizer.apply_chat_template(CHAT, **asked, **plain)["assistant_masks"])
+    with pytest.raises(UserError, match="of whole conversations; leave out cuts and padding"):
+        tokenizer.apply_chat_template(CHAT, **asked, truncation=True, max_length=8)
+    with pytest.raises(TemplateError, match="the role elf has no name"):
+        tokenizer.apply_chat_template([{"role": "elf", "content": "Hi"}])
+    tokenizer.save_pretrained(tmp_path)
+    assert RWKVTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT, **asked)["assistant_masks"] == one
