@@ -22,12 +22,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Restore Ctrl-C: a process that a script starts in the background ignores it, and so would the tests' children.
-    All workers of a session share the process that warm.py forks."""
+    All workers of a session share the process that warm.py forks, and are forks of it themselves."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not hasattr(config, "workerinput"):
-        config.warm = tempfile.TemporaryDirectory(prefix="warm")
-        config.add_cleanup(config.warm.cleanup)
-    warm.folder = config.workerinput["warm"] if hasattr(config, "workerinput") else config.warm.name
+    if hasattr(config, "workerinput"):
+        warm.folder = config.workerinput["warm"]
+        return
+    config.warm = tempfile.TemporaryDirectory(prefix="warm")
+    config.add_cleanup(config.warm.cleanup)
+    warm.folder = config.warm.name
+    if getattr(config.option, "tx", None) and config.option.accelerator == "cpu":
+        config.option.tx = [f"{spec}//python={warm.worker()}" for spec in config.option.tx]
 
 
 @pytest.hookimpl(optionalhook=True)

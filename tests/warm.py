@@ -6,6 +6,7 @@ The workers of one session of pytest share the process that is forked, which end
 
     python warm.py serve SOCKET              is forked
     python warm.py ask SOCKET FILE argument… runs a file in a fork, as python() does
+    python warm.py -u -c CODE                runs CODE; a fork of this is a worker of pytest
 """
 
 import atexit
@@ -16,6 +17,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,11 +25,15 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
-# A run imports these itself; a name that a version lacks is passed over.
+# Runs and tests import these themselves; a name that a version lacks is passed over.
 IMPORTS = (
+    "rwkv_peft.hf",
+    "trl.trainer.sft_trainer",
+    "datasets",
     "rwkv_peft.training.run",
     "rwkv_peft.training.engine.callbacks",
     "rwkv_peft.training.engine.trainer",
@@ -180,7 +186,8 @@ def main(address):
     look_around()
     sys.executable = str(Path(address).with_name("python"))
     gc.collect()
-    gc.freeze()  # what was imported for all commands is looked through in none
+    gc.freeze()  # what was imported for all commands is looked through in none, and not torn down at its end
+    weakref.finalize._registry.clear()
     if argv := server.serve():
         sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
         if Path(argv[0]) != Path(__file__):
@@ -258,6 +265,11 @@ def address():
 session = socket.socket(socket.AF_UNIX)  # while it is open, the process that is forked lives
 
 
+def worker():
+    """A command line like Python's for the workers of pytest, which import most of what the server has."""
+    return shlex.join([python(), __file__])
+
+
 def python():
     """A program that runs files as Python does, in forks, and the rest in a Python of its own."""
     return str(Path(address()).with_name("python"))
@@ -302,4 +314,8 @@ class Command:
 
 if __name__ == "__main__":
     role, *words = sys.argv[1:]
-    stand_in(words[0], words[1:]) if role == "ask" else main(*words)
+    if role == "-u":
+        sys.executable = sys.orig_argv[0]  # what a worker starts is cold unless a test asks for warm_python
+        exec(words[1])
+    else:
+        stand_in(words[0], words[1:]) if role == "ask" else main(*words)
