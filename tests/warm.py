@@ -12,7 +12,6 @@ The workers of one session of pytest share the process that is forked, which end
 import atexit
 import functools
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -29,29 +28,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-# Runs and tests import these themselves; a name that a version lacks is passed over.
-IMPORTS = (
-    "rwkv_peft.hf",
-    "trl.trainer.sft_trainer",
-    "datasets",
-    "rwkv_peft.training.run",
-    "rwkv_peft.training.engine.callbacks",
-    "rwkv_peft.training.engine.trainer",
-    "rwkv_peft.training.saving.loggers",
-    "rwkv_peft.training.step.lit",
-    "rwkv_peft.training.engine.strategy",
-    "lightning.pytorch",
-    "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "setuptools",  # which deepspeed looks for a compiler with
-    "deepspeed.module_inject.auto_ep_layer",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.pyplot",
-    "torch.utils.tensorboard",
-    "tensorboard.plugins.hparams.api_pb2",
-    "tensorboard.plugins.hparams.plugin_data_pb2",
-)
-# They are read when those are imported; a run itself sets the last one.
+# They are read when warm_imports.IMPORTS are imported; a run itself sets the last one.
 VARIABLES = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHILDREN = Path(__file__).parents[1] / "RWKV-PEFT" / "rwkv_peft" / "children.py"  # which runs modules
@@ -179,11 +156,10 @@ def become(streams, environment, folder):
 
 
 def main(address):
+    import warm_imports
+
     server = Server(address)
-    for name in IMPORTS:
-        with suppress(ImportError):
-            importlib.import_module(name)
-    look_around()
+    warm_imports.load()
     sys.executable = str(Path(address).with_name("python"))
     gc.collect()
     gc.freeze()  # what was imported for all commands is looked through in none, and not torn down at its end
@@ -191,7 +167,7 @@ def main(address):
     if argv := server.serve():
         sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
         if Path(argv[0]) != Path(__file__):
-            draw_at_once()
+            warm_imports.draw_at_once()
         code = 0
         try:
             runpy.run_path(argv[0], run_name="__main__")
@@ -200,23 +176,6 @@ def main(address):
                 raise
             code = ended.code or 0
         leave(code)
-
-
-def look_around():
-    """Do once what each run would: DeepSpeed looks for compilers, and matplotlib for fonts."""
-    import deepspeed
-    from matplotlib.figure import Figure
-
-    deepspeed.ops.__compatible_ops__  # noqa: B018 - found when it is asked for
-    Figure().subplots().figure.savefig(os.devnull, format="png")
-
-
-def draw_at_once():
-    """Draw pictures without looking for the best place of each part, which takes a tenth of a short run;
-    tests/test_plots.py has it."""
-    from matplotlib.figure import Figure
-
-    Figure.set_layout_engine = lambda *_, **__: None
 
 
 def leave(code):

@@ -73,8 +73,8 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
     probabilities (n, k) float64, tokens (n, k). On a CPU this usually sorts only a small part of a large vocabulary,
-    and more for the rows alone that need it, beside which others have zeros; on a GPU it sorts all, because the host would
-    wait to hear how many suffice."""
+    and more for the rows alone that need it, beside which others have zeros; on a GPU it sorts all, because the host
+    would wait to hear how many suffice."""
     size = probabilities.shape[-1]
     k = min(FIRST_CANDIDATES, size) if probabilities.is_cpu else size
     found, tokens = largest(probabilities, k)
