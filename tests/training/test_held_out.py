@@ -35,8 +35,10 @@ def test_rows_learned_by_heart_are_told_from_what_holds_for_others(losses, words
 
 
 def test_the_loss_before_and_after_and_the_lowest_are_told():
-    told = held_out(3.0, 1.0, 0.5, 0.7).told
+    told = held_out(3.0, 1.0, 0.5, 0.7).told("loss", 1)
     assert told == "loss 3.0000 before training, 0.7000 at the end; after step 20 the lowest loss 0.5000"
+    told = held_out(0.0, -0.1, -0.7).told("reward", -1)
+    assert told == "reward 0.0000 before training, 0.7000 at the end; after step 20 the highest reward 0.7000"
 
 
 @pytest.mark.parametrize(
@@ -51,4 +53,4 @@ def test_answers_that_do_not_depend_on_their_questions_are_told(gains, is_blind)
 def test_losses_on_other_rows_do_not_count():
     found = held_out(3.0, 1.0, 0.5, 0.9, 0.8, since=160)
     assert found.start is None and found.losses == [(30, 0.9), (40, 0.8)] and found.note(PLAN, BEST, 6e-4) == ""
-    assert found.told == "loss 0.8000 at the end; after step 40 the lowest loss 0.8000"
+    assert found.told("loss", 1) == "loss 0.8000 at the end; after step 40 the lowest loss 0.8000"

@@ -155,8 +155,9 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
-        figures.append(("validation", held_out.told))
-        told += f"validation  {held_out.told}, {best}"
+        words = held_out.told(name, sign)
+        figures.append(("validation", words))
+        told += f"validation  {words}, {best}"
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"

@@ -36,12 +36,12 @@ class HeldOut(NamedTuple):
         """(steps done, loss) of the lowest one, the first of equal ones."""
         return min(self.losses, key=lambda one: one[1])
 
-    @property
-    def told(self) -> str:
-        """Say how the loss went; the lowest stands last."""
+    def told(self, name: str, sign: int) -> str:
+        """Say how a run's measure went, whose `sign` (1 or -1) multiple is to fall; the best stands last."""
         (step, lowest), (_, last) = self.lowest, self.losses[-1]
-        before = "" if self.start is None else f"{self.start:.4f} before training, "
-        return f"loss {before}{last:.4f} at the end; after step {step:,} the lowest loss {lowest:.4f}"
+        before = "" if self.start is None else f"{sign * self.start + 0.0:.4f} before training, "
+        best = f"{'lowest' if sign > 0 else 'highest'} {name} {sign * lowest + 0.0:.4f}"
+        return f"{name} {before}{sign * last + 0.0:.4f} at the end; after step {step:,} the {best}"
 
     def note(self, plan: Plan, best: Path, rate: float) -> str:
         """A note if the loss never fell, or rose again by much of its fall, with the remedy; "" if all is well."""
