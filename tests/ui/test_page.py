@@ -44,6 +44,7 @@ def open_page(browser, server):
 def go(page, name):
     page.get_by_role("navigation").get_by_role("link", name=name).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(name)
+    expect(page).to_have_title(f"{name}: rwkv-peft")
 
 
 def press(page, name):

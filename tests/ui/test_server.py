@@ -14,6 +14,7 @@ from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.jobs import Jobs
 from rwkv_peft.ui.lines import TAIL, last_of, lines_of
 from rwkv_peft.ui.places import Places
+from rwkv_peft.ui.runs import folders
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,17 @@ def test_a_command_that_is_killed_is_told(server, folder):
     assert wait_for(server, job)["code"] not in (0, None)
     status, text = server.ask("/api/runs/stop", {"folder": "killed"})
     assert status == 400 and "does not run" in text
+
+
+def test_near_runs_are_found_and_links_and_hidden_folders_passed_over(tmp_path, monkeypatch):
+    for name in ("a", "a/b/c/d/e", "a/b/c/d/e/f", ".hidden", "checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("config.json", "metrics.jsonl"):
+            (tmp_path / name / file).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert [str(path.relative_to(tmp_path)) for path in folders(tmp_path)] == ["a", "a/b/c/d/e"]
+    monkeypatch.setattr("rwkv_peft.ui.runs.LOOKED", 2)
+    assert list(folders(tmp_path)) == [tmp_path / "a"]
 
 
 def test_a_command_is_stopped_before_it_has_begun(server):

@@ -13,6 +13,7 @@ from .lines import objects, read
 from .places import Places
 
 DEEP = 5  # levels of folders that are looked through
+LOOKED = 3000  # folders that are: the page asks every 3 seconds, and a home folder may hold a hundred thousand
 MOST = 200  # runs that are shown
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
@@ -26,12 +27,19 @@ def find_runs(places: Places) -> list[dict[str, Any]]:
 
 
 def folders(root: Path) -> Iterator[Path]:
-    """Yield the folders of runs below `root`; links are not followed."""
-    for place, below, files in os.walk(root):
-        if RUN in files and METRICS in files:
-            yield Path(place)
-        deep = len(Path(place).relative_to(root).parts) >= DEEP
-        below[:] = [] if deep else [name for name in below if not name.startswith(".") and name not in SKIPPED]
+    """Yield the folders of runs below `root`, the nearest first; links are not followed."""
+    level, looked = [str(root)], 0
+    for _ in range(DEEP + 1):
+        below = []
+        for place in level[: LOOKED - looked]:
+            looked += 1
+            with suppress(OSError), os.scandir(place) as found:
+                entries = {entry.name: entry for entry in found if not entry.name.startswith(".")}
+                if RUN in entries and METRICS in entries:
+                    yield Path(place)
+                inner = (entry for name, entry in entries.items() if name not in SKIPPED)
+                below += [entry.path for entry in inner if entry.is_dir(follow_symlinks=False)]
+        level = below
 
 
 def modified(folder: Path) -> float:

@@ -9,7 +9,7 @@ export async function dataPage(place, about) {
   const values = made.values.filter((value) => value !== "binidx");
   const type = flagField({ ...made, values, default: "sft" }, "Rows are", asked.data_type, (value) => { asked.data_type = value || "sft"; });
   const tokenizer = el("input", { id: "tokenizer", value: asked.tokenizer, spellcheck: false });
-  const columns = flagField(flags.get("sft_field"), "Columns", asked.sft_field, (value) => { asked.sft_field = value; });
+  const columns = flagField(flags.get("sft_field"), "Columns (--sft_field)", asked.sft_field, (value) => { asked.sft_field = value; });
   const limit = el("input", { id: "ctx", type: "number", min: 1, value: asked.ctx_len });
   const show = el("button", { className: "main" }, "Show");
   const error = el("div"), result = el("div", { "aria-live": "polite" });
@@ -26,6 +26,7 @@ export async function dataPage(place, about) {
     remember("data", asked);
     show.disabled = true;
     tell(error, null);
+    columns.classList.remove("wrong");
     result.replaceChildren("reading …");
     try {
       if (!asked.path) throw new Error("name a file first");
@@ -33,6 +34,7 @@ export async function dataPage(place, about) {
     } catch (problem) {
       result.replaceChildren();
       tell(error, problem);
+      columns.classList.toggle("wrong", problem.message.includes("--sft_field"));
       const other = /--data_type (\w+)/.exec(problem.message)?.[1];
       if (values.includes(other)) result.append(el("button", { type: "button", onclick: () => as(other) }, `Show them as ${other}`));
     }

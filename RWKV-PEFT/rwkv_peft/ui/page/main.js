@@ -17,8 +17,10 @@ async function open() {
   const [name, ...rest] = decoded(location.hash.slice(1)).split(":");
   const page = PAGES[name] ?? dataPage;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${page === dataPage ? "data" : name}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (link.hash === `#${page === dataPage ? "data" : name}`) {
+      link.setAttribute("aria-current", "page");
+      document.title = `${link.textContent}: rwkv-peft`;
+    } else link.removeAttribute("aria-current");
   }
   const place = el("div");
   main.replaceChildren(place);

@@ -2,7 +2,8 @@
 import { el, get, pathField, post, tell } from "./lib.js";
 import { showJob } from "./runs.js";
 
-const FORMATS = { gguf: "GGUF, for llama.cpp", st: "safetensors, for web-rwkv and Ai00" };
+// the end of a converted file's name, and for whom it is
+const FORMATS = { ".gguf": "GGUF, for llama.cpp", ".st": "safetensors, for web-rwkv and Ai00", "-hf": "a folder, for transformers" };
 
 export async function releasePage(place, about, signal, folder) {
   const runs = await get("/api/runs");
@@ -23,7 +24,7 @@ export async function releasePage(place, about, signal, folder) {
     ["Check", "recomputes each tensor of the merged model, and runs it.",
       () => ["check", "--base_model", from(), "--bone_checkpoint", adapter(), "--merged", merged()]],
     ["Inspect", "shows what is in the merged model.", () => ["inspect", merged()]],
-    ["Convert", "writes the merged model for another runtime:", () => ["convert", merged(), merged().replace(/\.pth$/, "") + `.${format.value}`], format],
+    ["Convert", "writes the merged model for a runtime that does not load .pth:", () => ["convert", merged(), merged().replace(/\.pth$/, "") + format.value], format],
     ["Preview", "says which files Push would send, with the card below:", () => push("--dry_run"), repo, open],
     ["Push", "sends them to the Hugging Face hub. Log in once with hf auth login in a terminal.", () => push()],
   ];
