@@ -181,7 +181,8 @@ def test_to_validate_on_what_is_trained_on_is_told(folder, header):
     for given in (path, path / "a.jsonl"):
         said = header("--data_file", given, "--data_type", "sft", "--val_data", given, "--sft_split", "[:1]")
         assert f"note: --val_data {given} is the training data" in said
-    assert "note:" not in header("--data_file", path, "--data_type", "sft", "--val_data", path / "a.jsonl")
+    said = header("--data_file", path, "--data_type", "sft", "--val_data", path / "a.jsonl")
+    assert "is the training data" not in said and "2 of 2 held-out rows are training rows too" in said
 
 
 def test_what_is_odd_about_rows_that_validate_is_told(folder, header):

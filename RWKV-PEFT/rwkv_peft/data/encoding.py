@@ -201,7 +201,7 @@ class Encoder:
         counts["blank"] += any(map(has_empty_turn, documents))
         (text, is_learned), *more = documents[0]
         counts["dialogues"] += is_learned and not more and bool(opening_within(text))
-        counts["templated"] += is_learned and not more and bool(FOREIGN_MARKS.search(text))
+        counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
         if self.settings.think == "on":
             counts["thinking" if thinks(documents[0]) else "at_once"] += 1
 

@@ -31,10 +31,9 @@ ANSWERED = (  # the fields of the forms in which only answers count
 # (texts that may open the turn behind an answer, the text that opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
 # what opens turns in the templates of other models; here it is text like any other
-FOREIGN_MARKS = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<\|start\|>|<start_of_turn>|<\|user\|>|\[INST\]|<｜User｜>"
-    r"|^### (?:Instruction|Human|User|Question):",
-    re.MULTILINE,
+FOREIGN_MARKS = (
+    *("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<｜User｜>", "[INST]"),
+    *("### Instruction:", "### Human:", "### User:"),
 )
 
 

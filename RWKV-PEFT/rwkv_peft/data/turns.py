@@ -23,7 +23,7 @@ Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # fields of a row for which the layouts have no place
 UNPLACED = ("tool_calls", "function_call", "history")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row, or of a turn
+MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))  # fields of a row, or of a turn
 CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
 SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World chats give to it
     {
@@ -181,8 +181,8 @@ def refuse_unplaced(row: Mapping[str, Any], more: Sequence[str] = ()) -> None:
 
 def refuse_media(holder: Mapping[str, Any]) -> None:
     """Raise UserError if a row or a turn holds one of MEDIA."""
-    for name in MEDIA:
-        if holder.get(name) not in NOTHING:
+    for name, value in holder.items():
+        if name in MEDIA and value not in NOTHING:
             raise UserError(
                 f"field {name!r} is no text, and only text is read; leave such rows out, or remove the field if their "
                 "words do without it"
