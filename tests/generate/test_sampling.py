@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.generate import sampling as sampling_module
-from rwkv_peft.generate.sampling import candidates, count, largest, most_probable, penalize, pick, sample
+from rwkv_peft.generate.sampling import candidates, count, first_largest, largest, most_probable, penalize, pick, sample
 from rwkv_peft.generate.settings import Sampling
 
 
@@ -182,3 +182,10 @@ def test_the_largest_are_those_of_topk(size, k):
     x[1] = x[1].sort().values  # all in the last places
     found, due = largest(x, k), x.topk(k)
     assert all(map(torch.equal, found, due))
+
+
+@pytest.mark.parametrize("size", (64 * 40, 64 * 3 + 5, 64, 7))
+def test_the_first_of_equal_numbers_is_the_largest(size):
+    x = torch.randint(4, (9, size), generator=torch.Generator().manual_seed(size)).float()
+    x[0], x[1, -1], x[2, 0] = 1.0, 9.0, 9.0
+    assert torch.equal(first_largest(x), x.argmax(-1))

@@ -7,6 +7,7 @@ arXiv 1904.09751).
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from .settings import Sampling
 
@@ -18,7 +19,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor | Sequence[float], sampl
     """Draw a token for each row: logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and
     numbers give equal tokens, whatever else is in the batch."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return first_largest(logits)
     weights, tokens = candidates(logits, sampling)
     return tokens.gather(-1, pick(weights, uniforms))[:, 0]
 
@@ -71,16 +72,31 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
-    probabilities (n, k) float64, tokens (n, k). On a CPU this usually sorts only a small part of a large vocabulary; on
-    a GPU it sorts all, because the host would wait to hear how many suffice."""
+    probabilities (n, k) float64, tokens (n, k). On a CPU this usually sorts only a small part of a large vocabulary,
+    and more for the rows alone that need it, beside which others have zeros; on a GPU it sorts all, because the host
+    would wait to hear how many suffice."""
     size = probabilities.shape[-1]
     k = min(FIRST_CANDIDATES, size) if probabilities.is_cpu else size
-    while True:
-        found, tokens = largest(probabilities, k)
-        found = found.double()
-        if k == size or (found.sum(-1) >= share).all():
-            return found, tokens
+    found, tokens = largest(probabilities, k)
+    found = found.double()
+    while k < size and (short := (found.sum(-1) < share).nonzero()[:, 0]).numel():
         k = min(16 * k, size) if k < 1000 else size
+        found, tokens = (F.pad(x, (0, k - x.shape[1])) for x in (found, tokens))
+        more, tokens[short] = largest(probabilities[short], k)
+        found[short] = more.double()
+    return found, tokens
+
+
+def first_largest(x: torch.Tensor) -> torch.Tensor:
+    """x.argmax(-1) for x (n, V). On a CPU the spans' maxima come first, which take a quarter of the time."""
+    n, size = x.shape
+    spans = size // SPAN
+    if not x.is_cpu or not spans:
+        return x.argmax(-1)
+    whole = x[:, : spans * SPAN].unflatten(1, (spans, SPAN))
+    span = whole.amax(-1).argmax(-1)
+    found = torch.cat([whole[torch.arange(n), span], x[:, spans * SPAN :]], 1).argmax(-1)
+    return torch.where(found < SPAN, span, spans - 1) * SPAN + found
 
 
 def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
