@@ -48,7 +48,7 @@ struct Sums {
         lower += pairs(kBits == 8 ? weights & 0x0f0f0f0f : weights, x - VecInt{});
         if (kBits == 8) upper += pairs((weights >> 4) & 0x0f0f0f0f, x - VecInt{});
     }
-    INLINE VecInt total() const { return kBits == 8 ? folded(lower) + (folded(upper) << 4) : folded(lower); }
+    INLINE VecInt total() const { return kBits == 8 ? folded(lower, 1) + folded(upper, 16) : folded(lower, 1); }
 
     static INLINE VecShort pairs(VecInt weights, VecInt x) {
 #if defined(__AVX512F__)
@@ -60,7 +60,15 @@ struct Sums {
         return (w & 0xff) * ((p << 8) >> 8) + (w >> 8) * (p >> 8);
 #endif
     }
-    static INLINE VecInt folded(VecShort sums) { return (((VecInt)sums << 16) >> 16) + ((VecInt)sums >> 16); }
+    static INLINE VecInt folded(VecShort sums, int16_t factor) {
+#if defined(__AVX512F__)
+        return (VecInt)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(factor));
+#elif defined(__AVX2__)
+        return (VecInt)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
+#else
+        return ((((VecInt)sums << 16) >> 16) + ((VecInt)sums >> 16)) * factor;
+#endif
+    }
 };
 #endif
 
