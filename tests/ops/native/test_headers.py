@@ -68,7 +68,7 @@ def on_cpu(compiler, *flags):
 
 @pytest.fixture(scope="module")
 def on_shim(compiler, tmp_path_factory):
-    """The start of a command that compiles for the shim, whose own header takes most of the time and is compiled first."""
+    """The start of a command that compiles for the shim, whose own header, the longest, is compiled beforehand."""
     header = tmp_path_factory.mktemp("shim") / "first.h"
     header.write_text("#include <cuda_shim.h>\n")
     # kernels wait for their launch, and #pragma unroll is nvcc's
