@@ -20,16 +20,15 @@ def write_files(folder, state):
 
 
 def flags(files, *more):
-    return [
+    paths = [
         "--load_model",
         str(files / "base.pth"),
         "--data_file",
         str(files / "data"),
-        *"--ctx_len 16 --bone_r 16 --proj_dir".split(),
+        "--proj_dir",
         str(files / "out"),
-        *"--accelerator cpu --precision fp32".split(),
-        *more,
     ]
+    return [*paths, *"--ctx_len 16 --bone_r 16 --accelerator cpu --precision fp32".split(), *more]
 
 
 def refused(monkeypatch, capsys, argv, code=2):

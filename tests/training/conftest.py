@@ -29,21 +29,11 @@ def command(files, accelerator):
         devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
         if accelerator == "gpu" and torch.cuda.device_count() < devices:
             pytest.skip(f"needs {devices} GPUs")
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--load_model",
-            str(files / "base.pth"),
-            "--data_file",
-            str(files / "data"),
-            "--proj_dir",
-            str(files / name),
-            *"--ctx_len 24 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2 --accelerator".split(),
-            accelerator,
-            *"--epoch_steps 4 --epoch_count 2".split(),
-            *(() if "--peft" in more else ("--bone_r", "16")),
-            *more,
-        ]
+        paths = {"load_model": files / "base.pth", "data_file": files / "data", "proj_dir": files / name}
+        words = [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
+        words += "--ctx_len 24 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2 --epoch_steps 4 --epoch_count 2".split()
+        words += ["--accelerator", accelerator, *(() if "--peft" in more else ("--bone_r", "16"))]
+        return [sys.executable, str(ROOT / "train.py"), *words, *more]
 
     return build
 

@@ -91,19 +91,8 @@ def test_the_bar_fits_into_80_columns_with_all_its_numbers(monkeypatch):
 )
 def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process, strategy, ranks, micro, accumulate):
     name = f"{strategy}-{ranks}-{micro}"
-    train(
-        name,
-        *"--precision fp32 --strategy".split(),
-        strategy,
-        "--devices",
-        str(ranks),
-        "--micro_bsz",
-        str(micro),
-        "--accumulate_grad_batches",
-        str(accumulate),
-        "--grad_cp",
-        "1",
-    )
+    flags = f"--strategy {strategy} --devices {ranks} --micro_bsz {micro} --accumulate_grad_batches {accumulate}"
+    train(name, *flags.split(), "--precision", "fp32", "--grad_cp", "1")
     for mine, theirs in zip(metrics(files, name), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
@@ -177,25 +166,18 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
 
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
-    out, _ = train(
-        *"again --precision fp32 --micro_bsz 4 --epoch_count 3 --epoch_begin 2 --bone_load".split(),
-        str(files / "one" / "adapter.safetensors"),
-    )
+    flags = "--precision fp32 --micro_bsz 4 --epoch_count 3 --epoch_begin 2 --bone_load".split()
+    train("again", *flags, str(files / "one" / "adapter.safetensors"))
     lines = metrics(files, "again")
     assert [line["step"] for line in lines] == [8, 9, 10, 11]
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
 def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
-    train(
-        "new",
-        "--load_model",
-        "",
-        *"--peft none --n_layer 2 --n_embd 64 --vocab_size 80 --precision fp32 --micro_bsz 4".split(),
-        *"--random_seed".split(),
-        str(2**63 - 1),
+    flags = (
+        f"--peft none --n_layer 2 --n_embd 64 --vocab_size 80 --precision fp32 --micro_bsz 4 --random_seed {2**63 - 1}"
     )
-
+    train("new", "--load_model", "", *flags.split())
     assert open_base(files / "new" / "rwkv.pth").tensors["emb.weight"].shape == (80, 64)
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
 
@@ -251,13 +233,7 @@ def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
 def test_rows_of_questions_train_without_preprocessing(files, train):
     rows = [{"query": f"{i} + 1?", "response": str(i + 1)} for i in range(40)]
     (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(
-        "scratch",
-        "--load_model",
-        "",
-        *"--peft none --n_layer 1 --n_embd 64 --vocab_size 257 --data_type sft --tokenizer bytes".split(),
-        *"--sft_field query response --data_file".split(),
-        str(files / "rows.jsonl"),
-        *"--precision fp32 --micro_bsz 8".split(),
-    )
+    flags = "--peft none --n_layer 1 --n_embd 64 --vocab_size 257 --precision fp32 --micro_bsz 8".split()
+    flags += "--data_type sft --tokenizer bytes --sft_field query response".split()
+    train("scratch", "--load_model", "", *flags, "--data_file", str(files / "rows.jsonl"))
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]

@@ -82,14 +82,8 @@ def test_a_file_that_cannot_be_read_is_refused(files, monkeypatch, capsys, make)
 
 def test_files_that_are_written_train_the_same_run(files):
     train = [sys.executable, str(ROOT / "train.py")]
-    more = (
-        "--epoch_steps",
-        "2",
-        "--epoch_count",
-        "1",
-        "--bone_config",
-        '{"bone_mode":"bat","bone_load":"","bone_r":16}',
-    )
+    more = ("--epoch_steps", "2", "--epoch_count", "1")
+    more += ("--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":16}')
     written = files / "run.yaml"
     out, _ = finish(start([*train, *without_rank(files), *more, "--write_config", str(written)]))
     assert str(written) in out and not (files / "out").exists()
