@@ -5,6 +5,7 @@
 # Each computes on one thread: on two cores, threads of two processes would wait for each other. The third computes
 # while another waits for what it started.
 set -eu
+unset PYTHONDONTWRITEBYTECODE # else each process compiles what it imports
 . "$(dirname "$0")/setup.sh"
 install_tests
 cd "$root"

@@ -28,6 +28,7 @@ ALLOWED = {
     ("generate/rows.py", "heard", "synchronize"): "for the token before",
     ("generate/rows.py", "heard", "tolist"): "of what was copied by then",
     ("generate/rows.py", "placed", "tensor"): "on the CPU, which is pinned then",
+    ("generate/sampling.py", "most_probable", "nonzero"): "on a CPU: a GPU sorts all at once",
     ("generate/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
     ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",

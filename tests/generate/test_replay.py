@@ -137,7 +137,8 @@ class Counting(TorchDispatchMode):
 )
 def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
     monkeypatch.setattr(replay, "recordable", lambda model: True)
-    monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", VOCABULARY)  # all at once, as on a GPU
+    for name in ("FIRST_CANDIDATES", "SPAN"):
+        monkeypatch.setattr(sampling_module, name, VOCABULARY + 1)  # all at once, as on a GPU
     running, listeners = Engine(VOCABULARY, 4, ahead=True), [Heard() for _ in range(4)]
     running.add(Request(Voice("", model), [5], [Answer(sampling, 99, listener) for listener in listeners]))
     for _ in range(3):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rwkv_peft.names import METRICS
 from rwkv_peft.training.engine import fit
 from training.runs import start, wait_for_words
 
@@ -33,13 +34,17 @@ def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
 @pytest.mark.parametrize("exhausted, code, words", [(False, 130, "--resume goes on"), (True, 0, "after 2 validations")])
 def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monkeypatch, exhausted, code, words):
     monkeypatch.setattr(fit, "plot_loss", print)
+    (tmp_path / METRICS).write_text('{"step": 3, "samples": 8, "loss": 1.0, "val_loss": 1.5}\n')
     run = SimpleNamespace(
         folder=tmp_path,
         plan=SimpleNamespace(total_steps=9),
-        config=SimpleNamespace(train=SimpleNamespace(early_stop=2), objective=SimpleNamespace(needs=())),
+        config=SimpleNamespace(
+            train=SimpleNamespace(early_stop=2, lr_init=1e-3), objective=SimpleNamespace(needs=(), unit="token")
+        ),
+        inputs=SimpleNamespace(identity={"validated_from": 0}),
         rows=None,
         rewards=None,
-        validator=SimpleNamespace(measured={"val": ()}, lowest=SimpleNamespace(loss=1.5)),
+        validator=SimpleNamespace(swapped=()),
         exhausted=exhausted,
         saver=SimpleNamespace(newest=tmp_path / "adapter.safetensors"),
     )
