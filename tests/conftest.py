@@ -59,10 +59,11 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_is_heard():
-    """Restore Ctrl-C after each command: a finished command ignores it, because its process is about to end, but this
-    process goes on. A fixture of a whole module may have run one, too."""
+def as_if_no_command_had_run():
+    """Restore what a command changes in its process, which is about to end, while this one goes on: Ctrl-C is heard,
+    and Python looks for modules beside a program (children.py). A fixture of a whole module may have run one, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("PYTHONSAFEPATH", None)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
