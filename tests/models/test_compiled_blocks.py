@@ -32,8 +32,8 @@ def step(model, state):
     "backend, part, states", [("inductor", "ffn", (False,)), ("aot_eager_decomp_partition", "", (False, True))]
 )
 def test_packed_rows_are_the_same_from_nothing_and_from_states(backend, part, states):
-    """Of the newest generation. The C++ that torch writes for "inductor" takes a compiler a second a kernel, so that
-    the whole block is left to a backend without any."""
+    """Take blocks of the newest generation. A compiler needs a second for each kernel that torch writes for "inductor",
+    so that the whole block is left to a backend without any."""
     model = model_of(DISTINCT[-1])
     started = State(LayerState(*map(torch.randn_like, layer)) for layer in State.zeros(model.config, 4))
     begins = [started if from_state else None for from_state in states]

@@ -1,4 +1,4 @@
-"""What a run says of its held-out rows at its end: whether what it learned holds for them, and which file is best."""
+"""A run says at its end whether what it learned holds for held-out rows, and which file is best."""
 
 from pathlib import Path
 

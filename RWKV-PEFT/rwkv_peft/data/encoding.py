@@ -148,12 +148,8 @@ class Encoder:
         return documents[1:] if self.kind == "contexts" else documents
 
     def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
-        result, tokens, mask = (
-            Encoded(continues=chunk.continues and not self.settings.max_tokens),
-            array(self.code),
-            bytearray(),
-        )
-        digests = bytearray()
+        result = Encoded(continues=chunk.continues and not self.settings.max_tokens)
+        tokens, mask, digests = array(self.code), bytearray(), bytearray()
         for offset, item in enumerate(chunk.items):
             if isinstance(item, bytes) and not item.strip():
                 continue

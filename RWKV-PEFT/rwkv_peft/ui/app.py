@@ -152,11 +152,11 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
 
     @app.get("/api/runs/metrics")
     def metrics(folder: str, begin: int = 0) -> dict[str, Any]:
-        return lines_of(places.file(f"{folder}/{METRICS}"), begin)
+        return lines_of(places.inside(f"{folder}/{METRICS}"), begin)
 
     @app.get("/api/runs/answers")
     def answers(folder: str) -> dict[str, Any]:
-        return {name: last_of(places.file(f"{folder}/{name}")) for name in ANSWERS}
+        return {name: last_of(places.inside(f"{folder}/{name}")) for name in ANSWERS}
 
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:
@@ -177,6 +177,6 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
 
     @app.get("/api/runs/card")
     def card(folder: str) -> dict[str, str]:
-        return {"text": read(places.file(f"{folder}/{CARD}")).decode("utf-8", "replace")}
+        return {"text": read(places.inside(f"{folder}/{CARD}")).decode("utf-8", "replace")}
 
     return app

@@ -49,7 +49,7 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: s
 
 
 def close_chats(jobs: Jobs) -> None:
-    """End the servers that this page has opened, of which nobody else knows."""
+    """End the servers that this page has opened, because nobody else knows of them."""
     for name in jobs.own:
         with suppress(UserError, OSError):  # it has ended
             if jobs.job(name)["words"][0] == "serve":

@@ -109,6 +109,6 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
 
 
 def around(text: str, told: Mapping[str, str]) -> str:
-    """What a help says before its values and of the default, for a field that tells of each value when it is chosen."""
+    """Leave the values out of a help whose field tells of each value when it is chosen."""
     begin, end = text.find(f"{next(iter(told))}: "), text.rfind(" (default")
     return (text[:begin] + (text[end + 1 :] if end >= 0 else "")).strip()

@@ -13,18 +13,18 @@ NESTED = 50  # lists and objects within each other, at most, in a line that is s
 TAIL = 1 << 18  # bytes at the end of a file of answers
 
 
-def read(path: Path | None, most: int = BYTES) -> bytes:
-    """The first bytes of a plain file, b"" of none; a pipe would be waited for."""
-    if path is None or not path.is_file():
+def read(path: Path, most: int = BYTES) -> bytes:
+    """The first bytes of a plain file, b"" if there is none, because a pipe would be waited for."""
+    if not path.is_file():
         return b""
     with open(path, "rb") as file:
         return file.read(most)
 
 
-def lines_of(path: Path | None, begin: int = 0) -> dict[str, Any]:
+def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
     """The objects in whole lines of a .jsonl file from byte `begin` on, and `next`, the byte to go on from. A file that
     became shorter, because a run began anew, is read from its start: `again` is then True."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return {"lines": [], "next": 0, "again": begin > 0}
     with open(path, "rb") as file:
         again = begin > file.seek(0, os.SEEK_END)
@@ -34,9 +34,9 @@ def lines_of(path: Path | None, begin: int = 0) -> dict[str, Any]:
     return {"lines": list(objects(whole.splitlines())), "next": (0 if again else begin) + len(whole), "again": again}
 
 
-def last_of(path: Path | None) -> list[Any]:
+def last_of(path: Path) -> list[Any]:
     """The objects in the last lines of a .jsonl file."""
-    size = path.stat().st_size if path is not None and path.is_file() else 0
+    size = path.stat().st_size if path.is_file() else 0
     found: list[Any] = lines_of(path, max(size - TAIL, 0))["lines"]
     return found
 

@@ -33,11 +33,6 @@ class Places:
             raise UserError(f"{name} is not within {self.root}; start rwkv-peft ui with --files for another folder")
         return path
 
-    def file(self, name: str) -> Path | None:
-        """The path of a plain file named from the root, None if there is none; a pipe would be waited for."""
-        path = self.inside(name)
-        return path if path.is_file() else None
-
     def name(self, path: Path) -> str:
         """The name of a path, from the root."""
         return path.relative_to(self.root).as_posix()

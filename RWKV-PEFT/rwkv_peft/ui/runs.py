@@ -54,7 +54,7 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
     name = places.name(folder)
     settings: Any = {}
     with suppress(OSError, UserError):
-        settings = next(objects([read(places.file(f"{name}/{RUN}"))]), {})
+        settings = next(objects([read(places.inside(f"{name}/{RUN}"))]), {})
     settings = settings if isinstance(settings, dict) else {}
     flags = settings.get("flags")
     return {

@@ -77,7 +77,7 @@ def test_plain_matrices(level, out, width, dtype):
 @pytest.mark.parametrize("bits", (8, 4))
 @pytest.mark.parametrize("out, width", SHAPES)
 def test_blocks(level, bits, out, width, dtype):
-    """x is rounded to integers of 8 bits, of which the largest number in a block of 32 takes the largest, 127."""
+    """x is rounded to integers of 8 bits; the largest number in a block of 32 becomes 127."""
     for rows in (1, 3, 8, 15, 19, MOST_ROWS + 3):
         x, weight = problem(rows, out, width, dtype)
         blocks = quantize(weight, bits)

@@ -101,7 +101,7 @@ def test_a_source_of_the_cpus_compiles_without_warnings(compiler, source, level,
 
 @pytest.mark.parametrize("header", names(CUDA, "*.cuh"))
 def test_a_header_of_the_gpus_compiles_alone(on_shim, header, tmp_path):
-    """What every header includes, be it by way of others, is compiled before."""
+    """Each includes device.cuh, if only by way of others, whose header of the shim is compiled before."""
     if header not in FOR_GPUS:
         path, device = CUDA / header, CUDA / "common" / "device.cuh"
         assert device in (path, *included_files(path, CUDA))

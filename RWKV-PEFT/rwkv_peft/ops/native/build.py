@@ -75,7 +75,7 @@ def _compilers(recipe: Recipe) -> str:
 
 @functools.cache  # a run asks for several libraries
 def _version(compiler: str) -> bytes:
-    """What a compiler says of its version; BuildError if it does not run."""
+    """Return the text of a compiler's version. Raises BuildError if it does not run."""
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from ...plots import is_number
 from ..step.plan import Plan
+from .learned import LEAST, SURE, shown
 
 UNKNOWN = "none: how well it answers other rows is not known (--val_split 0.1 holds some back, and tells)"
-LEAST, SURE = 8, 2  # answers that tell something, and standard errors that are no chance
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 
 
@@ -39,9 +39,9 @@ class HeldOut(NamedTuple):
     def told(self, name: str, sign: int) -> str:
         """Say how a run's measure went, whose `sign` (1 or -1) multiple is to fall; the best stands last."""
         (step, lowest), (_, last) = self.lowest, self.losses[-1]
-        before = "" if self.start is None else f"{sign * self.start + 0.0:.4f} before training, "
-        best = f"{'lowest' if sign > 0 else 'highest'} {name} {sign * lowest + 0.0:.4f}"
-        return f"{name} {before}{sign * last + 0.0:.4f} at the end; after step {step:,} the {best}"
+        before = "" if self.start is None else f"{shown(self.start, sign)} before training, "
+        best = f"{'lowest' if sign > 0 else 'highest'} {name} {shown(lowest, sign)}"
+        return f"{name} {before}{shown(last, sign)} at the end; after step {step:,} the {best}"
 
     def note(self, plan: Plan, best: Path, rate: float) -> str:
         """A note if the loss never fell, or rose again by much of its fall, with the remedy; "" if all is well."""

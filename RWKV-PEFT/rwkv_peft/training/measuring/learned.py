@@ -14,7 +14,7 @@ from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
 
 FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
-LEAST = 8  # losses: fewer do not tell the noise
+LEAST = 8  # losses, or answers: fewer do not tell the noise
 SURE = 2  # standard errors
 KNOWN = 0.05  # nats a token: of rows with less there is little left to learn
 
@@ -32,7 +32,12 @@ class Fall(NamedTuple):
 
     def told(self, sign: int) -> str:
         """Both means, of values whose `sign` (1 or -1) multiple is to fall."""
-        return f"{sign * self.first + 0.0:.4f} to {sign * self.last + 0.0:.4f}"
+        return f"{shown(self.first, sign)} to {shown(self.last, sign)}"
+
+
+def shown(value: float, sign: int) -> str:
+    """Write the measure whose `sign` (1 or -1) multiple a value is."""
+    return f"{sign * value + 0.0:.4f}"  # + 0.0: no -0.0000
 
 
 def fall_of(losses: Sequence[float]) -> Fall | None:
