@@ -120,12 +120,21 @@ class Server:
                         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(found[1]))
 
     def answer(self, connection):
-        """Take a session in, or fork for a command -> in the fork, its arguments."""
-        word, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        if word != b"!":
+        """Take a session in, or fork for a command -> in the fork, its arguments. Who asks may be killed at any moment."""
+        connection.settimeout(60)  # or stopped
+        word, streams, line = b"", [], b""
+        with suppress(OSError):
+            word, streams, _, _ = socket.recv_fds(connection, 1, 3)
+            line = connection.makefile("rb").readline() if word == b"!" else b""
+        if word == b".":
             self.sessions.append(connection)
             return None
-        argv, environment, folder = json.loads(connection.makefile("rb").readline())
+        if not line.endswith(b"\n"):
+            connection.close()
+            for stream in streams:
+                os.close(stream)
+            return None
+        argv, environment, folder = json.loads(line)
         if (pid := os.fork()) == 0:
             signal.set_wakeup_fd(-1)
             for other in (self.listener, self.ended, self.wakes, connection, *self.sessions, *self.running):
@@ -135,7 +144,8 @@ class Server:
         for stream in streams:
             os.close(stream)
         self.running[connection] = pid
-        connection.sendall(b"%d\n" % pid)
+        with suppress(OSError):  # the next look at it finds that it is closed, and kills the fork
+            connection.sendall(b"%d\n" % pid)
         return None
 
 
