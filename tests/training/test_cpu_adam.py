@@ -27,9 +27,10 @@ WORDS = "an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be
 def test_offload_without_a_compiler_says_what_it_needs(train, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    _, err = train("lacks", "--strategy", "deepspeed_stage_2_offload", code=2)
+    out, err = train("lacks", "--strategy", "deepspeed_stage_2_offload", code=2)
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: {WORDS}") and "apt install g++" in line and "Traceback" not in err
+    assert "compiling DeepSpeed's Adam" in out
 
 
 def test_a_folder_of_extensions_that_cannot_be_written_is_told(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from ...errors import UserError, told
+from ...ops.native.kept import COMPILING
 
 
 def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
@@ -24,7 +25,10 @@ def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
     from torch.utils.cpp_extension import _get_build_directory
 
     try:
-        build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
+        name = CPUAdamBuilder().name
+        build = Path(_get_build_directory(name, verbose=False))
+        if not (build / f"{name}.so").exists():
+            COMPILING.info("compiling DeepSpeed's Adam for the CPU, a minute or so, once for this machine")
         with FileLock(build / "rwkv_peft.lock"):  # freed when its process ends
             remove_stale_lock(build / "lock")
             optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
