@@ -130,15 +130,30 @@ cpu_torch() {  # ARGUMENT…
     pip_install "$@" --index-url "$cpu_index" "$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p' "$root/requirements.txt")"
 }
 
+downloads() {  # pip's lines -> what it downloads, each line at once; sed would hold them back where no terminal is
+    while IFS= read -r line; do
+        case "$line" in
+        *.metadata*) ;;
+        *" Downloading "*" ("*)
+            size="${line##* (}" line="${line##* Downloading }"
+            line="${line%% (*}"
+            line="${line##*/}"
+            version="${line#*-}"
+            version="${version%.tar.gz}"
+            say "    ${line%%-*} ${version%%-*}, ${size%)}"
+            ;;
+        "Installing collected packages"*) say "    all is there, and is being installed" ;;
+        esac
+    done
+}
+
 pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said; what is never
     # imported, most of these packages, need not be compiled
     log="$environment/.rwkv-peft-pip.log"
     {
         "$python" -I -m pip install --disable-pip-version-check --no-compile --progress-bar off "$@" &&
             echo "setup: installed"
-    } 2>&1 | tee "$log" | sed -n '/metadata/d; s,^\( *Downloading \).*/,\1,
-        s/^ *Downloading \([^-]*\)-\([^-]*\)[-.].* (\(.*\))$/    \1 \2, \3/p
-        s/^Installing collected packages.*/    all is there, and is being installed/p'
+    } 2>&1 | tee "$log" | downloads
     case "$(tail -n 1 "$log")" in
     "setup: installed") rm "$log" ;;
     *)

@@ -139,6 +139,17 @@ def test_what_pip_downloads_is_shown_and_no_more(machine):
     assert not any(word in out for word in ("numpy", "Collecting", "filelock"))
 
 
+def test_a_download_is_shown_before_the_next_begins(machine):
+    waits = 'n=0; until [ -e "$HOME/seen" ]; do n=$((n + 1)); [ $n -lt 200 ] || exit 1; sleep 0.05; done'
+    add_python(machine / "bin", "python3", said=f'  Downloading some-1.0.tar.gz (3 kB)"; {waits}; echo "')
+    process = start(machine)
+    while "some" not in (line := process.stdout.readline()):
+        assert line
+    (machine / "seen").touch()
+    process.communicate(timeout=60)
+    assert (line, process.returncode) == ("    some 1.0, 3 kB\n", 0)
+
+
 def locks(machine):
     return list((machine / "repo").rglob("*lock"))
 
