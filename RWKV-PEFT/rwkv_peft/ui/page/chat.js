@@ -1,5 +1,6 @@
 // Chat: a base and what was trained on it, side by side, at the same prompt and seed.
-import { copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
+import { adapterChoice, copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
+import { showMarkdown } from "./markdown.js";
 import { showJob } from "./runs.js";
 
 export async function chatPage(place, about, signal, folder) {
@@ -139,18 +140,19 @@ export async function chatPage(place, about, signal, folder) {
     // Shows a turn; -> what replaces its words, of which a thinking is folded, and says how it ended.
     function bubble({ role, content }) {
       const thought = el("div", { className: "note" }), folded = el("details", { hidden: true }, el("summary", {}, "thinking"), thought);
-      const words = el("span"), end = el("small");
+      const words = el("div", { className: "words" }), end = el("small");
       turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, end));
-      const show = (text, ended = "") => {
+      const show = (text, ended = null) => {
         const low = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
         const found = role === "assistant" && /^\s*<think>?([^]*?)(?:<\/think>\s*([^]*))?$/.exec(text);
         folded.hidden = !found;
         if (found) thought.textContent = found[1].trim();
-        words.textContent = found ? found[2] ?? "" : text;
+        const answer = found ? found[2] ?? "" : text;
+        if (role === "assistant") showMarkdown(words, answer, ended !== null); else words.textContent = answer;
         end.textContent = ended;
         if (low) scroll();
       };
-      show(content);
+      show(content, "");
       return show;
     }
 
@@ -162,7 +164,7 @@ export async function chatPage(place, about, signal, folder) {
       const show = bubble({ ...message, content: "…" });
       scroll();
       told();
-      let end = "cut: the model was closed";
+      let end = "cut: the model was closed", frame = 0;
       try {
         const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
         if (!response.ok) {
@@ -174,7 +176,7 @@ export async function chatPage(place, about, signal, folder) {
           const choice = part.choices?.[0];
           message.content += choice?.delta?.content ?? "";
           if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
-          show(message.content || "…");
+          frame ||= requestAnimationFrame(() => { frame = 0; show(message.content || "…"); });
         }
       } catch (found) {
         if (!mine.signal.aborted) tell(problem, found);
@@ -184,6 +186,7 @@ export async function chatPage(place, about, signal, folder) {
       if (busy !== mine) return;
       busy = null;
       turns.ariaBusy = "false";
+      cancelAnimationFrame(frame);
       told();
     }
 
