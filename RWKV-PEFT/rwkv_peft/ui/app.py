@@ -21,6 +21,7 @@ from .chat import ask, serve
 from .form import chat_form, form
 from .jobs import Jobs, interrupt
 from .lines import last_of, lines_of, read
+from .pace import measured
 from .places import Places
 from .runs import ANSWERS, find_runs
 
@@ -110,7 +111,7 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     @app.post("/api/plan")
     def plan(command: Words) -> dict[str, Any]:
         code, text = finished("rwkv_peft", "plan", *command.words)
-        return {"code": code, "text": visible(text)}
+        return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
 
     def finished(module: str, *words: str) -> tuple[int, str]:
         """Run a module in the root -> its exit code, and what it printed."""
