@@ -33,7 +33,12 @@ from rwkv_peft.ui.runs import folders
 )
 def test_only_the_page_itself_is_answered(server, headers):
     given = {name: value.format(port=server.port) for name, value in headers.items()}
-    for path, body in (("/", None), ("/api/files", None), ("/api/jobs", {"words": ["doctor"]})):
+    for path, body in (
+        ("/", None),
+        ("/api/files", None),
+        ("/api/jobs", {"words": ["doctor"]}),
+        ("/api/files?name=a&begin=0&size=1", b"a"),
+    ):
         status, text = server.ask(path, body, **given)
         assert status == 403 and "rwkv" not in text.replace("rwkv-peft ui", "")
     assert server.json("/api/jobs") == []

@@ -23,7 +23,8 @@ from .jobs import Jobs, interrupt
 from .lines import last_of, lines_of, read
 from .pace import measured
 from .places import Places
-from .runs import ANSWERS, find_runs
+from .runs import ANSWERS, find_runs, taken
+from .uploads import Uploads
 
 PAGE = Path(__file__).parent / "page"
 PLANNED = 120  # seconds for a plan or a preview
@@ -65,6 +66,7 @@ def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
 def make_app(root: Path, jobs: Jobs) -> FastAPI:
     """The application that shows the files below `root` and starts commands there."""
     places = Places(root)
+    uploads = Uploads(places.root)
     app = FastAPI(
         title="rwkv-peft",
         version=__version__,
@@ -95,6 +97,10 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     @app.get("/api/files")
     def files(path: str = "") -> list[dict[str, Any]]:
         return places.entries(path)
+
+    @app.post("/api/files")
+    async def upload(request: Request, name: str, begin: int, size: int) -> dict[str, str]:
+        return {"name": uploads.take(name, begin, size, await request.body())}
 
     @app.post("/api/preview")
     def preview(rows: Rows) -> dict[str, Any]:
