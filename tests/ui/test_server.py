@@ -249,7 +249,7 @@ def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
     assert server.json("/api/runs/metrics?folder=strange/0")["lines"] == [{"step": 1, "loss": None}]
     assert server.json("/api/runs/metrics?folder=strange/1")["lines"] == [{"a": "\ud800"}]
     assert server.json("/api/runs/metrics?folder=strange/2")["lines"] == []
-    for kind in ("metrics", "answers", "card"):
+    for kind in ("metrics", "answers", "card", "taken"):
         assert "secret" not in server.ask(f"/api/runs/{kind}?folder=strange/3")[1]
     assert len(server.json("/api/files?path=strange/1")) == 4  # one of the names is not Unicode
 

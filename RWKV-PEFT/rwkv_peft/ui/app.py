@@ -165,6 +165,10 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     def answers(folder: str) -> dict[str, Any]:
         return {name: last_of(places.inside(f"{folder}/{name}")) for name in ANSWERS}
 
+    @app.get("/api/runs/taken")
+    def to_take(folder: str) -> dict[str, Any]:
+        return taken(places, folder)
+
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:
         interrupt(places.path(run.folder) / LOCK, f"the run in {run.folder}")

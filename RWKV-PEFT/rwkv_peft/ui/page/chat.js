@@ -6,9 +6,12 @@ import { showJob } from "./runs.js";
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []);
   const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
-  const kept = { ...last, ...(run ? { ...trained(run), state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
+  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: "", state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
   const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
+  const which = adapterChoice((file) => {
+    if (file.endsWith(".pth")) model.input.value = file; else adapter.input.value = file; // --peft none trains the model itself
+  });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
   const flags = Object.fromEntries(about.chat.map(({ flag }) => [flag, kept[flag] ?? ""]));
   const more = about.chat.map((made) => flagField(made, made.flag[0].toUpperCase() + made.flag.slice(1), flags[made.flag], (value) => { flags[made.flag] = value; }));
@@ -17,11 +20,12 @@ export async function chatPage(place, about, signal, folder) {
   const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
   place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
-  el("div", { className: "fields" }, model.box, adapter.box, state.box, more),
+  el("div", { className: "fields" }, model.box, adapter.box, which.box, state.box, more),
   el("div", { className: "row" }, open), running, error, status, talk);
-  const wanted = kept.adapter ? `adapter=${kept.adapter}` : kept.model;
-  const fresh = (job) => job.words.includes(wanted) && !(run?.modified > job.began); // opened after the run had written
-  const served = (await list()).find((job) => !folder || fresh(job));
+  const files = run ? await which.show(run.folder) : [adapter.input.value || model.input.value];
+  const has = (job) => files.find((file) => job.words.includes(file) || job.words.includes(`adapter=${file}`));
+  const served = (await list()).find((job) => !folder || (has(job) && !(run?.modified > job.began))); // opened after the run had written
+  if (served && run && has(served)) which.choose(has(served));
   if (served) enter(served.id);
   repeat(signal, 3, list);
 
@@ -182,11 +186,11 @@ export async function chatPage(place, about, signal, folder) {
         if (!mine.signal.aborted) tell(problem, found);
         end = "";
       }
+      cancelAnimationFrame(frame);
       show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
       if (busy !== mine) return;
       busy = null;
       turns.ariaBusy = "false";
-      cancelAnimationFrame(frame);
       told();
     }
 
@@ -211,12 +215,6 @@ export async function chatPage(place, about, signal, folder) {
       clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); told(); },
     };
   }
-}
-
-// What a run trained, as fields of a chat: its adapter beside its base, or the model itself.
-function trained({ folder, flags, files }) {
-  if (!files.includes("adapter.safetensors") && files.includes("rwkv.pth")) return { model: `${folder}/rwkv.pth`, adapter: "" };
-  return { model: flags.load_model, adapter: `${folder}/adapter.safetensors` };
 }
 
 // The events of a stream of server-sent events, as objects.

@@ -132,6 +132,30 @@ export function pathField(name, label, { value = "", help = "", folders = false,
   return { box, input };
 }
 
+// A choice between what trained last in a run and what held best for other rows, if the run has both; told(file) hears of
+// the one that is to be taken and of each other choice. -> {box, show, choose}; show(folder) fills the box -> the files.
+export function adapterChoice(told) {
+  const box = el("div", { hidden: true });
+  async function show(folder) {
+    box.hidden = true;
+    const found = folder ? await get("/api/runs/taken", { folder }).catch(() => null) : null;
+    if (!found) return [];
+    const files = [found.file, found.other].filter(Boolean);
+    const named = (file) => `${file.split("/").at(-1)}: ${/-best\.\w+$/.test(file) ? "the lowest loss of held-out rows" : "trained last"}`;
+    const select = el("select", { id: "which", onchange: () => told(select.value) },
+      files.map((file) => el("option", { value: file }, named(file))));
+    box.replaceChildren(el("label", { htmlFor: "which" }, "Of this run"), select, helpLine(select, found.note || "the last holds as well for other rows as any before"));
+    box.hidden = !found.other;
+    told(found.file);
+    return files;
+  }
+  function choose(file) {
+    box.querySelector("select").value = file;
+    told(file);
+  }
+  return { box, show, choose };
+}
+
 // A field made from a flag (form.py), with what its help says of the value that is chosen; change(value) hears of it.
 export function flagField(made, label, value, change, endings = []) {
   const { flag, kind, values, words: told, help, required } = made, id = `flag-${flag}`;
