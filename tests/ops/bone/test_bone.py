@@ -23,7 +23,7 @@ from ops.bone.cases import (
 )
 from rwkv_peft.ops.bone import affine
 from rwkv_peft.ops.bone import cpu as blocks
-from rwkv_peft.ops.native.compilers import compiler_knows
+from rwkv_peft.ops.native.build import compiler_knows
 
 
 @pytest.fixture(params=blocks.LEVELS)

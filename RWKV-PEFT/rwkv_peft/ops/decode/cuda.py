@@ -8,7 +8,7 @@ from torch import Tensor
 from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
-from .blocks import BITS, BLOCK, PANEL, Blocks
+from .blocks import BITS, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products
 MOST_ROWS = ROWS[-1]
@@ -50,10 +50,4 @@ def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int, ke
     FAMILY.run(f"decode_{name}", y, given, blocks, kernels=kernels)
 
 
-def _trial(kernels: Kernels, device: int) -> None:
-    weight = Blocks.zeros(8, PANEL, BLOCK, torch.device(device))
-    y = weight.words.new_empty(PANEL, weight.in_features, dtype=torch.float32)
-    call("dequantize_float32_8", None, weight, y, 1, kernels)
-
-
-FAMILY = CudaFamily("decode", "decode/decode.cu", KERNELS, DecodeArguments, _trial)
+FAMILY = CudaFamily("decode", KERNELS, DecodeArguments)

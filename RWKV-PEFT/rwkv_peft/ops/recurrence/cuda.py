@@ -49,7 +49,7 @@ class CudaRecurrence:
         self.Arguments = structure(signature)
         self.plain = tuple(f"{op}_{way}_plain_{dtype}" for way in WAYS for dtype in DTYPES.values())
         self.names = (*self.chunked(), *self.plain, *dict.fromkeys((*split.names(), *more)))
-        self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
+        self.family = CudaFamily(op, self.names, self.Arguments)
 
     def variant(self, rows: Sequence[str], kind: str, split: Split) -> "CudaRecurrence":
         """A recurrence over other inputs (B, T, H, N), whose chunked kernels have `kind` in their names."""
@@ -172,11 +172,6 @@ class CudaRecurrence:
                 self.family.run(name, r, {**given, **sizes}, blocks, kernels=kernels)
         name, block = self.kernel(direction, N, r.dtype)
         self.family.run(name, r, {**given, **sizes}, H * groups, block, kernels)
-
-    def _trial(self, kernels: Kernels, device: int) -> None:
-        x = torch.zeros(1, 1, 1, 32, device=device)
-        inputs = [*(x for _ in self.signature.rows), *(x[0, 0] for _ in self.signature.shared)]
-        self.run_forward(kernels, *inputs, None, None, save=False)
 
 
 def is_chunked(head_size: int, dtype: torch.dtype) -> bool:
