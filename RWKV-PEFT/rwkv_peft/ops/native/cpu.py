@@ -33,11 +33,16 @@ class CpuFamily:
     def __init__(self, op: str, functions: Sequence[Declaration]) -> None:
         self.op, self.functions = op, functions
 
+    def best_level(self) -> str:
+        return levels.best_level()
+
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
         """The loaded library; BuildError if it cannot be built or loaded (not cached, so that a mended setup
         works)."""
-        level = level or levels.best_level()
+        return self.build(level or self.best_level())
+
+    def build(self, level: str) -> ctypes.CDLL:
         flags = levels.level_flags()[level]
         return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, self.functions)
 
