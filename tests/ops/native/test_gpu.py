@@ -63,10 +63,11 @@ def test_where_nothing_works_every_reason_is_told(build):
         build(nvrtcs=())
 
 
-def test_a_failed_launch_is_an_error():
+def test_a_failed_launch_is_an_error(monkeypatch):
     family, failing = families.CudaFamily("op", (), Arguments), SimpleNamespace(run=lambda *_: 700)
+    monkeypatch.setattr(family, "kernels", lambda device: failing)
     with pytest.raises(RuntimeError, match="op: launching the CUDA kernel op_kernel failed with CUDA error 700"):
-        family.run("op_kernel", torch.zeros(1), {}, 1, kernels=failing)
+        family.run("op_kernel", torch.zeros(1), {}, 1)
 
 
 @pytest.mark.parametrize(

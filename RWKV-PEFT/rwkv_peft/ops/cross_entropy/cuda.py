@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..native.arguments import fields
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Kernels
 
 KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 
@@ -33,13 +32,11 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
     return losses
 
 
-def call(
-    logits: Tensor, tensors: Mapping[str, Tensor | None], kernels: Kernels | None = None, **numbers: float
-) -> None:
+def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
     """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
-    CrossEntropyArguments, kernels as in CudaFamily.run."""
+    CrossEntropyArguments."""
     given, blocks = {**tensors, **numbers}, logits.shape[0]
-    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, given, blocks, kernels=kernels)
+    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, given, blocks)
 
 
 FAMILY = CudaFamily("cross_entropy", KERNELS, CrossEntropyArguments)

@@ -78,25 +78,16 @@ class CudaFamily:
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
 
-    def run(
-        self,
-        name: str,
-        like: Tensor,
-        given: Mapping[str, Any],
-        blocks: int,
-        block: Block | None = None,
-        kernels: Kernels | None = None,
-    ) -> None:
+    def run(self, name: str, like: Tensor, given: Mapping[str, Any], blocks: int, block: Block | None = None) -> None:
         """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). given: the
-        structure's fields by name: tensors, whose addresses they are (None: null), and numbers. kernels: those to take
-        in place of that GPU's. Does nothing for tensors without data; RuntimeError if it fails."""
+        structure's fields by name: tensors, whose addresses they are (None: null), and numbers. Does nothing for
+        tensors without data; RuntimeError if it fails."""
         if like.is_meta or not blocks:
             return
         values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
         arguments = self.structure(**values, device=like.device.index or 0)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-            built = self.kernels(like.device.index) if kernels is None else kernels
-            status = built.run(name, arguments, blocks, block, stream(like))
+            status = self.kernels(like.device.index).run(name, arguments, blocks, block, stream(like))
         if status != 0:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 
