@@ -4,7 +4,6 @@ import functools
 import gzip
 import json
 import pickle
-import shutil
 import sys
 from pathlib import Path
 from types import MappingProxyType
@@ -12,8 +11,6 @@ from types import MappingProxyType
 import torch
 from fault_attacks import Attack
 from fault_processes import REFUSED
-
-from rwkv_peft.training.saving.run_state import record_of, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -77,20 +74,6 @@ def saved(path, zipped):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
-def resumed(folder):
-    """A run that goes on from a checkpoint as earlier versions wrote it, whose file holds a call."""
-    checkpoint = next(folder.glob("run/checkpoints/*/optimizer")).parent
-    shutil.rmtree(checkpoint / "optimizer")
-    file = checkpoint / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    file.parent.mkdir()
-    torch.save({"b": Planted(folder / "ran")}, file)
-    state = json.loads((checkpoint / "state.json").read_text())
-    del state["crc32"]
-    state["files"] = {str(file.relative_to(checkpoint)): record_of(file)}
-    write_state(checkpoint / "state.json", state)
-    return RUN
-
-
 def pickles():
     forms = {"zipped": functools.partial(saved, zipped=True), "bare": functools.partial(saved, zipped=False)}
     calls = [
@@ -98,7 +81,7 @@ def pickles():
         for reader, words in READERS.items()
         for form, write in forms.items()
     ]
-    return [*calls, Attack("train --resume", resumed, "mkdir", writes=BEGINS)]
+    return calls
 
 
 def called(name, place, path):
