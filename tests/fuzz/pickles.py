@@ -114,7 +114,7 @@ def other_tensor(content: bytes, rng: random.Random) -> bytes:
     else:
         tensors[key] = rng.choice(choices)(tensor)
     target = io.BytesIO()
-    torch.save(tensors, target, _use_new_zipfile_serialization=rng.random() < 0.8)
+    torch.save(tensors, target)
     return target.getvalue()
 
 

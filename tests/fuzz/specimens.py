@@ -167,7 +167,6 @@ IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
     Specimen("saved.pth", converted("saved.pth", "model.st"), IN_PTH, 100),
-    Specimen("legacy.pth", model_read("legacy.pth"), (*pickles.PICKLE[-3:], pickles.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
     Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),

@@ -43,7 +43,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     save_model(folder / "model.pth", state)
     half = {key: tensor.bfloat16() for key, tensor in state.items()}
     torch.save(half, folder / "saved.pth")
-    torch.save(half, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     convert.main([str(folder / "model.pth"), str(folder / "model.st")])
     convert.main([str(folder / "model.pth"), str(folder / "hf")])
     channels = state["emb.weight"].shape[1]
