@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.lightning_folder import FORM
@@ -70,7 +70,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
-    with BinidxWriter(folder / "data", mask=True) as writer:
+    with ShardWriter(folder / "data") as writer:
         for length in (3, 1, 7):
             writer.add(range(length), [1] + [0] * (length - 1))
     (folder / "data.weights").write_bytes(struct.pack("<3f", 1.0, 0.5, 2.0))

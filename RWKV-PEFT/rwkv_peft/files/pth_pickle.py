@@ -97,7 +97,8 @@ def judge(path: Path) -> None:
     UNREADABLE if the archive has no pickle or a damaged one."""
     pickled = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name == "LONG_BINPUT" and int(argument) > len(pickled):  # the unpickler would allocate for as many
+        # the unpickler would allocate for as many
+        if operation.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(pickled):
             raise ValueError(f"it remembers {argument:,} objects")
     Judge(path, pickled).load()
 
