@@ -74,6 +74,7 @@ def linear_cross_entropy(
     count: float | Tensor,
     l2wrap: float = L2WRAP,
     weights: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Sum of the counted tokens' cross-entropy, each times its own of weights (B, T) if they are given, divided by
     `count`.
@@ -85,22 +86,9 @@ def linear_cross_entropy(
     float64 input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
+    parts (k, n) bool, if given, tells which of the counted targets are of each of k parts: the loss, which alone has a
+    gradient, is then followed by what each part adds to it: (1 + k,).
     """
-    return losses_by_part(hidden, weight, targets, counted, count, l2wrap, weights)[0]
-
-
-def losses_by_part(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    counted: Tensor,
-    count: float | Tensor,
-    l2wrap: float = L2WRAP,
-    weights: Tensor | None = None,
-    parts: Tensor | None = None,
-) -> Tensor:
-    """The loss of linear_cross_entropy, which alone has a gradient, followed by what each of k parts adds to it:
-    (1 + k,). parts (k, n) bool: which of the counted targets are of each part."""
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
     count, after = divisors(hidden, count)
@@ -116,7 +104,8 @@ def losses_by_part(
         return torch.cat([total[None], *of_parts]), grad
 
     sums = 1 if parts is None else 1 + len(parts)
-    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    found = chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    return found[0] if parts is None else found
 
 
 def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:

@@ -176,18 +176,14 @@ class GRPO(Draws):
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
-        from .documents import drawn_log_probabilities, entropy_and_log_probabilities, means
+        from .documents import drawn_log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
         weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
-        entropy: Tensor | float = 0.0
-        if self.entropy_bonus:
-            of_token = weight if self.form == "rloo" else weight / lengths
-            entropy, now = entropy_and_log_probabilities(passes.model, batch, self.draw_temperature, of_token)
-        else:
-            now = drawn_log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
+        of_token = (weight if self.form == "rloo" else weight / lengths) if self.entropy_bonus else None
+        entropy, now = drawn_log_probabilities(passes.model, batch, self.draw_temperature, of_token)  # now (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -208,7 +204,7 @@ class GRPO(Draws):
         }
         most = {"gap_max": gap.detach().max()}
         if self.asks_base:
-            difference = drawn_log_probabilities(passes.base, batch, self.draw_temperature) - now
+            difference = drawn_log_probabilities(passes.base, batch, self.draw_temperature)[1] - now
             figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count

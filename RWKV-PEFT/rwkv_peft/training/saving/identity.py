@@ -60,40 +60,39 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     what only the optimizer's state needs."""
     now = json.loads(json.dumps(now))
     try:
-        state = read_state(checkpoint)
+        state = {"teacher": ""} | read_state(checkpoint)  # 0.2.0 had none
+        # a setting that the saved run did not know had its default
+        defaults = {name: value for name, value in json.loads(to_json(DataConfig())).items() if name in now["data"]}
+        state["data"] = defaults | state["data"]
+        if mix := state["data"].get("mix"):
+            state["data"]["mix"] = shares_of(mix)
+        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+        if not fresh_optimizer and not (checkpoint / OPTIMIZER).is_dir():
+            raise UserError(
+                f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; "
+                "add --fresh_optimizer: weights and place in the data go on"
+            )
+        require_files(checkpoint, state["files"], fresh_optimizer)
+        other = OPTIMS.get(now["optim"])
+        of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
+        different = [key for key in SAME + (() if fresh_optimizer else of_optimizer) if state[key] != now[key]]
     except UNREADABLE as error:
         raise UserError(
             f"{checkpoint}/{STATE} cannot be read ({told(error)}); {remedy_of(checkpoint, False)}"
         ) from error
-    if not fresh_optimizer and not (checkpoint / OPTIMIZER).is_dir():
+    for key in different:
         raise UserError(
-            f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; add "
-            "--fresh_optimizer: weights and place in the data go on"
-        )
-    state = {"teacher": ""} | state  # 0.2.0 had none
-    require_files(checkpoint, state["files"], fresh_optimizer)
-    # a setting that the saved run did not know had its default
-    defaults = json.loads(to_json(DataConfig()))
-    state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
-    if mix := state["data"].get("mix"):
-        state["data"]["mix"] = shares_of(mix)
-    state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    other = OPTIMS.get(now["optim"])
-    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
-    for key in SAME + (() if fresh_optimizer else of_optimizer):
-        if state[key] != now[key]:
-            raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {told_difference(key, state[key], now[key])}; "
-                + (
-                    "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
-                    "data go on"
-                    if key in of_optimizer
-                    else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
-                    "train this adapter on other data"
-                    if key == "data"
-                    else "give the first run's flags, or another --proj_dir"
-                )
+            f"--resume: the run in {checkpoint.parent.parent} has {told_difference(key, state[key], now[key])}; "
+            + (
+                "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go "
+                "on"
+                if key in of_optimizer
+                else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to train "
+                "this adapter on other data"
+                if key == "data"
+                else "give the first run's flags, or another --proj_dir"
             )
+        )
     return state
 
 
