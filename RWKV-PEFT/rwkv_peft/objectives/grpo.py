@@ -93,17 +93,10 @@ class GRPO(Draws):
         (),
         "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
-        flag="reward",
-        nargs="+",
         metavar="REWARD",
     )
     weights: tuple[float, ...] = setting(
-        (),
-        "what each --reward is multiplied by (default: 1)",
-        flag="reward_weights",
-        type=finite,
-        nargs="+",
-        metavar="N",
+        (), "what each --reward is multiplied by (default: 1)", flag="reward_weights", type=finite, metavar="N"
     )
     iterations: int = setting(
         1,
@@ -117,31 +110,23 @@ class GRPO(Draws):
         "tell how far the model has come since",
         flag="draw_ahead",
         type=switch,
-        metavar="0|1",
     )
     kl_beta: float = setting(
-        0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
+        0.0, "also keep the model near its base: weight of the estimated distance", type=not_negative
     )
     entropy_bonus: float = setting(
         0.0,
         "also keep the model from being sure too early: weight of the entropy of its next token, such as 0.01",
-        flag="entropy_bonus",
         type=not_negative,
     )
     clip_low: float | None = setting(
-        None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", flag="clip_low", type=not_negative
+        None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", type=not_negative
     )
     clip_high: float | None = setting(
-        None,
-        "a ratio above 1 plus this is clipped (default: --clip_low; else dapo 0.28, gspo 4e-4)",
-        flag="clip_high",
-        type=not_negative,
+        None, "a ratio above 1 plus this is clipped (default: --clip_low; else dapo 0.28, gspo 4e-4)", type=not_negative
     )
     mask_truncated: bool = setting(
-        False,
-        "answers that were cut at --max_completion_length are judged, and compared with, but not learned from",
-        flag="mask_truncated",
-        action="store_true",
+        False, "answers that were cut at --max_completion_length are judged, and compared with, but not learned from"
     )
 
     @property
