@@ -219,5 +219,4 @@ def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
     """Tell of each digest whether a sorted array has it: a bool for each."""
     if not len(run):
         return np.zeros(len(digests), dtype=bool)
-    found: np.ndarray = run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests
-    return found
+    return run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests

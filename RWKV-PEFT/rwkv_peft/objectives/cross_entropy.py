@@ -117,8 +117,7 @@ def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, flo
 def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
     """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
     input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
-    found: Tensor = ChunkedHead.apply(hidden, weight, counted, size, sums, rule)
-    return found
+    return ChunkedHead.apply(hidden, weight, counted, size, sums, rule)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -169,5 +168,4 @@ def weight_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Te
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """Each counted token's cross-entropy (n,), float32 or float64; arguments as in linear_cross_entropy."""
-    losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
-    return losses
+    return TokenLosses.apply(hidden, weight, targets, counted)

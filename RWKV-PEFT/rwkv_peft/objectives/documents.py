@@ -61,5 +61,4 @@ def drawn_log_probabilities(
 
 def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Means of values (n,) over answers of these lengths, in one order on every run, unlike a GPU's index_add."""
-    found: torch.Tensor = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
-    return found
+    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
