@@ -25,7 +25,8 @@ Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
 class ChunkedHead(torch.autograd.Function):
-    """Sums of a Rule over the counted tokens: (k,), of which the first, the loss, has a gradient."""
+    """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
+    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
@@ -104,7 +105,7 @@ def linear_cross_entropy(
         return torch.cat([total[None], *of_parts]), grad
 
     sums = 1 if parts is None else 1 + len(parts)
-    found = chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    found = ChunkedHead.apply(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
     return found[0] if parts is None else found
 
 
@@ -112,12 +113,6 @@ def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, flo
     """Split the division by `count` -> (the divisor before a head's gradient is formed, the one after). In float16 all
     of it comes after, with the loss scale, because numbers as small as 1 / count would vanish before."""
     return (1.0, count) if hidden.dtype == torch.float16 else (count, 1.0)
-
-
-def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
-    """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
-    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
-    return ChunkedHead.apply(hidden, weight, counted, size, sums, rule)
 
 
 class TokenLosses(torch.autograd.Function):
