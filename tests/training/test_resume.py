@@ -237,8 +237,10 @@ def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
     fixed = {"ctx_len": 16, "counted": "def"}
     drawn = fixed | {"val_seed": 5}
     then = same | {"files": {}, "data": drawn}
-    (tmp_path / "optimizer").mkdir()
     write_state(tmp_path / "state.json", then)
+    with pytest.raises(UserError, match="^--resume: .* is of 0.2.0 or before, .* add --fresh_optimizer"):
+        read_run_state(tmp_path, same | {"adapter": {}, "data": fixed})
+    (tmp_path / "optimizer").mkdir()
     now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": fixed}
     with pytest.raises(UserError, match="has data {'val_seed': 5}, this command {'val_seed': None}"):
         read_run_state(tmp_path, now)
