@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ...data.answer_samples import PromptSamples
 from ...models.parts import LanguageModel
-from ...objectives.documents import over_ranks
 from ...objectives.draws import Draws
 from ...rewards import Judged, Rewards
 from ..step.forked import forked, on_device
@@ -123,15 +123,14 @@ class Drawing(Whole):
             found, self.judging = self.asked(model, samples, others, self.times)
             self.drawn = {n: found[self.times * at :][: self.times] for at, n in enumerate(others)}
         advantages = self.advantages(judged)
-        own = torch.tensor(self.counted(answers) / len(answers), dtype=torch.float64, device=device)
-        total, ranks = over_ranks(own, torch.ones_like(own)).tolist()
+        mean = over_ranks(self.counted(answers) / len(answers), device)
         self.records = self.told(samples, numbers, answers, judged, advantages.tolist())
         rows, times = self.place.micro_bsz * self.times, self.times
         cuts = pieces(rows, times, self.objective.learned or rows)
 
         def part(place: int, cut: slice) -> dict[str, Any]:
             here = slice(place * rows + cut.start, place * rows + cut.stop)
-            return self.laid(answers[here], times, advantages[here], total / ranks, device)
+            return self.laid(answers[here], times, advantages[here], mean, device)
 
         begins = enumerate(self.place.firsts(first))
         return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in begins}
@@ -257,3 +256,12 @@ def pieces(rows: int, times: int, most: int) -> list[slice]:
         return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
     starts = [(group, first) for group in range(0, rows, times) for first in range(group, group + times, most)]
     return [slice(first, min(first + most, group + times)) for group, first in starts]
+
+
+def over_ranks(number: float, device: torch.device) -> float:
+    """The mean of a number over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
