@@ -8,7 +8,8 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.generate import load_model, prefill, save_state_file
+from rwkv_peft.generate.loading import load_model, save_state_file
+from rwkv_peft.generate.reading import prefill
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,7 @@ def server(files):
         *("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors"),
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),
         *("--batch", 4, "--queue", 4, "--body_mib", 1, "--client_seconds", 2, "--max_tokens", 10**6),
+        *("--max_loaded", 2),
         *("--allow_origin", "https://chat.example.org"),
     )
     yield running
