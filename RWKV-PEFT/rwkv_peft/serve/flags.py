@@ -88,6 +88,7 @@ def build_parser() -> Parser:
     add("--max_tokens", type=positive, default=2048, help="the most tokens of an answer (default 2048)")
     add("--max_prompt", type=positive, default=65536, help="the most tokens of a prompt (default 65536)")
     add("--max_seconds", type=above_zero, default=600.0, help="the longest that an answer may take (default 600)")
+    add("--max_loaded", type=count, default=32, help="the most adapters and states that clients load (default 32)")
     add("--queue", type=count, default=128, help="the most answers that wait for a place in the batch (default 128)")
     add("--body_mib", type=positive, default=4, help="the largest body of a request, in MiB (default 4)")
     add(
