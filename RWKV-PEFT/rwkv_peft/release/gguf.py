@@ -35,8 +35,8 @@ MOST_DIMENSIONS = 4  # ggml's limit
 KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
-def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> None:
-    """Write a Base as GGUF, tensor by tensor.
+def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> int:
+    """Write a Base as GGUF, tensor by tensor -> the number of tensors.
 
     kind, one of names.GGUF_TYPES, is the type of the large matrices (f16 instead of q8_0 for one whose rows q8_0
     cannot hold); vocabulary is a GgufVocabulary of the model's size.
@@ -66,6 +66,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
         writer.write_ti_data_to_file()
         for name, _, make, _ in plan:
             writer.write_tensor_data(gguf.quants.quantize(make().float().contiguous().numpy(), types[name]))
+    return len(plan)
 
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
