@@ -42,7 +42,6 @@ class Row(NamedTuple):
 
     @property
     def measured(self) -> tuple[Outcome, ...]:
-        """The runs that were measured on --retain_data."""
         return tuple(run for run in self.runs if run.retained)
 
 

@@ -95,7 +95,6 @@ def system_of(row: Mapping[str, Any], where: str) -> str:
 
 
 def calls(turn: Mapping[str, Any]) -> bool:
-    """Return whether a turn calls a tool."""
     return any(turn.get(name) for name in TURN_CALLS)
 
 

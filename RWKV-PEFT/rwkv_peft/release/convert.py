@@ -1,19 +1,8 @@
 """Convert models, states and adapters between the formats of tools: `rwkv-peft convert INPUT OUTPUT`.
 
-INPUT's content and OUTPUT's ending say what is converted:
-
-- model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
-  .gguf (llama.cpp), a folder (Hugging Face layout)
-- with --to fla, model.pth -> a folder in flash-linear-attention's layout
-- .st, .safetensors or a Hugging Face folder (for RWKV-7 also flash-linear-attention's) -> model.pth
-- a state file (.pth with time_state tensors only) <-> .st, .state, .safetensors (Ai00); an adapter that holds only
-  time states -> the same
-- with --to lora, an adapter -> plain LoRA (lora.py)
-- with --to lightning, a bone adapter -> the folder that rwkv_lightning_cuda serves; such a folder is read as an adapter
-- an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
-- a BONE folder of peft, of any model -> a MISS folder, and back (miss.py)
-
-INPUT may also be the folder of a run of train.py: the model or adapter in it is converted.
+INPUT's content and OUTPUT's ending say what is converted: models and states by the table of formats.py, and with --to
+fla to flash-linear-attention's folder; adapters to RWKV-PEFT's .pth and ours, with --to lora to plain LoRA (lora.py),
+with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder, and back (miss.py).
 """
 
 import argparse
@@ -31,7 +20,7 @@ from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
-from ..files.peft_folder import is_adapter_folder
+from ..files.peft_folder import CONFIG, TENSORS, is_adapter_folder
 from ..files.pth import read_tensors
 from ..files.pth_writer import DTYPES
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
@@ -40,7 +29,7 @@ from ..files.state_file import is_own, read_states, write_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, Wanted, cast, describe, format_of
-from .lora import adapter_files, as_lora, describe_errors, write_lora
+from .lora import as_lora, describe_errors, write_lora
 from .miss import rename_folder
 
 LIGHTNING = "lightning"  # as FLA, a value of --to
@@ -48,7 +37,6 @@ FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' mod
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0."""
     args = convert_flags(argv)
     source, target = product_of_run(args.input), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
@@ -56,7 +44,8 @@ def main(argv: list[str]) -> int:
     form, adapted = format_of(target), is_adapter(source)
     files = [target] if form is None else form.files(target)
     if adapted:
-        files = [target / MANIFEST, target / WEIGHTS] if args.to == LIGHTNING else adapter_files(target)
+        names = (MANIFEST, WEIGHTS) if args.to == LIGHTNING else () if target.suffix else (CONFIG, TENSORS)
+        files = [target / name for name in names] or [target]
     for file in files:
         check_output("the output", file, inputs)
     given = Path(args.input)
