@@ -147,12 +147,12 @@ def _write_folder(
     config.json is removed before the other files are replaced, and written last: a folder that was left between an old
     model and a new one has none, so readers refuse it.
     """
-    family, tokenizer = base.family, wanted.tokenizer
+    tokenizer = wanted.tokenizer
     assert tokenizer is not None  # because the format's vocabulary is True
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
     with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
-        for name, content in (files | hf_files(tokenizer, base.config.vocab_size, family.hf_tokenizer)).items():
+        for name, content in (files | hf_files(tokenizer, base.config.vocab_size)).items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(content)
         weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
         _fill(weights, write_safetensors, tensors, wanted.dtype)

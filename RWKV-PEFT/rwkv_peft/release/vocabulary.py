@@ -82,16 +82,15 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
     return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, one, "gpt-2", merges)
 
 
-def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which hold CHAT_TEMPLATE; tokenizer_class is
-    for RWKV's own."""
+def hf_files(tokenizer: Tokenizer, size: int) -> dict[str, bytes]:
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which hold CHAT_TEMPLATE."""
     if isinstance(tokenizer, JsonTokenizer):
         end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
         settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
         files = {"tokenizer.json": tokenizer.path.read_bytes()}
     else:
         marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<s>")
-        settings = {"tokenizer_class": tokenizer_class, **marks, "add_prefix_space": False}
+        settings = {"tokenizer_class": "RWKVTokenizer", **marks, "add_prefix_space": False}  # that of hf/
         files = {WORLD_FILE: world_file(tokenizer, size)}
     settings["chat_template"] = CHAT_TEMPLATE
     return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
