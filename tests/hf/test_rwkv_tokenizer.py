@@ -67,7 +67,10 @@ def test_the_next_answer_is_opened_as_in_serve(think):
 
 @pytest.mark.parametrize("role", sorted(SPEAKERS.keys() - set(CALLS)))
 def test_roles_have_the_names_of_rows_and_an_answer_goes_on(role):
-    turns, asked = [{"role": role, "content": " 1 "}, *CHAT[1:3]], {"tokenize": False, "continue_final_message": True}
+    turns, asked = (
+        [{"role": role.title(), "content": " 1 "}, *CHAT[1:3]],
+        {"tokenize": False, "continue_final_message": True},
+    )
     laid_out = "".join(text for text, _ in segments({"messages": turns}))
     assert RWKVTokenizer("bytes").apply_chat_template(turns, **asked) == laid_out
 
