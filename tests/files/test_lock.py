@@ -1,15 +1,17 @@
 """A held file: it locks out every other process, by name, until its own process ends."""
 
+import fcntl
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from rwkv_peft.files.lock import Busy, hold
+from rwkv_peft.files.lock import Busy, hold, holder
 
 HOLD = "import sys; from pathlib import Path; from rwkv_peft.files.lock import hold\n"
 
@@ -19,6 +21,18 @@ def test_one_holds_it_and_is_named(tmp_path):
     with hold(tmp_path / "lock"), pytest.raises(Busy, match=words), hold(tmp_path / "lock"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_asks_for_the_holder_keeps_nobody_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_peft.files.lock.ASKED", 30.0)
+    with open(tmp_path / "lock", "w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        done = threading.Timer(0.02, fcntl.flock, (asking, fcntl.LOCK_UN))
+        done.start()
+        with hold(tmp_path / "lock"):
+            done.join()
+            assert holder(tmp_path / "lock")["process"] == os.getpid()
+    assert holder(tmp_path / "lock") is None
 
 
 def test_a_killed_process_holds_nothing(tmp_path):

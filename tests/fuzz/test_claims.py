@@ -25,6 +25,7 @@ from fuzz.claims import (
 )
 from rwkv_peft import commands
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 
 ROOM = 2 << 30  # bytes beyond those of this process
 HUGE = 6_000_000_000
@@ -72,6 +73,16 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path, tiny_state, comman
     model, output = tmp_path / "m.pth", tmp_path / "o.st"
     message = refused(command, *(("--model", model, "--prompt", "a") if command == "generate" else (model, output)))
     assert "share their bytes" in message and "tensor.clone()" in message and not output.exists()
+
+
+def test_random_matrices_that_no_layer_has_room_for_are_refused(tmp_path, tiny_state):
+    """A vector of 16 MiB asks VeRA for matrices of gigabytes."""
+    torch.save(tiny_state(), model := tmp_path / "m.pth")
+    vectors = {"b": torch.ones(64), "d": torch.ones(1 << 22), "seed": torch.zeros(1)}
+    tensors = {f"blocks.0.att.key.vera_{name}": vector for name, vector in vectors.items()}
+    save_adapter(adapter := tmp_path / "a.safetensors", tensors, AdapterMetadata("vera", rank=1 << 22))
+    words = ("--base_model", model, "--bone_checkpoint", adapter, "--output", tmp_path / "o.pth")
+    assert "vera adapter whose rank 4194304 is more than 128" in refused("merge", *words)
 
 
 def test_an_embedding_that_is_the_head_as_well_is_read(tmp_path, tiny_state):

@@ -47,6 +47,7 @@ def server(files):
         *("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors"),
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),
         *("--batch", 4, "--queue", 4, "--body_mib", 1, "--client_seconds", 2, "--max_tokens", 10**6),
+        *("--max_loaded", 2),
         *("--allow_origin", "https://chat.example.org"),
     )
     yield running

@@ -1,5 +1,7 @@
 """Bodies that ask for too much are refused before they cost anything."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -7,6 +9,8 @@ from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.serve.asking import Bounds, asking_of
 from rwkv_peft.serve.forms import ChatAsked, TextAsked
 from rwkv_peft.serve.refused import Refused
+
+ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,20 @@ def test_a_thousand_mistakes_are_told_as_few(mistakes):
     with pytest.raises(ValidationError) as refusal:
         TextAsked(**{"model": "m", "prompt": "x"} | mistakes)
     assert refusal.value.error_count() < 6
+
+
+@pytest.mark.parametrize("start", [b'{"a": [', b'{"\\"": [', b'{"\\\\": ['])
+def test_a_body_that_is_slow_to_read_is_not_read(server, start):
+    def asked(body):
+        return server.send("POST", "/v1/completions", body)[0]
+
+    assert asked(start + b"[]," * 20_000 + b"[]]}") == 413
+    assert asked(json.dumps(ASK).encode("utf-16")) == 413
+    assert asked(ASK | {"user": "[{:" * 20_000}) == 200
+
+
+def test_clients_load_no_more_than_they_may(server):
+    calm = {"kind": "state", "file": "calm.pth"}
+    loaded = [server.send("POST", "/v1/adapters", calm | {"name": f"calm{number}"}) for number in range(3)]
+    assert [status for status, *_ in loaded] == [200, 200, 409] and "--max_loaded" in loaded[2][2]["error"]["message"]
+    assert [server.send("DELETE", f"/v1/adapters/calm{number}")[0] for number in range(3)] == [200, 200, 404]

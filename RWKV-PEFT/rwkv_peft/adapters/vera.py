@@ -16,9 +16,17 @@ from torch import Tensor
 from ..config import AdapterConfig
 from .change import Params
 from .functions.lora import lora
-from .method import Layer, Method, Shapes, Tensors
+from .method import Layer, Method, Misfit, Shapes, Tensors
 from .product import Frozen
 from .seeded import SeededSum, rows_of, seed_in, seeded, uniform
+
+
+def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
+    """Bound A and B, which are not in the file: a d of megabytes could ask for terabytes of them."""
+    most = out_features + in_features
+    if config.rank <= most:
+        return None
+    return Misfit("rank", config.rank, f"is more than {most}, the layer's inputs and outputs together", most)
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
@@ -48,9 +56,8 @@ def size(rank: int, in_features: int) -> float:
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    weight, bias, product = base
     A, B = (params["vera_A"] * params["vera_d"]).t(), params["vera_b"][:, None] * params["vera_B"]
-    return lora(x, weight, A, B, bias, scale=size(A.shape[0], x.shape[-1]), product=product)
+    return lora(x, base, A, B, size(A.shape[0], x.shape[-1]))
 
 
 def as_lora(params: Params, scale: float, out_features: int, in_features: int) -> Params:
@@ -70,9 +77,8 @@ def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
 
 METHOD = Method(
     name="vera",
-    label="vera",
     tensors=Tensors(
-        ("vera_b", "vera_d"), ("rank",), shapes, lambda p: {"rank": len(p["vera_d"])}, idle=("vera_d", "vera_seed")
+        ("vera_b", "vera_d"), ("rank",), shapes, lambda p: {"rank": len(p["vera_d"])}, fit, ("vera_d", "vera_seed")
     ),
     change=SeededSum(MappingProxyType({"vera_b": 0}), update=update, negated=("vera_b",)),
     apply=apply,

@@ -16,6 +16,7 @@ from ..errors import NotNow, told
 from .atomic import check_output, without_empty_folders
 
 LONGEST = 1000  # bytes that a holder writes about itself
+ASKED = 0.1  # seconds; `holder` shares a lock for a moment
 LOCK = ".run.lock"
 
 
@@ -40,6 +41,7 @@ def hold(path: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
+    end = time.monotonic() + ASKED
     while True:
         # through a link the text would be written elsewhere
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
@@ -47,7 +49,10 @@ def _locked(path: Path) -> FileIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                raise Busy(_holder(file)) from None
+                if time.monotonic() > end:
+                    raise Busy(_holder(file)) from None
+            time.sleep(0.005)
+            continue
         except BaseException:
             file.close()
             raise

@@ -97,10 +97,14 @@ def check_params(name: str, method: Method, params: Params, weight_shape: tuple[
     config = method.tensors.config(params)
     due = method.tensors.shapes(config, *weight_shape)
     misfit = method.tensors.fit(config, *weight_shape)
-    if shapes != {key: due[key] for key in shapes} or (misfit is not None and not misfit.too_large):
-        rule = " and a rank that divides it" if "rank" in method.tensors.size else ""
+    if misfit is not None and not misfit.too_large:
+        raise UserError(
+            f"{name} is a {label} adapter whose {misfit.setting} {misfit.value} {misfit.problem}, and the base weight "
+            f"has shape {weight_shape}; it was trained on another model"
+        )
+    if shapes != {key: due[key] for key in shapes}:
         given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
         raise UserError(
             f"{name} is a {label} adapter of shape {given}, and a base weight of shape {weight_shape} "
-            f"needs {needed}{rule}; it was trained on another model"
+            f"needs {needed}; it was trained on another model"
         )

@@ -55,7 +55,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    catalog = service.catalog
+    catalog, loading = service.catalog, asyncio.Lock()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -75,7 +75,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/adapters")
     async def load(form: Loaded) -> dict[str, Any]:
-        await asyncio.to_thread(catalog.load, form.name, form.file, form.kind)
+        async with loading:
+            await asyncio.to_thread(catalog.load, form.name, form.file, form.kind)
         return catalog.told(form.name)
 
     @app.delete("/v1/adapters/{name}")
@@ -118,12 +119,12 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(form: Tokenized) -> dict[str, Any]:
         ends = form.prompt == END and tokenizer.end_id is not None
-        tokens = [tokenizer.end_id] if ends else service.encoded(form.prompt)
+        tokens = [tokenizer.end_id] if ends else await asyncio.to_thread(service.encoded, form.prompt)
         return {"tokens": tokens, "count": len(tokens)}
 
     @app.post("/detokenize")
     async def detokenize(form: Detokenized) -> dict[str, Any]:
-        return {"prompt": service.decoded(form.tokens)}
+        return {"prompt": await asyncio.to_thread(service.decoded, form.tokens)}
 
 
 async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -> Response:

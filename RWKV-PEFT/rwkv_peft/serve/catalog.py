@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,11 @@ class Catalog:
         self.voices = {args.name: self.own}
         self.pairs: dict[tuple[Voice, Voice], Voice] = {}
         self.since = int(time.time())
-        self._loading = threading.Lock()
         for given in args.adapter:
             self.voices[given.name] = self._adapter(given.name, given.path)
         for given in args.state:
             self.voices[given.name] = self._state(given.name, given.path)
+        self.most = len(self.voices) + args.max_loaded
 
     def __getitem__(self, name: str) -> Voice:
         """The voice of a name. Raises Refused for an unknown one."""
@@ -65,21 +64,22 @@ class Catalog:
         return {"id": name, "object": "model", "created": self.since, "owned_by": "rwkv-peft", "parent": parent}
 
     def load(self, name: str, file: str, kind: str) -> None:
-        """Load an adapter or a state from below --files. Raises Refused for a name that is taken or none, for a file
-        that lies elsewhere, and for what is in it."""
+        """Load an adapter or a state from below --files, one at a time. Raises Refused for a name that is taken or
+        none, for one too many, for a file that lies elsewhere, and for what is in it."""
         path = self.below(file)
         if not NAME.fullmatch(name):
             raise Refused(400, "a name has at most 64 letters, digits and ._:+-", "name")
-        with self._loading:
-            if name in self.voices:
-                raise Refused(409, f"there is a model {name} already; drop it first, or give another name", "name")
-            try:
-                self.base.require_unchanged()
-                voice = self._adapter(name, path) if kind == "adapter" else self._state(name, path)
-            except (UserError, OSError) as error:
-                message = str(error).replace(str(path), file).replace(str(self.args.model), self.own.name)
-                raise Refused(400, message, "file") from error
-            self.voices[name] = voice
+        if name in self.voices:
+            raise Refused(409, f"there is a model {name} already; drop it first, or give another name", "name")
+        if len(self.voices) >= self.most:
+            raise Refused(409, f"{self.args.max_loaded} are loaded; drop one, or start with a larger --max_loaded")
+        try:
+            self.base.require_unchanged()
+            voice = self._adapter(name, path) if kind == "adapter" else self._state(name, path)
+        except (UserError, OSError) as error:
+            message = str(error).replace(str(path), file).replace(str(self.args.model), self.own.name)
+            raise Refused(400, message, "file") from error
+        self.voices[name] = voice
 
     def drop(self, name: str) -> list[Voice]:
         """Take an adapter or a state out -> the voices that nobody can ask for any more; answers that they are giving

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..cli import Parser, above_zero, count, positive
+from ..cli import Parser, above_zero, count, port, positive, that
 from ..errors import UserError, short
 from ..generate.flags import add_running_flags, add_sampling_flags, sampling_of
 from ..generate.settings import Sampling
@@ -44,16 +44,7 @@ def named(text: str) -> Named:
     return Named(name, path)
 
 
-def model_name(text: str) -> str:
-    if not NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{short(text)} is no name of at most 64 letters, digits and ._:+-")
-    return text
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{short(text)} is no port, which is a number from 0 (any free one) to 65535")
-    return int(text)
+model_name = that(str, NAME.fullmatch, "is no name of at most 64 letters, digits and ._:+-")
 
 
 def build_parser() -> Parser:
@@ -97,6 +88,7 @@ def build_parser() -> Parser:
     add("--max_tokens", type=positive, default=2048, help="the most tokens of an answer (default 2048)")
     add("--max_prompt", type=positive, default=65536, help="the most tokens of a prompt (default 65536)")
     add("--max_seconds", type=above_zero, default=600.0, help="the longest that an answer may take (default 600)")
+    add("--max_loaded", type=count, default=32, help="the most adapters and states that clients load (default 32)")
     add("--queue", type=count, default=128, help="the most answers that wait for a place in the batch (default 128)")
     add("--body_mib", type=positive, default=4, help="the largest body of a request, in MiB (default 4)")
     add(

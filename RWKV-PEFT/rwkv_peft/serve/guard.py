@@ -22,6 +22,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN = ("/health",)  # needs no key: who watches over a process has none
 JSON = "application/json"
 PASSED = 4  # a body of so many times the most is read, and dropped: who is still sending would not hear the refusal
+SPARSE = 64  # bytes of the largest body for each list, object and field: two million empty lists take seconds to read
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Guard:
             return await refuse(patient, refused)
         if body is None:
             return None
+        if b"\0" in body or structure(body) > self.gate.most // SPARSE:  # UTF-16, which hides its quotes, has zeros
+            return await refuse(patient, Refused(413, "the body is not UTF-8, or has too many lists and objects"))
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replayed() -> Message:
@@ -137,6 +140,12 @@ class Guard:
                 raise self.gate.too_large
             if not message.get("more_body"):
                 return bytes(body)
+
+
+def structure(body: bytes) -> int:
+    """The number of lists, objects and fields in a body of JSON; what looks like them in texts does not count."""
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    return sum(map(outside.count, (b"[", b"{", b":")))
 
 
 async def refuse(send: Send, refused: Refused) -> None:

@@ -7,7 +7,6 @@ colons, because a model may go on writing space forever where it may write any.
 
 import hashlib
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -67,7 +66,6 @@ class Schemas:
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
-        self._making = threading.Lock()
         self._tried: set[bytes] = set()
 
     @cached_property
@@ -76,8 +74,8 @@ class Schemas:
         return llguidance.LLTokenizer(wrapped, n_vocab=self.size)
 
     def compiled(self, form: ChatAsked) -> "Compiled | None":
-        """Compile what a request holds its answers to, None if any text will do. Raises Refused for what cannot be
-        held."""
+        """Compile what a request holds its answers to, None if any text will do; called for one request at a time.
+        Raises Refused for what cannot be held."""
         field, text = "response_format", "body"
         schema = schema_of(form.response_format or {})
         if form.must_call:
@@ -92,9 +90,8 @@ class Schemas:
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
         grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(OPTIONS)})}"
-        with self._making:
-            self._try(field, grammar)
-            matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        self._try(field, grammar)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise wrong(field, matcher.get_error().partition("\n")[0])
         held = Compiled(matcher, self.size).held()

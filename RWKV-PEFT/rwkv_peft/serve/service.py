@@ -46,7 +46,7 @@ class Service:
         self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary)
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
-        self.schemas = Schemas(catalog.tokenizer, vocabulary)
+        self.schemas, self.compiling = Schemas(catalog.tokenizer, vocabulary), asyncio.Lock()
         known, ahead = Known(args.known_mib << 20), catalog.own.model.emb.weight.is_cuda
         self.worker = Worker(Engine(vocabulary, args.batch, known, Pace(PIECE, STEP_SECONDS), ahead))
 
@@ -54,9 +54,10 @@ class Service:
         """Give a request its places, and have it answered. Raises Refused."""
         schema = None
         if isinstance(form, ChatAsked) and (form.response_format or form.must_call):
-            schema = await asyncio.to_thread(self.schemas.compiled, form)
+            async with self.compiling:  # here, because waiting threads would be missing elsewhere
+                schema = await asyncio.to_thread(self.schemas.compiled, form)
         voice = self.catalog.voice(form.model, form.state)
-        asking = asking_of(form, self.catalog.tokenizer, self.defaults, self.bounds)
+        asking = await asyncio.to_thread(asking_of, form, self.catalog.tokenizer, self.defaults, self.bounds)
         due = len(asking.prompts) * asking.times
         if self.answers + due > self.places:
             raise Refused(429, "all places are taken; try again later", code="rate_limit_exceeded")
