@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.memory import keep_freed_memory
 
@@ -187,7 +188,7 @@ def crossover(in_features, out_features, dtype, args):
         x = torch.randn(tokens, in_features, **kind)
         medians = []
         for side in ("weight", "activation"):
-            step = partial(bat_out, x, weight, bone, side=side)
+            step = partial(bat_out, x, Frozen(weight), bone, side=side)
             step()
             medians.append(statistics.median(timed(step, args.device) for _ in range(args.rounds)))
         print(f"| {tokens} | {1e3 * medians[0]:.2f} | {1e3 * medians[1]:.2f} |", flush=True)

@@ -74,7 +74,7 @@ def measure(args):
     """Print the rows of the table for one model and number of threads."""
     import torch
 
-    from rwkv_peft.generate import load_model
+    from rwkv_peft.generate.loading import load_model
     from rwkv_peft.generate.weights import large_pages, rounded
 
     torch.set_num_threads(args.threads[0])
@@ -121,7 +121,8 @@ def llama_cpp(path, kind, threads, places):
 
 def our_rate(model, prompts, tokens):
     """Tokens a second; prompts are read before the clock starts."""
-    from rwkv_peft.generate import Sampling, generate
+    from rwkv_peft.generate.decode import generate
+    from rwkv_peft.generate.settings import Sampling
 
     steps = generate(model, prompts, Sampling(temperature=0), tokens + 1)
     for _ in prompts:  # the first token of each comes of reading its prompt

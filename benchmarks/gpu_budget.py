@@ -84,7 +84,7 @@ class Counter(TorchDispatchMode):
         moved = sum(real_bytes(x) for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor))
         self.launches.append(Launch(name, moved, (tuple(like.shape),), False))
 
-    def recurrence(self, kernels, direction, like, sequences, group, given):
+    def recurrence(self, direction, like, sequences, group, given):
         """The same for a recurrence's kernels, as one launch."""
         self.kernel(f"wkv_{direction}", like, given)
 

@@ -15,7 +15,9 @@ from unittest.mock import patch
 import torch
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
-from rwkv_peft.generate import Sampling, generate, replay
+from rwkv_peft.generate import replay
+from rwkv_peft.generate.decode import generate
+from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.generate.weights import quantize_products, rounded
 
 PROMPT = 8

@@ -20,7 +20,7 @@ from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.functions.bone import bone
 from rwkv_peft.adapters.functions.lora import lora
-from rwkv_peft.adapters.product import DENSE
+from rwkv_peft.adapters.product import DENSE, Frozen
 from rwkv_peft.fused.feed_forward import KeyUpToTile, ValueOfSquare
 from rwkv_peft.fused.norm_ddlerp import NormDDLerp
 from rwkv_peft.fused.norm_lerp import NormLerp
@@ -90,7 +90,7 @@ def chain(x, key, value, opened, closing, fused):
     if fused:
         k, tile = KeyUpToTile.apply(x, key, None, DENSE, opened, 1.0)
         return ValueOfSquare.apply(k, tile, value, None, DENSE, closing, 1.0) / 8
-    return bat_in(mix.relu_square(bat_in(x, key, opened)), value, closing) / 8
+    return bat_in(mix.relu_square(bat_in(x, Frozen(key), opened)), Frozen(value), closing) / 8
 
 
 # Of bfloat16 alone: fused, or by the operations that they fuse.
@@ -115,6 +115,11 @@ def blocks(x, weight, bits):
     return tuple(decode.product(x.detach().flatten(0, 1)[:rows], matrix) for rows in (1, 5, 16, 600))
 
 
+def on_frozen(function, *rest):
+    """An adapter's function of x, a weight and its parameters."""
+    return lambda x, weight, *params: function(x, Frozen(weight), *params, *rest)
+
+
 # name -> (function, shapes of its inputs, which of them have gradients: all, where None)
 OPS = {
     "lerp": (lambda x, maa: mix.lerp(x, None, maa), (ROWS, (6, C)), None),
@@ -131,13 +136,13 @@ OPS = {
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
-    "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
-    "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
-    "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
-    "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
-    "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
-    "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
-    "lora": (lora, (ROWS, (256, C), (64, C), (256, 64)), (0, 2, 3)),
+    "bat-in": (on_frozen(bat_in), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
+    "bat-in, rank 128": (on_frozen(bat_in), (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
+    "bat-in, rank 8": (on_frozen(bat_in), (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
+    "bat-in-scaled": (on_frozen(bat_in, 5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
+    "bat-out": (on_frozen(bat_out), (ROWS, (256, C), (4, 64, 64)), (0, 2)),
+    "bone": (on_frozen(bone), (ROWS, (256, C), (64, 256)), (0, 2)),
+    "lora": (on_frozen(lora), (ROWS, (256, C), (64, C), (256, 64)), (0, 2, 3)),
     **{f"blocks of {bits} bits": (partial(blocks, bits=bits), (ROWS, (300, C)), ()) for bits in (8, 4)},
     "loss": (loss, ((300, 65536),), ()),
 }

@@ -28,7 +28,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native import gpu
+from rwkv_peft.ops.native.family import misfit
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv6 import wkv6
@@ -289,7 +289,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=PROBES)
     args = parser.parse_args(argv)
-    reason = gpu.unavailable()
+    reason = misfit()
     if reason is not None:
         tell(gpu=reason)
         return 2

@@ -169,7 +169,7 @@ def main(argv=None):
         except RuntimeError as failure:  # a launch that failed says so; after some no kernel runs in this process
             tell(case=" ".join(case), failed=str(failure).splitlines()[0])
             wrong.append(" ".join(case))
-    names = functools.reduce(set.union, (set(family.module.args[0]) for family in FAMILIES))
+    names = functools.reduce(set.union, (set(family.names) for family in FAMILIES))
     tell(wrong=wrong, kernels_launched=len(launched), kernels_not_launched=sorted(names - launched))
     return int(bool(wrong))
 

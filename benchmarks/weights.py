@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.generate import load_model
+from rwkv_peft.generate.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ({"precision": "fp32"}, {"precision": "bf16"}, {"weights": "int8"}, {"weights": "int4"})

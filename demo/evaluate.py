@@ -80,7 +80,9 @@ def answer(path, prompts, stop, expected=None, progress=None):
 
     An answer ends with its first id in `stop`, or at LONGEST tokens. expected is not read; answer_with_rwkv needs it.
     """
-    from rwkv_peft.generate import Sampling, generate, load_model
+    from rwkv_peft.generate.decode import generate
+    from rwkv_peft.generate.loading import load_model
+    from rwkv_peft.generate.settings import Sampling
 
     progress = progress or Progress(len(prompts))
     model, start = load_model(path)

@@ -39,13 +39,11 @@ def linked(text: str, page: str) -> str:
 def commands_page() -> str:
     """The help of every command, as `rwkv-peft COMMAND --help` prints it."""
     sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
-    from rwkv_peft.commands import COMMANDS, RENAMED, usage
+    from rwkv_peft.commands import COMMANDS, usage
 
     parts = ["# Commands", f"```text\n{usage()}\n```"]
     for command in COMMANDS:
         parts.append(f"## {command.name}\n\n```text\n{help_of(command.name)}\n```")
-    earlier = [f"| `{old}` | `{' '.join(words)}` |" for old, words in RENAMED.items()]
-    parts.append("\n".join(["## Earlier names", "", "| before | now |", "|---|---|", *earlier]))
     return "\n\n".join(parts) + "\n"
 
 

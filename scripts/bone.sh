@@ -133,19 +133,23 @@ step "2. train: $what"
 train "$@"
 
 [ "${NODE_RANK:-0}" = 0 ] || exit 0
-if [ "$method" = none ] && [ ! -f "$out/adapter.safetensors" ]; then
-    step "done: the model is $out/rwkv.pth"
+# Of a run with validation, what holds better for other rows than the last: a note says so.
+taken="$("$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft.files.best "$out")"
+case "$taken" in
+*.pth)
+    step "done: the model is $taken"
     exit 0
-fi
+    ;;
+esac
 
 step "3. merge: base + adapter -> $out/merged.pth"
-"$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
+"$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$taken" \
     --output "$out/merged.pth"
 
 if [ "${CHECK:-1}" != 0 ]; then
     step "4. check: the merged file in the rwkv package"
     "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft check --base_model "$base" \
-        --bone_checkpoint "$out/adapter.safetensors" --merged "$out/merged.pth"
+        --bone_checkpoint "$taken" --merged "$out/merged.pth"
 fi
 if $demo; then
     step "after: the same questions, the merged model in the rwkv package"
@@ -154,7 +158,7 @@ if $demo; then
 fi
 
 # What to do with it, in lines that a new shell takes as they are.
-case "$out" in /*) ;; *) out="$here/$out" ;; esac
+case "$out" in /*) ;; *) out="$here/$out" taken="$here/$taken" ;; esac
 prompt='User: hi\n\nAssistant:' stop='\n\n' more="" chat=""
 case "$(sed -n 's/^ *"opening": "\(.*\)",\{0,1\}$/\1/p' "$out/config.json")" in
 "Assistant: <think></think") chat=" --chat --think off" ;;
@@ -167,7 +171,7 @@ elif [ "$tokenizer" != world ]; then
     more=" --tokenizer $(quoted "$tokenizer")"
 fi
 step "done"
-say "adapter     $out/adapter.safetensors"
+say "adapter     $taken"
 say "merged      $out/merged.pth"
 say "loss curve  $out/loss.png"
 say ""

@@ -107,8 +107,6 @@ def test_the_curve_of_one_run_is_that_of_its_loss_png_in_any_format(runs):
     assert {"loss, smoothed", "learning rate"} <= set(texts(runs / "drawn.svg"))
 
 
-def test_plots_draws_panels_of_a_single_run_too(runs, capsys):
-    for words in (["plots", "--output"], ["plot", "--panels", "--output"]):
-        assert main([words[0], str(runs / "bone"), *words[1:], str(runs / f"{words[0]}.svg")]) == 0
-    assert texts(runs / "plots.svg") == texts(runs / "plot.svg") and "gradient norm" in texts(runs / "plot.svg")
-    assert capsys.readouterr().err == "note: rwkv-peft plots is rwkv-peft plot --panels now; the old name goes\n"
+def test_plot_draws_panels_of_a_single_run_too(runs):
+    assert main(["plot", str(runs / "bone"), "--panels", "--output", str(runs / "plot.svg")]) == 0
+    assert "gradient norm" in texts(runs / "plot.svg")

@@ -120,7 +120,7 @@ class Server:
                         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(found[1]))
 
     def answer(self, connection):
-        """Take a session in, or fork for a command -> in the fork, its arguments. Who asks may be killed at any moment."""
+        """Take a session in, or fork for a command -> in the fork, its arguments. Who asks may be killed any time."""
         connection.settimeout(60)  # or stopped
         word, streams, line = b"", [], b""
         with suppress(OSError):

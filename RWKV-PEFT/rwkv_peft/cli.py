@@ -206,7 +206,7 @@ def finite(text: str) -> float:
     return value
 
 
-def that(read: Callable[[str], Value], holds: Callable[[Value], bool], wrong: str) -> Callable[[str], Value]:
+def that(read: Callable[[str], Value], holds: Callable[[Value], object], wrong: str) -> Callable[[str], Value]:
     """Make an argparse type for values that `read` reads and for which a condition holds; else they are `wrong`."""
 
     def checked(text: str) -> Value:
@@ -230,6 +230,7 @@ not_negative = that(finite, lambda value: value >= 0, "is negative")
 above_zero = that(finite, lambda value: value > 0, "is not above 0")
 below_one = that(not_negative, lambda value: value < 1, "must be below 1")
 share = that(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
+port = that(whole, lambda value: 0 <= value <= 65535, "is no port, which is a number from 0 (any free one) to 65535")
 stop_text = that(str, bool, "is an empty text, which would stop before the first token; leave it out")
 
 

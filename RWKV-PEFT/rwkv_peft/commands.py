@@ -144,24 +144,19 @@ COMMANDS = (
     ),
     Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "doctor.command"),
 )
-# {a name that a command had: the words that took its place}: it works for one more release
-RENAMED = MappingProxyType(
-    {
-        "bone2miss": ("convert",),
-        "lm_eval": ("eval", "--harness"),
-        "plots": ("plot", "--panels"),
-        "tokenize": ("preprocess", "--ids", "--tokenizer"),
-    }
-)
-# {another tool's name of a command: ours}, for names whose nearest spelling is another command or none
+# {a name of a command in earlier versions or another tool: ours}, whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
     {
+        "bone2miss": "convert",
         "chat": "generate --chat",
         "export": "convert",
         "finetune": "train",
         "infer": "generate",
+        "lm_eval": "eval --harness",
+        "plots": "plot --panels",
         "run": "generate",
         "sft": "train --data_type sft",
+        "tokenize": "preprocess --ids --tokenizer",
         "unmerge": "merge --unmerge",
         "version": "--version",
     }
@@ -186,10 +181,6 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"rwkv-peft {__version__}")
         return 0
-    if argv[0] in RENAMED:
-        old, (new, *words) = argv[0], RENAMED[argv[0]]
-        print(f"note: rwkv-peft {old} is rwkv-peft {' '.join([new, *words])} now; the old name goes", file=sys.stderr)
-        argv = [new, "--help"] if {"-h", "--help"} & set(argv) else [new, *words, *argv[1:]]
     known = {command.name: command for command in COMMANDS}
     if argv[0] not in known:
         near = [MEANINGS[argv[0]]] if argv[0] in MEANINGS else difflib.get_close_matches(argv[0], known, 1)

@@ -1,9 +1,7 @@
 // The operations of Bone's forms beside their product with the weight, on NVIDIA GPUs: bat-in's affine form of the
 // activations, or of their squared relu, and its gradients, bat-out's merged weight, sums over shards, and the tile
 // that each shard of a result starts from.
-//
-// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
-// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "bone/arguments.cuh"
 #include "bone/plain.cuh"
 #include "bone/products.cuh"

@@ -1,23 +1,13 @@
-// Defines a kernel that takes one structure by value, with its threads per block in NAME_threads, and in a library
-// NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x, y) threads and returns CUDA's error
-// code, 0 for success; in a module, its bytes of dynamic shared memory in NAME_shared.
+// Defines a kernel that takes one structure by value, with its threads per block in NAME_threads and its bytes of
+// dynamic shared memory in NAME_shared.
 #pragma once
 #include "common/device.cuh"
 
-#ifdef __CUDACC_RTC__
+#ifndef KERNEL_LAUNCH
 #define KERNEL_LAUNCH(Arguments, name, threads, shared) \
     extern "C" {                                        \
     __constant__ int name##_threads = (int)(threads);   \
     __constant__ int name##_shared = (int)(shared);     \
-    }
-#else
-#define KERNEL_LAUNCH(Arguments, name, threads, shared)                           \
-    extern "C" {                                                                  \
-    extern const int name##_threads;                                              \
-    const int name##_threads = (int)(threads);                                    \
-    int name##_run(const Arguments* a, int blocks, int x, int y, void* stream) {  \
-        return launch(name, dim3(blocks), dim3(x, y), (int)(shared), stream, *a); \
-    }                                                                             \
     }
 #endif
 

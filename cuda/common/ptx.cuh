@@ -1,4 +1,4 @@
-// The machine instructions that the kernels use, each behind a plain function, and the launch.
+// The machine instructions that the kernels use, each behind a plain function.
 // tests/cuda_shim/cuda_shim.h gives the same functions in plain C++, so that the kernels also run on a CPU.
 #pragma once
 
@@ -76,16 +76,3 @@ __device__ __forceinline__ char* dynamic_shared() {
     extern __shared__ __align__(128) char memory[];
     return memory;
 }
-
-#ifndef __CUDACC_RTC__
-// Launches kernel(arguments) and returns the CUDA error code, 0 for success.
-template <class Kernel, class Arguments>
-int launch(Kernel kernel, dim3 grid, dim3 block, int shared_bytes, void* stream, const Arguments& arguments) {
-    cudaError_t error = cudaSetDevice(arguments.device);
-    if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<grid, block, shared_bytes, (cudaStream_t)stream>>>(arguments);
-    return cudaGetLastError();
-}
-#endif

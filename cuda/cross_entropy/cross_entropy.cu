@@ -1,7 +1,5 @@
 // Cross-entropy of given logits on NVIDIA GPUs, and its gradient, which overwrites the logits.
-//
-// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
-// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/kernel.cuh"
 #include "cross_entropy/arguments.cuh"
 #include "cross_entropy/row.cuh"

@@ -1,7 +1,5 @@
 // Products of the rows of a step of decoding with matrices in blocks of integers, on NVIDIA GPUs, and these matrices.
-//
-// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
-// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/kernel.cuh"
 #include "decode/blocks.cuh"
 

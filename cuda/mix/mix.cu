@@ -1,8 +1,6 @@
 // The operations between a block's matrix products, on NVIDIA GPUs, forward and backward: token shift with
 // interpolation, gates, norms of heads, keys. Each reads its inputs once and writes its results once.
-//
-// nvcc compiles this file into a library with a C interface, NVRTC into a module with only the kernels, and a C++
-// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/kernel.cuh"
 #include "mix/elements.cuh"
 #include "mix/heads.cuh"

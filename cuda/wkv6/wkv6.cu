@@ -38,8 +38,7 @@
 // Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
 // kernels, one token at a time (plain.cuh). ops/recurrence/cuda.py chooses.
 //
-// nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
-// that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"
 #include "wkv6/arguments.cuh"
 #include "wkv6/backward.cuh"

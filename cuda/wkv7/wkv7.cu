@@ -41,8 +41,7 @@
 // (groups.cuh). k, a and b are given, or made inside the kernels from smaller inputs (keys.cuh). All else goes through
 // the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
 //
-// nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
-// that runs on the CPU.
+// NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"
 #include "wkv7/arguments.cuh"
 #include "wkv7/backward.cuh"

@@ -25,15 +25,15 @@ def columns(out_features, in_features):
 # variant -> how to call it on (x, weight, params, bias)
 FUNCTIONS = MappingProxyType(
     {
-        "bat-in": lambda x, w, p, b: bat_in.bat_in(x, w, p["bone"], b),
-        "bat-in-scaled": lambda x, w, p, b: bat_in.bat_in(x, w, p["bone"], b, scale=2.5),
-        "bat-out": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="weight"),
-        "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="activation"),
-        "bone": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
-        "bone-mini": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
+        "bat-in": lambda x, w, p, b: bat_in.bat_in(x, Frozen(w, b), p["bone"]),
+        "bat-in-scaled": lambda x, w, p, b: bat_in.bat_in(x, Frozen(w, b), p["bone"], 2.5),
+        "bat-out": lambda x, w, p, b: bat_out.bat_out(x, Frozen(w, b), p["bone"], "weight"),
+        "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, Frozen(w, b), p["bone"], "activation"),
+        "bone": lambda x, w, p, b: bone.bone(x, Frozen(w, b), p["bone"]),
+        "bone-mini": lambda x, w, p, b: bone.bone(x, Frozen(w, b), p["bone"]),
         "bone-signed": lambda x, w, p, b: METHODS["bone-signed"].apply(x, Frozen(w, b), p, 1.0, 0.0),
-        "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
-        "shira": lambda x, w, p, b: sparse.sparse(x, w, p["shira_values"], columns(*w.shape), b),
+        "lora": lambda x, w, p, b: lora.lora(x, Frozen(w, b), p["lora_A"], p["lora_B"], 0.5),
+        "shira": lambda x, w, p, b: sparse.sparse(x, Frozen(w, b), p["shira_values"], columns(*w.shape)),
     }
 )
 # variant -> constants that its call holds as numbers
@@ -249,8 +249,8 @@ def test_backward_reads_the_weights_current_storage(name):
 @pytest.mark.parametrize("tokens, side", [(1, "activation"), (2, "weight"), (100, "weight")])
 def test_bat_out_takes_the_cheaper_side(tokens, side):
     x, weight, params, _ = tensors("bat-out", lead=(tokens,))
-    chosen = bat_out.bat_out(x, weight, params["bone"])
-    assert torch.equal(chosen, bat_out.bat_out(x, weight, params["bone"], side=side))
+    chosen = bat_out.bat_out(x, Frozen(weight), params["bone"])
+    assert torch.equal(chosen, bat_out.bat_out(x, Frozen(weight), params["bone"], side))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -98,7 +98,7 @@ def test_nothing_of_the_weights_size_is_kept_for_backward(kind, variant, adapt):
     x = torch.randn(tokens, in_features, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        linear(x, layer.base, layer.bias, product=layer.product) if variant == "none" else layer(x)
+        linear(x, layer.frozen) if variant == "none" else layer(x)
     floats = [t for t in saved if t.is_floating_point() and t is not getattr(layer, "bone", None)]
     assert all(t.numel() < in_features * out_features for t in floats)
 

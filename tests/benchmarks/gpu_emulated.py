@@ -52,7 +52,7 @@ class Driver:
 def kernels_of(name):
     """The shim's kernels of the family that has a kernel of this name."""
     families = importlib.import_module("gpu_probe").FAMILIES
-    return shim.build(next(family for family in families if name in family.module.args[0]))
+    return shim.build(next(family for family in families if name in family.names))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ that no case runs.
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import kernel_cases
 import shim
@@ -35,9 +36,10 @@ def run(name, cache):
     if name == "short":
         logits, targets = torch.zeros(3, 64), torch.zeros(3, dtype=torch.int64)
         tensors = dict(logits=logits, targets=targets, losses=torch.empty(2))
-        kernel_cases.cross_entropy_cuda.call(logits, tensors, kernels, vocabulary=64, scale=1.0, pull=0.0)
+        with patch.object(family, "kernels", lambda device: kernels):
+            kernel_cases.cross_entropy_cuda.call(logits, tensors, vocabulary=64, scale=1.0, pull=0.0)
     results(kernels)
-    print(*sorted({*family.module.args[0]} - launched), flush=True)
+    print(*sorted({*family.names} - launched), flush=True)
 
 
 if __name__ == "__main__":

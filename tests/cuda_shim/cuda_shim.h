@@ -158,11 +158,15 @@ inline uint32_t movmatrix_trans(uint32_t x) {
     return data.out;
 }
 
-template <class Kernel, class Arguments>
-int launch(Kernel kernel, dim3 grid, dim3 block, int shared_bytes, void*, const Arguments& arguments) {
-    shim::run_grid(grid, block, shared_bytes, [&] { kernel(arguments); });
-    return 0;
-}
+// A kernel's launch: NAME_run(arguments, blocks, x, y) runs it over blocks of (x, y) threads.
+#define KERNEL_LAUNCH(Arguments, name, threads, shared)                             \
+    extern "C" {                                                                    \
+    extern const int name##_threads;                                                \
+    const int name##_threads = (int)(threads);                                      \
+    void name##_run(const Arguments* a, int blocks, int x, int y) {                 \
+        shim::run_grid(dim3(blocks), dim3(x, y), (int)(shared), [&] { name(*a); }); \
+    }                                                                               \
+    }
 
 // Chooses the order in which the threads of a block take turns: a shim::Order.
 extern "C" void shim_set_order(int order) { shim::order() = order; }

@@ -1,7 +1,6 @@
 """Results of the CUDA kernels for random inputs: a function of FAMILIES gives all results of a family's kernels on the
 shim. The sizes are such that every kernel has more than one tile, strip and group."""
 
-from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -34,7 +33,7 @@ def differentiated(function, wanted, *inputs):
 
 def mix(kernels):
     results = []
-    with patch.object(mix_cpu, "call", partial(mix_cuda.call, kernels=kernels)):
+    with patch.object(mix_cpu, "call", mix_cuda.call), patch.object(mix_cuda.FAMILY, "kernels", lambda device: kernels):
         low, wide = draws(torch.bfloat16), draws(torch.float32)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
@@ -83,11 +82,8 @@ def bonus_gate(randn, eps):
 
 
 def bone(kernels):
-    results, call = [], bone_cuda.call
-    with (
-        patch.object(bone_cuda, "call", lambda *rest, **sizes: call(*rest, kernels, **sizes)),
-        patch.object(bone_cuda, "BLOCKS", 2),
-    ):
+    results = []
+    with patch.object(bone_cuda.FAMILY, "kernels", lambda device: kernels), patch.object(bone_cuda, "BLOCKS", 2):
         for dtype, rank in (*((torch.bfloat16, rank) for rank in (16, 20, 32, 64, 128)), (torch.float32, 64)):
             randn = draws(dtype)
             x, matrices, g, dz = randn(150, 4 * rank), randn(4, rank, rank), randn(150, 2 * rank), randn(150, 4 * rank)
@@ -104,7 +100,7 @@ def bone(kernels):
 
 def cross_entropy(kernels):
     results = []
-    with patch.object(cross_entropy_cuda, "call", partial(cross_entropy_cuda.call, kernels=kernels)):
+    with patch.object(cross_entropy_cuda.FAMILY, "kernels", lambda device: kernels):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]
@@ -113,7 +109,7 @@ def cross_entropy(kernels):
 
 def decode(kernels):
     results = []
-    with patch.object(decode_cuda, "call", partial(decode_cuda.call, kernels=kernels)):
+    with patch.object(decode_cuda.FAMILY, "kernels", lambda device: kernels):
         for dtype in (torch.bfloat16, torch.float32):
             x, weight = draws(dtype)(16, 2208), draws(torch.float32)(33, 2208)
             for blocks in (quantize(weight, 8), quantize(weight, 4)):

@@ -3,8 +3,8 @@
 import ctypes
 from pathlib import Path
 
-from rwkv_peft.ops.native.build import Recipe, build_library
-from rwkv_peft.ops.native.compilers import find_compiler
+from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.library import load
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 
@@ -13,14 +13,17 @@ ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps desce
 
 
 class Shim:
-    """The kernels on the CPU: a CudaFamily's library, with a choice of the order in which a block's threads run."""
+    """A CudaFamily's kernels on the CPU, with a choice of the order in which a block's threads run."""
 
     def __init__(self, family, path):
-        self._library = family.library(path)
-        self._set_order = ctypes.CDLL(str(path)).shim_set_order
+        signature = (None, family.structure, *3 * (ctypes.c_int,))
+        self._library = load(path, *((f"{name}_run", *signature) for name in family.names))
+        self._set_order = self._library.shim_set_order
 
-    def __getattr__(self, name):
-        return getattr(self._library, name)
+    def run(self, name, arguments, blocks, block, stream):
+        x, y = block or (ctypes.c_int.in_dll(self._library, f"{name}_threads").value, 1)
+        getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, x, y)
+        return 0
 
     def set_order(self, name):
         self._set_order(ORDERS.index(name))
@@ -32,9 +35,7 @@ def build(family=WKV6, sources=None, cache=None, guards=()):
     sources = source_directory("cuda") if sources is None else Path(sources)
     source = sources / family.source
     shim = Path(__file__).resolve().parent
-    compiler = find_compiler()
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread", *guards)
-    compiling = (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++")
+    flags = (*flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++")
     headers = [*included_files(source, sources), shim / "cuda_shim.h", shim / "fibers.h"]
-    recipe = Recipe(source, compiling, (compiler, "-shared", "-pthread", *guards), headers)
-    return Shim(family, build_library(f"{source.stem}_shim", recipe, cache))
+    return Shim(family, build_library(f"{source.stem}_shim", source, flags, headers, cache))

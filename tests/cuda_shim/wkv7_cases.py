@@ -1,6 +1,7 @@
 """Inputs for the wkv7 kernels, the true results in float64, and those of plain torch in low precision."""
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
@@ -58,8 +59,9 @@ def run(kernels, case, group=0):
     """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
     if time is split."""
     given = (*case.inputs, case.state, case.cu_seqlens)
-    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
-    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
+    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
+        y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=group)
+        gradients = cuda.RECURRENCE.backward(*given, checkpoints, case.gy, case.gfinal, group=group)
     return (y, final, *gradients)[: None if case.state is not None else -1]
 
 
@@ -99,11 +101,11 @@ def run_keys(kernels, made, group=0):
     case = made.case
     bonus, scales = (case.r.new_empty(case.r.shape[:3], dtype=torch.float32) for _ in range(2))
     given, further = (*made.inputs, case.state, case.cu_seqlens), made.parameters | dict(scales=scales)
-    y, final, checkpoints = cuda.WITH_KEYS.run_forward(kernels, *given, save=True, group=group, bonus=bonus, **further)
-    if made.gbonus is not None:
-        further["gbonus"] = made.gbonus
-    saved = (checkpoints, case.gy, case.gfinal)
-    gradients = cuda.WITH_KEYS.run_backward(kernels, *given, *saved, group=group, **further)
+    of_bonus = {} if made.gbonus is None else dict(gbonus=made.gbonus)
+    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
+        y, final, checkpoints = cuda.WITH_KEYS.forward(*given, save=True, group=group, bonus=bonus, **further)
+        saved = (checkpoints, case.gy, case.gfinal)
+        gradients = cuda.WITH_KEYS.backward(*given, *saved, group=group, **further, **of_bonus)
     return (y, final, bonus, *gradients)[: None if case.state is not None else -1]
 
 

@@ -9,7 +9,7 @@ from families import DISTINCT
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import score
-from rwkv_peft.generate import prefill
+from rwkv_peft.generate.reading import prefill
 from rwkv_peft.models import family_named
 
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9, 11, 12]]

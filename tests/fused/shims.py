@@ -73,14 +73,15 @@ def on_shims(patch):
         if name not in mix_cuda.TILED and not name.startswith(("tanh", "bonus")):
             return call(name, like, tensors, **sizes)  # of operations that a CPU has kernels for
         launched.append(name)
-        mix_cuda.call(name, like, tensors, mix, **sizes)
+        mix_cuda.call(name, like, tensors, **sizes)
 
     def bone_call(name, *rest, **sizes):
         launched.append(name)
-        run_bone(name, *rest, bone, **sizes)
+        run_bone(name, *rest, **sizes)
 
     patch.setattr(mix_cpu, "call", mix_call)
     patch.setattr(bone_cuda, "call", bone_call)
     patch.setattr(bone_op, "backend", lambda first, *_, **__: bone_cuda if first.dtype == torch.bfloat16 else None)
-    patch.setattr(wkv7_cuda.FAMILY, "kernels", lambda device: recurrence)
+    for family, kernels in ((mix_cuda.FAMILY, mix), (bone_cuda.FAMILY, bone), (wkv7_cuda.FAMILY, recurrence)):
+        patch.setattr(family, "kernels", lambda device, kernels=kernels: kernels)
     return launched

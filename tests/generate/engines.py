@@ -1,11 +1,11 @@
 """An engine of a tiny model, and listeners that keep what they hear."""
 
 from rwkv_peft.files.base import save_model
-from rwkv_peft.generate import Sampling
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.pace import Pace
+from rwkv_peft.generate.settings import Sampling
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]

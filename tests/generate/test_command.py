@@ -14,7 +14,8 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import Step, command, continuation, flags
+from rwkv_peft.generate import command, continuation, flags
+from rwkv_peft.generate.decode import Step
 from rwkv_peft.generate.loading import load_subject
 from rwkv_peft.models.state import time_state_shapes
 

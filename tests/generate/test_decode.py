@@ -8,16 +8,11 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource, read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.generate import (
-    Sampling,
-    engine,
-    generate,
-    load_model,
-    prefill,
-    read_state_file,
-    reading,
-    save_state_file,
-)
+from rwkv_peft.generate import engine, reading
+from rwkv_peft.generate.decode import generate
+from rwkv_peft.generate.loading import load_model, read_state_file, save_state_file
+from rwkv_peft.generate.reading import prefill
+from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.state import State

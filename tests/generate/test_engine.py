@@ -13,10 +13,13 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import base_of, open_base, save_model
-from rwkv_peft.generate import Sampling, generate, load_model, prefill, save_state_file
 from rwkv_peft.generate.asked import Answer, Request
+from rwkv_peft.generate.decode import generate
 from rwkv_peft.generate.known import Known
+from rwkv_peft.generate.loading import load_model, save_state_file
+from rwkv_peft.generate.reading import prefill
 from rwkv_peft.generate.rows import DAMAGED, LOST
+from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.generate.voices import Voice, adapter_voice, state_voice
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6

@@ -3,7 +3,7 @@
 import pytest
 from engines import GREEDY, PROMPTS, ask, engine_of, finish, model_file
 
-from rwkv_peft.generate import load_model
+from rwkv_peft.generate.loading import load_model
 from rwkv_peft.generate.voices import Voice
 
 

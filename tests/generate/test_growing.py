@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from generate.test_engine import GREEDY, PROMPTS, ask, engine_of, finish
-from rwkv_peft.generate import generate, prefill
+from rwkv_peft.generate.decode import generate
+from rwkv_peft.generate.reading import prefill
 from rwkv_peft.generate.replay import recordable
 from rwkv_peft.generate.voices import Voice
 from rwkv_peft.models import family_named

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.generate import Step, command, continuation
+from rwkv_peft.generate import command, continuation
+from rwkv_peft.generate.decode import Step
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 

@@ -5,13 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.generate import Sampling, replay
+from rwkv_peft.generate import replay
 from rwkv_peft.generate import sampling as sampling_module
 from rwkv_peft.generate.asked import Answer, Request
 from rwkv_peft.generate.engine import Engine
 from rwkv_peft.generate.known import Known
 from rwkv_peft.generate.replay import Replayed
 from rwkv_peft.generate.session import Session
+from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.generate.voices import Voice
 from rwkv_peft.generate.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named

@@ -9,7 +9,11 @@ from test_engine import adapter_file
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.generate import Sampling, command, generate, load_model, prefill
+from rwkv_peft.generate import command
+from rwkv_peft.generate.decode import generate
+from rwkv_peft.generate.loading import load_model
+from rwkv_peft.generate.reading import prefill
+from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.generate.voices import Voice, adapter_voice
 from rwkv_peft.generate.weights import rounded
 from rwkv_peft.ops.decode import quantize

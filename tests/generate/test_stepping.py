@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rwkv_peft.files.base import save_model
-from rwkv_peft.generate import load_model, prefill
+from rwkv_peft.generate.loading import load_model
+from rwkv_peft.generate.reading import prefill
 from rwkv_peft.generate.recorded import RECORDS
 from rwkv_peft.generate.replay import forward_of
 from rwkv_peft.generate.stepping import Tapes

@@ -134,7 +134,7 @@ def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
     theirs = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "miss")
     assert isinstance(theirs.peft_config["default"], peft.MissConfig)
     torch.testing.assert_close(logits(theirs, ids), expected, atol=1e-4, rtol=1e-4)
-    assert main(["bone2miss", str(tmp_path / "miss"), str(tmp_path / "back")]) == 0  # the name that it had
+    assert main(["convert", str(tmp_path / "miss"), str(tmp_path / "back")]) == 0
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)
 
 

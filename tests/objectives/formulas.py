@@ -10,6 +10,8 @@ from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.objectives.orpo import ORPO
 from rwkv_peft.objectives.simpo import SimPO
 
+KL = 0.3  # of the step before
+
 
 def next_token(one, now, base, labels):
     tokens = torch.cat([answer for row in now for answer in row])
@@ -47,11 +49,10 @@ def orpo(one, now, base, labels):
 
 def kto(one, now, base, labels):
     gains = [[a.sum() - b.sum() for a, b in zip(*rows)] for rows in zip(now, base)]
-    kl = max(0.0, sum(mismatched.item() for _, mismatched in gains) / len(gains))
-    for (gain, _), label in zip(gains, labels):
-        margin = one.beta * (gain - kl) if label else one.beta * (kl - gain)
+    for (gain, mismatched), label in zip(gains, labels):
+        margin = one.beta * (gain - KL) if label else one.beta * (KL - gain)
         weight = one.desirable if label else one.undesirable
-        yield weight * (1 - torch.sigmoid(margin)), margin > 0, margin, torch.tensor(kl)
+        yield weight * (1 - torch.sigmoid(margin)), margin > 0, margin, mismatched
 
 
 def distill(one, now, base, labels):

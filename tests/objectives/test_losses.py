@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from families import DISTINCT
-from objectives.formulas import FORMULAS
+from objectives.formulas import FORMULAS, KL
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.adapters.methods import METHODS, words_of
@@ -121,6 +121,7 @@ def compare(name, family, adapter):
     if TEACHER in one.needs:
         base = other_model(family)
     step = Whole(one, teacher=base)
+    step.figures = {"kl": KL}
     found, expected = step.loss(model, batch, 2.0), naive(name, model, base, LENGTHS, 2.0)
     assert tuple(step.measures) == tuple(figure.name for figure in one.figures)
     measured = torch.stack([found, *step.measures.values()])
@@ -169,20 +170,14 @@ def test_a_fresh_adapter_is_the_base(family, objective, name, loss):
     assert found.item() == pytest.approx(loss, abs=1e-6) and step.measures["margin"] == 0
 
 
-def test_kl_is_no_less_than_0_and_has_no_gradient():
-    """Where answers of other prompts lost, a gain counts from 0; a gradient of kl alone there is none."""
-    kto, base = KTO(1.0), torch.zeros(2, 2)
-    for lost, kl in ((-3.0, 0.0), (2.0, 2.0)):
-        likelihood = torch.tensor([[0.5, lost], [0.5, lost]], requires_grad=True)
-        answers = SimpleNamespace(
-            gains=(likelihood - base).unbind(1),
-            counts=torch.ones(2, dtype=torch.bool),
-            labels=torch.tensor([True, False]),
-        )
-        losses, figures = kto.losses(answers)
-        losses.sum().backward()
-        assert figures["kl"].tolist() == [kl, kl] and (likelihood.grad[:, 1] == 0).all()
-        assert figures["margin"].tolist() == [0.5 - kl, kl - 0.5]
+@pytest.mark.parametrize("before, kl", [({}, 0.0), ({"kl": -3.0}, 0.0), ({"kl": 2.0}, 2.0)])
+def test_kl_is_that_of_the_step_before_no_less_than_0_and_has_no_gradient(before, kl):
+    likelihood = torch.tensor([[0.5, -1.0], [0.5, 4.0]], requires_grad=True)
+    answers = SimpleNamespace(gains=likelihood.unbind(1), labels=torch.tensor([True, False]), figures=before)
+    losses, figures = KTO(1.0).losses(answers)
+    losses.sum().backward()
+    assert figures["kl"].tolist() == [-1.0, 4.0] and (likelihood.grad[:, 1] == 0).all()
+    assert figures["margin"].tolist() == [0.5 - kl, kl - 0.5]
 
 
 @pytest.mark.parametrize("certain", [0.0, -1e-9])

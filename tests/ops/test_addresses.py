@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.ops.native.compilers import find_compiler
+from rwkv_peft.ops.native.build import find_compiler
 from rwkv_peft.ops.native.library import BuildError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "cuda_shim" / "addresses.py"

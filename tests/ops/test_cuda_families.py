@@ -1,25 +1,20 @@
-"""NVIDIA's compilers take every family of CUDA kernels, and a cached build depends on all that decides it."""
+"""NVRTC takes every family of CUDA kernels, and a cached build depends on all that decides it."""
 
 import re
 
 import pytest
-import torch
 
-from cuda_shim import cases, toolchain
+from cuda_shim import toolchain
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.ops.decode import cuda as decode
 from rwkv_peft.ops.mix import cuda as mix
-from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
-from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.library import BuildError
-from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
 
-OLDEST, NEWEST = "80", "120"  # architectures; sources differ only from 100 on, and a compilation takes seconds
+OLDEST = "80"  # architecture
 # a family -> its kernels, and those of them that may spill: what is seldom run
 FAMILIES = {
     wkv6.FAMILY: (wkv6.RECURRENCE.names, wkv6.RECURRENCE.plain),
@@ -34,20 +29,6 @@ FAMILIES = {
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.op)
 def family(request):
     return request.param
-
-
-@pytest.fixture
-def nvcc():
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-def test_nvcc_compiles_without_warnings_or_spills(family, nvcc, tmp_path):
-    kernels, seldom = FAMILIES[family]
-    report = toolchain.assembler_report(family.source, nvcc, NEWEST, tmp_path)
-    toolchain.check_without_spills(*report, [name for name in kernels if name not in seldom])
 
 
 def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatch):
@@ -65,7 +46,7 @@ def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatc
     monkeypatch.setattr(nvrtc_compiler, "_text", logged)
     kernels, seldom = FAMILIES[family]
     image = nvrtc_compiler.cubin(family.op, family.source, f"sm_{OLDEST}", compiler)
-    toolchain.check_without_spills(0, logs[0], [name for name in kernels if name not in seldom])
+    toolchain.check_without_spills(logs[0], [name for name in kernels if name not in seldom])
     for name in kernels:  # and what a launch asks of it
         assert name.encode() in image and f"{name}_threads".encode() in image and f"{name}_shared".encode() in image
     monkeypatch.setattr(nvrtc_compiler, "_compile", None)  # the second time from the cache
@@ -74,15 +55,7 @@ def test_nvrtc_compiles_every_kernel_without_spills(family, tmp_path, monkeypatc
 
 def test_every_header_counts_for_the_cache(family):
     root = source_directory("cuda")
-    headers = set(gpu.recipe(family.source, "nvcc", "90").headers)
+    headers = set(included_files(root / family.source, root))
     assert headers >= set((root / family.op).glob("*.cuh"))
     for path in (root / family.source, *headers):
         assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
-
-
-def test_a_failed_launch_is_an_error(nvcc):
-    if torch.cuda.is_available():
-        pytest.skip("launches do not fail where there is a GPU")
-    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        cases.run(library, cases.make_case((1, 4, 1, 64), torch.bfloat16))

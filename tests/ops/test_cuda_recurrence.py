@@ -4,7 +4,8 @@ float64."""
 
 import dataclasses
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ import torch
 from cuda_shim import shim, toolchain
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.native import gpu
-from rwkv_peft.ops.native import kernels as native_kernels
 from rwkv_peft.ops.native.arguments import aligned
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
@@ -122,7 +121,8 @@ def test_without_gradients_wanted_nothing_is_kept(family, cuda, cases, N):
     case = cases.make_case((1, 70, 1, N), torch.bfloat16)
     kernels = shim_kernels(family)
     given = (*case.inputs, case.state, case.cu_seqlens)
-    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=False)
+    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
+        y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=False, group=0)
     assert checkpoints.shape[0] == 0
     for x, expected in zip((y, final), cases.run(kernels, case)):
         assert torch.equal(x, expected)
@@ -133,8 +133,9 @@ def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
     case = cases.make_case((1, 40, 1, N), torch.bfloat16)
     kernels = shim_kernels(family)
     given = (*case.inputs, case.state, None)
-    checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)[2]
-    found = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, None, case.gfinal)
+    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
+        checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=0)[2]
+        found = cuda.RECURRENCE.backward(*given, checkpoints, None, case.gfinal, group=0)
     expected = cases.run(kernels, dataclasses.replace(case, gy=torch.zeros_like(case.gy)))[2:]
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
@@ -146,10 +147,10 @@ def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
 def test_a_group_that_the_kernels_do_not_take_is_refused(cuda, cases, N, dtype, group):
     case = cases.make_case((1, 3, 1, N), dtype)
     rule = "a multiple of 64 tokens, for torch.bfloat16 and head size .*64.*: give such, or 0"
-    for way, more in ((cuda.RECURRENCE.run_forward, ()), (cuda.RECURRENCE.run_backward, (None, case.gy, None))):
+    for way, more in ((cuda.RECURRENCE.forward, ()), (cuda.RECURRENCE.backward, (None, case.gy, None))):
         saving = {} if more else dict(save=True)
         with pytest.raises(ValueError, match=f"group {group} for {dtype} and head size {N}; .*{rule}"):
-            way(None, *case.inputs, None, None, *more, group=group, **saving)
+            way(*case.inputs, None, None, *more, group=group, **saving)
 
 
 def test_inputs_off_the_16_byte_grid(run, cases):
@@ -175,7 +176,8 @@ def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
 
     case = cases.make_case((1, 20, 1, 8), torch.float32)
     gfinal = torch.cat([torch.zeros(1), case.gfinal.flatten()])[1:].view(case.gfinal.shape)
-    cuda.RECURRENCE.run_backward(Recorded, *case.inputs, None, None, torch.zeros(2, 1, 8, 8), None, gfinal)
+    with patch.object(cuda.FAMILY, "kernels", lambda device: Recorded):
+        cuda.RECURRENCE.backward(*case.inputs, None, None, torch.zeros(2, 1, 8, 8), None, gfinal)
     assert gfinal.data_ptr() % 16 and inputs["gfinal"] % 16 == 0 and inputs["gy"] % 16 == 0
 
 
@@ -203,22 +205,10 @@ def test_the_order_of_the_threads_does_not_matter(family, cuda, cases, N, group)
             assert torch.equal(x, y), order
 
 
-def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
-    kernels = shim_kernels(family)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu, "build_kernels", lambda *arguments: arguments[-1](kernels))
-    launched, run_one = [], kernels.run
-    kernels.run = lambda *arguments: launched.append(family) or run_one(*arguments)
-    cuda.FAMILY.kernels.__wrapped__(cuda.FAMILY, "cpu")
-    assert launched == [family]
-
-
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
     recorder = toolchain.record(cuda.FAMILY, monkeypatch)
-    monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
-        cases.run(None, cases.make_case((2, 5, 3, N), torch.bfloat16))
+        cases.run(cuda.FAMILY.kernels(0), cases.make_case((2, 5, 3, N), torch.bfloat16))
     planned = [
         cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)

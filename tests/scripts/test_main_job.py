@@ -104,6 +104,7 @@ def in_a_fresh_shell(lines, folder, typed=""):
 
 STAND_IN = """#!/bin/sh
 case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
+case "$2" in rwkv_peft.files.best) echo OUT/adapter-best.safetensors ;; esac
 case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
 """
 WORDS = (
@@ -173,6 +174,13 @@ def test_what_learned_to_chat_is_tried_by_a_chat(stand_in, tmp_path, opening, tr
     assert said == f"{tried}\n" if "--chat" in tried else said.startswith(tried)
 
 
+def test_what_holds_best_is_merged_checked_and_told(stand_in, tmp_path):
+    (tmp_path / "in.jsonl").touch()
+    done, best = stand_in(tmp_path / "in.jsonl"), tmp_path / "out" / "adapter-best.safetensors"
+    assert f"--bone_checkpoint {best} --merged" in (tmp_path / "told").read_text()
+    assert f"adapter     {best}\n" in done.stdout
+
+
 @pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
 def test_two_paths_behind_a_flag_are_told(stand_in, tmp_path, flag):
     done = stand_in(tmp_path / "in.jsonl", flag, "a.jsonl", "b.jsonl", "--ctx_len", "8")
@@ -224,10 +232,10 @@ def test_help_is_the_scripts_own(generation):
     "flags, expected",
     [
         ("", {"method": "bone", "mode": "bat-in", "rank": 32}),
-        ("--bone_r 16 --bone_mode=bone", {"mode": "bone", "rank": 16}),
+        ("--bone_r 16 --bone_mode=bone", {"method": "bone", "mode": "bone", "rank": 16}),
         ("--peft lora", {"method": "lora", "rank": 64}),
         ('--peft lora --lora_config {"lora_r":8}', {"method": "lora", "rank": 8}),
-        ('--bone_config {"bone_mode":"bat-out","bone_r":8}', {"mode": "bat-out", "rank": 8}),
+        ('--bone_config {"bone_mode":"bat-out","bone_r":8}', {"method": "bone", "mode": "bat-out", "rank": 8}),
         ("--peft=none", {"method": "none"}),
     ],
 )
@@ -235,7 +243,11 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     torch.save(tiny_state(), tmp_path / "base.pth")
     copy_scripts(tmp_path)
     stand_in = tmp_path / "python"
-    stand_in.write_text('#!/bin/sh\ncase "$1" in *train.py) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; esac\n')
+    product = "rwkv.pth" if expected["method"] == "none" else "adapter.safetensors"
+    stand_in.write_text(
+        f'#!/bin/sh\ncase "$*" in *train.py*) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; '
+        f'*files.best*) echo "{product}" ;; esac\n'
+    )
     stand_in.chmod(0o755)
     words = 'say() { echo "$*"; }; quoted() { echo "$1"; }; activate() { echo .; }'
     (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n{words}\n")

@@ -8,7 +8,8 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.generate import load_model, prefill, save_state_file
+from rwkv_peft.generate.loading import load_model, save_state_file
+from rwkv_peft.generate.reading import prefill
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,10 @@ from rwkv_peft.data.templates import question, segments, stops_of
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.files.base import open_base
-from rwkv_peft.generate import Sampling, generate, load_model, read_state_file
+from rwkv_peft.generate.decode import generate
+from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.session import Session
+from rwkv_peft.generate.settings import Sampling
 
 TOKENIZER = BytesTokenizer()
 GREEDY = Sampling(temperature=0)

@@ -55,7 +55,7 @@ def of_node(folder, load):
         NextToken(),
     )
     identity = {"base": "abc", "data": data_identity(config, build_samples(config.data, 80))}
-    return passport(config, identity, digests_of_inputs(config, World(2, 1), goes_on=False))
+    return passport(config, identity, digests_of_inputs(config, goes_on=False))
 
 
 def other_byte(name, place=-1):
@@ -107,12 +107,11 @@ def test_equal_files_in_other_places_agree(node):
     assert [disagreement(World(2, 1), pair, ["here", "there"]) for pair in zip(first, second)] == ["", ""]
 
 
-def test_one_process_makes_no_digests_of_what_it_alone_reads(tmp_path):
+def test_a_run_that_goes_on_reads_none_of_the_files_that_it_began_with(tmp_path):
     config = RunConfig(
         MODEL, AdapterConfig(load=str(tmp_path / "absent")), DataConfig("data"), TrainConfig(), NextToken()
     )
-    assert digests_of_inputs(config, World(1, 1), goes_on=False) == {}
-    found = digests_of_inputs(replace(config), World(2, 1), goes_on=True)
+    found = digests_of_inputs(replace(config), goes_on=True)
     assert found.keys() == {
         "the file of the base",
         "the file of the teacher",

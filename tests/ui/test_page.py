@@ -11,6 +11,27 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
 expect = playwright.expect
 LONG = 120_000  # milliseconds for what computes
+MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
+
+- one
+- two ☃
+
+```python
+print("<b>")
+```
+
+<script>alert(1)</script>
+<iframe src="https://example.com"></iframe><svg onload=alert(1)>
+
+[web](https://example.com/) &lt;i&gt; <a href="https://example.com">html</a>
+"""
+HOSTILE = (
+    "".join(  # an answer, in pieces
+        f"data: {json.dumps({'choices': [{'delta': {'content': MARKDOWN[at : at + 7]}}]})}\n\n"
+        for at in range(0, len(MARKDOWN), 7)
+    )
+    + 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +74,18 @@ def press(page, name):
 
 def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page = open_page()
-    page.get_by_label("File or folder of rows", exact=True).fill("missing.jsonl")
+    rows = page.get_by_role("textbox", name="File or folder of rows")
+    press(page, "look for File or folder of rows")
+    chosen = {"name": "rows.jsonl", "mimeType": "", "buffer": b'{"text": "mine"}\n' * 100_000}  # in two parts
+    page.get_by_role("dialog").get_by_label("Or a file from elsewhere").set_input_files(chosen)
+    expect(rows).to_have_value("rows-2.jsonl")
+    assert (folder / "rows-2.jsonl").read_bytes() == chosen["buffer"]
+    dropped = page.evaluate_handle(
+        "() => { const all = new DataTransfer(); all.items.add(new File(['a'], '.b<i>.jsonl')); return all; }"
+    )
+    rows.dispatch_event("drop", {"dataTransfer": dropped})
+    expect(rows).to_have_value("b_i_.jsonl")
+    rows.fill("missing.jsonl")
     press(page, "Show")
     expect(page.get_by_role("alert")).to_contain_text("missing.jsonl: there is no such file")
     page.get_by_label("File or folder of rows", exact=True).fill("pairs.jsonl")
@@ -78,6 +110,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(page.locator(".wrong").get_by_label("Rank", exact=True)).to_be_visible()
     page.get_by_label("Rank", exact=True).fill("32")
     expect(page.locator("#plan")).to_contain_text("fits", timeout=LONG)
+    expect(page.locator("#plan")).to_contain_text("its time is not known")
     expect(page.locator("#command")).to_contain_text("--bone_r 32")
     press(page, "Start")
 
@@ -102,7 +135,17 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(other.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
     assert other.locator("html").evaluate("page => page.scrollWidth") <= 390
 
+    go(page, "Train")
+    expect(page.locator(".figure", has_text="about, for 20 steps")).to_contain_text(re.compile(r"\d s"), timeout=LONG)
+    expect(page.locator("#plan")).to_contain_text("that of the steps of out/mine,")
+    with open(folder / "out/mine/metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 20, "samples": 1000, "val_loss": 99.0}\n')
+    go(page, "Runs")
+    page.get_by_role("link", name="out/mine", exact=True).click()
     page.locator("main").get_by_role("link", name="Release", exact=True).click()
+    of_run = page.get_by_label("Of this run", exact=True)
+    expect(of_run).to_have_value("out/mine/adapter-best.safetensors")
+    expect(page.get_by_label("Merged model", exact=True)).to_have_value("out/mine/merged-best.pth")
     page.get_by_label("Merged model", exact=True).fill("mine.pth")
     for command in ("Merge", "Check"):
         press(page, command)
@@ -112,6 +155,8 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     go(page, "Runs")
     page.get_by_role("link", name="out/mine", exact=True).click()
     page.locator("main").get_by_role("link", name="Chat", exact=True).click()
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("out/mine/adapter-best.safetensors")
+    of_run.select_option("out/mine/adapter.safetensors")
     page.get_by_label("Weights", exact=True).select_option("int8")
     page.get_by_label("Tokenizer", exact=True).fill("bytes")  # whose long help must not move the button
     press(page, "Open")
@@ -125,11 +170,19 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(message).to_have_value("Ann has 3 red cups.")
     message.press("Enter")
     for name in ("base", "adapter"):
-        said = page.get_by_role("region", name=name).locator(".turn.assistant span")
+        said = page.get_by_role("region", name=name).locator(".turn.assistant .words")
         expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
+    page.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=HOSTILE))
     press(page, "Regenerate")
+    said = page.get_by_role("region", name="adapter").locator(".turn.assistant .words")
+    expect(said.locator("li")).to_have_text(["one", "two ☃"])
+    expect(said.locator("pre")).to_have_text('print("<b>")')
+    expect(said.locator("strong")).to_have_text("bold")
+    expect(said.locator("a")).to_have_attribute("href", "https://example.com/")
+    expect(said).to_contain_text("<img src=x onerror=alert(1)>")
+    assert said.locator("img, script, iframe, svg, b, i, form, style").count() == 0 and said.locator("a").count() == 1
     page.reload()
-    expect(page.locator(".turn.user span").last).to_have_text("Ann has 3 red cups.", timeout=LONG)
+    expect(page.locator(".turn.user .words").last).to_have_text("Ann has 3 red cups.", timeout=LONG)
     press(page, "Edit the last")
     expect(message).to_have_value("Ann has 3 red cups.")
     expect(page.locator(".turn")).to_have_count(0)

@@ -33,7 +33,12 @@ from rwkv_peft.ui.runs import folders
 )
 def test_only_the_page_itself_is_answered(server, headers):
     given = {name: value.format(port=server.port) for name, value in headers.items()}
-    for path, body in (("/", None), ("/api/files", None), ("/api/jobs", {"words": ["doctor"]})):
+    for path, body in (
+        ("/", None),
+        ("/api/files", None),
+        ("/api/jobs", {"words": ["doctor"]}),
+        ("/api/files?name=a&begin=0&size=1", b"a"),
+    ):
         status, text = server.ask(path, body, **given)
         assert status == 403 and "rwkv" not in text.replace("rwkv-peft ui", "")
     assert server.json("/api/jobs") == []
@@ -244,7 +249,7 @@ def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
     assert server.json("/api/runs/metrics?folder=strange/0")["lines"] == [{"step": 1, "loss": None}]
     assert server.json("/api/runs/metrics?folder=strange/1")["lines"] == [{"a": "\ud800"}]
     assert server.json("/api/runs/metrics?folder=strange/2")["lines"] == []
-    for kind in ("metrics", "answers", "card"):
+    for kind in ("metrics", "answers", "card", "taken"):
         assert "secret" not in server.ask(f"/api/runs/{kind}?folder=strange/3")[1]
     assert len(server.json("/api/files?path=strange/1")) == 4  # one of the names is not Unicode
 

@@ -18,7 +18,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    return bat_in(x, base.weight, params["bone"], base.bias, product=base.product)
+    return bat_in(x, base, params["bone"])
 
 
 def term(params: Params, scale: float) -> BlockTerm:
@@ -28,7 +28,6 @@ def term(params: Params, scale: float) -> BlockTerm:
 # W'_ab = W_ab + W_ab B_b + B_b: one matrix for each block of inputs, `bone` (in/rank, rank, rank)
 METHOD = Method(
     name="bat-in",
-    label="Bone bat-in",
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=BlockAffine(index="b"),
     apply=apply,

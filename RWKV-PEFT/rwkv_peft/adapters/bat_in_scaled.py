@@ -44,7 +44,7 @@ def keep(layer: Layer, constants: Params) -> None:
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     """scale is the layer's, of `keep`; under torch.compile the tensor serves, so that layers share a graph."""
     a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
-    return of_activations(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
+    return of_activations(x, base, params["bone"], a)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def _number(bone_scale: Tensor) -> float:
 # W'_ab = W_ab + a W_ab B_b + B_b with a = `bone_scale` (1,), which a file holds because W' does not tell it
 METHOD = Method(
     name="bat-in-scaled",
-    label="Bone bat-in-scaled",
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit, idle=("bone_scale",)),
     change=Scaled(index="b", multiplied=lambda params: params["bone_scale"] * params["bone"]),
     apply=apply,

@@ -17,7 +17,7 @@ def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
+    return bat_out(x, base, params["bone"])
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class ByOutput(BlockAffine):
 # W'_ab = W_ab + W_ab B_a + B_a: one matrix for each block of outputs, `bone` (out/rank, rank, rank)
 METHOD = Method(
     name="bat-out",
-    label="Bone bat-out",
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=ByOutput(index="a"),
     apply=apply,

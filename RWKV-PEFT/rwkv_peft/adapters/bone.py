@@ -32,7 +32,7 @@ def sizes(params: Params) -> dict[str, int]:
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    return bone(x, base.weight, params["bone"], base.bias, product=base.product)
+    return bone(x, base, params["bone"])
 
 
 def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
@@ -54,7 +54,6 @@ def as_lora(params: Params, scale: float, out_features: int, in_features: int) -
 # W'[o, i] = W[o, i] + D[i mod rank, o] with D = `bone` (rank, out)
 METHOD = Method(
     name="bone",
-    label="Bone bone",
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,

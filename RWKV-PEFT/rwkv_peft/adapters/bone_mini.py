@@ -53,7 +53,6 @@ def as_bone(layer: UpstreamLayer) -> Params:
 METHOD = replace(
     bone.METHOD,
     name="bone-mini",
-    label="Bone bone-mini",
     tensors=Tensors(("bone",), ("rank", "mini_rank"), shapes, sizes, fit),
     change=Repeated(update=bone.update, negated=("bone",)),
     upstream=Upstream(as_bone),

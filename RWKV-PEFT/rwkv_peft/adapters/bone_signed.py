@@ -31,7 +31,7 @@ def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Para
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     bone = params["bone"]
-    return lora(x, base.weight, sketch(params["bone_signs"], len(bone)), bone.t(), base.bias, product=base.product)
+    return lora(x, base, sketch(params["bone_signs"], len(bone)), bone.t())
 
 
 def sketch(signs: Tensor, rank: int) -> Tensor:
@@ -53,7 +53,6 @@ def as_lora(params: Params, scale: float, out_features: int, in_features: int) -
 # W'[o, i] = W[o, i] + s_i D[i mod rank, o] with D = `bone` (rank, out) and s = `bone_signs` (in,) of 1 and -1
 METHOD = Method(
     name="bone-signed",
-    label="Bone bone-signed",
     tensors=Tensors(("bone",), ("rank",), shapes, bone.sizes, bone.fit, idle=("bone_signs",)),
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,

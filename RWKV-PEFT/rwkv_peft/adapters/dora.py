@@ -95,7 +95,6 @@ def _length(products: Tensor, params: Params, scale: float) -> Tensor:
 
 METHOD = Method(
     name="dora",
-    label="dora",
     tensors=Tensors(
         ("lora_A", "lora_B", "lora_gain"),
         ("rank",),

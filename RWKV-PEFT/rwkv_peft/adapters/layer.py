@@ -73,7 +73,7 @@ class AdapterLinear(nn.Module):
         base, params = self.frozen, self.params
         if self.untrained:
             if self.method.residual is None:
-                return linear(x, base.weight, base.bias, product=base.product)
+                return linear(x, base)
             params = self.method.residual.first(params)
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)

@@ -13,7 +13,6 @@ def remark(rank: int, scale: float) -> str:
 
 METHOD = Method(
     name="lora",
-    label="lora",
     tensors=Tensors(
         ("lora_A", "lora_B"), ("rank",), low_rank.shapes, low_rank.sizes, low_rank.fits_up_to(min), idle=("lora_A",)
     ),

@@ -5,6 +5,4 @@ from dataclasses import replace
 
 from . import lora
 
-METHOD = replace(
-    lora.METHOD, name="lora-plus", label="lora-plus", saved_as="lora", rates=(("lora_B", "lora_plus_ratio"),)
-)
+METHOD = replace(lora.METHOD, name="lora-plus", saved_as="lora", rates=(("lora_B", "lora_plus_ratio"),))

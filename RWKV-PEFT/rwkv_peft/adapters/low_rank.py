@@ -51,12 +51,11 @@ def step(method: Method, config: AdapterConfig, in_features: int) -> float:
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    weight, bias, product = base
     if not dropout:
-        return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
+        return lora(x, base, params["lora_A"], params["lora_B"], scale)
     inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
     own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
-    return linear(x, weight, bias, product=product) + own
+    return linear(x, base) + own
 
 
 def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:

@@ -145,8 +145,8 @@ class HfForm(NamedTuple):
 class Method:
     """One way to adapt a linear layer of weight W (out, in).
 
-    name is unique, and the method's name in files' metadata, unless another method's files serve (saved_as); label is
-    its name in messages. apply(x, base, params, scale, dropout) computes y = x W'ᵀ + bias: x (..., in), the Frozen
+    name is unique, and the method's name in files' metadata, unless another method's files serve (saved_as).
+    apply(x, base, params, scale, dropout) computes y = x W'ᵀ + bias: x (..., in), the Frozen
     layer W, params {name: tensor}, the layer's scale, and the probability with which an input is hidden from the
     adapter (0 for methods without dropout) -> (..., out) in x's dtype. draw(layer, config) fills the parameters of a
     new layer, which are zeros.
@@ -160,7 +160,6 @@ class Method:
     """
 
     name: str
-    label: str
     tensors: Tensors
     change: Change
     apply: Apply
@@ -179,6 +178,11 @@ class Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
         """A copied model has the same method."""
         return self
+
+    @property
+    def label(self) -> str:
+        """The method's name in messages."""
+        return f"Bone {self.name}" if self.parameters == ("bone",) else self.name
 
     @property
     def file_name(self) -> str:

@@ -95,7 +95,6 @@ def residual(
     fit = low_rank.fits_up_to(most)
     return Method(
         name=name,
-        label=name,
         tensors=Tensors(NAMES, ("rank",), shapes, low_rank.sizes, fit, idle=("lora_A",)),
         change=Difference(
             MappingProxyType({"lora_B": 0, "init_lora_B": 0}), update=update, negated=("lora_B", "init_lora_B")

@@ -7,4 +7,4 @@ from dataclasses import replace
 from . import lora
 from .method import Alpha
 
-METHOD = replace(lora.METHOD, name="rslora", label="rslora", saved_as="lora", alpha=Alpha(divisor=math.sqrt))
+METHOD = replace(lora.METHOD, name="rslora", saved_as="lora", alpha=Alpha(divisor=math.sqrt))

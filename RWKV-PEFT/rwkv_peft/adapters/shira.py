@@ -47,8 +47,7 @@ def buffers(seed: int, layer: Layer) -> Params:
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    weight, bias, product = base
-    return sparse(x, weight, params["shira_values"], params["shira_columns"], bias, product=product)
+    return sparse(x, base, params["shira_values"], params["shira_columns"])
 
 
 def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
@@ -59,7 +58,6 @@ def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
 
 METHOD = Method(
     name="shira",
-    label="shira",
     tensors=Tensors(
         ("shira_values",),
         ("entries",),

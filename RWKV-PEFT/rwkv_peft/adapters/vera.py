@@ -56,9 +56,8 @@ def size(rank: int, in_features: int) -> float:
 
 
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
-    weight, bias, product = base
     A, B = (params["vera_A"] * params["vera_d"]).t(), params["vera_b"][:, None] * params["vera_B"]
-    return lora(x, weight, A, B, bias, scale=size(A.shape[0], x.shape[-1]), product=product)
+    return lora(x, base, A, B, size(A.shape[0], x.shape[-1]))
 
 
 def as_lora(params: Params, scale: float, out_features: int, in_features: int) -> Params:
@@ -78,7 +77,6 @@ def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:
 
 METHOD = Method(
     name="vera",
-    label="vera",
     tensors=Tensors(
         ("vera_b", "vera_d"), ("rank",), shapes, lambda p: {"rank": len(p["vera_d"])}, fit, ("vera_d", "vera_seed")
     ),

@@ -2,7 +2,6 @@
 kernels run on them."""
 
 import io
-import re
 import shutil
 import subprocess
 import time
@@ -94,7 +93,7 @@ def check_deepspeed() -> list[Finding]:
 
 
 def check_tools() -> Iterator[Finding]:
-    """Look for a C++ compiler, ninja and nvcc."""
+    """Look for a C++ compiler and ninja."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler:
         yield Finding("compiler", OK, run(compiler, "--version").splitlines()[0])
@@ -106,11 +105,6 @@ def check_tools() -> Iterator[Finding]:
     else:
         missing = "not in PATH: DeepSpeed's own operators need it there"
         yield Finding("ninja program", NOTE, missing, "activate the environment, or pip install ninja")
-    if nvcc := shutil.which("nvcc"):
-        found = re.search(r"release [\d.]+", run(nvcc, "--version"))
-        yield Finding("nvcc", OK, f"{nvcc}, {found[0] if found else 'unknown release'}")
-    else:
-        yield Finding("nvcc", NOTE, "no CUDA compiler (only GPU machines need one)")
 
 
 def run(program: str, *arguments: str) -> str:

@@ -2,16 +2,18 @@
 
 import importlib
 import io
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from .finding import INSTALL, MISSING, NOTE, OK, Finding
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PYTHONS = ((3, 10), (3, 14))
 MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages whose modules have other names
@@ -31,47 +33,18 @@ OPTIONAL = (
 )
 
 
-class Requirement(NamedTuple):
-    """A package and its bounds, e.g. ((">=", (2, 6)), ("<", (3,)))."""
+def requirements() -> "list[Requirement]":
+    """The requirements of training on this Python, from requirements.txt of the source tree, else from the installed
+    package."""
+    from packaging.requirements import Requirement  # which an environment has that has torch
 
-    name: str
-    bounds: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def admits(self, version: str) -> bool:
-        """Return whether a version lies within the bounds; only its leading numbers are compared."""
-        numbers = version_numbers(version)
-        return all(numbers >= bound if sign == ">=" else numbers < bound for sign, bound in self.bounds)
-
-    @property
-    def spec(self) -> str:
-        return ",".join(sign + ".".join(map(str, bound)) for sign, bound in self.bounds)
-
-
-def version_numbers(text: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13, 0); () if the text does not begin with a number."""
-    return tuple(int(part) for part in re.split(r"[^\d.]", text, maxsplit=1)[0].split(".") if part)
-
-
-def parse_requirement(line: str) -> Requirement | None:
-    """A line of requirements.txt, such as "torch>=2.6,<3  # why" -> Requirement; None for a blank line, a comment, or a
-    requirement of older Pythons than this one, such as 'name; python_version < "3.14"'."""
-    line, _, marker = line.split("#")[0].replace(" ", "").partition(";")
-    limit = re.search(r"python_version<['\"]([\d.]+)", marker)
-    if not line or (limit and sys.version_info[:2] >= version_numbers(limit[1])):
-        return None
-    name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
-    bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name) :])
-    return Requirement(name, tuple((sign, version_numbers(number)) for sign, number in bounds))
-
-
-def requirements() -> list[Requirement]:
-    """The requirements of training, from requirements.txt of the source tree, else from the installed package."""
     path = Path(__file__).resolve().parents[3] / "requirements.txt"
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     else:
         lines = [line for line in metadata.requires("rwkv-peft") or () if "extra ==" not in line]
-    return [requirement for requirement in map(parse_requirement, lines) if requirement]
+    found = [Requirement(line) for line in lines if line]
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def check_python() -> list[Finding]:
@@ -91,19 +64,19 @@ def installed(name: str) -> bool:
     return True
 
 
-def check_package(requirement: Requirement) -> Finding:
+def check_package(requirement: "Requirement") -> Finding:
     """Check that a required package is installed, has a fitting version, and can be imported."""
     name = requirement.name
     if not installed(name):
         return Finding(name, MISSING, "not installed", INSTALL)
     version = metadata.version(name)
-    if not requirement.admits(version):
-        return Finding(name, MISSING, f"{version}, and {requirement.spec} is needed", INSTALL)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, MISSING, f"{version}, and {requirement.specifier} is needed", INSTALL)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken install may raise anything, and the user must see it
-        remedy = f"pip install --force-reinstall '{name}{requirement.spec}'"
+        remedy = f"pip install --force-reinstall '{name}{requirement.specifier}'"
         return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}", remedy)
     return Finding(name, OK, version)
 

@@ -118,7 +118,7 @@ def ask_harness(args: Any) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    results["config"] |= {name: getattr(args, name) for name in ("model", "adapter", "state")}
+    results["config"] = {name: getattr(args, name) for name in ("model", "adapter", "state", "shots", "limit")}
     samples = results.pop("samples")
     if args.output:
         write(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")

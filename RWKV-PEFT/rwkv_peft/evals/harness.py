@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval import evaluator, simple_evaluate
+from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
@@ -30,6 +30,7 @@ from .requests import ROLLING, SCORED, WRITTEN, Answer, answers, question
 
 ALONE = "DISABLE_MULTIPROC"  # the environment variable that keeps lm_eval in one process
 SEED = 1234  # lm_eval's default seed of the examples before a question, of NumPy and of torch
+DRAWS = 100_000  # lm_eval's default for bootstrapped standard errors
 Results = dict[str, Any]
 Respond = Callable[[str, Sequence[Any]], list[Answer]]
 
@@ -145,33 +146,13 @@ def evaluate(
         answering = False
         return given
 
-    with git_unheard():
-        try:
-            results: Results = simple_evaluate(
-                model=Respondent(respond),
-                tasks=names,
-                task_manager=tasks,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch,
-            )
-        except Exception as error:  # lm_eval and a task's code may raise anything; our own answering's is a bug
-            if answering or isinstance(error, UserError):
-                raise
-            raise UserError(f"{tasks.described(names)} cannot be asked: {told(error, named=True)}") from error
-    return results
-
-
-@contextmanager
-def git_unheard() -> Iterator[None]:
-    """Keep lm_eval from asking git for the commit of the current folder, whose settings may name programs to run, and
-    which complains to the user if there is none."""
-    before = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
+    set_shots(tasks, names, num_fewshot)
     try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = before
+        return run(tasks, names, respond, limit, samples=True)
+    except Exception as error:  # lm_eval and a task's code may raise anything; our own answering's is a bug
+        if answering or isinstance(error, UserError):
+            raise
+        raise UserError(f"{tasks.described(names)} cannot be asked: {told(error, named=True)}") from error
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
@@ -182,22 +163,30 @@ def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> No
             task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
 
 
-def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int) -> Results:
-    """Run lm_eval's tasks with the answers of respond(kind, requests) -> its results as plain JSON.
+def run(
+    tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int = DRAWS, samples: bool = False
+) -> Results:
+    """Run lm_eval's tasks with the answers of respond(kind, requests) -> its results, with each question if `samples`.
 
-    They are those of simple_evaluate with its default seeds, but nothing is printed, no process is forked, and no facts
-    about the machine are collected. Standard errors without a formula are bootstrapped with `draws` draws (0: left
-    out).
+    They are those of its simple_evaluate with the default seeds, but no facts about the machine are collected, and git
+    is not asked for the commit of the current folder, whose settings may name programs to run. Standard errors without
+    a formula are bootstrapped with `draws` draws (0: left out).
     """
     loaded = tasks.load(names)
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=SEED)
+    model = Respondent(respond)
+    found: Results = evaluator.evaluate(model, loaded, limit=limit, bootstrap_iters=draws, log_samples=samples)
+    return found | {"lm_eval": version("lm_eval")}
+
+
+def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int) -> Results:
+    """The results of `run` as plain JSON; nothing is printed, and no process is forked."""
     with aside(), unforked():
-        random.seed(0)
-        np.random.seed(SEED)
-        torch.manual_seed(SEED)
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=SEED)
-        found = evaluator.evaluate(Respondent(respond), loaded, limit=limit, bootstrap_iters=draws, log_samples=False)
-    return json.loads(json.dumps(found | {"lm_eval": version("lm_eval")}, default=plain))
+        return json.loads(json.dumps(run(tasks, names, respond, limit, draws), default=plain))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
 from .adapter_file import Adapter, check_names, read_own
+from .best import take
 from .lightning_folder import is_lightning_folder, read_lightning_folder
 from .peft_folder import CONFIG, is_adapter_folder, read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
@@ -38,7 +40,7 @@ class AdapterSource:
         later format or no adapter; a form that contradicts mode or cannot be told; init or alpha that contradicts the
         file; a tensor that is empty or holds NaN or Inf.
         """
-        path = adapter_of_run(self.path)
+        path = adapter_of_run(self.path, tell=True)
         if is_lightning_folder(path):
             adapter = read_lightning_folder(path)
         elif path.is_dir():
@@ -81,10 +83,10 @@ class AdapterSource:
             )
 
 
-def adapter_of_run(path: str | Path) -> Path:
-    """The path of the adapter in the folder of a train.py run; any other path, also a folder of Hugging Face peft,
-    unchanged. Raises UserError if the run trained the model itself or has saved nothing yet, or if the folder is both a
-    run's and peft's."""
+def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
+    """The path of the adapter to take in the folder of a train.py run (best.py); any other path, also a folder of
+    Hugging Face peft, unchanged. With `tell` a note says so if it is not the newest. Raises UserError if the run
+    trained the model itself or has saved nothing yet, or if the folder is both a run's and peft's."""
     path = Path(path)
     if is_adapter_folder(path) and (path / ADAPTER).exists():
         raise UserError(
@@ -94,7 +96,7 @@ def adapter_of_run(path: str | Path) -> Path:
     if not path.is_dir() or is_adapter_folder(path) or is_lightning_folder(path):
         return path
     if (path / ADAPTER).exists():
-        return path / ADAPTER
+        return taken(path, ADAPTER, tell)
     if (path / MODEL).exists():
         raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
     if (path / METRICS).exists():
@@ -105,11 +107,18 @@ def adapter_of_run(path: str | Path) -> Path:
     return path
 
 
-def product_of_run(path: str | Path) -> Path:
-    """The path of the model or the adapter that a train.py run saved in its folder; any other path unchanged. Raises
-    UserError as adapter_of_run does."""
+def product_of_run(path: str | Path, tell: bool = False) -> Path:
+    """The path of the model or the adapter to take in the folder of a train.py run; any other path unchanged. Tells
+    and raises UserError as adapter_of_run does."""
     path = Path(path)
-    return path / MODEL if (path / MODEL).is_file() else adapter_of_run(path)
+    return taken(path, MODEL, tell) if (path / MODEL).is_file() else adapter_of_run(path, tell)
+
+
+def taken(folder: Path, name: str, tell: bool) -> Path:
+    found = take(folder, name)
+    if tell and found.note:
+        print(found.note, file=sys.stderr)
+    return found.path
 
 
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:

@@ -109,7 +109,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if seen is x:
             return self._apply_adapter(x, name, self.bias)
         # The frozen weight gets the dropped part too.
-        return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
+        return self._apply_adapter(seen, name, self.bias) + linear(x - seen, Frozen(self.weight, None, self.product))
 
     def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}

@@ -27,6 +27,7 @@ from ..errors import UserError
 
 TIME_STATE = "time_state"
 WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
+LARGEST_HEAD = 128
 GROWING = ("past_keys", "past_values")
 DTYPES = MappingProxyType({"wkv": torch.float32, "length": torch.int64})  # of the fields that do not have the model's
 
@@ -257,6 +258,25 @@ def check_time_states(tensors: Mapping[str, Tensor], name: str | Path) -> None:
                 f"{name}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
                 "same in every layer"
             )
+
+
+def two_axes(tensors: Mapping[str, Tensor], heads: str) -> tuple[torch.Size, torch.Size]:
+    """The shapes of the embedding and of a tensor (heads, head size). Raises ValueError if they have no two axes."""
+    embedding, found = tensors["emb.weight"].shape, tensors[heads].shape
+    if len(embedding) != 2 or len(found) != 2 or 0 in found or 0 in embedding:
+        raise ValueError(
+            f"emb.weight must be (vocabulary, channels) and {heads.rpartition('.')[2]} (heads, head size), and they "
+            f"are {tuple(embedding)} and {tuple(found)}"
+        )
+    return embedding, found
+
+
+def check_head_size(size: int, channels: int, what: str = "channels") -> None:
+    """Raise UserError for a --head_size that the kernels do not take, or that does not divide the channels."""
+    if channels % size or size % 4 or size > LARGEST_HEAD:
+        raise UserError(
+            f"--head_size {size} must divide the {what} ({channels}), be a multiple of 4 and at most {LARGEST_HEAD}"
+        )
 
 
 def count_layers(keys: Iterable[str]) -> int:

@@ -1,6 +1,7 @@
 """The base of objectives that judge whole answers by their log-probabilities."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,12 +18,13 @@ CHOSEN, NLL = Figure("chosen"), Figure("nll")
 class Answers(NamedTuple):
     """The answers of a batch, two a row, in the order of its documents. likelihood (rows, 2): the log-probability of
     each; base: the same by the model before training, equal to 0 unless the objective needs it; tokens (rows, 2): how
-    many count in each; labels (rows,): whether the first is desirable, if rows say it."""
+    many count in each; labels (rows,): whether the first is desirable, if rows say it; figures: those of Passes."""
 
     likelihood: "Tensor"
     base: "Tensor"
     tokens: "Tensor"
     labels: "Tensor | None"
+    figures: Mapping[str, float]
 
     @property
     def counts(self) -> "Tensor":
@@ -67,7 +69,7 @@ class OfAnswers(Objective):
         likelihood = log_probabilities(passes.model, batch)
         base = likelihood.new_zeros(()) if base is None else base
         labels = batch["labels"][::2] if "labels" in batch else None  # of a row's own answer, which is the first
-        answers = Answers(likelihood, base, counted_tokens(batch), labels)
+        answers = Answers(likelihood, base, counted_tokens(batch), labels, passes.figures)
         losses, figures = self.losses(answers)
         means = {name: (figure.detach() * answers.counts).sum() / count for name, figure in figures.items()}
         return (losses * answers.counts).sum() / count, means

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from torch import distributed
 
 from ..config.objective import Batch, Pass
 from .cross_entropy import token_losses
@@ -31,14 +30,6 @@ def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
     owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
-
-
-def over_ranks(*numbers: torch.Tensor) -> torch.Tensor:
-    """The sums of numbers () over the ranks, which all come here in each micro batch: (numbers,), with no gradient."""
-    sums = torch.stack([number.detach().to(numbers[0].dtype) for number in numbers])
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(sums)
-    return sums
 
 
 def drawn_log_probabilities(through: Pass, batch: Batch, temperature: float) -> torch.Tensor:

@@ -3,8 +3,9 @@
 Ethayarajh et al. 2024, arXiv 2402.01306, equation 8: weight (1 - sigmoid(beta (gain - kl))) of a desirable answer and
 weight (1 - sigmoid(beta (kl - gain))) of an undesirable one, with its gain, the log-ratio log(p / p_base). kl
 estimates how far the model as a whole is from the base: the mean gain of answers that belong to other prompts, at
-least 0, without a gradient, over the micro batches that the ranks compute at once. Each row brings one: its prompt with
-the answer of the next row (data/answer_samples.py).
+least 0, without a gradient. Each row brings one: its prompt with the answer of the next row (data/answer_samples.py).
+The paper takes those of a micro batch; here they are all of the step before, so that neither micro batches nor ranks
+change a loss, and 0 in the first step, where the model is the base.
 """
 
 from dataclasses import dataclass
@@ -41,15 +42,12 @@ class KTO(OfAnswers):
     undesirable: float = setting(1.0, "weight of undesirable answers", flag="kto_undesirable", type=not_negative)
 
     def losses(self, answers: Answers) -> Losses:
-        from .documents import over_ranks
-
         assert answers.labels is not None
         gain, mismatched = answers.gains
-        total, rows = over_ranks((mismatched.detach() * answers.counts).sum(), answers.counts.sum())
-        kl = (total / rows.clamp_min(1)).clamp_min(0)
+        kl = max(0.0, answers.figures.get("kl", 0.0))
         margin = self.beta * (gain - kl).where(answers.labels, kl - gain)
         weight = margin.new_full((), self.desirable).where(answers.labels, self.undesirable)
-        figures = {"accuracy": margin > 0, "margin": margin, "kl": kl.expand_as(margin)}
+        figures = {"accuracy": margin > 0, "margin": margin, "kl": mismatched}
         return weight * (1 - margin.sigmoid()), figures
 
     def describe(self) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ class Contents(NamedTuple):
 
 def contents_of(source: AdapterSource) -> Contents:
     """Read the Contents of source.path, a file or a folder. Raises UserError if it holds no tensors at all."""
-    path = product_of_run(source.path)
+    path = product_of_run(source.path, tell=True)
+    source = replace(source, path=path)
     if path.suffix == ".gguf":
         lines = list(gguf_lines(path))
         read = ("kind", "GGUF model, rwkv6") in lines or ("kind", "GGUF model, rwkv7") in lines

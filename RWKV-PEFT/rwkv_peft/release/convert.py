@@ -51,7 +51,7 @@ FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' mod
 def main(argv: list[str]) -> int:
     """Run the command: argv -> exit code 0."""
     args = convert_flags(argv)
-    source, target = product_of_run(args.input), Path(args.output)
+    source, target = product_of_run(args.input, tell=True), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
     form, adapted = format_of(target), is_adapter(source)

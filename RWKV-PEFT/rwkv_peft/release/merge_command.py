@@ -43,7 +43,7 @@ TYPES = MappingProxyType(
 def main(argv: list[str]) -> int:
     """Run the command: argv -> exit code 0."""
     args = merge_flags(argv)
-    args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
+    args.adapters = [str(adapter_of_run(path, tell=True)) for path in args.adapters]
     check_files(args)
     if args.device == "cuda" and not count_gpus("leave --device out to merge on the CPU"):
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")

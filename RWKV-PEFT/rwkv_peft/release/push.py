@@ -8,11 +8,12 @@ from typing import Any
 
 from ..cli import counted
 from ..errors import UserError, told
+from ..files.best import BEST, labelled, take
 from ..names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
-from .card import card_of
+from .card import card_of, is_own
 from .flags import push_flags
 
-NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there
+NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there; their best if it is taken
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> int:
     contents: dict[str, Path | bytes] = {path.name: path for path in paths}
     if source.is_dir():
         contents |= {name: source / name for name in (CARD, PICTURE) if (source / name).is_file()}
-    if CARD not in contents:
+    card = source / CARD
+    if CARD not in contents or (is_own(card) and f"`{paths[0].name}`" not in card.read_text("utf-8")):
         contents[CARD] = card_of(args.repo, paths).encode()
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -35,13 +37,17 @@ def main(argv: list[str]) -> int:
 
 
 def files_of(source: Path, names: list[str] | None) -> list[Path]:
-    """The files to push: a file, or those named of a folder, else the newest of each kind. Raises UserError."""
+    """The files to push: a file, or those named of a folder, else the newest of each kind, or the best ones if they
+    are to be taken (files/best.py). Raises UserError."""
     if not source.is_dir():
         if names:
             raise UserError(f"--files {' '.join(names)} are files in a folder, and {source} is none; leave --files out")
         names, source = [source.name], source.parent
     paths = [source / name for name in names or NEWEST]
     if not names:
+        if (found := take(source)).note:
+            print(found.note)
+            paths = [best if (best := labelled(path, BEST)).is_file() else path for path in paths]
         paths = [path for path in paths if path.is_file()]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise UserError(f"{', '.join(missing)}: no such file; name an adapter, a model, or the folder of a run")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..cli import Parser, above_zero, count, positive
+from ..cli import Parser, above_zero, count, port, positive, that
 from ..errors import UserError, short
 from ..generate.flags import add_running_flags, add_sampling_flags, sampling_of
 from ..generate.settings import Sampling
@@ -44,16 +44,7 @@ def named(text: str) -> Named:
     return Named(name, path)
 
 
-def model_name(text: str) -> str:
-    if not NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{short(text)} is no name of at most 64 letters, digits and ._:+-")
-    return text
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{short(text)} is no port, which is a number from 0 (any free one) to 65535")
-    return int(text)
+model_name = that(str, NAME.fullmatch, "is no name of at most 64 letters, digits and ._:+-")
 
 
 def build_parser() -> Parser:

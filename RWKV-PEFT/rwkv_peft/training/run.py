@@ -168,15 +168,17 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
 
 def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
     """Let the ranks meet and compare what each is about to do; watch the files that this one maps."""
-    config, checkpoint = inputs.config, inputs.checkpoint
-    others = {
-        "the checkpoint to go on from": checkpoint and checkpoint.name,
-        **digests_of_inputs(config, ranks.world, goes_on=checkpoint is not None),
-        **{f"the data of {name}_loss": data["content"] + data["files"] for name, data in inputs.of_measured.items()},
-        **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
-        "the rows to answer": "" if asked.rows is None else asked.rows.digest,
-    }
-    ranks.meet(passport(config, inputs.identity, others), inputs.folder, config.train.stall_minutes)
+    config, checkpoint, shared = inputs.config, inputs.checkpoint, {}
+    if ranks.world.size > 1:
+        others = {
+            "the checkpoint to go on from": checkpoint and checkpoint.name,
+            **digests_of_inputs(config, goes_on=checkpoint is not None),
+            **{f"the data of {name}_loss": one["content"] + one["files"] for name, one in inputs.of_measured.items()},
+            **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
+            "the rows to answer": "" if asked.rows is None else asked.rows.digest,
+        }
+        shared = passport(config, inputs.identity, others)
+    ranks.meet(shared, inputs.folder, config.train.stall_minutes)
     assert ranks.watch is not None  # because they have met
     opened = (inputs.base, inputs.teacher, inputs.stored)
     ranks.watch.watch_files(sizes_of_mapped(opened, (inputs.samples, *inputs.measured.values())))

@@ -21,8 +21,10 @@ from .chat import ask, serve
 from .form import chat_form, form
 from .jobs import Jobs, interrupt
 from .lines import last_of, lines_of, read
+from .pace import measured
 from .places import Places
-from .runs import ANSWERS, find_runs
+from .runs import ANSWERS, find_runs, taken
+from .uploads import Uploads
 
 PAGE = Path(__file__).parent / "page"
 PLANNED = 120  # seconds for a plan or a preview
@@ -64,6 +66,7 @@ def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
 def make_app(root: Path, jobs: Jobs) -> FastAPI:
     """The application that shows the files below `root` and starts commands there."""
     places = Places(root)
+    uploads = Uploads(places.root)
     app = FastAPI(
         title="rwkv-peft",
         version=__version__,
@@ -95,6 +98,10 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     def files(path: str = "") -> list[dict[str, Any]]:
         return places.entries(path)
 
+    @app.post("/api/files")
+    async def upload(request: Request, name: str, begin: int, size: int) -> dict[str, str]:
+        return {"name": uploads.take(name, begin, size, await request.body())}
+
     @app.post("/api/preview")
     def preview(rows: Rows) -> dict[str, Any]:
         path = places.name(places.path(rows.path))  # messages name the file as the page does
@@ -110,7 +117,7 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     @app.post("/api/plan")
     def plan(command: Words) -> dict[str, Any]:
         code, text = finished("rwkv_peft", "plan", *command.words)
-        return {"code": code, "text": visible(text)}
+        return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
 
     def finished(module: str, *words: str) -> tuple[int, str]:
         """Run a module in the root -> its exit code, and what it printed."""
@@ -157,6 +164,10 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     @app.get("/api/runs/answers")
     def answers(folder: str) -> dict[str, Any]:
         return {name: last_of(places.inside(f"{folder}/{name}")) for name in ANSWERS}
+
+    @app.get("/api/runs/taken")
+    def to_take(folder: str) -> dict[str, Any]:
+        return taken(places, folder)
 
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:

@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ..cli import Parser, up_to, whole
+from ..cli import Parser, port
 from ..errors import UserError
 
 PROG = "rwkv-peft ui"
-PORTS = 65535
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +28,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="the folder whose data, models and runs the page shows, and in which its commands run (default: the "
         "current one)",
     )
-    parser.add_argument("--port", type=up_to(PORTS, whole), default=8600, help="0: any free one (default: 8600)")
+    parser.add_argument("--port", type=port, default=8600, help="0: any free one (default: 8600)")
     parser.add_argument("--no_browser", action="store_true", help="open no browser, only print the address")
     options = parser.parse_args(argv)
     if not Path(options.files).is_dir():

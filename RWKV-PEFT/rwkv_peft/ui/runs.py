@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.best import take
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
 from .lines import objects, read
@@ -56,12 +57,25 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
     with suppress(OSError, UserError):
         settings = next(objects([read(places.inside(f"{name}/{RUN}"))]), {})
     settings = settings if isinstance(settings, dict) else {}
-    flags = settings.get("flags")
+    flags, train, steps = (settings.get(key) for key in ("flags", "train", "steps"))
+    epochs = train.get("epoch_count") if isinstance(train, dict) else None
     return {
         "folder": name,
         "running": holder(folder / LOCK) is not None,
         "modified": modified(folder),
-        "steps": settings.get("steps"),
+        "steps": steps if type(steps) is int else 0,
+        "epochs": epochs if type(epochs) is int else 0,
         "flags": flags if isinstance(flags, dict) else {},
         "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),
+    }
+
+
+def taken(places: Places, folder: str) -> dict[str, Any]:
+    """The file of a run to take, the newest or the best one, the other one of them if there is one, and why."""
+    path, *_ = (places.inside(f"{folder}{name}") for name in ("", f"/{METRICS}", f"/{RUN}"))
+    found = take(path)
+    return {
+        "file": places.name(found.path),
+        "other": found.other and places.name(found.other),
+        "note": found.note.replace(f"{places.root}/", "").removeprefix("note: "),
     }

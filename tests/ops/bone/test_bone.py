@@ -23,27 +23,27 @@ from ops.bone.cases import (
 )
 from rwkv_peft.ops.bone import affine
 from rwkv_peft.ops.bone import cpu as blocks
-from rwkv_peft.ops.native.compilers import compiler_knows
+from rwkv_peft.ops.native.build import compiler_knows
 
 
 @pytest.fixture(params=blocks.LEVELS)
 def level(request, monkeypatch):
     """Each instruction set in turn, the matrix unit's on the shim if this processor lacks it."""
-    if blocks.available(request.param):
+    if not blocks.FAMILY.unavailable(request.param):
         return request.param
     if request.param != "amx" or not (shim := amx_shim()):
         pytest.skip(f"no {request.param} here")
-    monkeypatch.setattr(blocks, "_library", lambda level: shim)
+    monkeypatch.setattr(blocks.FAMILY, "library", lambda level: shim)
     return request.param
 
 
 @functools.cache
 def amx_shim():
     """bone.cpp for the matrix unit, built on the shim; None if the processor or the compiler is too old for it."""
-    if not blocks.available("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
+    if blocks.FAMILY.unavailable("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
         return None
     header = Path(__file__).parents[2] / "amx_shim" / "amx_shim.h"
-    library = blocks.build("amx", "_shim", ("-include", str(header)), [header])
+    library = blocks.FAMILY.build("amx", "_shim", ("-include", str(header)), [header])
     return library if library.amx_shim_runs() else None
 
 
@@ -135,9 +135,9 @@ def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(level, dtype, thre
 
 def test_shapes_that_do_not_fit_are_refused():
     _, (x, bone, g, dz) = tensors((8, 64, 32, 16), torch.float32)
-    level = blocks.best_level()
-    if level is None:
+    if blocks.FAMILY.unavailable():
         pytest.skip("no compiler here")
+    level = blocks.FAMILY.best_level()
     with pytest.raises(ValueError, match="rows of 64 are not 3 shards of 16"):
         blocks.affine(x, bone[:3], level)
     with pytest.raises(ValueError, match="rows of 31 are not shards of 16"):
@@ -147,6 +147,6 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_a_machine_without_a_compiler_takes_plain_torch(monkeypatch):
     _, (x, bone, _, _) = tensors((8, 64, 32, 16), torch.float32)
     compiled = affine(x, bone)
-    monkeypatch.setattr(blocks, "best_level", lambda: None)
-    assert not blocks.takes(x, bone)
+    monkeypatch.setattr(blocks.FAMILY, "unavailable", lambda: "no compiler")
+    assert not blocks.FAMILY.takes(x, bone)
     torch.testing.assert_close(affine(x, bone), compiled)

@@ -20,6 +20,7 @@ from ops.bone.cases import (
 )
 from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bone import bone as bone_of
+from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.ops.bone import cuda, op
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -89,7 +90,7 @@ def test_an_adapter_through_the_kernels(kernels, function, width):
 
     def run(dtype):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (whole, parameter)]
-        y = function(leaves[0][..., 1:129], weight.to(dtype), leaves[1])
+        y = function(leaves[0][..., 1:129], Frozen(weight.to(dtype)), leaves[1])
         y.backward(torch.ones((), dtype=dtype).expand_as(y))
         return [y.detach(), *(x.grad for x in leaves)]
 

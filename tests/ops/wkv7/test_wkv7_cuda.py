@@ -85,7 +85,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, w
 
 def test_groups_are_launched_in_their_order(monkeypatch):
     recorder = toolchain.record(cuda.FAMILY, monkeypatch)
-    cases.run(None, cases.make_case((2, 130, 3, 64), torch.bfloat16), group=64)
+    cases.run(cuda.FAMILY.kernels(0), cases.make_case((2, 130, 3, 64), torch.bfloat16), group=64)
     groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
     assert [sizes[0] for sizes, *_ in recorder.launches] == 2 * [groups_of, scan, groups_of]  # forward, backward
     assert all((a.group, a.groups, a.sequences, a.length) == (64, 6, 2, 130) for _, _, a, _ in recorder.launches)

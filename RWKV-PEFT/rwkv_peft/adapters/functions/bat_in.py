@@ -11,26 +11,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import affine, affine_backward_, plus_tiled
-from ..product import DENSE, Product
+from ..product import Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 
-def bat_in(
-    x: Tensor,
-    weight: Tensor,
-    bone: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float | Tensor = 1.0,
-    product: Product = DENSE,
-) -> Tensor:
+def bat_in(x: Tensor, base: Frozen, bone: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
 
-    x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    x (..., in), bone (in/r, r, r) -> (..., out) in x's dtype.
     r must divide in and out; scale, which is not 0, is a number or, under torch.compile, a tensor (). Costs
     4 T in out + 6 T in r FLOPs forward and backward.
     """
-    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, extra=(scale,))
+    return apply_to_tokens(_BatIn, x, base, bone, extra=(scale,))
 
 
 class _BatIn(Function):

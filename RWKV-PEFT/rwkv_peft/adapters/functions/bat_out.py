@@ -17,24 +17,22 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import merge, merge_backward_, rows_by_block, shard_sum, split_shards
-from ..product import DENSE, Product
+from ..product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
 GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU, which few of them leave idle: 128 MiB in bfloat16
 
 
-def bat_out(
-    x: Tensor, weight: Tensor, bone: Tensor, bias: Tensor | None = None, *, side: str = "auto", product: Product = DENSE
-) -> Tensor:
+def bat_out(x: Tensor, base: Frozen, bone: Tensor, side: str = "auto") -> Tensor:
     """Block affine by output block.
 
-    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    x (..., in), bone (out/r, r, r) -> (..., out) in x's dtype.
     r must divide in and out. side is "weight", "activation" or "auto" (by the number of tokens).
     """
     if side == "auto":
         side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
-    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
+    return apply_to_tokens(_BatOut, x, base, bone, extra=(side,))
 
 
 class _BatOut(Function):

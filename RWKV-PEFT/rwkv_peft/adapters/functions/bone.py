@@ -11,17 +11,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import plus_tiled, shard_sum, split_shards
-from ..product import DENSE, Product
+from ..product import Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
 
-def bone(x: Tensor, weight: Tensor, bone: Tensor, bias: Tensor | None = None, *, product: Product = DENSE) -> Tensor:
+def bone(x: Tensor, base: Frozen, bone: Tensor) -> Tensor:
     """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
 
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
     mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
     """
-    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product)
+    return apply_to_tokens(_Bone, x, base, bone)
 
 
 class _Bone(Function):

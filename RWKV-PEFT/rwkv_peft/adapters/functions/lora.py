@@ -7,25 +7,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..product import DENSE, Product
+from ..product import Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
 
-def lora(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    product: Product = DENSE,
-) -> Tensor:
+def lora(x: Tensor, base: Frozen, lora_A: Tensor, lora_B: Tensor, scale: float = 1.0) -> Tensor:
     """Low rank: W' = W + scale B A.
 
-    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
+    x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out).
     """
-    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+    return apply_to_tokens(_Lora, x, base, lora_A, lora_B, extra=(scale,))
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

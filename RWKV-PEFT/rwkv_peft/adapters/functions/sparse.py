@@ -8,20 +8,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..product import DENSE, Product
+from ..product import DENSE, Frozen, Product
 from .bat_out import row_step
 from .tokens import apply_to_tokens, weight_gradient
 
 
-def sparse(
-    x: Tensor, weight: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None, *, product: Product = DENSE
-) -> Tensor:
+def sparse(x: Tensor, base: Frozen, values: Tensor, columns: Tensor) -> Tensor:
     """W'[o, columns[o, j]] = W[o, columns[o, j]] + values[o, j].
 
     x (..., in), weight (out, in), values (out, n), columns (out, n) of integers that differ within a row, bias (out,)
     or None -> (..., out) in x's dtype.
     """
-    return apply_to_tokens(_Sparse, x, weight, bias, values, product=product, extra=(columns,))
+    return apply_to_tokens(_Sparse, x, base, values, extra=(columns,))
 
 
 def added(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:

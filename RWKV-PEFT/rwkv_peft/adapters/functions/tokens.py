@@ -14,31 +14,25 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import cpu as kernels
-from ..product import DENSE, Product
+from ..product import Frozen, Product
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, product: Product = DENSE) -> Tensor:
+def linear(x: Tensor, base: Frozen) -> Tensor:
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
-    return apply_to_tokens(_Linear, x, weight, bias, product=product)
+    return apply_to_tokens(_Linear, x, base)
 
 
 def apply_to_tokens(
-    function: type[Function],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *params: Tensor,
-    product: Product,
-    extra: tuple[Any, ...] = (),
+    function: type[Function], x: Tensor, base: Frozen, *params: Tensor, extra: tuple[Any, ...] = ()
 ) -> Tensor:
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
     if autocasts(x):
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
+            return apply_to_tokens(function, x, base, *params, extra=extra)
     params = tuple(param.to(x.dtype) for param in params)
-    y: Tensor = function.apply(flat(x), weight, bias, *params, product, *extra)
+    y: Tensor = function.apply(flat(x), base.weight, base.bias, *params, base.product, *extra)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...errors import UserError
 from ...names import STATE
-from ..state import LayerState, count_layers, is_time_state
+from ..state import LayerState, check_head_size, count_layers, is_time_state, two_axes
 
 SIGN = "blocks.0.att.time_maa_w1"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
 PARTS = ("time", "ln", "emb", "head")  # time_*; ln0, ln1, ln2, ln_x, ln_out; emb; head
-LARGEST_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,7 @@ class RWKV6Config(ModelConfig):
 
 def dimensions(tensors: Mapping[str, Tensor]) -> RWKV6Config:
     """RWKV6Config of {key: tensor}; see Family.dimensions."""
-    embedding, bonus = tensors["emb.weight"].shape, tensors["blocks.0.att.time_faaaa"].shape
-    if len(embedding) != 2 or len(bonus) != 2 or 0 in bonus or 0 in embedding:
-        raise ValueError(
-            f"emb.weight must be (vocabulary, channels) and time_faaaa (heads, head size), and they are "
-            f"{tuple(embedding)} and {tuple(bonus)}"
-        )
+    embedding, bonus = two_axes(tensors, "blocks.0.att.time_faaaa")
     config = RWKV6Config(
         n_layer=count_layers(tensors),
         n_embd=embedding[1],
@@ -61,11 +54,7 @@ def new_dimensions(
 ) -> RWKV6Config:
     """RWKV6Config of a new model; 0 stands for upstream's default. See Family.new_dimensions."""
     dim_att, head_size = dim_att or n_embd, head_size or 64
-    if dim_att % head_size or head_size % 4 or head_size > LARGEST_HEAD:
-        raise UserError(
-            f"--head_size {head_size} must divide the attention channels ({dim_att}), be a multiple of 4 "
-            f"and at most {LARGEST_HEAD}"
-        )
+    check_head_size(head_size, dim_att, "attention channels")
     wide = n_embd >= 4096
     return RWKV6Config(
         n_layer=n_layer,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import ModelConfig
 from ...errors import UserError
 from ...names import STATE
-from ..state import TIME_STATE, LayerState, count_layers, is_time_state
+from ..state import TIME_STATE, LayerState, check_head_size, count_layers, is_time_state, two_axes
 
 SIGN = "blocks.0.att.r_k"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
@@ -22,7 +22,6 @@ SHIFTS = "rwkvag"  # the results of token shift, in the order in which they are 
 LOW_RANK = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
 TIME = (*(f"x_{name}" for name in SHIFTS), "w0", "a0", "v0", *LOW_RANK, "k_k", "k_a", "r_k")
 NORMS = ("ln0", "ln1", "ln2", "ln_x", "ln_out")
-LARGEST_HEAD = 128
 # (a part of the keys of another architecture, its name)
 VARIANTS = (("ffn.enn", "an RWKV-8 preview"), (".rosa", "an RWKV-8 preview with ROSA"))
 
@@ -48,12 +47,7 @@ def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7Config:
     other = next((name for part, name in VARIANTS if any(part in key for key in tensors)), None)
     if other is not None:
         raise ValueError(f"it is {other}, which this tool does not compute; take a model of the plain architecture")
-    embedding, bonus = tensors["emb.weight"].shape, tensors[SIGN].shape
-    if len(embedding) != 2 or len(bonus) != 2 or 0 in bonus or 0 in embedding:
-        raise ValueError(
-            f"emb.weight must be (vocabulary, channels) and r_k (heads, head size), and they are "
-            f"{tuple(embedding)} and {tuple(bonus)}"
-        )
+    embedding, bonus = two_axes(tensors, SIGN)
     n_layer = count_layers(tensors)
     layer = 1 if n_layer > 1 else 0  # in layer 0 some files have no value residual
     return RWKV7Config(
@@ -84,11 +78,7 @@ def new_dimensions(
         raise UserError(
             f"--dim_att {dim_att}: RWKV-7 has as many attention channels as channels, {n_embd}; leave it out"
         )
-    if n_embd % head_size or head_size % 4 or head_size > LARGEST_HEAD:
-        raise UserError(
-            f"--head_size {head_size} must divide the channels ({n_embd}), be a multiple of 4 and at most "
-            f"{LARGEST_HEAD}"
-        )
+    check_head_size(head_size, n_embd)
     return RWKV7Config(
         n_layer=n_layer,
         n_embd=n_embd,

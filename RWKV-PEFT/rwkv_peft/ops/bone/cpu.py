@@ -1,7 +1,7 @@
 """Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
 calls it through its C interface.
 
-Takes float32 and bfloat16 tensors; if `takes` refuses some, op.py computes in plain torch. Rows of read-only tensors
+Takes float32 and bfloat16 tensors; if FAMILY refuses some, op.py computes in plain torch. Rows of read-only tensors
 may have gaps between them; the other tensors are contiguous.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..native import arguments, levels
+from ..native import levels
 from ..native.arguments import fields, fill
-from ..native.cpu import cpu_library
+from ..native.cpu import CpuFamily, cpu_library
 from ..native.library import BuildError
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
@@ -55,24 +55,49 @@ FUNCTIONS = (
 AMX_FUNCTIONS = (("bone_transpose", None, TransposeArguments),)
 
 
-def takes(first: Tensor, *others: Tensor | None) -> bool:
-    """True if the kernels take these tensors, or None, and can be built here."""
-    return arguments.takes(first, *others) and best_level() is not None
+class BoneFamily(CpuFamily):
+    """The functions of cpu/bone, of one of its LEVELS."""
+
+    @functools.cache  # noqa: B019 - families live as long as their modules
+    def best_level(self) -> str:
+        return levels.best_level() if self.unavailable("amx") else "amx"
+
+    @functools.cache  # noqa: B019
+    def unavailable(self, level: str = "") -> str | None:
+        if level != "amx":
+            return super().unavailable(level)
+        try:
+            has_unit = levels.best_level() == "avx512bf16" and self.library("amx").bone_start()
+        except BuildError as error:
+            return str(error)
+        return None if has_unit else f"this processor has no matrix unit; its best is {levels.best_level()}"
+
+    def build(
+        self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()
+    ) -> ctypes.CDLL:
+        """Build and load a level's functions, with `name` and `flags` added to its own; built anew if one of `headers`
+        changes, too."""
+        functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
+        flags = (*level_flags()[level], *flags)
+        return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
 
 
-def affine(x: Tensor, bone: Tensor, level: str | None = None, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+FAMILY = BoneFamily("bone", FUNCTIONS)
+
+
+def affine(x: Tensor, bone: Tensor, level: str = "", factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
     tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    _kernels(level).bone_affine(fill(AffineArguments, x, tensors, **sizes, factor=factor))
+    FAMILY.library(level).bone_affine(fill(AffineArguments, x, tensors, **sizes, factor=factor))
     return z, shift
 
 
 def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str | None = None, factor: float = 1.0
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str = "", factor: float = 1.0
 ) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
@@ -85,106 +110,64 @@ def affine_backward_(
     tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
-    _kernels(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes, factor=factor))
+    FAMILY.library(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes, factor=factor))
     return None if d_bone is None else d_bone.to(bone.dtype)
 
 
-def merge(rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
+def merge(rows: Tensor, bone: Tensor, level: str = "") -> Tensor:
     """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) -> (a r, in)."""
     merged = rows.new_empty(rows.shape)
     _merge(rows, bone, merged, None, level)
     return merged
 
 
-def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
+def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str = "") -> Tensor:
     """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by that itself -> the gradient of bone."""
     d_bone = torch.zeros(bone.shape)
     _merge(rows, bone, d, d_bone, level)
     return d_bone.to(bone.dtype)
 
 
-def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, level: str | None) -> None:
+def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, level: str) -> None:
     rows, (count, rank, _) = rows.contiguous(), bone.shape
     _check_shards(rows, rank)
     if rows.shape[0] != count * rank:
         raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
     tensors = dict(w=rows, bone=bone.contiguous(), merged=merged, d_bone=d_bone)
     sizes = dict(count=count, in_features=rows.shape[1], rank=rank)
-    _kernels(level).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
+    FAMILY.library(level).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
 
 
-def transposed(x: Tensor, level: str | None = None) -> Tensor:
+def transposed(x: Tensor, level: str = "") -> Tensor:
     """x (T, n) -> (n, T): a view, but for bfloat16 on AMX a copy, whose products take half the time."""
-    if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
+    if x.dtype != torch.bfloat16 or not FAMILY.takes(x) or (level or FAMILY.best_level()) != "amx":
         return x.t()
     x = _rows(x)
     turned = x.new_empty(x.shape[1], x.shape[0])
     sizes = dict(x_stride=x.stride(0), rows=x.shape[0], columns=x.shape[1])
-    _library("amx").bone_transpose(fill(TransposeArguments, x, dict(x=x, to=turned), **sizes))
+    FAMILY.library("amx").bone_transpose(fill(TransposeArguments, x, dict(x=x, to=turned), **sizes))
     return turned
 
 
-def shard_sum(x: Tensor, rank: int, level: str | None = None) -> Tensor:
+def shard_sum(x: Tensor, rank: int, level: str = "") -> Tensor:
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
     x = _rows(x)
     total = x.new_empty(x.shape[0], rank)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    _kernels(level).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
+    FAMILY.library(level).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
     return total
 
 
-def add_tiled_(y: Tensor, tile: Tensor, level: str | None = None) -> None:
+def add_tiled_(y: Tensor, tile: Tensor, level: str = "") -> None:
     """y (T, n), contiguous, += tile (T, r) repeated along the channels, cut at n."""
     sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
     tensors = dict(y=y, tile=tile.contiguous())
-    _kernels(level).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
-
-
-def _kernels(level: str | None) -> ctypes.CDLL:
-    """The library of a level, by default of the best one. Raises BuildError if it cannot be built."""
-    level = level or best_level()
-    if level is None:
-        raise BuildError("no kernels of cpu/bone can be built here; install a C++ compiler (apt install g++)")
-    return _library(level)
-
-
-@functools.cache
-def best_level() -> str | None:
-    """The fastest of LEVELS that works here; None without a compiler."""
-    best = levels.best_level()
-    for level in ("amx", best) if best == "avx512bf16" else (best,):
-        if available(level):
-            return level
-    return None
-
-
-@functools.cache
-def available(level: str) -> bool:
-    """True if this processor has one of LEVELS and its kernels can be built."""
-    if not (levels.best_level() == "avx512bf16" if level == "amx" else levels.is_here(level)):
-        return False
-    try:
-        return bool(_library(level).bone_start())
-    except BuildError:
-        return False
-
-
-@functools.cache
-def _library(level: str) -> ctypes.CDLL:
-    return build(level)
+    FAMILY.library(level).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
 
 
 def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture -> the compiler's flags."""
     return {"amx": (*levels.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **levels.level_flags()}
-
-
-def build(level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()) -> ctypes.CDLL:
-    """A level's kernels as a loaded library, with `name` and `flags` added to its own; built anew if one of `headers`
-    changes. Raises BuildError if that fails."""
-    functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
-    flags = (*level_flags()[level], *flags)
-    return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
 
 
 def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:

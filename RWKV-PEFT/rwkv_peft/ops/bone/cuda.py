@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..native.arguments import Given, aligned, fields
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Kernels
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
@@ -116,19 +115,11 @@ def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
-def call(
-    name: str,
-    like: Tensor,
-    tensors: Mapping[str, Tensor | None],
-    blocks: int,
-    kernels: Kernels | None = None,
-    /,
-    **sizes: float,
-) -> None:
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
     """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
-    is one kernel for each; tensors and sizes by the names of BoneArguments; kernels as in CudaFamily.run."""
+    is one kernel for each; tensors and sizes by the names of BoneArguments."""
     kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
-    FAMILY.run(kernel, like, {**tensors, **sizes}, blocks, kernels=kernels)
+    FAMILY.run(kernel, like, {**tensors, **sizes}, blocks)
 
 
 def has_products(like: Tensor, rank: int) -> bool:
@@ -159,10 +150,4 @@ def _whole(x: Given) -> Given:
     return x if x is None else aligned(cast(Given, x.contiguous()))
 
 
-def _trial(kernels: Kernels, device: int) -> None:
-    x = torch.zeros(1, 16, device=device)
-    tensors = dict(x=x, total=torch.empty_like(x))
-    call("shard_sum", x, tensors, 1, kernels, tokens=1, width=16, rank=16)
-
-
-FAMILY = CudaFamily("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)
+FAMILY = CudaFamily("bone", KERNELS, BoneArguments)

@@ -21,7 +21,7 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
     """The module (cpu or cuda) whose kernels take these tensors (None: not given) and products of a rank, or None for
     plain torch: the one place that decides."""
     if first.is_cpu:
-        return cpu if cpu.takes(first, *others) else None
+        return cpu if cpu.FAMILY.takes(first, *others) else None
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 

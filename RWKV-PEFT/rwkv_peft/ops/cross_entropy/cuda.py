@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..native.arguments import fields
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Kernels
 
 KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 
@@ -33,19 +32,11 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
     return losses
 
 
-def call(
-    logits: Tensor, tensors: Mapping[str, Tensor | None], kernels: Kernels | None = None, **numbers: float
-) -> None:
+def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
     """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
-    CrossEntropyArguments, kernels as in CudaFamily.run."""
+    CrossEntropyArguments."""
     given, blocks = {**tensors, **numbers}, logits.shape[0]
-    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, given, blocks, kernels=kernels)
+    FAMILY.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, given, blocks)
 
 
-def _trial(kernels: Kernels, device: int) -> None:
-    logits, targets = torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    tensors = dict(logits=logits, targets=targets, losses=logits.new_empty(1))
-    call(logits, tensors, kernels, vocabulary=8, scale=1.0, pull=0.0)
-
-
-FAMILY = CudaFamily("cross_entropy", "cross_entropy/cross_entropy.cu", KERNELS, CrossEntropyArguments, _trial)
+FAMILY = CudaFamily("cross_entropy", KERNELS, CrossEntropyArguments)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Kernels
-from .blocks import BITS, BLOCK, PANEL, Blocks
+from .blocks import BITS, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products
 MOST_ROWS = ROWS[-1]
@@ -43,17 +42,11 @@ def dequantized(weight: Blocks, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int, kernels: Kernels | None = None) -> None:
-    """Enqueue a kernel on the GPU of y. name: its name in KERNELS without "decode_"; kernels as in CudaFamily.run."""
+def call(name: str, x: Tensor | None, weight: Blocks, y: Tensor, blocks: int) -> None:
+    """Enqueue a kernel on the GPU of y. name: its name in KERNELS without "decode_"."""
     given = dict(x=x, words=weight.words, y=y, rows=len(y))
     given |= dict(in_features=weight.in_features, out_features=weight.out_features)
-    FAMILY.run(f"decode_{name}", y, given, blocks, kernels=kernels)
+    FAMILY.run(f"decode_{name}", y, given, blocks)
 
 
-def _trial(kernels: Kernels, device: int) -> None:
-    weight = Blocks.zeros(8, PANEL, BLOCK, torch.device(device))
-    y = weight.words.new_empty(PANEL, weight.in_features, dtype=torch.float32)
-    call("dequantize_float32_8", None, weight, y, 1, kernels)
-
-
-FAMILY = CudaFamily("decode", "decode/decode.cu", KERNELS, DecodeArguments, _trial)
+FAMILY = CudaFamily("decode", KERNELS, DecodeArguments)

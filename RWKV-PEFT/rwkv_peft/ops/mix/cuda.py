@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Kernels
 from .operations import OPERATIONS, Operation
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
@@ -97,16 +96,10 @@ class MixArguments(ctypes.Structure):
 
 
 def call(
-    name: str,
-    like: Tensor,
-    tensors: Mapping[str, Tensor | None],
-    kernels: Kernels | None = None,
-    size: int = 0,
-    strip: int = 1,
-    **others: Any,
+    name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: int = 0, strip: int = 1, **others: Any
 ) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given), kernels
-    as in CudaFamily.run. An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given).
+    An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
     warp takes); of TILED, blocks of a low-rank product take `size` channels, those of a norm `strip` tokens. others:
     tokens, channels and further fields of MixArguments."""
     tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
@@ -124,7 +117,7 @@ def call(
     named = ([tensors.get(name) for name in names] for names in layout[:3])
     tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
     given = {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
-    FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks, kernels=kernels)
+    FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks)
     for target, part in zip(wanted, sums):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))
@@ -135,9 +128,4 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 
-def _trial(kernels: Kernels, device: int) -> None:
-    x = torch.zeros(1, 2, device=device)
-    call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), kernels, tokens=1, channels=2)
-
-
-FAMILY = CudaFamily("mix", "mix/mix.cu", KERNELS, MixArguments, _trial)
+FAMILY = CudaFamily("mix", KERNELS, MixArguments)

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import arguments, levels
-from .build import Recipe, build_library, kept_library
-from .compilers import find_compiler
+from .build import build_library
 from .library import BuildError, Declaration, load
 from .sources import included_files, source_directory
 
@@ -20,24 +19,11 @@ def cpu_library(
     name: str, source: str, flags: Sequence[str], functions: Iterable[Declaration], headers: Sequence[str | Path] = ()
 ) -> ctypes.CDLL:
     """The library `name` of `source`, a path below cpu/, compiled with FLAGS and `flags`, its `functions` declared as
-    in `load`; built anew if one of `headers` changes, too. If no compiler works, one that was built earlier serves.
-    Raises BuildError if there is neither."""
+    in `load`; built anew if one of `headers` changes, too. Raises BuildError as build_library does."""
     root = source_directory("cpu")
     file = root / source
     headers = [*included_files(file, root), *headers]
-
-    def recipe(compiler: str) -> Recipe:
-        compiling = (compiler, *FLAGS, *flags, f"-I{root}")
-        return Recipe(file, compiling, (compiler, "-shared", "-fopenmp"), headers)
-
-    try:
-        library = build_library(name, recipe(find_compiler()))
-    except BuildError:
-        kept = kept_library(name, recipe(""))
-        if kept is None:
-            raise
-        library = kept
-    return load(library, *functions)
+    return load(build_library(name, file, (*FLAGS, *flags, f"-I{root}"), headers), *functions)
 
 
 class CpuFamily:
@@ -47,11 +33,16 @@ class CpuFamily:
     def __init__(self, op: str, functions: Sequence[Declaration]) -> None:
         self.op, self.functions = op, functions
 
+    def best_level(self) -> str:
+        return levels.best_level()
+
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
         """The loaded library; BuildError if it cannot be built or loaded (not cached, so that a mended setup
         works)."""
-        level = level or levels.best_level()
+        return self.build(level or self.best_level())
+
+    def build(self, level: str) -> ctypes.CDLL:
         flags = levels.level_flags()[level]
         return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, self.functions)
 

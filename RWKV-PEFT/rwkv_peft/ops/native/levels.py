@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from .compilers import compiler_knows
+from .build import compiler_knows
 
 LEVELS = ("avx512bf16", "avx512", "avx2", "portable")  # fastest first
 AVX2_FLAGS = ("-mavx2", "-mfma")

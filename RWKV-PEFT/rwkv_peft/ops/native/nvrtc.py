@@ -1,4 +1,4 @@
-"""CUDA kernels without nvcc: compiled by NVRTC, CUDA's run-time compiler.
+"""Compiles CUDA kernels by NVRTC, CUDA's run-time compiler.
 
 NVRTC comes with CUDA builds of torch (the nvidia-cuda-nvrtc wheels) or with the CUDA toolkit. It is called through
 ctypes, so that nothing else needs to be installed.
@@ -18,6 +18,7 @@ from .sources import included_files, source_directory
 
 SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
 OPTIONS = ("-std=c++17",)
+JETSON = ("87", "101")  # they do not run the code of other GPUs of their major version, nor do those run theirs
 
 
 class Nvrtc:
@@ -32,6 +33,20 @@ class Nvrtc:
         numbers = (ctypes.c_int * count.value)()
         library.nvrtcGetSupportedArchs(numbers)
         self.architectures = [str(number) for number in numbers]
+
+    def architecture_for(self, capability: tuple[int, int]) -> str:
+        """The architecture to compile for on a GPU of a compute capability: its own, or the latest older one of the
+        same major version, whose code it runs too. BuildError if there is none."""
+        major, minor = capability
+        own = f"{major}{minor}"
+        older = [f"{major}{n}" for n in reversed(range(minor)) if f"{major}{n}" not in JETSON and own not in JETSON]
+        found = next((architecture for architecture in (own, *older) if architecture in self.architectures), None)
+        if found is None:
+            raise BuildError(
+                f"it does not compile for compute capability {major}.{minor}; install a newer CUDA, with the build of "
+                "torch that belongs to it"
+            )
+        return found
 
 
 def compilers() -> Iterator[Nvrtc]:

@@ -1,7 +1,6 @@
 """The layout of steps in the chunked forms: sequences padded to whole chunks, and where each begins and ends."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,45 +11,26 @@ CHUNK = 16  # steps of a chunk; in wkv7, 1 / (product of their decays) stays bel
 SEGMENT = 16  # chunks whose products are taken at once and share one saved state, unless a form has its own number
 
 
-@dataclass(frozen=True)
-class Span:
-    """Some of a call's states, and the first and last of their chunks in the padded row."""
-
-    states: slice
-    first: int
-    last: int
-
-
 class Layout:
     """The chunks of a call: the same for every row, or for one packed row those of one sequence after another, so that
     a sequence costs only its own chunks."""
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None):
-        """shape: (B, T, H, N); cu_seqlens (n + 1,) or None."""
+        """shape: (B, T, H, N); cu_seqlens (n + 1,) or None. starts: a sequence's first chunk -> its states; ends: its
+        last chunk -> these."""
         self.B, self.T, self.H, self.N = shape
         self.index: Tensor | None = None
         if cu_seqlens is None:
             self.states, self.chunks = self.B, -(-self.T // CHUNK)
-            self.sequences: tuple[Span, ...] = (Span(slice(0, self.B), 0, self.chunks - 1),)
+            self.starts, self.ends = {0: slice(0, self.B)}, {self.chunks - 1: slice(0, self.B)}
             return
         bounds = bounds_on_host(cu_seqlens)
-        sequences, first = [], 0
+        self.states, self.chunks, self.starts, self.ends = len(bounds) - 1, 0, {}, {}
         for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            after = first - (start - end) // CHUNK
-            sequences.append(Span(slice(n, n + 1), first, after - 1))
-            first = after
-        self.states, self.chunks, self.sequences = len(sequences), first, tuple(sequences)
+            self.starts[self.chunks] = slice(n, n + 1)
+            self.chunks -= (start - end) // CHUNK
+            self.ends[self.chunks - 1] = slice(n, n + 1)
         self.index = indices(cu_seqlens, self.T)
-
-    @property
-    def starts(self) -> dict[int, slice]:
-        """A sequence's first chunk -> its states."""
-        return {sequence.first: sequence.states for sequence in self.sequences}
-
-    @property
-    def ends(self) -> dict[int, slice]:
-        """A sequence's last chunk -> its states."""
-        return {sequence.last: sequence.states for sequence in self.sequences}
 
     def pad(self, x: Tensor, filler: float = 0.0) -> Tensor:
         """(B, T, H, N) -> (B, H, chunks, CHUNK, N), `filler` past a sequence's end."""

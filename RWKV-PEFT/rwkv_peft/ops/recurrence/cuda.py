@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native.arguments import aligned
 from ..native.family import DTYPES, CudaFamily
-from ..native.kernels import Block, Kernels
+from ..native.kernels import Block
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 
@@ -49,7 +49,7 @@ class CudaRecurrence:
         self.Arguments = structure(signature)
         self.plain = tuple(f"{op}_{way}_plain_{dtype}" for way in WAYS for dtype in DTYPES.values())
         self.names = (*self.chunked(), *self.plain, *dict.fromkeys((*split.names(), *more)))
-        self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
+        self.family = CudaFamily(op, self.names, self.Arguments)
 
     def variant(self, rows: Sequence[str], kind: str, split: Split) -> "CudaRecurrence":
         """A recurrence over other inputs (B, T, H, N), whose chunked kernels have `kind` in their names."""
@@ -89,47 +89,35 @@ class CudaRecurrence:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
         return -(-slots // 2) if self.halved and is_chunked(r.shape[3], r.dtype) else slots
 
-    def forward(self, *tensors: Any, save: bool, level: str = "", **further: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, *tensors: Any, save: bool, level: str = "", group: int | None = None, **further: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """tensors: the inputs, contiguous, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state
         (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
-        `save`). further: the tensors of Signature.further."""
-        group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(None, *tensors, save=save, group=group, **further)
-
-    def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
-        """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. further: as in forward."""
-        group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(None, *tensors, group=group, **further)
-
-    def run_forward(
-        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` with given kernels, as in CudaFamily.run. group: the tokens of a group, a multiple of 64, or 0 if
-        time is not split. Raises ValueError for a group that the kernels do not take."""
+        `save`). group: the tokens of a group, a multiple of 64, 0 if time is not split, None if that is chosen.
+        further: the tensors of Signature.further. Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
-        self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = sequences_of(r, bounds)
+        group = self._checked(group, r, sequences)
         groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
         counts = (sequences, slots + groups, groups)
         final_state, checkpoints, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         y = torch.empty_like(r)
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
-        self._launch(kernels, "forward", r, sequences, group, arguments | further)
+        self._launch("forward", r, sequences, group, arguments | further)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
-    def run_backward(
-        self, kernels: Kernels | None, *tensors: Any, group: int = 0, **further: Any
-    ) -> tuple[Tensor, ...]:
-        """`backward` with the given kernels, and forward's `group`. Raises ValueError as run_forward does."""
+    def backward(self, *tensors: Any, level: str = "", group: int | None = None, **further: Any) -> tuple[Tensor, ...]:
+        """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        gradients of the inputs and of the state. group and further: as in forward."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
-        self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = sequences_of(r, bounds)
+        group = self._checked(group, r, sequences)
         gy = torch.zeros_like(r) if gy is None else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
@@ -140,28 +128,25 @@ class CudaRecurrence:
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts) | further
-        self._launch(kernels, "backward", r, sequences, group, arguments)
+        self._launch("backward", r, sequences, group, arguments)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
-    def _check_group(self, r: Tensor, group: int) -> None:
-        """Raise ValueError for a group with which the kernels would read past their tensors."""
+    def _checked(self, group: int | None, r: Tensor, sequences: int) -> int:
+        """The group, or the chosen one. Raises ValueError for one with which the kernels would read past their
+        tensors."""
+        group = self.group_of(r, sequences) if group is None else group
         if group and (not is_chunked(r.shape[3], r.dtype) or group % GRAIN or group < 0):
             raise ValueError(
                 f"{self.signature.op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups "
                 f"of a multiple of {GRAIN} tokens, for torch.bfloat16 and head size {CHUNKED_SIZE}: give such, or 0"
             )
+        return group
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
         return {name: aligned(x) for name, x in zip(self.signature.inputs, inputs)}
 
     def _launch(
-        self,
-        kernels: Kernels | None,
-        direction: str,
-        r: Tensor,
-        sequences: int,
-        group: int,
-        given: Mapping[str, Tensor | float | None],
+        self, direction: str, r: Tensor, sequences: int, group: int, given: Mapping[str, Tensor | float | None]
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError if that fails."""
         B, T, H, N = r.shape
@@ -169,14 +154,9 @@ class CudaRecurrence:
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, group=group, groups=groups)
         if group:
             for name, blocks in self.split.launches(direction, H, sequences, groups):
-                self.family.run(name, r, {**given, **sizes}, blocks, kernels=kernels)
+                self.family.run(name, r, {**given, **sizes}, blocks)
         name, block = self.kernel(direction, N, r.dtype)
-        self.family.run(name, r, {**given, **sizes}, H * groups, block, kernels)
-
-    def _trial(self, kernels: Kernels, device: int) -> None:
-        x = torch.zeros(1, 1, 1, 32, device=device)
-        inputs = [*(x for _ in self.signature.rows), *(x[0, 0] for _ in self.signature.shared)]
-        self.run_forward(kernels, *inputs, None, None, save=False)
+        self.family.run(name, r, {**given, **sizes}, H * groups, block)
 
 
 def is_chunked(head_size: int, dtype: torch.dtype) -> bool:

@@ -19,16 +19,17 @@ from ...data.recorded import ENTRY
 from ...data.report import OPENING, opening_of
 from ...errors import UserError, ending_at_once
 from ...files.atomic import atomic_write
+from ...files.best import BEST, SINCE, HeldOut, labelled, take
 from ...memory import keep_freed_memory
 from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.before_after import unended
-from ..measuring.held_out import UNKNOWN, HeldOut, blind
+from ..measuring.held_out import UNKNOWN, blind, doubt
+from ..measuring.held_out import told as told_held_out
 from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
-from ..saving.products import BEST, labelled
 from ..step.compiling import compiled
 from .prepared import Prepared
 
@@ -108,6 +109,7 @@ def record(run: Prepared) -> None:
     """Write the run's settings, steps, vocabulary and what opens an answer in its data to its config.json."""
     vocabulary = run.samples.vocabulary
     entries: dict[str, Any] = {OPENING: opening_of(run.samples.dataset, vocabulary), "steps": run.plan.total_steps}
+    entries[SINCE] = run.inputs.identity[SINCE]
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:
@@ -122,13 +124,13 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
-    losses, sources, held_out, unlikely = list[float](), list[str](), HeldOut(None, ()), ""
+    losses, sources, held_out, unlikely = list[float](), list[str](), HeldOut(None, []), ""
     name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
         unlikely = unlikely_answers(run.config, records)
-        held_out = HeldOut.of(records, run.inputs.identity["validated_from"])
+        held_out = HeldOut.of(records, run.inputs.identity[SINCE])
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
@@ -155,20 +157,20 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
-        words = held_out.told(name, sign)
+        words = told_held_out(held_out, name, sign)
         figures.append(("validation", words))
         told += f"validation  {words}, {best}"
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
-        note = held_out.note(run.plan, best, run.config.train.lr_init) if sign > 0 else ""
+        note = doubt(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
         if note := note or blind(run.validator.swapped if run.validator is not None else ()):
             told += f"{note}\n"
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
         told += f"validation  {UNKNOWN}\n"
-    use = ""
+    use, chosen = "", take(run.folder, run.saver.newest.name).path
     try:
-        if write_card(run.folder, card_of(run.folder.resolve().name, [run.saver.newest], figures)):
+        if write_card(run.folder, card_of(run.folder.resolve().name, [chosen], figures)):
             use = f"; {run.folder / CARD} says how to use it"
         else:
             say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)

@@ -4,6 +4,7 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read; those that the flags show by themselves are refused before torch is imported.
 """
 
+import functools
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from ..step.stored import StoredTeacher
 
 
+parser_of_train = functools.cache(build_parser)  # which parsing leaves as it is; a run parses its flags twice
+
+
 class Request(NamedTuple):
     """The run that a command line asks for.
 
@@ -81,7 +85,7 @@ class Flags(NamedTuple):
     @property
     def given(self) -> Entries:
         """The flags as given, on the command line or in a settings file."""
-        entries = entries_of(self.argv, build_parser()._option_string_actions)
+        entries = entries_of(self.argv, parser_of_train()._option_string_actions)
         return {flag: value for flag, value in entries.items() if flag != WRITE[2:]}
 
 
@@ -94,7 +98,7 @@ def judge(argv: Sequence[str]) -> None:
 
 def parse_flags(argv: Sequence[str]) -> Flags:
     """Parse argv -> Flags, without torch. Raises one UserError of all mistakes and contradictions."""
-    parser = build_parser()
+    parser = parser_of_train()
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
     check_run_folder(Path(args.proj_dir))  # before anything in it is looked at

@@ -12,10 +12,10 @@ from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
 from ...data.swapped import swapped
+from ...files.best import BEST
 from ..inputs import VALIDATION, Inputs
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
-from ..saving.products import BEST
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
 

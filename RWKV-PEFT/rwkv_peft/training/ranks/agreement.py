@@ -59,12 +59,10 @@ def digest_of_code() -> str:
     return digest.hexdigest()[:16]
 
 
-def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
+def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
     """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: base and
     teacher, because a fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins
-    with. {} for one process, which has no other to compare with."""
-    if world.size == 1:
-        return {}
+    with."""
     adapter, states = config.adapter, config.train.state_load
     begins = {
         "the adapter to start from": adapter.load and digest_below(adapter_of_run(adapter.load)),

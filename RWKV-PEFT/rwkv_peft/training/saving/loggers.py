@@ -38,6 +38,13 @@ class ModuleLogger(Logger):
         self.module.finish()
 
 
+class Board(TensorBoardLogger):
+    """Logs to TensorBoard, without Lightning's hparams.yaml: config.json beside it says the same."""
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+
 def make_tracker(name: str, project: str, config: RunConfig, folder: Path, first_step: int) -> Logger:
     """Make the logger of a tracker, which connects."""
     run = folder.resolve().name
@@ -56,7 +63,7 @@ def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Logge
     """Make Lightning's loggers, which write below `folder` (trackio in a folder of its own), and log the RunConfig.
     TensorBoard no longer shows what it has of steps from `first_step` on: that run ended before it saved them. Raises
     UserError if a tracker cannot be reached."""
-    loggers: list[Logger] = [TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)]
+    loggers: list[Logger] = [Board(folder, name="", version="tensorboard", purge_step=first_step)]
     for name, project in asked_trackers(config.train).items():
         try:
             loggers.append(make_tracker(name, project, config, folder, first_step))

@@ -25,6 +25,7 @@ from ...errors import UserError
 from ...files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
 from ...files.atomic import atomic_write, require_room
 from ...files.base import Base
+from ...files.best import labelled
 from ...files.pth import all_finite, stream_tensors
 from ...files.pth_writer import DTYPES, dtype_name, save_pth, write_pth
 from ...files.state_file import write_states
@@ -33,7 +34,6 @@ from ...models.state import split_time_states, time_state_shapes
 from ...names import ADAPTER, MERGED, MODEL, STATE, TUNED
 from ...release.merge import Merge, MergeOptions
 
-BEST = "best"  # the label of the tensors with the lowest validation loss
 # bytes a number that trains: a float32 copy, and the moments
 OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "lion": 8, "muon": 12, "schedule_free": 12})
 MATRIX = MappingProxyType({**OPTIMIZER, "muon": 8})  # of the matrices of blocks and adapters
@@ -43,11 +43,6 @@ SMALLEST = 2  # least bytes of a number in a model's file
 def newest_name(adapter: AdapterConfig) -> str:
     """The name of the file of the newest trained tensors."""
     return MODEL if adapter.whole_model else ADAPTER
-
-
-def labelled(path: Path, label: str) -> Path:
-    """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", that of the newest, adds nothing."""
-    return path.with_stem(f"{path.stem}-{label}") if label else path
 
 
 def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]:

@@ -163,6 +163,10 @@ def are_settings(value: object) -> bool:
     return True
 
 
+def are_figures(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+
+
 MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did not write
     {
         "files": are_records,
@@ -172,6 +176,7 @@ MAY_BE: Mapping[str, Kind] = MappingProxyType(  # entries that some versions did
         "validation": str,
         "retained": str,
         "groups": ((str,),),
+        "figures": are_figures,
         "step_samples": is_positive,
         "row_groups": is_positive,
         "config": are_settings,

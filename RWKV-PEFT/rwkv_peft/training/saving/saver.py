@@ -116,6 +116,7 @@ class Saver:
             "samples_seen": self.plan.samples_seen(done),
             "step_samples": self.plan.step_samples,
             "trained": trained_names(lit),
+            "figures": lit.step_measures,
             "config": asdict(self.config),
             **self.identity,
         }
@@ -216,6 +217,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
             f"{len(different) - 1} more); give the first run's flags"
         )
     lit.compute.restore(checkpoint)
+    lit.compute.figures = state.get("figures", {})  # earlier versions wrote none
     optimizer = trainer.optimizers[0]
     by_ranks = is_of_deepspeed(checkpoint) or not is_by_parameter(optimizer)
     if by_ranks and state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions recorded none

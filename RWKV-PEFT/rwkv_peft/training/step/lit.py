@@ -135,3 +135,4 @@ class Lit(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:
             self.step += 1
+            self.compute.figures = self.step_measures

@@ -37,11 +37,13 @@ class Step(ABC):
     """The computation that a run trains and validates with. batch is one of TrainBatches or EvalBatches; count divides
     the sum of the losses, which are those of the objective's items.
 
-    measures: the objective's figures for the last batch, by name: 0-dim tensors, divided as its loss is.
+    measures: the objective's figures for the last batch, by name: 0-dim tensors, divided as its loss is. figures: those
+    of the optimizer step before, over all ranks and micro batches; {} in the first.
     """
 
     objective: Objective
     measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+    figures: Mapping[str, float] = MappingProxyType({})
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         """Return what the step needs besides a batch's tensors, sent to the device. It is computed while the batch is
@@ -124,7 +126,7 @@ class Whole(Step):
             with untrained(model):
                 return self.teacher_way(model, seen_by_teacher(batch), head)
 
-        passes = Passes(partial(self.way, model, batch), through_base, through_teacher)
+        passes = Passes(partial(self.way, model, batch), through_base, through_teacher, self.figures)
         loss, self.measures = self.objective.loss(passes, batch, count)
         return loss
 

@@ -1,13 +1,17 @@
 // Chat: a base and what was trained on it, side by side, at the same prompt and seed.
-import { copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
+import { adapterChoice, copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
+import { showMarkdown } from "./markdown.js";
 import { showJob } from "./runs.js";
 
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []);
   const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
-  const kept = { ...last, ...(run ? { ...trained(run), state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
+  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: "", state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
   const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
+  const which = adapterChoice((file) => {
+    if (file.endsWith(".pth")) model.input.value = file; else adapter.input.value = file; // --peft none trains the model itself
+  });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
   const flags = Object.fromEntries(about.chat.map(({ flag }) => [flag, kept[flag] ?? ""]));
   const more = about.chat.map((made) => flagField(made, made.flag[0].toUpperCase() + made.flag.slice(1), flags[made.flag], (value) => { flags[made.flag] = value; }));
@@ -16,11 +20,12 @@ export async function chatPage(place, about, signal, folder) {
   const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
   place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
-  el("div", { className: "fields" }, model.box, adapter.box, state.box, more),
+  el("div", { className: "fields" }, model.box, adapter.box, which.box, state.box, more),
   el("div", { className: "row" }, open), running, error, status, talk);
-  const wanted = kept.adapter ? `adapter=${kept.adapter}` : kept.model;
-  const fresh = (job) => job.words.includes(wanted) && !(run?.modified > job.began); // opened after the run had written
-  const served = (await list()).find((job) => !folder || fresh(job));
+  const files = run ? await which.show(run.folder) : [adapter.input.value || model.input.value];
+  const has = (job) => files.find((file) => job.words.includes(file) || job.words.includes(`adapter=${file}`));
+  const served = (await list()).find((job) => !folder || (has(job) && !(run?.modified > job.began))); // opened after the run had written
+  if (served && run && has(served)) which.choose(has(served));
   if (served) enter(served.id);
   repeat(signal, 3, list);
 
@@ -139,18 +144,19 @@ export async function chatPage(place, about, signal, folder) {
     // Shows a turn; -> what replaces its words, of which a thinking is folded, and says how it ended.
     function bubble({ role, content }) {
       const thought = el("div", { className: "note" }), folded = el("details", { hidden: true }, el("summary", {}, "thinking"), thought);
-      const words = el("span"), end = el("small");
+      const words = el("div", { className: "words" }), end = el("small");
       turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, end));
-      const show = (text, ended = "") => {
+      const show = (text, ended = null) => {
         const low = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
         const found = role === "assistant" && /^\s*<think>?([^]*?)(?:<\/think>\s*([^]*))?$/.exec(text);
         folded.hidden = !found;
         if (found) thought.textContent = found[1].trim();
-        words.textContent = found ? found[2] ?? "" : text;
+        const answer = found ? found[2] ?? "" : text;
+        if (role === "assistant") showMarkdown(words, answer, ended !== null); else words.textContent = answer;
         end.textContent = ended;
         if (low) scroll();
       };
-      show(content);
+      show(content, "");
       return show;
     }
 
@@ -162,7 +168,7 @@ export async function chatPage(place, about, signal, folder) {
       const show = bubble({ ...message, content: "…" });
       scroll();
       told();
-      let end = "cut: the model was closed";
+      let end = "cut: the model was closed", frame = 0;
       try {
         const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
         if (!response.ok) {
@@ -174,12 +180,13 @@ export async function chatPage(place, about, signal, folder) {
           const choice = part.choices?.[0];
           message.content += choice?.delta?.content ?? "";
           if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
-          show(message.content || "…");
+          frame ||= requestAnimationFrame(() => { frame = 0; show(message.content || "…"); });
         }
       } catch (found) {
         if (!mine.signal.aborted) tell(problem, found);
         end = "";
       }
+      cancelAnimationFrame(frame);
       show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
       if (busy !== mine) return;
       busy = null;
@@ -208,12 +215,6 @@ export async function chatPage(place, about, signal, folder) {
       clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); told(); },
     };
   }
-}
-
-// What a run trained, as fields of a chat: its adapter beside its base, or the model itself.
-function trained({ folder, flags, files }) {
-  if (!files.includes("adapter.safetensors") && files.includes("rwkv.pth")) return { model: `${folder}/rwkv.pth`, adapter: "" };
-  return { model: flags.load_model, adapter: `${folder}/adapter.safetensors` };
 }
 
 // The events of a stream of server-sent events, as objects.

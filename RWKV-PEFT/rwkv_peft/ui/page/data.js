@@ -18,7 +18,7 @@ export async function dataPage(place, about) {
     el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, helpLine(limit, "--ctx_len of the run")), columns),
   el("div", { className: "row" }, show));
   place.append(el("h1", {}, "Data"), el("p", { className: "lead" },
-    "Choose a file of rows. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
+    "Choose a file of rows, or drop one from your computer onto the field. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
 
   async function look(event) {
     event?.preventDefault();

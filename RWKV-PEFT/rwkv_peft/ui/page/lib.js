@@ -81,6 +81,21 @@ export function copyButton(text, label = "Copy") {
   return button;
 }
 
+// Takes a file of this computer into the folder, in parts that the server takes; shows how far it is in `place`. -> its name.
+async function upload(file, place) {
+  for (let begin = 0; ;) {
+    const part = file.slice(begin, begin + PART);
+    place.textContent = `${file.name}: ${size(begin)} of ${size(file.size)} …`;
+    const query = new URLSearchParams({ name: file.name, begin, size: file.size });
+    const { name } = await answer(await fetch(`/api/files?${query}`, { method: "POST", body: part }).catch(gone));
+    begin += part.size;
+    if (!name) continue;
+    place.textContent = `${name} is in the folder now`;
+    return name;
+  }
+}
+const PART = 1 << 20;
+
 // Several names in one field are set apart by spaces; one that has spaces stands in quotes.
 export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"));
 export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
@@ -97,16 +112,48 @@ export function helpLine(input, text) {
 export function pathField(name, label, { value = "", help = "", folders = false, endings = [], several = false } = {}) {
   const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off" });
   const browse = el("button", { type: "button", title: `look for ${label}`, "aria-label": `look for ${label}` }, "…");
+  const take = (found) => {
+    input.value = several ? asListed(found) : found;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  };
   browse.addEventListener("click", async () => {
     const found = await choose(label, several ? listed(input.value)[0] ?? "" : input.value, folders, endings);
-    if (found !== null) {
-      input.value = several ? asListed(found) : found;
-      input.dispatchEvent(new Event("input", { bubbles: true }));
-    }
+    if (found !== null) take(found);
   });
+  const came = el("p", { className: "note", role: "status", hidden: true });
   const box = el("div", {}, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
-    help ? helpLine(input, help) : null);
+    came, help ? helpLine(input, help) : null);
+  box.addEventListener("drop", async (event) => {
+    const [file] = event.dataTransfer.files;
+    if (!file) return;
+    came.hidden = false;
+    await upload(file, came).then(take, (problem) => tell(came, problem));
+  });
   return { box, input };
+}
+
+// A choice between what trained last in a run and what held best for other rows, if the run has both; told(file) hears of
+// the one that is to be taken and of each other choice. -> {box, show, choose}; show(folder) fills the box -> the files.
+export function adapterChoice(told) {
+  const box = el("div", { hidden: true });
+  async function show(folder) {
+    box.hidden = true;
+    const found = folder ? await get("/api/runs/taken", { folder }).catch(() => null) : null;
+    if (!found) return [];
+    const files = [found.file, found.other].filter(Boolean);
+    const named = (file) => `${file.split("/").at(-1)}: ${/-best\.\w+$/.test(file) ? "the lowest loss of held-out rows" : "trained last"}`;
+    const select = el("select", { id: "which", onchange: () => told(select.value) },
+      files.map((file) => el("option", { value: file }, named(file))));
+    box.replaceChildren(el("label", { htmlFor: "which" }, "Of this run"), select, helpLine(select, found.note || "the last holds as well for other rows as any before"));
+    box.hidden = !found.other;
+    told(found.file);
+    return files;
+  }
+  function choose(file) {
+    box.querySelector("select").value = file;
+    told(file);
+  }
+  return { box, show, choose };
 }
 
 // A field made from a flag (form.py), with what its help says of the value that is chosen; change(value) hears of it.
@@ -143,7 +190,12 @@ function choose(label, start, folders, endings) {
     const done = (value) => { dialog.close(); dialog.remove(); resolve(value); };
     const here = { path: "" };
     const pick = folders ? el("button", { type: "button", className: "main", onclick: () => done(here.path || ".") }, "This folder") : null;
-    const dialog = el("dialog", { oncancel: () => done(null), "aria-label": label }, el("h2", {}, label), where, error, list,
+    const came = el("p", { className: "note", role: "status" });
+    const other = el("input", { id: "other", type: "file", accept: endings.join(), onchange: () => {
+      upload(other.files[0], came).then(done, (problem) => tell(error, problem));
+    } });
+    const dialog = el("dialog", { oncancel: (event) => { if (event.target === dialog) done(null); }, "aria-label": label }, el("h2", {}, label), where, error, list,
+      el("label", { htmlFor: "other" }, "Or a file from elsewhere on this computer, such as Downloads: it is copied here"), other, came,
       el("div", { className: "row" }, pick, el("button", { type: "button", onclick: () => done(null) }, "Cancel")));
     async function open(path) {
       try {

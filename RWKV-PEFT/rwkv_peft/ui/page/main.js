@@ -45,5 +45,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // its address would open another page
   main.focus();
 });
+for (const name of ["dragover", "drop"]) addEventListener(name, (event) => {
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // a browser would open the file in place of the page
+});
 addEventListener("hashchange", open);
 open();

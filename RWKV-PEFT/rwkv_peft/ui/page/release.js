@@ -1,5 +1,5 @@
 // Release: merge a run's adapter into its base, check the result, convert it for a runtime, push it to the hub.
-import { el, get, pathField, post, tell } from "./lib.js";
+import { adapterChoice, el, get, pathField, post, tell } from "./lib.js";
 import { showJob } from "./runs.js";
 
 // the end of a converted file's name, and for whom it is
@@ -14,10 +14,12 @@ export async function releasePage(place, about, signal, folder) {
   const repo = el("input", { placeholder: "NAME/REPOSITORY", "aria-label": "repository", spellcheck: false });
   const open = el("select", { "aria-label": "who sees it" }, el("option", { value: "--private" }, "private"), el("option", { value: "" }, "public"));
   const card = el("pre", { tabIndex: 0, "aria-label": "card" }), error = el("div"), result = el("div");
+  let first = "", file = "", named = ""; // what is to be taken of the run, what is chosen, and the name for it merged
+  const which = adapterChoice(take);
   const known = () => runs.find((one) => one.folder === run.input.value.trim());
-  const adapter = () => (known() ? `${known().folder}/adapter.safetensors` : run.input.value.trim());
+  const adapter = () => (known() ? file : run.input.value.trim());
   const merged = () => output.input.value.trim(), from = () => base.input.value.trim();
-  const push = (...more) => ["push", run.input.value.trim(), repo.value.trim(), ...(open.value ? [open.value] : []), ...more];
+  const push = (...more) => ["push", run.input.value.trim(), repo.value.trim(), ...(open.value ? [open.value] : []), ...(known() && file !== first ? ["--files", file.split("/").at(-1)] : []), ...more];
   const steps = [
     ["Merge", "folds what was trained into the base: one .pth that every RWKV runtime loads.",
       () => ["merge", "--base_model", from(), "--bone_checkpoint", adapter(), "--output", merged()]],
@@ -29,31 +31,40 @@ export async function releasePage(place, about, signal, folder) {
     ["Push", "sends them to the Hugging Face hub. Log in once with hf auth login in a terminal.", () => push()],
   ];
   const buttons = new Map(steps.map(([name, , command], n) => [name,
-    el("button", { type: "button", className: n ? "" : "main", onclick: () => begin(command()) }, name)]));
-  const whole = el("p", { className: "note", hidden: true }, "This run trained the model itself: rwkv.pth is what runtimes load, and there is nothing to merge.");
+    el("button", { type: "button", className: n ? "" : "main", onclick: () => begin(command) }, name)]));
+  const whole = el("p", { className: "note", hidden: true }, "This run trained the model itself: its file is what runtimes load, and there is nothing to merge.");
   place.append(el("h1", {}, "Release"), el("p", { className: "lead" }, "From a run to a file that others can use."),
-    el("div", { className: "fields" }, run.box, base.box, output.box), whole,
+    el("div", { className: "fields" }, run.box, which.box, base.box, output.box), whole,
     ...steps.map(([name, text, , ...inputs]) => el("div", { className: "row step" }, buttons.get(name), el("span", {}, text), ...inputs)),
     error, result, el("details", {}, el("summary", {}, "The card of the run"), card));
-  run.input.addEventListener("input", fill);
-  fill();
+  let filled = fill();
+  run.input.addEventListener("input", () => { filled = fill(); });
 
   async function fill() {
     const found = known();
-    const alone = found?.files.includes("rwkv.pth") && !found.files.includes("adapter.safetensors");
-    whole.hidden = !alone;
-    for (const name of ["Merge", "Check"]) buttons.get(name).disabled = Boolean(alone);
-    if (!found) return;
+    take("");
+    if (!found) return which.show("");
     base.input.value = found.flags.load_model ?? base.input.value;
-    output.input.value = `${found.folder}/${alone ? "rwkv" : "merged"}.pth`;
+    await which.show(found.folder);
+    first = file;
     const { text } = await get("/api/runs/card", { folder: found.folder }).catch(() => ({ text: "" }));
     card.textContent = text || "none yet: it is written when the run ends";
   }
 
-  async function begin(command) {
+  function take(chosen) {
+    file = chosen;
+    whole.hidden = !file.endsWith(".pth");
+    for (const name of ["Merge", "Check"]) buttons.get(name).disabled = !whole.hidden;
+    if (!file || output.input.value !== named) return; // somebody has named it
+    output.input.value = named = whole.hidden ? file.replace(/adapter(-best)?\.safetensors$/, "merged$1.pth") : file;
+  }
+
+  async function begin(made) {
     tell(error, null);
     result.replaceChildren();
     try {
+      await filled;
+      const command = made();
       if (command.includes("")) throw new Error(command[0] === "push" ? "fill in the run and the repository first" : "fill in the run, its base and the merged model's name first");
       const { id } = await post("/api/jobs", { words: command });
       showJob(result, id, signal);

@@ -102,13 +102,13 @@ export async function runsPage(place, about, signal, chosen) {
       const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {};
       const held = lines.filter((line) => typeof line.val_loss === "number").at(-1);
       const done = steps.length ? last.step + 1 : 0, total = run.steps ?? 0;
-      const speeds = steps.slice(-20).filter((line) => line.tokens && line.tokens_per_s).map((line) => line.tokens / line.tokens_per_s);
+      const speeds = steps.slice(1).slice(-20).filter((line) => line.tokens && line.tokens_per_s).map((line) => line.tokens / line.tokens_per_s);
       const pace = speeds.reduce((a, b) => a + b, 0) / Math.max(speeds.length, 1);
       const command = commands.find((one) => one.words[0] === "train" && folderOf(one.words) === folder);
       figures.replaceChildren(figure("state", run.running ? "running" : total && done >= total ? "done" : begun ? "begins" : "stopped"),
         figure("step", total ? `${number(done)} of ${number(total)}` : number(done)), figure(name, number(last[name])),
         figure("held-out loss", number(held?.val_loss)), figure("learning rate", number(last.lr, 3)), figure("tokens/s", last.tokens_per_s ? number(Math.round(last.tokens_per_s)) : "–"),
-        figure("time left", run.running && total ? duration((total - done) * pace) : "–"));
+        figure("time left", run.running && total ? (speeds.length < 4 ? "after 5 steps" : duration((total - done) * pace)) : "–"));
       bar.max = total || 1;
       bar.value = Math.min(done, total || 1);
       buttons.replaceChildren(

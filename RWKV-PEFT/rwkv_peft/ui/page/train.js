@@ -1,5 +1,5 @@
-// Train: the flags of train.py as a form, the command that they make, and the memory that it takes.
-import { copyButton, el, figure, flagField, get, listed, post, recall, remember, tell, words } from "./lib.js";
+// Train: the flags of train.py as a form, the command that they make, and the memory and time that it takes.
+import { copyButton, duration, el, figure, flagField, get, listed, number, post, recall, remember, tell, words } from "./lib.js";
 
 const ENDINGS = { load_model: [".pth"] };
 const NAMES = {
@@ -22,11 +22,11 @@ export async function trainPage(place, about, signal) {
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
     el("div", { className: "fields" }, first.fields.map(field)), el("h2", {}, "All other settings"), find, groups);
   place.append(el("h1", {}, "Train"), el("p", { className: "lead" },
-    "Name a base model (docs/start/models.md says which there are, and how to download one) and data; fields that are left empty take the default in grey. Memory and mistakes are shown as you type."),
+    "Name a base model (docs/start/models.md says which there are, and how to download one) and data; fields that are left empty take the default in grey. Memory, time and mistakes are shown as you type."),
   el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
     el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
       el("button", { type: "button", onclick: reset }, "Clear all")),
-    el("h2", {}, "Memory and disk"), plan)));
+    el("h2", {}, "Memory, time and disk"), plan)));
 
   function field(made) {
     const { flag } = made;
@@ -86,14 +86,16 @@ export async function trainPage(place, about, signal) {
     const refusal = found.code === 2 ? found.text.trim() : "";
     mark(refusal);
     tell(error, found.problem ?? refusal);
-    if (found.problem || refusal) note("is shown when the flags go together"); else showPlan(found.text);
+    if (found.problem || refusal) note("is shown when the flags go together"); else showPlan(found);
   }
 
-  // The peak of each device first, then what `rwkv-peft plan` prints.
-  function showPlan(text) {
+  // The peak of each device and the time first, then what `rwkv-peft plan` prints.
+  function showPlan({ text, time }) {
     const peaks = [...text.matchAll(/^(GPU|main memory)( of [\d.,]+ \w+)?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(.*)$/gm)];
     plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, verdict]) =>
-      figure(`${device}${whole ?? ""}${verdict}`, peak))), el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
+      figure(`${device}${whole ?? ""}${verdict}`, peak)), time ? figure(`about, for ${number(time.steps)} steps`, duration(time.seconds)) : ""),
+    el("p", { className: "note" }, time ? `The time is that of the steps of ${time.run}, which had the same settings and data; to read the model, to validate and to save take some more.`
+      : "No run here has had these settings and this data yet, so that its time is not known: Runs shows the time left once 5 steps are done."), el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
   }
 
   // Marks the fields that a message names, and opens their groups.
