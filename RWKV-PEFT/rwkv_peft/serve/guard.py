@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,7 +50,7 @@ class Gate:
         needs_key = self.key and path not in OPEN and method != "OPTIONS"
         if needs_key and not hmac.compare_digest(given.encode("latin-1", "replace"), str(self.key).encode()):
             raise Refused(401, "the key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        if method == "POST" and not is_json(headers):
             raise Refused(415, f"a body is due as {JSON}")
         self.judge_size(headers)
 
@@ -112,7 +112,8 @@ class Guard:
             return await refuse(patient, refused)
         if body is None:
             return None
-        if b"\0" in body or structure(body) > self.gate.most // SPARSE:  # UTF-16, which hides its quotes, has zeros
+        # UTF-16, in which quotes are not found, has zeros
+        if is_json(headers) and (b"\0" in body or structure(body) > self.gate.most // SPARSE):
             return await refuse(patient, Refused(413, "the body is not UTF-8, or has too many lists and objects"))
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -140,6 +141,10 @@ class Guard:
                 raise self.gate.too_large
             if not message.get("more_body"):
                 return bytes(body)
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == JSON
 
 
 def structure(body: bytes) -> int:
