@@ -161,7 +161,7 @@ def test_a_whole_model_learns_without_a_base_its_head_too(name):
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 @pytest.mark.parametrize(
     "objective, name, loss",
-    [(DPO(), "dpo", math.log(2)), (IPO(0.5), "ipo", 1.0), (KTO(0.1, 3.0, 5.0), "kto", (3 + 5 + 3) / 3 / 2)],
+    [(DPO(nll=0), "dpo", math.log(2)), (IPO(0.5), "ipo", 1.0), (KTO(0.1, 3.0, 5.0), "kto", (3 + 5 + 3) / 3 / 2)],
     ids=("dpo", "ipo", "kto"),
 )
 def test_a_fresh_adapter_is_the_base(family, objective, name, loss):

@@ -1,6 +1,5 @@
 """Bodies that ask for too much are refused before they cost anything."""
 
-import asyncio
 import json
 
 import pytest
@@ -9,7 +8,6 @@ from pydantic import ValidationError
 from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.serve.asking import Bounds, asking_of
 from rwkv_peft.serve.forms import ChatAsked, TextAsked
-from rwkv_peft.serve.guard import Gate, Guard
 from rwkv_peft.serve.refused import Refused
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
@@ -45,20 +43,6 @@ def test_a_body_that_is_slow_to_read_is_not_read(server, start):
     assert asked(start + b"[]," * 20_000 + b"[]]}") == 413
     assert asked(json.dumps(ASK).encode("utf-16")) == 413
     assert asked(ASK | {"user": "[{:" * 20_000}) == 200
-
-
-def test_the_bytes_of_a_file_are_not_read_as_json():
-    requests, taken = [{"type": "http.request", "body": b"\0[{:" * 9}], []
-
-    async def receive():
-        return requests.pop()
-
-    async def app(scope, receive, send):
-        taken.append((await receive())["body"])
-
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(Guard(app, Gate((), (), None, 64, 1), lambda status: None)(scope, receive, None))
-    assert taken == [b"\0[{:" * 9]
 
 
 def test_clients_load_no_more_than_they_may(server):

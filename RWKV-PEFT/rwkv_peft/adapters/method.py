@@ -155,8 +155,9 @@ class Method:
     that compute it together with the operation before or after the layer. lora(params, scale, out, in) is the change as
     `lora_A` (r, in) and `lora_B` (out, r), float32, whose product it is exactly. step(method, config, in) tells how far
     Adam's first step moves a layer's weight: the root mean square of the change of its entries over the learning rate
-    (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean square 1/in.
-    rates are (tensor, AdapterConfig field that multiplies its rate).
+    (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean square 1/in. pace
+    is the rate over that of a first step like Bone's, if measurements ask for another. rates are (tensor, AdapterConfig
+    field that multiplies its rate).
     """
 
     name: str
@@ -169,6 +170,7 @@ class Method:
     alpha: Alpha | None = None
     rates: tuple[tuple[str, str], ...] = ()
     step: "FirstStep" = lambda method, config, in_features: 1.0
+    pace: float = 1.0
     term: Callable[[Params, float], BlockTerm] | None = None
     lora: Callable[[Params, float, int, int], Params] | None = None
     upstream: Upstream | None = None

@@ -70,4 +70,5 @@ METHOD = Method(
     apply=apply,
     held=seeded("shira_seed", buffers),
     step=lambda method, config, in_features: math.sqrt(config.entries / in_features),  # so many entries of a row move
+    pace=3.0,
 )

@@ -49,7 +49,7 @@ class OfAnswers(Objective):
 
     rows = ("pairs",)
     unit = "pair"
-    pace = 0.1
+    pace = 0.03
     excludes = (
         ("--peft lora-ga", "it begins with the gradient of another loss", "take another method"),
         ("--train_type infctx", "an answer's probability is that of all its tokens at once", "leave it out"),

@@ -14,7 +14,8 @@ from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class DPO(OfAnswers):
-    """nll adds so many times the mean loss of the chosen answer's tokens (Pang et al. 2024, arXiv 2404.19733).
+    """nll adds so many times the mean loss of the chosen answer's tokens (Pang et al. 2024, arXiv 2404.19733, whose
+    default it has: without it a few pairs make the chosen answers unlikely, docs/guides/preferences.md).
 
     accuracy is the share of pairs whose margin, beta (chosen - rejected), is above 0; chosen is the chosen answers'
     part of it, which is below 0 if they become less likely themselves.
@@ -31,8 +32,9 @@ class DPO(OfAnswers):
         type=above_zero,
     )
     nll: float = setting(
-        0.0,
-        "also add the chosen answers' own loss, times this, which keeps them likely",
+        1.0,
+        "also add the chosen answers' own loss, times this, which keeps them likely; 0: the margin alone, as in DPO's "
+        "paper",
         flag="dpo_nll",
         type=not_negative,
     )

@@ -112,7 +112,7 @@ def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) ->
         return ""
     return (
         f"note: the chosen answers became less likely themselves ({told}), so that the model may answer in neither "
-        "way, however good accuracy and margin are; --objective dpo --dpo_nll 1 and --objective orpo keep them likely"
+        "way, whatever accuracy and margin say; a lower --lr_init, --dpo_nll 1 or --objective orpo keeps them likely"
     )
 
 
