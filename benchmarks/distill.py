@@ -16,9 +16,9 @@ from pathlib import Path
 
 from methods import tokens_of
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.templates import Template, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def write_data(folder, args):
     rows = [parse(item) for chunk in read_chunks(args.rows) for item in chunk.items]
     texts = ["".join(text for text, _ in layout(row)) for row in rows]
     for name, part in {"train": texts[: -args.held_out], "held-out": texts[-args.held_out :]}.items():
-        with BinidxWriter(folder / name, 256) as writer:
+        with ShardWriter(folder / name, 256) as writer:
             for text in part:
                 writer.add(tokens_of(text, utf16=True))
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 
@@ -61,7 +61,7 @@ def write_inputs(folder):
     model = family.build(family.new_dimensions(n_layer=2, n_embd=64, vocab_size=80, head_size=32))
     family.init_weights(model)
     save_model(folder / "base.pth", model.state_dict())
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+    with ShardWriter(folder / "data", vocab_size=80) as writer:
         for start in range(200):
             writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
 

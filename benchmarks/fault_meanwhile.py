@@ -22,7 +22,7 @@ from fault_training import AGAIN, LONG, METHODS, is_over, run_command, train_unp
 from fault_training import trained_files as trained
 from fault_writers import mounted
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import save_adapter
 from rwkv_peft.files.adapters import read_adapter
@@ -50,7 +50,7 @@ def inputs_of(training, name):
     folder = training.folder / f"{name}, inputs"
     folder.mkdir()
     shutil.copy(training.folder / "base.pth", folder)
-    with BinidxWriter(folder / "data", vocab_size=80, mask=True) as writer:
+    with ShardWriter(folder / "data", vocab_size=80) as writer:
         for number in range(300):
             writer.add([1 + (number + 7 * i) % 79 for i in range(20)], [0] * 5 + [1] * 15)
     return folder, ("--load_model", str(folder / "base.pth"), "--data_file", str(folder / "data"))

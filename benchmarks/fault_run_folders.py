@@ -15,7 +15,7 @@ from fault_processes import started
 from fault_training import import_libraries, run_command, wait
 
 from rwkv_peft.compare.plan import Cell
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.adapter_file import save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import save_model
@@ -33,7 +33,7 @@ def prepare(folder):
     import_libraries()
     folder.mkdir()
     save_model(folder / "base.pth", make_tiny_state(vocab_size=257))
-    with BinidxWriter(folder / "data", vocab_size=257) as writer:
+    with ShardWriter(folder / "data", vocab_size=257) as writer:
         for first in range(40):
             writer.add([1 + (first + 7 * i) % 79 for i in range(50 + first)] + [0])
     (folder / "rows.jsonl").write_text('{"question": "How many?", "answer": "#### 8"}\n')

@@ -21,7 +21,7 @@ import torch
 from fault_processes import drop_privileges, ended, started
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
@@ -86,7 +86,7 @@ class Training:
         model = family.build(family.new_dimensions(2, 64, 80))
         family.init_weights(model)
         save_model(folder / "base.pth", model.state_dict())
-        with BinidxWriter(folder / "data", vocab_size=80) as writer:
+        with ShardWriter(folder / "data", vocab_size=80) as writer:
             for first in range(40):
                 writer.add([1 + (first + 7 * i) % 79 for i in range(50 + first)] + [0])
         import_libraries()

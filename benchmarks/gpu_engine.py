@@ -22,7 +22,7 @@ from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
 
 from rwkv_peft import commands
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import exit_on_user_error
 
 SHORT = ("--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
@@ -120,7 +120,7 @@ def large(folder, device, shape=SHAPE):
     """A few steps of 4096 tokens of a large random model, whose file is removed again."""
     base, data = folder / "large.pth", folder / "large"
     torch.save({name: x.cpu() for name, x in random_model("x070", shape, VOCABULARY, device)[2].items()}, base)
-    with BinidxWriter(data, vocab_size=VOCABULARY) as writer:
+    with ShardWriter(data, vocab_size=VOCABULARY) as writer:
         for document in torch.randint(1, VOCABULARY, (20, 5000), generator=torch.Generator().manual_seed(0)):
             writer.add(document.tolist())
     try:

@@ -16,9 +16,9 @@ import argparse
 from pathlib import Path
 
 from rwkv_peft.compare.command import main as compare
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.templates import Template, read_template, segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.data.turns import TURN_END
@@ -50,7 +50,7 @@ def main(argv):
     if args.retain_text:
         parts["retain"] = [Path(args.retain_text).read_text(encoding="utf-8")[: args.retain_chars]]
     for name, part in parts.items():
-        with BinidxWriter(folder / name, 256 if args.utf16 else BytesTokenizer.vocab_size) as writer:
+        with ShardWriter(folder / name, 256 if args.utf16 else BytesTokenizer.vocab_size) as writer:
             for text in part:
                 writer.add(tokens_of(text, args.utf16))
     data = ("--load_model", args.model, "--data_file", str(folder / "train"), "--val_data", str(folder / "held-out"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.models import family_named
 from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable
@@ -84,7 +84,7 @@ def measure(folder, name, version, layers, channels, dtype, flags):
     if not model.exists():
         write_model(model, family_named(version), layers, channels, getattr(torch, dtype))
     if not data.with_suffix(".bin").exists():
-        with BinidxWriter(data, vocab_size=VOCABULARY) as writer:
+        with ShardWriter(data, vocab_size=VOCABULARY) as writer:
             for document in torch.randint(1, VOCABULARY, (20, 1200)):
                 writer.add(document.tolist())
     subprocess.run(["rm", "-rf", out], check=True)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.training import run
@@ -108,7 +108,7 @@ def inputs(folder):
     model = family.build(family.new_dimensions(LAYERS, CHANNELS, VOCABULARY))
     family.init_weights(model)
     save_model(folder / "base.pth", model.state_dict())
-    with BinidxWriter(folder / "data", vocab_size=VOCABULARY) as writer:
+    with ShardWriter(folder / "data", vocab_size=VOCABULARY) as writer:
         for document in torch.randint(1, VOCABULARY, (20, 2 * TOKENS)):
             writer.add(document.tolist())
     names = {"load_model": "base.pth", "data_file": "data", "proj_dir": "out"}

@@ -28,7 +28,7 @@ from fault_training import import_libraries, train
 from safetensors.torch import load_file
 
 from rwkv_peft.config import STRATEGIES
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.models import family_named
@@ -93,7 +93,7 @@ class Runs:
         model = family.build(family.new_dimensions(layers, channels, vocabulary))
         family.init_weights(model)
         save_model(folder / "base.pth", model.state_dict())
-        with BinidxWriter(folder / "data", vocab_size=vocabulary) as writer:
+        with ShardWriter(folder / "data", vocab_size=vocabulary) as writer:
             for first in range(40):
                 writer.add([1 + (first + 7 * i) % 79 for i in range(ctx_len + 30 + first)] + [0])
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def pytest_configure(config):
     warm.folder = config.warm.name
     if getattr(config.option, "tx", None) and config.option.accelerator == "cpu":
         config.option.tx = [f"{spec}//python={warm.worker()}" for spec in config.option.tx]
+        with suppress(ImportError, AttributeError, SyntaxError):  # of another pytest, or of a test: told later
+            rewrite_assertions(config)
+
+
+def rewrite_assertions(config):
+    """Fill pytest's cache of tests with assertions that tell of their values, while the shared process imports; in a
+    fresh clone each worker would take seconds for it, all at once."""
+    from _pytest.assertion import rewrite
+
+    for pattern in ("conftest.py", "test_*.py"):
+        for path in Path(__file__).parent.rglob(pattern):
+            cache = rewrite.get_cache_dir(path)
+            compiled = cache / (path.stem + rewrite.PYC_TAIL)
+            if sys.dont_write_bytecode or not rewrite.try_makedirs(cache) or rewrite._read_pyc(path, compiled):
+                continue
+            source, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, source, compiled)
 
 
 @pytest.hookimpl(optionalhook=True)

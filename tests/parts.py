@@ -50,7 +50,7 @@ PARTS = (
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
-    ("measuring", ("training/measuring", "training/inputs"), ("ranks",)),
+    ("measuring", ("training/measuring", "training/inputs"), ("ranks", "evals")),
     ("drawing", ("training/drawing",), ("step", "generate", "rewards")),
     ("engine", ("training/engine",), ("measuring", "drawing", "inspect")),
     ("training", ("training",), ("engine",)),

@@ -45,8 +45,7 @@ def test_the_first_compile_is_not_the_current_folders(ran, tmp_path):
         pytest.skip("no C++ compiler")
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
-    recipe = build.Recipe(source, ("g++", "-fPIC"), ("g++", "-shared"))
-    assert build.build_library("answer", recipe, cache=tmp_path / "cache").is_file()
+    assert build.build_library("answer", source, ("-fPIC",), cache=tmp_path / "cache").is_file()
     assert not ran.exists()
 
 

@@ -11,8 +11,7 @@ from packaging import markers
 from packaging.requirements import Requirement
 
 from rwkv_peft.doctor import command, devices, packages
-from rwkv_peft.doctor.finding import MISSING, NOTE, OK, Finding
-from rwkv_peft.doctor.packages import check_package
+from rwkv_peft.doctor.packages import MISSING, NOTE, OK, Finding, check_package
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

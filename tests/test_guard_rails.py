@@ -102,21 +102,14 @@ def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(
     assert done.stderr == "error: there is no command preproces; did you mean preprocess?\n"
 
 
-@pytest.mark.parametrize("name, meant", [("export", "convert"), ("chat", "generate --chat"), ("version", "--version")])
+@pytest.mark.parametrize(
+    "name, meant",
+    [("export", "convert"), ("plots", "plot --panels"), ("chat", "generate --chat"), ("version", "--version")],
+)
 def test_what_other_tools_call_a_command_is_told_by_its_meaning(name, meant):
     with pytest.raises(UserError, match=f"there is no command {name}; did you mean {meant}\\?"):
         commands.main([name])
     assert commands.MEANINGS.keys().isdisjoint(command.name for command in COMMANDS)
-
-
-@pytest.mark.parametrize("old, words", commands.RENAMED.items())
-def test_a_name_that_a_command_had_runs_the_new_one_and_says_so(old, words, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        commands.main([old, "--help"])
-    shown = capsys.readouterr()
-    assert exit_info.value.code == 0 and shown.out.startswith(f"usage: rwkv-peft {words[0]} ")
-    assert shown.err.count("\n") == 1 and f"rwkv-peft {old} is rwkv-peft {' '.join(words)} now" in shown.err
-    assert old not in NAMES and words[0] in NAMES
 
 
 def test_an_unknown_command_like_no_other_points_to_help():

@@ -62,13 +62,6 @@ class Run(NamedTuple):
     records: list[dict[str, Any]]
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Read the Runs of folders, or of their metrics.jsonl; labels are the ends of the folders' paths that tell them
-    apart. Raises UserError as metrics_of and read_metrics do."""
-    files = [metrics_of(path) for path in paths]
-    return [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
-
-
 def labels(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of folders' paths that tell them apart; if folders are equal, all are numbered."""
     parts = [folder.absolute().parts for folder in folders]
@@ -168,7 +161,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{output} does not end in {', '.join(ENDINGS)}, which are drawn; give a name such as loss.png")
     check_output("the picture", output, [("a run", Path(run)) for run in runs])
     if args.panels or len(runs) > 1:
-        plot_runs(read_runs(runs), output, args.smooth, by_tokens=args.x == "tokens")
+        files = list(map(metrics_of, runs))
+        found = [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
+        plot_runs(found, output, args.smooth, by_tokens=args.x == "tokens")
     else:
         plot_loss(metrics_of(runs[0]), output)
     print(f"wrote {output}")

@@ -22,5 +22,4 @@ struct BoneArguments {
     float factor;  // of the shift: in forward of its sums, in backward of g
     int width, rank;
     int groups, strip;  // strip: tokens, or rows of rank elements of a weight, that a block has
-    int device;
 };

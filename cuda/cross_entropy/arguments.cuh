@@ -11,5 +11,4 @@ struct CrossEntropyArguments {
     float* losses;           // (rows)
     index_t vocabulary;
     float scale, pull;
-    int device;
 };

@@ -9,5 +9,5 @@ struct DecodeArguments {
     const void* words;  // (panels, in_features / 32, bits * 16 + 8)
     void* y;            // (rows, out_features); or the matrix that the blocks stand for
     index_t in_features, out_features;
-    int rows, device;
+    int rows;
 };

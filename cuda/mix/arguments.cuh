@@ -19,7 +19,6 @@ struct MixArguments {
     int n;               // lerp: the number of points, or of their gradients
     int length, sequences;
     float eps;
-    int device;
 };
 
 constexpr int WARPS = 4;        // of a block; they take a strip's tokens in turn

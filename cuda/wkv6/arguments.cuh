@@ -25,7 +25,7 @@ struct Arguments {
     float* gstate;       // or null
     float* parts;        // if time is split: (groups, heads, K, V), states at the groups' bounds; then like gstate
     float* transitions;  // and (groups, heads, K), the scale of a state from a group's start to its end
-    int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
+    int sequences, length, heads, head_size;
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };
 

@@ -32,7 +32,7 @@ struct Arguments {
     float *bonus, *scales;
     const float* gbonus;
     void* glow;
-    int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
+    int sequences, length, heads, head_size;
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_state):
     folder = tmp_path_factory.mktemp("compare")
     torch.save(tiny_state(n_layer=1), folder / "base.pth")
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+    with ShardWriter(folder / "data", vocab_size=80) as writer:
         for first in range(20):
             writer.add([1 + (first + 7 * i) % 79 for i in range(30)] + [0])
     return folder

@@ -15,7 +15,7 @@ from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
 from rwkv_peft.compare.plan import Cell, rate_of
 from rwkv_peft.compare.sizes import Size
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.lock import alone_in
 from rwkv_peft.plan.rehearsal import count
@@ -146,7 +146,7 @@ def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows)
 
     def write(first):
         for name in ("data", "held_out", "kept"):
-            with BinidxWriter(files / f"of-{rows}-{name}", vocab_size=80) as writer:
+            with ShardWriter(files / f"of-{rows}-{name}", vocab_size=80) as writer:
                 for document in range(20):
                     writer.add([1 + (document + (first if name == rows else 7) * i) % 79 for i in range(30)] + [0])
 

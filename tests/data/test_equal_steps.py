@@ -7,8 +7,8 @@ import torch
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.collate import collate
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -27,7 +27,7 @@ def model(tiny_state):
 @pytest.fixture
 def data(tmp_path):
     """data(**settings) -> samples over documents of several lengths, some of them masked whole."""
-    with BinidxWriter(tmp_path / "data", mask=True) as writer:
+    with ShardWriter(tmp_path / "data") as writer:
         for i in range(16):
             tokens = [1 + (7 * i + 3 * j) % 39 for j in range(2 + 5 * i % 11)]
             writer.add(tokens, [int(i % 4 != 1 and j > 1) for j in range(len(tokens))])

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import masks
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.masks import describe_mask, find, make_mask
 from rwkv_peft.data.prefix import default_mask
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 
 
 def dataset_of(folder, documents, masks=None):
-    with BinidxWriter(folder / "data", mask=masks is not None) as writer:
+    with ShardWriter(folder / "data") as writer:
         for i, document in enumerate(documents):
             writer.add(document, None if masks is None else masks[i])
     return BinidxDataset(folder / "data")

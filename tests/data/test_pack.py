@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.pack import pack
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.errors import UserError
 
@@ -21,7 +21,7 @@ def config(tmp_path):
     """config(documents, **settings) -> the DataConfig of a data set that holds them."""
 
     def make(documents, **settings):
-        with BinidxWriter(tmp_path / "data") as writer:
+        with ShardWriter(tmp_path / "data") as writer:
             for document in documents:
                 writer.add(document)
         return DataConfig(path=str(tmp_path / "data"), **settings)

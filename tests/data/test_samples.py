@@ -8,7 +8,7 @@ import torch
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import samples as module
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 
@@ -18,7 +18,7 @@ def make(tmp_path):
     """make(documents, **settings) -> samples over these documents."""
 
     def build(documents, vocab_size=65536, masks=None, **settings):
-        with BinidxWriter(tmp_path / "data", mask=masks is not None) as writer:
+        with ShardWriter(tmp_path / "data") as writer:
             for i, document in enumerate(documents):
                 writer.add(document, None if masks is None else masks[i])
         return build_samples(DataConfig(path=str(tmp_path / "data"), **settings), vocab_size)

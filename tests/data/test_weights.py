@@ -9,9 +9,9 @@ import torch
 from data.documents import texts
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.collate import collate
 from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import segments
 from rwkv_peft.errors import UserError
@@ -145,8 +145,9 @@ def test_weights_of_one_are_not_kept_and_old_ones_go(tmp_path):
     ],
 )
 def test_damaged_weights_are_refused(tmp_path, content, message):
-    with BinidxWriter(tmp_path / "data") as writer:
-        writer.add_documents(np.arange(3, dtype="<u2").tobytes(), [1, 2])
+    with ShardWriter(tmp_path / "data") as writer:
+        writer.add([0])
+        writer.add([1, 2])
     (tmp_path / "data.weights").write_bytes(content)
     with pytest.raises(UserError, match=message):
         BinidxDataset(tmp_path / "data")

@@ -155,9 +155,9 @@ def test_other_formats_name_the_converter(tmp_path, name, message):
     "content, message",
     [
         (b"", "empty"),
-        (b"hello world, this is no checkpoint", "neither a zip archive nor a pickle"),
+        (b"hello world, this is no checkpoint", "it is no zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"\x80\x02garbage", "damaged|cannot be read"),
+        (b"\x80\x02garbage", "is a bare pickle"),
     ],
 )
 def test_files_of_other_content_are_refused(tmp_path, content, message):
@@ -228,13 +228,12 @@ def test_streaming_keeps_little_of_a_file_in_memory(tmp_path, monkeypatch):
     assert 1 << 24 <= largest - before < 1 << 27
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_never_run(tmp_path, zipped):
+def test_code_in_a_pickle_is_never_run(tmp_path):
     trap = tmp_path / "executed"
-    torch.save({"emb.weight": Code(trap)}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"emb.weight": Code(trap)}, tmp_path / "evil.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Code(trap)))
     for name in ("evil.pth", "bare.pth"):
-        with pytest.raises(UserError, match="nothing of it was run|cannot be read|damaged"):
+        with pytest.raises(UserError, match="nothing of it was run|is a bare pickle"):
             open_base(tmp_path / name)
     assert not trap.exists()
 
@@ -253,14 +252,3 @@ def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     for read in (open_base, read_tensors):
         with pytest.raises(UserError, match="base.pth is a pipe or a device, which cannot be read twice"):
             read(tmp_path / "base.pth")
-
-
-def test_a_bare_pickle_that_names_more_than_its_file_holds_is_refused(base):
-    path, state = base
-    torch.save({"emb.weight": state["emb.weight"]}, path, _use_new_zipfile_serialization=False)
-    size = state["emb.weight"].numel()
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"M" + size.to_bytes(2, "little"), b"J\xff\xff\xff\x7f"))
-    assert path.read_bytes() != content
-    with pytest.raises(UserError, match="names a size of 2147483647"):
-        open_base(path)

@@ -1,12 +1,10 @@
-"""Writes small files that claim to hold gigabytes: objects, storages, rows, lists and tensors."""
+"""Writes small files that claim to hold gigabytes: objects, rows, lists and tensors."""
 
 import gzip
 import pickle
 import re
 import struct
 import zipfile
-
-import torch
 
 
 def item(value):
@@ -23,24 +21,6 @@ def zipped(path, pickled):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
-
-
-def bare(path, *pickles):
-    """A file in the format of torch before 1.6, with other pickles after its first three."""
-    torch.save({}, path, _use_new_zipfile_serialization=False)
-    head = path.read_bytes().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps({}, 2))
-    path.write_bytes(head + b"".join(pickles))
-
-
-def storages(count, numbers):
-    """A dict of tensors, each of which names its own storage of so many numbers."""
-
-    def tensor(key):
-        name = b"(" + item("storage") + b"ctorch\nDoubleStorage\n" + item(key) + item("cpu") + item(numbers) + b"NtQ"
-        shape = item(0) + item((1,)) + item((1,)) + b"\x89ccollections\nOrderedDict\n)R"
-        return item(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + name + shape + b"tR"
-
-    return b"\x80\x02}(" + b"".join(tensor(f"{number}") for number in range(count)) + b"u."
 
 
 def lists_of_nothing(path, count, rows):

@@ -114,39 +114,7 @@ def other_tensor(content: bytes, rng: random.Random) -> bytes:
     else:
         tensors[key] = rng.choice(choices)(tensor)
     target = io.BytesIO()
-    torch.save(tensors, target, _use_new_zipfile_serialization=rng.random() < 0.8)
-    return target.getvalue()
-
-
-def other_entry(content: bytes, rng: random.Random) -> bytes:
-    """Remove or rename one entry anywhere in a file of torch.save, or make it one of another kind."""
-    spots: list[tuple[object, object]] = []
-
-    def look(value: object) -> None:
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, item in list(inner):  # type: ignore[call-overload]
-            spots.append((value, key))
-            look(item)
-
-    whole = torch.load(io.BytesIO(content), weights_only=False)
-    look(whole)
-    holder, key = rng.choice(spots)
-    item = holder[key]  # type: ignore[index]
-    plain = (None, True, -1, 0, 7, 1.5, math.nan, 1 << 70, "", "x", b"x", [], {}, [[1]], {"a": {}}, (1, 2), {1: item})
-    tensors: list[object] = [torch.zeros(3), torch.zeros(0), torch.zeros(()), torch.zeros(2, 2).to_sparse()]
-    tensors += [torch.zeros(2, device="meta"), torch.zeros(1).expand(1 << 40), torch.nested.nested_tensor([tensors[0]])]
-    if isinstance(item, torch.Tensor):
-        tensors += [item.double(), item[None], item.reshape(-1)[:-1].clone(), torch._neg_view(item), item * math.nan]
-        tensors += [item.reshape(-1)[:1].expand(item.numel()).reshape(item.shape), item.to("meta"), item.tolist()]
-    what = rng.choice(("gone", "renamed", "plain", "plain", "tensor", "tensor"))
-    if what == "gone":
-        del holder[key]  # type: ignore[attr-defined]
-    elif what == "renamed" and isinstance(holder, dict):
-        holder[rng.choice(("", "x", 3, None, f"{key}.x", (1, (2,))))] = holder.pop(key)
-    else:
-        holder[key] = rng.choice(plain if what == "plain" else tensors)  # type: ignore[index]
-    target = io.BytesIO()
-    torch.save(whole, target, _use_new_zipfile_serialization=rng.random() < 0.8)
+    torch.save(tensors, target)
     return target.getvalue()
 
 

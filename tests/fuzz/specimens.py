@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-
-import torch
 
 from fuzz import mutations as m
 from fuzz import pickles
-from fuzz.whole import CHECKPOINT, COMPARED, OPTIMIZER_STATES, PIECES, RUN, pieces
+from fuzz.whole import CHECKPOINT, COMPARED, PIECES, RUN, pieces
 from rwkv_peft.compare.outcomes import read_outcome
 from rwkv_peft.compare.report import rows_of, table
 from rwkv_peft.compare.sizes import Size
@@ -31,7 +28,6 @@ from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.deepspeed_files import load_deepspeed
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY as OPTIMIZER_KEY
@@ -151,15 +147,6 @@ def vocabulary_read(folder):
     return remarks(read_record(folder / "config.json"), read_record(folder / "config.json"), 80)
 
 
-def earlier_read(folder):
-    """Read an earlier version's checkpoint into the flat tensors of an engine."""
-    flat = torch.nn.Parameter(torch.zeros(10))
-    adam = torch.optim.AdamW([flat])
-    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[flat], optimizer=adam)
-    assert 0 <= load_deepspeed(folder / "earlier", optimizer, rank=0, ranks=1) < 1 << 62
-    assert adam.state[flat].keys() == {"step", "exp_avg", "exp_avg_sq"}
-
-
 def pieces_read(folder):
     found = SavedOptimizer(folder / CHECKPOINT)
     for piece in pieces():
@@ -173,7 +160,6 @@ def flag_read(folder):
 
 
 IN_PTH = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[pickles.other_tensor] * 4)
-IN_ENGINE_STATES = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[pickles.other_entry] * 12)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_PIECES = tuple(m.in_metadata(OPTIMIZER_KEY, mutation) for mutation in (*m.JSON, m.other_value))
@@ -181,7 +167,6 @@ IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
     Specimen("saved.pth", converted("saved.pth", "model.st"), IN_PTH, 100),
-    Specimen("legacy.pth", model_read("legacy.pth"), (*pickles.PICKLE[-3:], pickles.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
     Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),
@@ -224,8 +209,7 @@ SPECIMENS = (
     Specimen("metrics.jsonl", curve_drawn, IN_LINES[:2], 15),
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),
-    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 80),
+    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 20),
     Specimen(PIECES, pieces_read, IN_SAFETENSORS + IN_PIECES, 100),
-    Specimen(OPTIMIZER_STATES, earlier_read, IN_ENGINE_STATES, 80),
     Specimen("flag.json", flag_read, m.JSON),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.lightning_folder import FORM
@@ -21,6 +21,7 @@ from rwkv_peft.models.state import time_state_key
 from rwkv_peft.release import convert
 from rwkv_peft.training.saving.optimizer_files import write_pieces
 from rwkv_peft.training.saving.partitions import KINDS, Piece
+from rwkv_peft.training.saving.run_state import write_state
 
 LAYER = "blocks.0.att.key"
 ROW = {
@@ -34,7 +35,6 @@ RUN |= {"objective": "next_token", "teacher": "", "optim": "adamw"}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
 PIECES = f"{CHECKPOINT}/optimizer/rank-00000.safetensors"
-OPTIMIZER_STATES = "earlier/zero/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
 def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -43,7 +43,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     save_model(folder / "model.pth", state)
     half = {key: tensor.bfloat16() for key, tensor in state.items()}
     torch.save(half, folder / "saved.pth")
-    torch.save(half, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     convert.main([str(folder / "model.pth"), str(folder / "model.st")])
     convert.main([str(folder / "model.pth"), str(folder / "hf")])
     channels = state["emb.weight"].shape[1]
@@ -71,7 +70,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
-    with BinidxWriter(folder / "data", mask=True) as writer:
+    with ShardWriter(folder / "data") as writer:
         for length in (3, 1, 7):
             writer.add(range(length), [1] + [0] * (length - 1))
     (folder / "data.weights").write_bytes(struct.pack("<3f", 1.0, 0.5, 2.0))
@@ -95,13 +94,11 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / COMPARED / "metrics.jsonl").write_text(lines)
     (folder / CHECKPOINT).mkdir(parents=True)
     write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
-    (folder / OPTIMIZER_STATES).parent.mkdir(parents=True)
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
     run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
     (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
-    (folder / CHECKPOINT / "state.json").write_text(json.dumps(run))  # without its checksum, as earlier versions did
-    torch.save({"optimizer_state_dict": optimizer_states()}, folder / OPTIMIZER_STATES)
+    write_state(folder / CHECKPOINT / "state.json", run)
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
@@ -126,27 +123,6 @@ def pieces() -> list[Piece]:
     return [
         Piece(name, size, 0, {kind: torch.ones(size) for kind in KINDS}) for name, size in (("a.bone", 6), ("b", 4))
     ]
-
-
-def optimizer_states() -> dict[str, object]:
-    """The content of ZeRO's file of optimizer states for a run that trains 10 numbers, after a step."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    adam = {"step": torch.tensor(3.0), "exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
-    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "params": [0]}]
-    slices = {"a.bone": fragment_address(6, 0), "b.weight": fragment_address(4, 6)}
-    flags = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "clip_grad": 1.0}
-    paddings = {"group_paddings": [0], "param_alignment_paddings": [[0, 0]], "partition_count": [1]}
-    return flags | {
-        "base_optimizer_state": {"state": {0: adam}, "param_groups": groups},
-        "single_partition_of_fp32_groups": [torch.ones(10)],
-        "zero_stage": ZeroStageEnum.optimizer_states,
-        **paddings,
-        "ds_version": "0.19.8",
-        "param_slice_mappings": [slices],
-    }
 
 
 def json_tokenizer() -> dict[str, object]:

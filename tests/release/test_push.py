@@ -16,7 +16,7 @@ import torch
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.release.card import MARK, cell, write_card
-from rwkv_peft.release.push import files_of
+from rwkv_peft.release.push import files_of, main
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -136,3 +136,14 @@ def test_a_readme_of_the_user_stays(tmp_path):
 
 def test_no_name_of_a_file_writes_markup_into_a_card():
     assert cell("a|b<img>\n[x](y)_*`") == "a\\|b&lt;img> \\[x\\](y)\\_\\*\\`"
+
+
+def test_a_card_of_ours_tells_of_what_is_pushed(adapter_file, monkeypatch):
+    pushed, folder = {}, adapter_file.parent
+    monkeypatch.setattr("rwkv_peft.release.push.push", lambda repo, contents, *_: pushed.update(contents))
+    for name, written in (("adapter-best.safetensors", False), ("adapter.safetensors", True)):
+        write_card(folder, f"{MARK}\n`{name}`:\n")
+        assert main([str(folder), "me/mine"]) == 0
+        assert (
+            pushed["README.md"] == folder / "README.md" if written else b"`adapter.safetensors`:" in pushed["README.md"]
+        )

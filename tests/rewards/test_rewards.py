@@ -95,19 +95,18 @@ def test_numbers_of_numpy_and_torch_are_numbers(reward):
     assert judge([reward("import numpy\ndef f(completions): return numpy.ones(len(completions))")], ["a"]).total == [1]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_totals_are_weighted_sums_of_those_that_judge_in_any_number_of_processes(reward, workers):
+def test_totals_are_weighted_sums_of_those_that_judge(reward):
     code = "def f(completions): return [None if c == 'none' else float(c) for c in completions]"
     specs, answers = [reward(code), r"match:[12]"], ["1", "none", "3", "2"]
-    judged = judge(specs, answers, (2.0, -0.5), workers=workers)
+    judged = judge(specs, answers, (2.0, -0.5))
     assert judged.each == {"f": [1, None, 3, 2], "match": [1, 0, 0, 1]}
     assert judged.total == [1.5, -0.0, 6, 3.5]
-    assert judge(specs[:1], ["none", "1"], workers=workers).total == [None, 1]
-    assert judge(specs, [], workers=workers) == ([], {"f": [], "match": []})
+    assert judge(specs[:1], ["none", "1"]).total == [None, 1]
+    assert judge(specs, []) == ([], {"f": [], "match": []})
 
 
 def test_judgements_may_be_waited_for_later(reward):
-    with Rewards.open([reward("def f(completions): return list(map(len, completions))")], workers=2) as rewards:
+    with Rewards.open([reward("def f(completions): return list(map(len, completions))")]) as rewards:
         asked = [rewards.ask(["q"] * 2, texts, [{}] * 2) for texts in (["a", "bb"], ["ccc", "dddd"])]
         assert [judgement().total for judgement in reversed(asked)] == [[3, 4], [1, 2]]
 
@@ -158,7 +157,7 @@ def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, compl
 
 def test_a_failure_in_another_process_names_its_answer(reward):
     with pytest.raises(UserError, match=r"answer 4 of 4 \('question 4'\): it raised ZeroDivisionError"):
-        judge([reward(RAISES)], ["a", "b", "c", ""], workers=2)
+        judge([reward(RAISES)], ["a", "b", "c", ""])
 
 
 def test_an_expression_that_never_ends_is_ended():

@@ -178,7 +178,7 @@ def wait_for(holds):
         try:
             if holds():
                 return
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # of a line that is being written
             pass
         time.sleep(0.05)
 

@@ -55,7 +55,7 @@ class Server:
         self.process.communicate(timeout=60)
 
 
-def wait_until(holds, seconds=60):
+def wait_until(holds, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.training.run import main
 
@@ -13,7 +13,7 @@ from rwkv_peft.training.run import main
 def write_files(folder, state):
     """A base model base.pth (C 64, F 96, vocabulary 80) and data of 300 tokens below 80, in a folder."""
     torch.save(state, folder / "base.pth")
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+    with ShardWriter(folder / "data", vocab_size=80) as writer:
         for start in range(3):
             writer.add([1 + (start + i) % 79 for i in range(99)] + [0])
     return folder

@@ -58,16 +58,22 @@ def finish(process, code=0, timeout=1800):
 def wait_for_steps(files, name, steps, process):
     """Wait until a run in the folder `name` has taken so many steps."""
     path = files / name / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < steps:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= steps, process)
 
 
 def wait_for_words(words, process):
     """Wait until a command has printed some words; its pipe is read until then."""
-    while words not in (process.stdout.readline() if process.stdout else process.outputs[0].read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+    said = process.stdout.readline if process.stdout else process.outputs[0].read_text
+    wait_until(lambda: words in said(), process, pause=0.001)
+
+
+def wait_until(holds, process, pause=0.01):
+    """Wait until holds() is true, which a process brings about before it ends."""
+    over = False
+    while not holds():
+        assert not over, process.communicate()
+        over = process.poll() is not None  # and may have brought it about since holds() was asked
+        time.sleep(pause)
 
 
 def rewound(run, name):
@@ -81,7 +87,9 @@ def rewound(run, name):
 
 
 def metrics(files, name):
-    return [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+    """The lines that a run has written, without one that it is writing."""
+    lines = (files / name / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Planted:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from training.command_lines import flags, refused, write_files
 
 
@@ -85,6 +85,6 @@ def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, caps
 
 
 def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):
-    with BinidxWriter(files / "data", vocab_size=300) as writer:
+    with ShardWriter(files / "data", vocab_size=300) as writer:
         writer.add([5] * 50 + [80])
     assert "80" in refused(monkeypatch, capsys, flags(files))

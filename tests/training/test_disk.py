@@ -3,21 +3,19 @@
 import os
 import re
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rwkv_peft.errors import UserError
-from training.runs import finish, start
+from training.runs import finish, start, wait_for_steps
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
-    argv = command("no-picture", "--epoch_steps", "50")
+    argv = command("no-picture", "--epoch_steps", "150")
     process = start(argv)
-    while not (files / "no-picture" / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
+    wait_for_steps(files, "no-picture", 1, process)
     (files / "no-picture" / "loss.png").mkdir()  # while the run goes on: one that stood there is told before it
     out, err = finish(process)
     assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
@@ -102,9 +100,7 @@ def test_a_disk_that_is_full_for_the_first_file_of_tensorboard_is_told(files, co
 def test_a_file_in_the_place_of_the_runs_folder_is_told(files, command):
     process = start(command("replaced", "--epoch_steps", "100000"))
     run = files / "replaced"
-    while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_steps(files, "replaced", 1, process)
     run.rename(files / "moved")
     run.touch()
     process.send_signal(signal.SIGTERM)  # and so it saves

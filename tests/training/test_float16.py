@@ -11,7 +11,7 @@ from rwkv_peft.files.safetensors_file import read_safetensors, save_safetensors
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SCALE, SavedOptimizer
-from rwkv_peft.training.saving.run_state import STATE, load_state, record_of, write_state
+from rwkv_peft.training.saving.run_state import STATE, read_state, record_of, write_state
 from training.runs import metrics, rewound
 
 FLAGS = "--precision fp16 --train_parts ln time --lr_schedule constant".split()
@@ -48,7 +48,7 @@ def with_scale(checkpoint, scale):
     tensors, told = {key: tensor.clone() for key, tensor in tensors.items()}, json.loads(header[METADATA_KEY])
     told[SCALE] |= {"cur_scale": scale, "cur_hysteresis": 1}
     save_safetensors(path, tensors, header | {METADATA_KEY: json.dumps(told)})
-    state = load_state(checkpoint)
+    state = read_state(checkpoint)
     state["files"]["optimizer/rank-00000.safetensors"] = record_of(path)
     write_state(checkpoint / STATE, state)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.collate import collate
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives.dpo import DPO
@@ -235,7 +235,7 @@ def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
 def data(files, tiny_state):
     """Flags for a kind of rows: "pack" packs 1 to 8 documents into rows of 24 targets; "pairs" has pairs of answers, on
     a base whose tokens are bytes; other kinds need no flags."""
-    with BinidxWriter(files / "documents", vocab_size=80) as writer:
+    with ShardWriter(files / "documents", vocab_size=80) as writer:
         for number, size in enumerate([24, 12, 12, 6, 6, 6, 6, *[3] * 8] * 4):
             writer.add([1 + (number + 7 * i) % 79 for i in range(size)] + [0])
     rows = [{"query": f"{i}?", "chosen": "AB" * (1 + i % 9), "rejected": "no" * (1 + i % 4)} for i in range(20)]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from training.runs import metrics, rewound
 
 FLAGS = (
@@ -15,7 +15,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def mixed(files):
-    with BinidxWriter(files / "code", vocab_size=80) as writer:
+    with ShardWriter(files / "code", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (3 * start + 5 * i) % 79 for i in range(30)] + [0])
     return (*FLAGS, "--data_file", str(files / "data"), str(files / "code"))

@@ -1,17 +1,15 @@
 """A run that goes on on other ranks and another stage is the run that would have been, but for the order of sums."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.checkpoints import find_checkpoint
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order, with_kept_steps
-from training.runs import finish, metrics, start
+from rwkv_peft.training.saving.run_state import write_state
+from training.runs import metrics
 
 FLAGS = (
     *"--epoch_steps 2 --epoch_count 3 --lr_schedule constant --train_parts ln --dataload pad".split(),
@@ -51,60 +49,25 @@ def test_a_run_that_moves_is_the_run_that_stayed(files, train, precision, most):
     assert all(SavedOptimizer(find_checkpoint(files / name)).steps == 6 for name in (steps, other))
 
 
-OLD = """
-from rwkv_peft.commands import run
-from rwkv_peft.training.saving import saver
-
-def save(self, trainer, lit, done):
-    hidden = self.folder / "checkpoints" / f".step-{done:08d}"
-    hidden.mkdir(parents=True)
-    trainer.strategy.deepspeed_engine.save_checkpoint(
-        hidden, tag="zero", client_state={}, save_latest=False, exclude_frozen_parameters=True
-    )
-    (hidden / "optimizer").mkdir()
-    state = {"step": done, "epoch": 1, "samples_seen": self.plan.samples_seen(done)}
-    state |= {"trained": saver.trained_names(lit), "groups": saver.grouped_names(lit), **self.identity}
-    self.complete(hidden, state, {})
-
-saver.Saver.save_checkpoint = save
-run("train")
-"""
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_bit_where_it_was(files, command, train):
-    script, old, stage, precision = files / "old.py", "old", 3, "fp32"
-    script.write_text(OLD)
-    argv = command(old, *flags(precision, 1, stage), "--epoch_count", "2")
-    finish(start([argv[0], str(script), *argv[2:]]))
-    checkpoint = find_checkpoint(files / old)
-    (checkpoint / "optimizer").rmdir()
-    _, err = train(old, *flags(precision, 1, 1), "--resume", code=2)
-    assert f"has strategy deepspeed_stage_{stage}" in err and "--fresh_optimizer" in err
-    train(old, *flags(precision, 1, stage), "--resume")
-    train("new", *flags(precision, 1, stage))
-    ours, theirs = (load_file(files / name / "adapter.safetensors") for name in (old, "new"))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 def kept_steps(tmp_path, state, micro_bsz, ranks, **settings):
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "state.json").write_text(json.dumps({"samples_seen": 8, **state}))
+    write_state(folder / "state.json", {"samples_seen": 8, **state})
     train = TrainConfig(proj_dir=str(tmp_path), resume="must", **settings)
     kept, meant_for, notes = with_kept_steps(train, micro_bsz, ranks)
     return kept.accumulate_grad_batches, meant_for, notes
 
 
 def test_a_step_keeps_its_samples_on_other_ranks(tmp_path):
-    eight = {"world_size": 8, "step_samples": 32}
+    eight = {"row_groups": 8, "step_samples": 32}
     passes, meant_for, notes = kept_steps(tmp_path, eight, 4, 4)
     assert (passes, meant_for) == (2, 8) and notes == [
         "note: --accumulate_grad_batches 2, so that a step on 4 ranks takes 32 samples, as before on 8"
     ]
     assert kept_steps(tmp_path, eight, 4, 8, accumulate_grad_batches=3) == (3, 8, [])  # the flags decide
     assert kept_steps(tmp_path, eight, 4, 4, accumulate_grad_batches=5, fresh_optimizer=True) == (5, 4, [])
-    assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, 4, [])  # of an earlier version
-    moved = {"row_groups": meant_for, **eight}  # goes on on four again, by the same flags, and then on eight
+    assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, 4, [])  # of 0.2.0
+    moved = eight | {"row_groups": meant_for}  # goes on on four again, by the same flags, and then on eight
     assert kept_steps(tmp_path, moved, 4, 4) == (2, 8, notes) and kept_steps(tmp_path, moved, 4, 8) == (1, 8, [])
     with pytest.raises(UserError, match="32 samples, and 2 ranks of --micro_bsz 3 do not divide .*give --micro_bsz 2,"):
         kept_steps(tmp_path, eight, 3, 2)

@@ -160,12 +160,13 @@ def test_a_state_of_use_to_its_ranks_alone_is_refused_by_others(tmp_path):
         "precision": "bf16",
     }
     now |= {"strategy": "deepspeed_stage_1", "world_size": 2}
+    (tmp_path / "optimizer").mkdir()
     for optim, change, words in (
         ("adamw8bit", {"world_size": 1}, "has world_size 2, this command 1.*--fresh_optimizer"),
         ("muon", {"world_size": 1}, ""),
         ("muon", {"optim": "adamw"}, "has optim muon, this command adamw.*--fresh_optimizer"),
     ):
-        write_state(tmp_path / "state.json", now | {"optim": optim, "samples_seen": 8, "trained": ["a"]})
+        write_state(tmp_path / "state.json", now | {"optim": optim, "files": {}})
         with pytest.raises(UserError, match=words) if words else nullcontext():
             read_run_state(tmp_path, now | {"optim": optim} | change)
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.generate.loading import load_model
@@ -21,7 +21,7 @@ DROPOUT += ("--lr_schedule", "constant")
 @pytest.fixture(scope="module")
 def kept(files):
     """Text in which other tokens follow each other than in the data."""
-    with BinidxWriter(files / "kept", vocab_size=80) as writer:
+    with ShardWriter(files / "kept", vocab_size=80) as writer:
         for start in range(5):
             writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
     return str(files / "kept")
@@ -116,7 +116,7 @@ def test_early_stop_does_not_go_by_it(train, kept):
 
 
 def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, kept, tmp_path):
-    with BinidxWriter(tmp_path / "answers", vocab_size=80, mask=True) as writer:
+    with ShardWriter(tmp_path / "answers", vocab_size=80) as writer:
         writer.add(list(range(1, 60)), [False] * 30 + [True] * 29)
     words = ["--load_model", str(files / "base.pth"), "--bone_r", "16", "--ctx_len", "24", "--dataload", "get"]
 

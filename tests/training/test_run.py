@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.merge_command import main as merge
 from training.runs import finish, metrics, start
@@ -104,7 +104,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
 
 def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
     """Documents have 10 and 20 tokens in turn: one rank gets the short ones, the other the long ones."""
-    with BinidxWriter(files / "unequal", vocab_size=80) as writer:
+    with ShardWriter(files / "unequal", vocab_size=80) as writer:
         for number in range(8):
             writer.add(list(range(10 + 10 * (number % 2))))
     flags = ("--data_file", str(files / "unequal"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
@@ -113,7 +113,7 @@ def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
 
 
 def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
-    with BinidxWriter(files / "half", vocab_size=80, mask=True) as writer:
+    with ShardWriter(files / "half", vocab_size=80) as writer:
         for answer in (1, 0):
             writer.add(list(range(20)), [answer] * 20)
     flags = ("--data_file", str(files / "half"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from families import DISTINCT
 from rwkv_peft.data.batches import EvalBatches
-from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.recorded import Vocabulary
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 from rwkv_peft.objectives.distill import Distill
@@ -71,7 +71,7 @@ def test_files_of_other_rows_are_refused(files, command, stored, tmp_path):
 
     refused(*PADDED, "--ctx_len", "23", words="says nothing of sample 1 of 32 of .*data.bin: its tokens, or those that")
     refused("--dataload", "get", words="says nothing of sample 1 of ")
-    with BinidxWriter(tmp_path / "data", vocab_size=80) as writer:
+    with ShardWriter(tmp_path / "data", vocab_size=80) as writer:
         writer.add([5, 4, 3, 2, 1] * 3)
         writer.add([1, 2, 3, 4, 5] * 3)
     refused(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from rwkv_peft.training.flags.request import parse_run
@@ -39,7 +39,7 @@ REFUSED = {
 def stand_ins(tmp_path_factory):
     """A folder with data, and a model of each generation made by stage 1: {version: path}."""
     folder = tmp_path_factory.mktemp("upstream")
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+    with ShardWriter(folder / "data", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (start + 7 * i) % 79 for i in range(40)] + [0])
     (folder / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n')

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from training.runs import metrics
 
 
 def test_a_row_of_weight_two_is_as_if_it_stood_there_twice(files, train):
     rows = [np.arange(1, 12 + 5 * number, dtype="<u2") for number in range(3)]
     for name, places, weights in (("weighed", (0, 1, 2), (0, 1, 2)), ("often", (1, 2, 2), (1, 1, 1))):
-        with BinidxWriter(files / f"rows-{name}") as writer:
+        with ShardWriter(files / f"rows-{name}") as writer:
             for place, weight in zip(places, weights):
-                writer.add_documents(rows[place].tobytes(), [len(rows[place])], weights=[weight])
+                writer.add(rows[place], weight=weight)
         data = str(files / f"rows-{name}")
         flags = "--dataload pad --micro_bsz 3 --precision fp32 --epoch_steps 1 --epoch_count 2 --warmup_steps 0".split()
         out, _ = train(name, "--data_file", data, "--val_data", data, *flags)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
@@ -28,7 +28,7 @@ def node(tmp_path):
     def write(name, change=lambda folder: None):
         folder = tmp_path / name
         folder.mkdir()
-        with BinidxWriter(folder / "data", vocab_size=80, mask=True) as writer:
+        with ShardWriter(folder / "data", vocab_size=80) as writer:
             for number in range(300):
                 writer.add([(number + i) % 80 for i in range(20)], [0] * 10 + [1] * 10)
         (folder / "base.pth").write_bytes(bytes(5000))

@@ -57,5 +57,5 @@ class Server:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(120)
         self.process.stdout.close()

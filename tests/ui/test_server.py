@@ -156,7 +156,7 @@ def test_the_newest_answers_and_the_card_of_a_run_are_shown(server, folder):
 
 
 def wait_for(server, job, state="ended"):
-    for _ in range(600):
+    for _ in range(3000):
         found = server.json(f"/api/jobs/{job}")
         if found["state"] != "running":
             assert found["state"] == state, found
@@ -179,7 +179,7 @@ def test_a_command_that_is_killed_is_told(server, folder):
     words = [*train.split(), "--epoch_count", "500", "--precision", "fp32"]
     job = server.json("/api/jobs", {"words": words})["id"]
     lock = folder / "killed" / ".run.lock"
-    for _ in range(600):
+    for _ in range(3000):
         if server.json("/api/runs") and lock.exists() and server.json("/api/runs/metrics?folder=killed")["lines"]:
             break
         time.sleep(0.1)

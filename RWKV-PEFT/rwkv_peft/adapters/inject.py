@@ -101,10 +101,13 @@ def inject(
         names = check_adapter(config, linear_shapes(model), () if family is None else (*family.parts, STATE))
     parts = [] if not config.train_parts else _match_parts(config.train_parts, model, family)
     model.requires_grad_(config.method == NONE and not parts)
+    method = method_of(config)
+    # to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it
+    is_work = config.quant != "none" or (method is not None and method.residual is not None)
     for name in names:
         base = modules[name]
         home = base.weight.device
-        away = device is not None and _is_work(config)
+        away = device is not None and is_work
         if away:
             base.to(device)
         layer = _make_layer(base, name, config, initial or {}, gradients or {})
@@ -126,12 +129,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         m.out_features * m.in_features for m in model.modules() if isinstance(m, AdapterLinear) and m.quant != "none"
     )
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes) + quantized
-
-
-def _is_work(config: AdapterConfig) -> bool:
-    """True if to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
-    method = method_of(config)
-    return config.quant != "none" or (method is not None and method.residual is not None)
 
 
 def _make_layer(

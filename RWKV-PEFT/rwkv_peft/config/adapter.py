@@ -24,7 +24,6 @@ class AdapterConfig(MethodSettings):
         "linear layers that get an adapter, as ends of their names (default: all of a block)",
         flag="target_modules",
         unset=True,
-        nargs="+",
         metavar="NAME",
     )
     train_parts: tuple[str, ...] = setting(

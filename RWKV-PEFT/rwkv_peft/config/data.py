@@ -66,7 +66,6 @@ class DataConfig:
         "the share of the tokens that each --data_file has, such as 0.7 0.3; an epoch reads as many tokens as all hold "
         "(default: each file's own share, so that all are read equally often)",
         flag="data_mix",
-        nargs="+",
         type=above_zero,
         metavar="SHARE",
     )
@@ -86,7 +85,6 @@ class DataConfig:
         "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
         "rejected; labels: those of prompt, answer and label; prompts: that of the prompt; contexts: those of "
         "context, question and answer (default: recognised)",
-        nargs="+",
         metavar="FIELD",
     )
     sft_split: str = setting(
@@ -108,9 +106,7 @@ class DataConfig:
         choices=("on", "off"),
     )
     skip_bad_rows: bool = setting(
-        False,
-        "leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
-        action="store_true",
+        False, "leave out rows that cannot be read, and count them by kind (default: such rows are refused)"
     )
     stream: int = setting(
         0,
@@ -140,11 +136,10 @@ class DataConfig:
         (),
         "token ids that open an answer; or RWKV-PEFT's JSON of two texts: mask1 opens the "
         "part that counts, and mask0 closes it",
-        nargs="+",
         metavar="ID",
     )
     mask_end_id: tuple[int, ...] = setting(
-        (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
+        (), "token ids that close it (se), or open the next question (qa)", type=count, metavar="ID"
     )
     seed: int | None = setting(42)
     bucketed: bool | None = setting(None)

@@ -71,7 +71,6 @@ class OptimizerConfig:
         "and --weight_decay leaves out w1, w2 and the mixes' other parameters. 0: one rate for all, and weight decay "
         "on every matrix, as 0 does in RWKV-LM for RWKV-6",
         type=switch,
-        metavar="0|1",
     )
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", type=not_negative)
     accumulate_grad_batches: int = setting(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import Field, field
 from typing import Any, NamedTuple, TypeVar
 
+from ..cli import switch
+
 Value = TypeVar("Value")
 
 
@@ -26,11 +28,17 @@ def setting(
     **options: Any,
 ) -> Value:
     """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
-    and argparse's options. With unset the flag's default is None, and its help tells what that
-    means. Without help the field has no flag.
+    and argparse's options, some of which follow from the default: a tuple takes one value or more, and False none. With
+    unset the flag's default is None, and its help tells what that means. Without help the field has no flag.
 
     key is the field's name in a JSON flag, and read(name, value) turns a value from there into the field's, or raises
     UserError. rule holds of every value."""
+    if isinstance(default, tuple):
+        options = {"nargs": "+"} | options
+    elif options.get("type") is switch:
+        options = {"metavar": "0|1"} | options
+    elif default is False:
+        options = {"action": "store_true"}
     metadata = {"help": help, "flag": flag, "unset": unset, "options": options}
     return field(default=default, metadata=metadata | {"key": key, "rule": rule, "read": read})
 

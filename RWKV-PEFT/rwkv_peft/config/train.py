@@ -44,7 +44,6 @@ class RunSettings:
         False,
         "keep weights and place in the data, start the optimizer anew; for another precision, or for steps of another "
         "number of samples on other devices",
-        action="store_true",
     )
     show_samples: int = setting(
         0,
@@ -92,9 +91,7 @@ class RunSettings:
         "--precision",
         choices=("keep", "bf16", "fp16", "fp32"),
     )
-    merge_on_save: bool = setting(
-        False, "also write the merged model, merged.pth, whenever the adapter is saved", action="store_true"
-    )
+    merge_on_save: bool = setting(False, "also write the merged model, merged.pth, whenever the adapter is saved")
     random_seed: int = setting(
         42, "seed of initialization, dropout and data order; -1: draw one and print it", type=seed
     )
@@ -161,13 +158,12 @@ class MachineSettings:
         "stop the gradient of the states at every so many segments; 0: it goes back to the row's first token",
         type=count,
     )
-    grad_cp: bool = setting(False, "recompute blocks in the backward pass, to save memory", type=switch, metavar="0|1")
+    grad_cp: bool = setting(False, "recompute blocks in the backward pass, to save memory", type=switch)
     fused: bool = setting(
         True,
         "on a GPU, compute each block in fewer passes if its kernels can: with --precision bf16, without stage 3 and "
         "--compile, and if norms and token shift do not train; the run says which blocks",
         type=switch,
-        metavar="0|1",
     )
     share_prompts: bool | None = setting(
         None,
@@ -175,13 +171,11 @@ class MachineSettings:
         "its prompt (0) (default: 1 if that saves so many tokens of a micro batch in the mean that they are worth a "
         "further pass, which is 64, and on a GPU 4,096)",
         type=switch,
-        metavar="0|1",
     )
     compile: bool = setting(
         False,
         "let torch.compile fuse each block's operations between its products and kernels; the first steps take a "
         "minute or more",
-        action="store_true",
     )
     cuda_graphs: bool = setting(
         False,
@@ -190,7 +184,6 @@ class MachineSettings:
         "are padded to a quarter, half, three quarters or all of --ctx_len, pairs to the same parts of the length of "
         "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row",
         type=switch,
-        metavar="0|1",
     )
 
 

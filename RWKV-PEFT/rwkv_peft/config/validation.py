@@ -64,7 +64,6 @@ class ValidationConfig:
         (),
         "texts that end an answer, in addition to the template's own; \\n and \\t are newline and tab",
         type=stop_text,
-        nargs="+",
         metavar="TEXT",
     )
     eval_batch: int = setting(16, "answers written or scored at once, on each device", type=positive)
@@ -72,7 +71,6 @@ class ValidationConfig:
         (),
         "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
         "results are written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
-        nargs="+",
         metavar="TASK",
     )
     lm_eval_include_path: str = setting(

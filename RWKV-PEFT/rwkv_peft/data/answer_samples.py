@@ -158,10 +158,8 @@ class PromptSamples(RowSamples):
 
     def prompt(self, original: int) -> list[int]:
         """The tokens of an original sample."""
-        tokens: list[int] = self.dataset[self.place(original)].tolist()
-        return tokens
+        return self.dataset[self.place(original)].tolist()
 
     def row(self, original: int) -> dict[str, Any]:
         """The row that an original sample was made of."""
-        found: dict[str, Any] = json.loads(self.rows[self.place(original)])
-        return found
+        return json.loads(self.rows[self.place(original)])

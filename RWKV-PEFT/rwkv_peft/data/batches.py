@@ -1,9 +1,9 @@
 """Makes batches from one global sample cursor, read ahead in a thread, so that a run resumes exactly."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,12 +13,6 @@ from .samples import Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the number step_count
 Item = TypeVar("Item")
-
-
-class Ended(NamedTuple):
-    """Follows the last item: the exception that ended the items, None if there are no more."""
-
-    error: BaseException | None
 
 
 class TrainBatches:
@@ -158,47 +152,19 @@ def require_unchanged(samples: Samples) -> None:
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
-    """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
+    """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread). Its exceptions are raised here.
 
-    The iterable's exceptions are raised here. The thread ends when the generator is closed or the main thread ends; it
-    is no daemon, because a daemon would be cut off inside torch, which can abort the process.
+    The thread ends when the generator is closed or the main thread ends; it is no daemon, because a daemon would be cut
+    off inside torch, which can abort the process.
     """
     if depth == 0:
         yield from iterable
         return
-    ready: queue.Queue[Item | Ended] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: Item | Ended) -> bool:
-        """Hand an item to the consumer; -> whether the consumer is still there."""
-        while not stop.is_set() and threading.main_thread().is_alive():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in iterable:
-                if not put(item):
-                    return
-            put(Ended(None))
-        except BaseException as error:  # handed to the consumer, who raises it
-            put(Ended(error))
-
-    thread = threading.Thread(target=work, name="read-ahead")
-    thread.start()
+    iterator, reader = iter(iterable), ThreadPoolExecutor(1, "read-ahead")
     try:
-        while True:
-            item = ready.get()
-            if not isinstance(item, Ended):
-                yield item
-            elif item.error is None:
-                return
-            else:
-                raise item.error
+        ahead = deque(reader.submit(next, iterator, None) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(next, iterator, None))
+            yield item
     finally:
-        stop.set()
-        thread.join()
+        reader.shutdown(cancel_futures=True)

@@ -161,7 +161,7 @@ def write(
             part.counts["dropped" if drop else "repeated"] += int(repeated.sum())
             if drop and repeated.any():
                 part.drop(repeated)
-            writer.add(part)
+            writer.write(part)
             totals.add_counts(part)
             writer.chunk_done(totals, part.digests if len(seen) != seen.most else b"")
             bar.set_postfix_str(counted(writer.documents, "document"), refresh=False)
@@ -189,7 +189,7 @@ def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat
                 start, size = source.start(index), int(source.sizes[index])
                 mask = b"\1" * size if source.mask is None else source.mask[start : start + size].tobytes()
                 weight = 1.0 if source.weights is None else float(source.weights[index])
-                writer.add(Encoded([size], [weight], source[index].tobytes(), mask))
+                writer.write(Encoded([size], [weight], source[index].tobytes(), mask))
 
 
 class Seen:
@@ -219,5 +219,4 @@ def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
     """Tell of each digest whether a sorted array has it: a bool for each."""
     if not len(run):
         return np.zeros(len(digests), dtype=bool)
-    found: np.ndarray = run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests
-    return found
+    return run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests

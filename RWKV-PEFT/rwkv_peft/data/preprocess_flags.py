@@ -33,54 +33,49 @@ SYNONYMS = MappingProxyType(
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog=PROG, synonyms=SYNONYMS, rules=RULES, description="Text files to token files (.bin and .idx).")
-    parser.add_argument("input", nargs="+", help=KINDS)
-    parser.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx; required unless --ids")
-    parser.add_argument(
+    add = parser.add_argument
+    add("input", nargs="+", help=KINDS)
+    add("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx; required unless --ids")
+    add(
         "--ids",
         action="store_true",
         help="take INPUT for a text itself, and only print its token ids, as train.py --mask_id takes them",
     )
-    parser.add_argument(
+    add(
         "--overwrite",
         action="store_true",
         help="replace a data set of that name (default: only one that was made from the same inputs)",
     )
-    parser.add_argument(
-        "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
-    )
-    parser.add_argument(
+    add("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)")
+    add(
         "--append_eod",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end each document with the tokenizer's end token (default: do)",
     )
-    parser.add_argument(
+    add(
         "--fields",
         nargs="+",
         default=[],
         metavar="NAME",
         help="the field that holds the text, or those that hold a prompt and its answer",
     )
-    parser.add_argument(
+    add(
         "--template",
         default="",
         metavar="NAME|FILE",
         help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around the parts that count",
     )
-    parser.add_argument(
+    add(
         "--think",
         default="",
         choices=tuple(OPENINGS),
         help="chats of RWKV-7 G1: on opens an answer with <think if the row holds thinking, else with <think></think; "
         "off opens all with <think></think, without the rows' thinking (default: answers as in the rows)",
     )
-    parser.add_argument(
-        "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
-    )
-    parser.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
-    )
-    parser.add_argument(
+    add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
+    add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")
+    add(
         "--show",
         type=count,
         default=0,
@@ -88,13 +83,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="also print the first N documents, long texts without their middle, with the parts that count in the loss "
         "marked and <end> for the end token",
     )
-    parser.add_argument(
+    add(
         "--drop_duplicates",
         action="store_true",
         help="leave out rows whose tokens are those of an earlier row; takes 16 bytes of memory a row, and for moments "
         "twice that (default: they are counted, and stay)",
     )
-    parser.add_argument(
+    add(
         "--shard_tokens",
         type=positive,
         default=0,
@@ -102,15 +97,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="write shards of at most N tokens, PREFIX-00001.bin and so on, which PREFIX.json lists; a longer document "
         "is a shard by itself. train.py reads PREFIX as it reads one file (default: one file)",
     )
-    parser.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
-    parser.add_argument(
+    add("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
+    add(
         "--repeat",
         type=positive,
         default=1,
         metavar="N",
         help="write the documents N times, shuffled anew (default: 1)",
     )
-    parser.add_argument(
-        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
-    )
+    add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     return parser.parse_args(argv)

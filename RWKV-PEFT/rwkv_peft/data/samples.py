@@ -270,8 +270,7 @@ class SingleSamples(DocumentSamples):
 
 def total(counted: np.ndarray) -> float:
     """The sum of a mask: a number of targets, or the sum of their weights."""
-    found: float = counted.sum(dtype=None if counted.dtype == bool else np.float64).item()
-    return found
+    return counted.sum(dtype=None if counted.dtype == bool else np.float64).item()
 
 
 def readable_documents(dataset: BinidxDataset) -> np.ndarray:

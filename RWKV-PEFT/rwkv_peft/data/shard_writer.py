@@ -10,78 +10,30 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ..errors import UserError
+from ..errors import NotNow, UserError
 from ..files.atomic import atomic_write, fsync, telling_failures, without_empty_folders
-from .binidx_writer import alone
+from ..files.lock import Busy, hold
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
-from .token_files import Growing, Stale, TokenFiles, name_set, synced
+from .token_files import Growing, Shard, Stale, name_set
 
 JOURNAL, DIGESTS = "journal.json", "digests"
 SECONDS = 10.0  # between two notes in the journal
 
 
-class Shard(TokenFiles):
-    """The files of shard `number` in an unfinished folder. Sizes and weights of documents are written to files, too,
-    all but those of the last document, which may go on."""
-
-    def __init__(self, folder: Path, number: int, vocab_size: int, noted: dict[str, Any] | None = None) -> None:
-        super().__init__(vocab_size, with_mask=True)
-        self.folder, self.number = folder, number
-        known = noted["files"] if noted else {}
-        self.files: dict[str, Growing] = {}
-        for end in (".bin", ".mask", ".sizes", ".weights"):
-            path = folder / f"{number:05}{end}"
-            self.files[end] = Growing(path, known.get(path.name))
-        self.saved = 0
-        if noted:
-            for end, values in ((".sizes", self.sizes), (".weights", self.weights)):
-                values.frombytes(self.files[end].path.read_bytes())
-            self.saved = len(self.sizes)
-            self.something_masked = noted["masked"]
-            for size, weight in noted["last"]:
-                self.sizes.append(size)
-                self.weights.append(weight)
-
-    def save(self) -> dict[str, Any]:
-        """Make all documents durable -> what the journal notes of them."""
-        last = max(len(self.sizes) - 1, self.saved)
-        self.files[".sizes"].write(self.sizes[self.saved : last].tobytes())
-        self.files[".weights"].write(self.weights[self.saved : last].tobytes())
-        self.saved = last
-        return {
-            "masked": self.something_masked,
-            "last": [*zip(self.sizes[last:], self.weights[last:])],
-            "files": {file.path.name: file.save() for file in self.files.values()},
-        }
-
-    def complete(self) -> dict[str, Any]:
-        """Write the index, and close the files -> what the journal notes of the shard."""
-        noted = {file.path.name: file.save() for file in self.files.values() if file.path.suffix in (".bin", ".mask")}
-        for file in self.files.values():
-            file.close()
-        self.files[".sizes"].path.unlink()
-        with open(self.path(".idx"), "wb") as index, open(self.path(".weights"), "wb") as weights:
-            self.write_index(index, weights)
-            for other in (index, weights):
-                synced(other)
-        noted |= {self.path(end).name: Growing.of(self.path(end)) for end in (".idx", ".weights")}
-        tokens = self.files[".bin"].size // self.dtype.itemsize
-        return {"documents": len(self.sizes), "tokens": tokens, "says": self.says, "files": noted}
-
-    def path(self, end: str) -> Path:
-        return self.folder / f"{self.number:05}{end}"
-
-
 class ShardWriter:
-    """Writes PREFIX as BinidxWriter does, with a mask, and PREFIX.json if `record` is its text; a context manager.
+    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask and PREFIX.weights, and PREFIX.json if `record` is its text; a context
+    manager. The files appear, whole, when the block ends without an exception, the index last. A mask of ones is not
+    kept, nor are weights of 1, because they say nothing. Raises NotNow if another process is writing the same data set,
+    UserError if the files cannot be written.
 
     With shard_tokens, in shards of at most so many tokens, or of one longer document, and PREFIX.json lists them
     (shards.py). With a `key`, which names the inputs and all settings, it goes on from what a command with the same key
@@ -89,7 +41,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self, path: str | Path, vocab_size: int, record: str | None = None, shard_tokens: int = 0, key: str = ""
+        self, path: str | Path, vocab_size: int = 65536, record: str | None = None, shard_tokens: int = 0, key: str = ""
     ) -> None:
         self.prefix, self.vocab_size, self.record = binidx_prefix(path), vocab_size, record
         self.shard_tokens, self.key = shard_tokens, key
@@ -139,11 +91,17 @@ class ShardWriter:
         self.digests = Growing(self.folder / DIGESTS, journal["digests"])
         self.noted = time.monotonic()
 
-    def add(self, part: Encoded) -> None:
+    def add(self, tokens: ArrayLike, mask: ArrayLike | None = None, weight: float = 1.0) -> None:
+        """Append one document: token ids (n,), its mask (n,), None if all of them count, and its weight."""
+        ids = np.asarray(tokens, self.shard.dtype)
+        counts = np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8)
+        self.write(Encoded([len(ids)], [weight], ids.tobytes(), counts.tobytes()))
+
+    def write(self, part: Encoded) -> None:
         """Append the documents of a chunk, beginning a shard when the last one is full."""
         for tokens, sizes, mask, weights in self.cut(part):
             continues = part.continues and sizes is part.sizes
-            self.shard.add_documents(tokens, sizes, mask, continues, weights)
+            self.shard.add(tokens, sizes, mask, continues, weights)
 
     def cut(self, part: Encoded) -> Iterator[tuple[bytes, list[int], bytes, list[float]]]:
         """Yield the documents of a chunk for each of the shards that they belong to."""
@@ -246,3 +204,13 @@ def remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+@contextmanager
+def alone(prefix: str) -> Iterator[None]:
+    """Hold the lock of a data set while it is written. Raises NotNow if another process does."""
+    try:
+        with hold(Path(prefix).with_name(f".{Path(prefix).name}.lock")):
+            yield
+    except Busy as error:
+        raise NotNow(f"{prefix}: another process is writing it ({error}); wait, or give another name") from None

@@ -48,5 +48,4 @@ def swapped(samples: Samples) -> Sequence[tuple[Samples, Samples]]:
 
 def answer(document: Document) -> list[int]:
     """The tokens of a document from the first that counts on."""
-    tokens: list[int] = document[0][asked(document) :].tolist()
-    return tokens
+    return document[0][asked(document) :].tolist()

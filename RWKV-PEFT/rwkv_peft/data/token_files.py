@@ -5,10 +5,9 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from .binidx import HEADER, MAGIC, TOKEN_TYPES, dtype_code
@@ -17,71 +16,78 @@ BLOCK = 1 << 24
 Noted = list[int | str]  # the size of a file, and the digest of so many bytes of it
 
 
-class Writable(Protocol):
-    """A file of bytes that grows."""
+class Shard:
+    """The files of shard `number` in an unfinished folder, to which documents are written as they come. Their sizes and
+    weights stay in memory too, 8 bytes a document, until the index is written; the files lack those of the last
+    document, which may go on."""
 
-    def write(self, data: bytes, /) -> object: ...
-
-
-class TokenFiles:
-    """Writes documents to `files`, {ending: file}: .bin, and .mask if with_mask, as they come; sizes and weights stay
-    in memory, 8 bytes a document, until the index is written."""
-
-    files: Mapping[str, Writable]
-
-    def __init__(self, vocab_size: int, with_mask: bool) -> None:
-        self.code, self.with_mask = dtype_code(vocab_size), with_mask
+    def __init__(self, folder: Path, number: int, vocab_size: int, noted: dict[str, Any] | None = None) -> None:
+        self.code = dtype_code(vocab_size)
         self.dtype = np.dtype(TOKEN_TYPES[self.code])
         self.something_masked = False
         self.sizes, self.weights = array("i"), array("f")
+        self.folder, self.number = folder, number
+        known = noted["files"] if noted else {}
+        self.files: dict[str, Growing] = {}
+        for end in (".bin", ".mask", ".sizes", ".weights"):
+            path = folder / f"{number:05}{end}"
+            self.files[end] = Growing(path, known.get(path.name))
+        self.saved = 0
+        if noted:
+            for end, values in ((".sizes", self.sizes), (".weights", self.weights)):
+                values.frombytes(self.files[end].path.read_bytes())
+            self.saved = len(self.sizes)
+            self.something_masked = noted["masked"]
+            for size, weight in noted["last"]:
+                self.sizes.append(size)
+                self.weights.append(weight)
 
-    def add(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> None:
-        """Append one document: token ids (n,), and its mask (n,) if the writer was made with mask=True."""
-        tokens = np.asarray(tokens)
-        info = np.iinfo(self.dtype)
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() <= info.max):
-            raise UserError(
-                f"document {len(self.sizes)}: token ids {tokens.min()}..{tokens.max()} do not fit "
-                f"{self.dtype.name}; give the tokenizer's vocab_size to the writer"
-            )
-        self.add_documents(
-            tokens.astype(self.dtype).tobytes(),
-            [len(tokens)],
-            None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes(),
-        )
-
-    def add_documents(
-        self,
-        tokens: bytes,
-        sizes: Sequence[int],
-        mask: bytes | None = None,
-        continues: bool = False,
-        weights: Sequence[float] = (),
-    ) -> None:
-        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token; weights are those
-        of the documents, (): 1 each.
-
-        With continues=True the first of them continues the document before.
-        """
-        if (mask is not None) != self.with_mask:
-            raise ValueError("a mask is due if, and only if, the writer was made with mask=True")
-        if mask is not None and len(mask) * self.dtype.itemsize != len(tokens):
-            raise ValueError(f"{len(mask)} mask bytes for {len(tokens) // self.dtype.itemsize} tokens")
+    def add(self, tokens: bytes, sizes: Sequence[int], mask: bytes, continues: bool, weights: Sequence[float]) -> None:
+        """Append documents given as bytes: tokens in this shard's dtype, and a byte of mask a token. If it `continues`,
+        the first of them continues the document before."""
         self.files[".bin"].write(tokens)
-        if mask is not None:
-            self.files[".mask"].write(mask)
-            self.something_masked |= bool(mask.strip(b"\1"))
+        self.files[".mask"].write(mask)
+        self.something_masked |= bool(mask.strip(b"\1"))
         try:
             if continues and self.sizes and sizes:
                 self.sizes[-1] += sizes[0]
                 sizes, weights = sizes[1:], weights[1:]
             self.sizes.extend(sizes)
-            self.weights.extend(weights or [1.0] * len(sizes))
+            self.weights.extend(weights)
         except OverflowError:
             raise UserError(
                 f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
                 "the format holds; split the text into documents"
             ) from None
+
+    def save(self) -> dict[str, Any]:
+        """Make all documents durable -> what the journal notes of them."""
+        last = max(len(self.sizes) - 1, self.saved)
+        self.files[".sizes"].write(self.sizes[self.saved : last].tobytes())
+        self.files[".weights"].write(self.weights[self.saved : last].tobytes())
+        self.saved = last
+        return {
+            "masked": self.something_masked,
+            "last": [*zip(self.sizes[last:], self.weights[last:])],
+            "files": {file.path.name: file.save() for file in self.files.values()},
+        }
+
+    def complete(self) -> dict[str, Any]:
+        """Write the index, and close the files -> what the journal notes of the shard."""
+        noted = {file.path.name: file.save() for file in self.files.values() if file.path.suffix in (".bin", ".mask")}
+        for file in self.files.values():
+            file.close()
+        self.files[".sizes"].path.unlink()
+        with open(self.path(".idx"), "wb") as index, open(self.path(".weights"), "wb") as weights:
+            self.write_index(index, weights)
+            for other in (index, weights):
+                synced(other)
+        noted |= {self.path(end).name: Growing.of(self.path(end)) for end in (".idx", ".weights")}
+        tokens = self.files[".bin"].size // self.dtype.itemsize
+        return {"documents": len(self.sizes), "tokens": tokens, "says": self.says, "files": noted}
+
+    def path(self, end: str) -> Path:
+        return self.folder / f"{self.number:05}{end}"
 
     @property
     def says(self) -> dict[str, bool]:

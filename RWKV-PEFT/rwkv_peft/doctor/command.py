@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from ..cli import Parser
 from ..installing import how_to_install
 from .devices import check_deepspeed, check_devices, check_kernels, check_memory, check_tools
-from .finding import MISSING, OK, Finding
-from .packages import check_optional, check_package, check_python, installed, requirements
+from .packages import MISSING, OK, Finding, check_optional, check_package, check_python, installed, requirements
 
 
 def examine() -> Iterator[Finding]:

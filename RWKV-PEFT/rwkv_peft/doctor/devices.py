@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import told
 from ..files.atomic import room_at
 from ..memory import main_memory
-from .finding import MISSING, NOTE, OK, Finding
+from .packages import MISSING, NOTE, OK, Finding
 
 
 def check_devices() -> Iterator[Finding]:

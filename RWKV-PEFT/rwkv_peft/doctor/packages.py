@@ -8,13 +8,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-from .finding import INSTALL, MISSING, NOTE, OK, Finding
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training cannot run without it
+INSTALL = "pip install -r requirements.txt"
 PYTHONS = ((3, 10), (3, 14))
 MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages whose modules have other names
 OPTIONAL = (
@@ -31,6 +31,15 @@ OPTIONAL = (
     ("trackio", "--trackio"),
     ("swanlab", "--swanlab"),
 )
+
+
+class Finding(NamedTuple):
+    """One line of the report: the thing that was checked, its status, a text, and the remedy or ""."""
+
+    name: str
+    status: str
+    text: str
+    remedy: str = ""
 
 
 def requirements() -> "list[Requirement]":

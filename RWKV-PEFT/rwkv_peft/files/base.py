@@ -17,6 +17,7 @@ from ..models.family import Family
 from ..models.state import is_time_state
 from ..names import ADAPTER, MODEL
 from .atomic import atomic_write
+from .best import take
 from .fingerprint import fingerprint
 from .pth import all_finite, read_tensors, require_file
 from .pth_writer import save_pth
@@ -122,7 +123,7 @@ def open_base(path: str | Path) -> Base:
     keys; adapter tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
     """
     if (Path(path) / MODEL).is_file():
-        raise UserError(f"{path} is the folder of a run; give the model that it trained, {Path(path) / MODEL}")
+        raise UserError(f"{path} is the folder of a run; give the model that it trained, {take(Path(path)).path}")
     if (Path(path) / ADAPTER).is_file():
         raise UserError(
             f"{path} is the folder of a run, which holds an adapter and no base model; give it {AS_ADAPTER}, and the "

@@ -3,7 +3,6 @@
 import os
 import pickle
 import reprlib
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, told
-from .pth_pickle import UNREADABLE, judge_bare, judge_zipped, record_sizes, require_records
+from .pth_pickle import UNREADABLE, judge, record_sizes, require_records
 from .pth_writer import dtype_name
 from .readable import require_readable
 
@@ -23,8 +22,7 @@ SHARED = 2  # tensors may take so many times their file's size: an embedding tha
 
 
 def read_pth(path: str | Path) -> Any:
-    """Read the object in a .pth. Its tensors are mapped from the file, so that no byte is read before its use; those of
-    a bare pickle, from before torch 1.6, are read at once.
+    """Read the object in a .pth. Its tensors are mapped from the file, so that no byte is read before its use.
 
     Code in the pickle is never run (weights_only). Raises UserError for a missing file, a folder, an empty, truncated
     or foreign file, and a pickle that holds anything but tensors and plain containers.
@@ -36,19 +34,16 @@ def read_pth(path: str | Path) -> Any:
         raise UserError(f"{path} is empty; download or copy it again")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
-    zipped = head.startswith(b"PK")
-    if zipped and not zipfile.is_zipfile(path):  # the directory of a zip stands at its end
+    if head.startswith(b"\x80"):
+        raise UserError(f"{path} is a bare pickle, as torch before 1.6 wrote it; save it anew with torch.save")
+    if not head.startswith(b"PK"):
+        raise UserError(f"{path} is not a PyTorch checkpoint (it is no zip archive)")
+    if not zipfile.is_zipfile(path):  # the directory of a zip stands at its end
         raise UserError(f"{path} is truncated: its end is missing; download or copy it again")
-    if not zipped and not head.startswith(b"\x80"):
-        raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
-    if zipped:
-        record_sizes(path)  # refuses compressed records
+    record_sizes(path)  # refuses compressed records
     try:
-        judge_zipped(path) if zipped else judge_bare(path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error that follows is told below
-            # files from before torch 1.6 are bare pickles, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        judge(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -78,8 +73,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{path}: the name {key!r} is no Unicode text; the file is damaged, copy it again")
     require_weights(state, path)
     require_own_bytes(state, path)
-    if zipfile.is_zipfile(path):
-        require_records(path, state.values())
+    require_records(path, state.values())
     return {key: tensor.detach() for key, tensor in state.items()}
 
 

@@ -8,8 +8,6 @@ which says how many elements a tensor takes. A tensor with a shorter record woul
 """
 
 import io
-import mmap
-import os
 import pickle
 import pickletools
 import struct
@@ -17,7 +15,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
 
@@ -35,8 +32,6 @@ BUILDERS = frozenset(
     ).split()
 )
 QUANTIZED = "torch._utils._rebuild_qtensor"
-BARE = 5  # pickles of a file from before torch 1.6: a number, a version, the system's widths, the object, its storages
-OBJECT = 3  # the index of the first one with the user's content
 # Exceptions that readers raise for files that are no checkpoints: they assume that the pickle's instructions fit
 # together, that functions get arguments that fit, and that they can read the archive.
 UNREADABLE = (
@@ -71,20 +66,15 @@ class Nothing:
 
 
 class Judge(pickle.Unpickler):
-    """Reads a pickle and makes only plain containers. Raises UserError for a name that tensors do not need; `elements`
-    is the number of elements in all storages that the pickle names."""
+    """Reads a pickle and makes only plain containers. Raises UserError for a name that tensors do not need."""
 
     def __init__(self, path: Path, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled), encoding="bytes")
         self.path = path
-        self.storages: dict[object, int] = {}
-        added = torch.serialization.get_safe_globals()  # such as DeepSpeed's (training/saving/deepspeed_files.py)
-        classes = (item[0] if isinstance(item, tuple) else item for item in added)
-        self.allowed = BUILDERS | {f"{cls.__module__}.{cls.__qualname__}" for cls in classes}
 
     def find_class(self, module: str, name: str) -> object:
         whole = f"{module}.{name}"
-        if whole in self.allowed:
+        if whole in BUILDERS:
             return Nothing
         is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
         if module in ("torch", "torch.storage") and (name == "Tensor" or name.endswith("Storage") or is_dtype):
@@ -98,54 +88,19 @@ class Judge(pickle.Unpickler):
             "it was run. Ask its author for a plain state dict"
         )
 
-    def persistent_load(self, identity: Any) -> Nothing:
-        """Record a storage: ("storage", type, key, device, number of elements)."""
-        self.storages[identity[2]] = int(identity[4])
+    def persistent_load(self, identity: object) -> Nothing:
         return Nothing()
 
-    @property
-    def elements(self) -> int:
-        return sum(self.storages.values())
 
-
-def judge_zipped(path: Path) -> None:
+def judge(path: Path) -> None:
     """Raise UserError for an archive of torch.save whose pickle names more than tensors and plain containers, or one of
     UNREADABLE if the archive has no pickle or a damaged one."""
     pickled = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
-    scan(path, io.BytesIO(pickled), len(pickled))
-    Judge(path, pickled).load()
-
-
-def judge_bare(path: Path) -> None:
-    """Raise UserError for a file of bare pickles that name more than tensors and plain containers, or a size larger
-    than the file, or one of UNREADABLE if it is no such file."""
-    size = os.path.getsize(path)
-    # reading from a mapped file allocates at most the bytes it has; from a plain one, as many as the pickle names
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for place in range(BARE):
-            begin = mapped.tell()
-            largest = scan(path, cast(IO[bytes], mapped), size)
-            if place < OBJECT:
-                continue
-            judge = Judge(path, mapped[begin : mapped.tell()])
-            judge.load()
-            if (needed := max(largest, judge.elements)) > size:
-                raise UserError(
-                    f"{path} is damaged: it names a size of {short(str(needed))}, and has {size:,} bytes; download or "
-                    "copy it again"
-                )
-
-
-def scan(path: Path, pickled: IO[bytes], size: int) -> int:
-    """Go through a pickle's instructions without executing them; -> the largest number in them. Raises ValueError if
-    they are invalid or end too early, and for a memo index beyond `size`, for which the unpickler would allocate."""
-    largest = 0
     for operation, argument, _ in pickletools.genops(pickled):
-        if isinstance(argument, int):
-            largest = max(largest, argument)
-            if operation.name == "LONG_BINPUT" and argument > size:
-                raise ValueError(f"it remembers {argument:,} objects")
-    return largest
+        # the unpickler would allocate for as many
+        if operation.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(pickled):
+            raise ValueError(f"it remembers {argument:,} objects")
+    Judge(path, pickled).load()
 
 
 def record_sizes(path: str | Path) -> Counter[int]:

@@ -67,7 +67,7 @@ def is_own(path: str | Path) -> bool:
 
 def read_states(path: str | Path) -> StateFile:
     """Read the StateFile at path."""
-    path = adapter_of_run(path)
+    path = adapter_of_run(path, tell=True)
     if is_own(path):
         adapter = read_own(path)
         others = [key for key in adapter.tensors if not is_time_state(key)]

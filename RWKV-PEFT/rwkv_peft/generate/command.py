@@ -43,7 +43,10 @@ def run(args: Namespace, sampling: Sampling) -> int:
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
-    rows, tools = read_rows(args), read_tools(args.tools) if args.tools else ""
+    tools = read_tools(args.tools) if args.tools else ""
+    rows: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt or ()]  # none with --chat
+    if args.prompt_file is not None:
+        rows = read_prompt_file(args.prompt_file)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     subject = load_subject(args, warn)
@@ -84,13 +87,6 @@ def run(args: Namespace, sampling: Sampling) -> int:
         read = prompts[0] + continuations[0].shown_tokens()
         save_state_file(args.save_state, prefill(model, [read], start)[1], model)
     return 0
-
-
-def read_rows(args: Namespace) -> list[dict[str, Any]]:
-    """Read [{"prompt": text, …}] from the flags; [] with --chat."""
-    if args.prompt_file is not None:
-        return read_prompt_file(args.prompt_file)
-    return [{"prompt": text} for text in args.prompt or ()]
 
 
 def warn(text: str) -> None:

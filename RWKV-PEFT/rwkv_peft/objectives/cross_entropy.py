@@ -25,7 +25,8 @@ Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
 class ChunkedHead(torch.autograd.Function):
-    """Sums of a Rule over the counted tokens: (k,), of which the first, the loss, has a gradient."""
+    """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
+    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
@@ -74,6 +75,7 @@ def linear_cross_entropy(
     count: float | Tensor,
     l2wrap: float = L2WRAP,
     weights: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Sum of the counted tokens' cross-entropy, each times its own of weights (B, T) if they are given, divided by
     `count`.
@@ -85,22 +87,9 @@ def linear_cross_entropy(
     float64 input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
+    parts (k, n) bool, if given, tells which of the counted targets are of each of k parts: the loss, which alone has a
+    gradient, is then followed by what each part adds to it: (1 + k,).
     """
-    return losses_by_part(hidden, weight, targets, counted, count, l2wrap, weights)[0]
-
-
-def losses_by_part(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    counted: Tensor,
-    count: float | Tensor,
-    l2wrap: float = L2WRAP,
-    weights: Tensor | None = None,
-    parts: Tensor | None = None,
-) -> Tensor:
-    """The loss of linear_cross_entropy, which alone has a gradient, followed by what each of k parts adds to it:
-    (1 + k,). parts (k, n) bool: which of the counted targets are of each part."""
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
     count, after = divisors(hidden, count)
@@ -116,20 +105,14 @@ def losses_by_part(
         return torch.cat([total[None], *of_parts]), grad
 
     sums = 1 if parts is None else 1 + len(parts)
-    return chunked_head(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    found = ChunkedHead.apply(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    return found[0] if parts is None else found
 
 
 def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """Split the division by `count` -> (the divisor before a head's gradient is formed, the one after). In float16 all
     of it comes after, with the loss scale, because numbers as small as 1 / count would vanish before."""
     return (1.0, count) if hidden.dtype == torch.float16 else (count, 1.0)
-
-
-def chunked_head(hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
-    """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
-    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
-    found: Tensor = ChunkedHead.apply(hidden, weight, counted, size, sums, rule)
-    return found
 
 
 class TokenLosses(torch.autograd.Function):
@@ -180,5 +163,4 @@ def weight_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Te
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """Each counted token's cross-entropy (n,), float32 or float64; arguments as in linear_cross_entropy."""
-    losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
-    return losses
+    return TokenLosses.apply(hidden, weight, targets, counted)

@@ -70,11 +70,7 @@ class Distill(Draws):
         "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
     )
     teacher_adapters: tuple[str, ...] = setting(
-        (),
-        "adapters to merge into the teacher, in memory and in this order",
-        flag="teacher_adapter",
-        nargs="+",
-        metavar="FILE",
+        (), "adapters to merge into the teacher, in memory and in this order", flag="teacher_adapter", metavar="FILE"
     )
     teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
     stored: str = setting(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
-from .cross_entropy import L2WRAP, chunk_rows, chunked_head, divisors
+from .cross_entropy import L2WRAP, ChunkedHead, chunk_rows, divisors
 
 
 class Stored(NamedTuple):
@@ -127,7 +127,7 @@ def linear_divergence(
         found, grad = of_logits(logits, said, targets[part], count, settings, own)
         return found, grad.to(logits.dtype)
 
-    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule) / after
+    return ChunkedHead.apply(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule) / after
 
 
 def taught_rows(vocabulary: int, on_gpu: bool) -> int:
@@ -173,4 +173,4 @@ def linear_entropy(hidden: Tensor, weight: Tensor, counted: Tensor, weights: Ten
         grad = p.mul_(log_p.add_(entropy[:, None])).mul_(-weights[part, None]) if gradient else None
         return (entropy * weights[part]).sum()[None], None if grad is None else grad.to(logits.dtype)
 
-    return chunked_head(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]
+    return ChunkedHead.apply(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 1, rule)[0]

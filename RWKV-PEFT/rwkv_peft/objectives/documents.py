@@ -32,32 +32,24 @@ def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     return (owned * values).sum(1)  # in the same order on every run, unlike index_add on a GPU
 
 
-def drawn_log_probabilities(through: Pass, batch: Batch, temperature: float) -> torch.Tensor:
-    """The log-probability of each drawn token (n,), answer by answer, at a temperature."""
-
-    def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return token_losses(x if temperature == 1 else x / temperature, weight, batch["targets"], batch["counted"])
-
-    return -through(head)
-
-
-def entropy_and_log_probabilities(
-    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor
+def drawn_log_probabilities(
+    through: Pass, batch: Batch, temperature: float, shares: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum () of the entropies at all drawn tokens, each times its answer's share (answers,); and the
-    log-probabilities of drawn_log_probabilities, in one pass."""
-    weights = shares.repeat_interleave(batch["lengths"], output_size=len(batch["counted"]))
+    """The log-probability of each drawn token (n,), answer by answer, at a temperature; before it, from the same pass,
+    the sum () of the entropies at these tokens, each times its answer's share (answers,), 0 without shares."""
 
     def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         warm = x if temperature == 1 else x / temperature
         losses = token_losses(warm, weight, batch["targets"], batch["counted"])
-        return torch.cat([linear_entropy(warm, weight, batch["counted"], weights)[None], -losses])
+        if shares is None:
+            return losses
+        weights = shares.repeat_interleave(batch["lengths"], output_size=len(losses))
+        return torch.cat([-linear_entropy(warm, weight, batch["counted"], weights)[None], losses])
 
-    found: torch.Tensor = through(head)
-    return found[0], found[1:]
+    found: torch.Tensor = -through(head)
+    return (found.new_zeros(()), found) if shares is None else (found[0], found[1:])
 
 
 def means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Means of values (n,) over answers of these lengths, in one order on every run, unlike a GPU's index_add."""
-    found: torch.Tensor = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
-    return found
+    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)

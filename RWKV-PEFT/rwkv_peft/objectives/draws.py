@@ -35,10 +35,7 @@ class Draws(Objective):
         type=above_zero,
     )
     top_p: float = setting(
-        1.0,
-        "prompts: draw from the most probable tokens that reach this probability together",
-        flag="top_p",
-        type=share,
+        1.0, "prompts: draw from the most probable tokens that reach this probability together", type=share
     )
     stop: tuple[str, ...] = setting(
         (),
@@ -46,7 +43,6 @@ class Draws(Objective):
         "and at the next turn of a known layout)",
         flag="draw_stop",
         type=stop_text,
-        nargs="+",
         metavar="TEXT",
     )
     batch: int = setting(64, "prompts: answers of a device that are drawn at a time", flag="draw_batch", type=positive)

@@ -93,17 +93,10 @@ class GRPO(Draws):
         (),
         "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
-        flag="reward",
-        nargs="+",
         metavar="REWARD",
     )
     weights: tuple[float, ...] = setting(
-        (),
-        "what each --reward is multiplied by (default: 1)",
-        flag="reward_weights",
-        type=finite,
-        nargs="+",
-        metavar="N",
+        (), "what each --reward is multiplied by (default: 1)", flag="reward_weights", type=finite, metavar="N"
     )
     iterations: int = setting(
         1,
@@ -117,31 +110,23 @@ class GRPO(Draws):
         "tell how far the model has come since",
         flag="draw_ahead",
         type=switch,
-        metavar="0|1",
     )
     kl_beta: float = setting(
-        0.0, "also keep the model near its base: weight of the estimated distance", flag="kl_beta", type=not_negative
+        0.0, "also keep the model near its base: weight of the estimated distance", type=not_negative
     )
     entropy_bonus: float = setting(
         0.0,
         "also keep the model from being sure too early: weight of the entropy of its next token, such as 0.01",
-        flag="entropy_bonus",
         type=not_negative,
     )
     clip_low: float | None = setting(
-        None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", flag="clip_low", type=not_negative
+        None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", type=not_negative
     )
     clip_high: float | None = setting(
-        None,
-        "a ratio above 1 plus this is clipped (default: --clip_low; else dapo 0.28, gspo 4e-4)",
-        flag="clip_high",
-        type=not_negative,
+        None, "a ratio above 1 plus this is clipped (default: --clip_low; else dapo 0.28, gspo 4e-4)", type=not_negative
     )
     mask_truncated: bool = setting(
-        False,
-        "answers that were cut at --max_completion_length are judged, and compared with, but not learned from",
-        flag="mask_truncated",
-        action="store_true",
+        False, "answers that were cut at --max_completion_length are judged, and compared with, but not learned from"
     )
 
     @property
@@ -176,18 +161,14 @@ class GRPO(Draws):
         return gains / ((gains**2).sum(1, keepdim=True) / others).sqrt().add(EPSILON)
 
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
-        from .documents import drawn_log_probabilities, entropy_and_log_probabilities, means
+        from .documents import drawn_log_probabilities, means
 
         lengths, form = batch["lengths"], FORMS[self.form]
         weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])
-        entropy: Tensor | float = 0.0
-        if self.entropy_bonus:
-            of_token = weight if self.form == "rloo" else weight / lengths
-            entropy, now = entropy_and_log_probabilities(passes.model, batch, self.draw_temperature, of_token)
-        else:
-            now = drawn_log_probabilities(passes.model, batch, self.draw_temperature)  # (n,)
+        of_token = (weight if self.form == "rloo" else weight / lengths) if self.entropy_bonus else None
+        entropy, now = drawn_log_probabilities(passes.model, batch, self.draw_temperature, of_token)  # now (n,)
         drawn = batch["old"] if "old" in batch else now.detach()
         cast("dict[str, Tensor]", batch)["old"] = drawn  # for the steps that learn from the same answers again
         each = means(now - drawn, lengths) if form.whole else now - drawn
@@ -208,7 +189,7 @@ class GRPO(Draws):
         }
         most = {"gap_max": gap.detach().max()}
         if self.asks_base:
-            difference = drawn_log_probabilities(passes.base, batch, self.draw_temperature) - now
+            difference = drawn_log_probabilities(passes.base, batch, self.draw_temperature)[1] - now
             figures["kl"] = distance = means(difference.exp() - difference - 1, lengths)
             losses = losses + self.kl_beta * distance * (lengths if self.form == "rloo" else 1)
         prompts = self.items(batch) / count

@@ -20,28 +20,28 @@ class NextToken(Objective):
     rows = ("binidx", "sft")
     of_tokens = True
 
-    def head(self, targets: "Tensor", counted: "Tensor", count: float, weights: "Tensor | None" = None) -> Head:
+    def head(
+        self,
+        targets: "Tensor",
+        counted: "Tensor",
+        count: float,
+        weights: "Tensor | None" = None,
+        parts: "Tensor | None" = None,
+    ) -> Head:
         """The loss of positions that count, as a function for a model's head; arguments as in linear_cross_entropy."""
         from .cross_entropy import linear_cross_entropy
 
-        return partial(linear_cross_entropy, targets=targets, counted=counted, count=count, weights=weights)
+        return partial(
+            linear_cross_entropy, targets=targets, counted=counted, count=count, weights=weights, parts=parts
+        )
 
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         """Its figures are the losses of several data files, "loss/NAME", of those that count in the step."""
         shares: Mapping[str, float] = cast(Any, batch).get("sources") or {}
+        of = (batch["targets"], batch["counted"], count, batch.get("weights"))
         if not shares:
-            return passes.model(self.head(batch["targets"], batch["counted"], count, batch.get("weights"))), {}
-        from .cross_entropy import losses_by_part
-
-        head = partial(
-            losses_by_part,
-            targets=batch["targets"],
-            counted=batch["counted"],
-            count=count,
-            weights=batch.get("weights"),
-            parts=batch["of_source"],
-        )
-        loss, *parts = passes.model(head)
+            return passes.model(self.head(*of)), {}
+        loss, *parts = passes.model(self.head(*of, batch["of_source"]))
         named = zip(shares.items(), parts)
         return loss, {f"loss/{name}": part.detach() / share for (name, share), part in named if share}
 

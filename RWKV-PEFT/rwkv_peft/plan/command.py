@@ -203,9 +203,6 @@ def disk(estimate: Estimate, base: Base | None) -> Iterator[str]:
     )
     for file in files:
         yield f"  {file.name:{COLUMN - 2}}{gib(file.size):>12} x {file.copies}"
-    if any(file.names > file.copies for file in files):
-        copied = sum(file.names * file.size for file in files)
-        yield f"a file with several names is there once; on a disk without hard links all of them take {gib(copied)}"
 
 
 def gib(size: float) -> str:

@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
     contents: dict[str, Path | bytes] = {path.name: path for path in paths}
     if source.is_dir():
         contents |= {name: source / name for name in (CARD, PICTURE) if (source / name).is_file()}
-    card = source / CARD
-    if CARD not in contents or (is_own(card) and f"`{paths[0].name}`" not in card.read_text("utf-8")):
+    card, first = source / CARD, paths[0]
+    of_other = first.suffix in (".safetensors", ".pth") and CARD in contents and is_own(card)
+    if CARD not in contents or (of_other and f"`{first.name}`" not in card.read_text("utf-8")):
         contents[CARD] = card_of(args.repo, paths).encode()
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size

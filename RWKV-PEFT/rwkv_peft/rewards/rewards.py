@@ -1,15 +1,14 @@
 """The rewards of a run: several judges of answers, and the weighted sum of what they say."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .reward import Answer, beginning
-from .workers import Failure, Place, Worker, replies
+from .workers import Failure, Place, Worker
 
 SECONDS = 60.0  # that a call of a reward may take
 ROWS = 1000  # rows that are checked at a time
@@ -23,42 +22,38 @@ class Judged(NamedTuple):
 
 
 class Rewards:
-    """Judges answers in processes of its own, from `Rewards.open` on. names are those of the rewards, in order."""
+    """Judges answers in a process of its own, from `Rewards.open` on. names are those of the rewards, in order."""
 
-    def __init__(
-        self, specs: Sequence[str], weights: Sequence[float], workers: Sequence[Worker], listener: Executor
-    ) -> None:
-        self.specs, self.weights, self.workers, self.listener = specs, weights, workers, listener
-        self.asked: Future[list[Any]] | None = None
+    def __init__(self, specs: Sequence[str], weights: Sequence[float], worker: Worker, listener: Executor) -> None:
+        self.specs, self.weights, self.worker, self.listener = specs, weights, worker, listener
+        self.asked: Future[Any] | None = None
         try:
-            self.names = numbered(replies(workers)[0])
+            self.names = numbered(worker.reply())
         except Failure as failure:
             raise self.refusal(failure) from None
 
     @classmethod
     @contextmanager
     def open(
-        cls, specs: Sequence[str], weights: Sequence[float] = (), *, timeout: float = SECONDS, workers: int = 1
+        cls, specs: Sequence[str], weights: Sequence[float] = (), *, timeout: float = SECONDS
     ) -> "Iterator[Rewards]":
-        """Open the rewards that the words of --reward name, with a weight each (1 if none are given), in so many
-        processes, which share the answers of a call. A reward may take `timeout` seconds for the answers that it is
-        given at once: a process's share if it is a function, else one. Raises UserError for what is wrong with a word,
-        and with what it names."""
-        with ExitStack() as held:
-            listener = held.enter_context(ThreadPoolExecutor(1, "rewards"))  # which ends when the processes have
-            begun = []
-            for _ in range(workers):
-                begun.append(Worker(specs, timeout))
-                held.callback(begun[-1].stop)
-            yield cls(specs, weights or [1.0] * len(specs), begun, listener)
+        """Open the rewards that the words of --reward name, with a weight each (1 if none are given). A reward may take
+        `timeout` seconds for the answers that it is given at once: all of a call if it is a function, else one. Raises
+        UserError for what is wrong with a word, and with what it names."""
+        with ThreadPoolExecutor(1, "rewards") as listener:  # which ends when the process has
+            worker = Worker(specs, timeout)
+            try:
+                yield cls(specs, weights or [1.0] * len(specs), worker, listener)
+            finally:
+                worker.stop()
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raise UserError for the first row to which a reward cannot judge answers, with its number from 1."""
         waiting, first = iter(rows), 0
         while part := list(islice(waiting, ROWS)):
-            self.workers[0].send("check", part, first)
+            self.worker.send("check", part, first)
             try:
-                replies(self.workers[:1])
+                self.worker.reply()
             except Failure as failure:
                 raise self.refusal(failure, f"row {failure.place.first + 1}: ") from None
             first += len(part)
@@ -72,22 +67,19 @@ class Rewards:
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Callable[[], Judged]:
         """Begin to judge completions, as judge does, once those that were asked about before are judged -> a function
-        that waits for the judgement. A thread listens to the processes meanwhile."""
+        that waits for the judgement. A thread listens to the process meanwhile."""
         answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
-        share = max(1, math.ceil(len(answers) / len(self.workers)))
-        firsts = range(0, len(answers), share)
         if self.asked is not None:
             wait([self.asked])
-        for worker, first in zip(self.workers, firsts):
-            worker.send("judge", answers[first : first + share], first)
-        asked = self.asked = self.listener.submit(replies, self.workers[: len(firsts)])
+        self.worker.send("judge", answers)
+        asked = self.asked = self.listener.submit(self.worker.reply)
 
         def judgement() -> Judged:
             try:
                 found = asked.result()
             except Failure as failure:
                 raise self.refusal(failure, told_place(answers, failure.place)) from None
-            each = {name: [value for part in found for value in part[n]] for n, name in enumerate(self.names)}
+            each = dict(zip(self.names, found))
             return Judged([self.total(values) for values in zip(*each.values())], each)
 
         return judgement

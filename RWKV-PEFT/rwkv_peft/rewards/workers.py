@@ -1,4 +1,4 @@
-"""Processes that judge answers (child.py), each with a limit of time."""
+"""The process that judges answers (child.py), with a limit of time."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe
 from typing import Any, NamedTuple
 
 from ..children import python_command
@@ -48,7 +48,7 @@ class Worker:
             )
         self.limit, self.since = max(seconds, LOADING), time.monotonic()
 
-    def send(self, kind: str, work: Sequence[object], first: int) -> None:
+    def send(self, kind: str, work: Sequence[object], first: int = 0) -> None:
         """Send a request about items, of which `first` come before. A process that is gone is noticed by its reply."""
         self.first, self.place = first, Place(0, first, first + len(work) - 1)
         self.limit, self.since = self.seconds, time.monotonic()
@@ -60,19 +60,21 @@ class Worker:
         """The seconds that are left for what the process is at."""
         return max(0.0, self.since + self.limit - time.monotonic())
 
-    def receive(self) -> tuple[Any] | None:
-        """Read a message: (the reply,), or None if it says what the process is at. Raises Failure if it is gone."""
-        try:
-            kind, told = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise Failure(self.place, self.ending()) from None
-        if kind == "failed":
-            raise Failure(self.place, told)
-        if kind == "done":
-            return (told,)
-        reward, first, last = told
-        self.place, self.since = Place(reward, self.first + first, self.first + last), time.monotonic()
-        return None
+    def reply(self) -> Any:
+        """Wait for the reply. Raises Failure if the process fails, takes too long, or is gone."""
+        while True:
+            if not self.pipe.poll(self.left):
+                raise Failure(self.place, f"it takes longer than {self.limit:g} seconds; make it faster")
+            try:
+                kind, told = self.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise Failure(self.place, self.ending()) from None
+            if kind == "failed":
+                raise Failure(self.place, told)
+            if kind == "done":
+                return told
+            reward, first, last = told
+            self.place, self.since = Place(reward, self.first + first, self.first + last), time.monotonic()
 
     def ending(self) -> str:
         """Say how the process ended."""
@@ -91,20 +93,3 @@ class Worker:
         self.pipe.close()
         assert self.process.stdin is not None
         self.process.stdin.close()
-
-
-def replies(workers: Sequence[Worker]) -> list[Any]:
-    """Wait for the reply of each of the workers. Raises Failure for the first that fails or takes too long."""
-    waiting: dict[Connection[Any, Any], int] = {worker.pipe: number for number, worker in enumerate(workers)}
-    found: dict[int, Any] = {}
-    while waiting:
-        late = min((workers[number] for number in waiting.values()), key=lambda worker: worker.left)
-        ready = wait(list(waiting), late.left)
-        if not ready:
-            raise Failure(late.place, f"it takes longer than {late.limit:g} seconds; make it faster")
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            reply = workers[waiting[pipe]].receive()
-            if reply is not None:
-                (found[waiting.pop(pipe)],) = reply
-    return [found[number] for number in range(len(workers))]

@@ -19,6 +19,7 @@ from ..names import CARD, METRICS
 from ..serve.body import Body
 from .chat import ask, serve
 from .form import chat_form, form
+from .guard import FILES
 from .jobs import Jobs, interrupt
 from .lines import last_of, lines_of, read
 from .pace import measured
@@ -94,11 +95,11 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
     def about() -> dict[str, Any]:
         return {"version": __version__, "root": str(places.root), "form": form(), "chat": chat_form()}
 
-    @app.get("/api/files")
+    @app.get(FILES)
     def files(path: str = "") -> list[dict[str, Any]]:
         return places.entries(path)
 
-    @app.post("/api/files")
+    @app.post(FILES)
     async def upload(request: Request, name: str, begin: int, size: int) -> dict[str, str]:
         return {"name": uploads.take(name, begin, size, await request.body())}
 

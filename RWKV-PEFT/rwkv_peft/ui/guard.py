@@ -14,6 +14,7 @@ from ..serve.guard import App, Gate, Guard, Message, Receive, Send
 from ..serve.refused import Refused
 
 MOST_BYTES = 1 << 20  # of a request's body
+FILES = "/api/files"  # takes the bytes of files
 PATIENCE = 60.0  # seconds for a client that is slow
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'"),
@@ -44,6 +45,9 @@ class PageGate(Gate):
         if not hmac.compare_digest(given.encode("utf-8", "replace"), str(self.key).encode()):
             raise Refused(403, "open the address that rwkv-peft ui printed, with its key")
         self.judge_size(headers)
+
+    def is_json(self, path: str) -> bool:
+        return path != FILES
 
     @property
     def too_large(self) -> Refused:

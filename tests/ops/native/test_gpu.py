@@ -21,7 +21,7 @@ def compiler(version, architectures=CUDA_12_8):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [("device", ctypes.c_int)]
+    _fields_ = [("sizes", ctypes.c_int)]
 
 
 @pytest.fixture

@@ -26,20 +26,14 @@ def apply_to_tokens(
     function: type[Function], x: Tensor, base: Frozen, *params: Tensor, extra: tuple[Any, ...] = ()
 ) -> Tensor:
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
-    if autocasts(x):
-        kind = x.device.type
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             return apply_to_tokens(function, x, base, *params, extra=extra)
     params = tuple(param.to(x.dtype) for param in params)
     y: Tensor = function.apply(flat(x), base.weight, base.bias, *params, base.product, *extra)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def autocasts(x: Tensor) -> bool:
-    """True if autocast is on for x's device."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -33,10 +33,7 @@ class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
     _fields_ = fields(
-        "x bone deferred z shift d dx g parts tile tiled total",
-        "tokens count",
-        "factor",
-        "width rank groups strip device",
+        "x bone deferred z shift d dx g parts tile tiled total", "tokens count", "factor", "width rank groups strip"
     )
 
 

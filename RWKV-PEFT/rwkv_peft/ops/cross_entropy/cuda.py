@@ -15,7 +15,7 @@ KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 class CrossEntropyArguments(ctypes.Structure):
     """The structure of the same name in cuda/cross_entropy/arguments.cuh."""
 
-    _fields_ = fields("logits gradient targets losses", "vocabulary", "scale pull", "device")
+    _fields_ = fields("logits gradient targets losses", "vocabulary", "scale pull", "")
 
 
 def takes(logits: Tensor) -> bool:

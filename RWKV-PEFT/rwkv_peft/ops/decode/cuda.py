@@ -23,7 +23,7 @@ KERNELS = (
 class DecodeArguments(ctypes.Structure):
     """The structure of the same name in cuda/decode/arguments.cuh."""
 
-    _fields_ = fields("x words y", "in_features out_features", flags="rows device")
+    _fields_ = fields("x words y", "in_features out_features", flags="rows")
 
 
 def product(x: Tensor, weight: Blocks) -> Tensor:

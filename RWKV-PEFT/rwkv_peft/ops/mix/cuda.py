@@ -91,7 +91,6 @@ class MixArguments(ctypes.Structure):
         ("tokens", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in _NUMBERS.split()),
         ("eps", ctypes.c_float),
-        ("device", ctypes.c_int),
     ]
 
 

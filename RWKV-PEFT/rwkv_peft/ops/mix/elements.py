@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded, rows_of, sums_like
+from .functions import call, differentiable_once, rounded, rows_of
 from .operations import OPERATIONS, Operation, class_name
 
 
@@ -30,7 +30,8 @@ def _function(name: str, op: Operation) -> type[Function]:
         saved = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in saved[: len(op.inputs)]]
         parameters = saved[len(op.inputs) :]
-        sums = sums_like(parameters, any(ctx.needs_input_grad[1 + len(op.inputs) :]))
+        wanted = any(ctx.needs_input_grad[1 + len(op.inputs) :])
+        sums = [torch.empty_like(x, dtype=torch.float32) if wanted else None for x in parameters]
         names = [*op.saved, *(name for names in op.gradients for name in names)]
         call(f"{name}_backward", saved[0], dict(zip(names, (*saved, *grads, *gradients, *sums))), **ctx.sizes)
         return None, *gradients, *rounded(sums, saved[0].dtype)

@@ -76,11 +76,6 @@ def room_like(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.empty_like(x)
 
 
-def sums_like(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor | None]:
-    """Empty float32 tensors for parameters' gradients, which are sums over tokens; None for each if not wanted."""
-    return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
-
-
 def rounded(sums: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Convert such sums to the parameters' dtype; None stays."""
+    """Convert parameters' gradients, which are float32 sums over tokens, to a dtype; None stays."""
     return [None if x is None else x.to(dtype) for x in sums]

@@ -62,13 +62,6 @@ def fit(low: Tensor | None, up: Tensor | None) -> bool:
     return low.shape[-1] == up.shape[0] * up.shape[1]
 
 
-def offsets_of(low: Tensor, up: Tensor) -> Tensor:
-    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B, T, C)."""
-    B, T, _ = low.shape
-    m, K, C = up.shape
-    return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
-
-
 def fused(first: Tensor, *others: Tensor | None) -> bool:
     """True if tensors (None: not given) go through a kernel: the one place that decides."""
     return cpu.FAMILY.takes(first, *others) if first.is_cpu else cuda.takes(first, *others)
@@ -96,7 +89,8 @@ def lerp(
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
-    weights = maa if low is None or up is None else maa[:, None, None] + offsets_of(low, up)
+    added = gpu_lerp.offsets(low, up)  # (m, B T, C)
+    weights = maa if added is None else maa[:, None, None] + added.view(-1, *x.shape)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
 
 

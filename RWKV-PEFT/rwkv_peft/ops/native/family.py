@@ -85,7 +85,7 @@ class CudaFamily:
         if like.is_meta or not blocks:
             return
         values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
-        arguments = self.structure(**values, device=like.device.index or 0)
+        arguments = self.structure(**values)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             status = self.kernels(like.device.index).run(name, arguments, blocks, block, stream(like))
         if status != 0:

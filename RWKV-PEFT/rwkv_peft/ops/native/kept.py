@@ -76,10 +76,5 @@ def is_whole(path: Path) -> bool:
     return content[-SEAL:] == _seal(content[:-SEAL])
 
 
-def content_of(path: Path) -> bytes:
-    """The bytes of a file that is whole, without its seal."""
-    return path.read_bytes()[:-SEAL]
-
-
 def _seal(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()

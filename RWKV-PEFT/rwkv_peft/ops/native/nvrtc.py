@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .kept import cache_directory, content_of, make_once
+from .kept import SEAL, cache_directory, make_once
 from .library import BuildError
 from .sources import included_files, source_directory
 
@@ -103,7 +103,7 @@ def cubin(name: str, source: str, architecture: str, compiler: Nvrtc, anew: bool
         if anew:
             cached.unlink(missing_ok=True)
         make_once(cached, f"{name}_{architecture}", make)
-        return content_of(cached)
+        return cached.read_bytes()[:-SEAL]
     except OSError as error:
         raise BuildError(
             f"cannot keep the CUDA kernels at {cached}: {error}; make that folder writable, or point XDG_CACHE_HOME "

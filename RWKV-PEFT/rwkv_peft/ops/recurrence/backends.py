@@ -3,38 +3,24 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
+from .chunked import Chunked
+from .cpu import CpuRecurrence
+from .cuda import CudaRecurrence
 
 KERNELS = ("cpu", "cuda")  # backends for the type of device that they are named after; others are for any device
 FALLBACK = "chunked"  # the backend that "auto" takes if there is no kernel
 
 
-class Backend(Protocol):
-    """One way to compute a recurrence, with its own backward. level: the instruction set of a CPU kernel, or ""."""
-
-    @property
-    def unavailable(self) -> Callable[[str], str | None]:
-        """(level) -> None if it can be used, else the reason and the remedy."""
-
-    @property
-    def checkpoint_count(self) -> Callable[[Tensor, int], int]:
-        """(a tensor (B, T, H, N), sequences) -> the number of states (H, N, N) that forward saves for backward."""
-
-    @property
-    def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """(*inputs, state, cu_seqlens, save=, level=) -> y, final state, checkpoints."""
-
-    @property
-    def backward(self) -> Callable[..., tuple[Tensor, ...]]:
-        """(*inputs, state, cu_seqlens, checkpoints, gy, gfinal, level=) -> gradients of the inputs and of the state."""
+# One way to compute a recurrence, with its own backward. unavailable(level) -> None if it can be used, else the reason
+# and the remedy; checkpoint_count(a tensor (B, T, H, N), sequences) -> the number of states that forward saves.
+Backend = Chunked | CpuRecurrence | CudaRecurrence
 
 
 class Backends:
@@ -61,7 +47,8 @@ class Backends:
     @functools.cache  # noqa: B019 - a Backends lives as long as its module
     def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
         """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
-        with _current_gpu(device_type, index):
+        is_gpu = device_type == "cuda" and index is not None
+        with torch.cuda.device(index) if is_gpu else nullcontext():  # which backends are asked about
             return self._resolve_here(backend, device_type, dtype)
 
     def _resolve_here(self, backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -108,8 +95,3 @@ class Backends:
         chosen = device_type if reason is None else FALLBACK
         logging.getLogger(__name__).info("%s takes backend %r for tensors on %s", self.op, chosen, device_type)
         return chosen
-
-
-def _current_gpu(device_type: str, index: int | None) -> AbstractContextManager[object]:
-    """A context in which a GPU is the current one, which backends are asked about; does nothing for other devices."""
-    return torch.cuda.device(index) if device_type == "cuda" and index is not None else nullcontext()

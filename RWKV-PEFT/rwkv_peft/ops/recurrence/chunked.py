@@ -47,12 +47,11 @@ class Chunked:
         """tensors: the inputs; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None -> y, final state, the
         states that the segments begin with (none unless `save`)."""
         call, shared, r = *self._call(*tensors), tensors[0]
-        at = call.layout
-        count = self.checkpoint_count(r, at.states) if save else 0
-        checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
-        kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
+        count = self.checkpoint_count(r, call.sequences) if save else 0
+        checkpoints = call.initial.new_zeros(count, call.H, call.N, call.N)
+        kept = checkpoints.view(-1, call.B * call.H, call.N, call.N)
         final, y = torch.empty_like(call.initial), call.empty(r)
-        starts, ends = call.parts(call.initial, at.starts), call.parts(final, at.ends)
+        starts, ends = call.parts(call.initial, call.starts), call.parts(final, call.ends)
         S = starts[0]
         for number, (first, after) in enumerate(call.segments()):
             if save:
@@ -60,7 +59,7 @@ class Chunked:
             p = self.prepare(*call.taken(first, after), *shared)
             read, S = self.states(p, first, S, starts, ends)
             call.put(y, first, after, self.output(p, *read))
-        return at.cut(y).contiguous(), final, checkpoints
+        return call.cut(y).contiguous(), final, checkpoints
 
     def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
         """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
@@ -68,12 +67,12 @@ class Chunked:
         segment."""
         *given, checkpoints, gy, gfinal = tensors
         call, shared, r = *self._call(*given), given[0]
-        at, rows = call.layout, given[: len(self.fillers)]
-        kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
-        gy = at.pad(torch.zeros_like(r) if gy is None else gy)
+        rows = given[: len(self.fillers)]
+        kept = checkpoints.view(-1, call.B * call.H, call.N, call.N)
+        gy = call.pad(torch.zeros_like(r) if gy is None else gy)
         gfinal, gstate = call.states(gfinal, r), torch.empty_like(call.initial)
-        starts, begun = call.parts(call.initial, at.starts), call.parts(gstate, at.starts)
-        ended = call.parts(gfinal, at.ends)
+        starts, begun = call.parts(call.initial, call.starts), call.parts(gstate, call.starts)
+        ended = call.parts(gfinal, call.ends)
         outs, totals = [call.empty(x) for x in rows], [torch.zeros_like(x) for x in shared]
         dS = torch.zeros_like(kept[0])
         for number, (first, after) in reversed(list(enumerate(call.segments()))):
@@ -84,13 +83,13 @@ class Chunked:
                 call.put(out, first, after, x)
             for total, x in zip(totals, gradients[len(rows) :]):
                 total += x
-        of_shared = (x.view(at.B, at.H, at.N).sum(0).to(given[len(rows)].dtype) for x in totals)
-        return *(at.cut(x).contiguous() for x in outs), *of_shared, gstate
+        of_shared = (x.view(call.B, call.H, call.N).sum(0).to(given[len(rows)].dtype) for x in totals)
+        return *(call.cut(x).contiguous() for x in outs), *of_shared, gstate
 
     def _call(self, *tensors: Any) -> tuple[Call, list[Tensor]]:
         """The Call of forward's tensors, and the shared ones for each row and head, (B H, 1, 1, N)."""
         *inputs, state, cu_seqlens = tensors
         rows, shared = inputs[: len(self.fillers)], inputs[len(self.fillers) :]
         call = Call(rows, self.fillers, state, cu_seqlens, self.segment(rows[0].shape[0]))
-        B, H, N = call.layout.B, call.layout.H, call.layout.N
+        B, H, N = call.B, call.H, call.N
         return call, [x.to(call.dtype).expand(B, H, N).reshape(-1, 1, 1, N) for x in shared]

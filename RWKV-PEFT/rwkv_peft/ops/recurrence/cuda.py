@@ -15,7 +15,7 @@ from ..native.kernels import Block
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 
-INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
+INTEGERS = ("sequences", "length", "heads", "head_size", "group", "groups")
 CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest
 WAYS = ("forward", "backward")
 

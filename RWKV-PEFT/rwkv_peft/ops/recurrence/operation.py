@@ -43,7 +43,9 @@ class Recurrence:
         leaves = tensors if state is None else [*tensors, state]
         _refuse_tangents(self.signature.op, leaves, chosen)
         save = torch.is_grad_enabled() and any([x.requires_grad for x in leaves])
-        if _is_traced(v):
+        # Under torch.compile, FakeTensor or the meta device the operator must be seen. Other calls go straight to the
+        # kernel, because on a single step of generation the operator costs as much again.
+        if torch.compiler.is_compiling() or type(v) is not Tensor or v.device.type == "meta":
             y, final_state, _ = self.operators.forward(*tensors, state, cu_seqlens, save, chosen)
             return y.to(v.dtype), final_state
         kernels, level = self.backends[chosen]
@@ -66,12 +68,6 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
         if x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype
-
-
-def _is_traced(x: Tensor) -> bool:
-    """True if x stands for a tensor under torch.compile, FakeTensor or the meta device, which must see the operator.
-    Other calls go straight to the kernel, because on a single step of generation the operator costs as much again."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
 
 
 def _refuse_tangents(op: str, inputs: Sequence[Tensor], backend: str) -> None:

@@ -4,36 +4,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ...cli import counted
+from ...evals.exam import Exam, RowsExam
+from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
 from ..saving.history import write_records
-from .examiner import Answer, Exam, Judged, answers_of
+from .examiner import Answer, answers_of
 
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
 NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
 
 
-class Rows(Exam, Protocol):
-    """An exam of rows of the data (evals/exam.py): `prompts` are their texts, `kinds` name the data that each
-    comes from, and digest is equal for equal rows."""
-
-    prompts: list[str]
-    kinds: list[str]
-
-    @property
-    def digest(self) -> str: ...
-
-    def answer(self, number: int) -> dict[str, str]:
-        """The row's own answer, {"text", "end"}."""
-
-
 class Questions(NamedTuple):
     """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
 
-    exams: Mapping[str, Judged]
-    rows: Rows | None
+    exams: Mapping[str, Exam | HarnessExam]
+    rows: RowsExam | None
 
 
 class BeforeAfter:
@@ -43,7 +31,7 @@ class BeforeAfter:
     first step: it reads there what the run answered when it began.
     """
 
-    def __init__(self, exam: Rows, path: Path, watch: Watch, compiles: bool, anew: bool) -> None:
+    def __init__(self, exam: RowsExam, path: Path, watch: Watch, compiles: bool, anew: bool) -> None:
         self.exam, self.path, self.anew = exam, path, anew
         self.ask = partial(answers_of, exam, watch, compiles)
         self.records: list[dict[str, Any]] = []
@@ -102,7 +90,7 @@ class BeforeAfter:
                 yield f"  after   {quoted(record['after'])}"
 
 
-def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
+def read_before(path: Path, exam: RowsExam) -> Sequence[Answer | None]:
     """Read the answers before training from a run's file; None for each row if it is gone, damaged or of others."""
     unknown = [None] * len(exam)
     try:

@@ -1,37 +1,20 @@
 """Ask the model questions while it trains, score its answers and write them to a file."""
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
 from ...config import TrainConfig
+from ...evals.exam import Exam, RowsExam
+from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 
 Answer = dict[str, Any]  # its "number" is that of the question
-
-
-class Exam(Protocol):
-    """Questions for a model in training: evals/exam.py and evals/harness_exam.py have them."""
-
-    def __len__(self) -> int: ...
-
-    def ask(self, model: Any, rank: int, ranks: int) -> Iterator[Answer]: ...
-
-
-class Judged(Exam, Protocol):
-    """An Exam whose answers are scored; digest is equal for equal questions."""
-
-    @property
-    def digest(self) -> str: ...
-
-    def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
-        """Return numbers for the metrics by name, records for a file of JSON lines, and lines of text to print."""
 
 
 class Examiner:
@@ -42,7 +25,7 @@ class Examiner:
     hears of every answer.
     """
 
-    def __init__(self, exam: Judged, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
+    def __init__(self, exam: Exam | HarnessExam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, path, watch
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
         self.plan = plan
@@ -63,7 +46,9 @@ class Examiner:
         return metrics, words
 
 
-def answers_of(exam: Exam, watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str) -> list[Answer]:
+def answers_of(
+    exam: Exam | RowsExam | HarnessExam, watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str
+) -> list[Answer]:
     """Have the model answer an exam, each rank a share of it -> all answers, on every rank, in the order of the
     questions. compiles: the run compiles blocks; doing: what the watch hears of each answer."""
     records: list[Answer] = []

@@ -37,8 +37,7 @@ def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
     would have ended."""
     found = []
     for record in read_metrics(path) if path.exists() else ():
-        samples = record.get("samples", (record["step"] + 1) * plan.step_samples)  # earlier versions wrote none
-        if since < samples <= plan.first_sample:
+        if since < (samples := record.get("samples", 0)) <= plan.first_sample:
             found.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
     return found
 

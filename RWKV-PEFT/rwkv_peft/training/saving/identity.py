@@ -12,16 +12,14 @@ from ...config import AdapterConfig, DataConfig, RunConfig, to_json
 from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...errors import UserError, told
-from ...objectives import takers_of
 from ...tables import OPTIMS
-from .run_state import STATE, UNREADABLE, is_of_deepspeed, read_state, remedy_of, require_files
+from .run_state import OPTIMIZER, STATE, UNREADABLE, read_state, remedy_of, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
 SAME_OPTIMIZER = ("precision", "optim")  # what it must share, too, to keep the optimizer's state,
 SAME_RANKS = ("strategy", "world_size")  # and this, if it is kept by ranks
 HASHES = MappingProxyType({"content": "tokens", "counted": "loss mask", "files": "files"})
-NEW = ("counted", "files")  # entries of the data that earlier versions did not record
 
 
 def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
@@ -62,39 +60,41 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     what only the optimizer's state needs."""
     now = json.loads(json.dumps(now))
     try:
-        state = read_state(checkpoint)
+        state = {"teacher": ""} | read_state(checkpoint)  # 0.2.0 had none
+        # a setting that the saved run did not know had its default
+        defaults = {name: value for name, value in json.loads(to_json(DataConfig())).items() if name in now["data"]}
+        state["data"] = defaults | state["data"]
+        if mix := state["data"].get("mix"):
+            state["data"]["mix"] = shares_of(mix)
+        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+        if not fresh_optimizer and not (checkpoint / OPTIMIZER).is_dir():
+            raise UserError(
+                f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; "
+                "add --fresh_optimizer: weights and place in the data go on"
+            )
+        require_files(checkpoint, state["files"], fresh_optimizer)
+        other = OPTIMS.get(now["optim"])
+        of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
+        different = [key for key in SAME + (() if fresh_optimizer else of_optimizer) if state[key] != now[key]]
+    except UserError:
+        raise
     except UNREADABLE as error:
         raise UserError(
             f"{checkpoint}/{STATE} cannot be read ({told(error)}); {remedy_of(checkpoint, False)}"
         ) from error
-    # earlier versions recorded neither sizes nor data, nor where validation on other data had begun, and had one
-    # objective for each --data_type, one optimizer, and no teacher
-    state = {"files": {}, "data": now["data"], "validated_from": 0, "teacher": "", "optim": "adamw"} | state
-    state.setdefault("objective", (*takers_of(state["data"].get("data_type", DataConfig.data_type)), "")[0])
-    require_files(checkpoint, state["files"], fresh_optimizer)
-    # a setting that the saved run did not know had its default
-    defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
-    state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
-    if mix := state["data"].get("mix"):
-        state["data"]["mix"] = shares_of(mix)
-    state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    other = OPTIMS.get(now["optim"])
-    by_ranks = is_of_deepspeed(checkpoint) or (other is not None and not other.by_parameter)
-    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if by_ranks else ())
-    for key in SAME + (() if fresh_optimizer else of_optimizer):
-        if state[key] != now[key]:
-            raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {told_difference(key, state[key], now[key])}; "
-                + (
-                    "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
-                    "data go on"
-                    if key in of_optimizer
-                    else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
-                    "train this adapter on other data"
-                    if key == "data"
-                    else "give the first run's flags, or another --proj_dir"
-                )
+    for key in different:
+        raise UserError(
+            f"--resume: the run in {checkpoint.parent.parent} has {told_difference(key, state[key], now[key])}; "
+            + (
+                "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go "
+                "on"
+                if key in of_optimizer
+                else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to train "
+                "this adapter on other data"
+                if key == "data"
+                else "give the first run's flags, or another --proj_dir"
             )
+        )
     return state
 
 

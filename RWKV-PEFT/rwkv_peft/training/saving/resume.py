@@ -14,7 +14,7 @@ from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
 from .history import Lowest
 from .identity import read_run_state
 from .products import newest_name
-from .run_state import UNREADABLE, load_state
+from .run_state import UNREADABLE, read_state
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
@@ -54,9 +54,8 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
     the samples a step that it had, the number of ranks for which its flags are meant, a note in a list if the passes
     are not the flags'). Raises UserError if none do."""
     state = {} if train.fresh_optimizer else state_to_resume(train)
-    # earlier versions did not record the size of a step, and had no ranks that share rows
-    before, samples = state.get("row_groups", state.get("world_size")), state.get("step_samples")
-    if before == ranks or not isinstance(before, int) or not isinstance(samples, int) or samples < 1:
+    before, samples = state.get("row_groups"), state.get("step_samples")
+    if before == ranks or before is None or samples is None:  # it begins, or 0.2.0 began it
         return train, ranks, []
     passes, rest = divmod(samples, micro_bsz * ranks)
     if rest or not passes:
@@ -77,9 +76,8 @@ def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[Tra
 
 def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
     """Return the DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
-    before = state_to_resume(train).get("data")
-    kept = before.get("rows_share_batches") if isinstance(before, dict) else None
-    return replace(data, bucketed=kept) if isinstance(kept, bool) else data
+    before = state_to_resume(train).get("data", {})
+    return replace(data, bucketed=before["rows_share_batches"]) if "rows_share_batches" in before else data
 
 
 def state_to_resume(train: TrainConfig) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def state_to_resume(train: TrainConfig) -> dict[str, Any]:
     read_run_state tells."""
     checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume else None
     try:
-        return {} if checkpoint is None else load_state(checkpoint)
+        return {} if checkpoint is None else read_state(checkpoint)
     except UNREADABLE:
         return {}
 
@@ -95,15 +93,13 @@ def state_to_resume(train: TrainConfig) -> dict[str, Any]:
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:
     """The sample after which a run's validations are on the data with the hash `validation`; state is the state.json of
     the checkpoint that the Plan goes on from, or None."""
-    if state is None or state.get("validation", validation) != validation:  # earlier versions did not record it
-        return plan.first_sample
-    return state["validated_from"]
+    return plan.first_sample if state is None or state["validation"] != validation else state["validated_from"]
 
 
 def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
     """Return a note, as a list, if a run that goes on measures --retain_data on other data than before: its hash in
     `state` differs from `retained`, and neither is "" (no data)."""
-    before = "" if state is None else state.get("retained", "")  # earlier versions did not record it
+    before = "" if state is None else state["retained"]
     if not before or retained in ("", before):
         return []
     return ["note: --retain_data is another than before; retain_start and each retain_loss so far are of other samples"]

@@ -41,7 +41,7 @@ from .checkpoints import (
 from .optimizer_files import SavedOptimizer, write_pieces
 from .partitions import averaged, codes_of, is_by_parameter, pieces_of, steps_taken, take_up
 from .products import Products, keeps_all, model_dtypes, share_file
-from .run_state import OPTIMIZER, STATE, is_of_deepspeed, read_state, record_of, write_state
+from .run_state import OPTIMIZER, STATE, read_state, record_of, write_state
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
@@ -206,7 +206,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     this run's flags.
 
     Frozen parameters come from the base, and the list in state.json shows that nothing else is missing. Raises
-    UserError if this run trains other parameters or, in a checkpoint of earlier versions, in other groups.
+    UserError if this run trains other parameters, or in other groups if the state is kept by ranks.
     """
     state = read_state(checkpoint)
     saved, now = state["trained"], trained_names(lit)
@@ -219,23 +219,16 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     lit.compute.restore(checkpoint)
     lit.compute.figures = state.get("figures", {})  # earlier versions wrote none
     optimizer = trainer.optimizers[0]
-    by_ranks = is_of_deepspeed(checkpoint) or not is_by_parameter(optimizer)
-    if by_ranks and state.get("groups", grouped_names(lit)) != grouped_names(lit):  # the first versions recorded none
+    if not is_by_parameter(optimizer) and state["groups"] != grouped_names(lit):
         raise UserError(
             f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's; "
             "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
         )
-    if is_of_deepspeed(checkpoint):
-        from .deepspeed_files import load_deepspeed
-
-        steps = load_deepspeed(checkpoint, optimizer, trainer.global_rank, trainer.world_size)
-    else:
-        found = SavedOptimizer(checkpoint)
-        for piece in pieces_of(optimizer, lit.model.named_parameters()):
-            found.fill(piece)
-        found.fill_codes(trainer.global_rank, codes_of(optimizer))
-        go_on_with(optimizer, found.scale)
-        steps = found.steps
-    take_up(optimizer, steps)
+    found = SavedOptimizer(checkpoint)
+    for piece in pieces_of(optimizer, lit.model.named_parameters()):
+        found.fill(piece)
+    found.fill_codes(trainer.global_rank, codes_of(optimizer))
+    go_on_with(optimizer, found.scale)
+    take_up(optimizer, found.steps)
     if isinstance(optimizer.optimizer, Averaging):
-        optimizer.optimizer.go_on(lit.lr_at(step) for step in range(lit.step - steps, lit.step))
+        optimizer.optimizer.go_on(lit.lr_at(step) for step in range(lit.step - found.steps, lit.step))

@@ -44,8 +44,7 @@ class Contexts:
         if texts := seen.get("contexts"):
             first, *others = (self.after(model, text, seen["tokens"].device) for text in texts)
             state = first.joined(*others).each(lambda name, tensor: tensor.to(seen["tokens"].device))
-        result: torch.Tensor = model(seen["tokens"], state, seen.get("cu_seqlens"), head, keep=False)[0]
-        return result
+        return model(seen["tokens"], state, seen.get("cu_seqlens"), head, keep=False)[0]
 
     def after(self, model: nn.Module, text: torch.Tensor, device: torch.device) -> State:
         """A teacher's State after a context."""

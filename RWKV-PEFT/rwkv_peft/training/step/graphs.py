@@ -78,8 +78,7 @@ class Graphed:
         if not self.graphs:
             self.record(model, x, rows)
         y = self.graphs[form](x, bounds)[:, :size]
-        result: torch.Tensor = model.head(model.ln_out(y), head)
-        return result
+        return model.head(model.ln_out(y), head)
 
     def record(self, model: LanguageModel, x: torch.Tensor, rows: int) -> None:
         """Record all Forms of so many rows, for inputs with the channels, dtype and device of x (B, T, C); all at once,
@@ -175,8 +174,7 @@ class BlockGraphs:
     def __call__(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), in memory that the next call overwrites. cu_seqlens (n + 1,) if x packs n
         sequences, at most as many as recorded; the last is extended to the end of x."""
-        y: torch.Tensor = Replayed.apply(self, x, cu_seqlens, *self.parameters.values())
-        return y
+        return Replayed.apply(self, x, cu_seqlens, *self.parameters.values())
 
     def replay_forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         assert self.current_addresses() == self.addresses, "parameters have moved since the blocks were recorded"

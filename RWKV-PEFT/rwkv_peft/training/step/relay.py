@@ -95,8 +95,7 @@ class Relay:
         if not self.goes_on:
             return x
         last = [tensor[-1:] if self.packed else tensor for tensor in state]
-        result: torch.Tensor = Send.apply(self, x, *last)
-        return result
+        return Send.apply(self, x, *last)
 
     def trains_until(self, layer: int) -> bool:
         """Tell whether the states at a block have gradients; ranks agree on it, because their models are alike."""

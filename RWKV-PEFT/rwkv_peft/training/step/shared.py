@@ -119,8 +119,7 @@ def together(segments: list[Segment]) -> dict[str, Any]:
 
 
 def run(model: nn.Module, segment: Segment, head: HeadFunction, relay: Relay) -> torch.Tensor:
-    result: torch.Tensor = model(segment.tokens, None, segment.cu_seqlens, head, keep=False, relay=relay)[0]
-    return result
+    return model(segment.tokens, None, segment.cu_seqlens, head, keep=False, relay=relay)[0]
 
 
 def padded(batch: Batch, multiple: int) -> Batch:

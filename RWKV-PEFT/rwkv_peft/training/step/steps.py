@@ -77,8 +77,7 @@ class Step(ABC):
 def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
     """Go through the model by its own forward: the plain Way, which also takes batches of forked."""
     state = state_before(model, batch) if "shared" in batch else None
-    result: torch.Tensor = model(batch["tokens"], state, batch.get("cu_seqlens"), head, keep=False)[0]
-    return result
+    return model(batch["tokens"], state, batch.get("cu_seqlens"), head, keep=False)[0]
 
 
 class Whole(Step):
@@ -274,8 +273,7 @@ def delivered(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> to
     cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
     if cut:  # ZeRO-3's shards are gathered, because a gradient needs the whole shape; it shards again after backward
         cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]
-    result: torch.Tensor = Delivered.apply(loss, gradients, *parameters)
-    return result
+    return Delivered.apply(loss, gradients, *parameters)
 
 
 class Delivered(torch.autograd.Function):

@@ -87,7 +87,8 @@ async function upload(file, place) {
     const part = file.slice(begin, begin + PART);
     place.textContent = `${file.name}: ${size(begin)} of ${size(file.size)} …`;
     const query = new URLSearchParams({ name: file.name, begin, size: file.size });
-    const { name } = await answer(await fetch(`/api/files?${query}`, { method: "POST", body: part }).catch(gone));
+    const body = await part.arrayBuffer().catch(() => { throw new Error(`the browser cannot read ${file.name}; choose a file, and no folder`); });
+    const { name } = await answer(await fetch(`/api/files?${query}`, { method: "POST", body }).catch(gone));
     begin += part.size;
     if (!name) continue;
     place.textContent = `${name} is in the folder now`;

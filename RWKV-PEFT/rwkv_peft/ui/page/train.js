@@ -94,7 +94,7 @@ export async function trainPage(place, about, signal) {
     const peaks = [...text.matchAll(/^(GPU|main memory)( of [\d.,]+ \w+)?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(.*)$/gm)];
     plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, verdict]) =>
       figure(`${device}${whole ?? ""}${verdict}`, peak)), time ? figure(`about, for ${number(time.steps)} steps`, duration(time.seconds)) : ""),
-    el("p", { className: "note" }, time ? `The time is that of the steps of ${time.run}, which had the same settings and data; to read the model, to validate and to save take some more.`
+    el("p", { className: "note" }, time ? `The time is that of the steps of ${time.run}, which had the same settings and data; reading the model, validation and saving take some more.`
       : "No run here has had these settings and this data yet, so that its time is not known: Runs shows the time left once 5 steps are done."), el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
   }
 
