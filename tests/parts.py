@@ -27,7 +27,10 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss", "release/vocabulary"),
+        (
+            *("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss"),
+            *("release/vocabulary", "release/chat_template"),
+        ),
         ("bases", "adapter files", "data"),
     ),
     ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),

@@ -45,14 +45,14 @@ def test_a_digest_is_made_once_and_told_apart_by_size_and_time(data, reads):
 def test_a_folder_that_may_not_be_written_has_its_digests_in_the_users_cache(data, reads, monkeypatch):
     from rwkv_peft.errors import UserError
 
-    real = digest.atomic_write
+    real = digest.write_text
 
-    def refusing(path):
+    def refusing(path, text):
         if path.parent == data.parent:
             raise UserError("no permission")
-        return real(path)
+        real(path, text)
 
-    monkeypatch.setattr(digest, "atomic_write", refusing)
+    monkeypatch.setattr(digest, "write_text", refusing)
     assert digest_of(data) == digest_of(data) and reads == ["a.bin"]
     assert [path.name for path in data.parent.iterdir()] == ["a.bin"]
 

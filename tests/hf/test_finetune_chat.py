@@ -2,8 +2,10 @@
 
 import json
 
+import pyarrow
 import pytest
 from finetuning import losses, run
+from pyarrow import parquet
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import finetune
@@ -152,16 +154,21 @@ def test_what_would_be_lost_of_a_row_is_refused(tiny, tmp_path, row, message):
         run(tiny, tmp_path / "out", "--data_path", str(path), *STEPS)
 
 
-def test_a_chat_may_end_in_a_call_where_the_template_has_a_place_for_it(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form, given", [("jsonl", None), ("parquet", 1)])
+def test_a_chat_may_end_in_a_call_where_the_template_has_a_place_for_it(tiny, tmp_path, monkeypatch, form, given):
+    """A null that was written is an argument, and one that fills the columns of a .parquet is none."""
     tokenizer = finetune.load_tokenizer(str(tiny / "model"), {})
     tokenizer.chat_template = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% for call in m.tool_calls or [] %}"
         "{{ call.function.name }}({{ call.function.arguments | join }}){% endfor %}{% endgeneration %}{% endfor %}"
     )
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: tokenizer)
-    calls = CALL, [{"function": {"name": "s", "arguments": {"y": 1}}}]  # with none of the other's arguments
+    calls = CALL, [{"function": {"name": "s", "arguments": {"y": given}}}]  # with none of the other's arguments
     chats = [[*turns("A"), {"role": "assistant", "tool_calls": call}] for call in calls]
     path = write(tmp_path / "a.jsonl", "messages", *chats)
+    if form == "parquet":
+        path = str(tmp_path / "a.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat} for chat in chats]), path)
     assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == ["As(y)", "At(x)"]
 
 

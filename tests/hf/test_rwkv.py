@@ -176,7 +176,8 @@ def test_a_folder_in_rwkvs_own_layout_is_read(path, model, ids, tmp_path):
     assert re.fullmatch("Rwkv[67]ForCausalLM", settings["architectures"][0]) and "dimensions" not in settings
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert torch.equal(found(ids).logits, model(ids).logits)
-    tokenizer = RWKVTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert isinstance(tokenizer, RWKVTokenizer) and tokenizer.chat_template == RWKVTokenizer("bytes").chat_template
     assert tokenizer(PROMPTS).input_ids == RWKVTokenizer("bytes")(PROMPTS).input_ids
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
 

@@ -5,8 +5,11 @@ from jinja2 import TemplateError
 
 import rwkv_peft as rp
 from rwkv_peft.data.templates import segments
+from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import RWKVTokenizer
+from rwkv_peft.serve.asking import chat_prompt
+from rwkv_peft.serve.forms import ChatAsked
 
 
 def test_the_tokenizer_is_the_packages_own(tmp_path):
@@ -52,6 +55,26 @@ def test_chats_and_what_counts_of_them_are_those_of_rows(turns, tools):
     assert found["assistant_masks"] == [int(counts) for text, counts in parts for _ in text.encode()]
 
 
+@pytest.mark.parametrize("think", ["", *OPENINGS])
+def test_the_next_answer_is_opened_as_in_serve(think):
+    tokenizer = RWKVTokenizer("bytes")
+    for number, turns in enumerate((CHAT[:2], CHAT, [{"role": "user", "content": [{"type": "text", "text": " a "}]}])):
+        asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
+        prompt = chat_prompt(ChatAsked(model="m", **asked), tokenizer._world)
+        asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}
+        assert tokenizer.apply_chat_template(turns, **asked) == prompt.tokens
+
+
+@pytest.mark.parametrize("role", sorted(SPEAKERS.keys() - set(CALLS)))
+def test_roles_have_the_names_of_rows_and_an_answer_goes_on(role):
+    turns, asked = (
+        [{"role": role.title(), "content": " 1 "}, *CHAT[1:3]],
+        {"tokenize": False, "continue_final_message": True},
+    )
+    laid_out = "".join(text for text, _ in segments({"messages": turns}))
+    assert RWKVTokenizer("bytes").apply_chat_template(turns, **asked) == laid_out
+
+
 def test_masks_of_several_chats_and_of_another_template(tmp_path):
     tokenizer, asked = RWKVTokenizer("bytes"), dict(return_dict=True, return_assistant_tokens_mask=True)
     one, other = (tokenizer.apply_chat_template(chat, **asked)["assistant_masks"] for chat in (CHAT, CHAT[:3]))
@@ -62,5 +85,7 @@ def test_masks_of_several_chats_and_of_another_template(tmp_path):
         tokenizer.apply_chat_template(CHAT, **asked, truncation=True, max_length=8)
     with pytest.raises(TemplateError, match="the role elf has no name"):
         tokenizer.apply_chat_template([{"role": "elf", "content": "Hi"}])
+    with pytest.raises(TemplateError, match="a part of a content is no text"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}])
     tokenizer.save_pretrained(tmp_path)
     assert RWKVTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT, **asked)["assistant_masks"] == one

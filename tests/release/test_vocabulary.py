@@ -1,6 +1,7 @@
 """Conversions carry the vocabulary that the model was trained with, say so, and guess nothing."""
 
 import json
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -8,20 +9,26 @@ from safetensors import safe_open
 
 from rwkv_peft import commands
 from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.turns import chat
+from rwkv_peft.data.turns import OPENINGS
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.release.vocabulary import CHAT_TEMPLATE
+from rwkv_peft.release.chat_template import GGUF_TEMPLATE
 
 SIZE = 300
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"z": 1.5, "é": [1, "x<'>&\n", None, True]}}}
 TURNS = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": " hi "},
     {"role": "assistant", "content": "hello"},
-    {"role": "tool", "content": "4"},
     {"role": "user", "content": "why?"},
+    {"role": "assistant", "content": "So.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "4"},
+    {"role": "tool", "content": "5"},
 ]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é'\"", "parameters": {"type": "object"}}}]
+OPENED = {"role": "assistant", "content": ""}
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
     assert (fields["model"], fields["pre"], fields["eos_token_id"]) == ("gpt2", "gpt-2", 0)
     vocabulary = json.loads(bpe.read_text())["model"]["vocab"]
     assert all(fields["tokens"][token] == text for text, token in vocabulary.items())
-    assert fields["chat_template"] == CHAT_TEMPLATE and "eot_token_id" not in fields  # two tokens are its blank line
+    assert fields["chat_template"] == GGUF_TEMPLATE and "eot_token_id" not in fields  # two tokens are its blank line
     double = tokenizer.encode("  ")[0]
     assert (fields["token_type"][0], fields["token_type"][double], fields["token_type"][-1]) == (3, 4, 5)
     assert len(fields["tokens"]) == SIZE and fields["merges"][0].count(" ") == 1
@@ -114,20 +121,12 @@ def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, llama_cpp, b
     assert as_text[0]["logprob"] == pytest.approx(as_ids[0]["logprob"], abs=1e-4)
 
 
-def laid_out(turns):
+def laid_out(turns, tools=None):
     """A chat's prompt for the next answer."""
-    return "".join(text for text, _ in chat([*turns, {"role": "assistant", "content": ""}])).rstrip()
+    return "".join(text for text, _ in segments({"messages": [*turns, OPENED], "tools": tools})).rstrip()
 
 
-def test_the_template_lays_chats_out_as_they_are_trained():
-    template = pytest.importorskip("jinja2").Template(CHAT_TEMPLATE)
-    assert template.render(messages=TURNS, add_generation_prompt=True) == laid_out(TURNS)
-    assert template.render(messages=TURNS[:3]) == "System: Be kind.\n\nUser: hi\n\nAssistant: hello\n\n"
-    known_by = r"{{- 'User: ' + message['content']|trim + '\n\n' -}}"  # to llama.cpp's own functions
-    assert known_by in CHAT_TEMPLATE
-
-
-def test_llama_cpp_chats_in_that_layout_and_stops_at_the_end_of_a_turn(convert, llama_cpp, tmp_path):
+def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, llama_cpp, tmp_path):
     convert("m.gguf", size=65536)
     tensors = dict(open_base(tmp_path / "model.pth").tensors)
     tensors["ln_out.weight"], tensors["ln_out.bias"] = (torch.full((64,), value).bfloat16() for value in (0.0, 1.0))
@@ -137,10 +136,24 @@ def test_llama_cpp_chats_in_that_layout_and_stops_at_the_end_of_a_turn(convert, 
     tensors["head.weight"][turn_end] = 1  # whatever it reads, it says that its turn is over
     save_model(tmp_path / "model.pth", tensors)
     assert commands.main(["convert", str(tmp_path / "model.pth"), str(tmp_path / "m.gguf")]) == 0
-    turns = [*TURNS[:3], TURNS[-1]]
-    answer = llama_cpp().handle_chat_completions({"messages": turns, "max_tokens": 5, "temperature": 0.0})
+    server = llama_cpp()
+    answer = server.handle_chat_completions({"messages": TURNS, "max_tokens": 5, "temperature": 0.0})
     assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 1
-    assert answer["usage"]["prompt_tokens"] == len(world.encode(laid_out(turns)))
+    assert answer["usage"]["prompt_tokens"] == len(world.encode(laid_out(TURNS)))
+
+    def rendered(turns, **asked):
+        body = json.dumps({"messages": turns, **asked}).encode()
+        address = f"{server.listening_address}/apply-template"
+        with urlopen(Request(address, body, {"Content-Type": "application/json"})) as found:
+            return json.load(found)["prompt"]
+
+    for turns in (TURNS, TURNS[1:2], TURNS[4:]):
+        assert rendered(turns) == laid_out(turns)
+        assert rendered(turns, tools=TOOLS) == laid_out(turns, TOOLS)
+    for think, opening in OPENINGS.items():
+        assert rendered(TURNS, chat_template_kwargs={"think": think}) == laid_out(TURNS) + opening
+    known_by = r"{{- 'User: ' + message['content']|trim + '\n\n' -}}"  # to llama.cpp's own functions
+    assert known_by in GGUF_TEMPLATE and "generation %" not in GGUF_TEMPLATE
 
 
 def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
@@ -149,6 +162,8 @@ def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
     assert "transformers loads it with trust_remote_code=True" in said and "float" in said
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
     assert tokenizer("hello  world")["input_ids"] == load_tokenizer(bpe).encode("hello  world")
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(TURNS, tools=TOOLS, **asked) == laid_out(TURNS, TOOLS)
     assert tokenizer.eos_token_id == 0 == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
     assert not (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").exists()
 

@@ -6,6 +6,7 @@ the quantized weight plus activations.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -22,6 +23,11 @@ GPU_ROW_ELEMENTS = 1 << 26  # on a GPU, which many small products leave idle: al
 def block_size(kind: str) -> int:
     """Weights that share one scale."""
     return 64 if kind == "nf4" else 256
+
+
+def row_unit(kind: str, columns: int) -> int:
+    """The multiple of rows at which bands of a weight with so many columns begin: no block of weights is split."""
+    return 1 if kind == "none" else block_size(kind) // math.gcd(block_size(kind), columns)
 
 
 def stored_bytes(weights: int, kind: str) -> int:

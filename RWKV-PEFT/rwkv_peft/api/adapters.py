@@ -24,7 +24,7 @@ from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
 from ..release.merge import Merge, MergeOptions, check_fingerprints
-from .model import Model
+from .model import Model, require_one_of
 
 KINDS = MappingProxyType({int: "a whole number", float: "a number", str: "a text", tuple: "a list of names"})
 NOT_SETTINGS = ("method", "load", "init")  # fields of AdapterConfig that add_adapter has arguments of its own for
@@ -135,8 +135,7 @@ def merge(
     scale multiplies the change; precision is the output's, "bf16", "fp16" or "fp32" (default: the base's); any_base
     takes an adapter of another base of the same shape. Raises UserError, and writes nothing then.
     """
-    if precision not in (*DTYPES, None):
-        raise UserError(f"precision={precision!r} is not one of {', '.join(DTYPES)}")
+    require_one_of("precision", precision, DTYPES)
     if Path(output).suffix != ".pth":
         raise UserError(
             f"output={str(output)!r}: a name that ends in .pth is due; rwkv-peft convert makes other formats"

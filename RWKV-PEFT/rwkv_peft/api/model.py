@@ -173,6 +173,12 @@ def texts_in(name: str, given: Any) -> list[str]:
     return found
 
 
+def require_one_of(name: str, given: object, known: Iterable[str], remedy: str = "") -> None:
+    """Raise UserError for an argument that is neither None nor one of the known ones."""
+    if given not in (*known, None):
+        raise UserError(f"{name}={given!r} is not one of {', '.join(known)}{remedy}")
+
+
 def load(
     base: str | Path,
     adapters: Iterable[str | Path | AdapterSource] = (),
@@ -192,14 +198,9 @@ def load(
     or "cuda" (default: the GPU if there is one). any_base takes an adapter or state of another base of the same shape.
     Raises UserError for files that cannot be read or do not fit together.
     """
-    if device not in (*DEVICES, None):
-        raise UserError(
-            f"device={device!r} is not one of {', '.join(DEVICES)}; model.to({device!r}) moves a model there"
-        )
-    if precision not in (*DTYPES, None):
-        raise UserError(f"precision={precision!r} is not one of {', '.join(DTYPES)}")
-    if weights not in (*WEIGHTS, None):
-        raise UserError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
+    require_one_of("device", device, DEVICES, f"; model.to({device!r}) moves a model there")
+    require_one_of("precision", precision, DTYPES)
+    require_one_of("weights", weights, WEIGHTS)
     if isinstance(adapters, (str, Path)):
         raise UserError(f"adapters={str(adapters)!r} is one path, and a list is due; give [{str(adapters)!r}]")
     device = resolve_device(device)

@@ -11,7 +11,7 @@ from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
 from ..errors import Ended, ending_of
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..files.base import Base
 from ..files.lock import alone_in
 from ..names import STATE
@@ -132,8 +132,7 @@ def report(comparison: Comparison, sizes: Mapping[str, Size]) -> None:
         print("no run with the first seed is complete yet")
         return
     text, folder = table(rows, comparison.seeds[0], outcomes), Path(comparison.output)
-    for name, content in (("table.md", text), ("results.jsonl", lines_of_json(sizes, outcomes))):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_text(folder / "table.md", text)
+    write_text(folder / "results.jsonl", lines_of_json(sizes, outcomes))
     draw(folder, rows, comparison.methods, comparison.seeds[0], outcomes)
     print(f"\n{text}\nwrote table.md, results.jsonl and figures into {folder}")

@@ -128,6 +128,7 @@ def build_parser() -> Parser:
     add("--jobs", type=positive, default=1, help="runs side by side (default 1)")
     add(
         "--budget_minutes",
+        dest="budget",
         type=not_negative,
         default=0.0,
         metavar="M",
@@ -155,19 +156,9 @@ def parse_flags(argv: list[str]) -> Comparison:
             f"--methods {' '.join(args.methods)}: --rank is that of the first, and a rank does not determine "
             f"{args.methods[0]}; put another method first"
         )
-    comparison = Comparison(
-        output=args.output,
-        methods=tuple(dict.fromkeys(args.methods)),
-        rank=args.rank,
-        rates=tuple(sorted(set(args.rates))),
-        seeds=tuple(dict.fromkeys(args.seeds)),
-        steps=args.steps,
-        val_every=args.val_every or -(-args.steps // 10),
-        lr_final=args.lr_final,
-        jobs=args.jobs,
-        budget=args.budget_minutes,
-        train=tuple(train),
-    )
+    args.methods, args.seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
+    args.rates, args.val_every = tuple(sorted(set(args.rates))), args.val_every or -(-args.steps // 10)
+    comparison = Comparison(**vars(args), train=tuple(train))
     for method in comparison.methods:
         flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
     require_none(contradictions, RULES, given(comparison, flags))

@@ -25,14 +25,11 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
     }
     several = max(len(row.runs) for row in rows) > 1
     what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
-    figure, axes = with_axes("optimizer steps", what)
-    for row in rows:
-        band(axes, row, looks[row.method], lambda done, seconds: done)
-    save(figure, axes, folder, "steps")
-    figure, axes = with_axes("seconds of training", what)
-    for row in rows:
-        band(axes, row, looks[row.method], lambda done, seconds: seconds)
-    save(figure, axes, folder, "time")
+    for place, (name, xlabel) in enumerate((("steps", "optimizer steps"), ("time", "seconds of training"))):
+        figure, axes = with_axes(xlabel, what)
+        for row in rows:
+            band(axes, row, looks[row.method], place)
+        save(figure, axes, folder, name)
     figure, axes = with_axes("learning rate", "final validation loss (nats per token)")
     axes.set_xscale("log")
     tried = sorted({rate_of(cell.rate) for cell in runs if cell.seed == seed})
@@ -58,19 +55,13 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         save(figure, axes, folder, "retained")
 
 
-def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
-    """Draw the mean over the seeds, and a band from the lowest to the highest; place(steps, seconds) is the x value."""
+def band(axes: Any, row: Row, style: dict[str, Any], place: int) -> None:
+    """Draw the mean over the seeds, and a band from the lowest to the highest, over steps (0) or seconds (1)."""
     curve = mean_curve(row.runs)
-    x = [place(done, seconds) for done, seconds, _ in curve]
-    label = f"{row.method}, rate {rate_of(row.rate):g}"
-    axes.plot(x, [statistics.fmean(losses) for _, _, losses in curve], label=label, **style)
-    axes.fill_between(
-        x,
-        [min(losses) for *_, losses in curve],
-        [max(losses) for *_, losses in curve],
-        color=style["color"],
-        alpha=0.15,
-    )
+    x = [point[place] for point in curve]
+    mean, low, high = ([of(losses) for *_, losses in curve] for of in (statistics.fmean, min, max))
+    axes.plot(x, mean, label=f"{row.method}, rate {rate_of(row.rate):g}", **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15)
 
 
 def with_axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:

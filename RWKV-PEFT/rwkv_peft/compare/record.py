@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.prefix import ENDINGS, prefixes_of
 from ..errors import UserError
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..files.readable import read_settings, require_readable
 from ..training.flags.request import parse_flags
 from .flags import Comparison
@@ -33,8 +33,7 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
         "data": data_of(comparison),
     }
     if not path.exists() or not any_begun(folder):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(now, indent=2) + "\n")
+        write_text(path, json.dumps(now, indent=2) + "\n")
         return
     found = read_settings(require_readable(path, f"{path}: no such file", again=True))
     before = {"data": now["data"]} | found  # earlier versions did not record it

@@ -42,7 +42,6 @@ class Row(NamedTuple):
 
     @property
     def measured(self) -> tuple[Outcome, ...]:
-        """The runs that were measured on --retain_data."""
         return tuple(run for run in self.runs if run.retained)
 
 
@@ -164,6 +163,7 @@ def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -
     lines = []
     for cell, outcome in sorted(outcomes.items()):
         size = sizes[cell.method]
+        measured = ("val_loss", outcome.loss), ("step_ms", outcome.step_ms), ("peak_mb", outcome.peak_mb)
         record = {
             "method": cell.method,
             "rank": size.rank,
@@ -171,9 +171,7 @@ def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -
             "parameters": size.trained,
             "rate": rate_of(cell.rate),
             "seed": cell.seed,
-            "val_loss": outcome.loss if math.isfinite(outcome.loss) else None,
-            "step_ms": outcome.step_ms if math.isfinite(outcome.step_ms) else None,
-            "peak_mb": outcome.peak_mb if math.isfinite(outcome.peak_mb) else None,
+            **{name: value if math.isfinite(value) else None for name, value in measured},
             "validations": outcome.validations,
             "retained": outcome.retained,
         }

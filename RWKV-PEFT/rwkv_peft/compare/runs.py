@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..children import python_command
 from ..errors import UserError
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..files.lock import alone_in
 from ..training.saving.checkpoints import DIVERGED, find_checkpoint
 from ..training.saving.resume import AUTO
@@ -104,9 +104,8 @@ def finish(process: Process) -> None:
         raise UserError(
             f"the run of {process.cell} ended with exit code {process.code}: {last}; {process.folder / LOG} tells all"
         )
-    with atomic_write(process.folder / RESULT) as temporary:
-        result = process.cell._asdict() | {"diverged": diverged, "peak_mb": process.peak_mb}
-        temporary.write_text(json.dumps(result) + "\n")
+    result = process.cell._asdict() | {"diverged": diverged, "peak_mb": process.peak_mb}
+    write_text(process.folder / RESULT, json.dumps(result) + "\n")
 
 
 def run_cells(

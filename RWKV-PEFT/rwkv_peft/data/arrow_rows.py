@@ -164,7 +164,7 @@ def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
         return
     columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
     names = [name for name, column in columns.items() if column is not None]
-    restorers = {field.name: restorer(field.type) or unchanged for field in batch.schema}
+    restorers = {field.name: restorer(field.type, from_json) for field in batch.schema}
     lists = [list(map(restorers[name], columns[name].to_pylist())) for name in names]
     rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
     step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
@@ -172,22 +172,22 @@ def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
         yield rows[first : first + step]
 
 
-def restorer(kind: Any) -> Callable[[Any], Any] | None:
-    """Return what turns a stored value of an Arrow type into what was written, None for a type whose values are that.
+def restorer(kind: Any, read_json: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what turns a stored value of an Arrow type into what was written.
 
-    JSON is stored as text, and all objects of a column have the same fields, null where one lacks them, so that a call
-    of a tool has the arguments of all others."""
+    JSON is read by read_json, and all objects of a column have the same fields, null where one lacks them, so that a
+    call of a tool has the arguments of all others."""
     from pyarrow import BaseExtensionType, types
 
     if isinstance(kind, BaseExtensionType):
-        return from_json if is_json(kind) else restorer(kind.storage_type)
+        return read_json if is_json(kind) else restorer(kind.storage_type, read_json)
     if types.is_struct(kind):
-        fields = {field.name: restorer(field.type) or unchanged for field in kind}
+        fields = {field.name: restorer(field.type, read_json) for field in kind}
         return lambda value: value and {name: fields[name](inner) for name, inner in value.items() if inner is not None}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        restore = restorer(kind.value_type)
-        return None if restore is None else lambda value: value and list(map(restore, value))
-    return None
+        restore = restorer(kind.value_type, read_json)
+        return unchanged if restore is unchanged else lambda value: value and list(map(restore, value))
+    return unchanged
 
 
 def unchanged(value: Any) -> Any:

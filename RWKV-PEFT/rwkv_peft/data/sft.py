@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
-from ..files.atomic import CannotWrite, atomic_write
+from ..files.atomic import CannotWrite, write_text
 from ..files.readable import require_readable
 from ..names import user_cache
 from .answer_samples import ROWS
@@ -48,10 +48,9 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
                 totals = write([path], prefix, settings, split=config.sft_split)
                 notes = laid_out(totals) + left_out(totals)
                 if totals.rows:
-                    with atomic_write(prefix.with_suffix(ROWS)) as temporary:
-                        temporary.write_text("".join(f"{row}\n" for row in totals.rows), "utf-8", "backslashreplace")
-                with atomic_write(done) as temporary:  # last: it says that the files before it are whole
-                    temporary.write_text(json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
+                    write_text(prefix.with_suffix(ROWS), "".join(f"{row}\n" for row in totals.rows))
+                # last: it says that the files before it are whole
+                write_text(done, json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
     except CannotWrite as error:
         raise UserError(
             f"{error}; the tokens of --data_type {config.data_type} are kept there, and XDG_CACHE_HOME names another "

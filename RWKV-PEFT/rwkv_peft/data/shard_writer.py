@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import NotNow, UserError
-from ..files.atomic import atomic_write, fsync, telling_failures, without_empty_folders
+from ..files.atomic import fsync, telling_failures, without_empty_folders, write_text
 from ..files.lock import Busy, hold
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
@@ -137,8 +137,7 @@ class ShardWriter:
         if self.key and time.monotonic() - self.noted >= SECONDS:
             journal = {"key": self.key, "chunks": self.chunks, "totals": totals.to_json(), "done": self.done}
             journal |= {"shard": self.shard.save(), "digests": self.digests.save()}
-            with atomic_write(self.folder / JOURNAL) as temporary:
-                temporary.write_text(json.dumps(journal))
+            write_text(self.folder / JOURNAL, json.dumps(journal))
             self.noted = time.monotonic()
 
     def __exit__(

@@ -163,16 +163,21 @@ TEMPLATES = MappingProxyType(
 )
 
 
-def read_template(path: str) -> str:
-    """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end."""
-    if path in TEMPLATES:
-        return TEMPLATES[path]
-    missing = f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
+def layout_named(name: str, layouts: Mapping[str, str], flag: str = "--template") -> str:
+    """The text of one of the layouts by its name, or a file's, without the newline at its end. Raises UserError if
+    there is neither, or if the file is not UTF-8."""
+    if name in layouts:
+        return layouts[name]
+    missing = f"{flag} {name}: no such file, and no layout of that name; named are {', '.join(layouts)}"
     try:
-        text = require_readable(path, missing).read_text(encoding="utf-8-sig").removesuffix("\n")
+        return require_readable(name, missing).read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"--template {path} is not UTF-8 (byte {error.start}); convert it") from error
-    Template(text)
+        raise UserError(f"{flag} {name} is not UTF-8 (byte {error.start}); convert it") from error
+
+
+def read_template(path: str) -> str:
+    """The text of a Template: one of TEMPLATES by its name, or a file's."""
+    Template(text := layout_named(path, TEMPLATES))
     return text
 
 

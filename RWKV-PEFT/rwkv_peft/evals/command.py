@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..data.tokenizer import KNOWN_SIZES
 from ..errors import Ended, UserError, ending_of
 from ..files.adapters import product_of_run
-from ..files.atomic import atomic_write, check_output, same_file
+from ..files.atomic import check_output, same_file, write_text
 from ..files.base import open_base
 from ..generate.flags import note_escapes
 from ..generate.loading import load_subject
@@ -121,9 +121,9 @@ def ask_harness(args: Any) -> int:
     results["config"] = {name: getattr(args, name) for name in ("model", "adapter", "state", "shots", "limit")}
     samples = results.pop("samples")
     if args.output:
-        write(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")
+        write_text(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")
     if args.samples:
-        write(args.samples, lines(samples, plain))
+        write_text(args.samples, lines(samples, plain))
     print(tables(results))
     return 0
 
@@ -143,8 +143,3 @@ def lines(samples: dict[str, list[dict[str, Any]]], default: Callable[[object], 
     """Write a line of JSON for each question of each task."""
     records = [{"task": task} | sample for task, found in samples.items() for sample in found]
     return "".join(json.dumps(record, default=default, ensure_ascii=False) + "\n" for record in records)
-
-
-def write(path: str, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

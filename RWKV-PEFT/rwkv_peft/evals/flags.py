@@ -57,7 +57,6 @@ Their data is downloaded from the Hugging Face hub the first time, unless a task
 
 
 def add_own_flags(parser: Parser) -> None:
-    """Add the flags of our own tasks."""
     add = parser.add_argument_group(OURS).add_argument
     add("--data", metavar="FILE", help="problems: .jsonl, .json, .parquet, or a datasets folder")
     add("--split", default="", metavar="SPLIT", help="rows to take, such as test or [:200]")
@@ -81,7 +80,6 @@ def add_own_flags(parser: Parser) -> None:
 
 
 def add_harness_flags(parser: Parser) -> None:
-    """Add the flags of the harness's tasks."""
     add = parser.add_argument_group(HARNESS).add_argument
     add("--harness", action="store_true", help="take the harness's task if a name is one of ours too, such as gsm8k")
     add("--limit", type=positive, metavar="N", help="only ask the first N questions of each task, to try it")

@@ -1,9 +1,8 @@
 """The layouts in which a question is put to a model: those of the training data, and MetaMath's."""
 
-from pathlib import Path
 from types import MappingProxyType
 
-from ..data.templates import stops_of
+from ..data.templates import layout_named, stops_of
 from ..data.turns import TURN_END
 from ..errors import UserError
 
@@ -23,18 +22,8 @@ METAMATH_STOP = "\n\n### Instruction"
 
 
 def read_layout(name: str, flag: str = "--template") -> str:
-    """Return the text of a layout, by its name or from a file (without the newline at its end). Raises UserError if
-    there is neither, or if the file is not UTF-8 or has no {question}."""
-    if name in LAYOUTS:
-        return LAYOUTS[name]
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig").removesuffix("\n")
-    except OSError:
-        raise UserError(
-            f"{flag} {name}: no such file, and no layout of that name; named are {', '.join(LAYOUTS)}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {name} is not UTF-8 (byte {error.start}); convert it") from error
+    """The text of one of LAYOUTS by its name, or a file's. Raises UserError if it has no {question}."""
+    text = layout_named(name, LAYOUTS, flag)
     if FIELD not in text:
         raise UserError(f"{flag} {name}: it has no {FIELD}, the place of a question; add it")
     return text

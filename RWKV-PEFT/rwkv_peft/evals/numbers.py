@@ -52,7 +52,6 @@ def flexible_number(text: str) -> Fraction | None:
 
 
 def require_math_verify() -> None:
-    """Raise UserError if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(
             "math needs the package math-verify, which tells whether two answers mean the same; pip install -r "

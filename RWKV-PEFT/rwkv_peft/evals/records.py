@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from ..cli import counted
 from ..errors import UserError
-from ..files.atomic import atomic_write, telling_failures
+from ..files.atomic import telling_failures, write_text
 from ..files.lock import alone_at
 
 Record = dict[str, Any]
@@ -83,12 +83,7 @@ class Records:
 
     def _write(self) -> None:
         assert self.path is not None
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(
-                "".join(map(line, [{HEAD: self.settings}, *self.ordered()])),
-                encoding="utf-8",
-                errors="backslashreplace",
-            )
+        write_text(self.path, "".join(map(line, [{HEAD: self.settings}, *self.ordered()])))
 
 
 def change(name: str, then: Any, now: Any) -> str:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..data.turns import field
 from ..errors import UserError
 from ..generate.prompts import made_of
 from .layouts import FIELD, read_layout
@@ -86,9 +87,7 @@ def text_of(row: Row, *names: str) -> str:
         raise UserError(
             f"a row has the fields {', '.join(map(str, row)) or '(none)'}; one of {', '.join(names)} is due"
         )
-    if not isinstance(row[name], str):
-        raise UserError(f"field {name!r} holds {type(row[name]).__name__}, not text")
-    return row[name]
+    return field(row, name)
 
 
 def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:

@@ -51,6 +51,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         fsync(path.parent)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as atomic_write does, as UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
     """Raise UserError if writing `path`, given as `flag`, would overwrite an input or is impossible; leave nothing
     behind.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..names import user_cache
-from .atomic import atomic_write
+from .atomic import write_text
 
 CHUNK = 1 << 24
 KEPT = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no longer than looking for the cache
@@ -75,8 +75,7 @@ def keep(places: list[Path], record: dict[str, object]) -> None:
     """Write a record to the first place that can be written; if none can, the digest is computed again next time."""
     for place in places:
         try:
-            with atomic_write(place) as temporary:
-                temporary.write_text(json.dumps(record))
+            write_text(place, json.dumps(record))
             return
         except UserError:
             continue

@@ -5,7 +5,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
 
 from ..cli import counted
 from ..data.templates import stops_of
@@ -37,16 +36,14 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: Namespace, sampling: Sampling) -> int:
-    """Run the parsed command -> the exit code."""
     resolve_device(args.device)
     note_escapes(args, "--prompt, --system or --stop", [*(args.prompt or ()), args.system or "", *args.stop])
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    given, file = args.prompt or (), args.prompt_file
+    rows = [{"prompt": text} for text in given] if file is None else read_prompt_file(file)
     tools = read_tools(args.tools) if args.tools else ""
-    rows: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt or ()]  # none with --chat
-    if args.prompt_file is not None:
-        rows = read_prompt_file(args.prompt_file)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     subject = load_subject(args, warn)

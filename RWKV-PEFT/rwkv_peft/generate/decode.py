@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 class Heard:
-    """The listener of a prompt's answer, which adds its Steps to those of all prompts."""
+    """The listener of a prompt's answer, which adds its Steps to those of all prompts; a longest of 0 is no limit."""
 
     def __init__(self, number: int, steps: deque[Step], ends: Callable[[int, int], str] | None, longest: int) -> None:
         self.number, self.steps, self.ends, self.left = number, steps, ends, longest

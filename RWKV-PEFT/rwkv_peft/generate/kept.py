@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..files.atomic import CannotWrite, atomic_write, telling_failures
+from ..files.atomic import CannotWrite, telling_failures, write_text
 from .showing import show
 
 
@@ -37,10 +37,10 @@ class Kept:
             return
         try:
             if len(self.lines) == 1:
-                self._write(self.path)
+                write_text(self.path, line)
                 return
             with telling_failures(Path(self.path), "the lines before are kept"), open(self.path, "ab") as file:
-                file.write(encoded(line))
+                file.write(line.encode("utf-8", "backslashreplace"))  # as write_text does
         except CannotWrite as error:
             self._refused = True
             self.say(f"{error}; the work goes on, and all lines are written at its end")
@@ -49,20 +49,11 @@ class Kept:
         if self.path is None or not self.lines:
             return
         try:
-            self._write(self.path)
+            write_text(self.path, self._text())
         except UserError as refusal:
             show(self._text())
             raise UserError(f"{refusal}; its lines are printed instead") from refusal
         self.whole = True
 
-    def _write(self, path: str) -> None:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(encoded(self._text()))
-
     def _text(self) -> str:
         return "".join(self.lines[number] for number in sorted(self.lines))
-
-
-def encoded(text: str) -> bytes:
-    """Encode as UTF-8; a lone surrogate of a row, which UTF-8 cannot hold, becomes JSON's escape of it."""
-    return text.encode("utf-8", "backslashreplace")

@@ -33,7 +33,10 @@ def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
     """Read a text, without the byte order mark that editors on Windows write. Raises UserError if it is missing or not
     UTF-8."""
     try:
-        text = read_input() if path == "-" else Path(path).read_text(encoding="utf-8")
+        if path == "-":
+            text = sys.stdin.read().encode(errors="surrogateescape").decode()  # streams.py made surrogates of bytes
+        else:
+            text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
@@ -51,12 +54,6 @@ def read_tools(path: str) -> str:
     if not text:
         raise UserError(f"--tools {path} lists no tool; write one, or leave the flag out")
     return text
-
-
-def read_input() -> str:
-    """Read all of standard input. Raises UnicodeDecodeError for bytes that are not UTF-8, which streams.py turned into
-    surrogates."""
-    return sys.stdin.read().encode(errors="surrogateescape").decode()
 
 
 def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag: str = "") -> list[Made]:

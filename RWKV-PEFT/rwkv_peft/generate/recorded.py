@@ -45,7 +45,6 @@ class Recorder:
 
 
 def record_rwkv6(recorder: Recorder, block: Any, shifts: Tensor) -> LayerArguments:
-    """Tell of a block of RWKV-6."""
     tape, att, ffn = recorder.tape, block.att, block.ffn
     if block.first:
         recorder.norm(block.ln0, recorder.x)
@@ -73,7 +72,6 @@ def record_rwkv6(recorder: Recorder, block: Any, shifts: Tensor) -> LayerArgumen
 
 
 def record_rwkv7(recorder: Recorder, block: Any, shifts: Tensor) -> LayerArguments:
-    """Tell of a block of RWKV-7."""
     tape, att, ffn = recorder.tape, block.att, block.ffn
     if block.first:
         recorder.norm(block.ln0, recorder.x)

@@ -95,7 +95,6 @@ class Group:
         return self.logits[place : place + 1].clone(), self.state.selected(placed([place], self.logits.device))
 
     def read(self, forward: Forward) -> None:
-        """Read the tokens that were drawn."""
         assert self.drawn is not None
         logits, self.state = forward(self.drawn.tokens[:, None], self.state)
         self.logits, self.unread = logits[:, 0].float(), False

@@ -1,6 +1,7 @@
 """Read and continue one sequence in turns. A chat's memory is its State, so no token is read twice."""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,32 +10,13 @@ from ..data.tokenizer import Tokenizer
 from ..data.turns import TURN_END
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .asked import Answer, Odds, Request
-from .decode import refuse_damaged
+from .asked import Answer, Request
+from .decode import Heard, Step, refuse_damaged
 from .engine import Engine
 from .reading import prefill
-from .rows import DAMAGED
 from .settings import Sampling
 from .text import TextStream
 from .voices import Voice
-
-
-class Heard:
-    """The listener of an answer that the Session ends, by not stepping on."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.damaged = False
-
-    def over(self) -> str:
-        return ""
-
-    def draw(self, token: int, odds: Odds | None) -> str:
-        self.tokens.append(token)
-        return ""
-
-    def finish(self, end: str) -> None:
-        self.damaged = end == DAMAGED
 
 
 class Session:
@@ -84,17 +66,19 @@ class Session:
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the last text that ended in TURN_END, and the state after it
         whole_turn: State | None = None
-        heard, engine = Heard(), Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
+        steps = deque[Step]()
+        heard = Heard(0, steps, None, 0)
+        engine = Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
         answer = Answer(self.sampling, max_tokens + 1, heard, draws=self.random)
         engine.add(Request(Voice("", self.model, self.state), asked, [answer]))
         try:
             for _ in range(max_tokens):
                 engine.step()
                 if heard.damaged:
-                    raise refuse_damaged(self.model, 0, len(heard.tokens))
+                    raise refuse_damaged(self.model, 0, heard.length)
                 if (whole := shown + stream.held).endswith(TURN_END):
                     turn_end = whole, engine.groups[self.model].own(0)[1]
-                token, self.tail = heard.tokens[-1], []
+                token, self.tail = steps.pop().token, []
                 if token == self.tokenizer.end_id:
                     break
                 self.tail = [token]

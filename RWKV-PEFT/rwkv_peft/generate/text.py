@@ -29,15 +29,10 @@ class TextStream:
                     f"{inside}"
                 )
         self.stopped = False
-        self._held = ""
+        self.held = ""  # the text withheld because it may be the start of a stop string
         self._decoder: ByteDecoder | TailDecoder = (
             ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
         )
-
-    @property
-    def held(self) -> str:
-        """The text withheld because it may be the start of a stop string."""
-        return self._held
 
     def feed(self, token: int) -> str:
         """Take a token -> the text that is certain now, perhaps ""."""
@@ -50,18 +45,18 @@ class TextStream:
     def finish(self) -> str:
         """End the sequence -> the text still withheld."""
         text = "" if self.stopped else self._release(self._decoder.finish())
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return text + held
 
     def _release(self, text: str) -> str:
-        self._held += text
-        found = [position for stop in self.stops if (position := self._held.find(stop)) >= 0]
+        self.held += text
+        found = [position for stop in self.stops if (position := self.held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self.held = self.held[: min(found)], ""
             return text
-        certain = len(self._held) - max((overlap(self._held, stop) for stop in self.stops), default=0)
-        text, self._held = self._held[:certain], self._held[certain:]
+        certain = len(self.held) - max((overlap(self.held, stop) for stop in self.stops), default=0)
+        text, self.held = self.held[:certain], self.held[certain:]
         return text
 
 

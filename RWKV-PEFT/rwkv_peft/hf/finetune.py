@@ -4,11 +4,8 @@
         --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
         --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
 
-Model and data are names on the hub or local paths. A row is a question and its answer, or the turns of a chat (column
-messages or conversations), which the tokenizer's chat template lays out. The adapter goes to OUTPUT_DIR/bone_ft and,
-with --merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
-Only answers count in the loss, in a chat all of them; with --completion_only_loss False everything counts. --eval_split
-with --eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
+The adapter goes to OUTPUT_DIR/bone_ft and, with --merge_and_save, the merged model to OUTPUT_DIR/bone_merged;
+docs/guides/hugging-face.md says what rows and arguments are taken.
 """
 
 import signal
@@ -157,7 +154,6 @@ def check_targets(targets: Sequence[str], model: nn.Module) -> None:
 
 
 def check_finite(model: nn.Module, rate: float) -> None:
-    """Raise UserError if a trained parameter is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(

@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli import counted
-from ..data.turns import WEIGHT, is_learned, refuse_media
+from ..data.arrow_rows import restorer, unchanged
+from ..data.tools import TURN_CALLS
+from ..data.turns import CALLS, WEIGHT, is_learned, refuse_media
 from ..errors import UserError
 from ..names import SYSTEM_FIELDS
 from .finetune_flags import BoneArguments
@@ -18,7 +20,6 @@ from .refusals import refusals_of
 ROLES = MappingProxyType(
     {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 )
-CALLS = ("tool_calls", "function_call")  # fields of a turn, beside its content
 # For base models, which have no template: each turn is laid out as in rows of a question and its answer.
 TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
@@ -67,7 +68,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
     system = system_of(row, where)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    bare = [{name: value for name, value in turn.items() if name not in CALLS} for turn in messages]
+    bare = [{name: value for name, value in turn.items() if name not in TURN_CALLS} for turn in messages]
     tools = row.get("tools")
     try:
         described = json.loads(tools) if isinstance(tools, str) else tools
@@ -93,17 +94,8 @@ def system_of(row: Mapping[str, Any], where: str) -> str:
     return words
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without the fields of its objects that are null: all objects of a column have the same fields, so that
-    a call of one tool has the arguments of all others."""
-    if isinstance(value, dict):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
 def calls(turn: Mapping[str, Any]) -> bool:
-    """Return whether a turn calls a tool."""
-    return any(turn.get(name) for name in CALLS)
+    return any(turn.get(name) for name in TURN_CALLS)
 
 
 def _message(turn: object, where: str) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def _message(turn: object, where: str) -> dict[str, Any]:
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise UserError(f"{where} has a turn that is no object with role and content (or from and value): {turn!r:.60}")
-    if turn["role"] in CALLS:
+    if turn["role"] in (*CALLS, *TURN_CALLS):
         raise UserError(
             f"{where} has a turn of {turn['role']}, which chat templates do not take for the assistant's, so that the "
             "call would not be learned; write it as the tool_calls of an assistant's turn, or into that turn's words"
@@ -122,7 +114,7 @@ def _message(turn: object, where: str) -> dict[str, Any]:
         turn = {**turn, "content": ""}
     if not isinstance(turn.get("content"), str):
         raise UserError(f"{where} has a turn whose content is {type(turn.get('content')).__name__}, and text is due")
-    return {name: value for name, value in turn.items() if value or name not in CALLS and value is not None}
+    return {name: value for name, value in turn.items() if value or name not in TURN_CALLS and value is not None}
 
 
 def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
@@ -157,6 +149,7 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
                 f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
                 f"the hub cannot be reached: {error}"
             ) from error
+    restorers = {column.name: restorer(column.type, unchanged) for column in data.features.arrow_schema}
     columns = columns_of(arguments, data.column_names)
     if len(columns) == 1 and tokenizer.chat_template is None:
         give_template(tokenizer)
@@ -169,7 +162,7 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
                 f"--dataset_field {' '.join(columns)}, which learns without it"
             )
         if len(columns) == 1:
-            row = {name: without_nulls(row[name]) for name in row}
+            row = {name: restorers[name](row[name]) for name in row}
             return {NEW + name: value for name, value in as_messages(row, columns[0], where, tokenizer).items()}
         return as_prompt(row, columns, where, tokenizer.eos_token or "")
 

@@ -252,7 +252,6 @@ def drop(argv: list[str], flag: str) -> None:
 
 
 def bone_config(arguments: BoneArguments) -> BoneConfig:
-    """Make the BoneConfig that the arguments describe."""
     init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
     targets = arguments.target_modules or ["all-linear"]
     return BoneConfig(

@@ -1,6 +1,5 @@
 """RWKV's World vocabulary as a tokenizer of transformers: the same tokens as everywhere in this package."""
 
-import re
 import shutil
 from itertools import accumulate
 from pathlib import Path
@@ -9,47 +8,12 @@ from typing import Any
 from transformers import AddedToken, PreTrainedTokenizer
 
 from ..data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, world_vocabulary
-from ..data.tools import ASKED
 from ..errors import UserError
+from ..release.chat_template import CHAT_TEMPLATE, MARKS
 from ..release.vocabulary import WORLD_FILE, world_file
 
 END = "<|rwkv_tokenizer_end_of_text|>"  # the text of token 0, which ends a document, as published folders spell it
-
-# The layout of rows (data/turns.py, data/tools.py) but for the last turn, which a blank line ends like the others. What
-# is generated is what counts there: an answer, the blank line behind it, and the name of the next speaker.
-CHAT_TEMPLATE = (
-    "{%- set names = {'system': 'System', 'developer': 'System', 'user': 'User', 'assistant': 'Assistant', "
-    "'model': 'Assistant', 'tool': 'Tool', 'function': 'Tool'} -%}"
-    "{%- set told = namespace(tools='') -%}"
-    "{%- for tool in tools or [] -%}"
-    "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"
-    "{%- endfor -%}"
-    "{%- if tools -%}"
-    f"{{%- set told.tools = '<tools>\n' + told.tools + '</tools>\n{ASKED}' -%}}"
-    "{%- if names[messages[0]['role']] != 'System' -%}{{- 'System: ' + told.tools + '\n\n' -}}{%- endif -%}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- set name = names[message['role']] or raise_exception('the role ' + message['role'] + ' has no name') -%}"
-    "{%- set turn = namespace(words=(message['content'] or '')|trim) -%}"
-    "{%- for called in message['tool_calls'] or [] -%}"
-    "{%- set call = called['function'] if called['function'] is defined else called -%}"
-    "{%- set given = call['arguments'] if call['arguments'] is string else call['arguments']|tojson -%}"
-    "{%- set call = '{\"name\": ' + call['name']|tojson + ', \"arguments\": ' + given + '}' -%}"
-    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + '<tool_call>\n' + call + '\n</tool_call>' -%}"
-    "{%- endfor -%}"
-    "{%- if loop.first and name == 'System' and tools -%}"
-    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + told.tools -%}"
-    "{%- endif -%}"
-    "{%- set words = ' ' + turn.words + '\n\n' -%}"
-    "{%- if name == 'Assistant' -%}{{- 'Assistant:' -}}{% generation %}{{- words -}}{% endgeneration %}"
-    "{%- elif loop.previtem is defined and names[loop.previtem['role']] == 'Assistant' -%}"
-    "{% generation %}{{- name + ':' -}}{% endgeneration %}{{- words -}}"
-    "{%- else -%}{{- name + ':' + words -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
-)
 BORDER = "\ufdd0"  # no character: stands in for a template's marks of what is generated, to find their places
-MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 class RWKVTokenizer(PreTrainedTokenizer):

@@ -45,7 +45,6 @@ class Family(ABC, Generic[Config, Model]):
     kernel: str  # the name of its recurrence, for messages
     gguf_architecture = ""  # of a generation that has a form as GGUF
     tables: tuple[str, ...] = ()  # ends of the keys of its Tables (parts.py)
-    hf_tokenizer: str  # tokenizer_class of its Hugging Face folders, if it has such a form
 
     def __init_subclass__(cls, of: Iterable[ModuleType] = ()) -> None:
         super().__init_subclass__()

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from ..errors import UserError
 from ..files.adapters import AdapterSource
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..names import ADAPTER, CARD, MODEL, TUNED
 from .contents import ADAPTER as IS_ADAPTER
 from .contents import STATES, Line, contents_of
@@ -60,8 +60,7 @@ def write_card(folder: Path, text: str) -> bool:
     path = folder / CARD
     if path.exists() and not is_own(path):
         return False
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return True
 
 

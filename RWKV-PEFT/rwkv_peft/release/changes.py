@@ -11,7 +11,7 @@ import torch
 
 from ..adapters.change import Params
 from ..adapters.method import Method
-from ..adapters.quant import block_size
+from ..adapters.quant import row_unit
 from ..config import AdapterConfig
 from ..errors import UserError
 
@@ -36,10 +36,7 @@ class LayerChange:
 
     def unit(self, columns: int) -> int:
         """Return the multiple of rows at which bands of a weight with this many columns must start and end."""
-        unit = self.method.change.row_unit(self.params)
-        if self.quant != "none":  # a block of weights with one scale may span rows
-            unit = math.lcm(unit, block_size(self.quant) // math.gcd(block_size(self.quant), columns))
-        return unit
+        return math.lcm(self.method.change.row_unit(self.params), row_unit(self.quant, columns))
 
     def rows(self, start: int, stop: int) -> "LayerChange":
         """The same change for rows start to stop of the weight."""

@@ -1,23 +1,12 @@
 """Convert models, states and adapters between the formats of tools: `rwkv-peft convert INPUT OUTPUT`.
 
-INPUT's content and OUTPUT's ending say what is converted:
-
-- model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
-  .gguf (llama.cpp), a folder (Hugging Face layout)
-- with --to fla, model.pth -> a folder in flash-linear-attention's layout
-- .st, .safetensors or a Hugging Face folder (for RWKV-7 also flash-linear-attention's) -> model.pth
-- a state file (.pth with time_state tensors only) <-> .st, .state, .safetensors (Ai00); an adapter that holds only
-  time states -> the same
-- with --to lora, an adapter -> plain LoRA (lora.py)
-- with --to lightning, a bone adapter -> the folder that rwkv_lightning_cuda serves; such a folder is read as an adapter
-- an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
-- a BONE folder of peft, of any model -> a MISS folder, and back (miss.py)
-
-INPUT may also be the folder of a run of train.py: the model or adapter in it is converted.
+INPUT's content and OUTPUT's ending say what is converted: models and states by the table of formats.py, and with --to
+fla to flash-linear-attention's folder; adapters to RWKV-PEFT's .pth and ours, with --to lora to plain LoRA (lora.py),
+with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder, and back (miss.py).
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,25 +20,23 @@ from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
-from ..files.peft_folder import is_adapter_folder
+from ..files.peft_folder import CONFIG, TENSORS, is_adapter_folder
 from ..files.pth import read_tensors
-from ..files.pth_writer import DTYPES, dtype_name
+from ..files.pth_writer import DTYPES
 from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states, write_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
-from .formats import GGUF_TYPE, Wanted, cast, format_of
-from .lora import adapter_files, as_lora, describe_errors, write_lora
+from .formats import FLA, FOLDER, GGUF_TYPE, Wanted, cast, describe, format_of
+from .lora import as_lora, describe_errors, write_lora
 from .miss import rename_folder
 
-LIGHTNING, FLA = "lightning", "fla"  # values of --to
-FLA_LOADER = "flash-linear-attention loads it, and so does rwkv7-hf"
+LIGHTNING = "lightning"  # as FLA, a value of --to
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0."""
     args = convert_flags(argv)
     source, target = product_of_run(args.input, tell=True), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
@@ -57,7 +44,8 @@ def main(argv: list[str]) -> int:
     form, adapted = format_of(target), is_adapter(source)
     files = [target] if form is None else form.files(target)
     if adapted:
-        files = [target / MANIFEST, target / WEIGHTS] if args.to == LIGHTNING else adapter_files(target)
+        names = (MANIFEST, WEIGHTS) if args.to == LIGHTNING else () if target.suffix else (CONFIG, TENSORS)
+        files = [target / name for name in names] or [target]
     for file in files:
         check_output("the output", file, inputs)
     given = Path(args.input)
@@ -197,7 +185,7 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
     """Read a file or folder in any format -> {official key: tensor}, without a check of what it is."""
     if is_own(path):
         return read_states(path).tensors  # train.py's file: axes as in a .pth, unlike web-rwkv's .safetensors
-    form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
+    form = FOLDER if path.is_dir() else format_of(path)
     if form is None or path.suffix == ".pth":
         return unwrapped(read_tensors(path))
     return form.read(path)
@@ -205,7 +193,7 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
     """Write a model or time states in the target's format; return lines about what was written."""
-    tensors, form = read_model(source), format_of(target)
+    tensors, form = read_model(source), format_of(target, args.to)
     states = all(is_time_state(key) for key in tensors)
     if form is not None and states and not form.states and target.suffix:
         raise UserError(
@@ -227,21 +215,11 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     tokenizer = None
     if form.vocabulary:
         tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
-    form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, args.to == FLA))
+    what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
     if base.has_states and not (form.states_in_model and base.family.states_in_model):
         print(
             f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "
             "run's state.pth, or the file of merge_bone.py --state_output"
         )
-    what = describe(base.family.to_fla(tensors, base.config)[0] if args.to == FLA else tensors, dtype)
-    if target.suffix == ".gguf":
-        number = len(list(base.family.gguf_tensors(tensors, base.config)))
-        what = f"{number} tensors, the large ones {args.gguf_type or GGUF_TYPE}"
-    line = f"{target}: {what}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
-    return [f"{line}; {FLA_LOADER if args.to == FLA else form.loaded_by}"]
-
-
-def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
-    """Write the number of tensors and their dtypes after the cast to dtype (None: they keep theirs)."""
-    dtypes = dict.fromkeys(dtype_name(dtype or tensor.dtype) for tensor in tensors.values())
-    return f"{len(tensors)} tensors, {' and '.join(dtypes)}"
+    vocabulary = f", vocabulary {tokenizer.name}" if tokenizer else ""
+    return [f"{target}: {what}{vocabulary}; {form.loaded_by}"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..adapters.quant import block_size, roundtrip
+from ..adapters.quant import roundtrip, row_unit
 from ..files.adapter_file import Adapter, AdapterMetadata
 from ..files.base import Base
 from ..files.pth_writer import dtype_name
@@ -62,7 +62,7 @@ def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterat
             yield f"{key}: missing"  # a time state, because a model that lacks another tensor is not opened
             continue
         if params := modules.get(key.removesuffix(".weight")):
-            unit = unit_of(quant, tensor.shape[1])
+            unit = row_unit(quant, tensor.shape[1])
             difference = compared(tensor, source, adapted(adapter.metadata, params, quant), unit)
         else:
             difference = compared(tensor, source, cast)
@@ -144,9 +144,3 @@ def trained_on(
 def lost(*values: torch.Tensor) -> torch.Tensor:
     """The most that float32 may lose in each row (n, 1) of values (n, in) that go into or come out of a computation."""
     return SLACK * torch.stack([value.abs() for value in values]).amax((0, 2))[:, None]
-
-
-def unit_of(quant: str, columns: int) -> int:
-    """Return the multiple of rows at which bands of a weight with this many columns begin: a block of quantized
-    weights with one scale must not be split."""
-    return 1 if quant == "none" else block_size(quant) // math.gcd(block_size(quant), columns)

@@ -33,6 +33,7 @@ repository = that(
     "is no name of a repository; give it as NAME/REPO, with your name or your organization's first",
 )
 picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
+ADAPTER_FLAGS = ("--bone_checkpoint", "--lora_checkpoint", "--peft_checkpoint", "--state_checkpoint")
 MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
@@ -55,10 +56,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
     add(
-        "--bone_checkpoint",
-        "--lora_checkpoint",
-        "--peft_checkpoint",
-        "--state_checkpoint",
+        *ADAPTER_FLAGS,
         required=True,
         nargs="+",
         metavar="FILE",
@@ -106,17 +104,9 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
 
 def check_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
-    parser.add_argument(
-        "--bone_checkpoint",
-        "--lora_checkpoint",
-        "--peft_checkpoint",
-        "--state_checkpoint",
-        required=True,
-        metavar="FILE",
-        help="the adapter, or the folder of the run",
-    )
     add = parser.add_argument
+    add("--base_model", required=True, metavar="PTH", help="the base of the merge")
+    add(*ADAPTER_FLAGS, required=True, metavar="FILE", help="the adapter, or the folder of the run")
     add_source_flags(parser)
     add("--merged", required=True, metavar="PTH", help="the merged model")
     add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")

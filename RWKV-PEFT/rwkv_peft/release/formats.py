@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
-from ..files.pth_writer import TensorSpec, write_pth
+from ..files.pth_writer import TensorSpec, dtype_name, write_pth
 from ..files.readable import choice_in, read_settings
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..models import FAMILIES
@@ -25,6 +25,7 @@ from .gguf import write_gguf
 from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
 GGUF_TYPE = "f16"  # the default type of a GGUF's large matrices
+FLA = "fla"  # the value of --to
 HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
 
 
@@ -33,28 +34,26 @@ Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor
 
 class Wanted(NamedTuple):
     """The settings for writing a model: dtype of its tensors (None: each keeps its own), type of a GGUF's large
-    matrices, the tokenizer whose vocabulary is written with it, if the format holds one, and whether a folder has
-    flash-linear-attention's layout."""
+    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one."""
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
     tokenizer: Tokenizer | None = None
-    fla: bool = False
 
 
 class Format(NamedTuple):
     """One file format: its names, its reader and its writers.
 
     endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
-    read(path) -> {official key: tensor}; write_model(path, base, wanted) writes. loaded_by says for people what loads
-    such a model; dtype is a model's default (None: each tensor keeps its own); vocabulary is True if it holds a
-    tokenizer; states is True if time states alone may be written in it (state_file.py), states_in_model if its loaders
-    may look for them in a model's file.
+    read(path) -> {official key: tensor}; write_model(path, base, wanted) writes -> what was written. loaded_by says for
+    people what loads such a model; dtype is a model's default (None: each tensor keeps its own); vocabulary is True if
+    it holds a tokenizer; states is True if time states alone may be written in it (state_file.py), states_in_model if
+    its loaders may look for them in a model's file.
     """
 
     endings: tuple[str, ...]
     read: Callable[[Path], dict[str, torch.Tensor]]
-    write_model: Callable[[Path, Base, Wanted], None]
+    write_model: Callable[[Path, Base, Wanted], str]
     loaded_by: str
     dtype: torch.dtype | None = None
     vocabulary: bool = False
@@ -63,9 +62,9 @@ class Format(NamedTuple):
     files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
-def format_of(path: Path) -> Format | None:
-    """The Format of a path's ending, None for an unknown ending."""
-    return next((form for form in FORMATS if path.suffix in form.endings), None)
+def format_of(path: Path, to: str | None = None) -> Format | None:
+    """The Format that --to names, else that of a path's ending, None for an unknown ending."""
+    return FLA_FOLDER if to == FLA else next((form for form in FORMATS if path.suffix in form.endings), None)
 
 
 def read_web(path: Path) -> dict[str, torch.Tensor]:
@@ -76,28 +75,29 @@ def read_web(path: Path) -> dict[str, torch.Tensor]:
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
 
-def write_web(path: Path, base: Base, wanted: Wanted) -> None:
+def write_web(path: Path, base: Base, wanted: Wanted) -> str:
     family = base.family
     tensors = {
         family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or is_time_state(key) else tensor
         for key, tensor in base.tensors.items()
     }
-    _write(path, write_safetensors, tensors, wanted.dtype)
+    return _write(path, write_safetensors, tensors, wanted.dtype)
 
 
-def write_official(path: Path, base: Base, wanted: Wanted) -> None:
-    _write(path, write_pth, base.tensors, wanted.dtype)
+def write_official(path: Path, base: Base, wanted: Wanted) -> str:
+    return _write(path, write_pth, base.tensors, wanted.dtype)
 
 
 def read_gguf(path: Path) -> NoReturn:
     raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made from")
 
 
-def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:
+def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> str:
     assert wanted.tokenizer is not None  # because the format's vocabulary is True
     vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)
     with atomic_write(path) as temporary:
-        write_gguf(temporary, base, wanted.gguf_type, vocabulary)
+        number = write_gguf(temporary, base, wanted.gguf_type, vocabulary)
+    return f"{number} tensors, the large ones {wanted.gguf_type}"
 
 
 def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
@@ -130,59 +130,59 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     return _official(found, lambda family: family.from_hf)[1]
 
 
-def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
-    """Write a folder in the layout of the generation's Hugging Face models, or in flash-linear-attention's.
+def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> str:
+    tensors = {base.family.to_hf(key): tensor for key, tensor in base.tensors.items()}
+    return _write_folder(folder, base, wanted, tensors, base.family.hf_settings(base.config))
+
+
+def write_fla_folder(folder: Path, base: Base, wanted: Wanted) -> str:
+    return _write_folder(folder, base, wanted, *base.family.to_fla(base.tensors, base.config))
+
+
+def _write_folder(
+    folder: Path, base: Base, wanted: Wanted, tensors: Mapping[str, torch.Tensor], settings: dict[str, Any]
+) -> str:
+    """Write a folder of a model's tensors and its config.json, in one of two layouts.
 
     config.json is removed before the other files are replaced, and written last: a folder that was left between an old
     model and a new one has none, so readers refuse it.
     """
-    family, config, tokenizer = base.family, base.config, wanted.tokenizer
+    tokenizer = wanted.tokenizer
     assert tokenizer is not None  # because the format's vocabulary is True
-    if wanted.fla:
-        tensors, settings = family.to_fla(base.tensors, config)
-    else:
-        tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-        settings = family.hf_settings(config)
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
     with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
-        for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
+        for name, content in (files | hf_files(tokenizer, base.config.vocab_size)).items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(content)
         weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
         _fill(weights, write_safetensors, tensors, wanted.dtype)
         (folder / "config.json").unlink(missing_ok=True)
+    return describe(tensors, wanted.dtype)
 
 
 HF_LOADER = (
     "transformers loads it with trust_remote_code=True, once the Python files of a published model of its generation "
     "(of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
 )
+FOLDER = Format(
+    ("",),
+    read_hf_model,
+    write_hf_folder,
+    HF_LOADER,
+    vocabulary=True,
+    files=lambda path: [path / name for name in HF_FILES],
+)
+FLA_FOLDER = FOLDER._replace(
+    write_model=write_fla_folder, loaded_by="flash-linear-attention loads it, and so does rwkv7-hf"
+)
+PTH_LOADERS = "rwkv, RWKV-Runner and ChatRWKV load it"
+WEB_LOADERS = "it has the names of web-rwkv and Ai00, which need float16 (.st, or --dtype fp16)"
 FORMATS = (
-    Format(
-        (".pth",),
-        read_tensors,
-        write_official,
-        "rwkv, RWKV-Runner and ChatRWKV load it",
-        states=True,
-        states_in_model=True,
-    ),
-    Format(
-        (".safetensors",),
-        read_web,
-        write_web,
-        "it has the names of web-rwkv and Ai00, which need float16 (.st, or --dtype fp16)",
-        states=True,
-    ),
+    Format((".pth",), read_tensors, write_official, PTH_LOADERS, states=True, states_in_model=True),
+    Format((".safetensors",), read_web, write_web, WEB_LOADERS, states=True),
     Format((".st", ".state"), read_web, write_web, "web-rwkv and Ai00 load it", torch.float16, states=True),
     Format((".gguf",), read_gguf, write_llama_cpp, "llama.cpp loads it", vocabulary=True),
-    Format(
-        ("",),
-        read_hf_model,
-        write_hf_folder,
-        HF_LOADER,
-        vocabulary=True,
-        files=lambda path: [path / name for name in HF_FILES],
-    ),
+    FOLDER,
 )
 
 
@@ -195,10 +195,11 @@ def _official(
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
-def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Write tensors to a file as _fill does, atomically."""
-    with atomic_write(Path(path)) as temporary:
+def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
+    """Write tensors to a file as _fill does, atomically -> what was written."""
+    with atomic_write(path) as temporary:
         _fill(temporary, writer, tensors, dtype)
+    return describe(tensors, dtype)
 
 
 def _fill(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -213,3 +214,9 @@ def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Iter
         if not all_finite(result):
             raise UserError(f"{key} holds NaN, Inf or values beyond {result.dtype}; choose another --dtype")
         yield key, result
+
+
+def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
+    """Write the number of tensors and their dtypes after the cast to dtype (None: they keep theirs)."""
+    dtypes = dict.fromkeys(dtype_name(dtype or tensor.dtype) for tensor in tensors.values())
+    return f"{len(tensors)} tensors, {' and '.join(dtypes)}"

@@ -23,7 +23,8 @@ from ..files.readable import require_readable
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.state import is_time_state
-from .vocabulary import CHAT_TEMPLATE, GgufVocabulary
+from .chat_template import GGUF_TEMPLATE
+from .vocabulary import GgufVocabulary
 
 Q8_RUN = 32  # q8_0 packs this many values of a row into one block
 Value = bool | int | float | str | list[bool | int | float | str]
@@ -34,8 +35,8 @@ MOST_DIMENSIONS = 4  # ggml's limit
 KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
-def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> None:
-    """Write a Base as GGUF, tensor by tensor.
+def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> int:
+    """Write a Base as GGUF, tensor by tensor -> the number of tensors.
 
     kind, one of names.GGUF_TYPES, is the type of the large matrices (f16 instead of q8_0 for one whose rows q8_0
     cannot hold); vocabulary is a GgufVocabulary of the model's size.
@@ -65,6 +66,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
         writer.write_ti_data_to_file()
         for name, _, make, _ in plan:
             writer.write_tensor_data(gguf.quants.quantize(make().float().contiguous().numpy(), types[name]))
+    return len(plan)
 
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -114,7 +116,7 @@ def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_eos_token_id(vocabulary.end)
     if vocabulary.turn_end is not None:
         writer.add_eot_token_id(vocabulary.turn_end)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(GGUF_TEMPLATE)
     writer.add_add_bos_token(False)
 
 

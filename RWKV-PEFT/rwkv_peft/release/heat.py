@@ -68,7 +68,6 @@ def distance(tensor: torch.Tensor, base: torch.Tensor) -> float:
 
 
 def heat_of(changes: Mapping[str, float]) -> Heat:
-    """Arrange {key: change} as a Heat."""
     cells, outside = {}, {}
     for key, change in changes.items():
         parts = key.removesuffix(".weight").split(".")
@@ -110,7 +109,6 @@ def cell_text(change: float | None, largest: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0."""
     args = inspect_flags(argv)
     contents = contents_of(source_of(args, args.file))
     if args.output:

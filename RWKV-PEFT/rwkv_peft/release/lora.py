@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..files.adapter_file import Adapter, save_adapter
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..files.peft_folder import CONFIG, TENSORS, write_lora_folder
+from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
 from .gguf import write_gguf_lora
 
@@ -202,11 +202,6 @@ def relative_error(change: torch.Tensor, factors: Params) -> float:
     """Return |change - B A| / |change| of a change (out, in) and LoRA's factors; 0 if the change is zero."""
     size = change.norm()
     return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
-
-
-def adapter_files(path: Path) -> list[Path]:
-    """The paths that an adapter may be written to: a file, or those in a folder of peft."""
-    return [path] if path.suffix else [path / CONFIG, path / TENSORS]
 
 
 def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:

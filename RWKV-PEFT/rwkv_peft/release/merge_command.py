@@ -41,7 +41,6 @@ TYPES = MappingProxyType(
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0."""
     args = merge_flags(argv)
     args.adapters = [str(adapter_of_run(path, tell=True)) for path in args.adapters]
     check_files(args)

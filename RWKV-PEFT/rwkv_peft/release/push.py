@@ -17,7 +17,6 @@ NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they ar
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: argv -> exit code 0."""
     args = push_flags(argv)
     source = Path(args.source)
     paths = files_of(source, args.files)

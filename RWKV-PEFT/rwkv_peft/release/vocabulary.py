@@ -7,19 +7,9 @@ from typing import NamedTuple
 from ..data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from ..data.turns import TURN_END
 from ..errors import UserError
+from .chat_template import CHAT_TEMPLATE
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
-# The chat layout of the training data (data/templates.py), as a Jinja template. Parts of llama.cpp do not interpret
-# templates but recognize some by a piece of their text; the line of the user's turn has the piece that they look for.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{- 'System: ' + message['content']|trim + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'user' -%}{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'tool' -%}{{- 'Tool: ' + message['content']|trim + '\\n\\n' -}}"
-    "{%- else -%}{{- 'Assistant: ' + message['content']|trim + '\\n\\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
-)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
@@ -92,16 +82,17 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
     return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, one, "gpt-2", merges)
 
 
-def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder; tokenizer_class is for RWKV's own."""
+def hf_files(tokenizer: Tokenizer, size: int) -> dict[str, bytes]:
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which hold CHAT_TEMPLATE."""
     if isinstance(tokenizer, JsonTokenizer):
         end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
         settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
         files = {"tokenizer.json": tokenizer.path.read_bytes()}
     else:
         marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<s>")
-        settings = {"tokenizer_class": tokenizer_class, **marks, "add_prefix_space": False}
+        settings = {"tokenizer_class": "RWKVTokenizer", **marks, "add_prefix_space": False}  # that of hf/
         files = {WORLD_FILE: world_file(tokenizer, size)}
+    settings["chat_template"] = CHAT_TEMPLATE
     return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 
 

@@ -11,7 +11,7 @@ from ..cli import counted
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..errors import UserError
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..files.base import Base, open_base
 from ..files.lock import alone_in
 from ..files.readable import require_readable
@@ -113,14 +113,11 @@ def write_questions(study: Study, text: str, reader: Subject) -> None:
             "learn and one to measure on are the least; give it its own layout with --ask, --answer and --stop, longer "
             "--question_tokens and --answer_tokens, or write questions yourself and give them as --rows"
         )
-    with atomic_write(study.path) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), "utf-8", "backslashreplace")
+    write_text(study.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"wrote {counted(len(rows), 'question')} to {study.path}", flush=True)
 
 
 def write_figures(path: Path, held_out: Samples, words: dict[str, Word]) -> None:
     """Write the words of the base and of what was trained as JSON."""
     figures = {"held_out": len(held_out)} | {name: word._asdict() for name, word in words.items()}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(path, json.dumps(figures, indent=2) + "\n")

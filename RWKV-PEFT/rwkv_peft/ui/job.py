@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..children import python_command
-from ..files.atomic import atomic_write
+from ..files.atomic import write_text
 from ..files.lock import hold
 
 OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
@@ -39,8 +39,7 @@ def main(argv: list[str]) -> int:
         code = process.wait()
         if came and code == 1:  # Python itself had not begun, and says no more
             code = -came[-1]
-        with atomic_write(folder / EXIT) as temporary:
-            temporary.write_text(str(code if code >= 0 else 128 - code))
+        write_text(folder / EXIT, str(code if code >= 0 else 128 - code))
     return 0
 
 

@@ -13,4 +13,4 @@ class RWKV6Family(Family[keys.RWKV6Config, RWKV6], of=(keys, init, names, gguf))
     targets, parts = keys.TARGETS, keys.PARTS
     rows_are_keys, states_in_model = TimeMix.rows_are_keys, True
     kernel, kernels = "wkv6", staticmethod(backends)
-    gguf_architecture, hf_tokenizer = "rwkv6", "Rwkv6Tokenizer"
+    gguf_architecture = "rwkv6"

@@ -13,4 +13,4 @@ class RWKV7Family(Family[keys.RWKV7Config, RWKV7], of=(keys, init, names, gguf, 
     targets, parts = keys.TARGETS, keys.PARTS
     rows_are_keys, states_in_model = TimeMix.rows_are_keys, False
     kernel, kernels = "wkv7", staticmethod(backends)
-    gguf_architecture, hf_tokenizer = "rwkv7", "Rwkv7Tokenizer"
+    gguf_architecture = "rwkv7"

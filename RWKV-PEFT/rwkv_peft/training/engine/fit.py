@@ -18,7 +18,7 @@ from ...cli import counted
 from ...data.recorded import ENTRY
 from ...data.report import OPENING, opening_of
 from ...errors import UserError, ending_at_once
-from ...files.atomic import atomic_write
+from ...files.atomic import write_text
 from ...files.best import BEST, SINCE, HeldOut, labelled, take
 from ...memory import keep_freed_memory
 from ...names import CARD, METRICS, PICTURE, RUN
@@ -112,8 +112,7 @@ def record(run: Prepared) -> None:
     entries[SINCE] = run.inputs.identity[SINCE]
     if vocabulary is not None:
         entries[ENTRY] = vocabulary._asdict()
-    with atomic_write(run.folder / RUN) as temporary:
-        temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
+    write_text(run.folder / RUN, json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
 
 
 def stopped(run: Prepared, lit: "Lit") -> int:

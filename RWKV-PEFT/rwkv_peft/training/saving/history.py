@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...files.atomic import atomic_write
+from ...files.atomic import write_text
 from ...plots import is_number, read_metrics
 from ..step.plan import Plan
 
@@ -51,6 +51,4 @@ def forget_rest(path: Path, plan: Plan) -> None:
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of lines, a record each, atomically."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with atomic_write(path) as temporary:
-        temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
