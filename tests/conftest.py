@@ -33,7 +33,7 @@ def pytest_configure(config):
     warm.folder = config.warm.name
     if getattr(config.option, "tx", None) and config.option.accelerator == "cpu":
         config.option.tx = [f"{spec}//python={warm.worker()}" for spec in config.option.tx]
-        with suppress(ImportError, AttributeError, SyntaxError):  # of another pytest, or of a test: told later
+        with suppress(ImportError, AttributeError, TypeError, SyntaxError):  # another pytest; or of a test, told later
             rewrite_assertions(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_peft import commands
-from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error
+from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error, field_names, short, some
 from rwkv_peft.files.atomic import atomic_write
 from rwkv_peft.streams import bar_seconds
 
@@ -141,3 +141,14 @@ def test_what_a_file_calls_itself_does_not_reach_the_terminal_as_an_order(tmp_pa
     for text in (capsys.readouterr().out, str(error)):
         assert text.replace("\n", "").replace("\t", "").isprintable() and "\\x1b[2J" in text
     assert "\n\tis no key" in str(error)
+
+
+def test_names_from_files_pass_for_no_line_and_fill_no_screen():
+    names = [f"{number}\nerror: \x1b[31mforged\u2028" for number in range(1000)]
+    for text in (
+        short("\n".join(names)),
+        some(names),
+        field_names(dict.fromkeys(names)),
+        str(UserError(short(names[0]))),
+    ):
+        assert text.isprintable() and len(text) < 1000

@@ -42,10 +42,10 @@ def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], o
     {flag: what is given here}, else the nearest known flag, else what to do `otherwise`."""
     meant = synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
     if meant:
-        return f"there is no {flag} here; it is {meant}"
+        return f"there is no {short(flag)} here; it is {meant}"
     names = {name.lstrip("-"): name for name in known}  # two dashes would make short names alike
     near = difflib.get_close_matches(flag.lstrip("-"), names, 1)
-    return f"there is no {flag}; " + (f"did you mean {names[near[0]]}?" if near else otherwise)
+    return f"there is no {short(flag)}; " + (f"did you mean {names[near[0]]}?" if near else otherwise)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
@@ -24,8 +24,8 @@ UNSEEN = MappingProxyType(
 TOO_MANY_FILES = "this process may open no more files; raise its limit, as by ulimit -n 1024, and run again"
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
-# control characters other than tab and newline, and Unicode's marks that change the direction of writing
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# control characters other than tab and newline, and Unicode's marks that break lines or turn the direction of writing
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 TOLD = 200  # the most characters of a quoted text
 
 
@@ -75,14 +75,24 @@ def visible(text: str) -> str:
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def in_line(text: str) -> str:
+    """Make a text visible in one line, so that none of it passes for a line of a command's own."""
+    return visible(text).replace("\n", "\\n")
+
+
 def short(text: str) -> str:
-    """Cut a text that is quoted to TOLD characters."""
-    return text if len(text) <= TOLD else f"{text[:TOLD]}…"
+    """Cut a text that is quoted to TOLD characters, in one line."""
+    return in_line(text if len(text) <= TOLD else f"{text[:TOLD]}…")
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
     """The first few of names that are quoted, "a, b, c, …"."""
     return ", ".join(map(short, names[:limit])) + ", …" * (len(names) > limit)
+
+
+def field_names(row: Iterable[object]) -> str:
+    """The names of a row's fields, quoted."""
+    return some([str(name) for name in row], 20) or "(none)"
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:

@@ -104,7 +104,7 @@ DAMAGED = (
     ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
     ("compare.json", b"[]", "compare.json holds no settings, but a list"),
     *(
-        (name, make, f"{name}.* is (a pipe or a device|a folder|no file)")
+        (name, make, f"{name}.* is (a pipe|a folder|no file)")
         for name in ("result.json", "metrics.jsonl", "compare.json")
         for make in (os.mkfifo, os.mkdir)
     ),
@@ -191,6 +191,16 @@ def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
     with pytest.raises(UserError, match=message):
         main(["--output", "refused", *arguments])
     assert not (files / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ["table.md", "runs/bone-0.001-7/log.txt", "runs"])
+def test_a_link_leads_no_comparison_elsewhere(files, tmp_path, name):
+    (link := tmp_path / "out" / name).parent.mkdir(parents=True)
+    link.symlink_to(kept := tmp_path / "kept")
+    kept.write_text("kept")
+    with pytest.raises(UserError, match=f"{name} is a link: .* its --output; move it away"):
+        main(["--output", str(tmp_path / "out"), *OWN, "--", *TRAIN])
+    assert kept.read_text() == "kept"
 
 
 @pytest.mark.parametrize("steps, every", [(1000, 100), (205, 21), (7, 1), (13, 2), (1, 1)])

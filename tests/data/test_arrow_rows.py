@@ -104,6 +104,7 @@ def test_the_columns_that_a_format_names_are_those_of_the_rows(tmp_path):
         ),
         ({"_data_files": [{"filename": "/etc/passwd"}]}, "which is no file of its folder"),
         ({"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow is missing"),
+        ({"_data_files": [{"filename": "data-00000-of-00001.arrow"}] * 99}, "data-00000-of-00001.arrow', 99 times;"),
         ({"_data_files": [3]}, "names no files of rows"),
         ({"_data_files": None}, "names no files of rows"),
         ({"_indices_data_files": [{"filename": "i.arrow"}]}, "keeps its rows in an order of its own"),

@@ -92,6 +92,8 @@ def test_a_shard_of_another_set_or_none_is_told(folder, tmp_path):
     for path in tmp_path.glob("cut-00001.*"):
         path.rename(tmp_path / "far" / path.name)
     assert "cut.json names the shard" in (said := told({"shards": entry})) and "cut-00001.idx: no such file" in said
+    for name in ("\0", "\ud800"):
+        assert "no such file" in told({"shards": [entry[0] | {"name": name}]})
     moved = [entry[0] | {"name": "far/cut-00001"}, *entry[1:]]  # on another disk
     (tmp_path / "cut.json").write_text(json.dumps({"shards": moved}))
     assert len(open_dataset(tmp_path / "cut")) == len(BinidxDataset(folder / "one"))

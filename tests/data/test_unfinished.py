@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_a_command_goes_on_to_the_same_files(small, monkeypatch, capfd, flags):
     assert whole == parts and not list(small.glob(".*"))
 
 
-@pytest.mark.parametrize("change", ["input", "flags", "damage", "journal"])
+@pytest.mark.parametrize("change", ["input", "flags", "damage", "journal", "link"])
 def test_a_command_of_other_inputs_or_damaged_files_begins_anew(small, monkeypatch, capfd, change):
     cut_off(monkeypatch, small, "data", 9)
     unfinished = small / ".data.unfinished"
@@ -79,7 +80,13 @@ def test_a_command_of_other_inputs_or_damaged_files_begins_anew(small, monkeypat
         path.write_bytes(b"x" + path.read_bytes()[1:])
     elif change == "journal":
         (unfinished / "journal.json").write_text("{")
+    elif change == "link":
+        (small / "mine").write_bytes((unfinished / "00001.bin").read_bytes())
+        (unfinished / "00001.bin").unlink()
+        (unfinished / "00001.bin").symlink_to(small / "mine")
+    before = [*map(Path.read_bytes, small.glob("mine"))]
     command(small, "data", *flags)
+    assert before == [*map(Path.read_bytes, small.glob("mine"))]
     assert "going on" not in capfd.readouterr().err and not unfinished.exists()
     command(small, "whole", *flags)
     assert made(small, "data") == made(small, "whole")

@@ -67,7 +67,7 @@ ROWS = ("--data_type", "sft", "--tokenizer", "bytes")
         ("chats", ("--epoch_steps", "5", "--lr_init", "1e-4"), ("pad", "file", False, 1, 1e-4, 2e-5)),
         ("chats", ("--epoch_save", "2", "--lr_final", "1e-6"), ("pad", "file", True, 2, 6.3e-4, 1e-6)),
         ("chats", ("--peft", "pissa"), ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
-        ("chats", ("--peft", "none"), ("pad", "file", True, 0, 2.3e-4, 2.3e-5)),
+        ("chats", ("--peft", "none"), ("pad", "file", True, 0, 4.7e-4, 4.7e-5)),
         ("pairs.jsonl", ("--data_type", "pairs", "--tokenizer", "bytes"), ("pack", "file", False, 1, 1.9e-5, 1.9e-6)),
         ("chats", ("--peft", "none", "--train_parts", "state"), ("pad", "file", True, 0, 1e-2, 1e-2)),
     ],

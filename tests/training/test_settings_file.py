@@ -34,6 +34,7 @@ REFUSED = (
     ("bone_r: [1", "is no YAML"),
     ("a: &a 1\nb: *a", "an alias in line 2"),
     ("a: " + "[" * 9 + "]" * 9, "a level below 8 others in line 1"),
+    ('data_file: "a\\0b"', "a character that no name has in line 1"),
     ("bone_r: much", "argument --bone_r: 'much' is not a whole number"),
 )
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rwkv_peft import commands
-from rwkv_peft.data.recorded import read_record, vocabulary_of
+from rwkv_peft.data.recorded import Vocabulary, read_record, vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
@@ -34,6 +34,10 @@ def trained(tmp_path_factory, tiny_state):
 def test_the_runs_config_names_it(trained):
     assert read_record(trained / "out" / "config.json") == vocabulary_of(load_tokenizer("bytes"))
     assert json.loads((trained / "out" / "config.json").read_text())["adapter"]["method"] == "bone"
+
+
+def test_a_name_in_a_file_is_told_in_one_line():
+    assert str(Vocabulary("\x1b[31mworld\nerror: forged", "0\n", 3)).isprintable()
 
 
 def test_an_adapter_tells_how_it_came_to_be(trained, capsys, tiny_state):

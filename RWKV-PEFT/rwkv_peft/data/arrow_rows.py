@@ -6,6 +6,7 @@ of each list is measured before it is made.
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +81,10 @@ def saved_files(path: Path, split: str) -> Iterator[tuple[Path, list[str] | None
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SAVED} names no files of rows ({told(error)}); copy the folder again") from error
-    for name in names:
-        if not is_own(name):
-            raise UserError(f"{path / SAVED} names {name!r}, which is no file of its folder; copy the folder again")
+    for name, times in Counter(names).items():
+        if times > 1 or not is_own(name):  # one file could stand for any number
+            what = f"{times} times" if times > 1 else "which is no file of its folder"
+            raise UserError(f"{path / SAVED} names {name!r}, {what}; copy the folder again")
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
         yield file, kept if isinstance(kept, list) else None
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, told
+from ..errors import UserError, short, told
 from ..files.atomic import same_file
 from ..files.readable import require_readable
 from ..names import RUN
@@ -30,7 +30,7 @@ class Vocabulary(NamedTuple):
     size: int
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.size:,} tokens, {self.hash})"
+        return f"{short(self.name)} ({self.size:,} tokens, {short(self.hash)})"
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, short
+from ..errors import UserError, field_names, short
 from .templates import UnknownForm, behind_system, named_segments, require_field, segments
 from .turns import TURN_END, Segment, chat, field, speaker
 
@@ -50,7 +50,7 @@ def fields_of(row: object, forms: str) -> dict[str, Any]:
 
 
 def unknown(row: Mapping[str, Any], words: str) -> UnknownForm:
-    return UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; {words}")
+    return UnknownForm(f"a row has the fields {field_names(row)}; {words}")
 
 
 def turns_before(row: Mapping[str, Any]) -> list[Any] | None:
@@ -79,7 +79,7 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
     else:
         better, worse = (dialogue(row[side]) for side in SIDES)
         if not better or not worse:
-            raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {PAIRS}")
+            raise UnknownForm(f"a row has no prompt, only {field_names(row)}; pairs are {PAIRS}")
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
     shared -= better == worse  # pairs of equal answers are counted as such
     return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]

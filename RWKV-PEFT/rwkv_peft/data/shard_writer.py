@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from os import scandir
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,8 +79,12 @@ class ShardWriter:
         self.noted = time.monotonic()
 
     def go_on(self) -> None:
-        """Take up what the journal notes. Raises Stale, or what reading raises, if that is not there any more."""
-        journal = json.loads((self.folder / JOURNAL).read_bytes()) if self.key else {}
+        """Take up what the journal notes. Raises Stale, or what reading raises, if that is not there any more, or if
+        a stranger's link would lead the writing elsewhere."""
+        plain = not self.folder.is_symlink() and all(
+            each.is_file(follow_symlinks=False) for each in scandir(self.folder)
+        )
+        journal = json.loads((self.folder / JOURNAL).read_bytes()) if self.key and plain else {}
         if journal.get("key") != self.key or not self.key:
             raise Stale(self.folder)
         self.chunks, self.done, self.totals = journal["chunks"], journal["done"], Encoded.from_json(journal["totals"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, short
+from ..errors import UserError, field_names, short
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
 from .tools import LISTS, listed, parsed
@@ -67,7 +67,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
     if think:
         raise UserError(
             "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
-            f"fields {', '.join(map(str, row)) or '(none)'}; leave the flag out for such rows"
+            f"fields {field_names(row)}; leave the flag out for such rows"
         )
     if "segments" in row:
         refuse_unplaced(row, LISTS)
@@ -92,7 +92,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
     if "chosen" in row and "rejected" in row:
         raise UserError("a row has a chosen and a rejected answer, which train.py --data_type pairs learns from")
-    raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
+    raise UnknownForm(f"a row has the fields {field_names(row)}; known are {FORMS}")
 
 
 def system_of(row: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def given_segments(parts: object) -> list[Segment]:
 def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
     """The row itself. Raises UserError if it lacks a field."""
     if name not in row:
-        raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+        raise UnknownForm(f"field {name!r} is missing; the row has {field_names(row)}")
     return row
 
 
@@ -201,9 +201,7 @@ class Template:
 
         def value(match: re.Match[str]) -> str:
             if match[1] not in row:
-                raise UserError(
-                    f"field {match[1]!r} of the template is missing; the row has {', '.join(map(str, row))}"
-                )
+                raise UserError(f"field {match[1]!r} of the template is missing; the row has {field_names(row)}")
             return field(row, match[1])
 
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]

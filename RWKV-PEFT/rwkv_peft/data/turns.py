@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, short
+from ..errors import UserError, field_names, short
 from .tools import NOTHING, called, calls_text, listed, ordered
 
 # --think -> the text that a prompt adds to "Assistant:"
@@ -121,9 +121,7 @@ def said(turn: Mapping[str, Any]) -> tuple[str, str]:
     refuse_media(turn)
     calls, tools = called(turn), listed(turn)
     if not role or (words_name not in turn and not calls):
-        raise UserError(
-            f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
-        )
+        raise UserError(f"a turn has the fields {field_names(turn)}; it needs role and content, or from and value")
     for more, speaks, what in ((calls, "Assistant", "calls a tool"), (tools, "System", "lists tools")):
         if more and role != speaks:
             raise UserError(f"a turn of role {turn[role_name]!r} {what}, which only the {speaks.lower()} does")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data.turns import field
-from ..errors import UserError
+from ..errors import UserError, field_names
 from ..generate.prompts import made_of
 from .layouts import FIELD, read_layout
 
@@ -84,9 +84,7 @@ def text_of(row: Row, *names: str) -> str:
         raise UserError(f"a row is {type(row).__name__}, not an object with fields")
     name = next((name for name in names if name in row), None)
     if name is None:
-        raise UserError(
-            f"a row has the fields {', '.join(map(str, row)) or '(none)'}; one of {', '.join(names)} is due"
-        )
+        raise UserError(f"a row has the fields {field_names(row)}; one of {', '.join(names)} is due")
     return field(row, name)
 
 

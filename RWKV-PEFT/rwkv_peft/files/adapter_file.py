@@ -32,6 +32,7 @@ MOST = 1000  # characters of a text
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
+FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
+    if not metadata.entries:
+        del told["entries"]  # earlier versions do not know it
     header = {"format": "pt", METADATA_KEY: json.dumps(told, sort_keys=True), ENTRY: metadata.origin.to_json()}
     with atomic_write(path) as temporary:
         save_safetensors(temporary, dict(sorted(tensors.items())), header)
@@ -244,6 +247,7 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
         raise UserError(
             f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
         ) from error
+    values = {key: value for key, value in values.items() if key not in FORGOTTEN}
     known = {field.name for field in fields(AdapterMetadata)} - {"origin"}
     if version > FORMAT_VERSION or set(values) - known:
         raise UserError(

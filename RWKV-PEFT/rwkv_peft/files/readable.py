@@ -21,7 +21,7 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
             open(path, "rb").close()
         else:
             os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name from a file that can be none
         raise UserError(f"{path}: {meant}" if (meant := home_meant(path)) else missing) from None
     except OSError as error:
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
-from ..errors import UserError, short, visible
+from ..errors import UserError, in_line, short
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
@@ -166,4 +166,4 @@ def formatted(lines: Iterable[Line]) -> str:
     """Join lines into a text with their values aligned."""
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs) + 2
-    return "\n".join(f"{name:<{width}}{visible(text)}" for name, text in pairs)
+    return "\n".join(f"{name:<{width}}{in_line(text)}" for name, text in pairs)

@@ -12,7 +12,7 @@ import torch
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import forms
-from ..errors import UserError
+from ..errors import UserError, in_line
 from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
 from ..files.atomic import atomic_write, check_output, require_room, same_file
@@ -134,7 +134,7 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
         parts = [f"{metadata.variant} {metadata.size_words} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
         called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
-        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"
+        origin = "" if metadata.base_fingerprint else f" (from {in_line(metadata.source)}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
             print(f"blocks   it changes {spans(blocks)} of 0-{config.n_layer - 1}; the others stay as they are")

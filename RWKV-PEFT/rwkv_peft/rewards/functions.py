@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError, told
+from ..errors import UserError, field_names, told
 from ..files.readable import require_readable
 from .reward import Answer, Reward
 
@@ -39,7 +39,7 @@ class FunctionReward(Reward):
         missing = [name for name in self.due if name not in row]
         if missing:
             raise UserError(
-                f"the function takes {missing[0]}, and the row has the fields {', '.join(map(str, row)) or '(none)'}; "
+                f"the function takes {missing[0]}, and the row has the fields {field_names(row)}; "
                 "add the field, or give the parameter a default"
             )
 

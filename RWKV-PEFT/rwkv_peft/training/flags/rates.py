@@ -13,7 +13,7 @@ from ...adapters.methods import method_of
 from ...config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
-ANCHOR, WHOLE, NEW = 0.08, 0.03, 0.4
+ANCHOR, WHOLE, NEW = 0.08, 0.06, 0.4
 FALL = 0.1  # the last rate over the first
 
 

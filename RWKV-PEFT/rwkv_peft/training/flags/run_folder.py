@@ -44,8 +44,9 @@ def check_run_folder(folder: Path) -> None:
             require(entry, stat.S_ISDIR if is_step or entry.is_dir(follow_symlinks=False) else stat.S_ISREG)
 
 
-def require(entry: "os.DirEntry[str]", due: object) -> None:
-    """Raise UserError unless an entry of a folder is of the kind that is due, stat.S_ISREG or stat.S_ISDIR."""
+def require(entry: "os.DirEntry[str]", due: object, flag: str = "--proj_dir") -> None:
+    """Raise UserError unless an entry of a folder, given as `flag`, is of the kind that is due, stat.S_ISREG or
+    stat.S_ISDIR."""
     try:
         mode = entry.stat(follow_symlinks=False).st_mode
     except FileNotFoundError:  # another rank has removed it meanwhile
@@ -54,8 +55,8 @@ def require(entry: "os.DirEntry[str]", due: object) -> None:
     if kind is not due:
         what = next((words for is_kind, words in OTHERS if is_kind(mode)), "a device")
         raise UserError(
-            f"{entry.path} is {what}: a run reads and writes nothing but files and folders inside its --proj_dir; move "
-            "it away, or name another folder"
+            f"{entry.path} is {what}: a run reads and writes nothing but files and folders inside its {flag}; move it "
+            "away, or name another folder"
         )
 
 

@@ -7,6 +7,7 @@ because it holds the run's flags as "flags".
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .parser import READ, WRITE, entries_of
 FLAGS = "flags"  # the flags of a run, in its config.json
 SIZE, DEPTH = 1 << 20, 8  # of a file: bytes, and collections within each other
 NULL, TEXT, LIST, MAP = (f"tag:yaml.org,2002:{name}" for name in ("null", "str", "seq", "map"))
+UNTOLD = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the other surrogates are bytes of names that are no UTF-8
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -77,12 +79,15 @@ def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def require_plain(path: Path, text: str) -> None:
-    """Raise UserError for aliases and for more than DEPTH collections within each other, which may fill memory."""
+    """Raise UserError for aliases and for more than DEPTH collections within each other, which may fill memory, and for
+    characters that no command line can hold."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > DEPTH:
-            what = "an alias" if isinstance(event, yaml.AliasEvent) else f"a level below {DEPTH} others"
+        what = "an alias" if isinstance(event, yaml.AliasEvent) else f"a level below {DEPTH} others" * (depth > DEPTH)
+        if isinstance(event, yaml.ScalarEvent) and UNTOLD.search(event.value):
+            what = "a character that no name has"
+        if what:
             raise UserError(f"{READ} {path}: {what} in line {event.start_mark.line + 1}; write plain values")
 
 
