@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,14 @@ def test_a_limit_on_open_files_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(opening)
     assert ended.value.code == 2 and "ulimit -n 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [np.empty, bytearray])
+def test_memory_that_is_full_is_told(asked, capsys):
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda argv: asked(1 << 58))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: no more memory is free (") and "rwkv-peft plan" in error
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ UNSEEN = MappingProxyType(
     }
 )
 TOO_MANY_FILES = "this process may open no more files; raise its limit, as by ulimit -n 1024, and run again"
+ROOM = "end other programs, take a smaller file or batch, or a machine with more (rwkv-peft plan counts a run's)"
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
 # control characters other than tab and newline, and Unicode's marks that break lines or turn the direction of writing
@@ -99,8 +100,9 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`, and exit.
 
     A UserError becomes one message on stderr and its exit code, 2 unless it is NotNow. An OSError of UNSEEN about a
-    file, a limit on open files that is reached, and output that was lost become a message and exit code 2. Ctrl-C gives
-    INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in ENDINGS, 143 and 129.
+    file, a limit on open files that is reached, memory that is full, and output that was lost become a message and exit
+    code 2. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in
+    ENDINGS, 143 and 129.
     The standard streams are Patient from then on (streams.py).
     """
     make_patient()
@@ -120,6 +122,8 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
             raise
         else:
             message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
+    except MemoryError as error:
+        message, code = f"error: no more memory is free ({told(error)}); {ROOM}", 2
     except (KeyboardInterrupt, Ended) as end:
         message, code = ending_of(end)
     sys.stdout.flush()

@@ -30,9 +30,11 @@ def import_pyarrow(path: Path) -> ModuleType:
     try:
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError:
+    except ImportError as error:  # pyarrow is missing, or does not fit numpy
         what = path.suffix or "a datasets folder"
-        raise UserError(f"{path}: reading {what} needs pyarrow: pip install pyarrow") from None
+        raise UserError(
+            f"{path}: reading {what} needs pyarrow ({told(error)}): pip install --upgrade pyarrow numpy"
+        ) from None
     return pyarrow
 
 

@@ -88,11 +88,11 @@ def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapp
 
 
 def import_gguf() -> ModuleType:
-    """Import the gguf package. Raises UserError, which says how to install it, if it is missing."""
+    """Import the gguf package. Raises UserError, which says why and how to install it, if that fails."""
     try:
         import gguf
     except ImportError as error:
-        raise UserError("GGUF files take the gguf package: pip install gguf") from error
+        raise UserError(f"GGUF files take the gguf package ({told(error)}): pip install --upgrade gguf") from error
     return gguf
 
 
