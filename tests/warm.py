@@ -137,15 +137,15 @@ class Server:
         argv, environment, folder = json.loads(line)
         if (pid := os.fork()) == 0:
             signal.set_wakeup_fd(-1)
-            for other in (self.listener, self.ended, self.wakes, connection, *self.sessions, *self.running):
+            for other in (self.listener, self.ended, self.wakes, *self.sessions, *self.running):
                 other.close()
             become(streams, environment, folder)
+            with suppress(OSError), connection:  # now that it hears signals
+                connection.sendall(b"%d\n" % os.getpid())
             return argv
         for stream in streams:
             os.close(stream)
         self.running[connection] = pid
-        with suppress(OSError):  # the next look at it finds that it is closed, and kills the fork
-            connection.sendall(b"%d\n" % pid)
         return None
 
 

@@ -3,7 +3,6 @@ clock."""
 
 import errno
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.engine.callbacks import Save
 from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals
+from rwkv_peft.training.saving.run_state import write_state
 from rwkv_peft.training.step.plan import Plan
 
 FILES = ("adapter.safetensors", "state.json", "optimizer/rank-00000.safetensors")
@@ -34,7 +34,7 @@ def a_run(folder, steps=(2, 9, 10)):
         for name in FILES:
             file = folder / "checkpoints" / f"step-{step:08d}" / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"samples_seen": step}))
+            write_state(file, {"samples_seen": step})
     for name in (*BY_EPOCH, *OTHERS):
         (folder / name).touch()
     return folder

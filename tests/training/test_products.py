@@ -49,8 +49,7 @@ def test_the_plan_counts_what_lies_there(files, train, command):
         own = {path.stat().st_ino for path in same if "checkpoints" not in path.parts or path.samefile(newest)}
         assert len(own) == trained.copies == 2
         assert 0 <= newest.stat().st_size - trained.size < 50_000
-        # the plan counts the checkpoint that is written while two are there
-        assert len(same) == 1 + 2 + 2 and trained.names == (1 + 2 + 3 if name == "two" else 1 + 2)
+        assert len(same) == 1 + 2 + 2  # names of those two, some in checkpoints
         files_of_one = [path for path in (files / name / "checkpoints" / "step-00000008").rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files_of_one if not path.samefile(newest))
         assert 0 <= size - checkpoints.size < 100_000 and checkpoints.copies == 3
