@@ -198,7 +198,7 @@ def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_pag
     page.get_by_role("link", name="to the content").press("Enter")
     expect(page.locator("main")).to_be_focused()
     fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "100 % long"}
-    for label, value in {**fields, "Epochs": "6", "Rows a step": "8"}.items():
+    for label, value in {**fields, "Epochs": "10", "Rows a step": "1"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")
