@@ -8,7 +8,7 @@ from typing import Any
 from ..cli import switch
 from ..config import CHOICES
 from ..serve.flags import build_parser as serve_parser
-from ..training.flags.parser import build_parser
+from ..training.flags.parser import parser_of_train
 
 FIRST = (  # the flags that matter first, in the form's order
     "load_model",
@@ -53,7 +53,7 @@ FOREIGN = "flags of RWKV-LM"  # how the groups of other tools' flags begin
 def form() -> list[dict[str, Any]]:
     """The groups of fields, FIRST's before all others: [{"title", "fields": [field_of's …]}]."""
     groups, first = [], {}
-    for group in build_parser()._action_groups:
+    for group in parser_of_train()._action_groups:
         if group.title is None or group.title.startswith(FOREIGN):
             continue
         fields = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..names import METRICS, RUN
-from ..training.flags.parser import build_parser, entries_of
+from ..training.flags.parser import entries_of, parser_of_train
 from .lines import lines_of
 from .places import Places
 from .runs import find_runs
@@ -23,7 +23,7 @@ FREE = (
 def measured(places: Places, words: Sequence[str]) -> dict[str, Any] | None:
     """The seconds that the steps of a run by a command's words take, how many they are, and the newest run that tells;
     None if there is none, or if its base or data changed since."""
-    wanted = entries_of(words, build_parser()._option_string_actions)
+    wanted = entries_of(words, parser_of_train()._option_string_actions)
     for run in find_runs(places):
         if fixed(run["flags"]) != fixed(wanted) or not (steps := steps_of(run, wanted)):
             continue

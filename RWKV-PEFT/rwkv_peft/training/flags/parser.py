@@ -4,6 +4,7 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 """
 
 import argparse
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from types import MappingProxyType
@@ -148,6 +149,9 @@ def build_parser() -> Parser:
     return parser
 
 
+parser_of_train = functools.cache(build_parser)  # for those who add no flags; parsing leaves it as it is
+
+
 def version(text: str) -> str:
     """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
     is not supported gives its name, if it is known."""
@@ -187,7 +191,7 @@ def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any)
 def table() -> str:
     """Every flag with its default and help, as Markdown."""
     lines = [HEAD]
-    for group in build_parser()._action_groups:
+    for group in parser_of_train()._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if not actions:
             continue

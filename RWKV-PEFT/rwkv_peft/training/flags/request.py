@@ -4,7 +4,6 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read; those that the flags show by themselves are refused before torch is imported.
 """
 
-import functools
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from ...refusals import Refusals, require_none
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
-from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, build_parser, entries_of, first_of, settings_of
+from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of
 from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
 from .train import check_objective, check_tokens, check_train
 from .upstream import PLACEHOLDER, adopt, check_stage, markers_of
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     from ...files.base import Base
     from ...models.family import Family
     from ..step.stored import StoredTeacher
-
-
-parser_of_train = functools.cache(build_parser)  # which parsing leaves as it is; a run parses its flags twice
 
 
 class Request(NamedTuple):
