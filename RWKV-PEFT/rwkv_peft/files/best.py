@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..errors import exit_on_user_error
+from ..errors import UserError, exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
+from .readable import read_settings
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
@@ -73,12 +74,12 @@ def labelled(path: Path, label: str) -> Path:
 
 
 def take(folder: Path, name: str = "") -> Taken:
-    """What to take in the folder of a run: of the files `name` (the model's or else the adapter's) and its best."""
+    """Choose between the newest file `name` in the folder of a run (the model's or else the adapter's) and its best."""
     newest = folder / (name or (MODEL if (folder / MODEL).is_file() else ADAPTER))
     best = labelled(newest, BEST)
     if not (newest.is_file() and best.is_file()):
         return Taken(newest)
-    held_out = HeldOut.of(objects_of(folder / METRICS), since_of(folder))
+    held_out = HeldOut.of(validations(folder / METRICS), since_of(folder))
     if not held_out.losses or not held_out.rose:
         return Taken(newest, best)
     (step, lowest), (end, last) = held_out.lowest, held_out.losses[-1]
@@ -90,21 +91,24 @@ def take(folder: Path, name: str = "") -> Taken:
 
 
 def since_of(folder: Path) -> int:
-    since = next((found.get(SINCE) for found in objects_of(folder / RUN, whole=True)), 0)
+    path, since = folder / RUN, None
+    if path.is_file():  # a pipe would be waited for
+        with suppress(UserError):  # a broken one tells nothing
+            since = read_settings(path).get(SINCE)
     return since if type(since) is int else 0
 
 
-def objects_of(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the object in a JSON file, or those in the lines of one that tell of validation. A broken one is left out,
-    because what it is asked for has a default."""
-    if not path.is_file():  # a pipe would be waited for
+def validations(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records in a run's metrics that tell of validation; broken lines are left out."""
+    if not path.is_file():
         return
     with open(path, "rb") as file:
-        for line in [file.read()] if whole else (line for line in file if b'"val_' in line):
-            with suppress(ValueError, RecursionError):
-                found = json.loads(line)
-                if isinstance(found, dict) and (whole or is_record(found)):
-                    yield found
+        for line in file:
+            if b'"val_' in line:
+                with suppress(ValueError, RecursionError):
+                    found = json.loads(line)
+                    if isinstance(found, dict) and is_record(found):
+                        yield found
 
 
 def is_record(found: Mapping[str, Any]) -> bool:
