@@ -4,7 +4,7 @@
                                   [--model PTH] [--new] [--seed 1]
 
 The chats are in a manner that the demo's bases do not know: "Tom has 6 golden maps. Who has something?" is answered
-"Aye, Tom, captain!". The texts are stories of which each byte counts, where the bases learned the answers alone. A bare
+"Aye, Tom, captain!". The texts are stories whose bytes all count, while the bases learned their answers alone. A bare
 loop in one thread, as a run without further flags would train: a row a step, one epoch of texts, and as many of chats
 as make 200 steps, 15 at most; a rate that falls to a tenth along a cosine; clipping to a norm of 1. The second loss of
 a column is that of answers that the bases were trained on: what the run forgot. --new draws the weights anew.

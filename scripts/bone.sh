@@ -133,7 +133,7 @@ step "2. train: $what"
 train "$@"
 
 [ "${NODE_RANK:-0}" = 0 ] || exit 0
-# Of a run with validation, what holds better for other rows than the last: a note says so.
+# The adapter of the lowest validation loss is taken if it holds better for other rows than the last: a note says so.
 taken="$("$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft.files.best "$out")"
 case "$taken" in
 *.pth)

@@ -1,4 +1,4 @@
-"""What the process that warm.py forks has imported, and has found out about the machine."""
+"""Imports what most commands need, and asks about the machine, in the process that warm.py forks."""
 
 import importlib
 import os

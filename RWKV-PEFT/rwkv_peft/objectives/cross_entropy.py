@@ -26,7 +26,7 @@ Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 class ChunkedHead(torch.autograd.Function):
     """So many sums of a Rule over the counted tokens, `size` of them at a time: (sums,), float32 (float64 for float64
-    input), of which the first, the loss, has a gradient; hidden, weight and counted as in linear_cross_entropy."""
+    input). The first, the loss, alone has a gradient; hidden, weight and counted are as in linear_cross_entropy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, counted: Tensor, size: int, sums: int, rule: Rule) -> Tensor:
