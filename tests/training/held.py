@@ -23,7 +23,7 @@ def main(file):
 
     def wait(watch, doing):
         with suppress(FileNotFoundError):
-            while doing.startswith("step ") and int(doing[5:]) > int(file.read_text()):
+            while doing.startswith("step ") and int(doing[5:]) > int(file.read_text() or 0):
                 time.sleep(0.01)
         moved(watch, doing)
 
