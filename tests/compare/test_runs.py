@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -113,14 +112,15 @@ def wait_until(true, seconds=300):
 
 @pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")
 def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
-    begun = []
+    begun, clock = [], Clock()
 
     def begin(*arguments):
         begun.append(sleeping(*arguments))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
         return begun[-1]
 
     monkeypatch.setattr(runs, "start", begin)
+    monkeypatch.setattr(clock, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGHUP))
+    monkeypatch.setattr(runs, "time", clock)
     with ending_in_order():
         code = main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN])
     assert code == 128 + signal.SIGHUP
