@@ -21,7 +21,7 @@ from .lines import objects, read
 HELD = 50  # jobs that are remembered
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
-STARTING = 20.0  # seconds in which a job takes its lock
+STARTING = 20.0  # seconds in which a job of another page takes its lock
 POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
 
@@ -31,7 +31,7 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
-        self.own: list[str] = []  # those that this process began
+        self.own: dict[str, subprocess.Popen[bytes]] = {}  # those that this process began
 
     def start(self, words: Sequence[str]) -> str:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
@@ -42,7 +42,7 @@ class Jobs:
         folder = self.new_folder()
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
-            subprocess.Popen(
+            self.own[folder.name] = subprocess.Popen(
                 python_command("rwkv_peft.ui.job", folder, *words),
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
@@ -50,7 +50,6 @@ class Jobs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
-        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
@@ -95,7 +94,8 @@ class Jobs:
         """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
         if (folder / EXIT).exists():
             return ENDED
-        starting = 0 <= time.time() - began < STARTING
+        own = self.own.get(folder.name)
+        starting = own.poll() is None if own else 0 <= time.time() - began < STARTING
         if starting or holder(folder / LOCK) is not None:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
