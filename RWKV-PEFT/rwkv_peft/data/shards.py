@@ -73,14 +73,14 @@ class ShardedDataset(BinidxDataset):
         self.sizes = np.concatenate([part.sizes for part in self.parts])
         ends = np.cumsum(self.sizes, dtype=np.int64)
         self.pointers = (ends - self.sizes) * self.dtype.itemsize
-        self.mapped = {path: stat for part in self.parts for path, stat in part.mapped.items()}
+        self.stamps = {path: stamp for part in self.parts for path, stamp in part.stamps.items()}
 
     def digest(self, with_mask: bool) -> str:
         return "".join(part.digest(with_mask) for part in self.parts)
 
-    def require_unchanged(self) -> None:
+    def require_unchanged(self, by_name: bool = False) -> None:
         for part in self.parts:
-            part.require_unchanged()
+            part.require_unchanged(by_name)
 
     def check_vocab(self, vocab_size: int) -> None:
         for part in self.parts:
