@@ -161,6 +161,6 @@ class StreamSamples(Samples):
                 held.sizes.append(part.sizes[0] if kept else len(LEFT_OUT))
                 held.weights.append(part.weights[0] if kept else 1.0)
         if totals.bad and not self.settings.skip_bad_rows:
-            raise UserError("\n".join([*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)"]))
+            raise UserError(*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)")
         held.tokens, held.mask = tokens.tobytes(), bytes(mask)
         return HeldDataset(self.rows, held, np.dtype("<u2" if encode.code == "H" else "<i4")), totals

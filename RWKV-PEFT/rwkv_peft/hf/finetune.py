@@ -97,7 +97,8 @@ def run(arguments: BoneArguments, config: Any) -> int:
     except (ValueError, ImportError) as error:
         if stopping.begun:
             raise
-        raise UserError(f"these arguments: {error}") from error  # train() makes the optimizer and the schedule
+        # train() makes the optimizer and the schedule
+        raise UserError(*f"these arguments: {error}".splitlines()) from error
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
         return 130

@@ -21,7 +21,7 @@ import torch
 from ...adapters.methods import adapter_parameter
 from ...config import RunConfig
 from ...errors import UserError
-from ...files.atomic import CannotWrite, fsync, write_failure
+from ...files.atomic import fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
 from ..optimizers.choice import Averaging
@@ -75,10 +75,7 @@ class Saver:
         """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
-            try:
-                self.products.write(tensors, labels)
-            except CannotWrite as error:
-                raise UserError(f"{error}; {how_to_go_on(self.folder)}") from error
+            self.products.write(tensors, labels)
         trainer.strategy.barrier()
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
