@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import UserError
+from ..numeric import is_whole
 from .binidx import REMEDY, BinidxDataset
 from .prefix import MOST_SHARDS, binidx_prefix, manifest_of, shard_at
 
@@ -99,7 +100,7 @@ def checked(manifest: str, entries: Sequence[object]) -> Sequence[object]:
 def opened(manifest: str, prefix: str, entry: object) -> BinidxDataset:
     """Open the shard of a manifest's entry. Raises UserError if it is missing or damaged, or not the one described."""
     due = [entry.get(name) for name in ("documents", "tokens")] if isinstance(entry, dict) else []
-    if not prefix or not all(type(number) is int for number in due):
+    if not prefix or not all(map(is_whole, due)):
         raise UserError(f"{manifest}: a shard is {{name, documents, tokens}}, and one is {str(entry)[:80]}; {REMEDY}")
     try:
         found = BinidxDataset(prefix)

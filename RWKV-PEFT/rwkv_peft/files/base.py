@@ -14,11 +14,12 @@ from ..models import family_of
 from ..models.family import Family
 from ..models.state import is_time_state
 from ..names import ADAPTER, MODEL
+from ..numeric import all_finite
 from .atomic import atomic_write
 from .best import take
 from .fingerprint import fingerprint
 from .mapped import Mapped, Overwritten, Stamp
-from .pth import all_finite, read_tensors, require_file
+from .pth import read_tensors, require_file
 from .pth_writer import save_pth
 from .safetensors_file import read_safetensors
 

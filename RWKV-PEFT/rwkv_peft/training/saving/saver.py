@@ -24,6 +24,7 @@ from ...errors import UserError
 from ...files.atomic import fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
+from ...numeric import all_finite
 from ..optimizers.choice import Averaging
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with
@@ -180,7 +181,7 @@ def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: 
     for name, tensor in pairs:
         partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
         with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise Diverged(f"{name} is no longer finite")
             if keep:
                 tensors[name] = tensor.detach().to("cpu", copy=True)

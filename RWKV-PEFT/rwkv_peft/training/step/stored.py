@@ -26,7 +26,8 @@ from ...data.samples import Samples
 from ...errors import UserError, told
 from ...files.digest import digest_of
 from ...files.mapped import Mapped, Overwritten, Stamp
-from ...files.pth import all_finite, require_file
+from ...files.pth import require_file
+from ...numeric import all_finite
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
 from .contexts import seen_by_teacher
