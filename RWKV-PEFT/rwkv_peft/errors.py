@@ -30,14 +30,15 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 TOLD = 200  # the most characters of a quoted text
 
 
-class UserError(ValueError):
-    """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file, and so is shown as
-    `visible` makes it. It ends a command with the exit code `code`."""
+class UserError(Exception):
+    """A user's mistake: the message gives the value, the rule and the remedy. Its arguments are the message's lines,
+    which may quote any file and path, and so each is shown as `in_line` makes it. It ends a command with the exit code
+    `code`. It is no ValueError, so that nothing which handles those of libraries takes it for one."""
 
     code = 2
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        return "\n".join(in_line(str(line)) for line in self.args)
 
 
 class NotNow(UserError):

@@ -3,18 +3,18 @@ all pictures share."""
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
 from .children import import_matplotlib
 from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
 from .names import METRICS
+from .numeric import is_number, is_whole
 from .objectives import OBJECTIVES
 
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
@@ -103,18 +103,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def is_place(value: object) -> bool:
     """Return whether a value from JSON can be the number of a step, or of the samples up to its end."""
-    return type(value) is int and 0 <= value <= LAST_STEP
+    return is_whole(value, 0) and value <= LAST_STEP
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> Series:
     """([step], [value]) of the records that hold a number under `name`; steps are counted from 1, in records from 0."""
     pairs = [(record["step"] + 1, record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True if a value of JSON is a number that can be drawn, NaN and infinity among them."""
-    return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 
 def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:

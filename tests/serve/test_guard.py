@@ -95,6 +95,11 @@ def test_files_elsewhere_are_not_loaded(server, files, file):
     assert len(server.send("GET", "/v1/models")[2]["data"]) == 4
 
 
+def test_a_run_without_an_adapter_is_told_without_its_place(server):
+    answer = server.send("POST", "/v1/adapters", {"name": "new", "file": "begun"})
+    assert told(answer) == 400 and "the run in ./begun has saved nothing yet" in answer[2]["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a b", "a\nb", "é", "x" * 65, "base", "\x1b[31m"])
 def test_hostile_names_are_refused(server, name):
     assert told(server.send("POST", "/v1/adapters", {"name": name, "file": "poet.safetensors"})) in (400, 409)

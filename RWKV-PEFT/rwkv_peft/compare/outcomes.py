@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, short
 from ..files.readable import read_settings, require_readable
-from ..plots import is_number, metrics_of, read_metrics
+from ..numeric import is_number
+from ..plots import metrics_of, read_metrics
 from .plan import HIGHEST, LOWEST, Cell
 
 RESULT = "result.json"

@@ -168,9 +168,9 @@ def write(
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
         bar.update(size - bar.n if size else 0)
         if totals.bad and not settings.skip_bad_rows:
-            raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
+            raise UserError(*totals.bad.lines(), f"({SKIP})")
         if not writer.documents:
-            why = "\n".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
+            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(

@@ -121,7 +121,7 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
                 value, end = decode(text, end)
                 found += [call_of(each) for each in as_list(value)]
                 end = skipped(SPACE, text, end)
-        except (ValueError, RecursionError):  # not JSON, or not that of a call
+        except (UserError, ValueError, RecursionError):  # not that of a call, or not JSON
             found = []
         end = skipped(CLOSES, text, end) if found else opening.end()
         kept.append(text[place : opening.start() if found else end])

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from ..errors import UserError, exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
+from ..numeric import is_finite, is_whole
 from .readable import read_settings
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
@@ -33,9 +34,9 @@ class HeldOut(NamedTuple):
         """Those in a run's records that end after sample `since`, from which on it validated on the same rows."""
         start, losses = None, []
         for record in records:
-            if start is None and is_loss(record.get("val_start")):
+            if start is None and is_finite(record.get("val_start")):
                 start = record["val_start"]
-            if is_loss(record.get("val_loss")) and record.get("samples", 1) > since:
+            if is_finite(record.get("val_loss")) and record.get("samples", 1) > since:
                 losses.append((record["step"] + 1, record["val_loss"]))
         return cls(None if since else start, losses)
 
@@ -62,10 +63,6 @@ class Taken(NamedTuple):
     path: Path
     other: Path | None = None
     note: str = ""
-
-
-def is_loss(value: object) -> TypeGuard[float]:
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def labelled(path: Path, label: str) -> Path:
@@ -95,7 +92,7 @@ def since_of(folder: Path) -> int:
     if path.is_file():  # a pipe would be waited for
         with suppress(UserError):  # a broken one tells nothing
             since = read_settings(path).get(SINCE)
-    return since if type(since) is int else 0
+    return since if is_whole(since) else 0
 
 
 def validations(path: Path) -> Iterator[dict[str, Any]]:

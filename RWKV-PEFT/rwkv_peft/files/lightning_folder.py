@@ -8,7 +8,6 @@ y = W x + scale D S, which is bone with Dᵀ (https://github.com/Alic-Li/rwkv_li
 import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from ..errors import UserError, short
 from ..models import family_named
+from ..numeric import is_finite, is_whole
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .base import Base
@@ -47,7 +47,7 @@ def read_lightning_folder(folder: Path) -> Adapter:
                 f"{folder / MANIFEST}: {name} is {told}, and {due!r} is read here; merge it where it is from"
             )
     rank, scale, targets = (manifest.get(name) for name in ("rank", "scale", "targets"))
-    if type(rank) is not int or not isinstance(scale, (int, float)) or not 0 < abs(scale) <= sys.float_info.max:
+    if not is_whole(rank) or not is_finite(scale) or scale == 0:
         told = short(f"rank = {rank!r} and scale = {scale!r}")
         raise UserError(f"{folder / MANIFEST} has {told}, and two finite numbers other than 0 are due; copy it again")
     listed = targets if isinstance(targets, list) else []

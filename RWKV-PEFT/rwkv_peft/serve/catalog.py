@@ -104,6 +104,8 @@ class Catalog:
             for one in (path, *path.glob("*")):
                 if not one.resolve().is_relative_to(root) or not (one.is_file() or one.is_dir()):
                     raise missing
+        except UserError as error:  # a run that has no adapter to take
+            raise Refused(400, str(error).replace(str(root), "."), "file") from error
         except (OSError, ValueError) as error:  # a name that is none
             raise missing from error
         return path

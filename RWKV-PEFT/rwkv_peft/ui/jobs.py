@@ -15,6 +15,7 @@ from typing import Any
 from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import holder
+from ..numeric import is_whole
 from .job import COMMAND, EXIT, LOCK, OUTPUT
 from .lines import objects, read
 
@@ -138,6 +139,6 @@ def interrupt(lock: Path, what: str) -> None:
     if held is None:
         raise UserError(f"{what} does not run")
     process = held.get("process")
-    if held.get("host") != platform.node() or not isinstance(process, int) or process <= 1:  # -1: all processes
+    if held.get("host") != platform.node() or not is_whole(process, 2):  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
     os.kill(process, signal.SIGINT)

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files.best import take
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
+from ..numeric import is_whole
 from .lines import objects, read
 from .places import Places
 
@@ -63,8 +64,8 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
         "folder": name,
         "running": holder(folder / LOCK) is not None,
         "modified": modified(folder),
-        "steps": steps if type(steps) is int else 0,
-        "epochs": epochs if type(epochs) is int else 0,
+        "steps": steps if is_whole(steps) else 0,
+        "epochs": epochs if is_whole(epochs) else 0,
         "flags": flags if isinstance(flags, dict) else {},
         "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),
     }

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import UserError
+from ...files.atomic import CannotWrite
+from ...files.mapped import Overwritten
 from .run_state import STATE, UNREADABLE, read_state
 
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
@@ -60,7 +62,7 @@ def how_to_go_on(folder: Path) -> str:
 def telling_refusals(folder: Path) -> Iterator[None]:
     """Turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder that do
     not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes next,
-    so its own traceback is not printed."""
+    so its own traceback is not printed. These, and refusals of writers and of readers, say how the run goes on."""
     hook = threading.excepthook
 
     def tell_others(thread: threading.ExceptHookArgs) -> None:
@@ -70,6 +72,8 @@ def telling_refusals(folder: Path) -> Iterator[None]:
     threading.excepthook = tell_others
     try:
         yield
+    except (CannotWrite, Overwritten) as error:
+        raise UserError(f"{error}; {how_to_go_on(folder)}") from error
     except OSError as error:
         if not (reason := refusal(error)):
             raise
