@@ -9,11 +9,13 @@ import torch
 
 from cuda_shim import toolchain, wkv7_cases
 from cuda_shim.cases import error, rms
-from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
+from cuda_shim.running import DEVICES, FAMILIES, runner, shim_kernels
 from rwkv_peft.ops import wkv6, wkv7
 from rwkv_peft.ops.recurrence import groups
 from rwkv_peft.ops.wkv6.op import WKV6
 from rwkv_peft.ops.wkv7.op import WKV7
+
+pytestmark = pytest.mark.usefixtures("quiet_torch")
 
 OPERATIONS = {"wkv6": (wkv6.wkv6, WKV6), "wkv7": (wkv7.wkv7, WKV7)}
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
@@ -38,12 +40,6 @@ SPLIT_CASES = [
     ("wkv7", 1, [200], 64, dict(decay="strong")),
     ("wkv7", 1, 129, 64, dict(with_state=False)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_torch():
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(scope="module", params=DEVICES)
