@@ -124,9 +124,11 @@ fi
 if $tokens_due; then
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
+    again=""  # tokens that this script made and that no run has read are made again, such as by another tokenizer
+    [ ! -f "$data.json" ] || [ -f "$out/config.json" ] || again=--overwrite
     step "1. data: $DATA_FILE -> $data.bin, data.idx"
     "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft preprocess "$DATA_FILE" \
-        --tokenizer "$tokenizer" --output "$data"
+        --tokenizer "$tokenizer" --output "$data" ${again:+"$again"}
 fi
 
 step "2. train: $what"
