@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError, told
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
+MOST = 1 << 24  # bytes of a file of settings, whose values may take twenty times as much memory
 SHOWN = 5  # files of a folder that a message names
 
 
@@ -61,7 +62,9 @@ def choice_in(folder: str | Path, *endings: str) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises UserError if it holds none."""
+    """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
+    if not path.is_file() or path.stat().st_size > MOST:
+        raise UserError(f"{path} is no file of settings, of at most {MOST >> 20} MiB; copy it again")
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...cli import counted
+from ...errors import UNREADABLE
 from ...evals.exam import LONGEST, Exam, RowsExam
 from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
@@ -97,7 +98,7 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Answer | None]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         answers = [record["before"] for record in records if record["rows"] == exam.digest]
         texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except UNREADABLE:
         return unknown
     whole = all(isinstance(word, str) for pair in texts for word in pair)
     return answers if whole and len(answers) == len(records) == len(exam) else unknown
