@@ -101,7 +101,10 @@ class Server:
     def serve(self):
         """Fork until the last session is over -> None; in a fork -> the arguments to run."""
         while True:
-            ready, _, _ = select.select([self.listener, self.ended, *self.sessions, *self.running], [], [])
+            heard = [self.listener, self.ended, *self.sessions, *self.running]
+            ready, _, _ = select.select(heard, [], [], None if self.sessions else 60)
+            if not ready:  # who started this process was killed before it could begin a session
+                return None
             for connection in ready:
                 if connection is self.ended:
                     self.ended.recv(4096)
