@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..errors import UserError, exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
@@ -21,6 +21,7 @@ BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 CLOSE = 0.01  # losses that differ by a smaller share are the same
+LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
 
 class HeldOut(NamedTuple):
@@ -104,12 +105,14 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
             if b'"val_' in line:
                 with suppress(ValueError, RecursionError):
                     found = json.loads(line)
-                    if isinstance(found, dict) and is_record(found):
+                    if is_record(found):
                         yield found
 
 
-def is_record(found: Mapping[str, Any]) -> bool:
-    return all(type(found.get(name, default)) is int for name, default in (("step", None), ("samples", 1)))
+def is_record(value: object) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a value is that of a line of metrics.jsonl: an object with its step and, if told, its samples."""
+    places = (value.get("step"), value.get("samples", 0)) if isinstance(value, dict) else (None,)
+    return all(is_whole(place, 0) and place <= LAST_STEP for place in places)
 
 
 def main(argv: list[str]) -> int:
