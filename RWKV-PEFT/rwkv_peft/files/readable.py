@@ -60,6 +60,12 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
 
 
+def files_below(path: str | Path) -> list[Path]:
+    """The file at a path, or all files below a folder."""
+    path = Path(path)
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Raises UserError if it holds none."""
     try:
