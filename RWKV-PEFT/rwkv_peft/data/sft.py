@@ -15,7 +15,7 @@ from filelock import FileLock
 from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
 from ..files.atomic import CannotWrite, write_text
-from ..files.readable import files_below, require_readable
+from ..files.readable import files_below, object_in, require_readable
 from ..names import user_cache
 from .answer_samples import ROWS
 from .encode_settings import EncodeSettings
@@ -105,11 +105,8 @@ def refuse_hub_name(config: DataConfig) -> None:
 def notes_of(done: Path) -> list[str] | None:
     """The notes on rows in a set's .json; None if it is missing, or if the files beside it have not the sizes that it
     names: caches are cleared file by file, and a full disk or a crash may leave less."""
-    try:
-        written = json.loads(done.read_text())
-        return written["notes"] if written["sizes"] == sizes_beside(done) else None
-    except (FileNotFoundError, ValueError):
-        return None
+    written = object_in(done)
+    return written.get("notes") if written.get("sizes") == sizes_beside(done) else None
 
 
 def sizes_beside(done: Path) -> dict[str, int]:

@@ -4,18 +4,16 @@ python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.files.best FOLDER      prints i
                                                                         the newest
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
 from ..numeric import is_finite, is_whole
-from .readable import read_settings
+from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
@@ -89,10 +87,7 @@ def take(folder: Path, name: str = "") -> Taken:
 
 
 def since_of(folder: Path) -> int:
-    path, since = folder / RUN, None
-    if path.is_file():  # a pipe would be waited for
-        with suppress(UserError):  # a broken one tells nothing
-            since = read_settings(path).get(SINCE)
+    since = object_in(folder / RUN).get(SINCE)
     return since if is_whole(since) else 0
 
 
@@ -102,11 +97,8 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for line in file:
-            if b'"val_' in line:
-                with suppress(ValueError, RecursionError):
-                    found = json.loads(line)
-                    if is_record(found):
-                        yield found
+            if b'"val_' in line and is_record(found := object_of(line)):
+                yield found
 
 
 def is_record(value: object) -> TypeGuard[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import NotNow, told
 from .atomic import check_output, without_empty_folders
+from .readable import object_of
 
 LONGEST = 1000  # bytes that a holder writes about itself
 ASKED = 0.1  # seconds; `holder` shares a lock for a moment
@@ -90,11 +91,7 @@ def holder(path: Path) -> dict[str, Any] | None:
             return None
         except BlockingIOError:
             pass
-        try:
-            values = json.loads(file.read(LONGEST))
-            return values if isinstance(values, dict) else {}
-        except (ValueError, RecursionError):
-            return {}
+        return object_of(file.read(LONGEST))
 
 
 @contextmanager
