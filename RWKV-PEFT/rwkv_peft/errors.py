@@ -69,7 +69,7 @@ def told(error: BaseException, named: bool = False) -> str:
     `named`, and if the text is empty or, as that of a LookupError, may be only a key."""
     lines = str(error).strip().splitlines()
     silent = named or not lines or isinstance(error, LookupError)
-    words = " ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
+    words = ": ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
     return short(words)
 
 
@@ -87,6 +87,11 @@ def in_line(text: str) -> str:
 def short(text: str) -> str:
     """Cut a text that is quoted to TOLD characters, in one line."""
     return in_line(text if len(text) <= TOLD else f"{text[:TOLD]}…")
+
+
+def quoted(value: object) -> str:
+    """Quote a value in a message, in one line."""
+    return short(repr(value))
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, short, told
 from ..files.atomic import same_file
-from ..files.readable import require_readable
+from ..files.readable import MOST_BYTES, require_readable
 from ..names import RUN
 from ..numeric import is_whole
-from .prefix import ENDINGS, MOST_BYTES, SHARDS, binidx_prefix, prefixes_of, shard_prefix
+from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object

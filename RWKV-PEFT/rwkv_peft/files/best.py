@@ -4,23 +4,22 @@ python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.files.best FOLDER      prints i
                                                                         the newest
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
 from ..numeric import is_finite, is_whole
-from .readable import read_settings
+from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 CLOSE = 0.01  # losses that differ by a smaller share are the same
+LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
 
 class HeldOut(NamedTuple):
@@ -88,10 +87,7 @@ def take(folder: Path, name: str = "") -> Taken:
 
 
 def since_of(folder: Path) -> int:
-    path, since = folder / RUN, None
-    if path.is_file():  # a pipe would be waited for
-        with suppress(UserError):  # a broken one tells nothing
-            since = read_settings(path).get(SINCE)
+    since = object_in(folder / RUN).get(SINCE)
     return since if is_whole(since) else 0
 
 
@@ -101,15 +97,14 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for line in file:
-            if b'"val_' in line:
-                with suppress(ValueError, RecursionError):
-                    found = json.loads(line)
-                    if isinstance(found, dict) and is_record(found):
-                        yield found
+            if b'"val_' in line and is_record(found := object_of(line)):
+                yield found
 
 
-def is_record(found: Mapping[str, Any]) -> bool:
-    return all(type(found.get(name, default)) is int for name, default in (("step", None), ("samples", 1)))
+def is_record(value: object) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a value is that of a line of metrics.jsonl: an object with its step and, if told, its samples."""
+    places = (value.get("step"), value.get("samples", 0)) if isinstance(value, dict) else (None,)
+    return all(is_whole(place, 0) and place <= LAST_STEP for place in places)
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, short
+from ..errors import UserError, quoted, short
 from ..models import family_named
 from ..numeric import is_finite, is_whole
 from .adapter_file import Adapter, AdapterMetadata, target_names
@@ -42,7 +42,7 @@ def read_lightning_folder(folder: Path) -> Adapter:
     manifest = read_settings(folder / MANIFEST)
     for name, due in FORM:
         if (value := manifest.get(name)) != due:
-            told = short(repr(value))
+            told = quoted(value)
             raise UserError(
                 f"{folder / MANIFEST}: {name} is {told}, and {due!r} is read here; merge it where it is from"
             )

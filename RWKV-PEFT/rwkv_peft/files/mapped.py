@@ -5,6 +5,7 @@ of which training/ranks/watch.py hears.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,9 @@ class Stamp(NamedTuple):
     def now(self, path: str | Path, by_name: bool = False) -> "Stamp":
         """The Stamp as it is now of the file that had this one. If another took its name it stays, because the old file
         lives as long as it is mapped, unless the file counts that has the name. Raises Overwritten for another size."""
-        now = Stamp.of(path) if os.path.exists(path) else None
+        now = None
+        with suppress(OSError):  # it has no name, or cannot be asked
+            now = Stamp.of(path)
         if not by_name and (now is None or now[:2] != self[:2]):
             return self
         if now is None or now.size != self.size:

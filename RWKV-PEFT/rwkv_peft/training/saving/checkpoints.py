@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import UNREADABLE, UserError
+from ...errors import UNREADABLE, UserError, in_line
 from ...files.atomic import CannotWrite
 from ...files.mapped import Overwritten
 from .run_state import STATE, read_state
@@ -55,7 +55,7 @@ def how_to_go_on(folder: Path) -> str:
         return "begin the run anew, or put the folder back and give --resume auto"
     if last is None:
         return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
-    return f"the last checkpoint is {last}; the same command with --resume goes on from there"
+    return in_line(f"the last checkpoint is {last}; the same command with --resume goes on from there")
 
 
 @contextmanager
