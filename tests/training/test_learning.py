@@ -18,7 +18,7 @@ from rwkv_peft.evals.exam import RowsExam, rows_of
 from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
-from rwkv_peft.training.measuring.before_after import BeforeAfter, agreement, quoted, read_before, unended
+from rwkv_peft.training.measuring.before_after import read_before, unended
 from rwkv_peft.training.measuring.exams import find_rows
 from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned
 from rwkv_peft.training.step.plan import Plan
@@ -179,22 +179,6 @@ def test_the_last_answer_of_a_row_is_what_is_asked(folder):
     assert rows_of("training", build_samples(every, 257), 4) == []
 
 
-def test_an_answer_is_right_by_its_words_and_its_end():
-    due = {"text": " 3!", "end": "end"}
-    records = [
-        {"answer": due, "before": {"text": "4", "end": "end"}, "after": {"text": "3!", "end": "end"}},
-        {"answer": due, "before": {"text": "4", "end": "length"}, "after": {"text": "3!", "end": "length"}},
-    ]
-    told = "1 answered word for word (0 before training), 1 end like the row's answer (1 before)"
-    assert agreement(records) == told
-    long = {"text": "3 and so on", "end": "length"}
-    told = "1 answered word for word (0 before training), 1 is longer than the 64 tokens that are compared"
-    assert agreement([{"answer": long, "before": due, "after": long}]) == told
-    for before, known in (({"text": " 3!", "end": "end"}, True), ({"text": " 4", "end": "end"}, False), (None, False)):
-        rows = SimpleNamespace(records=[{"answer": due, "before": due}, {"answer": due, "before": before}])
-        assert BeforeAfter.known.fget(rows) is known
-
-
 @pytest.mark.parametrize(
     "name, more, words",
     [
@@ -275,13 +259,6 @@ def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, run
     assert settings["data"]["tokenizer"] == settings["vocabulary"]["name"] == "bytes"
 
 
-def test_answers_that_never_end_are_told_from_those_that_do():
-    endless, ended = ({"answer": {"end": "end"}, "after": {"end": end}} for end in ("length", "end"))
-    longer = {"answer": {"end": "length"}, "after": {"end": "length"}}
-    assert not unended([longer]) and unended([longer, endless]) and unended([endless, endless])
-    assert not unended([endless, ended]) and not unended([{"answer": {"end": "end"}}])
-
-
 def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp_path):
     samples = build_samples(config(folder, "chats").data, 257)
     exam = RowsExam(rows_of("training", samples, 2), load_tokenizer("bytes"), 8)
@@ -299,9 +276,3 @@ def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp
         assert read_before(kept, exam) == ([due["before"]] * 2 if known else [None, None])
     kept.write_text("{")
     assert read_before(kept, exam) == [None, None]
-
-
-def test_a_terminal_finds_nothing_to_obey_in_an_answer():
-    assert quoted({"text": " a\n\x1b[2Jb ü", "end": "end"}) == "a\\n\\x1b[2Jb ü"
-    assert quoted({"text": "a", "end": "length"}) == "a…"
-    assert quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"
