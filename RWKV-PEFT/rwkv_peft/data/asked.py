@@ -22,5 +22,5 @@ def note_on_chats(*paths: str | Path | None) -> str:
     prompt = prompt_beside(*paths)
     return prompt and (
         "note: the rows of this run ask in another layout than a chat, in which it may answer as if it had learned "
-        f"nothing; a prompt such as its rows is '{prompt}'"
+        f"nothing; a prompt in theirs is '{prompt}'"
     )
