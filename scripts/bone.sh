@@ -166,6 +166,8 @@ case "$(sed -n 's/^ *"opening": "\(.*\)",\{0,1\}$/\1/p' "$out/config.json")" in
 "Assistant: <think></think") chat=" --chat --think off" ;;
 "Assistant: <think") chat=" --chat --think on" ;;
 "Assistant:") chat=" --chat" ;;
+"Response:") prompt='Instruction: hi\n\nResponse:' stop='\n\nInstruction:' ;;
+"Answer:") prompt='Question: hi\n\nAnswer:' stop='\n\nQuestion:' ;;
 esac
 if $demo; then
     prompt='Two birds sing. Sue has 9 purple dolls.\nQ: What is there, as JSON?\nA:' stop='\n' more=" --temperature 0"

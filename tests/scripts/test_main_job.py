@@ -166,7 +166,8 @@ def test_token_files_are_taken_as_they_are(stand_in, tmp_path, given):
         ("Assistant:", " --chat"),
         ("Assistant: <think", " --chat --think on"),
         ("Assistant: <think></think", " --chat --think off"),
-        ("Response:", " --escapes --stop '"),
+        ("Response:", r" --escapes --stop '\n\nInstruction:' "),
+        ("Answer:", r" --escapes --stop '\n\nQuestion:' "),
         ("", " --escapes --stop '"),
     ],
 )

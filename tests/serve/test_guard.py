@@ -7,7 +7,7 @@ import pytest
 from serving import HEAD, Server, ended
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.serve.flags import parse_flags
+from rwkv_peft.serve.flags import named, parse_flags
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
 
@@ -232,7 +232,8 @@ def test_other_addresses_take_a_key_that_is_not_on_the_command_line(tmp_path, mo
 
 
 def test_names_are_told_apart_before_anything_is_loaded():
-    assert "is not NAME=FILE" in refused("--adapter", "poet.safetensors")
+    assert named("out/poet.safetensors") == ("poet", "out/poet.safetensors")
+    assert "is not NAME=FILE" in refused("--adapter", "my poet.safetensors")
     assert "poet names two models" in refused("--adapter", "poet=a", "--state", "poet=b")
     assert "m names two models" in refused("--adapter", "m=a")
     assert "no such folder" in refused("--files", "absent")

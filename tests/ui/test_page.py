@@ -126,9 +126,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(state).to_contain_text("done")
     page.reload()
     expect(state).to_contain_text("done")
-    expect(page.locator(".u-legend").first).to_contain_text("val_loss")
+    expect(page.locator(".u-legend").first).to_contain_text("held-out loss")
     expect(page.locator("td", has_text='{"name":').first).to_be_visible()
-    expect(page.locator("caption")).to_contain_text("are answered word for word after the last step")
+    expect(page.locator(".note").filter(has_text="word for word")).to_contain_text(
+        "are answered word for word after the last step"
+    )
     assert (folder / "out/mine/adapter.safetensors").exists()
     drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
     (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))

@@ -12,7 +12,6 @@ from .templates import opening_within, stops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .turns import FIELDS, TURN_END
 
-OPENING = "opening"  # an entry of a run's config.json
 DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
 
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..data.asked import note_on_chats
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapters import adapter_of_run, source_of
@@ -31,6 +32,8 @@ class Catalog:
         self.own = Voice(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
         recorded = recorded_beside(*reversed(files), args.model)
+        if note := note_on_chats(*reversed(files), args.model):
+            tell(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.voices = {args.name: self.own}
         self.pairs: dict[tuple[Voice, Voice], Voice] = {}

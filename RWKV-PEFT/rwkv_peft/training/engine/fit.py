@@ -15,8 +15,9 @@ import torch
 
 from ...children import import_matplotlib
 from ...cli import counted
+from ...data.asked import OPENING
 from ...data.recorded import ENTRY
-from ...data.report import OPENING, opening_of
+from ...data.report import opening_of
 from ...errors import Ended, UserError, ending_at_once, keeping_handlers
 from ...files.atomic import write_text
 from ...files.best import BEST, SINCE, HeldOut, labelled, take
