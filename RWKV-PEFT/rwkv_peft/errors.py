@@ -146,11 +146,22 @@ def hangup_signals() -> tuple[signal.Signals, ...]:
 
 
 def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Restore signals' handlers {number: handler}, but not of one that is ignored by now: SIGHUP, because further ones
+    """Restore signals' handlers {number: handler}, but not of a SIGHUP that is ignored by now, because further ones
     follow when a terminal goes away."""
     for number, handler in handlers.items():
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Give back the handlers of Ctrl-C and ENDINGS that others set within."""
+    known = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+    before = {number: handler for number, handler in known.items() if handler is not None}  # None: not Python's own
+    try:
+        yield
+    finally:
+        give_back(before)
 
 
 @contextmanager

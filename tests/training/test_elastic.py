@@ -57,17 +57,18 @@ def test_only_a_run_that_was_asked_to_stop_before_its_end_ends_with_a_signals_co
         assert stopped(run, SimpleNamespace(step=step, stopping=stopping, stop_requested=number)) == code
 
 
-# trains as train.py does, but stays in the middle of a step while a file is there
+# trains as train.py does, but stays in its seventh micro batch while a file named for the number of ranks is there
 HELD = """
-import os, time
+import itertools, os, time
 
 from rwkv_peft.commands import run
 from rwkv_peft.training.step.steps import Whole
 
-loss = Whole.loss
+loss, count, hold = Whole.loss, itertools.count(1), {hold!r} + os.environ["WORLD_SIZE"]
 
 def held(self, *batch):
-    while os.path.exists({hold!r}):
+    before = next(count) < 7
+    while not before and os.path.exists(hold):
         time.sleep(0.05)
     return loss(self, *batch)
 
@@ -94,23 +95,22 @@ def lose(process):
 def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
     """A node begins, another joins, upon which the run saves and goes on on both; the second is killed, and the first
     goes on alone from the last checkpoint."""
-    argv, port, hold = command("elastic", *FLAGS)[2:], free_port(), files / "hold"
-    script = files / "held.py"
-    script.write_text(HELD.format(hold=str(hold)))
+    argv, port, script = command("elastic", *FLAGS)[2:], free_port(), files / "held.py"
+    script.write_text(HELD.format(hold=str(files / "hold-")))
+    alone, both = files / "hold-1", files / "hold-2"
+    alone.touch()
+    both.touch()
     first, second = torchrun([str(script), *argv], port, files), None
     try:
         wait_for_steps(files, "elastic", 3, first)
-        hold.touch()
         second = torchrun([str(script), *argv], port, files)
         wait_for_words("stopping after this step", first)
-        hold.unlink()
+        alone.unlink()
         wait_for_words("machine   2 x 1 cpu", first)
         wait_for_words("resuming after", first)
-        begun = len(metrics(files, "elastic"))
-        wait_for_steps(files, "elastic", begun + 3, first)
-        hold.touch()
+        wait_for_steps(files, "elastic", 10, first)  # four alone, of two micro batches each, and six of both
         lose(second)
-        hold.unlink()
+        both.unlink()
         out, _ = finish(first)
     finally:
         for process in filter(None, (first, second)):

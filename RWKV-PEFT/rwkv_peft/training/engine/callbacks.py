@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from ...data.batches import TrainBatch
-from ...errors import give_back, hangup_signals
+from ...errors import hangup_signals
 from ...files.base import Base, Stamp
 from ...names import METRICS
 from ..ranks.watch import Watch
@@ -209,11 +209,11 @@ class Save(StepCallback):
 
 
 class StopSignals(pl.Callback):
-    """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the
-    current step; a second Ctrl-C or SIGTERM stops at once.
+    """From the first step on, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after
+    the current step; a second Ctrl-C or SIGTERM stops at once.
 
-    The handlers are installed when training starts, to replace Lightning's own for SIGTERM, which would end the run
-    without saving.
+    The handlers replace Lightning's own, which would end the run at SIGTERM without saving, and would restore Python's
+    in the middle of the trainer's end: a SIGHUP that is ignored by then would be heard again.
     """
 
     def __init__(self, say: Callable[..., object]) -> None:
@@ -224,17 +224,18 @@ class StopSignals(pl.Callback):
             if lit.stop_requested:
                 raise KeyboardInterrupt(number)
             lit.stop_requested = number
-            self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
+            if not trainer.should_stop:  # or the run is ending anyway
+                self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
             lit.stop_requested = lit.stop_requested or number
 
-        self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.previous |= {number: signal.signal(number, hang_up) for number in hangup_signals()}
-
-    def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        give_back(self.previous)
+        trainer._signal_connector.teardown()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+        for number in hangup_signals():
+            signal.signal(number, hang_up)
 
 
 class BaseGuard(pl.Callback):

@@ -17,7 +17,7 @@ from ...children import import_matplotlib
 from ...cli import counted
 from ...data.recorded import ENTRY
 from ...data.report import OPENING, opening_of
-from ...errors import UserError, ending_at_once
+from ...errors import Ended, UserError, ending_at_once, keeping_handlers
 from ...files.atomic import write_text
 from ...files.best import BEST, SINCE, HeldOut, labelled, take
 from ...memory import keep_freed_memory
@@ -82,7 +82,8 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, RunBatches(run))
+            with keeping_handlers():
+                trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -92,8 +93,9 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
             file=sys.stderr,
         )
         return (1 if run.leads or run.ranks.world.elastic else 0), ""
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
+    except (Exception, SystemExit) as error:
+        # Lightning ends with another exception if a signal meets it between steps, or while it closes a log
+        if isinstance(error.__context__, KeyboardInterrupt | Ended):
             raise error.__context__ from None
         raise
     finally:
