@@ -39,6 +39,13 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
     return path
 
 
+def within(root: Path, name: str | Path) -> Path | None:
+    """Follow the links of a name below `root`, a path without any; None if they lead out of it."""
+    path = Path(os.path.realpath(root / name))
+    # before Python 3.13 nothing behind a link to itself is followed
+    return path if path.is_relative_to(root) and os.path.realpath(path) == str(path) else None
+
+
 def home_meant(path: str | Path) -> str:
     """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes, and on one of Windows; ""
     for any other path."""
