@@ -1,17 +1,19 @@
 """A command reports the error or signal that ends it."""
 
 import io
+import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from rwkv_peft import commands
-from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error, field_names, short, some
+from rwkv_peft.errors import UserError, ending_at_once, ending_in_order, exit_on_user_error, field_names, short, some
 from rwkv_peft.files.atomic import atomic_write
 from rwkv_peft.streams import bar_seconds
 
@@ -25,6 +27,15 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(interrupted)
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_fork_ends_at_once():
+    with ending_in_order():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join()
+    assert child.exitcode == -signal.SIGTERM
 
 
 def test_a_limit_on_open_files_is_told(capsys):

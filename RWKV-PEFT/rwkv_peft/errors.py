@@ -173,16 +173,33 @@ def keeping_handlers() -> Iterator[None]:
 @contextmanager
 def ending_in_order() -> Iterator[None]:
     """Within, the first signal of ENDINGS raises Ended, and a second one ends the process at once, but SIGHUP is
-    ignored then, because both the system and the shell send it. Only signals with their default handler are caught."""
+    ignored then, because both the system and the shell send it. Only signals with their default handler are caught.
+
+    A fork, as of multiprocessing, gets the default handlers back: its parent ends it by SIGTERM and waits for it, and a
+    handler of Python's may never run in a process that waits for a lock. A signal meanwhile waits until they are."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         raise Ended(number)
 
+    def block() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, before))
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    def let_go() -> None:
+        for number in before:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    masks: list[set[int]] = []
     before = {number: signal.SIG_DFL for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL}
     for number in before:
         signal.signal(number, end)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=let_go)
     try:
         yield
     finally:
