@@ -135,6 +135,7 @@ def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised
 def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, monkeypatch):
     from rwkv_peft.config import AdapterConfig
     from rwkv_peft.files.atomic import CannotWrite
+    from rwkv_peft.training.saving.checkpoints import telling_refusals
     from rwkv_peft.training.saving.saver import Saver
 
     def refuse(tensors, labels):
@@ -146,9 +147,8 @@ def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, 
     saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     monkeypatch.setattr(saver.products, "write", refuse)
     monkeypatch.setattr(saver, "trained", lambda trainer, lit: {})
-    with pytest.raises(
-        UserError, match="the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
-    ):
+    words = "the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
+    with pytest.raises(UserError, match=words), telling_refusals(tmp_path):
         saver.save_tensors(SimpleNamespace(is_global_zero=True), None, [""])
 
 
