@@ -13,6 +13,7 @@ import pytest
 from rwkv_peft.children import python_command
 from rwkv_peft.errors import UserError
 from rwkv_peft.rewards import Rewards
+from rwkv_peft.rewards.workers import Worker
 from traps import set_traps
 
 ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 3?", "answer": "#### 5"}]
@@ -160,7 +161,9 @@ def test_a_failure_in_another_process_names_its_answer(reward):
         judge([reward(RAISES)], ["a", "b", "c", ""])
 
 
-def test_an_expression_that_never_ends_is_ended():
+def test_an_expression_that_never_ends_is_ended(monkeypatch):
+    """The first answer has a minute, because a busy machine may take a second for it."""
+    monkeypatch.setattr(Worker, "left", property(lambda worker: 1.0 if worker.place.first else 60.0))
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"--reward match:\(a\+\)\+b: answer 2 of 2 .* longer than 1 seconds; make it"):
         judge(["match:(a+)+b"], ["b", "a" * 99], timeout=1)

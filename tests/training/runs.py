@@ -63,8 +63,10 @@ def wait_for_steps(files, name, steps, process):
 
 def wait_for_words(words, process):
     """Wait until a command has printed some words; its pipe is read until then."""
-    said = process.stdout.readline if process.stdout else process.outputs[0].read_text
-    wait_until(lambda: words in said(), process, pause=0.001)
+    if process.stdout:
+        assert any(words in line for line in process.stdout), process.communicate()
+    else:
+        wait_until(lambda: words in process.outputs[0].read_text(), process, pause=0.001)
 
 
 def wait_until(holds, process, pause=0.01):
