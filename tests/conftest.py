@@ -104,6 +104,15 @@ def shared_data():
     return folder
 
 
+@pytest.fixture(scope="module")
+def quiet_torch():
+    """One thread, because the references' many small operations gain nothing from more, and crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def warm_python(monkeypatch, accelerator):
     """A program that runs files as Python does, and begins at once; it stands in for Python in commands that start

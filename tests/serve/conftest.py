@@ -43,6 +43,8 @@ def server(files):
     (folder / "calm.pth").write_bytes((files / "state.pth").read_bytes())
     (folder / "link.safetensors").symlink_to(files / "poet.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no adapter")
+    (folder / "begun").mkdir()
+    (folder / "begun" / "metrics.jsonl").touch()
     running = Server(
         *("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors"),
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),

@@ -95,6 +95,12 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     press(page, "Show them as pairs")
     expect(page.locator("mark").first).to_have_text(" yes<end>")
     page.get_by_label("Rows are", exact=True).select_option("sft")
+    (folder / "sheet.csv").write_text("Frage;Die Antwort\nRegen?;ja\n", "utf-8-sig")
+    page.get_by_label("File or folder of rows", exact=True).fill("sheet.csv")
+    press(page, "Show")
+    press(page, 'Read Frage "Die Antwort" as question and answer')
+    expect(page.locator("mark").first).to_have_text(" ja<end>", timeout=LONG)
+    page.get_by_label("Columns (--sft_field)").fill("")
     press(page, "look for File or folder of rows")
     page.get_by_role("dialog").get_by_text("rows.jsonl").click()
     page.get_by_label("Tokenizer").fill("bytes")
@@ -120,9 +126,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(state).to_contain_text("done")
     page.reload()
     expect(state).to_contain_text("done")
-    expect(page.locator(".u-legend").first).to_contain_text("val_loss")
+    expect(page.locator(".u-legend").first).to_contain_text("held-out loss")
     expect(page.locator("td", has_text='{"name":').first).to_be_visible()
-    expect(page.locator("caption")).to_contain_text("are answered word for word after the last step")
+    expect(page.locator(".note").filter(has_text="word for word")).to_contain_text(
+        "are answered word for word after the last step"
+    )
     assert (folder / "out/mine/adapter.safetensors").exists()
     drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
     (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))

@@ -59,10 +59,11 @@ def test_bodies_have_a_size(server):
     assert status == 413 and "1,048,576" in text
 
 
-@pytest.mark.parametrize("path", ["../..", "/etc", "a/../../..", "link", "link/passwd", "x\0y"])
+@pytest.mark.parametrize("path", ["../..", "/etc", "a/../../..", "link", "link/passwd", "loop/../link/passwd", "x\0y"])
 def test_no_name_leads_out_of_the_folder(server, folder, path):
     if not (folder / "link").is_symlink():
         (folder / "link").symlink_to("/etc")
+        (folder / "loop").symlink_to("loop")
     places = Places(folder)
     with pytest.raises(UserError, match="not within|zero byte"):
         places.inside(path)
@@ -226,6 +227,9 @@ def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
         "answers.jsonl": ["", "", "pipe", secret],
         os.fsdecode(b"\xff"): ["", "", "pipe", secret],
     }
+    (folder / "strange" / "loop").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / "strange" / "loop" / name).symlink_to(name)
     for name, kinds in contents.items():
         for number, content in enumerate(kinds):
             path = folder / "strange" / str(number) / name

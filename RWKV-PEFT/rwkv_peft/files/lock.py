@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import NotNow, told
 from .atomic import check_output, without_empty_folders
+from .readable import object_of
 
 LONGEST = 1000  # bytes that a holder writes about itself
 LEFT = 0.1  # seconds in which a holder may let go
@@ -97,11 +98,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     with file:
         if not _is_held(file):
             return None
-        try:
-            values = json.loads(file.read(LONGEST))
-            return values if isinstance(values, dict) else {}
-        except (ValueError, RecursionError):
-            return {}
+        return object_of(file.read(LONGEST))
 
 
 @contextmanager

@@ -5,18 +5,13 @@ its memory back.
 """
 
 import http.client
-import os
 import re
-import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from pathlib import Path
 
 from ..errors import UserError
-from ..files.atomic import temporary_beside
 from .job import OUTPUT
-from .jobs import RUNNING, Jobs
+from .jobs import KEY, RUNNING, Jobs
 from .lines import read
 
 HOST = "127.0.0.1"
@@ -24,25 +19,10 @@ LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a ser
 WAITED = 600  # seconds for an answer's next word
 
 
-def key_file(jobs: Jobs) -> Path:
-    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing, or if
-    what lies there, as in a folder that was copied, is no such file."""
-    path = jobs.folder.with_name("key")
-    with suppress(FileNotFoundError):
-        if path.lstat().st_mode != stat.S_IFREG | 0o600:
-            path.unlink()
-    if not path.exists():
-        with temporary_beside(path) as temporary, suppress(FileExistsError):
-            temporary.chmod(0o600)
-            temporary.write_text(secrets.token_hex(32))
-            os.link(temporary, path)
-    return path
-
-
 def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: str) -> str:
     """Start a server of a model, and of an adapter and a state as models beside it, with further flags that are not
     empty; -> its job."""
-    words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", str(key_file(jobs))]
+    words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
     words += ["--drain_seconds", "1"]  # who closes it waits for no answer
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
@@ -57,9 +37,10 @@ def close_chats(jobs: Jobs) -> None:
 
 
 def port_of(jobs: Jobs, name: str) -> int:
-    """The port of a running server. Raises UserError if the job is none, or does not listen yet."""
+    """The port of a running server. Raises UserError if the job is none, is of another page, whose key is another, or
+    does not listen yet."""
     job = jobs.job(name)
-    if job["words"][0] != "serve" or job["state"] != RUNNING:
+    if name not in jobs.own or job["words"][0] != "serve" or job["state"] != RUNNING:
         raise UserError(f"job {name} serves no model now; open it again")
     if not (listens := LISTENS.search(read(jobs.folder_of(name) / OUTPUT))):
         raise UserError("the model is not loaded yet")
@@ -70,7 +51,7 @@ def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[in
     """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if
     it does not listen yet, or no more."""
     connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
-    headers = {"Authorization": f"Bearer {key_file(jobs).read_text()}", "Content-Type": "application/json"}
+    headers = {"Authorization": f"Bearer {jobs.key}", "Content-Type": "application/json"}
     try:
         method = "GET" if body is None else "POST"
         connection.request(method, f"/{path}", body, headers)
