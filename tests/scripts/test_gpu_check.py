@@ -154,10 +154,10 @@ def test_without_a_gpu_nothing_more_is_tried(check):
 
 
 def test_time_ends_a_step_and_those_after_it(check):
-    done = check("--minutes", "0.15", "--only", "smoke", "kernels", lasting="gpu_smoke.py --generations x070")
+    done = check("--minutes", "0.1", "--only", "smoke", "kernels", lasting="gpu_smoke.py --generations x070")
     assert done.returncode == 1
     assert re.fullmatch(r"failed: stopped after \d s", outcomes(check)["smoke x070"])
-    assert outcomes(check)["smoke x060"] == outcomes(check)["kernels"] == "left out: 0.15 minutes are over"
+    assert outcomes(check)["smoke x060"] == outcomes(check)["kernels"] == "left out: 0.1 minutes are over"
 
 
 def test_a_check_that_is_stopped_tells_what_it_has(check):

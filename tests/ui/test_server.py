@@ -10,7 +10,7 @@ import pytest
 from rwkv_peft.errors import UserError
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
-from rwkv_peft.ui.lines import TAIL, last_of, lines_of
+from rwkv_peft.ui.lines import TAIL, last_of
 from rwkv_peft.ui.places import Places
 from rwkv_peft.ui.runs import folders
 
@@ -206,15 +206,6 @@ def test_a_command_is_stopped_before_it_has_begun(server):
     job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "10000"]})["id"]
     assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
     assert wait_for(server, job)["code"] == 130
-
-
-def test_lines_that_are_not_whole_are_read_later(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
-    found = lines_of(path)
-    assert found == {"lines": [{"step": 0, "loss": None}], "next": 25, "again": False}
-    path.write_bytes(b'{"step": 9}\n')
-    assert lines_of(path, 25) == {"lines": [{"step": 9}], "next": 12, "again": True}
 
 
 def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
