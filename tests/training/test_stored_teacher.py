@@ -105,7 +105,7 @@ def test_files_of_another_tokenizer_and_damaged_ones_are_refused(stored, tmp_pat
         save_file(tensors | damage, other, {ENTRY: json.dumps(source)})
         with pytest.raises(UserError, match="b.safetensors is damaged; copy it again, or write it anew with"):
             open_stored(Distill(stored=other), 80)
-    for entries in ({}, {ENTRY: "{}"}, {ENTRY: "]"}):
+    for entries in ({}, {ENTRY: "{}"}, {ENTRY: "]"}, {ENTRY: "[" * 100_000}):
         save_file(tensors, other, entries)
         with pytest.raises(UserError, match="b.safetensors is no whole file of --store_teacher: "):
             StoredTeacher(other)

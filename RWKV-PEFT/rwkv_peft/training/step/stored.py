@@ -27,6 +27,7 @@ from ...errors import UserError, told
 from ...files.digest import digest_of
 from ...files.mapped import Mapped, Overwritten, Stamp
 from ...files.pth import require_file
+from ...files.readable import object_of
 from ...numeric import all_finite
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
@@ -59,7 +60,7 @@ class StoredTeacher(Mapped):
         self.path, self.stamps = path, {path: Stamp.of(require_file(path))}
         try:
             with safe_open(path, framework="pt") as file:
-                self.source = Source(**json.loads((file.metadata() or {})[ENTRY]))
+                self.source = Source(**object_of((file.metadata() or {})[ENTRY]))
                 bounds, keys, self.logprobs, self.words = map(file.get_tensor, TENSORS)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"--teacher_logprobs {path} is no whole file of --store_teacher: {told(error)}") from error
