@@ -29,7 +29,7 @@ PARTS = (
         "convert",
         (
             *("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss"),
-            *("release/vocabulary", "release/chat_template"),
+            *("release/vocabulary", "release/chat_template", "release/world_json"),
         ),
         ("bases", "adapter files", "data"),
     ),

@@ -23,6 +23,8 @@ UNSEEN = MappingProxyType(
 )
 TOO_MANY_FILES = "this process may open no more files; raise its limit, as by ulimit -n 1024, and run again"
 ROOM = "end other programs, take a smaller file or batch, or a machine with more (rwkv-peft plan counts a run's)"
+# what reading a file may raise whose content is not what it should be
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
 # control characters other than tab and newline, and Unicode's marks that break lines or turn the direction of writing

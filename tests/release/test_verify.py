@@ -22,18 +22,8 @@ pytestmark = pytest.mark.usefixtures("warm_python")
 
 def official(tiny_state, **changes):
     """A small model with official ones' head size and low-rank widths, which every runtime takes."""
-    return tiny_state(
-        **{
-            "n_layer": 2,
-            "n_embd": 128,
-            "dim_ffn": 448,
-            "head_size": 64,
-            "vocab_size": 300,
-            "maa_rank": 32,
-            "decay_rank": 64,
-        }
-        | changes
-    )
+    sizes = dict(n_layer=2, n_embd=128, dim_ffn=448, head_size=64, vocab_size=300, maa_rank=32, decay_rank=64)
+    return tiny_state(**sizes | changes)
 
 
 def ask(runtime, form, state, folder, length=50):

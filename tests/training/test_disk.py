@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from rwkv_peft.errors import UserError
+from training.held import held
 from training.runs import finish, start, wait_for_steps
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
-    argv = command("no-picture", "--epoch_steps", "150")
-    process = start(argv)
+    argv, hold = command("no-picture"), files / "hold"
+    process = start(held(argv, hold, 1))
     wait_for_steps(files, "no-picture", 1, process)
     (files / "no-picture" / "loss.png").mkdir()  # while the run goes on: one that stood there is told before it
+    hold.unlink()
     out, err = finish(process)
     assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
     (files / "no-picture" / "loss.png").rmdir()

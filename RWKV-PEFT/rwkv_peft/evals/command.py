@@ -49,7 +49,8 @@ def ask_rows(args: Any) -> int:
     layout = layout_of(task, args.template)
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)
-    records = Records(args.output, {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)})
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)}
+    records = Records(args.output, settings, task.measures)
     try:
         with records:
             due = {

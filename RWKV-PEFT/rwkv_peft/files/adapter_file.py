@@ -17,7 +17,7 @@ import torch
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
 from ..config import QUANTIZATIONS, AdapterConfig
-from ..errors import UserError, told
+from ..errors import UNREADABLE, UserError, told
 from ..models.family import Family
 from ..names import NONE
 from ..numeric import all_finite, is_finite, is_whole
@@ -60,7 +60,7 @@ def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
     try:
         told = json.loads(header.get(ENTRY, "{}"))
         values = {field.name: told.get(field.name, "") for field in fields(Origin)}
-    except (ValueError, AttributeError, RecursionError):
+    except UNREADABLE:
         values = {ENTRY: None}
     if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
         raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
@@ -243,7 +243,7 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
     try:
         values = json.loads(text)
         version = int(values["format_version"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
         ) from error

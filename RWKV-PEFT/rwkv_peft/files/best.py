@@ -104,7 +104,12 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
 def is_record(value: object) -> TypeGuard[dict[str, Any]]:
     """Tell whether a value is that of a line of metrics.jsonl: an object with its step and, if told, its samples."""
     places = (value.get("step"), value.get("samples", 0)) if isinstance(value, dict) else (None,)
-    return all(is_whole(place, 0) and place <= LAST_STEP for place in places)
+    return all(map(is_place, places))
+
+
+def is_place(value: object) -> TypeGuard[int]:
+    """Tell whether a value can be the number of a step, or of the samples up to its end."""
+    return is_whole(value, 0) and value <= LAST_STEP
 
 
 def main(argv: list[str]) -> int:

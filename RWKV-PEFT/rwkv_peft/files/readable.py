@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, told
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
-MOST_BYTES = 1 << 24  # of a JSON object that tells of other files
+MOST_BYTES = 1 << 24  # of a JSON object that tells of other files, whose values may take twenty times as much memory
 SHOWN = 5  # files of a folder that a message names
 
 
@@ -37,6 +37,13 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
             f"{path} is a pipe or a device, which cannot be read twice; write it into a file, and give that"
         )
     return path
+
+
+def within(root: Path, name: str | Path) -> Path | None:
+    """Follow the links of a name below `root`, a path without any; None if they lead out of it."""
+    path = Path(os.path.realpath(root / name))
+    # before Python 3.13 nothing behind a link to itself is followed
+    return path if path.is_relative_to(root) and os.path.realpath(path) == str(path) else None
 
 
 def home_meant(path: str | Path) -> str:
@@ -86,7 +93,9 @@ def object_in(path: str | Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises UserError if it holds none."""
+    """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is no file of settings, of at most {MOST_BYTES >> 20} MiB; copy it again")
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -67,6 +67,14 @@ def doubts(config: RunConfig, plan: Plan) -> list[str]:
     return [doubt for doubt in (few_steps(config, plan), odd_rate(config)) if doubt]
 
 
+def reasons(config: RunConfig, plan: Plan) -> str:
+    """A sentence on why a run learned too little: the doubts, or, if there are none, its rate."""
+    rate, rule = config.train.lr_init, rate_of(config).value
+    guess = f"low: try --lr_init {FAR * rate:.1g}" if rate < FAR * rule else f"high: --lr_init auto takes {rule:g}"
+    found = "; ".join(doubts(config, plan)) or f"the rate may be too {guess}"
+    return found[0].upper() + found[1:]
+
+
 def few_steps(config: RunConfig, plan: Plan) -> str:
     train = config.train
     total = plan.total_steps - train.epoch_begin * plan.epoch_steps
@@ -139,5 +147,4 @@ def nothing_learned(
         found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")
     if changed is False:
         found.append("the rows are answered as before training")
-    reasons = doubts(config, plan) or [f"the rate may be too low: try --lr_init {FAR * config.train.lr_init:.1g}"]
-    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {'; '.join(reasons)}"
+    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {reasons(config, plan)}"

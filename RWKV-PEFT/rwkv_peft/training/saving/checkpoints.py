@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import UserError, in_line
+from ...errors import UNREADABLE, UserError, in_line
 from ...files.atomic import CannotWrite
 from ...files.mapped import Overwritten
-from .run_state import STATE, UNREADABLE, read_state
+from .run_state import STATE, read_state
 
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
 ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # for --eval_data, --lm_eval, --answer_rows
@@ -36,7 +36,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     def seen(checkpoint: Path) -> float:
         try:
-            return int(read_state(checkpoint)["samples_seen"])
+            return float(read_state(checkpoint)["samples_seen"])
         except UNREADABLE:
             return math.inf  # read_run_state says what is wrong with it
 

@@ -209,7 +209,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     state = read_state(checkpoint)
     saved, now = state["trained"], trained_names(lit)
     if saved != now:
-        different = sorted(set(saved) ^ set(now))
+        different = sorted({*map(str, saved)} ^ {*now}) or ["their order"]
         raise UserError(
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
