@@ -20,6 +20,7 @@ from rwkv_peft.numeric import all_finite, is_finite, is_number, is_whole
         (-sys.float_info.max, {is_finite, is_number}),
         (Fraction(1, 3), {is_finite, is_number}),
         (np.float32(2), {is_finite, is_number}),
+        (np.float32("inf"), set()),
         (math.nan, {is_number}),
         (-math.inf, {is_number}),
         *((value, set()) for value in (True, "3", None, [3], 1j)),

@@ -1,6 +1,6 @@
 """What counts as a number, in settings, flags, bodies and files. JSON tells True from 1, and so do these."""
 
-import sys
+import math
 from numbers import Real
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -15,8 +15,10 @@ def is_whole(value: object, least: int | None = None) -> TypeGuard[int]:
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Tell whether a value is a number that a float can hold, neither NaN nor infinite."""
-    finite = isinstance(value, Real) and abs(value) <= sys.float_info.max  # type: ignore[operator]
-    return bool(finite) and not isinstance(value, bool)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def is_number(value: object) -> TypeGuard[float]:

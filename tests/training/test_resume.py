@@ -236,12 +236,15 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
     assert path.read_text() == "".join(whole[:2])
 
 
+SAVED = {"samples_seen": 1, "trained": [], "retained": "", "validated_from": 0, "validation": ""}
+
+
 def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from dataclasses import asdict
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
     machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
-    state = {"adapter": known, "base": "abc", "samples_seen": 1, "trained": [], "files": {}, **machine}
+    state = {"adapter": known, "base": "abc", "files": {}, **SAVED, **machine}
     state |= {"objective": "next_token", "data": {"ctx_len": 16, "counted": "def"}}
     write_state(tmp_path / "state.json", state)
     now = {
@@ -268,7 +271,7 @@ def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
     same = {"adapter": {}, "base": "abc", "precision": "bf16", "optim": "adamw", "objective": "dpo", "teacher": ""}
     fixed = {"ctx_len": 16, "counted": "def"}
     drawn = fixed | {"val_seed": 5}
-    then = same | {"files": {}, "data": drawn}
+    then = same | SAVED | {"files": {}, "data": drawn}
     write_state(tmp_path / "state.json", then)
     with pytest.raises(UserError, match="^--resume: .* is of 0.2.0 or before, .* add --fresh_optimizer"):
         read_run_state(tmp_path, same | {"adapter": {}, "data": fixed})

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError, told
+from ..errors import UNREADABLE, UserError, told
 from ..files.readable import read_settings, require_readable
 from .folders import SAVED, SPLITS, choose
 from .parquet_pages import largest_page
@@ -147,12 +147,9 @@ def telling_damage(path: Path, kind: str) -> Iterator[None]:
     """Make a UserError of what pyarrow and parquet_pages.py raise for a broken file, which should be of a kind."""
     from pyarrow import ArrowException
 
-    broken = (ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError, OverflowError)
     try:
         yield
-    except UserError:
-        raise
-    except (*broken, struct.error) as error:
+    except (*UNREADABLE, ArrowException, MemoryError, struct.error) as error:
         raise UserError(f"{path}: not {kind}, or a damaged one ({told(error)}); copy it again") from error
 
 

@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import NotNow, told
+from ..errors import UNREADABLE, NotNow, told
 from .atomic import check_output, without_empty_folders
 from .readable import object_of
 
@@ -84,7 +84,7 @@ def _holder(file: FileIO) -> str:
     try:
         values = json.loads(file.read(LONGEST))
         return f"process {values['process']} on {values['host']}, since {values['since']}"
-    except (ValueError, LookupError, TypeError, RecursionError) as error:  # it has not written yet
+    except UNREADABLE as error:  # it has not written yet
         return f"another process, which does not say who it is ({told(error)})"
 
 

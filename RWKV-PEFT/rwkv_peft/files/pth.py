@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, told
-from .pth_pickle import UNREADABLE, judge, record_sizes, require_records
+from .pth_pickle import NO_CHECKPOINT, judge, record_sizes, require_records
 from .pth_writer import dtype_name
 from .readable import require_readable
 
@@ -44,11 +44,9 @@ def read_pth(path: str | Path) -> Any:
     try:
         judge(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
-        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or no PyTorch checkpoint; download or copy it again") from error
-    except UNREADABLE as error:
+    except NO_CHECKPOINT as error:
         raise UserError(
             f"{path} cannot be read as a PyTorch checkpoint: {told(error)}; download or copy it again"
         ) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, short, told
+from ..errors import UNREADABLE, UserError, short, told
 
 # Names that a pickle may call: those that rebuild tensors, and plain containers.
 BUILDERS = frozenset(
@@ -34,19 +34,14 @@ BUILDERS = frozenset(
 QUANTIZED = "torch._utils._rebuild_qtensor"
 # Exceptions that readers raise for files that are no checkpoints: they assume that the pickle's instructions fit
 # together, that functions get arguments that fit, and that they can read the archive.
-UNREADABLE = (
+NO_CHECKPOINT = (
+    *UNREADABLE,
     RuntimeError,
     EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
     AssertionError,
-    ArithmeticError,
     struct.error,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
-    OSError,
     ImportError,
     MemoryError,
 )
@@ -94,7 +89,7 @@ class Judge(pickle.Unpickler):
 
 def judge(path: Path) -> None:
     """Raise UserError for an archive of torch.save whose pickle names more than tensors and plain containers, or one of
-    UNREADABLE if the archive has no pickle or a damaged one."""
+    NO_CHECKPOINT if the archive has no pickle or a damaged one."""
     pickled = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
     for operation, argument, _ in pickletools.genops(pickled):
         # the unpickler would allocate for as many

@@ -75,7 +75,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
         text = tokenizer.apply_chat_template(messages, tokenize=False, tools=described)
         without_tools = described and tokenizer.apply_chat_template(messages, tokenize=False)
         without_calls = bare != messages and tokenizer.apply_chat_template(bare, tokenize=False, tools=described)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is refused by the tokenizer's chat template: {error}") from error
     for what, other in (("tools", without_tools), ("calls of tools", without_calls)):
         if text == other:

@@ -81,8 +81,6 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
         other = OPTIMS.get(now["optim"])
         of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
         different = [key for key in SAME + (() if fresh_optimizer else of_optimizer) if state[key] != now[key]]
-    except UserError:
-        raise
     except UNREADABLE as error:
         raise UserError(
             f"{checkpoint}/{STATE} cannot be read ({told(error)}); {remedy_of(checkpoint, False)}"

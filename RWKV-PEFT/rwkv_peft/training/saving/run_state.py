@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import UserError
+from ...numeric import is_whole
 
 OPTIMIZER = "optimizer"  # the folder of the optimizer's state
 CHUNK = 1 << 24
@@ -76,7 +77,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"it is a {type(state).__name__}, and an object is due")
     if state.pop(CHECKSUM, None) != checksum_of(state):
         raise ValueError("it was changed after it was written: its checksum differs")
-    odd = [name for name in COUNTS if type(value := state.get(name, 0)) is not int or not 0 <= value < MOST]
+    odd = [name for name in COUNTS if not is_whole(value := state.get(name, 0), 0) or value >= MOST]
     odd += [name for name, kind in KINDS.items() if type(state.get(name, kind())) is not kind]
     if odd or type(state.get("config", {}).get("train", {})) is not dict:
         raise ValueError(f"its {(odd or ['config'])[0]} is none that a run writes")
