@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from release.conversions import convert, same
 from rwkv_peft.errors import UserError
+from rwkv_peft.files import safetensors_file
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base, save_model
@@ -87,6 +88,13 @@ def test_a_streamed_safetensors_is_read_by_its_library(tmp_path):
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {"note": "x"}
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+
+
+def test_more_tensors_than_any_model_has_are_not_read(tmp_path, monkeypatch):
+    save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(safetensors_file, "MOST", 2)
+    with pytest.raises(UserError, match="holds 3 tensors; at most 2 are read"):
+        read_model(tmp_path / "m.safetensors")
 
 
 def test_values_that_the_target_cannot_hold_are_refused(tmp_path, tiny_state):

@@ -9,6 +9,7 @@ from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.serve.asking import Bounds, asking_of
 from rwkv_peft.serve.forms import ChatAsked, TextAsked
 from rwkv_peft.serve.refused import Refused
+from rwkv_peft.serve.schema import LARGEST, written
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
 
@@ -50,3 +51,12 @@ def test_clients_load_no_more_than_they_may(server):
     loaded = [server.send("POST", "/v1/adapters", calm | {"name": f"calm{number}"}) for number in range(3)]
     assert [status for status, *_ in loaded] == [200, 200, 409] and "--max_loaded" in loaded[2][2]["error"]["message"]
     assert [server.send("DELETE", f"/v1/adapters/calm{number}")[0] for number in range(3)] == [200, 200, 404]
+
+
+def test_a_schema_is_written_up_to_a_size():
+    schema = {"enum": [0.5, "ä", [True, None]]}
+    assert written("response_format", schema) == json.dumps(schema)
+    schema["enum"] *= LARGEST // 10
+    with pytest.raises(Refused, match="larger than 524,288 characters") as refused:
+        written("response_format", schema)
+    assert (refused.value.status, refused.value.param) == (413, "response_format")

@@ -15,6 +15,8 @@ from ..errors import UserError
 from .pth import require_file, require_weights
 from .pth_writer import TensorSpec, chunks
 
+MOST = 100_000  # tensors of a file: no model has as many, and a million take a minute
+
 
 def read_safetensors(path: str | Path, weights: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a .safetensors file: ({name: tensor}, the header's metadata). The tensors are mapped, in the file's
@@ -24,7 +26,10 @@ def read_safetensors(path: str | Path, weights: bool = True) -> tuple[dict[str, 
     path = require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            if len(names) > MOST:
+                raise UserError(f"{path} holds {len(names):,} tensors; at most {MOST:,} are read, so give another file")
+            tensors = {key: file.get_tensor(key) for key in names}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error

@@ -22,7 +22,7 @@ from ..files.pth_writer import dtype_name
 from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
-from .formats import read_hf_model, read_web
+from .formats import read_hf_model, web_tensors
 from .gguf import import_gguf, read_header
 
 Line = tuple[str, str]
@@ -55,7 +55,7 @@ def contents_of(source: AdapterSource) -> Contents:
         tensors, header = read_safetensors(path)
         if METADATA_KEY in header:
             return adapter_contents(source)
-        return tensor_contents(read_web(path), path, "web-rwkv, Ai00")
+        return tensor_contents(web_tensors(tensors), path, "web-rwkv, Ai00")
     tensors = read_tensors(path)
     if any(adapter_parameter(key) for key in tensors) and "emb.weight" not in tensors:
         return foreign_adapter_contents(source, tensors)

@@ -70,7 +70,11 @@ def format_of(path: Path, to: str | None = None) -> Format | None:
 
 def read_web(path: Path) -> dict[str, torch.Tensor]:
     """Read a .st or .safetensors in the layout of web-rwkv and Ai00 -> {official key: tensor}."""
-    found = read_safetensors(path)[0]
+    return web_tensors(read_safetensors(path)[0])
+
+
+def web_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of tensors that are read."""
     family, tensors = _official(found, lambda family: family.from_web)
     turned = {key for key in tensors if family.swapped_in_web(key) or is_time_state(key)}
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}

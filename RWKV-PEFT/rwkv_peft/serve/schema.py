@@ -26,6 +26,7 @@ ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
 OPTIONS = MappingProxyType(
     {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 )
+LARGEST = 1 << 19  # characters of a schema; llguidance takes no larger ones
 REMEMBERED = 10_000  # grammars that are known to compile
 OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # what comes before an answer's JSON, by ChatAsked.think
 
@@ -89,7 +90,7 @@ class Schemas:
             raise wrong(field, "an answer with thinking is not held to a form; leave think out")
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        grammar = f"start: {opening} {text}\nbody: %json {json.dumps({**schema, 'x-guidance': dict(OPTIONS)})}"
+        grammar = f"start: {opening} {text}\nbody: %json {written(field, {**schema, 'x-guidance': dict(OPTIONS)})}"
         self._try(field, grammar)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
@@ -123,6 +124,18 @@ def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:
     if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
         raise wrong("response_format", '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
     return schema
+
+
+def written(field: str, schema: Mapping[str, Any]) -> str:
+    """A schema as JSON, by Python, because json.dumps would let nobody else run meanwhile. Raises Refused if it is too
+    large."""
+    parts, size = [], 0
+    for part in json.JSONEncoder().iterencode(schema):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST:
+            raise Refused(413, f"{field}: the schema is larger than {LARGEST:,} characters; make it simpler", field)
+    return "".join(parts)
 
 
 def call_schema(form: ChatAsked) -> dict[str, Any]:
