@@ -54,6 +54,12 @@ def test_all_tokens_and_any_text_are_those_of_world():
     assert found.get_vocab_size() == 65536 and found.id_to_token(65535) == "[PAD65535]"
 
 
+def test_signs_that_share_a_token_with_a_newline_are_those_of_the_guide():
+    """docs/guides/release.md names the answers that a chat template's text cuts otherwise than training does."""
+    tokens = [token.decode("utf-8", "replace") for token in load_tokenizer("world").token_bytes if token]
+    assert [token for token in tokens if "\n" in token and token.strip()] == ["…\n", "。\n", "，\n"]
+
+
 def test_a_byte_without_a_token_is_an_error():
     tokenizers = pytest.importorskip("tokenizers")
     found = tokenizers.Tokenizer.from_str(world_json([None, b"a", b"\xff", None, b"ab", b"-", b"^]"], 9).decode())
