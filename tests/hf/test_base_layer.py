@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from bone_blocks import FORMS, fill
+from bone_blocks import FORMS, fill, layer_of
 from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import prune
@@ -80,18 +80,13 @@ def test_layers_of_other_classes_that_compute_a_linear_one(make, form):
 @pytest.mark.parametrize("names", (["default"], ["default", "second"]))
 def test_hooks_of_the_base_layer_are_called(form, names):
     base = nn.Linear(12, 8)
-    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0, bone_dropout=0.5 * (len(names) == 1))
-    layer = BoneLinear(base, "default", config)
+    layer = layer_of(form, base, bone_dropout=0.5 * (len(names) == 1))
     layer.update_layer("second", BoneConfig(r=4))
     layer.set_adapter(names)
     for block in layer.bone_block.values():
         nn.init.normal_(block, std=0.1)
-    x, g, blocks, seen = (
-        torch.randn(5, 12, requires_grad=True),
-        torch.randn(5, 8),
-        [layer.bone_block[n] for n in names],
-        [],
-    )
+    x, g, seen = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8), []
+    blocks = [layer.bone_block[n] for n in names]
 
     def step():
         torch.manual_seed(0)
@@ -200,8 +195,7 @@ def test_a_layer_whose_parent_stands_in_two_places_is_merged_for_both():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_float64_base_stays_exact(form):
-    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0)
-    layer = BoneLinear(nn.Linear(12, 8).double(), "default", config)
+    layer = layer_of(form, nn.Linear(12, 8).double())
     nn.init.normal_(layer.bone_block["default"], std=0.1)
     x, original = torch.randn(5, 12, dtype=torch.float64), layer.weight.data.clone()
     y = layer(x)

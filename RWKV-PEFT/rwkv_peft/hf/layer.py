@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..errors import UserError
+from ..numeric import all_finite
 from .config import PARAMETER, BoneConfig, block_shape
 from .products import TRANSPOSED, Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
 
@@ -201,7 +202,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         merged = self._turned(weight.data).to(exact(weight))
         for name in names:
             merged = merged + self._delta(name, merged).detach()
-        if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
+        if safe_merge and not all_finite(merged.to(weight.dtype)):
             raise UserError(
                 f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
                 "broken. This layer stays as it was; load the model anew, since others may be merged"

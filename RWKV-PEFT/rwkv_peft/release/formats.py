@@ -14,13 +14,14 @@ import torch
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..files.pth import all_finite, read_tensors
+from ..files.pth import read_tensors
 from ..files.pth_writer import TensorSpec, dtype_name, write_pth
 from ..files.readable import choice_in, read_settings
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
+from ..numeric import all_finite
 from .gguf import write_gguf
 from .vocabulary import Tokenizer, gguf_vocabulary, hf_files
 
