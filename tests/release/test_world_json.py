@@ -62,8 +62,9 @@ def test_signs_that_share_a_token_with_a_newline_are_those_of_the_guide():
 
 def test_a_byte_without_a_token_is_an_error():
     tokenizers = pytest.importorskip("tokenizers")
-    found = tokenizers.Tokenizer.from_str(world_json([None, b"a", b"\xff", None, b"ab", b"-", b"^]"], 9).decode())
-    assert found.encode("aaba^]-").ids == [1, 4, 1, 6, 5]
+    table = [None, b"a", b"\xff", None, b"ab", b"-", b"^]", b"+"]
+    found = tokenizers.Tokenizer.from_str(world_json(table, 9).decode())
+    assert found.encode("aaba^]-+").ids == [1, 4, 1, 6, 5, 7]
     with pytest.raises(Exception, match="UNK"):
         found.encode("axb")
 
