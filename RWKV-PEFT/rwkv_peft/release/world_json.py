@@ -58,9 +58,10 @@ def _expression(tree: Tree) -> str:
     behind = {character: _expression(below) for character, below in tree.items() if character}
     last = "".join(_literal(character) for character, more in behind.items() if not more)
     branches = sorted((_literal(character) + more for character, more in behind.items() if more), key=len, reverse=True)
-    either = "|".join([*([f"[{last}]"] if last else []), *branches])
+    leaves = ["[" + last.replace("-", r"\-") + "]"] if last else []
+    either = "|".join(leaves + branches)
     return f"(?:{either})" + "?" * ("" in tree) if either else ""
 
 
 def _literal(character: str) -> str:
-    return "\\" + character if character in r"^$\.*+?()[]{}|/-" else character
+    return "\\" + character if character in r"^$\.*+?()[]{}|/" else character
