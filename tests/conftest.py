@@ -79,12 +79,15 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def as_if_no_command_had_run():
-    """Restore what a command changes in its process, which is about to end, while this one goes on: Ctrl-C is heard,
-    and Python looks for modules beside a program (children.py). A fixture of a whole module may have run one, too."""
+    """Restore what a command changes in its process, which is about to end, while this one goes on: Ctrl-C is heard, a
+    terminal's end as before, and Python looks for modules beside a program (children.py). A fixture of a whole module
+    may have run one, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONSAFEPATH", None)
+    hangup = signal.getsignal(signal.SIGHUP)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+from unittest.mock import patch
 
 import pytest
 import torch
-from bone_blocks import FORMS, layer_of
+import transformers
+from bone_blocks import FORMS, fill, layer_of
 from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import prune
@@ -31,6 +33,47 @@ def test_layers_that_only_look_linear_are_refused():
         get_peft_model(
             nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"])
         )
+
+
+def gpt2():
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def falcon():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", (gpt2, falcon))
+def test_layers_of_other_classes_that_compute_a_linear_one(make, form):
+    """GPT-2's Conv1D, whose weight is (in, out), and FalconLinear."""
+    base, ids = make().eval(), torch.arange(10)[None]
+    shapes = {key: value.shape for key, value in base.state_dict().items()}
+    first = base(ids).logits
+    settings = {"r": 4, "init_weights": form, "target_modules": "all-linear", "mini_r": 2 * (form == "mini")}
+    model = get_peft_model(base, BoneConfig(**settings)).eval()
+    assert sum(isinstance(module, BoneLinear) for module in model.modules()) == 8
+    torch.testing.assert_close(model(ids).logits, first)
+    fill(model, 0.2)
+    blocks = [block for name, block in model.named_parameters() if "bone_block" in name]
+
+    def passed():
+        logits = model(ids).logits
+        return logits, *torch.autograd.grad(logits.square().sum(), blocks)
+
+    direct = passed()
+    with patch.object(BoneLinear, "_adapted", lambda layer, x, name: layer._composed(x, [name])):
+        torch.testing.assert_close(direct, passed(), rtol=1e-3, atol=1e-3)
+    assert (direct[0] - first).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    assert {key: value.shape for key, value in merged.state_dict().items()} == shapes
 
 
 @pytest.mark.parametrize("form", FORMS)

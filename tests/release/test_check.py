@@ -179,7 +179,7 @@ def test_a_head_that_the_adapter_does_not_explain_is_named(tmp_path, tiny_state,
 
 def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch):
     def broken(path, tokens, config):
-        raise RuntimeError("no such\ninstruction")
+        raise RuntimeError("no such instruction\nat all")
 
     monkeypatch.setattr("rwkv_peft.release.check.rwkv_sequence", broken)
     with pytest.raises(UserError, match="cannot compute .*RuntimeError: no such instruction"):

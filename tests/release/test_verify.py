@@ -121,7 +121,7 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
     tmp_path, tiny_state, capsys, monkeypatch
 ):
     def broken(path, tokens, config):
-        raise RuntimeError("no such\ninstruction")
+        raise RuntimeError("no such instruction\nat all")
 
     def exact(path, tokens, config):
         return reference_logits(base_of(official(tiny_state)), tokens)

@@ -6,7 +6,6 @@ Each run is a process of its own, because the engine keeps global state.
 import json
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state
+from training.held import held
 from training.runs import finish, metrics, rewound, start, wait_for_steps, wait_for_words
 
 LONG = (
@@ -33,13 +33,16 @@ def unbroken(files, train):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
-    name = number.name
-    process = start(command(name, *LONG))
+    name, hold = number.name, files / "hold"
+    process = start(held(command(name, *LONG), hold, 25))
     wait_for_steps(files, name, 25, process)
     process.send_signal(number)
+    if number != signal.SIGKILL:
+        wait_for_words("stopping after this step", process)
+    hold.unlink()
     out, _ = finish(process, code)
     done = len(metrics(files, name))
-    assert 25 <= done < 60
+    assert done == (25 if number == signal.SIGKILL else 26)
     if number != signal.SIGKILL:
         assert "--resume" in out and (files / name / "adapter.safetensors").exists()
     out, _ = train(name, *LONG, "--resume")
@@ -62,18 +65,47 @@ def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy, quick_
     assert (whole / "adapter.safetensors").read_bytes() == (parts / "adapter.safetensors").read_bytes()
 
 
+# trains as train.py does, and gets a signal while its log is closed
+CLOSING = """
+import os
+
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from rwkv_peft.commands import run
+
+close = EventFileWriter.close
+
+def told(self):
+    close(self)
+    os.kill(os.getpid(), {number:d})
+
+EventFileWriter.close = told
+run("train")
+"""
+
+
 def test_a_terminal_that_goes_away_tells_more_than_once_and_the_run_saves(files, command):
-    process = start(command("hung-up", "--epoch_steps", "100000"))
+    python, _, *argv = command("hung-up", "--epoch_steps", "100000")
+    script = files / "closing.py"
+    script.write_text(CLOSING.format(number=signal.SIGHUP))
+    process = start([python, str(script), *argv])
     wait_for_steps(files, "hung-up", 5, process)
-    for _ in range(3):
+    for _ in range(2):
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.02)
     finish(process, 128 + signal.SIGHUP)
     assert any((files / "hung-up" / "checkpoints").glob("step-*"))
 
 
+def test_a_signal_after_the_last_step_does_not_end_a_run_before_its_picture(files, command):
+    python, _, *argv = command("late", "--epoch_steps", "2", "--epoch_count", "1")
+    script = files / "late.py"
+    script.write_text(CLOSING.format(number=signal.SIGTERM))
+    out, _ = finish(start([python, str(script), *argv]))
+    assert "stopping" not in out and (files / "late" / "loss.png").exists()
+
+
 def test_a_second_sigterm_has_its_exit_code(files, command):
-    process = start(command("twice", "--epoch_steps", "100000"))
+    process = start(held(command("twice"), files / "hold", 5))
     wait_for_steps(files, "twice", 5, process)
     process.send_signal(signal.SIGTERM)
     wait_for_words("again to stop at once", process)

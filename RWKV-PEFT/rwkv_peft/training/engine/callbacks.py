@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from ...data.batches import TrainBatch
-from ...errors import give_back, hangup_signals
-from ...files.base import Base, Stamp
+from ...errors import hangup_signals
+from ...files.base import Base
+from ...files.mapped import Mapped
 from ...names import METRICS
 from ..ranks.watch import Watch
 from ..saving.history import forget_rest
@@ -209,11 +210,11 @@ class Save(StepCallback):
 
 
 class StopSignals(pl.Callback):
-    """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the
-    current step; a second Ctrl-C or SIGTERM stops at once.
+    """From the first step on, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after
+    the current step; a second Ctrl-C or SIGTERM stops at once.
 
-    The handlers are installed when training starts, to replace Lightning's own for SIGTERM, which would end the run
-    without saving.
+    The handlers replace Lightning's own, which would end the run at SIGTERM without saving, and would restore Python's
+    in the middle of the trainer's end: a SIGHUP that is ignored by then would be heard again.
     """
 
     def __init__(self, say: Callable[..., object]) -> None:
@@ -224,39 +225,37 @@ class StopSignals(pl.Callback):
             if lit.stop_requested:
                 raise KeyboardInterrupt(number)
             lit.stop_requested = number
-            self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
+            if not trainer.should_stop:  # or the run is ending anyway
+                self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
             lit.stop_requested = lit.stop_requested or number
 
-        self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.previous |= {number: signal.signal(number, hang_up) for number in hangup_signals()}
+        trainer._signal_connector.teardown()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+        for number in hangup_signals():
+            signal.signal(number, hang_up)
 
-    def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        give_back(self.previous)
 
+class FileGuard(pl.Callback):
+    """Raises UserError if a file was overwritten that weights, or what a teacher said, are mapped from. It checks at
+    the start and after every micro batch, and must stand before the callbacks that record and save a step."""
 
-class BaseGuard(pl.Callback):
-    """Raises UserError if a model's file was overwritten while weights are mapped from it. It checks at the start and
-    after every micro batch, and must stand before the callbacks that record and save a step."""
-
-    def __init__(self, base: Base, model: nn.Module) -> None:
-        self.base, self.model, self.seen, self.mapped = base, model, base.stamp, True
+    def __init__(self, run: Prepared) -> None:
+        self.models = [(run.saver.base, run.model), *([] if run.teacher is None else [run.teacher])]
+        self.mapped: list[Mapped] = [] if run.inputs.stored is None else [run.inputs.stored]
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        self.look()
-        self.mapped = is_mapped(self.base, self.model)
+        for base, model in self.models:
+            if base is not None:
+                base.require_unchanged()
+                self.mapped += [base] * is_mapped(base, model)
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, *of_batch: Any) -> None:
-        if self.mapped:
-            self.look()
-
-    def look(self) -> None:
-        """Check the file again if its Stamp has changed since the last check."""
-        if (now := Stamp.of(self.base.path)) != self.seen:
-            self.base.require_unchanged()
-            self.seen = now
+        for mapped in self.mapped:
+            mapped.require_unchanged()
 
 
 def is_mapped(base: Base, model: nn.Module) -> bool:

@@ -15,9 +15,10 @@ import torch
 
 from ...children import import_matplotlib
 from ...cli import counted
+from ...data.asked import OPENING
 from ...data.recorded import ENTRY
-from ...data.report import OPENING, opening_of
-from ...errors import UserError, ending_at_once
+from ...data.report import opening_of
+from ...errors import Ended, UserError, ending_at_once, keeping_handlers
 from ...files.atomic import write_text
 from ...files.best import BEST, SINCE, HeldOut, labelled, take
 from ...memory import keep_freed_memory
@@ -28,7 +29,7 @@ from ..inputs import VALIDATION
 from ..measuring.before_after import unended
 from ..measuring.held_out import UNKNOWN, blind, doubt
 from ..measuring.held_out import told as told_held_out
-from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
+from ..measuring.learned import aim_of, by_source, fall_of, nothing_learned, reasons, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -82,7 +83,8 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
-            trainer.fit(lit, RunBatches(run))
+            with keeping_handlers():
+                trainer.fit(lit, RunBatches(run))
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
@@ -92,8 +94,9 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
             file=sys.stderr,
         )
         return (1 if run.leads or run.ranks.world.elastic else 0), ""
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C between steps into this
+    except (Exception, SystemExit) as error:
+        # Lightning ends with another exception if a signal meets it between steps, or while it closes a log
+        if isinstance(error.__context__, KeyboardInterrupt | Ended):
             raise error.__context__ from None
         raise
     finally:
@@ -152,8 +155,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         told += f"{note}\n"
     elif unlikely:
         told += f"{unlikely}\n"
-    elif rows is not None and unended(rows.records) and (reasons := doubts(run.config, run.plan)):
-        told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
+    elif rows is not None and unended(rows.records):
+        told += f"note: no answer ends like its row's yet. {reasons(run.config, run.plan)}\n"
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
         words = told_held_out(held_out, name, sign)

@@ -31,7 +31,7 @@ export async function chatPage(place, about, signal, folder) {
 
   // Lists the models that are open, each with its memory, until someone closes them.
   async function list() {
-    const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.words[0] === "serve" && job.state === "running");
+    const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.own && job.words[0] === "serve" && job.state === "running");
     const open = jobs.map((job) => job.id).join();
     if (running.dataset.open === open) return jobs;
     running.dataset.open = open;
@@ -80,7 +80,7 @@ export async function chatPage(place, about, signal, folder) {
       const models = await get(`/api/chat/${id}/v1/models`).catch(() => null);
       if (!models || leave.signal.aborted) return;
       leave.abort();
-      status.replaceChildren();
+      status.replaceChildren(...[...(job.output ?? "").matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
       draw(id, job.began, models.data.map((one) => one.id));
     });
   }
