@@ -2,10 +2,11 @@
 
 import gc
 import os
+import resource
 import signal
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,22 @@ def warm_python(monkeypatch, accelerator):
     python = sys.executable if accelerator == "gpu" else warm.python()  # what is forked must not have used a GPU
     monkeypatch.setattr(sys, "executable", python)
     return python
+
+
+@pytest.fixture
+def largest_file():
+    """with largest_file(bytes): no file may become larger, not even pytest's own log."""
+
+    @contextmanager
+    def limited(size=None):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -142,38 +142,29 @@ def test_no_file_imports_itself_by_way_of_others():
         visit(module, ())
 
 
-def test_the_package_offers_names_without_importing_them():
-    code = (
-        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
-        "import rwkv_peft as rp\n"
-        "print('torch' in sys.modules, 'numpy' in sys.modules, set(rp.__all__) <= set(dir(rp)))\n"
-        "print(*(getattr(rp, name).__name__ for name in rp.__all__))"
-    )
+def printed(*lines):
+    """The lines that a Python without anything imported prints."""
+    code = "\n".join((f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})", *lines))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["False False True", " ".join(rwkv_peft.__all__)], done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_package_offers_names_without_importing_them():
+    loaded = "print('torch' in sys.modules, 'numpy' in sys.modules, set(rp.__all__) <= set(dir(rp)))"
+    names = "print(*(getattr(rp, name).__name__ for name in rp.__all__))"
+    assert printed("import rwkv_peft as rp", loaded, names) == ["False False True", " ".join(rwkv_peft.__all__)]
 
 
 def test_processes_that_a_command_has_many_of_do_without_torch():
-    code = (
-        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
-        "import rwkv_peft.data.preprocess, rwkv_peft.rewards.child\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    many = "import rwkv_peft.data.preprocess, rwkv_peft.rewards.child"
+    assert printed(many, "print('torch' in sys.modules)") == ["False"]
 
 
 def test_adapters_are_put_into_models_by_few_files():
-    injecting = [
-        module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
-    ]
-    assert injecting == [
-        ("api", "adapters"),
-        ("generate", "voices"),
-        ("plan", "rehearsal"),
-        ("release", "check"),
-        ("training", "model"),
-    ]
+    imported = re.compile(r"inject import .*\binject\b")
+    injecting = [".".join(module) for module, path in MODULES.items() if imported.search(path.read_text())]
+    assert injecting == ["api.adapters", "generate.voices", "plan.rehearsal", "release.check", "training.model"]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
@@ -194,14 +185,8 @@ def test_importing_the_package_costs_torch_at_most():
         for path in FILES
         if not heavy_imports(path) and (module_of(path)[0:1] not in HEAVY_PARTS or path.stem == "flags")
     ]
-    code = (
-        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
-        + "".join(f"import {name}\n" for name in light)
-        + (f"print(*({{name.split('.')[0] for name in sys.modules}} & set({HEAVY!r})))")
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    heavy = f"print(*({{name.split('.')[0] for name in sys.modules}} & set({HEAVY!r})))"
+    assert printed(*(f"import {name}" for name in light), heavy) == [""]
 
 
 def test_nothing_mutable_is_global():

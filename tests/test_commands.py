@@ -54,13 +54,10 @@ def test_help_needs_no_torch(bare, name):
 
 def test_the_doctor_needs_no_environment_to_say_what_is_missing(bare):
     venv = {"VIRTUAL_ENV": str(bare.parents[1]), "PATH": os.defpath}
-    done = subprocess.run(
-        ["sh", ROOT / "scripts" / "doctor.sh"], cwd=bare.parent, env=venv, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stderr == ""
-    assert (
-        done.stdout.startswith(f"no environment: this Python, {bare}, has no torch; ") and done.stdout.count("\n") == 1
-    )
+    script = ["sh", ROOT / "scripts" / "doctor.sh"]
+    done = subprocess.run(script, cwd=bare.parent, env=venv, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "" and done.stdout.count("\n") == 1
+    assert done.stdout.startswith(f"no environment: this Python, {bare}, has no torch; ")
     assert "scripts/setup.sh" in done.stdout or "activate" in done.stdout
     refused = run(bare, *MODULE, "doctor", "--fix")
     assert refused.returncode == 2 and "there is no --fix" in refused.stderr
@@ -105,13 +102,8 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(name, delay):
 
 
 def test_ctrl_c_changes_nothing_of_a_refusal_that_is_told():
-    command = subprocess.Popen(
-        [sys.executable, *COMMAND_LINES["merge_bone.py"]],
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    how = dict(cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen([sys.executable, *COMMAND_LINES["merge_bone.py"]], **how)
     assert command.stderr.readline().startswith("error: ")
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
@@ -134,9 +126,7 @@ def test_a_warning_of_bitsandbytes_about_a_download_is_kept_from_users():
 
 def test_switches_are_shown_as_they_are_written():
     done = run(sys.executable, "train.py", "--help")
-    shown = done.stdout.replace("True|False", "").replace(
-        "only True or False", ""
-    )  # what RWKV-LM's scripts write behind a switch of theirs
+    shown = re.sub("True.False|only True or False", "", done.stdout)  # what RWKV-LM's scripts write behind theirs
     assert "(default: 1)" in shown and "True" not in shown
 
 

@@ -20,13 +20,18 @@ from rwkv_peft.streams import bar_seconds
 ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
 
 
+def code_of(command):
+    """The exit code with which a command ends."""
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(command)
+    return ended.value.code
+
+
 def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(interrupted)
-    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert code_of(interrupted) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_fork_ends_at_once():
@@ -49,17 +54,13 @@ def test_a_limit_on_open_files_is_told(capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (least, most))
 
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(opening)
-    assert ended.value.code == 2 and "ulimit -n 1024" in capsys.readouterr().err
+    assert code_of(opening) == 2 and "ulimit -n 1024" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked", [np.empty, bytearray])
 def test_memory_that_is_full_is_told(asked, capsys):
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(lambda argv: asked(1 << 58))
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: no more memory is free (") and "rwkv-peft plan" in error
+    code, error = code_of(lambda argv: asked(1 << 58)), capsys.readouterr().err
+    assert code == 2 and error.startswith("error: no more memory is free (") and "rwkv-peft plan" in error
 
 
 @pytest.fixture
@@ -79,18 +80,14 @@ def test_a_signal_leaves_no_half_of_a_file(number, code, words, tmp_path, capsys
             os.kill(os.getpid(), number)
             pytest.fail("the command goes on")
 
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(writing)
-    assert ended.value.code == code and capsys.readouterr().err == words
+    assert code_of(writing) == code and capsys.readouterr().err == words
     assert not list(tmp_path.glob("new/*")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("default_signals")
 def test_a_signal_that_is_to_be_ignored_is():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(lambda argv: os.kill(os.getpid(), signal.SIGHUP))
-    assert not ended.value.code
+    assert not code_of(lambda argv: os.kill(os.getpid(), signal.SIGHUP))
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -121,27 +118,21 @@ def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
         print("\ud800")
         raise UserError("\udfff")
 
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(refusing)
+    assert code_of(refusing) == 2
     for stream in streams:
         stream.flush()
-    assert ended.value.code == 2
     assert [stream.buffer.getvalue() for stream in streams] == [b"\\ud800\n", b"error: \\udfff\n"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_what_is_read_is_utf8_where_the_locale_says_nothing(encoding, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ü".encode() + b"\xff"), encoding=encoding))
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(lambda argv: sys.stdin.read() != "ü\udcff")
-    assert not ended.value.code
+    assert not code_of(lambda argv: sys.stdin.read() != "ü\udcff")
 
 
 def test_an_input_that_is_closed_is_empty(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(lambda argv: sys.stdin.isatty() and 1)
-    assert not ended.value.code
+    assert not code_of(lambda argv: sys.stdin.isatty() and 1)
 
 
 def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):
@@ -169,10 +160,6 @@ def test_no_handler_of_libraries_errors_takes_a_refusal():
 
 def test_names_from_files_pass_for_no_line_and_fill_no_screen():
     names = [f"{number}\nerror: \x1b[31mforged\u2028" for number in range(1000)]
-    for text in (
-        short("\n".join(names)),
-        some(names),
-        field_names(dict.fromkeys(names)),
-        str(UserError(short(names[0]))),
-    ):
+    told = short("\n".join(names)), some(names), field_names(dict.fromkeys(names)), str(UserError(short(names[0])))
+    for text in told:
         assert text.isprintable() and len(text) < 1000

@@ -60,9 +60,8 @@ def test_every_command_that_would_use_it_ends_with_torchs_words(available, refus
     assert refused(commands, "plan", *run) == "older CUDA, or name the memory of a GPU with --gpu 24GiB\n"
     (tmp_path / "questions.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for command, *more in (("generate", "--prompt", "a"), ("eval", "jsonl", "--data", tmp_path / "questions.jsonl")):
-        assert refused(commands, command, *more, "--model", model) == (
-            "older CUDA, or run on the CPU with --device cpu\n"
-        )
+        told = refused(commands, command, *more, "--model", model)
+        assert told == "older CUDA, or run on the CPU with --device cpu\n"
     merging = ("--base_model", model, "--lora_checkpoint", model, "--dry_run", "--device", "cuda")
     assert refused(merge, *merging) == "older CUDA, or leave --device out to merge on the CPU\n"
     told = "older CUDA, or train on the CPU with --use_cpu True\n"

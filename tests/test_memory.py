@@ -93,6 +93,6 @@ def test_no_limit_leaves_the_machines_memory(groups):
 
 def test_a_plan_counts_what_a_container_may_use(groups, capsys):
     words = ["--n_layer", "2", "--n_embd", "64", "--bone_r", "16", "--vocab_size", "257", "--accelerator", "cpu"]
-    assert plan(words) == 0
+    assert plan(words) == 0 and "main memory of" in capsys.readouterr().out
     groups("0::/", version_2(512 * MIB, MIB))
     assert plan(words) == 1 and "does not fit" in capsys.readouterr().out

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.samples import Samples
@@ -23,21 +21,21 @@ def test_a_methods_settings_are_told_by_its_word():
 
 def test_things_are_what_their_tables_call_them():
     assert [family.version for family in FAMILIES] == list(GENERATIONS)
-    assert [family.name for family in FAMILIES] == ["RWKV-6", "RWKV-7", "RWKV-7a", "RWKV-7b"]
     assert all(issubclass(sampling, Samples) for sampling in SAMPLINGS.values())
     assert all(issubclass(task, AnswerTask) for task in WRITTEN.values())
     assert all(issubclass(task, ChoiceTask) for task in SCORED.values())
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.flags], ids=lambda c: c.name)
-def test_a_mistaken_flag_is_told_without_torch_and_at_once(command):
+def test_a_mistaken_flag_is_told_without_torch_and_at_once():
+    names = [command.name for command in COMMANDS if command.flags]
     code = (
         "import sys\n"
         "from rwkv_peft.commands import main\n"
-        "try:\n"
-        f"    main([{command.name!r}, '--no_such_flag'])\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, bool({'torch', 'numpy'} & set(sys.modules)))\n"
+        f"for name in {names}:\n"
+        "    try:\n"
+        "        main([name, '--no_such_flag'])\n"
+        "    except Exception as error:\n"
+        "        print(name, type(error).__name__, bool({'torch', 'numpy'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["UserError", "False"], done.stderr
+    assert done.stdout.splitlines() == [f"{name} UserError False" for name in names], done.stderr

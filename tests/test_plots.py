@@ -55,6 +55,7 @@ def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
     assert series(records, "val_loss") == ([10, 20], [0.25, 0.125])
     assert series(records, "absent") == ([], [])
+    assert series([{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}], "loss") == ([2], [2.0])
 
 
 def test_the_losses_of_several_files_are_drawn_in_the_colour_of_the_loss(tmp_path):
@@ -102,10 +103,6 @@ def test_each_curve_has_its_colour():
     assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 4
 
 
-def test_a_null_is_no_point():
-    assert series([{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}], "loss") == ([2], [2.0])
-
-
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
     assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smooth([4.0, 0.0])[0] == pytest.approx(4.0)
@@ -137,11 +134,6 @@ def test_metrics_of_a_run_that_are_no_file_are_neither_waited_for_nor_read(tmp_p
         main([str(tmp_path), str(tmp_path / "loss.png")])
 
 
-def test_the_folder_of_a_run_stands_for_its_metrics(tmp_path):
-    write_metrics(tmp_path / "metrics.jsonl", 3)
-    assert main([str(tmp_path), str(tmp_path / "loss.png")]) == 0 and (tmp_path / "loss.png").stat().st_size
-
-
 def test_the_picture_is_named_once_by_itself_or_by_a_flag(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", 3)
     run, picture = str(tmp_path), str(tmp_path / "loss.png")
@@ -149,11 +141,6 @@ def test_the_picture_is_named_once_by_itself_or_by_a_flag(tmp_path):
     for named in ([], [picture, "--output", picture]):
         with pytest.raises(UserError, match="one picture are due: rwkv-peft plot RUN loss.png"):
             main([run, *named])
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
-        main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])
 
 
 @pytest.mark.parametrize(

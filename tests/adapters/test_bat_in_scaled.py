@@ -62,15 +62,6 @@ def test_layers_of_different_scales_share_what_torch_compile_makes(adapt):
             torch.testing.assert_close(found, true)
 
 
-def test_a_part_of_the_change_can_be_taken_off(adapt):
-    layer = adapt(a_layer(), "bat-in-scaled")
-    weight = layer.weight.detach().double()
-    params = {"bone": 0.3 * layer.bone.detach().double(), "bone_scale": layer.bone_scale}
-    merged = weight + 0.5 * METHOD.change.delta(weight, params)
-    assert (merged - weight).abs().max() > 1e-2
-    torch.testing.assert_close(METHOD.change.removed(merged, METHOD.change.opposite(params, 1.0, 0.5), 1.0), weight)
-
-
 @pytest.mark.parametrize("scale", [0.0, -2.0, math.inf, math.nan])
 def test_a_scale_that_nothing_can_be_divided_by_is_refused(scale, adapter_config):
     initial = {"layer.bone_scale": torch.tensor([scale])}

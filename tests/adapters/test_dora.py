@@ -61,14 +61,6 @@ def test_a_row_of_zeros_stays_one():
     assert torch.isfinite(y).all() and not y[:, 1].any()
 
 
-@pytest.mark.parametrize("amount", [1.0, 0.5, -0.3])
-def test_any_amount_of_the_change_is_taken_off_again(amount):
-    _, weight, params, _ = tensors()
-    merged = weight + amount * METHODS["dora"].change.delta(weight, params, 0.5)
-    opposite = METHODS["dora"].change.opposite(params, 0.5, amount)
-    torch.testing.assert_close(METHODS["dora"].change.removed(merged, opposite, 0.5), weight, rtol=1e-6, atol=1e-6)
-
-
 def test_what_cannot_be_taken_off_is_refused():
     _, weight, params, _ = tensors()
     with pytest.raises(UserError, match="gain of dora is -1"):

@@ -71,9 +71,8 @@ def plain(name, x, weight, params, bias):
     """The definition: one linear layer with the merged weight."""
     if name == "shira":
         return F.linear(x, weight.scatter_add(1, columns(*weight.shape), params["shira_values"]), bias)
-    return F.linear(
-        x, weight + METHODS[variant_of(name)].change.delta(weight, params | NUMBERS.get(name, {}), scale=0.5), bias
-    )
+    change = METHODS[variant_of(name)].change.delta(weight, params | NUMBERS.get(name, {}), scale=0.5)
+    return F.linear(x, weight + change, bias)
 
 
 def run(function, x, weight, params, bias, train=("x", "params")):

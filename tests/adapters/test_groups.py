@@ -11,18 +11,9 @@ from rwkv_peft.models import family_named
 @pytest.fixture
 def model():
     model = nn.Module()
-    shapes = {
-        "time_decay": (1, 1, 8),
-        "time_decay_w1": (8, 4),
-        "time_maa_k": (1, 1, 8),
-        "time_faaaa": (2, 4),
-        "weight": (8, 8),
-        "bias": (8,),
-        "bone": (2, 4, 4),
-        "lora_A": (4, 8),
-        "lora_B": (8, 4),
-        "frozen": (8, 8),
-    }
+    square, vector = (8, 8), (1, 1, 8)
+    shapes = dict(time_decay=vector, time_decay_w1=(8, 4), time_maa_k=vector, time_faaaa=(2, 4), weight=square)
+    shapes |= dict(bias=(8,), bone=(2, 4, 4), lora_A=(4, 8), lora_B=(8, 4), frozen=square)
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=name != "frozen"))
     return model

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapters.layers import merged_weight, tensors_of
-from rwkv_peft.adapters.inject import InjectReport, check_adapter, inject
+from rwkv_peft.adapters.inject import check_adapter, inject
 from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
@@ -38,14 +38,8 @@ def model():
     att = dict.fromkeys(("receptance", "key", "value", "gate", "output"), square)
     ffn = {"key": (24, 16), "receptance": square, "value": (16, 24)}
     blocks = [nn.ModuleDict({"att": Mix(att), "ffn": Mix(ffn), "ln1": nn.LayerNorm(16)}) for _ in range(2)]
-    return nn.ModuleDict(
-        {
-            "emb": nn.Embedding(10, 16),
-            "blocks": nn.ModuleList(blocks),
-            "ln_out": nn.LayerNorm(16),
-            "head": nn.Linear(16, 10, bias=False),
-        }
-    )
+    ends = {"ln_out": nn.LayerNorm(16), "head": nn.Linear(16, 10, bias=False)}
+    return nn.ModuleDict({"emb": nn.Embedding(10, 16), "blocks": nn.ModuleList(blocks), **ends})
 
 
 def trainable(model):
@@ -71,20 +65,6 @@ def test_merging_from_the_original_weight_is_exact(variant, dtype, adapt):
     layer = adapt(base, variant)
     params = {name: tensor.detach() for name, tensor in tensors_of(layer).items()}
     assert torch.equal(METHODS[variant].merged(original, params, scale=layer.scale), merged_weight(layer))
-
-
-@pytest.mark.parametrize("variant", METHODS)
-def test_what_is_merged_can_be_taken_off_again(variant, adapt):
-    base = nn.Linear(24, 16, bias=False)
-    original = base.weight.detach().clone()
-    layer = adapt(base, variant)
-    told = ("lora_row_norm", "vera_seed", "shira_seed")
-    params = {name: tensor.detach().double() for name, tensor in tensors_of(layer).items()}
-    params |= {name: 0.3 * tensor for name, tensor in params.items() if name not in told}
-    merged = original.double() + layer.method.change.delta(original.double(), params, layer.scale)
-    assert (merged - original).abs().max() > 1e-3
-    back = layer.method.change.removed(merged, layer.method.change.opposite(params, layer.scale), layer.scale)
-    torch.testing.assert_close(back, original.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [v for v in METHODS if v not in RESIDUAL])
@@ -165,24 +145,15 @@ def test_bone_on_rwkv6_7b_has_the_published_number_of_parameters():
 @pytest.mark.parametrize(
     "part, expected",
     [
-        ("time", {"blocks.{}.{}.time_maa_k", "blocks.{}.{}.time_decay", "blocks.{}.{}.time_maa_w1"}),
-        (
-            "ln",
-            {
-                "blocks.{}.{}.ln_x.weight",
-                "blocks.{}.{}.ln_x.bias",
-                "blocks.{}.ln1.weight",
-                "blocks.{}.ln1.bias",
-                "ln_out.weight",
-                "ln_out.bias",
-            },
-        ),
-        ("emb", {"emb.weight"}),
-        ("head", {"head.weight"}),
+        ("time", "blocks.{}.{}.time_maa_k blocks.{}.{}.time_decay blocks.{}.{}.time_maa_w1"),
+        ("ln", "blocks.{}.{}.ln_x.weight blocks.{}.{}.ln_x.bias blocks.{}.ln1.weight blocks.{}.ln1.bias ln_out.weight"),
+        ("emb", "emb.weight"),
+        ("head", "head.weight"),
     ],
 )
 def test_train_parts_match_what_they_name(model, part, expected):
-    names = {name.format(i, half) for name in expected for i in (0, 1) for half in ("att", "ffn")}
+    names = {name.format(i, half) for name in expected.split() for i in (0, 1) for half in ("att", "ffn")}
+    names |= {"ln_out.bias"} if part == "ln" else set()
     inject(model, AdapterConfig(rank=8, train_parts=(part,)), family=RWKV6)
     assert {name for name in trainable(model) if not name.endswith(".bone")} == names
 
@@ -264,9 +235,3 @@ def test_shapes_alone_decide():
     assert check_adapter(config, shapes) == ("blocks.0.att.key", "blocks.0.ffn.key")
     with pytest.raises(UserError, match="64 does not divide 224 at blocks.0.ffn.key"):
         check_adapter(AdapterConfig(rank=64, targets=("att.key", "ffn.key")), shapes)
-
-
-def test_a_report_reads_as_peft_prints_it():
-    assert str(InjectReport(("a",), 12345, 1000000)).endswith(
-        "trainable params: 12,345 || all params: 1,000,000 || trainable%: 1.2345"
-    )

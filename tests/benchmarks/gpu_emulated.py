@@ -1,5 +1,5 @@
 """A GPU's driver on a CPU, for the programs of scripts/gpu_check.sh: a CPU's tensors take the GPU's code path, and each
-launch of a kernel is recorded, runs through the shim, or fails, hangs or finds no memory if a test asks for that.
+launch of a kernel is recorded, runs through the shim, or fails or finds no memory if a test asks for that.
 
 The programs run in forks, so that none imports torch again, and with small sizes.
 """
@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ ILLEGAL_ADDRESS = 700  # of CUDA's errors
 class Driver:
     """Records each launch as a line of the file `log`, and runs it through the shim if `real`, else not at all.
 
-    faults maps a part of a kernel's name to "fail", "hang", "out of memory" or "drop" (silently not run)."""
+    faults maps a part of a kernel's name to "fail", "out of memory" or "drop" (silently not run)."""
 
     def __init__(self, log, faults, real):
         self.log, self.faults, self.real = log, faults, real
@@ -39,8 +38,6 @@ class Driver:
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"{name} {blocks}\n")
         fault = next((fault for part, fault in self.faults.items() if part in name), "")
-        if fault == "hang":
-            time.sleep(600)
         if fault == "out of memory":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof nothing")
         if fault == "fail":

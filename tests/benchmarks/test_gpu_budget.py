@@ -1,36 +1,22 @@
 """A block's bytes and launches on a GPU's code path do not grow unseen, and its fusions pay."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from rwkv_peft.models import family_named
 
 LAW = ("frozen", "bat-in", "bone", "lora")
-SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (41, 88),
-    ("x060", "bat-in"): (79, 147),
-    ("x060", "bone"): (81, 142),
-    ("x060", "bat-out"): (97, 162),
-    ("x060", "lora"): (89, 153),
-    ("x070", "frozen"): (50, 123),
-    ("x070", "bat-in"): (78, 167),
-    ("x070", "bone"): (80, 169),
-    ("x070", "bat-out"): (92, 190),
-    ("x070", "lora"): (86, 179),
+    "x060": {"frozen": (41, 88), "bat-in": (79, 147), "bone": (81, 142), "bat-out": (97, 162), "lora": (89, 153)},
+    "x070": {"frozen": (50, 123), "bat-in": (78, 167), "bone": (80, 169), "bat-out": (92, 190), "lora": (86, 179)},
 }
+LIMITS = {(version, method): limits for version, of in LIMITS.items() for method, limits in of.items()}
 
 
 @pytest.fixture(scope="module")
-def budget():
-    spec = importlib.util.spec_from_file_location("gpu_budget", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def budget(benchmark):
+    return benchmark("gpu_budget")
 
 
 @pytest.mark.parametrize("version, method", LIMITS)

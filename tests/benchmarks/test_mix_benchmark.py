@@ -1,27 +1,19 @@
 """benchmarks/mix.py times two ways to compute the same."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from rwkv_peft.ops.mix import cpu
 
-SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "mix.py"
 
-
-def test_both_ways_compute_the_same(monkeypatch):
+def test_both_ways_compute_the_same(benchmark, monkeypatch):
     if cpu.FAMILY.unavailable():
         pytest.skip("no C++ compiler")
-    spec = importlib.util.spec_from_file_location("mix_benchmark", SOURCE)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    operations = benchmark.operations(5, 2, torch.float32)
+    operations = benchmark("mix").operations(5, 2, torch.float32)
     assert len(operations) == 6
-    found = {name: benchmark.results(*operation) for name, operation in operations.items()}
+    found = {name: benchmark("mix").results(*operation) for name, operation in operations.items()}
     monkeypatch.setattr(cpu.FAMILY, "unavailable", lambda: "no compiler")
     for name, operation in operations.items():
-        for one, two in zip(found[name], benchmark.results(*operation), strict=True):
+        for one, two in zip(found[name], benchmark("mix").results(*operation), strict=True):
             assert type(one.grad_fn) is not type(two.grad_fn), name
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

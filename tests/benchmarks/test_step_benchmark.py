@@ -1,7 +1,5 @@
 """benchmarks/step.py books a recurrence's time under wkv, by the names of its autograd Functions."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +7,10 @@ import pytest
 from rwkv_peft.fused.wkv7_keys import WKV7WithKeys
 from rwkv_peft.ops.recurrence import eager
 
-SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
-
 
 @pytest.mark.parametrize("function", [eager.Differentiable, eager._Gradients, WKV7WithKeys])
-def test_a_recurrence_is_booked_under_wkv(function):
-    spec = importlib.util.spec_from_file_location("step_benchmark", SOURCE)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+def test_a_recurrence_is_booked_under_wkv(benchmark, function):
     for name in (function.__name__, f"{function.__name__}Backward"):
         event = SimpleNamespace(name=name, input_shapes=[], cpu_parent=None)
         inside = SimpleNamespace(name="aten::copy_", input_shapes=[], cpu_parent=event)
-        assert [benchmark.part_of(each, set()) for each in (event, inside)] == ["wkv", "wkv"]
+        assert [benchmark("step").part_of(each, set()) for each in (event, inside)] == ["wkv", "wkv"]

@@ -28,18 +28,15 @@ def outcome(method, rate, seed, *losses, diverged=False):
     return Outcome(Cell(method, rate, seed), math.inf if diverged else losses[-1], validations, 50.0, 600.0)
 
 
-RUNS = {
-    run.cell: run
-    for run in (
-        outcome("bone", -6, 1, 3.0, 2.5),
-        outcome("bone", -5, 1, 2.8, 2.0),
-        outcome("bone", -5, 2, 2.4, 2.2),
-        outcome("bone", -4, 1, 9.0, diverged=True),
-        outcome("lora", -6, 1, 3.5, 3.0),
-        outcome("lora", -5, 1, 3.0, 2.6),
-        outcome("lora", -4, 1, 2.9, 2.7),
-    )
-}
+def by_cell(*runs):
+    return {run.cell: run for run in runs}
+
+
+RUNS = by_cell(
+    *(outcome("bone", -6, 1, 3.0, 2.5), outcome("bone", -5, 1, 2.8, 2.0), outcome("bone", -5, 2, 2.4, 2.2)),
+    *(outcome("bone", -4, 1, 9.0, diverged=True), outcome("lora", -6, 1, 3.5, 3.0)),
+    *(outcome("lora", -5, 1, 3.0, 2.6), outcome("lora", -4, 1, 2.9, 2.7)),
+)
 METHODS = ["lora", "bone", "bone-mini"]
 
 
@@ -75,13 +72,13 @@ def test_the_table_says_so(rows):
 
 
 def test_a_method_that_diverges_everywhere_is_told():
-    runs = {run.cell: run for run in (outcome("bone-mini", -5, 1, 9.0, diverged=True),)}
+    runs = by_cell(outcome("bone-mini", -5, 1, 9.0, diverged=True))
     text = table(rows_of(["bone-mini"], [1], SIZES, runs), 1, runs)
     assert "| bone-mini | 10, 20 | 900 | 0.003 | 1 | diverged |" in text and "loss at" not in text
 
 
 def test_no_steps_are_counted_to_the_loss_of_a_run_that_diverged():
-    runs = RUNS | {run.cell: run for run in (outcome("lora", -5, 2, 2.5, 9.0, diverged=True),)}
+    runs = RUNS | by_cell(outcome("lora", -5, 2, 2.5, 9.0, diverged=True))
     text = table(rows_of(METHODS, [1, 2], SIZES, runs), 1, runs)
     assert "| lora | 4 | 1,050 | 0.003 | 2 | diverged |" in text and "steps to" not in text
 
@@ -99,14 +96,11 @@ def retaining(run, *losses):
 
 
 # of a base at 1.0; bone's mean validation losses are 2.6 and 2.1, lora's 3.0 and 2.5
-RETAINING = RUNS | {
-    run.cell: run
-    for run in (
-        retaining(RUNS[Cell("bone", -5, 1)], 1.0, 1.2, 1.3),
-        retaining(RUNS[Cell("bone", -5, 2)], 1.0, 1.0, 1.5),
-        retaining(outcome("lora", -5, 1, 3.0, 2.5), 1.0, 1.4, 1.25),
-    )
-}
+RETAINING = RUNS | by_cell(
+    retaining(RUNS[Cell("bone", -5, 1)], 1.0, 1.2, 1.3),
+    retaining(RUNS[Cell("bone", -5, 2)], 1.0, 1.0, 1.5),
+    retaining(outcome("lora", -5, 1, 3.0, 2.5), 1.0, 1.4, 1.25),
+)
 
 
 def test_what_is_forgotten_is_told_at_the_end_and_at_a_loss_that_all_reach():

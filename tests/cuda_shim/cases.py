@@ -44,13 +44,19 @@ def make_case(shape, dtype, *, decay="ordinary", with_state=True, lengths=None, 
     B, T, H, N = shape
     g = torch.Generator().manual_seed(seed)
     r, k, v, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(4))
-    n = B if lengths is None else len(lengths)
-    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    states = [scale * torch.randn(n, H, N, N, generator=g) if with_state else None for scale in (0.3, 0.1)]
+    bounds, states = bounds_and_states(shape, lengths, with_state, g)
     w = decays(decay, (B, T, H, N), g)
     r, k, v, w, gy = (x.to(dtype) for x in (r, k, v, w, gy))
     u = 0.5 * torch.randn(H, N, generator=g)
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
+
+
+def bounds_and_states(shape, lengths, with_state, generator):
+    """cu_seqlens, and the first states with the gradients of the last ones, or None and None."""
+    B, _, H, N = shape
+    n = B if lengths is None else len(lengths)
+    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    return bounds, [s * torch.randn(n, H, N, N, generator=generator) if with_state else None for s in (0.3, 0.1)]
 
 
 def run(kernels, case, group=0, cuda=cuda):
@@ -87,19 +93,28 @@ def differentiate(case, dtype, forward):
     return [x.detach() for x in (y, final, *gradients)]
 
 
-def _loop(r, k, v, w, u, state, cu_seqlens):
+def looped(step, r, state, cu_seqlens):
+    """y and the final states of (t, state) -> (y of a token, state), a sequence after the other."""
     B, T, H, N = r.shape
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    decay = torch.exp(-torch.exp(w))
     ys, finals = [], []
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
         S = r.new_zeros(B, H, N, N) if state is None else state if cu_seqlens is None else state[n : n + 1]
         for t in range(start, end):
-            kv = k[:, t, :, :, None] * v[:, t, :, None, :]
-            ys.append((r[:, t, :, :, None] * (S + u[:, :, None] * kv)).sum(-2))
-            S = decay[:, t, :, :, None] * S + kv
+            y, S = step(t, S)
+            ys.append(y)
         finals.append(S)
     return torch.stack(ys, dim=1), torch.cat(finals)
+
+
+def _loop(r, k, v, w, u, state, cu_seqlens):
+    decay = torch.exp(-torch.exp(w))
+
+    def step(t, S):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        return (r[:, t, :, :, None] * (S + u[:, :, None] * kv)).sum(-2), decay[:, t, :, :, None] * S + kv
+
+    return looped(step, r, state, cu_seqlens)
 
 
 def rms(x):

@@ -30,12 +30,8 @@ from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
-KINDS = (
-    (64, torch.bfloat16, {}),
-    (40, torch.bfloat16, {}),
-    (40, torch.float32, {}),
-    (64, torch.bfloat16, {"group": 64}),
-)
+KINDS = [(64, torch.bfloat16, {}), (40, torch.bfloat16, {}), (40, torch.float32, {})]
+KINDS += [(64, torch.bfloat16, {"group": 64})]
 LENGTHS = [81, 48]
 
 

@@ -50,9 +50,7 @@ def make_case(shape, dtype, *, decay="usual", with_state=True, lengths=None, rep
     rate = torch.ones(B, T, H, N) if repeated else torch.rand(B, T, H, N, generator=g)
     k = direction if repeated else k
     w = low + (high - low) * torch.rand(B, T, H, N, generator=g)
-    n = B if lengths is None else len(lengths)
-    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    states = [scale * torch.randn(n, H, N, N, generator=g) if with_state else None for scale in (0.3, 0.1)]
+    bounds, states = wkv6_cases.bounds_and_states(shape, lengths, with_state, g)
     r, w, k, v, a, b, gy = (x.to(dtype).contiguous() for x in (r, w, k, v, -direction, direction * rate, gy))
     return Case(r, w, k, v, a, b, states[0], bounds, gy, states[1])
 
@@ -133,15 +131,11 @@ def plain(case):
 
 
 def _loop(r, w, k, v, a, b, state, cu_seqlens):
-    B, T, H, N = r.shape
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     decay = torch.exp(reference.DECAY_SCALE * torch.sigmoid(w))
-    ys, finals = [], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        S = r.new_zeros(B, H, N, N) if state is None else state if cu_seqlens is None else state[n : n + 1]
-        for t in range(start, end):
-            removed = S @ a[:, t, :, :, None]  # (B, H, N, 1)
-            S = S * decay[:, t, :, None] + removed * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
-            ys.append((S @ r[:, t, :, :, None]).squeeze(-1))
-        finals.append(S)
-    return torch.stack(ys, dim=1), torch.cat(finals)
+
+    def step(t, S):
+        removed = S @ a[:, t, :, :, None]  # (B, H, N, 1)
+        S = S * decay[:, t, :, None] + removed * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
+        return (S @ r[:, t, :, :, None]).squeeze(-1), S
+
+    return wkv6_cases.looped(step, r, state, cu_seqlens)

@@ -2,6 +2,9 @@
 
 from rwkv_peft.data.tokenizer import load_tokenizer
 
+USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
+EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+
 
 def texts(dataset):
     """Each document as (text, the part that counts)."""
@@ -9,12 +12,8 @@ def texts(dataset):
     for i, document in enumerate(dataset):
         start = dataset.start(i)
         mask = [1] * len(document) if dataset.mask is None else dataset.mask[start : start + len(document)]
-        result.append(
-            (
-                tokenizer.decode(document.tolist()),
-                tokenizer.decode([int(token) for token, counts in zip(document, mask) if counts]),
-            )
-        )
+        counted = [int(token) for token, counts in zip(document, mask) if counts]
+        result.append((tokenizer.decode(document.tolist()), tokenizer.decode(counted)))
     return result
 
 
@@ -24,3 +23,9 @@ def text(segments):
 
 def counted(segments):
     return "".join(words for words, counts in segments if counts)
+
+
+def chat(*contents, **fields):
+    """A row of turns, the user's and the assistant's in turn, with more fields of the last one."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return {"messages": [*turns[:-1], turns[-1] | fields]}

@@ -76,10 +76,8 @@ def test_resume_goes_on_at_the_next_step(done, micro_bsz, accumulate):
 
 def test_resume_with_another_split_goes_on_at_the_next_sample():
     seen = 2 * 3
-    rows = [
-        row for rank in (0, 1) for row in rows_of(next(iter(TrainBatches(Numbered(50), 5, rank, 2, samples_seen=seen))))
-    ]
-    assert rows == list(range(6, 16))
+    ranks = [TrainBatches(Numbered(50), 5, rank, 2, samples_seen=seen) for rank in (0, 1)]
+    assert [row for batches in ranks for row in rows_of(next(iter(batches)))] == list(range(6, 16))
 
 
 def test_few_samples_work_and_say_so():
@@ -90,9 +88,8 @@ def test_few_samples_work_and_say_so():
 
 
 def test_rows_are_padded_to_the_longest_and_padding_never_counts():
-    batch = collate(
-        [(torch.tensor([5, 6, 7]), torch.tensor([False, True])), (torch.tensor([8, 9]), torch.tensor([True]))]
-    )
+    rows = (([5, 6, 7], [False, True]), ([8, 9], [True]))
+    batch = collate([tuple(map(torch.tensor, row)) for row in rows])
     assert batch["tokens"].tolist() == [[5, 6], [8, 0]]
     assert batch["targets"].tolist() == [[6, 7], [9, 0]]
     assert batch["mask"].tolist() == [[False, True], [True, False]]

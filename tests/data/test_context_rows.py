@@ -88,15 +88,10 @@ def test_parts_share_no_row_and_what_fills_a_batch_up_counts_nothing(data):
 
 
 def test_a_context_is_never_shortened(data):
-    rows, size = (
-        [ROW, ROW | {"context": "Bo is 3. " * 20}],
-        len("Bo is 3. " * 20) + 1 + len("User: Bo?\n\nAssistant: 3"),
-    )
-    with pytest.raises(
-        UserError,
-        match=f"contexts.jsonl, line 2: the context with its question and answer has {size + 1} "
-        f"tokens, and --ctx_len 64 is the most; this row needs --ctx_len {size}: ",
-    ):
+    rows = [ROW, ROW | {"context": "Bo is 3. " * 20}]
+    size = len("Bo is 3. " * 20) + 1 + len("User: Bo?\n\nAssistant: 3")
+    told = f"line 2: the context with its question and answer has {size + 1} tokens, and --ctx_len 64 is the most"
+    with pytest.raises(UserError, match=f"contexts.jsonl, {told}; this row needs --ctx_len {size}: "):
         build_samples(data(rows, ctx_len=64), 257)
     assert len(build_samples(data(rows, ctx_len=size), 257)) == 2
     skipped = build_samples(data(rows, ctx_len=64, sft_long="skip"), 257)

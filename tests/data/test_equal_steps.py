@@ -5,23 +5,19 @@ from itertools import islice
 import pytest
 import torch
 
+from families import DISTINCT
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.collate import collate
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.files.base import base_of
 
 
 @pytest.fixture
 def model(tiny_state):
-    config = RWKV6Config(
-        n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8, decay_rank=12
-    )
-    model = RWKV6(config)
-    model.load_state_dict(tiny_state(n_embd=32, vocab_size=40, dim_ffn=48, head_size=8))
-    return model.double()
+    state = tiny_state(n_embd=32, vocab_size=40, dim_ffn=48, head_size=8)
+    return DISTINCT[0].load(state, base_of(state).config).double()
 
 
 @pytest.fixture
@@ -49,16 +45,10 @@ def test_the_gradient_is_the_same_for_every_split_of_a_step(model, data, dataloa
     samples = data(dataload=dataload, loss_mask="file", micro_bsz=2)
 
     def of(micro_bsz, world_size, accumulate):
-        return gradient(
-            model,
-            [
-                batch
-                for rank in range(world_size)
-                for batch in islice(
-                    TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=4), accumulate
-                )
-            ],
-        )
+        ranks = [
+            TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=4) for rank in range(world_size)
+        ]
+        return gradient(model, [batch for batches in ranks for batch in islice(batches, accumulate)])
 
     whole = of(4, 1, 1)
     assert whole.abs().max() > 0
@@ -77,12 +67,6 @@ def test_a_packed_document_is_computed_as_if_alone(model, data):
 
 
 def test_packing_and_padding_learn_the_same_from_the_same_documents(model, data):
-    def whole_epoch(samples):
-        return gradient(model, islice(TrainBatches(samples, len(samples)), 1))
-
-    torch.testing.assert_close(
-        whole_epoch(data(dataload="pack", loss_mask="file")),
-        whole_epoch(data(dataload="pad", loss_mask="file")),
-        rtol=1e-9,
-        atol=1e-12,
-    )
+    epochs = (data(dataload=dataload, loss_mask="file") for dataload in ("pack", "pad"))
+    packed, padded = (gradient(model, islice(TrainBatches(samples, len(samples)), 1)) for samples in epochs)
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-12)

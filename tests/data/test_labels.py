@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.documents import counted, text
+from data.documents import EARLIER, GOOD, USER, counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.row_forms import label_of, labelled
 from rwkv_peft.data.show import show_samples
@@ -12,8 +12,6 @@ from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.exam import rows_of
 
-USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
-EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 PROMPT = "User: Hi?\n\nAssistant:"
 
 

@@ -14,18 +14,12 @@ PAIRS = [{"query": f"Say {n}", "chosen": f"{n}!", "rejected": "no"} for n in ran
 
 def samples_of(path, rows, **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "data_type": "sft",
-        "tokenizer": "bytes",
-        "dataload": "pad",
-        "loss_mask": "file",
-        "ctx_len": 64,
-    } | settings
-    return DataConfig(path=str(path), **config)
+    config = {"data_type": "sft", "dataload": "pad", "loss_mask": "file", "ctx_len": 64} | settings
+    return DataConfig(path=str(path), tokenizer="bytes", **config)
 
 
 @pytest.mark.parametrize(
-    "rows, data_type, dataload", [(ROWS, "sft", "pad"), (ROWS, "sft", "pack"), (PAIRS, "pairs", "pack")]
+    "rows, data_type, dataload", [(ROWS, "sft", d) for d in ("pad", "pack")] + [(PAIRS, "pairs", "pack")]
 )
 def test_rows_that_two_files_share_are_counted(tmp_path, rows, data_type, dataload):
     settings = {"data_type": data_type, "dataload": dataload}

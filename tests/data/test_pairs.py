@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.documents import counted, text
+from data.documents import EARLIER, GOOD, USER, counted, text
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.show import show_samples
@@ -10,10 +10,7 @@ from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 
-USER, GOOD, BAD = (
-    {"role": role, "content": words} for role, words in (("user", "Hi?"), ("assistant", "Yes."), ("assistant", "No."))
-)
-EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+BAD = {"role": "assistant", "content": "No."}
 PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -28,19 +27,14 @@ def rows(folder, count=200, word="text"):
 
 @pytest.mark.parametrize("flags", [[], ["--shuffle", "1"]])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, flags, before):
+def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, largest_file, flags, before):
     rows(tmp_path)
     (tmp_path / "out").mkdir()
     if before:
         command(tmp_path)
     earlier = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*file too large.*nothing was changed there"):
-            command(tmp_path, *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(UserError, match="cannot write .*file too large.*nothing was changed there"), largest_file(1000):
+        command(tmp_path, *flags)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
 
 

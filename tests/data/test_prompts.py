@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.documents import EARLIER, GOOD, USER, text
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.row_forms import opened
 from rwkv_peft.data.show import show_samples
@@ -12,8 +13,6 @@ from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 
-USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
-EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 FORMS = [
     {"query": "Hi?", "response": "Yes."},
     {"question": "Hi?", "answer": "Yes.", "system": "Be brief."},
@@ -23,10 +22,6 @@ FORMS = [
     {"messages": [*EARLIER, USER, GOOD], "system": "Be brief."},
     {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]},
 ]
-
-
-def text(parts):
-    return "".join(words for words, _ in parts)
 
 
 def unanswered(row):

@@ -1,11 +1,12 @@
 """Rows are laid out as text by their fields, a template and roles; what has no place in a layout is refused."""
 
+import json
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from data.documents import texts
+from data.documents import chat, texts
 from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.templates import TEMPLATES, question, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
@@ -24,15 +25,7 @@ ANSWER = {"role": "assistant", "content": "Yo"}
         ({"instruction": "Sing", "input": "", "output": "la"}, "Instruction: Sing\n\nResponse: la", " la"),
         ({"prompt": "a", "completion": "b"}, "ab", "b"),
         (
-            {
-                "messages": [
-                    {"role": "system", "content": "Be."},
-                    {"role": "user", "content": "Hi "},
-                    {"role": "assistant", "content": "Yo"},
-                    {"role": "user", "content": "So?"},
-                    {"role": "assistant", "content": "No"},
-                ]
-            },
+            {"messages": [{"role": "system", "content": "Be."}, *chat("Hi ", "Yo", "So?", "No")["messages"]]},
             "System: Be.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: So?\n\nAssistant: No",
             " Yo\n\nUser: No",
         ),
@@ -41,11 +34,7 @@ ANSWER = {"role": "assistant", "content": "Yo"}
             "User: Hi\n\nAssistant: Yo",
             " Yo",
         ),
-        (
-            {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]'},
-            "User: Hi\n\nAssistant: Yo",
-            " Yo",
-        ),
+        ({"messages": json.dumps(chat("Hi", "Yo")["messages"])}, "User: Hi\n\nAssistant: Yo", " Yo"),
     ],
 )
 def test_every_form_of_row(preprocess, row, text, counted):
@@ -125,17 +114,11 @@ def test_what_no_layout_has_a_place_for_is_refused_and_not_lost(row, name):
 def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
     row = {"query": "Hi?", "response": "Yo"}
     assert segments(row | {"history": nothing, "tools": nothing}) == segments(row)
-    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]
-    assert segments({"messages": [turn | {"tool_calls": nothing} for turn in turns]}) == segments({"messages": turns})
+    assert segments(chat("Hi?", "Yo", tool_calls=nothing)) == segments(chat("Hi?", "Yo"))
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "Hi?", "input": "", "output": "Yo"},
-        {"query": "Hi?", "response": "Yo"},
-        {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]},
-    ],
+    "row", [{"instruction": "Hi?", "input": "", "output": "Yo"}, {"query": "Hi?", "response": "Yo"}, chat("Hi?", "Yo")]
 )
 def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
     with pytest.raises(UserError, match="a row has a text, which counts as a whole, and .*; name others with --fields"):

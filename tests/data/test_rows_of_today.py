@@ -75,10 +75,7 @@ NOTES = (
     (chat(("user", "Q"), ("assistant", "A"), ("user", ""), ("assistant", "B")), "in which a turn before an answer is"),
     ({"question": "Q", "answer": "A", "context": "C"}, "with a field 'context', which is not read; "),
     ({"query": "Q", "response": "A", "options": ["A", "B"]}, "with a field 'options', which is not read; "),
-    (
-        {"query": "Q", "response": "A", "reasoning": "R"},
-        "with a field 'reasoning', which is not read; --think (train.py",
-    ),
+    ({"query": "Q", "response": "A", "reasoning": "R"}, "with a field 'reasoning', which is not read; --think"),
     (
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "thinking": "T"}]},
         "with a field 'thinking', which is not read; --think (train.py: --sft_think) lays it out",
@@ -114,17 +111,8 @@ def test_nothing_is_told_of_rows_in_order(preprocess, capsys, rows):
     assert "note:" not in capsys.readouterr().out
 
 
-def test_repeated_rows_are_counted_over_all_chunks(preprocess, capsys, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.data.rows.CHUNK_BYTES", 64)
-    preprocess([{"text": f"row {i % 7}"} for i in range(20)], "--repeat", "2")
-    assert "note: 13 rows the same as an earlier one" in capsys.readouterr().out
-
-
-BAD = (
-    [{"text": "a"}, chat(("alien", "x")), {"q": "a"}, chat(("elf", "x"))]
-    + [{"text": i} for i in range(3)]
-    + [{"text": "b"}]
-)
+BAD = [{"text": "a"}, chat(("alien", "x")), {"q": "a"}, chat(("elf", "x")), *({"text": i} for i in range(3))]
+BAD += [{"text": "b"}]
 KINDS = (
     "6 bad rows{}, of 3 kinds, the first of each:",
     "  3 x  {}, line 5: field 'text' holds int, not text",

@@ -78,14 +78,9 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
     first = config(ROWS)
     prefix, notes = prepare_sft(first)
     assert prepare_sft(first) == (prefix, notes) and len(calls) == 1
-    for other in (
-        replace(first, ctx_len=32),
-        replace(first, tokenizer="world"),
-        replace(first, sft_split="train[:3]"),
-        replace(first, sft_long="skip"),
-        replace(first, sft_think="off"),
-    ):
-        assert prepare_sft(other)[0] != prefix
+    others = dict(ctx_len=32, tokenizer="world", sft_split="train[:3]", sft_long="skip", sft_think="off")
+    for name, value in others.items():
+        assert prepare_sft(replace(first, **{name: value}))[0] != prefix
     assert prepare_sft(config(ROWS[:5]))[0] != prefix  # other content in the same file
     assert len(calls) == 7
 

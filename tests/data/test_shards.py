@@ -41,15 +41,10 @@ def test_shards_hold_whole_documents_and_no_more_tokens_than_asked_for(folder):
     assert [entry["name"] for entry in manifest["shards"]] == [f"cut-{n:05}" for n in range(1, len(shards) + 1)]
     assert len(shards) > 4 and all(len(shard.tokens) <= 300 or len(shard) == 1 for shard in shards)
     assert shards[0].mask is None and shards[0].weights is None and shards[-2].mask is not None
-    assert [[len(shard), len(shard.tokens)] for shard in shards] == [
-        [entry["documents"], entry["tokens"]] for entry in manifest["shards"]
-    ]
-    assert {path.name.partition(".")[0] for path in folder.iterdir()} == {
-        "in",
-        "one",
-        "cut",
-        *(entry["name"] for entry in manifest["shards"]),
-    }
+    told = [[entry["documents"], entry["tokens"]] for entry in manifest["shards"]]
+    assert [[len(shard), len(shard.tokens)] for shard in shards] == told
+    names = {"in", "one", "cut", *(entry["name"] for entry in manifest["shards"])}
+    assert {path.name.partition(".")[0] for path in folder.iterdir()} == names
     assert default_mask(folder / "cut") == default_mask(folder / "one") == "file"
 
 
@@ -59,9 +54,8 @@ def test_batches_are_those_of_one_file_to_the_bit(folder, dataload, loss_mask):
     markers = (98, 98) if loss_mask == "qa" else ()
     config = DataConfig(path=str(folder / "one"), ctx_len=48, dataload=dataload, loss_mask=loss_mask, mask_id=markers)
     one, cut = (build_samples(replace(config, path=str(folder / name)), 257) for name in ("one", "cut"))
-    assert len(one) == len(cut) and [note for note in one.notes if "one." not in note] == [
-        note for note in cut.notes if "cut." not in note and "cut-" not in note
-    ]
+    notes = [note for note in cut.notes if "cut." not in note and "cut-" not in note]
+    assert len(one) == len(cut) and [note for note in one.notes if "one." not in note] == notes
     rows = 1 if dataload == "only" else 3
     numbers = (0, len(one) // rows, 10**9 // rows)
     for first in numbers:
@@ -83,9 +77,8 @@ def test_a_shard_of_another_set_or_none_is_told(folder, tmp_path):
             open_dataset(tmp_path / "cut")
         return str(error.value)
 
-    assert "cut.json: a shard is {name, documents, tokens}, and one is {'name': 'cut-00001'}" in told(
-        {"shards": [{"name": "cut-00001"}]}
-    )
+    said = told({"shards": [{"name": "cut-00001"}]})
+    assert "cut.json: a shard is {name, documents, tokens}, and one is {'name': 'cut-00001'}" in said
     other = {"name": "cut-00002"} | {key: entry[0][key] for key in ("documents", "tokens")}
     assert "cut-00002 of" in (said := told({"shards": [other]})) and "it is of another set" in said
     (tmp_path / "far").mkdir()
@@ -120,10 +113,8 @@ def test_a_set_takes_the_place_of_another_kind_as_a_whole(folder, tmp_path, monk
         open_dataset(tmp_path / "data")
     command(tmp_path, "data", "--overwrite", "--shard_tokens", "300")
     command(tmp_path, "data")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "in.jsonl",
-        *(f"data.{end}" for end in ("bin", "idx", "mask", "weights", "json")),
-    }
+    files = {"in.jsonl", *(f"data.{end}" for end in ("bin", "idx", "mask", "weights", "json"))}
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert (tmp_path / "data.bin").read_bytes() == (folder / "one.bin").read_bytes()
     (tmp_path / "other.jsonl").write_text('{"text": "other"}')
     command(tmp_path, "cut", "--shard_tokens", "300")

@@ -24,11 +24,8 @@ def test_an_answer_goes_behind_the_next_prompt_that_has_another(tmp_path):
     found = swapped(samples_of(tmp_path, asked(["yes", "yes", "no"])))
     texts = [[decode(one[0][0][:-1].tolist()) for one in pair] for pair in found]
     laid_out = "User: {}?\n\nAssistant: {}".format
-    assert texts == [
-        [laid_out(0, "yes"), laid_out(2, "yes")],
-        [laid_out(1, "yes"), laid_out(2, "yes")],
-        [laid_out(2, "no"), laid_out(0, "no")],
-    ]
+    due = (((0, "yes"), (2, "yes")), ((1, "yes"), (2, "yes")), ((2, "no"), (0, "no")))
+    assert texts == [[laid_out(*one) for one in pair] for pair in due]
     for own, other in found:  # the same tokens count
         counted = [one[0][0][1:][one[0][1]].tolist() for one in (own, other)]
         assert counted[0] == counted[1] and own.count(0) == other.count(0) == len(counted[0])

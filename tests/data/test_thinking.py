@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.documents import chat
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encode_settings import EncodeSettings
@@ -30,10 +31,8 @@ def preprocess(tmp_path):
         assert main([str(tmp_path / "in.jsonl"), "--output", prefix, "--tokenizer", "bytes", *flags]) == 0
         data, decode = BinidxDataset(prefix), load_tokenizer("bytes").decode
         masks = [data.mask[data.start(i) : data.start(i) + len(data[i])].tolist() for i in range(len(data))]
-        return [
-            marked([(decode([token]), count) for token, count in zip(row.tolist(), mask)])
-            for row, mask in zip(data, masks)
-        ]
+        rows = [zip(map(decode, zip(row.tolist())), mask) for row, mask in zip(data, masks)]
+        return [marked(row) for row in rows]
 
     return run
 
@@ -45,32 +44,18 @@ def marked(parts):
     return "".join(f"[[{text}]]" if counts else text for text, counts in texts)
 
 
-def turns(*contents):
-    """A row of turns, the user's and the assistant's in turn."""
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
-
-
 @pytest.mark.parametrize(
     "row, think, expected",
     [
-        (turns("Q", "<think>\nhm\n</think>\n\nA"), "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
-        (turns("Q", "<think>hm</think>A"), "on", "Assistant: <think[[>hm</think>\nA]]"),
-        (turns("Q", "<think>hm</think>A"), "off", "Assistant: <think></think[[>\nA]]"),
-        (turns("Q", "<think>hm</think>A"), "", "Assistant:[[ <think>hm</think>A]]"),
-        (turns("Q", "A"), "off", "Assistant: <think></think[[>\nA]]"),
+        (chat("Q", "<think>\nhm\n</think>\n\nA"), "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
+        (chat("Q", "<think>hm</think>A"), "on", "Assistant: <think[[>hm</think>\nA]]"),
+        (chat("Q", "<think>hm</think>A"), "off", "Assistant: <think></think[[>\nA]]"),
+        (chat("Q", "<think>hm</think>A"), "", "Assistant:[[ <think>hm</think>A]]"),
+        (chat("Q", "A"), "off", "Assistant: <think></think[[>\nA]]"),
         ({"query": "Q", "response": "A", "thinking": " hm "}, "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
+        (chat("Q", "A", reasoning_content="hm"), "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
         (
-            {
-                "messages": [
-                    {"role": "user", "content": "Q"},
-                    {"role": "assistant", "content": "A", "reasoning_content": "hm"},
-                ]
-            },
-            "on",
-            "Assistant: <think[[>\nhm\n</think>\nA]]",
-        ),
-        (
-            turns("Q", "A", "R", "<think>hm</think>B"),
+            chat("Q", "A", "R", "<think>hm</think>B"),
             "on",
             "Assistant:[[ A\n\nUser:]] R\n\nAssistant: <think[[>hm</think>\nB]]",
         ),
@@ -89,10 +74,8 @@ def test_fields_and_templates_have_thinking_too(preprocess):
 
 def test_what_a_prompt_gives_has_the_tokens_of_the_prompt():
     world, prompt = load_tokenizer("world"), "User: Q。\n\nAssistant: <think"
-    (chunk,) = encode_all(
-        [Chunk("x", 1, (turns("Q。", "<think>hm</think>好。", "R", "<think>m</think>S"),))],
-        EncodeSettings("world", think="on"),
-    )
+    given = Chunk("x", 1, (chat("Q。", "<think>hm</think>好。", "R", "<think>m</think>S"),))
+    (chunk,) = encode_all([given], EncodeSettings("world", think="on"))
     tokens = np.frombuffer(chunk.tokens, dtype=np.uint16).tolist()
     counts = [int(count) for count in chunk.mask]
     asked = world.encode(prompt)
@@ -104,7 +87,7 @@ def test_what_a_prompt_gives_has_the_tokens_of_the_prompt():
 
 
 def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, capsys):
-    thinking, plain = turns("Q", "<think>hm</think>A"), turns("Q", "A", "R", "B")
+    thinking, plain = chat("Q", "<think>hm</think>A"), chat("Q", "A", "R", "B")
     empty = {"query": "Q", "response": "A", "reasoning": ""}
     made = preprocess([thinking, plain, empty], "--think", "on", "--repeat", "2")
     assert "\n1 row with thinking, 2 without (<think></think)\n" in capsys.readouterr().out
@@ -112,7 +95,7 @@ def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, 
 
 
 def test_a_run_that_reads_rows_tells_both_too(tmp_path):
-    rows = [turns("Q", "<think>hm</think>A"), turns("Q", "A")]
+    rows = [chat("Q", "<think>hm</think>A"), chat("Q", "A")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "in.jsonl")
     config = DataConfig(path=path, data_type="sft", tokenizer="bytes", sft_think="on", dataload="pad")
@@ -123,9 +106,9 @@ def test_a_run_that_reads_rows_tells_both_too(tmp_path):
 @pytest.mark.parametrize(
     "row, flags, message",
     [
-        (turns("Q", "A"), ["--think", "on"], "in.jsonl: no row holds thinking, neither <think> … </think> before"),
-        (turns("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or give --think off"),
-        (turns("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
+        (chat("Q", "A"), ["--think", "on"], "in.jsonl: no row holds thinking, neither <think> … </think> before"),
+        (chat("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or give --think off"),
+        (chat("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
         ({"text": "t"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"a": "b"}, ["--think", "on", "--fields", "a"], "two are a prompt and its answer, which thinking needs"),

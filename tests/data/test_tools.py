@@ -17,10 +17,8 @@ PARIS, NOON = {"name": "weather", "arguments": {"city": "Paris"}}, {"name": "tim
 CALLS = [{"id": "1", "type": "function", "function": PARIS}, {"id": "2", "type": "function", "function": NOON}]
 LISTED = f"<tools>\n{json.dumps(WEATHER)}\n{json.dumps(TIME)}\n</tools>\n{ASKED}"
 CALLED = f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>\n<tool_call>\n{json.dumps(NOON)}\n</tool_call>"
-TEXT = (
-    f"System: Be.\n{LISTED}\n\nUser: Hi\n\nAssistant:[[ Well.\n{CALLED}\n\nTool:]] sun\n\nTool: 12\n\n"
-    "Assistant:[[ Fine.]]"
-)
+TEXT = f"System: Be.\n{LISTED}\n\nUser: Hi\n\nAssistant:[[ Well.\n{CALLED}\n\nTool:]] sun\n\nTool: 12\n\n"
+TEXT += "Assistant:[[ Fine.]]"
 
 
 def marked(parts):
@@ -44,15 +42,14 @@ def results(*places):
     return [found[place] for place in places]
 
 
+WITH_CALLS = turn("assistant", "Well.", tool_calls=CALLS)
+OPENAI = row(WITH_CALLS, *results(0, 1))
+IN_TEXT = [{"function": call | {"arguments": json.dumps(call["arguments"])}} for call in (PARIS, NOON)]
 ROWS = {
-    "OpenAI": row(turn("assistant", "Well.", tool_calls=CALLS), *results(0, 1)),
-    "its results in another order": row(turn("assistant", "Well.", tool_calls=CALLS), *results(1, 0)),
+    "OpenAI": OPENAI,
+    "its results in another order": row(WITH_CALLS, *results(1, 0)),
     "arguments and tools as text": row(
-        turn(
-            "assistant",
-            "Well.",
-            tool_calls=[{"function": call | {"arguments": json.dumps(call["arguments"])}} for call in (PARIS, NOON)],
-        ),
+        turn("assistant", "Well.", tool_calls=IN_TEXT),
         turn("tool", "sun"),
         turn("tool", "12"),
         tools=json.dumps([{"type": "function", "function": tool} for tool in (WEATHER, TIME)]),
@@ -65,24 +62,16 @@ ROWS = {
         functions=[WEATHER, TIME],
     ),
     "the system's text and tools beside the turns": {
-        "messages": row(turn("assistant", "Well.", tool_calls=CALLS), *results(0, 1))["messages"][1:],
+        "messages": OPENAI["messages"][1:],
         "system": "Be.",
         "tools": [WEATHER, TIME],
     },
-    "tools in the system's turn": {
-        "messages": [
-            turn("system", "Be.", tools=[WEATHER, TIME]),
-            *row(turn("assistant", "Well.", tool_calls=CALLS), *results(0, 1))["messages"][1:],
-        ]
-    },
+    "tools in the system's turn": {"messages": [turn("system", "Be.", tools=[WEATHER, TIME]), *OPENAI["messages"][1:]]},
     "ShareGPT": {
         "conversations": [
-            {"from": "human", "value": "Hi"},
-            {"from": "gpt", "value": "Well."},
-            {"from": "function_call", "value": json.dumps(PARIS)},
-            {"from": "function_call", "value": json.dumps(NOON)},
-            {"from": "observation", "value": "sun"},
-            {"from": "observation", "value": "12"},
+            *({"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Well."}),
+            *({"from": "function_call", "value": json.dumps(call)} for call in (PARIS, NOON)),
+            *({"from": "observation", "value": said} for said in ("sun", "12")),
             {"from": "gpt", "value": "Fine."},
         ],
         "system": "Be.",

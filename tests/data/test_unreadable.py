@@ -58,15 +58,12 @@ def test_an_input_that_may_not_be_read_is_not_called_missing(unreadable, name):
         list(read_chunks(path))
 
 
-@pytest.mark.parametrize("name", ["a.pth", "data.idx", "vocabulary.txt", "metrics.jsonl", "template.txt"])
+READERS = {"a.pth": read_pth, "data.idx": BinidxDataset, "vocabulary.txt": load_tokenizer}
+READERS |= {"metrics.jsonl": read_metrics, "template.txt": read_template}
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_no_other_file_that_may_not_be_read_is_called_missing(unreadable, name):
-    read = {
-        "a.pth": read_pth,
-        "data.idx": BinidxDataset,
-        "vocabulary.txt": load_tokenizer,
-        "metrics.jsonl": read_metrics,
-        "template.txt": read_template,
-    }[name]
     path = unreadable(name)
     with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
-        read(str(path))
+        READERS[name](str(path))

@@ -1,6 +1,7 @@
 """Held-out questions: both runtimes give the same answers, and the score counts only exact ones."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -56,31 +57,15 @@ def test_an_expected_answer_changes_nothing_but_the_time(evaluate, model):
     assert evaluate.answer_with_rwkv(model, prompts, stop, free) == plain
 
 
-class Log:
-    """Standard error that is no terminal."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
-
-
 def test_a_log_hears_of_answers_every_ten_seconds(evaluate, monkeypatch):
-    log, clock = Log(), iter([0.0, 4.0, 11.0, 11.0, 12.0, 22.0, 22.0, 40.0])
+    log, clock = io.StringIO(), iter([0.0, 4.0, 11.0, 11.0, 12.0, 22.0, 22.0, 40.0])
     monkeypatch.setattr(evaluate.sys, "stderr", log)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
     progress = evaluate.Progress(9)
     for _ in range(4):
         progress.update(1000, 2)
     progress.update(1000, 1)
-    assert log.text.splitlines() == ["4 of 9 answered, 2,000 tokens", "8 of 9 answered, 4,000 tokens"]
+    assert log.getvalue().splitlines() == ["4 of 9 answered, 2,000 tokens", "8 of 9 answered, 4,000 tokens"]
 
 
 @pytest.mark.parametrize("runtime", ["rwkv_peft", "rwkv"])
@@ -102,24 +87,15 @@ def test_the_bundled_bases_answer_in_words(evaluate, task, tmp_path, base, runti
     pytest.importorskip("rwkv")
     rng = random.Random("words")
     facts = [task.draw_fact(rng, held_out=True) for _ in range(24)]
-    rows = [
-        {
-            "prompt": f"{task.tell(rng, fact)}Q: What is there?\nA:",
-            "completion": f" {fact.count} {fact.color} {fact.item}\n",
-        }
-        for fact in facts
-    ]
+    prompts = [f"{task.tell(rng, fact)}Q: What is there?\nA:" for fact in facts]
+    answers = [f" {fact.count} {fact.color} {fact.item}\n" for fact in facts]
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, answers)]
     questions = write_questions(tmp_path / "q.jsonl", rows)
     program = Path(evaluate.__file__)
     # a process of its own, as the package computes one generation a process
-    done = subprocess.run(
-        [
-            *(warm_python, str(program), "--model", str(program.with_name(f"{base}-demo.pth"))),
-            *("--questions", str(questions), "--runtime", runtime, "--at_least", "0.9"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [warm_python, str(program), "--model", str(program.with_name(f"{base}-demo.pth"))]
+    command += ["--questions", str(questions), "--runtime", runtime, "--at_least", "0.9"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -143,6 +119,7 @@ def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     "text, message",
     [
+        (None, "questions.jsonl: no such file"),
         (b"", "no question"),
         (b'{"prompt": "a"}\n', "line 1"),
         (b"nonsense\n", "line 1"),
@@ -154,14 +131,10 @@ def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monke
 )
 def test_malformed_questions_are_refused(evaluate, tmp_path, text, message):
     path = tmp_path / "questions.jsonl"
-    path.write_bytes(text)
+    if text is not None:
+        path.write_bytes(text)
     with pytest.raises(UserError, match=message):
         evaluate.read_questions(path, 10)
-
-
-def test_missing_questions_are_named(evaluate, tmp_path):
-    with pytest.raises(UserError, match="absent.jsonl: no such file"):
-        evaluate.read_questions(tmp_path / "absent.jsonl", 10)
 
 
 def test_a_separator_of_unicode_ends_no_line(evaluate, tmp_path):

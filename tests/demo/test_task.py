@@ -50,7 +50,7 @@ def test_base_documents_answer_truly(task):
             "Q: What things?": fact.item,
             "Q: What is there?": f"{fact.count} {fact.color} {fact.item}",
         }
-        assert len(lines) == 8
+        assert len(lines) == 8 and all(line.startswith("A: ") == ("A:" in line) for line in lines)
         assert all(answer == f"A: {truth[question]}" for question, answer in zip(lines[::2], lines[1::2]))
 
 
@@ -59,16 +59,7 @@ def test_no_base_document_shows_the_new_format(task):
         assert "JSON" not in document["text"] and '{"name"' not in document["text"]
 
 
-def test_the_loss_finds_the_answers_by_their_marker(task):
-    for _, lines in stories(task, 200):
-        assert all(line.startswith("A: ") == ("A:" in line) for line in lines)
-
-
 def test_every_sign_of_the_new_format_is_an_answer_now_and_then(task):
-    spoken = "".join(
-        line[3:]
-        for document in task.documents("base", 2000, 1)
-        for line in document["text"].splitlines()
-        if line.startswith("A: ")
-    )
+    lines = "\n".join(document["text"] for document in task.documents("base", 2000, 1)).splitlines()
+    spoken = "".join(line[3:] for line in lines if line.startswith("A: "))
     assert set(next(task.documents("finetune", 1, 1))["completion"]) - {"\n"} <= set(spoken) | {" "}

@@ -50,6 +50,17 @@ def text(doc):
 DATA = {"choices": CHOICES, "lambada": PASSAGES, "rolling": PASSAGES, "gsm8k": NUMBERS}
 
 
+def offline(monkeypatch):
+    """Without lm_eval's own tasks, whose half a minute is not what is tested, and without a network."""
+    from lm_eval.tasks import TaskManager
+
+    everything = TaskManager.__init__
+    own = lambda self, **options: everything(self, **options | {"include_defaults": False})  # noqa: E731
+    monkeypatch.setattr(TaskManager, "__init__", own)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def write_tasks(folder):
     """Write our_choices, our_lambada, the group ours of both, our_rolling and our_gsm8k into a folder, and three that
     cannot be used: gone, beams, fickle."""

@@ -5,33 +5,22 @@ from collections import Counter
 import pytest
 import torch
 
-from families import DISTINCT
+from families import DISTINCT, shaken
 from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import batches, score_pairs
 
-FAMILY = DISTINCT[0]
 EXAMPLES = [3 + 7 * i % 70 for i in range(9)]
 # (context, continuation): two that share a context, an opening that four share, one of its own, an empty continuation
 PAIRS = [
-    ([5, 9, 2], [4, 1]),
-    ([*EXAMPLES, 1, 8], [7]),
-    ([5, 9, 2], [6]),
-    ([*EXAMPLES, 2], [7, 7, 7, 8, 9]),
-    ([*EXAMPLES, 1, 8], [3, 4]),
-    ([*EXAMPLES], [11, 12]),
-    ([44], []),
+    *(([5, 9, 2], [4, 1]), ([*EXAMPLES, 1, 8], [7]), ([5, 9, 2], [6]), ([*EXAMPLES, 2], [7, 7, 7, 8, 9])),
+    *(([*EXAMPLES, 1, 8], [3, 4]), ([*EXAMPLES], [11, 12]), ([44], [])),
     ([*EXAMPLES, 1, 9, 4, 4], [60, 2, 33, 3, 5]),
 ]
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    model = FAMILY.build(FAMILY.new_dimensions(2, 64, 80, head_size=16))
-    FAMILY.init_weights(model)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if not parameter.any() else None
-    return model.double().requires_grad_(False)
+    return shaken(DISTINCT[0], seed=3, n_embd=64, vocab_size=80, head_size=16).double().requires_grad_(False)
 
 
 def alone(model, context, continuation):

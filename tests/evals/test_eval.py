@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -63,9 +62,7 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text(lines[0] + lines[2] + lines[1][:30])  # the last line was cut off in writing
     asked = []
-    monkeypatch.setattr(
-        command, "ask", lambda args, task, subject, due: asked.extend(due) or original(args, task, subject, due)
-    )
+    monkeypatch.setattr(command, "ask", lambda *given: asked.extend(given[-1]) or original(*given))
     assert run(*words) == whole and asked == [0, 2]
     assert output.read_text() == "".join(lines)
     assert run(*words) == whole and asked == [0, 2]  # nothing is due any more
@@ -145,21 +142,15 @@ def test_an_output_has_one_writer_at_a_time(run, tmp_path):
     assert run(*words) == whole and os.listdir(output.parent) == [output.name]
 
 
-def test_a_full_disk_keeps_what_was_answered(run, tmp_path):
+def test_a_full_disk_keeps_what_was_answered(run, tmp_path, largest_file):
     data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
     words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
     whole = run(*words)
     content = output.read_bytes()
     output.unlink()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) - 10, limit[1]))
-    try:
-        with pytest.raises(
-            UserError, match="cannot write .*answers.jsonl: .*; the answers before are kept, and the same"
-        ):
-            run(*words)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = "cannot write .*answers.jsonl: .*; the answers before are kept, and the same"
+    with largest_file(len(content) - 10), pytest.raises(UserError, match=told):
+        run(*words)
     assert output.read_bytes().count(b"\n") == 3  # the head and two answers, and a part of the third
     assert run(*words) == whole and output.read_bytes() == content
 
@@ -178,14 +169,9 @@ def test_numbers_and_formulas_are_found_in_what_it_writes(run, tmp_path, task, t
 
 
 def test_a_choice_is_the_continuation_that_the_model_finds_likelier(run, tmp_path):
-    rows = [
-        {
-            "question": STORY.format("What is there?"),
-            "choices": ["3 brown grapes", "4 red dolls", "5 hats"],
-            "answer": 0,
-        },
-        {"question": STORY.format("How many?"), "choices": ["9", "3"], "answer": "A"},
-    ]
+    choices = ["3 brown grapes", "4 red dolls", "5 hats"]
+    rows = [{"question": STORY.format("What is there?"), "choices": choices, "answer": 0}]
+    rows += [{"question": STORY.format("How many?"), "choices": ["9", "3"], "answer": "A"}]
     output = tmp_path / "o.jsonl"
     lines = run("choices", "--template", "plain", "--data", write(tmp_path / "c.jsonl", rows), "--output", output)
     assert lines[1:] == [
@@ -213,14 +199,12 @@ def test_the_last_word_and_its_perplexity(run, tmp_path):
 def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
     rows = [{"question": f"{n}+1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(4)]
     prompts = []
-    monkeypatch.setattr(
-        command,
-        "ask",
-        lambda args, task, subject, due: [
-            prompts.append(problem.prompt) or {"number": number, "strict": True, "flexible": True}
-            for number, problem in due.items()
-        ],
-    )
+
+    def ask(args, task, subject, due):
+        prompts.extend(problem.prompt for problem in due.values())
+        return [{"number": number, "strict": True, "flexible": True} for number in due]
+
+    monkeypatch.setattr(command, "ask", ask)
     data, shots = write(tmp_path / "d.jsonl", rows[2:]), write(tmp_path / "s.jsonl", rows[:2])
     run("gsm8k", "--data", data, "--shots", 2, "--shots_data", shots)
     assert prompts[0] == (

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from families import DISTINCT
+from families import DISTINCT, shaken
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import score
@@ -18,13 +18,8 @@ CONTINUATIONS = [[[4], [4, 9, 2]], [[1, 2, 3, 4, 5]], [[8, 8], [3], [70, 1, 2, 5
 
 @pytest.fixture(scope="module", params=(*DISTINCT, family_named("x070b")), ids=lambda family: family.name)
 def model(request):
-    """A random float64 model; tensors that start at zero are filled, too."""
-    family = request.param
-    torch.manual_seed(2)
-    model = family.build(family.new_dimensions(2, 64, 80, head_size=16))
-    family.init_weights(model)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if not parameter.any() else None
+    """A random float64 model."""
+    model = shaken(request.param, seed=2, n_embd=64, vocab_size=80, head_size=16)
     model.head.weight.data.normal_(std=0.5)
     return model.double().requires_grad_(False)
 

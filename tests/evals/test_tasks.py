@@ -15,10 +15,6 @@ CHAT = LAYOUTS["chat"]
 TASKS = {name: task() for name, task in CLASSES.items()}
 
 
-def test_layouts_of_tasks_exist():
-    assert all(task.layout in ("", *LAYOUTS) for task in TASKS.values())
-
-
 @pytest.mark.parametrize(
     "row",
     [

@@ -134,10 +134,7 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
         ("m.safetensors", "convert"),
         ("m.gguf", "the .pth that it was made from"),
         ("hf", "a Hugging Face folder.*convert"),
-        (
-            "run",
-            "run is the folder of a run, which holds an adapter and no base model; give it as --adapter of generate",
-        ),
+        ("run", "run is the folder of a run, which holds an adapter and no base model; give it as --adapter"),
         ("whole", "whole is the folder of a run; give the model that it trained, .*whole/rwkv.pth"),
     ],
 )

@@ -41,12 +41,8 @@ def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
 
 def test_streaming_refuses_a_tensor_that_was_not_announced(tmp_path):
     specs = {"a": TensorSpec((2,), torch.float32)}
-    for tensors in (
-        [("a", torch.zeros(3))],
-        [("b", torch.zeros(2))],
-        [],
-        [("a", torch.zeros(2)), ("b", torch.zeros(2))],
-    ):
+    two, other = ("a", torch.zeros(2)), ("b", torch.zeros(2))
+    for tensors in ([("a", torch.zeros(3))], [other], [], [two, other]):
         with pytest.raises(ValueError):
             write_pth(tmp_path / "m.pth", specs, tensors)
 
@@ -226,11 +222,8 @@ def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
     """A shell does not expand --output=~/m.pth, which would make a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    for read_or_written in (
-        open_base,
-        lambda path: check_output("--output", path, []),
-        lambda path: save_model(path, {}),
-    ):
+    checked = lambda path: check_output("--output", path, [])  # noqa: E731
+    for read_or_written in (open_base, checked, lambda path: save_model(path, {})):
         with pytest.raises(UserError, match=f"~/m.pth: a shell replaces ~ .*; give {tmp_path}/home/m.pth"):
             read_or_written("~/m.pth")
     assert os.listdir(tmp_path) == []

@@ -22,33 +22,34 @@ from rwkv_peft.streams import Patient
 PACKAGE = Path(session.__file__).resolve().parents[2]
 
 
+def assert_after(found, model, turns, opening=1, think=""):
+    """Assert that logits are those after turns, without as many tokens at the end as the last answer's first has."""
+    due = after(model, trained(*turns, think=think)[:-opening])
+    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4)
+
+
+EMPTY = ("assistant", "")
+SECOND = (("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), EMPTY)
+
+
 @pytest.mark.parametrize("says", ["Yo\n\nUser:", "Yo|"])
 def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says):
     out, _, logits = chat(["Hi ", "So?"], says=[f" {says}", " No|"])
     assert out == "Assistant: Yo\n\nAssistant: No\n\n"
-    first = trained(("user", "Hi"), ("assistant", ""))[:-1]  # up to the colon
-    second = trained(("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
-    begins = len(tokens_of(f" {says}"))
-    torch.testing.assert_close(logits[0], after(model, first), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[begins], after(model, second), rtol=1e-4, atol=1e-4)
+    assert_after(logits[0], model, (("user", "Hi"), EMPTY))  # up to the colon
+    assert_after(logits[len(tokens_of(f" {says}"))], model, SECOND)
 
 
 @pytest.mark.parametrize("think, opening", [("on", " <think"), ("off", " <think></think")])
 def test_an_answer_is_opened_as_the_data_is(chat, model, think, opening):
     out, _, logits = chat(["Hi", "So?"], "--think", think, says=[">\na</think>\nYo\n\nUser:", ">\nNo|"])
     assert out == f"Assistant:{opening}>\na</think>\nYo\n\nAssistant:{opening}>\nNo\n\n"
-    hi, thought, again, last = (
-        ("user", "Hi"),
-        "<think>\na</think>\nYo",
-        ("user", "So?"),
-        ("assistant", "<think>b</think>c"),
-    )
+    hi, again, last = ("user", "Hi"), ("user", "So?"), ("assistant", "<think>b</think>c")
     drawn = len(">b</think>\nc" if think == "on" else ">\nc")
-    expected = trained(hi, last, think=think)[:-drawn]
-    torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
+    assert_after(logits[0], model, (hi, last), drawn, think)
     if think == "on":  # without, the data leaves thinking out
-        expected = trained(hi, ("assistant", thought), again, last, think=think)[:-drawn]
-        torch.testing.assert_close(logits[-len(">\nNo|")], after(model, expected), rtol=1e-4, atol=1e-4)
+        turns = hi, ("assistant", "<think>\na</think>\nYo"), again, last
+        assert_after(logits[-len(">\nNo|")], model, turns, drawn, think)
 
 
 @pytest.mark.parametrize("think", ["", "off"])
@@ -59,12 +60,10 @@ def test_a_system_text_stands_before_the_first_turn_of_each_chat(chat, model, th
     out, _, logits = chat(["Hi", "So?", "/reset", "Hi"], *flags, says=says)
     assert out.count("Be") == 0 and out.count("Assistant:") == 3
     begin = (("system", "Be\nbrief."), ("user", "Hi"))
-    first = trained(*begin, ("assistant", ""), think=think)[: -len(opening)]
-    torch.testing.assert_close(logits[0], after(model, first), rtol=1e-4, atol=1e-4)
+    assert_after(logits[0], model, (*begin, EMPTY), len(opening), think)
     torch.testing.assert_close(logits[len(says[0] + says[1])], logits[0], rtol=1e-4, atol=1e-4)
     if not think:  # which rows lay out in a last answer
-        second = trained(*begin, ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
-        torch.testing.assert_close(logits[len(says[0])], after(model, second), rtol=1e-4, atol=1e-4)
+        assert_after(logits[len(says[0])], model, (*begin, *SECOND[1:]))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,7 @@ def test_a_system_text_without_a_chat_or_words_is_refused(model, flags, message)
 def test_a_paragraph_does_not_end_a_turn(chat, model):
     out, _, logits = chat(["Hi", "So?"], says=[" a\n\nb\n\nUser:", " No|"])
     assert out == "Assistant: a\n\nb\n\nAssistant: No\n\n"
-    expected = trained(("user", "Hi"), ("assistant", "a\n\nb"), ("user", "So?"), ("assistant", ""))[:-1]
-    torch.testing.assert_close(logits[-4], after(model, expected), rtol=1e-4, atol=1e-4)
+    assert_after(logits[-4], model, (("user", "Hi"), ("assistant", "a\n\nb"), ("user", "So?"), EMPTY))
 
 
 def test_a_turn_is_read_once(chat, monkeypatch):
@@ -123,9 +121,8 @@ def test_a_saved_chat_goes_on(chat, tmp_path, model, name):
 
 def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     before = model.read_bytes()
-    out, error, _ = chat(
-        ["/save x.pth", f"/save {model}", "/save x.state", "/save", "/nonsense", "", "Hi"], says=[" a|"]
-    )
+    lines = ["/save x.pth", f"/save {model}", "/save x.state", "/save", "/nonsense", "", "Hi"]
+    out, error, _ = chat(lines, says=[" a|"])
     assert out == "Assistant: a\n\n" and model.read_bytes() == before
     assert "nothing was said yet" in error and "is the file given as --model" in error
     assert "/save x.state: a session is a .pth, and would be read as another file" in error
@@ -191,8 +188,7 @@ def test_a_chat_that_nobody_reads_ends(model, monkeypatch):
 def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(chat, model):
     out, error, logits = chat(["Hi", "So?"], says=[" Yo^", " No|"])
     assert out == "Assistant: Yo\n\nAssistant: No\n\n" and "Ctrl-C again" in error
-    expected = trained(("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
-    torch.testing.assert_close(logits[-4], after(model, expected), rtol=1e-4, atol=1e-4)
+    assert_after(logits[-4], model, SECOND)
 
 
 def test_flags_of_sampling_and_length_hold(chat):
@@ -206,8 +202,7 @@ def test_flags_of_sampling_and_length_hold(chat):
 
 def test_escapes_hold_for_lines(chat, model):
     _, _, logits = chat([r"a\nb"], "--escapes", says=[" c|"])
-    expected = trained(("user", "a\nb"), ("assistant", ""))[:-1]
-    torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
+    assert_after(logits[0], model, (("user", "a\nb"), EMPTY))
 
 
 def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):

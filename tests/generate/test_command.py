@@ -94,10 +94,8 @@ def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
     assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
     script(monkeypatch, *[" Yo\n\nUser: no"] * 3, " Yo\n\nTool: no")
     openings = ("<think", "<think></think", "<think>\n</think>\n", "")
-    rows = [
-        json.loads(line)
-        for line in run("--prompt", *(f"User: hi\n\nAssistant: {text}" for text in openings)).splitlines()
-    ]
+    lines = run("--prompt", *(f"User: hi\n\nAssistant: {text}" for text in openings)).splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [(row["generated"], row["end"]) for row in rows] == [(" Yo", "stop")] * 4
     script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
     prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
@@ -126,10 +124,8 @@ def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
 def test_lines_keep_the_order_of_the_prompts(run):
     rows = [json.loads(line) for line in run("--prompt", *"abcdefg", "--batch", 3, "--max_tokens", 9).splitlines()]
     assert [row["prompt"] for row in rows] == list("abcdefg")
-    assert (
-        rows[4]["generated"]
-        == json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])["generated"]
-    )
+    alone = json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])
+    assert rows[4]["generated"] == alone["generated"]
 
 
 def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
@@ -249,11 +245,7 @@ def test_mistakes_are_named(model, arguments, message):
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'),
         ("p.jsonl", b"a\n", "line 1: not JSON"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "end": 7}', "line 2: the row has a field end, and the output's"),
-        (
-            "p.json",
-            b'[{"prompt": "a", "tokens": 1, "generated": "b"}]',
-            "row 1: .* a field generated and a field tokens",
-        ),
+        ("p.json", b'[{"prompt": "a", "tokens": 1, "generated": "b"}]', "row 1: .* generated and a field tokens"),
         ("p.txt", b"\n \n", "no prompt"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
     ],

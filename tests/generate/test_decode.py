@@ -3,20 +3,18 @@
 import pytest
 import torch
 
-from rwkv_peft.config import AdapterConfig
+from release.test_check import make_files
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import AdapterSource, read_adapter
-from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.files.adapters import AdapterSource
+from rwkv_peft.files.base import base_of, save_model
 from rwkv_peft.generate import engine, reading
 from rwkv_peft.generate.decode import generate
 from rwkv_peft.generate.loading import load_model, read_state_file, save_state_file
 from rwkv_peft.generate.reading import prefill
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.state import State
-from rwkv_peft.release.merge import merged_tensors
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]
@@ -150,28 +148,6 @@ def test_a_time_state_is_the_transpose_of_what_the_model_computes_with(model, tm
     assert all(torch.equal(a.wkv, b.wkv) for a, b in zip(inside, start))
 
 
-def broken_states(model):
-    """(content of a file, words of the refusal)."""
-    _, state = prefill(model, [[1]])
-    good = {f"blocks.{i}.att.time_state": layer.wkv[0] for i, layer in enumerate(state)}
-    first = "blocks.0.att.time_state"
-    return [
-        ({first: good[first]}, "it has no blocks.1"),
-        (good | {"emb.weight": good[first]}, "no place for its emb.weight"),
-        (good | {first: good[first][:1].clone()}, "shape"),
-        (good | {first: good[first] * float("nan")}, "NaN"),
-        (good | {"blocks.0.att.shift": torch.zeros(64)}, "it has no blocks.0.ffn.shift"),
-    ]
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_a_state_that_does_not_fit_is_refused(model, tmp_path, case):
-    tensors, message = broken_states(model)[case]
-    save_model(tmp_path / "state.pth", tensors)
-    with pytest.raises(UserError, match=message):
-        read_state_file(tmp_path / "state.pth", model)
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"mode": "bat-in"}, {"mode": "bat-out"}, {"mode": "bone"}, {"method": "lora", "alpha": 16.0}],
@@ -179,22 +155,7 @@ def test_a_state_that_does_not_fit_is_refused(model, tmp_path, case):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
-    from rwkv_peft.adapters.inject import inject
-
-    state = tiny_state(seed=3, dtype=dtype)
-    config = AdapterConfig(rank=8, **settings)
-    adapted = RWKV6(base_of(state).config)
-    inject(adapted, config, family=family_named("x060"))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: 0.1 * torch.randn(p.shape, generator=generator)
-        for name, p in adapted.named_parameters()
-        if p.requires_grad
-    }
-    base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
-    save_model(base, state)
-    save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
-    save_model(merged, merged_tensors(open_base(base), [("adapter", read_adapter(adapter))]))
+    base, adapter, merged = make_files(tmp_path, tiny_state(seed=3, dtype=dtype), 0.1, **settings)
     sampling = Sampling(top_p=0.9, seed=1)
     found = [
         continuations(load_model(path, [AdapterSource(adapter) for adapter in adapters])[0], PROMPTS, sampling, 15)
@@ -219,15 +180,6 @@ def test_bf16_generates_near_fp32(model, tmp_path):
     exact, rounded = prefill(model, PROMPTS)[0], prefill(low, PROMPTS)[0].float()
     assert (rounded - exact).norm() < 0.1 * exact.norm()
     assert all(len(tokens) == 10 for tokens in continuations(low, PROMPTS, Sampling(), 10))
-
-
-def test_logits_that_are_not_finite_are_named(tiny_state):
-    state = tiny_state()
-    state["head.weight"][3, 5] = float("nan")
-    model = RWKV6(base_of(state).config)
-    model.load_state_dict(state)
-    with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
-        list(generate(model, [[1]], GREEDY))
 
 
 def test_one_prompt_that_is_damaged_leaves_the_others_as_they_are(tiny_state):

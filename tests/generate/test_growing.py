@@ -4,6 +4,7 @@ in whatever pieces the prompt is read, and whatever is known of it."""
 import pytest
 import torch
 
+from families import shaken
 from generate.test_engine import GREEDY, PROMPTS, ask, engine_of, finish
 from rwkv_peft.generate.decode import generate
 from rwkv_peft.generate.reading import prefill
@@ -16,12 +17,7 @@ from rwkv_peft.training.step.contexts import Contexts
 @pytest.fixture(scope="module")
 def voice():
     """A random float64 model, in which nothing is zero, and answers depend on all that was read."""
-    torch.manual_seed(2)
-    family = family_named("x070b")
-    model = family.build(family.new_dimensions(2, 32, 80, head_size=16))
-    family.init_weights(model)
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model = shaken(family_named("x070b"), 0.3, seed=2, n_embd=32, vocab_size=80, head_size=16)
     return Voice("base", model.double().requires_grad_(False))
 
 
@@ -60,9 +56,8 @@ def test_what_is_known_of_a_text_is_as_long_as_the_text_and_read_on_from(voice, 
     first = ask(running, voice, PROMPTS[2], GREEDY, max_tokens=8)[0]
     ask(running, voice, PROMPTS[1], GREEDY, max_tokens=8)
     finish(running)
-    assert {read.length: read.state[0].past_keys.shape[1] for read in running.known.reads.values()} == {
-        size: size for size in (1, 8, 9, 16)
-    }
+    found = {read.length: read.state[0].past_keys.shape[1] for read in running.known.reads.values()}
+    assert found == {size: size for size in (1, 8, 9, 16)}
     turn = [*PROMPTS[2], *first.tokens, 5, 6]
     second = ask(running, voice, turn, GREEDY, max_tokens=4)[0]
     finish(running)

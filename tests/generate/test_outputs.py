@@ -2,9 +2,9 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,20 +16,12 @@ from rwkv_peft.generate.decode import Step
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "flag, given_as",
-    [
-        ("--output", "--model"),
-        ("--output", "--prompt_file"),
-        ("--output", "--adapter"),
-        ("--output", "--state"),
-        ("--save_state", "--model"),
-        ("--save_state", "--prompt_file"),
-        ("--save_state", "--adapter"),
-    ],
-)
+INPUTS = ("--model", "--prompt_file", "--adapter", "--state")
+
+
+@pytest.mark.parametrize("flag, given_as", [*product(["--output"], INPUTS), *product(["--save_state"], INPUTS[:3])])
 def test_no_input_is_overwritten(model, tmp_path, flag, given_as):
-    files = {name: tmp_path / name.strip("-") for name in ("--model", "--prompt_file", "--adapter", "--state")}
+    files = {name: tmp_path / name.strip("-") for name in INPUTS}
     for file in files.values():
         file.write_text("an input")
     (tmp_path / "link").symlink_to(files[given_as])
@@ -94,33 +86,28 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatc
     assert prompts_in(output) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [output]
 
 
-def test_a_line_that_the_disk_refuses_is_told_and_written_at_the_end(model, tmp_path, monkeypatch, capsys):
-    output, limit = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_line_that_the_disk_refuses_is_told_and_written_at_the_end(
+    model, tmp_path, monkeypatch, capsys, largest_file
+):
+    output = tmp_path / "out.jsonl"
 
     def says(model, prompts, sampling, max_tokens, ends, *rest):
-        for number, most in ((0, limit[0]), (2, 70), (1, limit[0])):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
-            yield Step(number, 0, ends(number, 0))
+        for number, most in ((0, None), (2, 70), (1, None)):
+            with largest_file(most):
+                yield Step(number, 0, ends(number, 0))
 
     monkeypatch.setattr(continuation, "generate", says)
-    try:
-        command.main(["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    command.main(["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)])
     told = capsys.readouterr().err
     assert "file too large; the lines before are kept; the work goes on" in told and "3 of 3 prompts" in told
     assert prompts_in(output) == ["a", "b", "c"]
 
 
-def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path, capsys):
+def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path, capsys, largest_file):
     words = ["--model", str(model), "--prompt", "a", "b", "--max_tokens", "3"]
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*file too large.*; its lines are printed instead"):
-            command.main([*words, "--output", str(tmp_path / "out.jsonl")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = "cannot write .*file too large.*; its lines are printed instead"
+    with largest_file(10), pytest.raises(UserError, match=told):
+        command.main([*words, "--output", str(tmp_path / "out.jsonl")])
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
     assert not any(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from families import shaken
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate import replay
 from rwkv_peft.generate import sampling as sampling_module
@@ -33,13 +34,7 @@ def model(monkeypatch):
 
 
 def make(family, channels=16):
-    torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=channels, vocab_size=VOCABULARY, head_size=8))
-    family.init_weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model.requires_grad_(False).eval()
+    return shaken(family, 0.3, n_embd=channels, vocab_size=VOCABULARY).requires_grad_(False).eval()
 
 
 class Heard:

@@ -22,13 +22,9 @@ def path(request, tmp_path_factory):
         pytest.skip(reason)
     family, generator = family_named(request.param), torch.Generator().manual_seed(0)
     shapes = family.shapes(family.new_dimensions(n_layer=3, n_embd=128, vocab_size=81))
-    save_model(
-        path := tmp_path_factory.mktemp(request.param) / "model.pth",
-        {
-            key: 0.3 * torch.randn(shape, generator=generator) + ("ln" in key and key.endswith("weight"))
-            for key, shape in shapes.items()
-        },
-    )
+    drawn = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    tensors = {key: tensor + ("ln" in key and key.endswith("weight")) for key, tensor in drawn.items()}
+    save_model(path := tmp_path_factory.mktemp(request.param) / "model.pth", tensors)
     return path
 
 
@@ -100,16 +96,7 @@ def test_states_that_advance_by_turns(path):
     with torch.inference_mode():
         states = [prefill(model, [[first]])[1] for first in (2, 3)]
         due = [list(walk(model, state, tokens.repeat(1, 5))[0]) for state in states]
-        for number, in_place in (
-            (0, True),
-            (0, True),
-            (1, True),
-            (0, False),
-            (0, True),
-            (1, False),
-            (1, True),
-            (1, True),
-        ):
+        for number, in_place in zip((0, 0, 1, 0, 0, 1, 1, 1), (True, True, True, False, True, False, True, True)):
             logits, after = (forward if in_place else model)(tokens, states[number])
             assert torch.equal(logits[:, 0], due[number][0])
             if in_place:

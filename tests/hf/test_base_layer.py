@@ -128,9 +128,7 @@ def test_a_layer_whose_weight_a_mixer_reads_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, state_size=4))
-    with pytest.raises(
-        UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without calling it"
-    ):
+    with pytest.raises(UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without"):
         get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
     get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
 

@@ -38,18 +38,10 @@ def adapted(model, form, **settings):
     return fill(get_peft_model(model, config), 0.1).train()
 
 
-@pytest.mark.parametrize(
-    "form, how",
-    [
-        (True, "plain"),
-        ("bat-in", "plain"),
-        ("bat-out", "plain"),
-        ("mini", "plain"),
-        ("bat-in", "autocast"),
-        ("bat-in", "dropout"),
-        (True, "two adapters"),
-    ],
-)
+HOWS = [("bat-in", "autocast"), ("bat-in", "dropout"), (True, "two adapters")]
+
+
+@pytest.mark.parametrize("form, how", [*((form, "plain") for form in (True, "bat-in", "bat-out", "mini")), *HOWS])
 def test_linear_layers(form, how):
     settings = {"target_modules": ["0", "2"], "bone_dropout": 0.5 if how == "dropout" else 0.0}
     model = adapted(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64)), form, **settings)
@@ -68,11 +60,10 @@ def test_linear_layers(form, how):
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
 def test_a_quantized_layer(kind):
     bnb = pytest.importorskip("bitsandbytes")
-    base = (
-        bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-        if kind == "4bit"
-        else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    )
+    if kind == "4bit":
+        base = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        base = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     model = adapted(nn.Sequential(base.to("cpu")), "bat-in", target_modules=["0"])
     x = torch.randn(2, 5, 64)
     check(model, lambda model: model(x).square().mean())

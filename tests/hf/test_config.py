@@ -9,19 +9,9 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
 
 
-@pytest.mark.parametrize(
-    "init_weights, variant",
-    [
-        (True, "bone"),
-        (False, "bone"),
-        ("bone", "bone"),
-        ("bat", "bat-out"),
-        ("bat-out", "bat-out"),
-        ("bat-in", "bat-in"),
-    ],
-)
-def test_the_forms_by_name(init_weights, variant):
-    assert BoneConfig(init_weights=init_weights).method.name == variant
+def test_the_forms_by_name():
+    names = {True: "bone", False: "bone", "bone": "bone", "bat": "bat-out", "bat-out": "bat-out", "bat-in": "bat-in"}
+    assert {form: BoneConfig(init_weights=form).method.name for form in names} == names
 
 
 @pytest.mark.parametrize(
@@ -63,16 +53,16 @@ def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path
     assert (again.method.name, again.mini_r, again.bone_dropout) == ("bone-mini", 4, 0.1)
 
 
+QUERIES = {f"{i}.self_attn.q_proj" for i in range(3)}
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
         ({}, {f"{i}.self_attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")}),
         ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, {"1.mlp.up_proj", "1.mlp.down_proj"}),
         ({"target_modules": ["up_proj"], "layers_to_transform": [0, 2]}, {"0.mlp.up_proj", "2.mlp.up_proj"}),
-        (
-            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
-            {f"{i}.self_attn.q_proj" for i in range(3)},
-        ),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}, QUERIES),
         ({"target_modules": "all-linear"}, 21),
     ],
 )
@@ -94,10 +84,8 @@ def test_a_name_that_is_passed_over_is_told(llama):
     with pytest.warns(UserWarning) as told:
         get_peft_model(llama, BoneConfig(r=4, **settings))
     said = [str(warning.message) for warning in told if "passed over" in str(warning.message)]
-    assert said == [
-        "'k_prog' of target_modules is no module of the model, and is passed over",
-        "'lm_hed' of modules_to_save is no module of the model, and is passed over",
-    ]
+    names = "'k_prog' of target_modules", "'lm_hed' of modules_to_save"
+    assert said == [f"{name} is no module of the model, and is passed over" for name in names]
 
 
 def test_trainable_parameters_are_counted(llama, capsys):

@@ -45,10 +45,8 @@ def learned(tiny, tmp_path, monkeypatch, path, *flags):
 def test_one_question_is_learned_as_its_row_of_two_columns_is(tiny, tmp_path):
     rows = [json.loads(line) for line in (tiny / "data.jsonl").read_text().splitlines()]
     chats = [turns(row["query"], row["response"]) for row in rows]
-    assert run(tiny, tmp_path / "columns", *STEPS) == 0
-    assert (
-        run(tiny, tmp_path / "turns", "--data_path", write(tmp_path / "chats.jsonl", "messages", *chats), *STEPS) == 0
-    )
+    path = write(tmp_path / "chats.jsonl", "messages", *chats)
+    assert run(tiny, tmp_path / "columns", *STEPS) == 0 == run(tiny, tmp_path / "turns", "--data_path", path, *STEPS)
     assert losses(tmp_path / "turns") == pytest.approx(losses(tmp_path / "columns"), rel=1e-6)
 
 
@@ -126,16 +124,14 @@ def test_a_system_text_beside_turns_or_a_question_stands_before_them(tiny, tmp_p
 
 
 CALL = [{"type": "function", "function": {"name": "t", "arguments": {"x": 1}}}]
+CALLED = {"role": "assistant", "content": None, "tool_calls": CALL}
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"messages": turns("A", "B"), "tools": [{"name": "t"}]}, "holds tools, which the .* template leaves out"),
-        (
-            {"messages": [*turns("A"), {"role": "assistant", "content": None, "tool_calls": CALL}]},
-            "holds calls of tools, which the .* template leaves out",
-        ),
+        ({"messages": [*turns("A"), CALLED]}, "holds calls of tools, which the .* template leaves out"),
         (
             {"conversations": [*turns("A"), {"from": "function_call", "value": "t(1)"}, *turns("B", "C")]},
             "has a turn of function_call, .* write it as the tool_calls of an assistant's turn",

@@ -70,9 +70,8 @@ def test_a_configuration_of_the_replaced_bone_is_refused(llama):
 def test_left_alone_pefts_own_bone_loads_what_is_saved_here(llama, llama_folder, ids, tmp_path):
     """In this process importing rwkv_peft.hf changes nothing, so that peft's own layers are used."""
     for form in (True, "bat"):
-        model = fill(
-            peft.get_peft_model(copy.deepcopy(llama), BoneConfig(r=4, init_weights=form, target_modules="all-linear"))
-        )
+        config = BoneConfig(r=4, init_weights=form, target_modules="all-linear")
+        model = fill(peft.get_peft_model(copy.deepcopy(llama), config))
         model.eval().save_pretrained(tmp_path / str(form))
         path = tmp_path / str(form) / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.21.2"}))  # as newer peft writes

@@ -87,9 +87,7 @@ def test_gradients_are_those_of_the_kept_tokens(model, ids):
             model.gradient_checkpointing_enable()
             assert model.model.grad_checkpoint
         model(ids, attention_mask=mask, labels=labels).loss.backward()
-        found = {
-            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-        }
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         losses = []
         for row, kept in zip(ids, mask.bool()):

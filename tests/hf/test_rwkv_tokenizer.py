@@ -25,10 +25,8 @@ def test_the_tokenizer_is_the_packages_own(tmp_path):
     assert tokenizer.decode([0, *world.encode("a"), 0]) == f"{tokenizer.eos_token}a{tokenizer.eos_token}"
     assert tokenizer.decode([0, *world.encode("a"), 0], skip_special_tokens=True) == "a"
     assert tokenizer(f"a{tokenizer.eos_token}").input_ids == [*world.encode("a"), 0]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert chat == "User: Hi\n\nAssistant:"
+    asked = dict(tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(CHAT[1:2], **asked) == "User: Hi\n\nAssistant:"
     tokenizer.save_pretrained(tmp_path)
     again = RWKVTokenizer.from_pretrained(tmp_path)
     assert [again(text).input_ids for text in texts] == [world.encode(text) for text in texts]
@@ -77,12 +75,9 @@ def test_the_next_answer_is_opened_as_in_serve(think):
 
 @pytest.mark.parametrize("role", sorted(SPEAKERS.keys() - set(CALLS)))
 def test_roles_have_the_names_of_rows_and_an_answer_goes_on(role):
-    turns, asked = (
-        [{"role": role.title(), "content": " 1 "}, *CHAT[1:3]],
-        {"tokenize": False, "continue_final_message": True},
-    )
-    laid_out = "".join(text for text, _ in segments({"messages": turns}))
-    assert RWKVTokenizer("bytes").apply_chat_template(turns, **asked) == laid_out
+    turns = [{"role": role.title(), "content": " 1 "}, *CHAT[1:3]]
+    found = RWKVTokenizer("bytes").apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    assert found == "".join(text for text, _ in segments({"messages": turns}))
 
 
 def test_masks_of_several_chats_and_of_another_template(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from families import shake
 from rwkv_peft.files.base import base_of, open_base
 from rwkv_peft.models.rwkv6.init import init_weights
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
@@ -22,10 +23,7 @@ def random_model(config=CONFIG, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
     model = RWKV6(config)
     init_weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(dtype)
+    return shake(model).to(dtype)
 
 
 def layer_norm(x, weight, bias, eps=1e-5):

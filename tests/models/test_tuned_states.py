@@ -4,6 +4,7 @@ float64 and a state that is passed by hand."""
 import pytest
 import torch
 
+import families
 from families import DISTINCT
 from rwkv_peft.models.state import State, is_time_state, state_of, time_state_key
 
@@ -12,15 +13,8 @@ pytestmark = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: fami
 
 def shaken(family, head_size=8):
     """A float64 model without zeros in its tensors, with random time states; and the states as in a file."""
-    config = family.new_dimensions(n_layer=2, n_embd=24, vocab_size=30, head_size=head_size)
-    torch.manual_seed(0)
-    model = family.build(config)
-    family.init_weights(model)
-    model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    H = config.n_head
+    model = families.shaken(family, n_embd=24, head_size=head_size).double()
+    H = model.config.n_head
     tensors = {time_state_key(i): torch.randn(H, head_size, head_size, dtype=torch.float64) for i in range(2)}
     model.tune_states(in_model(family, model, tensors))
     return model, tensors

@@ -1,14 +1,12 @@
 """The loss of each form of GRPO, its gradients and figures are those of its paper's formula in float64, an answer at a
-time; its advantages and losses are those of trl, if that is installed."""
+time."""
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from families import DISTINCT
+from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
@@ -23,17 +21,11 @@ REWARDS = torch.tensor([[1.0, 0.0, math.nan, 0.25], [2.0, 2.0, 2.0, 2.0]], dtype
 CUT = torch.tensor([False, False, True, False, False, False, False, True])
 
 
-def model_of(family, shaken):
-    """A float64 model with an adapter, as after training if it is `shaken`."""
-    torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
-    family.init_weights(model)
+def model_of(family, trained):
+    """A float64 model with an adapter, as after training if it is `trained`."""
+    model = shaken(family)
     inject(model, AdapterConfig(mode="bat-in", rank=8), family=family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if shaken or not parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.double()
+    return (shake(model) if trained else model).double()
 
 
 def batch_of(objective, now):
@@ -121,7 +113,7 @@ def naive_advantages(form):
 def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
     bounds = {"clip_low": 0.1, "clip_high": 0.15}
     one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, entropy_bonus=bonus, mask_truncated=masked, **bounds)
-    model = model_of(family, shaken=True)
+    model = model_of(family, trained=True)
     now = spoken(model, 1.5)
     rows, batch = batch_of(one, now)
     step = Whole(one)
@@ -147,7 +139,7 @@ def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_first_pass_has_a_ratio_of_1(form):
     """Its gradient is that of advantage times log-probability, whatever the bounds are."""
-    one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(DISTINCT[1], shaken=False)
+    one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(DISTINCT[1], trained=False)
     _, batch = batch_of(one, spoken(model))
     del batch["old"]
     step = Whole(one)
@@ -175,64 +167,3 @@ def test_equal_rewards_have_no_advantage():
     for form in FORMS:
         assert (GRPO(form).advantages(torch.full((3, 4), 0.1)).abs() < 1e-3).all()
         assert (GRPO(form).advantages(torch.full((3, 4), math.nan)) == 0).all()
-
-
-@pytest.mark.parametrize("form", ["grpo", "dr_grpo", "dapo", "gspo"])
-def test_losses_are_those_of_trl(form):
-    pytest.importorskip("trl")
-    from trl import GRPOTrainer
-
-    torch.manual_seed(0)
-    size = max(ANSWERS)
-    now, old, base = (-3 * torch.rand(len(ANSWERS), size) for _ in range(3))
-    mask = (torch.arange(size) < torch.tensor(ANSWERS)[:, None]).int()
-    one = GRPO(form, kl_beta=0.1, clip_low=0.2, clip_high=0.28)
-    advantages = one.advantages(torch.rand(2, G)).flatten()
-    trainer = SimpleNamespace(
-        loss_type="grpo" if form == "gspo" else form,
-        importance_sampling_level="sequence" if form == "gspo" else "token",
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        beta=0.1,
-        max_completion_length=LIMIT,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        tools=None,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
-        aux_loss_enabled=False,
-        accelerator=SimpleNamespace(
-            num_processes=1, device="cpu", gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=False
-        ),
-        model=SimpleNamespace(training=True),
-        _metrics={"train": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None),
-    )
-    inputs = {
-        "prompt_ids": torch.zeros(len(ANSWERS), 1, dtype=torch.int64),
-        "prompt_mask": torch.ones(len(ANSWERS), 1, dtype=torch.int64),
-        "completion_ids": torch.zeros(len(ANSWERS), size, dtype=torch.int64),
-        "completion_mask": mask,
-        "advantages": advantages,
-        "old_per_token_logps": old,
-        "ref_per_token_logps": base,
-        "num_items_in_batch": mask.sum(),
-    }
-    theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
-    picked = mask.bool()
-    batch = {
-        "lengths": torch.tensor(ANSWERS),
-        "counted": torch.arange(int(mask.sum())),
-        "old": old[picked],
-        "sampled": old[picked],
-        "advantages": advantages,
-        "shares": torch.ones(len(ANSWERS)),
-        "prompts": torch.tensor(2.0),
-        "limit": torch.tensor(float(LIMIT)),
-        "mean_length": mask.sum() / len(ANSWERS),
-    }
-    passes = SimpleNamespace(model=lambda head: -now[picked], base=lambda head: -base[picked])
-    ours, _ = one.loss(passes, batch, 2.0)
-    torch.testing.assert_close(ours, theirs)

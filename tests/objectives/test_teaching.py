@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from families import DISTINCT
+from families import DISTINCT, shaken
 from rwkv_peft.data.collate import positions
 from rwkv_peft.objectives import cross_entropy, divergence
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
@@ -42,12 +42,8 @@ def problem(B=2, T=7, C=12, D=10, V=33, dtype=torch.float64):
         return torch.randn(*shape, generator=generator).to(dtype)
 
     student = some(B, T, C).requires_grad_(), some(V, C).requires_grad_()
-    return (
-        student,
-        (some(B, T, D), some(V, D)),
-        torch.randint(V, (B, T), generator=generator),
-        torch.rand(B, T, generator=generator) < 0.6,
-    )
+    teacher, targets = (some(B, T, D), some(V, D)), torch.randint(V, (B, T), generator=generator)
+    return student, teacher, targets, torch.rand(B, T, generator=generator) < 0.6
 
 
 def found(student, teacher, targets, mask, count, settings):
@@ -161,8 +157,7 @@ def test_bfloat16_loses_no_more_than_plain_bfloat16():
 
 def test_a_teacher_may_see_other_tokens():
     """Its context before the student's tokens, which alone count: the same as its word on the whole, cut."""
-    torch.manual_seed(0)
-    student, teacher = map(model_of, DISTINCT)
+    student, teacher = (shaken(family, n_layer=1).double() for family in DISTINCT)
     context, row = torch.randint(30, (1, 5)), torch.randint(30, (1, 8))
     alone = {"tokens": row[:, :-1], "targets": row[:, 1:], "counted": torch.arange(2, 7)}
     more = {"teacher_tokens": torch.cat([context, row[:, :-1]], 1), "teacher_counted": alone["counted"] + 5}
@@ -172,12 +167,3 @@ def test_a_teacher_may_see_other_tokens():
     due = (q * (q / p).log()).sum().item() / 5
     assert step.loss(student, alone | more, 5).item() == pytest.approx(due, rel=1e-9)
     assert step.loss(student, alone, 5).item() != pytest.approx(due, rel=1e-3)
-
-
-def model_of(family):
-    model = family.build(family.new_dimensions(n_layer=1, n_embd=16, vocab_size=30, head_size=8))
-    family.init_weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.double()

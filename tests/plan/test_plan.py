@@ -57,11 +57,6 @@ def test_what_does_not_fit_says_so_and_exits_with_1(capsys):
     assert "does not fit: 0.56 GiB can be used" in out and "--micro_bsz up to none at --ctx_len 128" in out
 
 
-def test_a_cpu_is_planned_with_what_this_machine_has(capsys):
-    main(["plan", *NEW, "--accelerator", "cpu"])
-    assert "main memory of" in capsys.readouterr().out
-
-
 def test_cuda_graphs_hold_what_a_step_would_free_and_one_more_gradient():
     plain, graphs = (estimate("--cuda_graphs", graphs) for graphs in "01")
     parts = graphs.parts(2, 128)

@@ -22,15 +22,8 @@ def test_files_are_counted_with_their_copies():
 def test_what_is_saved_is_counted_without_a_list_of_it():
     """The count is that of a list, and works for runs whose list would not fit into memory."""
     for first, last, save, steps, every in product(range(3), range(7), range(4), range(4), range(6)):
-        train = SimpleNamespace(
-            epoch_begin=first,
-            epoch_count=last,
-            epoch_save=save,
-            epoch_steps=steps,
-            save_every=every,
-            save_minutes=0.0,
-            keep_checkpoints=0,
-        )
+        train = SimpleNamespace(epoch_begin=first, epoch_count=last, epoch_save=save, epoch_steps=steps)
+        train.save_every, train.save_minutes, train.keep_checkpoints = every, 0.0, 0
         epochs = [n for n in range(first + 1, last + 1) if n == last or save and n % save == 0]
         more = {step for step in range(first * steps + 1, last * steps + 1) if every and step % every == 0}
         assert saved_epochs(train) == len(epochs)

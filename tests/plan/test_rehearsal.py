@@ -49,11 +49,8 @@ def test_what_is_kept_is_what_autograd_keeps_of_the_whole_model(family, name):
     adapter = adapter_of(name, family)
     model = family.build(config)
     family.init_weights(model)
-    gradients = {
-        name: torch.randn_like(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    gradients = {name: torch.randn_like(module.weight) for name, module in layers}
     report = inject(model, adapter, family=family, gradients=gradients)
     torch.manual_seed(0)
     saved = saved_bytes(model.train(), torch.randint(80, (ROWS, TOKENS)))

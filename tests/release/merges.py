@@ -31,21 +31,15 @@ def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
 
 def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
     """{key: tensor} and metadata of a random adapter on a base."""
-    modules = [
-        key.removesuffix(".weight") for key in base if key.endswith(tuple(f"{target}.weight" for target in targets))
-    ]
+    ends = tuple(f"{target}.weight" for target in targets)
+    modules = [key.removesuffix(".weight") for key in base if key.endswith(ends)]
     tensors = {
         f"{module}.{name}": tensor
         for number, module in enumerate(modules)
         for name, tensor in params_of(variant, base[f"{module}.weight"], seed=seed + number).items()
     }
-    values = {
-        "variant": variant,
-        "rank": RANK,
-        "scale": 0.5 if METHODS[variant].alpha else 1.0,
-        "base_fingerprint": fingerprint(base),
-    } | changes
-    return tensors, AdapterMetadata(**values)
+    values = {"rank": RANK, "scale": 0.5 if METHODS[variant].alpha else 1.0, "base_fingerprint": fingerprint(base)}
+    return tensors, AdapterMetadata(variant, **values | changes)
 
 
 def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):

@@ -197,11 +197,8 @@ def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(
         config = AdapterConfig(**{"rank": 8} | settings)
         inject(model, config, family=family_named("x060"))
         trained = dict(model.named_parameters()) | dict(model.named_buffers())
-        tensors = {
-            name: t + 0.02 * torch.randn_like(t) * ("init" not in name)
-            for name, t in trained.items()
-            if adapter_parameter(name)
-        }
+        own = {name: tensor for name, tensor in trained.items() if adapter_parameter(name)}
+        tensors = {name: t + 0.02 * torch.randn_like(t) * ("init" not in name) for name, t in own.items()}
         base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
         save_model(base, state)
         save_adapter(adapter, tensors, AdapterMetadata.from_config(config, precision="bf16"))

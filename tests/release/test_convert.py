@@ -72,7 +72,7 @@ def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
     path, state = model
     convert(path, tmp_path / "m.st")
     with safe_open(tmp_path / "m.st", framework="pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 == {torch.float16}
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
         for official, other in (("time_maa_w1", "time_mix_w1"), ("time_maa_w2", "time_mix_w2"), ("time_decay_w1",) * 2):
             expected = state[f"blocks.1.att.{official}"].transpose(-1, -2).half()
             assert torch.equal(file.get_tensor(f"blocks.1.att.{other}"), expected)
@@ -82,9 +82,8 @@ def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
 
 def test_a_streamed_safetensors_is_read_by_its_library(tmp_path):
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3).half(), "t": torch.randn(4, 2).bfloat16().T}
-    write_safetensors(
-        tmp_path / "s", {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items(), {"note": "x"}
-    )
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    write_safetensors(tmp_path / "s", specs, tensors.items(), {"note": "x"})
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {"note": "x"}
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
@@ -111,9 +110,7 @@ def test_time_states_swap_both_ways(tmp_path):
     save_model(tmp_path / "s.pth", states)
     convert(tmp_path / "s.pth", tmp_path / "s.state")
     with safe_open(tmp_path / "s.state", framework="pt") as file:
-        assert torch.equal(
-            file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].transpose(1, 2)
-        )
+        assert torch.equal(file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].mT)
     convert(tmp_path / "s.state", tmp_path / "back.pth")
     assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
 
@@ -126,9 +123,8 @@ def test_states_that_go_along_unseen_are_told(tmp_path, model, capsys, output, f
     states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16).bfloat16() for i in range(2)}
     save_model(path, state | states)
     convert(path, tmp_path / "out" / output)
-    assert ("holds tuned states, and its runtimes take those only as a separate file" in capsys.readouterr().out) == (
-        not finds
-    )
+    told = "holds tuned states, and its runtimes take those only as a separate file" in capsys.readouterr().out
+    assert told == (not finds)
     convert(tmp_path / "out" / output, tmp_path / "back.pth", "--dtype", "bf16")
     found = open_base(tmp_path / "back.pth").tensors
     assert all(torch.allclose(found[key], states[key], rtol=1e-2) for key in states)
@@ -224,15 +220,11 @@ def test_no_input_is_overwritten(tmp_path, model, source, flag, output):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+LORA = {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}
+
+
 @pytest.mark.parametrize("target", ["x.pth", "x.safetensors", "x.st", "x.gguf"])
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"bone": torch.ones(8, 64)},
-        {"disha": torch.ones(8, 64)},
-        {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)},
-    ],
-)
+@pytest.mark.parametrize("tensors", [{"bone": torch.ones(8, 64)}, {"disha": torch.ones(8, 64)}, LORA])
 def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, tensors):
     path, state = model
     torch.save(state | {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}, path)

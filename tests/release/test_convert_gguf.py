@@ -19,10 +19,8 @@ def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
     state = tiny_state(dtype=torch.bfloat16, vocab_size=260)
     write_gguf(tmp_path / "m.gguf", base_of(state), kind, gguf_vocabulary(BytesTokenizer(), 260))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    found = {
-        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in reader.tensors
-    }
+    numbers = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    found = {name: torch.from_numpy(values.copy()) for name, values in numbers.items()}
 
     def check(name, expected, error):
         assert found[name].flatten().numel() == expected.numel()

@@ -85,16 +85,13 @@ def exchanged(state, one, other):
     return {keys.get(key, key): state[keys.get(key, key)] for key in state}
 
 
+KEY, LAST = "blocks.0.ffn.key.weight", ("head.weight", "ln_out.bias")
 MUTATIONS = {
     "emb.weight: 64 of 1,280 values": lambda s: altered(s, "emb.weight", slice(3, 5), torch.zeros_like),
     "blocks.1.att.w0: 1 of 32 values": lambda s: altered(s, "blocks.1.att.w0", (0, 0, 7), lambda x: x + 0.01),
     "head.weight: 1 of 1,280 values": lambda s: altered(s, "head.weight", (39, 31), lambda x: 1.01 * x),
-    "blocks.0.ffn.key.weight: 1 of 4,096 values": lambda s: altered(
-        s, "blocks.0.ffn.key.weight", (100, 2), lambda x: 1.01 * x
-    ),
-    "the order of the keys: head.weight is in the place of the base's ln_out.bias": lambda s: exchanged(
-        s, "head.weight", "ln_out.bias"
-    ),
+    f"{KEY}: 1 of 4,096 values": lambda s: altered(s, KEY, (100, 2), lambda x: 1.01 * x),
+    "the order of the keys: head.weight is in the place of the base's ln_out": lambda s: exchanged(s, *LAST),
     "ln_out.weight: float32, and the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
 }
 

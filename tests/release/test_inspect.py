@@ -47,14 +47,8 @@ def test_a_model_is_the_same_in_every_format(folder, capsys):
 
 def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
     out = inspect(capsys, folder / "bone.safetensors")
-    for words in (
-        "written by rwkv_peft",
-        "Bone bone, rank 8",
-        "1: att.key",
-        "1 tensor of the base\n",
-        "bf16, --quant none",
-    ):
-        assert words in out
+    told = ("written by rwkv_peft", "Bone bone, rank 8", "1: att.key", "1 tensor of the base\n", "bf16, --quant none")
+    assert all(words in out for words in told)
     assert base_of(torch.load(folder / "base.pth")).fingerprint in out
     convert(folder, "bone.safetensors", "flat.pth")
     assert "adapter, written by RWKV-PEFT" in inspect(capsys, folder / "flat.pth")
@@ -122,9 +116,8 @@ def test_the_change_of_an_adapter_and_of_its_merged_model_is_told(folder, capsys
     row = next(line.split() for line in out.splitlines() if line.startswith("    1 "))
     assert row[1] == "-" and float(row[2]) == pytest.approx(expected, rel=0.01)  # of ln1, which stayed, and att.key
     assert picture.read_bytes().startswith(b"\x89PNG")
-    main(
-        ["merge", "--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(folder / "merged.pth")]
-    )
+    words = ["--base_model", base, "--bone_checkpoint", adapter, "--output", folder / "merged.pth"]
+    main(["merge", *map(str, words)])
     out = inspect(capsys, folder / "merged.pth", "--base_model", base)
     assert float(out.splitlines()[-1].split()[1]) == pytest.approx(expected, rel=0.01) and "ln1" not in out
     assert "none: it is the base" in inspect(capsys, base, "--base_model", base)

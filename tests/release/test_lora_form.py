@@ -65,9 +65,8 @@ def test_the_lora_of_a_method_is_its_change(method, tiny_state):
         assert far(changes(form.adapter, base), changes(adapter, base)) < 1e-5
         return
     assert form.adapter.metadata.rank == 2 * RANK
-    assert far(changes(form.adapter, base), changes(adapter, base)) == pytest.approx(
-        max(form.errors.values()), rel=1e-3
-    )
+    worst = max(form.errors.values())
+    assert far(changes(form.adapter, base), changes(adapter, base)) == pytest.approx(worst, rel=1e-3)
     whole = as_lora(adapter, base, rank=64)
     assert far(changes(whole.adapter, base), changes(adapter, base)) < 1e-4
 
@@ -102,9 +101,8 @@ def test_what_a_training_in_bfloat16_rounded_is_told(name, tiny_state, tmp_path,
         adapter = Adapter(random.tensors, replace(random.metadata, precision=precision))
         save_adapter(source, *adapter)
         form = as_lora(adapter, base.tensors)
-        merged, plain = (
-            merged_tensors(base, [("", one)], MergeOptions(dtype=torch.float32)) for one in (adapter, form.adapter)
-        )
+        exact = MergeOptions(dtype=torch.float32)
+        merged, plain = (merged_tensors(base, [("", one)], exact) for one in (adapter, form.adapter))
         keys = [f"{module}.weight" for module in LAYERS]
         errors = [float((merged[key] - plain[key]).norm() / (merged[key] - state[key].float()).norm()) for key in keys]
         assert list(form.rounding.values()) == pytest.approx(errors, rel=1e-2) if rounds else not form.rounding
@@ -203,11 +201,8 @@ def test_a_gguf_names_layers_as_llama_cpp_does(files):
     convert(folder, "bone.safetensors", "lora.gguf")
     reader = gguf.GGUFReader(folder / "lora.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    assert set(tensors) == {
-        f"blk.{layer}.weight.lora_{part}"
-        for layer in ("0.channel_mix_key", "1.channel_mix_value", "1.time_mix_key")
-        for part in "ab"
-    }
+    layers = ("0.channel_mix_key", "1.channel_mix_value", "1.time_mix_key")
+    assert set(tensors) == {f"blk.{layer}.weight.lora_{part}" for layer in layers for part in "ab"}
     bone = read_adapter(folder / "bone.safetensors").tensors["blocks.0.ffn.key.bone"]
     assert torch.equal(torch.from_numpy(tensors["blk.0.channel_mix_key.weight.lora_b"].data.copy()), bone.t())
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -265,10 +260,7 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (
-            ("bone.safetensors", "x", "--to", "lora"),
-            "Bone bone as LoRA depends on the layers' weights; give --base_model",
-        ),
+        (("bone.safetensors", "x", "--to", "lora"), "bone as LoRA depends on the layers' weights; give --base_model"),
         (("bone.safetensors", "x.st", "--to", "lora", "--base_model", "base.pth"), "LoRA goes into a folder"),
         (("base.pth", "x", "--to", "lora"), "base.pth holds no adapter"),
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "4"), "which is exact"),

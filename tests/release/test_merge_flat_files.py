@@ -65,9 +65,7 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     for flags in ((), ("--lora_alpha", "8")):
         with pytest.raises(UserError, match="p.pth has .*init_p.pth beside it, .*PiSSA.*that file as --lora_init"):
             run(folder, *flags, adapter="p.pth")
-    with pytest.raises(
-        UserError, match="init_p.pth holds the initial factors of a PiSSA, and no adapter; give it as --lora_i"
-    ):
+    with pytest.raises(UserError, match="init_p.pth holds the initial factors of a PiSSA, and no adapter; give it "):
         run(folder, adapter="init_p.pth")
     initial = load_flat(folder / "init_p.pth")
     assert all(key.startswith("model.blocks.") for key in initial)  # as RWKV-PEFT writes it since 2025-02

@@ -45,9 +45,7 @@ def test_unmerge_refuses_the_base_itself_and_says_what_it_cannot_tell(folder, ca
 
 def test_an_adapter_that_is_given_as_the_base_is_told(folder):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
-    with pytest.raises(
-        UserError, match="a.safetensors is an adapter, not a base model; give it as --adapter of generate"
-    ):
+    with pytest.raises(UserError, match="a.safetensors is an adapter, not a base model; give it as --adapter of"):
         train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 
@@ -101,9 +99,7 @@ def test_a_result_that_is_not_finite_is_refused(folder):
         run(folder, "--output_dtype", "fp16")
     assert not (folder / "merged.pth").exists()
     with pytest.raises(ValueError, match="NaN"):
-        save_adapter(
-            folder / "a.safetensors", {key: tensor * float("inf") for key, tensor in tensors.items()}, metadata
-        )
+        save_adapter(folder / "a.safetensors", {key: x * float("inf") for key, x in tensors.items()}, metadata)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +126,7 @@ def test_a_value_of_the_base_beyond_the_output_dtype_names_another(folder, tiny_
     save_adapter(folder / "a.safetensors", *adapter_of("bone", base))
     base["head.weight"][0, 0] = 1e6
     save_model(folder / "base.pth", base)
-    with pytest.raises(
-        UserError, match="head.weight .*base's own values are too large for float16; give --output_dtype bf16"
-    ):
+    with pytest.raises(UserError, match="head.weight .*base's own values are too large for float16; give --output_"):
         run(folder, "--any_base", "--output_dtype", "fp16")
 
 

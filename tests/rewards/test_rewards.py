@@ -130,6 +130,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
     "code, completions, message",
     [
         (RAISES, ["a", "b", "", "c"], r"answer 3 of 4 \('question 3'\): it raised ZeroDivisionError.*mine\.py, line 2"),
+        (RAISES, ["a", "b", "c", ""], r"answer 4 of 4 \('question 4'\): it raised ZeroDivisionError"),
         ("def f(completions): return [0, float('nan')]", "ab", r"answer 2 of 2 .* it returned nan; return a finite"),
         ("def f(completions): return [float('inf'), 0]", "ab", r"answer 1 of 2 .* it returned inf; return a finite"),
         ("def f(completions): return [10 ** 400]", "a", r"answer 1 of 1 .* return a finite number"),
@@ -138,11 +139,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
         ("def f(completions): return [1]", "ab", r"answers 1 to 2 of 2 .*returned 1 values for 2 completions; return"),
         ("def f(completions): return 1", "a", r"it returned int; return a list with a number for each"),
         ("def f(completions): pass", "a", r"it returned NoneType; return a list"),
-        (
-            "import sys\ndef f(completions): sys.exit(1)",
-            "a",
-            r"answer 1 of 1 .* it raised SystemExit: 1 .*line 2\); mend",
-        ),
+        ("import sys\ndef f(completions): sys.exit(1)", "a", r"answer 1 of 1 .* it raised SystemExit: 1 .*line 2\)"),
         ("import os\ndef f(completions): os._exit(3)", "ab", r"answers 1 to 2 of 2 .* ended with exit code 3; mend"),
         ("import os\ndef f(completions): os.kill(os.getpid(), 9)", "a", r"was killed, as the system does when memory"),
         ("import os\ndef f(completions): os.kill(os.getpid(), 11)", "a", r"ended by SIGSEGV; mend the reward"),
@@ -154,11 +151,6 @@ def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, compl
     with pytest.raises(UserError, match=message) as error:
         judge([word], list(completions), timeout=1 if "sleep" in code else 60)
     assert str(error.value).startswith(f"--reward {word}: ")
-
-
-def test_a_failure_in_another_process_names_its_answer(reward):
-    with pytest.raises(UserError, match=r"answer 4 of 4 \('question 4'\): it raised ZeroDivisionError"):
-        judge([reward(RAISES)], ["a", "b", "c", ""])
 
 
 def test_an_expression_that_never_ends_is_ended(monkeypatch):
@@ -234,10 +226,7 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "code, message",
     [
-        (
-            "def f(completions, gold): pass",
-            "row 1: the function takes gold, and the row has the fields question, answer",
-        ),
+        ("def f(completions, gold): pass", "row 1: the function takes gold, and the row has the fields question"),
         ("def f(completions, extra): pass", "row 1002: the function takes extra, .*; add the field, or give"),
     ],
 )

@@ -10,12 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def script(variables, *flags, root=ROOT):
     environment = {key: value for key, value in os.environ.items() if key not in ("BASE_MODEL", "DATA_PATH")}
-    return subprocess.run(
-        ["sh", str(root / "scripts" / "bone_llama.sh"), *flags],
-        env=environment | variables,
-        text=True,
-        capture_output=True,
-    )
+    command = ["sh", str(root / "scripts" / "bone_llama.sh"), *flags]
+    return subprocess.run(command, env=environment | variables, text=True, capture_output=True)
 
 
 def test_it_runs_on_what_it_makes_itself(tmp_path, warm_environment):

@@ -16,15 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(variables, *flags, root=ROOT, generation=6):
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")
-    }
-    return subprocess.run(
-        ["sh", str(root / "scripts" / f"bone_rwkv{generation}.sh"), *flags],
-        env=environment | variables,
-        text=True,
-        capture_output=True,
-    )
+    given = ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in given} | variables
+    command = ["sh", str(root / "scripts" / f"bone_rwkv{generation}.sh"), *flags]
+    return subprocess.run(command, env=environment, text=True, capture_output=True)
 
 
 def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator, warm_environment):
@@ -32,20 +27,13 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator, warm_environm
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [f"line {i}: " + "to be or not to be " * 3 for i in range(20)]
     (tmp_path / "data.csv").write_text("\n".join(["text", *rows]))
+    paths = {"LOAD_MODEL": tmp_path / "base.pth", "DATA_FILE": tmp_path / "data.csv", "PROJ_DIR": tmp_path / "out"}
+    settings = {"TOKENIZER": "bytes", "BONE_R": "32", "PRECISION": "fp32", "ACCELERATOR": accelerator}
     (tmp_path / "out").mkdir()
     for ending, old in ((".bin", ""), (".idx", ""), (".json", '{"vocabulary": {}}')):  # by another tokenizer
         (tmp_path / "out" / f"data{ending}").write_text(old)
     done = script(
-        warm_environment
-        | {
-            "LOAD_MODEL": str(tmp_path / "base.pth"),
-            "DATA_FILE": str(tmp_path / "data.csv"),
-            "PROJ_DIR": str(tmp_path / "out"),
-            "TOKENIZER": "bytes",
-            "BONE_R": "32",
-            "PRECISION": "fp32",
-            "ACCELERATOR": accelerator,
-        },
+        warm_environment | {name: str(path) for name, path in paths.items()} | settings,
         *"--ctx_len 32 --micro_bsz 4 --epoch_steps 5 --lr_init 1e-2".split(),
         generation=7,
     )
@@ -92,11 +80,19 @@ def test_a_flag_without_its_path_is_told(flag):
     assert done.returncode == 1 and f"{flag}: one path is due" in done.stderr and "==" not in done.stdout
 
 
-def copy_scripts(root):
-    """The scripts of the main job in root/scripts, without setup.sh."""
-    (root / "scripts").mkdir()
+WORDS = (
+    'say() { echo "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; quoted() { echo "$1"; }; activate() { echo .; }'
+)
+
+
+def stand_in_for(root, python):
+    """The scripts of the main job in root/scripts, with a setup.sh of words alone and this text as their python."""
+    (root / "scripts").mkdir(exist_ok=True)
     for name in ("bone.sh", "bone_rwkv6.sh", "bone_rwkv7.sh"):
         shutil.copy(ROOT / "scripts" / name, root / "scripts")
+    (root / "scripts" / "setup.sh").write_text(f"root={root} python={root / 'python'}\n{WORDS}\n")
+    (root / "python").write_text("#!/bin/sh\n" + python)
+    (root / "python").chmod(0o755)
 
 
 def in_a_fresh_shell(lines, folder, typed=""):
@@ -105,34 +101,23 @@ def in_a_fresh_shell(lines, folder, typed=""):
     return subprocess.run(shell, cwd=folder, env={"PATH": os.defpath}, input=typed, text=True, capture_output=True)
 
 
-STAND_IN = """#!/bin/sh
-case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
+STAND_IN = """case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
 case "$2" in rwkv_peft.files.best) echo OUT/adapter-best.safetensors ;; esac
 case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
 """
-WORDS = (
-    'say() { echo "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; quoted() { echo "$1"; }; activate() { echo .; }'
-)
 
 
 @pytest.fixture
 def stand_in(tmp_path):
     """Scripts in a folder of their own, with a python that only records the package's commands in told;
     stand_in(variables, *flags, opening=) runs one of them on a model and data."""
-    copy_scripts(tmp_path)
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={tmp_path / 'python'}\n{WORDS}\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "base.pth").touch()
 
     def run(data, *flags, opening=""):
-        (tmp_path / "python").write_text(STAND_IN.replace("OPENING", opening).replace("OUT", str(tmp_path / "out")))
-        (tmp_path / "python").chmod(0o755)
-        variables = {
-            "LOAD_MODEL": str(tmp_path / "base.pth"),
-            "DATA_FILE": str(data),
-            "PROJ_DIR": str(tmp_path / "out"),
-        }
-        return script(variables, *flags, root=tmp_path)
+        stand_in_for(tmp_path, STAND_IN.replace("OPENING", opening).replace("OUT", str(tmp_path / "out")))
+        paths = {"LOAD_MODEL": tmp_path / "base.pth", "DATA_FILE": data, "PROJ_DIR": tmp_path / "out"}
+        return script({name: str(path) for name, path in paths.items()}, *flags, root=tmp_path)
 
     return run
 
@@ -198,10 +183,8 @@ def test_half_of_a_users_input_is_refused(tmp_path):
 
 
 def test_a_failing_step_ends_the_script(tmp_path, warm_environment):
-    done = script(
-        warm_environment
-        | {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
-    )
+    paths = {"LOAD_MODEL": tmp_path / "base.pth", "DATA_FILE": tmp_path / "data", "PROJ_DIR": tmp_path}
+    done = script(warm_environment | {name: str(path) for name, path in paths.items()})
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
 
 
@@ -245,16 +228,12 @@ def test_help_is_the_scripts_own(generation):
 )
 def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     torch.save(tiny_state(), tmp_path / "base.pth")
-    copy_scripts(tmp_path)
-    stand_in = tmp_path / "python"
     product = "rwkv.pth" if expected["method"] == "none" else "adapter.safetensors"
-    stand_in.write_text(
-        f'#!/bin/sh\ncase "$*" in *train.py*) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; '
-        f'*files.best*) echo "{product}" ;; esac\n'
+    stand_in_for(
+        tmp_path,
+        'case "$*" in *train.py*) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; '
+        f'*files.best*) echo "{product}" ;; esac\n',
     )
-    stand_in.chmod(0o755)
-    words = 'say() { echo "$*"; }; quoted() { echo "$1"; }; activate() { echo .; }'
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n{words}\n")
     base, out = str(tmp_path / "base.pth"), str(tmp_path / "out")
     variables = {"LOAD_MODEL": base, "DATA_FILE": "data", "PROJ_DIR": out, "BONE_R": "32"}
     done = script(variables, *flags.split(), root=tmp_path)
@@ -267,13 +246,8 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
 @pytest.mark.parametrize("generation, folder", [(6, "demo"), (7, "demo-rwkv7")])
 @pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"], ["--resume=auto"]])
 def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags, generation, folder):
-    copy_scripts(tmp_path)
-    python = tmp_path / "python"  # it finds the flags right, and ends the script at the first step
-    python.write_text(
-        '#!/bin/sh\ncase "$*" in *--check_flags*) echo "$@" > "$(dirname "$0")/told"; exit 0 ;; esac\nexit 1\n'
-    )
-    python.chmod(0o755)
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={python}\n")
+    # it finds the flags right, and ends the script at the first step
+    stand_in_for(tmp_path, 'case "$*" in *--check_flags*) echo "$@" > "$(dirname "$0")/told"; exit 0 ;; esac\nexit 1\n')
     checkpoint = tmp_path / "out" / folder / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     assert script({}, *flags, root=tmp_path, generation=generation).returncode == 1

@@ -50,14 +50,9 @@ def add_python(folder, name, **answers):
 
 def start(machine, **environment):
     """Start a setup in a session of its own."""
-    return subprocess.Popen(
-        [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")],
-        env={"PATH": str(machine / "bin"), "HOME": str(machine), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")]
+    how = dict(env={"PATH": str(machine / "bin"), "HOME": str(machine), **environment}, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
 def setup(machine, **environment):
@@ -176,22 +171,8 @@ def test_a_setup_that_may_go_on_is_waited_for_and_told(machine, owner):
     assert process.returncode == 0 and len(installs(machine / "repo/.venv")) == 1
 
 
-def test_a_setup_that_was_killed_holds_up_no_other(machine):
-    add_python(machine / "bin", "python3", pause='{ [ ! -e "$HOME/long" ] || sleep 60; }')
-    setup(machine)
-    (machine / "repo/requirements.txt").write_text("second\n")
-    (machine / "long").touch()
-    process = start(machine)
-    assert "installing" in process.stdout.readline()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert locks(machine)
-    (machine / "long").unlink()
-    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 2 and not locks(machine)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_setup_that_is_interrupted_holds_up_no_other(machine, number):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_setup_that_was_ended_holds_up_no_other(machine, number):
     add_python(machine / "bin", "python3", pause='{ [ ! -e "$HOME/long" ] || sleep 60; }')
     setup(machine)
     (machine / "repo/requirements.txt").write_text("second\n")
@@ -200,9 +181,9 @@ def test_a_setup_that_is_interrupted_holds_up_no_other(machine, number):
     assert "installing" in process.stdout.readline()
     os.killpg(process.pid, number)
     process.communicate(timeout=60)
-    assert process.returncode != 0 and not locks(machine)
+    assert process.returncode != 0 and bool(locks(machine)) == (number == signal.SIGKILL)
     (machine / "long").unlink()
-    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 2
+    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 2 and not locks(machine)
 
 
 def test_changed_requirements_are_installed_again(machine):
@@ -229,22 +210,18 @@ def test_another_python_in_path_stands_in_for_an_old_or_crippled_one(machine):
     assert done.returncode == 0 and "Python 3.10.4" in done.stdout
 
 
-def test_an_old_python_alone_is_named_with_the_remedy(machine):
-    add_python(machine / "bin", "python3", version="3.9.2", unsupported=1)
-    done = setup(machine)
-    assert done.returncode == 1 and "3.9.2" in done.stderr and "apt install" in done.stderr
-
-
-def test_a_missing_venv_module_is_named_with_the_remedy(machine):
-    add_python(machine / "bin", "python3", no_venv=1)
-    done = setup(machine)
-    assert done.returncode == 1 and "python3-venv" in done.stderr
-
-
-def test_an_active_environment_with_an_old_python_is_refused(machine):
-    add_python(machine / "mine/bin", "python", version="3.9.2", unsupported=1)
-    done = setup(machine, VIRTUAL_ENV=str(machine / "mine"))
-    assert done.returncode == 1 and "3.9.2" in done.stderr and "deactivate" in done.stderr
+@pytest.mark.parametrize(
+    "place, answers, words",
+    [
+        ("bin/python3", {"version": "3.9.2", "unsupported": 1}, ("3.9.2", "apt install")),
+        ("bin/python3", {"no_venv": 1}, ("python3-venv",)),
+        ("mine/bin/python", {"version": "3.9.2", "unsupported": 1}, ("3.9.2", "deactivate")),
+    ],
+)
+def test_a_python_that_does_not_serve_is_named_with_the_remedy(machine, place, answers, words):
+    add_python((machine / place).parent, (machine / place).name, **answers)
+    done = setup(machine, **({"VIRTUAL_ENV": str(machine / "mine")} if "mine" in place else {}))
+    assert done.returncode == 1 and all(word in done.stderr for word in words)
 
 
 def test_a_failed_install_is_an_error_and_tried_again(machine):

@@ -19,16 +19,19 @@ def write_files(folder, state):
     return folder
 
 
+@pytest.fixture
+def small_files(tmp_path, tiny_state):
+    return write_files(tmp_path, tiny_state())
+
+
 def flags(files, *more):
-    paths = [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "data"),
-        "--proj_dir",
-        str(files / "out"),
-    ]
-    return [*paths, *"--ctx_len 16 --bone_r 16 --accelerator cpu --precision fp32".split(), *more]
+    return without_rank(files, "--bone_r", "16", *more)
+
+
+def without_rank(files, *more):
+    """The flags of a small run that tell no --bone_r."""
+    paths = f"--load_model {files}/base.pth --data_file {files}/data --proj_dir {files}/out".split()
+    return [*paths, *"--ctx_len 16 --accelerator cpu --precision fp32".split(), *more]
 
 
 def refused(monkeypatch, capsys, argv, code=2):

@@ -12,21 +12,12 @@ from rwkv_peft.training.flags.parser import flag_of
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import FREE, disagreement, passport
 
-CONFIG = RunConfig(
-    RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96),
-    AdapterConfig(),
-    DataConfig("data"),
-    TrainConfig(),
-    DPO(),
-)
+MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)
+CONFIG = RunConfig(MODEL, AdapterConfig(), DataConfig("data"), TrainConfig(), DPO())
 DATA = {"content": "0123", "counted": "89", "files": "ab", "samples": 40}
 IDENTITY = {"base": "abc", "data": DATA}
-SETTINGS = [
-    (part, field)
-    for part in ("adapter", "data", "train", "objective")
-    for field in fields(getattr(CONFIG, part))
-    if field.init
-]
+PARTS = ("adapter", "data", "train", "objective")
+SETTINGS = [(part, field) for part in PARTS for field in fields(getattr(CONFIG, part)) if field.init]
 
 
 def compare(config, identity=IDENTITY, **others):

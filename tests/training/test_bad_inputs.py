@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from rwkv_peft.data.shard_writer import ShardWriter
-from training.command_lines import flags, refused, write_files
+from training.command_lines import flags, refused, small_files
 
-
-@pytest.fixture
-def files(tmp_path, tiny_state):
-    return write_files(tmp_path, tiny_state())
+files = small_files
 
 
 def damaged_base(path, kind, tiny_state):
@@ -39,10 +36,8 @@ def damaged_base(path, kind, tiny_state):
         torch.save(state, path)
     elif kind == "rwkv7":
         state = {key: value for key, value in tiny_state().items() if "time_" not in key}
-        state |= {
-            f"blocks.{i}.att.{name}": torch.ones(1, 1, 64) for i in range(2) for name in ("x_r", "w0", "a0", "r_k")
-        }
-        torch.save(state, path)
+        names = [f"blocks.{i}.att.{name}" for i in range(2) for name in ("x_r", "w0", "a0", "r_k")]
+        torch.save(state | {name: torch.ones(1, 1, 64) for name in names}, path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "code", "rwkv5", "rwkv7", "states"])

@@ -85,23 +85,6 @@ def test_what_is_merged_answers_as_base_and_adapter_do(bases, adapters, tmp_path
     assert [answers(tmp_path, *taken, "--prompt", prompt)[0] for prompt in PROMPTS] == alone
 
 
-def test_what_is_merged_is_taken_apart_again(bases, adapters, tmp_path):
-    merged, apart = tmp_path / "merged.pth", tmp_path / "unmerged.pth"
-    adapter = ["--bone_checkpoint", str(adapters["x070b"])]
-    assert merge(["--base_model", str(bases["x070b"]), *adapter, "--output", str(merged)]) == 0
-    assert merge(["--unmerge", "--base_model", str(merged), *adapter, "--output", str(apart)]) == 0
-    before, after = open_base(bases["x070b"]).tensors, open_base(apart).tensors
-    assert all(tensor.allclose(after[key], atol=1e-5) for key, tensor in before.items())
-
-
-@pytest.mark.parametrize("name", ["model.st", "model.gguf", "folder"])
-def test_formats_without_a_form_for_it_say_so(bases, tmp_path, name):
-    vocabulary = () if name == "model.st" else ("--tokenizer", "bytes")
-    with pytest.raises(UserError, match="RWKV-7a has no form as .* here; take a .pth"):
-        commands.main(["convert", str(bases["x070a"]), str(tmp_path / name), *vocabulary])
-    assert not (tmp_path / name).exists()
-
-
 @pytest.mark.parametrize("flags", ["--train_type infctx", "--context_parallel 2 --devices 2"])
 def test_what_hands_on_states_of_one_size_is_refused(files, bases, flags):
     argv = ["--load_model", str(bases["x070b"]), "--data_file", str(files / "data"), "--proj_dir", "out"]

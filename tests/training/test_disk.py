@@ -8,7 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.atomic import CannotWrite
+from rwkv_peft.training.saving import saver
+from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refusals
 from training.held import held
 from training.runs import finish, start, wait_for_steps
 
@@ -26,38 +30,37 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, c
     assert (files / "no-picture" / "loss.png").stat().st_size
 
 
+@pytest.fixture
+def saves(tmp_path):
+    """The Saver of a run that has saved after four steps."""
+    earlier = tmp_path / "checkpoints" / "step-00000004"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text('{"samples_seen": 4}')
+    return saver.Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
+
+
+REFUSED = r"refused the data .is it full.*adapter.safetensors; the last checkpoint is .*step-00000004"
+FAULT = "[gloo/transport/tcp/pair.cc] Connection closed by peer"
+
+
 @pytest.mark.parametrize(
     "reason, kind, words",
-    [
-        (
-            "unexpected pos 348864 vs 348752",
-            UserError,
-            r"refused the data .is it full.*adapter.safetensors; the last checkpoint is .*step-00000004",
-        ),
-        ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
-    ],
+    [("unexpected pos 348864 vs 348752", UserError, REFUSED), (FAULT, RuntimeError, "closed by peer")],
 )
 def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(
-    tmp_path, monkeypatch, reason, kind, words
+    tmp_path, monkeypatch, saves, reason, kind, words
 ):
-    from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.training.saving import saver
-    from rwkv_peft.training.saving.checkpoints import list_checkpoints
-
     def refuse(*args, **settings):
         raise RuntimeError(reason)
 
     monkeypatch.setattr(saver, "write_pieces", refuse)
     monkeypatch.setattr(saver, "steps_taken", lambda optimizer: 8)
-    earlier = tmp_path / "checkpoints" / "step-00000004"
-    earlier.mkdir(parents=True)
-    (earlier / "state.json").write_text('{"samples_seen": 4}')
     trainer = SimpleNamespace(is_global_zero=True, global_rank=0, optimizers=[SimpleNamespace(optimizer=None)])
     trainer.strategy = SimpleNamespace(barrier=lambda: None)
-    saves = saver.Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     with pytest.raises(kind, match=words):
         saves.save_checkpoint(trainer, SimpleNamespace(model=torch.nn.Linear(2, 2)), 8)
-    assert list_checkpoints(tmp_path) == [earlier]
+    (earlier,) = list_checkpoints(tmp_path)
+    assert earlier.name == "step-00000004"
     if kind is UserError:
         assert os.listdir(earlier.parent) == [earlier.name]
 
@@ -119,12 +122,9 @@ def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised
     run = files / name
     assert f"the disk is full; free some space or choose another disk; the trained tensors are in {run}" in err
     assert "nothing was changed" not in err and err.count("\n") == 1
-    left = (
-        "no checkpoint had been saved yet" if step == 4 else f"the last checkpoint is {run}/checkpoints/step-00000004"
-    )
-    assert left in err
-    hidden = sorted(path.name for path in run.rglob(".*"))
-    assert hidden == []
+    last = f"the last checkpoint is {run}/checkpoints/step-00000004"
+    assert ("no checkpoint had been saved yet" if step == 4 else last) in err
+    assert not list(run.rglob(".*"))
     trained = (run / "adapter.safetensors").read_bytes()
     if step == 4:
         _, err = finish(start([*argv, "--resume", "auto"]), 2)
@@ -132,24 +132,15 @@ def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised
     assert (run / "adapter.safetensors").read_bytes() == trained
 
 
-def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, monkeypatch):
-    from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.files.atomic import CannotWrite
-    from rwkv_peft.training.saving.checkpoints import telling_refusals
-    from rwkv_peft.training.saving.saver import Saver
-
+def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, saves, monkeypatch):
     def refuse(tensors, labels):
         raise CannotWrite("cannot write adapter.safetensors: the disk is full; nothing was changed there")
 
-    earlier = tmp_path / "checkpoints" / "step-00000004"
-    earlier.mkdir(parents=True)
-    (earlier / "state.json").write_text('{"samples_seen": 4}')
-    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
-    monkeypatch.setattr(saver.products, "write", refuse)
-    monkeypatch.setattr(saver, "trained", lambda trainer, lit: {})
+    monkeypatch.setattr(saves.products, "write", refuse)
+    monkeypatch.setattr(saves, "trained", lambda trainer, lit: {})
     words = "the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
     with pytest.raises(UserError, match=words), telling_refusals(tmp_path):
-        saver.save_tensors(SimpleNamespace(is_global_zero=True), None, [""])
+        saves.save_tensors(SimpleNamespace(is_global_zero=True), None, [""])
 
 
 def test_names_that_lead_nowhere_are_told_or_made(files, command):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from families import DISTINCT
-from objectives.test_losses import ADAPTERS, make, shaken
+from families import DISTINCT, shake
+from objectives.test_losses import ADAPTERS, make
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.objectives.distill import Distill
@@ -43,7 +43,7 @@ def gap(model, answers, *more):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_drawing_and_learning_agree(family, adapter):
-    model = shaken(make(family, ADAPTERS[adapter], dtype=torch.float32))
+    model = shake(make(family, ADAPTERS[adapter], dtype=torch.float32))
     answers = drawn(model)
     assert gap(model, answers) < 1e-5 and gap(model, answers, forked) < 1e-5
     assert any(parameter.grad is not None for parameter in model.parameters())
@@ -53,7 +53,7 @@ def test_drawing_and_learning_agree(family, adapter):
 def test_draws_begin_from_tuned_states(family):
     model = make(family, dtype=torch.float32)
     model.tune_states()
-    before = drawn(shaken(model))
+    before = drawn(shake(model))
     assert gap(model, before) < 1e-5 and gap(model, before, forked) < 1e-5
     with torch.no_grad():
         for block in model.blocks:
@@ -64,7 +64,7 @@ def test_draws_begin_from_tuned_states(family):
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_teacher_scores_each_drawn_token_alike(family):
     """The loss is the mean over the step's tokens, each with the whole prompt before it, however prompts are laid."""
-    model, teacher = (shaken(make(family, width=width)) for width in (16, 24))
+    model, teacher = (shake(make(family, width=width)) for width in (16, 24))
     rows = drawn(model)
     sizes = [len(answer.tokens) for answer in rows]
     total = 2 * sum(sizes)  # as if another micro batch drew as much

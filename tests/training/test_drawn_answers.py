@@ -161,16 +161,13 @@ def test_rewards_without_spread_are_told_once(folder, train):
 
 
 def test_a_reward_that_fails_names_the_answer_and_leaves_what_was_saved(folder, train):
-    _, err = train("failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, "--data_shuffle", 0, code=2)
+    run = ("failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, "--data_shuffle", 0)
+    _, err = train(*run, code=2)
     assert "rewards.py:fails: answer" in err and "'User: 7?" in err and "ZeroDivisionError" in err
-    assert (
-        max((folder / "failing" / CHECKPOINTS).iterdir()).name == "step-00000003"
-        and len(answers(folder, "failing")) == 24
-    )
+    assert max((folder / "failing" / CHECKPOINTS).iterdir()).name == "step-00000003"
+    assert len(answers(folder, "failing")) == 24
     (folder / "rewards.py").write_text(REWARDS.replace('"7"', '"none"'))
-    out, _ = train(
-        "failing", "rewards.py:fails", "--epoch_steps", 6, "--save_every", 1, "--data_shuffle", 0, "--resume"
-    )
+    out, _ = train(*run, "--resume")
     assert "resuming after step 3" in out and len(metrics(folder, "failing")) == 6
     assert [record["row"] for record in answers(folder, "failing")] == [row for row in range(12) for _ in range(4)]
 
@@ -207,19 +204,10 @@ def test_flags_that_do_not_go_together(more, words):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (
-            ["--distill_weight", "0.5"],
-            "--distill_weight 0.5 does not go with --data_type prompts: the student's own words",
-        ),
-        (
-            ["--strategy", "deepspeed_stage_3"],
-            "--data_type prompts does not go with --strategy deepspeed_stage_3: ranks",
-        ),
+        (["--distill_weight", "0.5"], "--distill_weight 0.5 does not go with --data_type prompts: the student's"),
+        (["--strategy", "deepspeed_stage_3"], "--data_type prompts does not go with --strategy deepspeed_stage_3"),
         (["--reward", "gsm8k"], "--reward gsm8k needs --objective grpo"),
-        (
-            ["--data_type", "sft", "--top_p", "0.9"],
-            "--top_p 0.9 does not go with --data_type sft: it is about drawn an",
-        ),
+        (["--data_type", "sft", "--top_p", "0.9"], "--top_p 0.9 does not go with --data_type sft: it is about drawn"),
     ],
 )
 def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
@@ -232,9 +220,10 @@ def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
 
 
 def test_flags_need_their_data():
-    with pytest.raises(UserError, match="--objective grpo needs --reward: that judges the answers; name a task"):
-        parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts"])
-    with pytest.raises(UserError, match="--num_generations 4 does not go with --data_type sft"):
-        parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--num_generations", "4"])
-    with pytest.raises(UserError, match="--reward gsm8k needs --objective grpo"):
-        parse_flags(["--load_model", "b.pth", "--data_file", "r", "--data_type", "sft", "--reward", "gsm8k"])
+    for more, words in (
+        ("prompts", "--objective grpo needs --reward: that judges the answers; name a task"),
+        ("sft --num_generations 4", "--num_generations 4 does not go with --data_type sft"),
+        ("sft --reward gsm8k", "--reward gsm8k needs --objective grpo"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_flags(f"--load_model b.pth --data_file r --data_type {more}".split())

@@ -2,20 +2,15 @@
 
 import pytest
 
-from training.command_lines import flags, refused, write_files
+from training.command_lines import flags, refused, small_files, without_rank
 
-
-@pytest.fixture
-def files(tmp_path, tiny_state):
-    return write_files(tmp_path, tiny_state())
+files = small_files
 
 
 def lora(files, method, settings, *more):
     """The flags of a method whose settings are a JSON value."""
     name = "pissa_config" if method == "pissa" else "lora_config"
-    argv = flags(files, "--peft", method, f"--{name}", settings, *more)
-    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    return argv
+    return without_rank(files, "--peft", method, f"--{name}", settings, *more)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +24,8 @@ def lora(files, method, settings, *more):
     ],
 )
 def test_flags_take_finite_numbers(files, monkeypatch, capsys, flag, value):
-    assert f"--{flag}: {value} is not a finite number" in refused(
-        monkeypatch, capsys, flags(files, f"--{flag}={value}")
-    )
+    argv = flags(files, f"--{flag}={value}")
+    assert f"--{flag}: {value} is not a finite number" in refused(monkeypatch, capsys, argv)
 
 
 @pytest.mark.parametrize(

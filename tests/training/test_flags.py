@@ -15,14 +15,11 @@ from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.flags.synonyms import VALUES
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.run import main
-from training.command_lines import flags, refused, write_files
+from training.command_lines import flags, refused, small_files, without_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def files(tmp_path, tiny_state):
-    return write_files(tmp_path, tiny_state())
+files = small_files
 
 
 def test_dimensions_are_read_from_the_base(files):
@@ -32,31 +29,23 @@ def test_dimensions_are_read_from_the_base(files):
 
 
 def test_the_json_form_means_the_same(files):
-    argv = flags(files)
-    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    config = parse_run(
-        argv + ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":16}']
-    ).config
+    settings = '{"bone_mode":"bat","bone_load":"","bone_r":16}'
+    config = parse_run(without_rank(files, "--peft", "bone", "--bone_config", settings)).config
     assert config.adapter == parse_run(flags(files, "--bone_mode", "bat-in")).config.adapter
 
 
 def test_json_and_single_flags_that_agree_go_together(files):
-    config = parse_run(
-        flags(
-            files,
-            *"--bone_mode bat-in --bone_load earlier.safetensors --bone_config".split(),
-            '{"bone_mode":"bat","bone_load":"","bone_r":16}',
-        )
-    ).config
+    more = (
+        *"--bone_mode bat-in --bone_load earlier.safetensors --bone_config".split(),
+        '{"bone_mode":"bat","bone_r":16}',
+    )
+    config = parse_run(flags(files, *more)).config
     assert (config.adapter.mode, config.adapter.load) == ("bat-in", "earlier.safetensors")
 
 
 def test_targets_need_an_adapter(files, monkeypatch, capsys):
-    argv = flags(files, "--peft", "none", "--target_modules", "att.key")
-    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    assert "--target_modules att.key does not go with --peft none: it names layers that get an adapter" in refused(
-        monkeypatch, capsys, argv
-    )
+    told = refused(monkeypatch, capsys, without_rank(files, "--peft", "none", "--target_modules", "att.key"))
+    assert "--target_modules att.key does not go with --peft none: it names layers that get an adapter" in told
 
 
 def test_rows_of_questions_and_answers_count_their_answers(files):
@@ -79,10 +68,7 @@ def test_rows_in_the_order_of_the_file(files):
         (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
         (["--op", "hip"], "other kernels, and the device chooses them here; give cuda or fla or triton"),
         (["--train_type", "lisa"], "--train_type: invalid choice: 'lisa'"),
-        (
-            ["--peft", "bone", "--train_type", "finetune"],
-            "--train_type finetune does not go with --peft bone: it trains the model itself; leave --peft out",
-        ),
+        (["--peft", "bone", "--train_type", "finetune"], "--peft bone: it trains the model itself; leave --peft out"),
         (["--dropout", "0.1"], "lora_dropout"),
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
         (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
@@ -155,9 +141,8 @@ def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
     adapter = parse_run(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).config.adapter
     assert (adapter.mode, adapter.rank, adapter.mini_rank) == ("bone-mini", 16, 4)
     assert "try --bone_mini_r 16" in refused(monkeypatch, capsys, flags(files, "--bone_mode", "bone-mini"))
-    assert "--bone_mini_r 4 needs --bone_mode bone-mini" in refused(
-        monkeypatch, capsys, flags(files, "--bone_mini_r", "4")
-    )
+    told = refused(monkeypatch, capsys, flags(files, "--bone_mini_r", "4"))
+    assert "--bone_mini_r 4 needs --bone_mode bone-mini" in told
 
 
 def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
@@ -203,18 +188,9 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
         (["--accelerator", "cpu", "--cuda_graphs", "1"], "--cuda_graphs 1 records launches on a GPU, and this"),
         (["--mask_id", "5"], "--mask_id 5 does not go with --loss_mask none: that mask reads no"),
-        (
-            ["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"],
-            "--mask_end_id 5 does not go with --loss_mask pad",
-        ),
-        (
-            ["--tokenizer", "bytes"],
-            "--tokenizer bytes does not go with --data_type binidx: its tokens are made already",
-        ),
-        (
-            ["--retain_data", "a.jsonl", "b.jsonl"],
-            "--retain_data takes one value, and a.jsonl b.jsonl follow it; `rwkv-",
-        ),
+        (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "5 does not go with --loss_mask pad"),
+        (["--tokenizer", "bytes"], "--tokenizer bytes does not go with --data_type binidx: its tokens are made "),
+        (["--retain_data", "a.jsonl", "b.jsonl"], "--retain_data takes one value, and a.jsonl b.jsonl follow it"),
         (["--retain_data", "a", "b"], "and a folder that holds files of rows is one input of --data_type sft"),
         (["--eval_data", "a", "b", "--ctx_len", "8"], "--eval_data takes one value, and a b follow it; write"),
         (["--ctx_len", "8", "16"], "--ctx_len takes one value, and 8 16 follow it; leave all but one out"),
@@ -234,14 +210,8 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
         parse_run(["--data_file", str(files / "data")])
     with pytest.raises(UserError, match="--n_embd"):
         parse_run(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80"])
-    small = parse_run(
-        [
-            "--data_file",
-            str(files / "data"),
-            *"--peft none --n_layer 2 --vocab_size 80 --n_embd 8 --head_size 8".split(),
-        ]
-    ).config
-    assert small.model.dim_ffn == 32
+    words = f"--data_file {files}/data --peft none --n_layer 2 --vocab_size 80 --n_embd 8 --head_size 8"
+    assert parse_run(words.split()).config.model.dim_ffn == 32
 
 
 def test_the_command_itself_shows_no_traceback(files):

@@ -24,10 +24,7 @@ def held_out(start, *losses, since=0):
         ((3.0, 1.0, 0.5, 0.3, 0.2), ""),
         ((3.0, 1.0, 0.5, 0.6, 0.62), ""),  # less than a twentieth of what it had gained
         ((3.0, 1.0, 0.5, 0.6, 0.7), "after step 20 the run learned its own rows by heart"),
-        (
-            (3.0, 1.0, 0.5, 0.6, 0.7),
-            f"take {BEST} of this folder. What ends sooner: --epoch_count 2, or --early_stop 2",
-        ),
+        ((3.0, 1.0, 0.5, 0.6, 0.7), f"take {BEST} of this folder. What ends sooner: --epoch_count 2, or --early_"),
         ((3.0, 3.0, 3.1, 3.2, 4.0), "known better before training (3.0000, and 3.0000 at best): this run learned"),
         ((0.02, 0.021, 0.03), "(0.0200, and 0.0210 at best): the base has learned such rows already"),
         ((3.0, 3.2, 3.1, 3.2, 4.0), "or the rate too high: try --lr_init 0.0002"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.documents import chat
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
@@ -25,10 +26,7 @@ from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
 DEMO = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels
-CHATS = [
-    {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(9)
-]
-TALK = [("user", "Hi"), ("assistant", "Yo."), ("user", "Bye"), ("assistant", "See you.")]
+CHATS = [chat(f"Say {n}", f"{n}!") for n in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def folder(tmp_path_factory, tiny_state):
     """Chats, as rows and as token files; the same as a stream in which every token counts; and a base."""
     folder = tmp_path_factory.mktemp("learning")
     write(folder / "chats.jsonl", CHATS)
-    write(folder / "talk.jsonl", [{"messages": [{"role": role, "content": text} for role, text in TALK]}])
+    write(folder / "talk.jsonl", [chat("Hi", "Yo.", "Bye", "See you.")])
     write(folder / "texts.jsonl", [{"text": f"Number {n} is here. " * 3} for n in range(9)])
     for name in ("chats", "talk", "texts"):
         preprocess([str(folder / f"{name}.jsonl"), "--tokenizer", "bytes", "--output", str(folder / name)])
@@ -112,10 +110,8 @@ def test_what_is_read_is_told_in_rows_and_passes(folder):
 
 def test_too_little_to_learn_from_is_told_with_its_flag(folder):
     few = doubts(config(folder, "chats", "--micro_bsz", "8"), Plan(8, 13, 39, 0, 0))
-    assert few == [
-        "39 steps are few to learn from: --epoch_count 4 has 50 or more, or a smaller --micro_bsz has more steps an "
-        "epoch"
-    ]
+    told = "39 steps are few to learn from: --epoch_count 4 has 50 or more, or a smaller --micro_bsz has more steps an"
+    assert few == [f"{told} epoch"]
     assert doubts(config(folder, "chats"), Plan(8, 13, 52, 0, 0)) == []
     (low,) = doubts(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
     assert low.startswith("a rate of 2e-05 is far below 0.00063") and low.endswith("--lr_init auto takes it")
@@ -136,11 +132,7 @@ def test_a_fall_of_the_loss_is_told_from_its_noise(seed):
 @pytest.mark.parametrize(
     "losses, changed, words",
     [
-        (
-            [2.0] * 60,
-            False,
-            "the loss did not fall by more than its noise (2.0000 to 2.0000) and the rows are answered",
-        ),
+        ([2.0] * 60, False, "loss did not fall by more than its noise (2.0000 to 2.0000) and the rows are answered"),
         ([2.0] * 60, None, "(2.0000 to 2.0000). A rate of 2e-05 is far below 0.00063"),
         ([2.0], False, "the rows are answered as before training. A rate of 2e-05 is far below"),
         ([2.0] * 60, True, ""),
@@ -207,9 +199,8 @@ def test_without_a_known_tokenizer_no_row_is_answered(folder):
     samples = build_samples(settings.data, 257)
     samples.vocabulary = None
     settings = replace(settings, model=SimpleNamespace(vocab_size=300))
-    assert find_rows(settings, samples, {})[1].startswith(
-        "no rows are answered before and after training: the model has"
-    )
+    told = find_rows(settings, samples, {})[1]
+    assert told.startswith("no rows are answered before and after training: the model has")
 
 
 @pytest.fixture(scope="module")

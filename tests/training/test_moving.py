@@ -61,9 +61,8 @@ def kept_steps(tmp_path, state, micro_bsz, ranks, **settings):
 def test_a_step_keeps_its_samples_on_other_ranks(tmp_path):
     eight = {"row_groups": 8, "step_samples": 32}
     passes, meant_for, notes = kept_steps(tmp_path, eight, 4, 4)
-    assert (passes, meant_for) == (2, 8) and notes == [
-        "note: --accumulate_grad_batches 2, so that a step on 4 ranks takes 32 samples, as before on 8"
-    ]
+    note = "note: --accumulate_grad_batches 2, so that a step on 4 ranks takes 32 samples, as before on 8"
+    assert (passes, meant_for, notes) == (2, 8, [note])
     assert kept_steps(tmp_path, eight, 4, 8, accumulate_grad_batches=3) == (3, 8, [])  # the flags decide
     assert kept_steps(tmp_path, eight, 4, 4, accumulate_grad_batches=5, fresh_optimizer=True) == (5, 4, [])
     assert kept_steps(tmp_path, {"world_size": 8}, 4, 4) == (1, 4, [])  # of 0.2.0

@@ -151,22 +151,16 @@ def test_schedule_free_measures_the_mean_of_the_points_that_steps_lead_to():
 
 def test_a_state_of_use_to_its_ranks_alone_is_refused_by_others(tmp_path):
     adapter = json.loads(to_json(AdapterConfig()))
-    now = {
-        "adapter": adapter,
-        "base": "",
-        "data": {"mix": []},
-        "objective": "next-token",
-        "teacher": "",
-        "precision": "bf16",
-    }
-    now |= {"strategy": "deepspeed_stage_1", "world_size": 2}
+    now = {"adapter": adapter, "base": "", "data": {"mix": []}, "objective": "next-token", "teacher": ""}
+    now |= {"precision": "bf16", "strategy": "deepspeed_stage_1", "world_size": 2}
+    own = {"retained": "", "samples_seen": 1, "trained": [], "validated_from": 0, "validation": ""}
     (tmp_path / "optimizer").mkdir()
     for optim, change, words in (
         ("adamw8bit", {"world_size": 1}, "has world_size 2, this command 1.*--fresh_optimizer"),
         ("muon", {"world_size": 1}, ""),
         ("muon", {"optim": "adamw"}, "has optim muon, this command adamw.*--fresh_optimizer"),
     ):
-        write_state(tmp_path / "state.json", now | {"optim": optim, "files": {}})
+        write_state(tmp_path / "state.json", now | own | {"optim": optim, "files": {}})
         with pytest.raises(UserError, match=words) if words else nullcontext():
             read_run_state(tmp_path, now | {"optim": optim} | change)
 

@@ -1,12 +1,13 @@
 """--data_type contexts by the command that a user types: the base, which reads the contexts, teaches what trains."""
 
+import copy
 import json
 import sys
 
 import pytest
 import torch
 
-from families import DISTINCT
+from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.batches import EvalBatches
@@ -76,35 +77,17 @@ def test_ranks_with_gathered_weights_compute_the_same(folder, train):
 @pytest.fixture
 def samples(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    data = DataConfig(
-        str(folder / "rows.jsonl"),
-        data_type="contexts",
-        tokenizer="bytes",
-        dataload="pack",
-        loss_mask="file",
-        ctx_len=64,
-        seed=None,
-    )
-    return build_samples(data, 257)
+    settings = dict(tokenizer="bytes", dataload="pack", loss_mask="file", ctx_len=64, seed=None)
+    return build_samples(DataConfig(str(folder / "rows.jsonl"), data_type="contexts", **settings), 257)
 
 
 def trained(family):
     """(a float64 model that trains an adapter and states, as after training, its base)."""
-    torch.manual_seed(0)
-    model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=257, head_size=8)).double()
-    base = family.build(model.config).double()
-    family.init_weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    base.load_state_dict(model.state_dict())
+    model = shaken(family, vocab_size=257).double()
+    base = copy.deepcopy(model)
     model.tune_states()
     inject(model, AdapterConfig(rank=8, train_parts=("state",)), family=family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model, base
+    return shake(model), base
 
 
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
@@ -160,19 +143,13 @@ def test_the_teachers_bounds_are_vouched_for(monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (
-            ("--peft", "none"),
-            r"\(--data_type contexts without --teacher_model\) does not go with a model that trains it",
-        ),
+        (("--peft", "none"), r"\(--data_type contexts without --teacher_model\) does not go with a model that trains"),
         (("--train_parts", "ln", "state"), "does not go with --train_parts ln state: its teacher is the base, which"),
         (("--bone_load", "x.safetensors"), r"does not go with an adapter to start from \(x.safetensors\): its teacher"),
         (("--dataload", "pad"), "--data_type contexts does not go with --dataload pad"),
         (("--loss_mask", "none"), "--data_type contexts does not go with --loss_mask none"),
         (("--teacher_state", "s.pth"), "--teacher_state s.pth needs --teacher_model: it belongs to that model"),
-        (
-            ("--objective", "next_token"),
-            "--objective next_token learns from --data_type binidx or sft, and the data is",
-        ),
+        (("--objective", "next_token"), "--objective next_token learns from --data_type binidx or sft, and the data "),
     ],
 )
 def test_what_does_not_go_with_contexts_is_refused(flags, message):

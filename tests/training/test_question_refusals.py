@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.local_tasks import write_tasks
+from evals.local_tasks import offline, write_tasks
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import vocabulary_of
@@ -39,14 +39,7 @@ def files(tmp_path_factory):
     ],
 )
 def test_tasks_that_cannot_serve_are_told_before_the_run_begins(files, monkeypatch, task, message):
-    from lm_eval.tasks import TaskManager
-
-    everything = TaskManager.__init__
-    monkeypatch.setattr(  # whose half a minute is not what is tested
-        TaskManager, "__init__", lambda self, **options: everything(self, **options | {"include_defaults": False})
-    )
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline(monkeypatch)
     words = ["--load_model", BASE, "--data_file", str(files / "data"), "--ctx_len", "64", "--accelerator", "cpu"]
     more = ["--proj_dir", str(files / "none"), "--lm_eval", task, "--lm_eval_include_path", str(files / "tasks")]
     with pytest.raises(UserError, match=message):

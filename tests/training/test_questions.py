@@ -68,25 +68,11 @@ def train(files):
     """(name of the run's folder, flags) -> train.py's stdout and stderr; with dropout."""
 
     def run(name, *more, code=0):
-        words = {
-            "--load_model": BASE,
-            "--data_file": files / "data",
-            "--proj_dir": files / name,
-            "--ctx_len": 64,
-            "--epoch_steps": 3,
-            "--epoch_count": 2,
-            "--peft": "lora",
-            "--lora_config": '{"lora_r":4,"lora_dropout":0.2}',
-            "--lr_init": "auto",
-            "--lr_schedule": "constant",
-            "--accelerator": "cpu",
-            "--devices": 1,
-            "--strategy": "deepspeed_stage_2",
-            "--precision": "fp32",
-            "--val_split": 0.1,
-        }
-        flags = [str(word) for pair in words.items() for word in pair]
-        return finish(start([sys.executable, str(ROOT / "train.py"), *flags, *more]), code)
+        flags = f"--load_model {BASE} --data_file {files}/data --proj_dir {files / name} --ctx_len 64 --epoch_steps 3"
+        flags += """ --epoch_count 2 --peft lora --lora_config {"lora_r":4,"lora_dropout":0.2} --lr_init auto
+            --lr_schedule constant --accelerator cpu --devices 1 --strategy deepspeed_stage_2 --precision fp32
+            --val_split 0.1"""
+        return finish(start([sys.executable, str(ROOT / "train.py"), *flags.split(), *more]), code)
 
     return run
 
@@ -244,13 +230,9 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     """Two ranks run in turn; a stand-in gathers the answers of both."""
     train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS), eval_max_tokens=2, eval_every=1)
     model, _ = load_model(BASE)
-    examiner = Examiner(
-        Exam(train, load_tokenizer("bytes")),
-        tmp_path / "answers.jsonl",
-        train,
-        Plan(step_samples=2, epoch_steps=9, total_steps=9, first_step=0, first_sample=0),
-        SimpleNamespace(moved=print),
-    )
+    plan = Plan(step_samples=2, epoch_steps=9, total_steps=9, first_step=0, first_sample=0)
+    exam = Exam(train, load_tokenizer("bytes"))
+    examiner = Examiner(exam, tmp_path / "answers.jsonl", train, plan, SimpleNamespace(moved=print))
     lit, asked = SimpleNamespace(model=model, step=7), {}
 
     def gather(parts, records):

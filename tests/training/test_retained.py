@@ -60,10 +60,8 @@ def test_first_it_is_the_bases_own_loss_and_last_that_of_what_is_saved(files, me
     flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--retain_data", kept]
     samples = find_samples(parse_run([*flags, "--bone_r", "16", "--ctx_len", "24"]).config)[1]["retain"]
     lines = metrics(files, "measured")
-    for adapters, found in (
-        ([], lines[0]["retain_start"]),
-        ([AdapterSource(files / "measured" / "adapter.safetensors")], lines[-1]["retain_loss"]),
-    ):
+    last = [AdapterSource(files / "measured" / "adapter.safetensors")]
+    for adapters, found in (([], lines[0]["retain_start"]), (last, lines[-1]["retain_loss"])):
         model, _ = load_model(files / "base.pth", adapters)
         total = 0.0
         for tokens, mask in (samples[n] for n in range(len(samples))):

@@ -175,15 +175,6 @@ def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
-def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
-    flags = (
-        f"--peft none --n_layer 2 --n_embd 64 --vocab_size 80 --precision fp32 --micro_bsz 4 --random_seed {2**63 - 1}"
-    )
-    train("new", "--load_model", "", *flags.split())
-    assert open_base(files / "new" / "rwkv.pth").tensors["emb.weight"].shape == (80, 64)
-    assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
-
-
 METHODS = {  # test_seeded_methods.py has vera and shira
     "bone-mini": "--bone_mode bone-mini --bone_r 8 --bone_mini_r 4",
     "bone-signed": "--bone_mode bone-signed --bone_r 16",
@@ -232,10 +223,11 @@ def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
     assert len(metrics(files, "early")) == 4
 
 
-def test_rows_of_questions_train_without_preprocessing(files, train):
+def test_rows_of_questions_train_a_new_model_without_preprocessing(files, train):
     rows = [{"query": f"{i} + 1?", "response": str(i + 1)} for i in range(40)]
     (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = "--peft none --n_layer 1 --n_embd 64 --vocab_size 257 --precision fp32 --micro_bsz 8".split()
-    flags += "--data_type sft --tokenizer bytes --sft_field query response".split()
+    flags += f"--data_type sft --tokenizer bytes --sft_field query response --random_seed {2**63 - 1}".split()
     train("scratch", "--load_model", "", *flags, "--data_file", str(files / "rows.jsonl"))
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]
+    assert open_base(files / "scratch" / "rwkv.pth").tensors["emb.weight"].shape == (257, 64)

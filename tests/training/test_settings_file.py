@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rwkv_peft.training.flags.request import parse_run
-from training.command_lines import flags, refused, write_files
+from training.command_lines import flags, refused, small_files, without_rank
 from training.runs import ROOT, finish, start
 
 MEANS = (
@@ -38,17 +38,7 @@ REFUSED = (
     ("bone_r: much", "argument --bone_r: 'much' is not a whole number"),
 )
 
-
-@pytest.fixture
-def files(tmp_path, tiny_state):
-    return write_files(tmp_path, tiny_state())
-
-
-def without_rank(files):
-    """The flags of a small run that tell no --bone_r."""
-    argv = flags(files)
-    at = argv.index("--bone_r")
-    return argv[:at] + argv[at + 2 :]
+files = small_files
 
 
 @pytest.mark.parametrize("text, words", MEANS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import DISTINCT
+from families import DISTINCT, shaken
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import read_own
 from rwkv_peft.files.base import open_base, save_model
@@ -29,13 +29,9 @@ def bases(files):
     """{version: path of a base of 257 tokens, without zeros in its tensors}."""
     paths = {}
     for family in DISTINCT:
-        config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257, head_size=16)
-        torch.manual_seed(0)
-        model = family.build(config)
-        family.init_weights(model)
-        tensors = {key: tensor + 0.05 * torch.randn(tensor.shape) for key, tensor in model.state_dict().items()}
+        model = shaken(family, 0.05, n_layer=2, n_embd=64, vocab_size=257, head_size=16)
         paths[family.version] = files / f"{family.version}.pth"
-        save_model(paths[family.version], tensors)
+        save_model(paths[family.version], model.state_dict())
     return paths
 
 

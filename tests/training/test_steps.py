@@ -4,6 +4,7 @@ states, packing and masks; truncated on request."""
 import pytest
 import torch
 
+import families
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
@@ -20,19 +21,13 @@ VOCABULARY = 30
 
 def shaken(family, dtype=torch.float64, adapter=None, grad_checkpoint=False):
     """A model without zeros in its tensors, with tuned states; all of it trains, or an adapter and the states."""
-    config = family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8)
-    torch.manual_seed(0)
-    model = family.build(config, grad_checkpoint)
-    family.init_weights(model)
+    model = families.shaken(family, grad_checkpoint=grad_checkpoint)
     model.tune_states()
     if adapter is not None:
         inject(model, adapter, family=family)
         for block in model.blocks:
             block.att.time_state.requires_grad_(True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(dtype)
+    return families.shake(model).to(dtype)
 
 
 def a_batch(packed, T=23):

@@ -59,9 +59,8 @@ def test_answers_that_are_cut_off_are_said(train, dataload):
     five."""
     header, samples = train("--dataload", dataload, "--ctx_len", 26)
     assert counted(samples) == 10 and ANSWERS == 90
-    assert (
-        "note: 80 of the tokens that would count in the loss are among those not read, and 10 documents keep" in header
-    )
+    told = "note: 80 of the tokens that would count in the loss are among those not read, and 10 documents keep"
+    assert told in header
     header, samples = train("--dataload", dataload)
     assert counted(samples) == ANSWERS and "not read" not in header
 

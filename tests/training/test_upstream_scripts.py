@@ -10,10 +10,11 @@ import torch
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
+from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main
 from training.runs import ROOT, finish, start
-from training.upstream_scripts import RWKV_LM_SCRIPTS, RWKV_PEFT_SCRIPTS
+from training.upstream_scripts import RWKV_LM_SCRIPTS, RWKV_PEFT, RWKV_PEFT_SCRIPTS
 
 SCRIPTS = {f"RWKV-LM {name}": flags for name, flags in RWKV_LM_SCRIPTS.items()}
 SCRIPTS |= {f"RWKV-PEFT {name}": flags for name, flags in RWKV_PEFT_SCRIPTS.items()}
@@ -145,8 +146,30 @@ def test_a_base_knows_better_than_my_testing(stand_ins, capsys):
     assert "note: --my_testing x060 is not read: " in capsys.readouterr().out
 
 
-def test_words_of_rwkv_peft_mean_ours(stand_ins):
-    miss = parse_run(command(stand_ins, RWKV_PEFT_SCRIPTS["miss"])).config
-    assert (miss.adapter.method, miss.adapter.mode, miss.adapter.rank) == ("bone", "bone", 64)
-    assert miss.data.data_type == "sft"
-    assert parse_run(command(stand_ins, RWKV_PEFT_SCRIPTS["state tuning"])).config.adapter.states_alone
+TIME, NF4 = {"train_parts": '["time", "ln"]'}, {"train_parts": "[]", "quant": "nf4"}
+NF4 |= {"lora_config": '{"lora_load":"","lora_r":8,"lora_alpha":32,"lora_dropout":0.01,"lora_parts":"att"}'}
+BEGUN = {"pissa_config": '{"pissa_load":"rwkv-0.pth","pissa_init":"init_pissa.pth","pissa_r":32}'}
+WHOLE = {"train_type": "finetune", "fla": True, "peft": "none", "train_parts": "[ln, emb]"}
+SIZES = {"op": "cuda", "head_size_a": 64, "head_size_divisor": 8, "dim_att": 0, "dim_ffn": 0}
+MEANT = (  # a script, its changes, and what trains
+    ("run_bone", {}, {"method": "bone", "mode": "bat-in", "rank": 64}),
+    ("run_sft", {"fla": True}, {"method": "bone", "mode": "bone", "rank": 64}),
+    ("run_disha", {"disha_config": '{"mode":"bat","load":"","r":16}'}, {"mode": "bat-in", "rank": 16}),
+    ("miss", {"micro_bsz": 8}, {"method": "bone", "mode": "bone", "rank": 64}),
+    ("run_lora", TIME | SIZES, {"method": "lora", "rank": 32, "alpha": 32, "train_parts": ("time", "ln")}),
+    ("run_lora", NF4, {"alpha": 32, "dropout": 0.01, "train_parts": (), "targets": TARGETS[:5], "quant": "nf4"}),
+    ("run_pissa", {}, {"method": "pissa", "rank": 32, "svd_niter": 4, "init": ""}),
+    ("run_pissa", BEGUN, {"method": "pissa", "load": "rwkv-0.pth", "init": "init_pissa.pth"}),
+    ("", WHOLE, {"method": "none", "train_parts": ("ln", "emb")}),
+    ("state tuning", {}, {"states_alone": True}),
+)
+
+
+@pytest.mark.parametrize("name, changes, expected", MEANT, ids=range(len(MEANT)))
+def test_words_of_rwkv_peft_mean_ours(stand_ins, logged_in, name, changes, expected):
+    for schedule, ours in ((None, "cosine"), ("cos_decay", "rwkv-peft")):
+        flags = RWKV_PEFT_SCRIPTS.get(name, RWKV_PEFT) | changes | ({"lr_schedule": schedule} if schedule else {})
+        config = parse_run(command(stand_ins, flags)).config
+        assert {name: getattr(config.adapter, name) for name in expected} == expected
+        assert (config.train.lr_schedule, config.data.micro_bsz, config.train.grad_cp) == (ours, 8, True)
+        assert config.data.data_type == ("sft" if flags["data_type"] == "jsonl" else flags["data_type"])

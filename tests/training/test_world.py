@@ -6,23 +6,10 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.world import LOOPBACK, World, find_world, first_host
 
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "10.0.0.1",
-    "MASTER_PORT": "29511",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
-}
-SRUN = {
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[03-04]",
-    "SLURM_NODEID": "1",
-    "SLURM_LOCALID": "1",
-}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
+TORCHRUN |= {"MASTER_PORT": "29511", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+SRUN = {"SLURM_JOB_ID": "1234567", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+SRUN |= {"SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}
 FIRST = {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "1"}
 
 

@@ -24,26 +24,17 @@ PILE = settings("vocab_size=50304 ctx_len=4096 my_exit_tokens=332115325534 magic
 PILE_RUN = settings("micro_bsz=30 lr_init=0.0008 lr_final=3e-05 weight_decay=0.1 devices=8 epoch_save=50")
 V5 = {"pre_ffn": 0, "head_qk": 0, "my_pile_edecay": 0, "head_size_a": 64}
 V7 = {"my_testing": "x070", "head_size": 64}
-BAR = {"enable_progress_bar": True}
+BAR, NO_BAR = {"enable_progress_bar": True}, {"enable_progress_bar": False}
+WIDE = {"ds_bucket_mb": 200, "wandb": "RWKV-7-Pile"}
 
 RWKV_LM_SCRIPTS = {
-    "v5 prepare": RWKV_LM
-    | PREPARE
-    | V5
-    | {"my_pile_stage": 1, "grad_cp": 0, "enable_progress_bar": False, "ds_bucket_mb": 200},
+    "v5 prepare": RWKV_LM | PREPARE | V5 | {"my_pile_stage": 1, "grad_cp": 0, "ds_bucket_mb": 200} | NO_BAR,
     "v5 run": RWKV_LM | RUN | V5 | {"my_pile_stage": 3, "adam_eps": 1e-8, "grad_cp": 0, "ds_bucket_mb": 200} | BAR,
     "v5 run x052": RWKV_LM | RUN | V5 | {"my_pile_stage": 3, "my_testing": "x052", "ds_bucket_mb": 2} | BAR,
     "v5 prepare x060": RWKV_LM | PREPARE | V5 | {"my_pile_stage": 1, "my_testing": "x060"},
     "v5 run x060": RWKV_LM | RUN | V5 | {"my_pile_stage": 3, "my_testing": "x060", "ds_bucket_mb": 2} | BAR,
     "v5 prepare pile": RWKV_LM | PREPARE | V5 | PILE | {"my_pile_stage": 1, "my_testing": "x070"},
-    "v5 run pile": RWKV_LM
-    | RUN
-    | V5
-    | PILE
-    | PILE_RUN
-    | {"my_pile_stage": 3, "my_testing": "x070"}
-    | BAR
-    | {"ds_bucket_mb": 200, "wandb": "RWKV-7-Pile"},
+    "v5 run pile": RWKV_LM | RUN | V5 | PILE | PILE_RUN | {"my_pile_stage": 3, "my_testing": "x070"} | BAR | WIDE,
     "v7 prepare": RWKV_LM | PREPARE | V7 | {"train_stage": 1},
     "v7 run": RWKV_LM | RUN | V7 | {"train_stage": 3} | BAR,
     "v7 run with buckets": RWKV_LM | RUN | V7 | {"train_stage": 3, "ds_bucket_mb": 2} | BAR,
@@ -72,39 +63,20 @@ PISSA = {"peft": "pissa", "pissa_config": '{"pissa_load":"","pissa_init":"","pis
 PISSA_PARTS = '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4,"pissa_parts":"att,ffn"}'
 ROWS = {"data_type": "sft", "sft_field": ("query", "response")}
 NEW = {name: value for name, value in RWKV_PEFT.items() if name != "load_model"} | {"n_layer": 12, "n_embd": 768}
+INFCTX = settings("dataload=pad train_type=infctx ctx_len=4096 chunk_ctx=2048")
+FINETUNE = settings("train_type=finetune dataload=pad accelerator=xpu") | {"fla": True}
+SFT_2024 = {"data_file": "meta-math/MetaMathQA", "data_shuffle": 0, "sft_split": "train[:1000]"}
 STATES = {"train_type": "state", "dataload": "pad", "lr_init": 1, "lr_final": 1e-2, "warmup_steps": 10, "fla": True}
 
 RWKV_PEFT_SCRIPTS = {
     "demo-lora, the first": RWKV_PEFT | OLD | FIRST_LORA | {"quant": "fp4"},
     "demo-lora": RWKV_PEFT | OLD | FIRST_LORA | {"epoch_count": 20},
     "demo-pissa": RWKV_PEFT | OLD | FIRST_LORA | {"PISSA": True, "svd_niter": 4, "quant": "nf4"},
-    "infctx": RWKV_PEFT
-    | OLD
-    | FIRST_LORA
-    | {
-        "PISSA": True,
-        "svd_niter": 4,
-        "dataload": "pad",
-        "train_type": "infctx",
-        "ctx_len": 4096,
-        "chunk_ctx": 2048,
-        "fla": True,
-    },
+    "infctx": RWKV_PEFT | OLD | FIRST_LORA | {"PISSA": True, "svd_niter": 4, "fla": True} | INFCTX,
     "training-v6 lisa": RWKV_PEFT | OLD | {"LISA": True, "lisa_r": 2, "lisa_k": 100, "accumulate_grad_batches": 1},
     "demo-state-tuning": RWKV_PEFT | OLD | STATES,
-    "demo-finetune": NEW
-    | OLD
-    | {
-        "train_type": "finetune",
-        "dataload": "pad",
-        "fla": True,
-        "accelerator": "xpu",
-        "strategy": "single_device",
-        "wandb": "peft-test-platform",
-    },
-    "demo-finetune, later": NEW
-    | OLD
-    | {"train_type": "finetune", "dataload": "pad", "fla": True, "accelerator": "xpu", "strategy": "single"},
+    "demo-finetune": NEW | OLD | FINETUNE | {"strategy": "single_device", "wandb": "peft-test-platform"},
+    "demo-finetune, later": NEW | OLD | FINETUNE | {"strategy": "single"},
     "pretrain": NEW | ROWS | {"sft_split": "train[:1000]", "lr_init": 3e-4, "lr_final": 1e-4},
     "run_bone": RWKV_PEFT | OLD | PAD | BONE | LOSS,
     "run_bone without parts": RWKV_PEFT | OLD | PAD | BONE | LOSS | {"train_parts": "[]"},
@@ -115,10 +87,7 @@ RWKV_PEFT_SCRIPTS = {
     "run_pissa": RWKV_PEFT | PAD | PISSA | {"my_testing": "x070"},
     "run_pissa_fp8": RWKV_PEFT | OLD | PISSA | LOSS | {"pissa_config": PISSA_PARTS, "quant": "fp8"},
     "mask_se": RWKV_PEFT | OLD | BONE | {"dataload": "pad", "loss_mask": "se", "mask_id": '{"mask0":"a","mask01":"b"}'},
-    "run_sft, 2024": RWKV_PEFT
-    | BONE_MODE
-    | ROWS
-    | {"data_file": "meta-math/MetaMathQA", "data_shuffle": 0, "sft_split": "train[:1000]"},
+    "run_sft, 2024": RWKV_PEFT | BONE_MODE | ROWS | SFT_2024,
     "run_sft": RWKV_PEFT | BONE_MODE | ROWS | {"sft_split": "train", "my_testing": "x070", "wandb": "DiSHA"},
     "run_disha": RWKV_PEFT | PAD | {"peft": "disha", "disha_config": '{"mode":"bone","load":"","r":64}'},
     "run_lora, 2025": SHORT

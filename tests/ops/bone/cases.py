@@ -4,15 +4,8 @@ import torch
 
 # tokens, in, out, rank: odd counts of tokens, ranks that are no whole number of vectors, one shard, many tiles
 SIZES = [
-    (1, 480, 96, 32),
-    (7, 128, 192, 64),
-    (301, 192, 64, 64),
-    (530, 36, 24, 12),
-    (131, 30, 15, 5),
-    (33, 80, 40, 20),
-    (300, 80, 32, 16),
-    (260, 96, 48, 48),
-    (40, 256, 384, 128),
+    *((1, 480, 96, 32), (7, 128, 192, 64), (301, 192, 64, 64), (530, 36, 24, 12), (131, 30, 15, 5)),
+    *((33, 80, 40, 20), (300, 80, 32, 16), (260, 96, 48, 48), (40, 256, 384, 128)),
 ]
 FACTOR = 0.3  # of the shift, as bat-in-scaled has; bat-in's is 1
 
@@ -23,12 +16,8 @@ def tensors(sizes, dtype, spread=1):
     generator = torch.Generator().manual_seed(0)
     shapes = (spread * tokens, in_features), (in_features // rank, rank, rank), (spread * tokens, out_features)
     x, bone, g, dz = (torch.randn(shape, generator=generator) for shape in (*shapes, (tokens, in_features)))
-    return [t.to(dtype) for t in (x, 0.1 * bone, g, dz)], [
-        x.to(dtype)[::spread],
-        (0.1 * bone).to(dtype),
-        g.to(dtype)[::spread],
-        dz.to(dtype),
-    ]
+    x, bone, g, dz = (t.to(dtype) for t in (x, 0.1 * bone, g, dz))
+    return [x, bone, g, dz], [x[::spread], bone, g[::spread], dz]
 
 
 def plain(x, bone, g, dz):

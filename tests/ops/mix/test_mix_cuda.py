@@ -66,13 +66,10 @@ def test_empty_sequences_at_the_end_change_nothing_of_the_others(on_shim, dtype,
     raised = torch.cat([bounds, torch.tensor([130, 130, 130])])
     x, maa, (low, up) = randn(1, 130, 64), randn(5, 64), low_rank(1, 130, 64, 5, 32)
     x, maa, low, up = (tensor.to(dtype) for tensor in (x, maa, low, up))
-    for function in (
-        lambda x, bounds: lerp(x, None, maa, None, None, bounds),
-        lambda x, bounds: lerp(x, None, maa, low, up, bounds),
-    ):
+    for factors in ((None, None), (low, up)):
         results = []
         for of in (bounds, raised):
-            points = function(leaf := x.clone().requires_grad_(), of)
+            points = lerp(leaf := x.clone().requires_grad_(), None, maa, *factors, of)
             torch.autograd.backward(points, [randn(1, 130, 64, seed=i).to(dtype) for i in range(len(points))])
             results.append([*points, leaf.grad])
         torch.testing.assert_close(*results, rtol=0, atol=0)
@@ -81,18 +78,16 @@ def test_empty_sequences_at_the_end_change_nothing_of_the_others(on_shim, dtype,
 @pytest.mark.parametrize("order", shim.ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(on_shim, order, monkeypatch):
     """With more tokens than one strip has, so that sums over strips are added up, too."""
-    function, inputs = bonus_gate, reads_inputs(1, 70, 2, 20)
+    inputs = reads_inputs(1, 70, 2, 20)
     points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
-    expected = [
-        *run_both(function, inputs, torch.float32, False, monkeypatch),
-        *run_both(lerp, points, torch.float32, False, monkeypatch),
-    ]
+
+    def results():
+        both = ((bonus_gate, inputs), (lerp, points))
+        return [x for function, given in both for x in run_both(function, given, torch.float32, False, monkeypatch)]
+
+    expected = results()
     on_shim.set_order(order)
-    found = [
-        *run_both(function, inputs, torch.float32, False, monkeypatch),
-        *run_both(lerp, points, torch.float32, False, monkeypatch),
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
 
 
 def test_frozen_parameters_have_no_sums(on_shim, monkeypatch):
