@@ -168,10 +168,11 @@ def test_without_an_end_token(preprocess):
 
 
 def test_what_is_said(preprocess, capsys):
-    preprocess([{"query": "a" * i, "response": "b"} for i in range(60)])
+    preprocess([{"query": "a" * i, "response": "b"} for i in (*range(60), 999)])
     said = capsys.readouterr().out
     for words in (
-        "60 documents",
+        "61 documents",
+        "8 steps of 8 rows; 1 row is longer, and cut there\n",
         "count in the loss (",
         "tokens a document",
         "up to",

@@ -111,7 +111,8 @@ case "$2" in rwkv_peft.files.best) echo OUT/adapter-best.safetensors ;; esac
 case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
 """
 WORDS = (
-    'say() { echo "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; quoted() { echo "$1"; }; activate() { echo .; }'
+    r'say() { printf "%s\n" "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; '
+    'quoted() { echo "$1"; }; activate() { echo .; }'
 )
 
 
