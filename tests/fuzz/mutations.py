@@ -8,6 +8,8 @@ import random
 import struct
 from collections.abc import Callable
 
+from rwkv_peft.training.saving.run_state import CHECKSUM, checksum_of
+
 Mutation = Callable[[bytes, random.Random], bytes]
 
 DEEP = 30_000  # nestings: beyond what any recursive reader follows
@@ -161,6 +163,33 @@ def in_metadata(key: str, mutation: Mutation) -> Mutation:
         return json.dumps(values).encode()
 
     return in_safetensors_header(named(of_header, mutation))
+
+
+def in_state(mutation: Mutation) -> Mutation:
+    """Apply a mutation to a state.json, and correct its checksum."""
+
+    def change(content: bytes, rng: random.Random) -> bytes:
+        state = json.loads(content)
+        del state[CHECKSUM]
+        changed = mutation(json.dumps(state).encode(), rng)
+        try:
+            state = json.loads(changed)
+            return json.dumps(state | {CHECKSUM: checksum_of(state)}).encode()
+        except (ValueError, TypeError, RecursionError):  # no JSON object any more
+            return changed
+
+    return named(change, mutation)
+
+
+def odd_yaml(content: bytes, rng: random.Random) -> bytes:
+    """Give one key of a settings file a value that YAML reads, or almost, and JSON has not."""
+    odd = "2001-01-01 9999-99-99 !!binary|x !!set|{a} !!python/object:os.system|x .inf ~ <<:|a ?|[a]".split()
+    value = rng.choice((*odd, "0x" + "f" * 5000, "9" * 5000, "1:" * 50 + "1", '"\\ud800"')).replace("|", " ")
+    lines = content.split(b"\n")
+    number = rng.randrange(len(lines))
+    key = lines[number].partition(b":")[0]
+    lines[number] = key + b": " + rng.choice(("{}", "{{lora_r: {}}}", "[{}]")).format(value).encode()
+    return b"\n".join(lines)
 
 
 def other_dtype(content: bytes, rng: random.Random) -> bytes:

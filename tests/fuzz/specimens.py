@@ -13,19 +13,24 @@ from rwkv_peft.compare.sizes import Size
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.folders import held_out_split
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.evals.records import Records, summary
 from rwkv_peft.files.adapter_file import METADATA_KEY
 from rwkv_peft.files.base import open_base
 from rwkv_peft.generate.continuation import Continuation
 from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.generate.showing import show
+from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, heat, merge_command
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
+from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.rates import with_first_rates
+from rwkv_peft.training.flags.settings_file import expanded
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
 from rwkv_peft.training.saving.history import Lowest, forget_rest, history
@@ -34,6 +39,7 @@ from rwkv_peft.training.saving.optimizer_files import METADATA_KEY as OPTIMIZER_
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
 from rwkv_peft.training.saving.resume import other_retained, validated_from
 from rwkv_peft.training.step.plan import Plan
+from rwkv_peft.training.step.stored import ENTRY, StoredTeacher
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def checkpoint_read(folder):
     state = read_run_state(list_checkpoints(folder)[0], now)
     train = with_first_rates(TrainConfig(lr_init=0.1, lr_final=0.1, lr_chosen=("lr_init", "lr_final")), state)
     plan = make_plan(train, range(9), 2, state)
-    trained = sorted(set(state["trained"]) ^ {"a"})
+    trained = sorted({*map(str, state["trained"])} ^ {"a"})
     return validated_from(plan, state, "v"), other_retained(state, "s"), trained, f"{plan.first_step:,}"
 
 
@@ -154,6 +160,23 @@ def pieces_read(folder):
     return f"{found.steps:,}"
 
 
+def stored_read(folder):
+    found = StoredTeacher(str(folder / "said.safetensors"))
+    for key, place in found.places.items():
+        assert len(key) == 16 and len(found.words[place]) == len(found.logprobs[place]) == place.stop - place.start > 0
+    return str(found), found.check(Distill(), 257)
+
+
+def answers_read(folder):
+    with Records(str(folder / "answers.jsonl"), {"task": "jsonl"}, ("strict", "flexible")) as records:
+        pass
+    return records.found and summary("jsonl", records.measures, records.ordered())
+
+
+def settings_read(folder):
+    return expanded(["--config", str(folder / "run.yaml")], parser_of_train())
+
+
 def flag_read(folder):
     flag, _, keys = next(entry for entry in json_flags("bone") if entry[0] == "bone_config")
     return parse_json_flag(flag, (folder / "flag.json").read_bytes().decode(errors="surrogateescape"), keys)
@@ -163,6 +186,7 @@ IN_PTH = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[p
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_PIECES = tuple(m.in_metadata(OPTIMIZER_KEY, mutation) for mutation in (*m.JSON, m.other_value))
+IN_SAID = tuple(m.in_metadata(ENTRY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value, m.flipped))
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
@@ -209,7 +233,11 @@ SPECIMENS = (
     Specimen("metrics.jsonl", curve_drawn, IN_LINES[:2], 15),
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),
-    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 20),
     Specimen(PIECES, pieces_read, IN_SAFETENSORS + IN_PIECES, 100),
     Specimen("flag.json", flag_read, m.JSON),
+    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, (*m.JSON, *map(m.in_state, m.JSON * 8)), 70),
+    Specimen("said.safetensors", stored_read, IN_SAFETENSORS + IN_SAID, 60),
+    Specimen("answers.jsonl", answers_read, IN_LINES * 2, 40),
+    Specimen("run.yaml", settings_read, (m.odd_yaml,) * 20, 60),
+    Specimen("splits/dataset_dict.json", lambda folder: held_out_split(folder / "splits"), m.JSON, 40),
 )

@@ -18,10 +18,12 @@ from rwkv_peft.files.lightning_folder import FORM
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.models.state import time_state_key
+from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.release import convert
 from rwkv_peft.training.saving.optimizer_files import write_pieces
 from rwkv_peft.training.saving.partitions import KINDS, Piece
 from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.step.stored import Source, write_stored
 
 LAYER = "blocks.0.att.key"
 ROW = {
@@ -99,6 +101,12 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
     (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
     write_state(folder / CHECKPOINT / "state.json", run)
+    said = {bytes([size]) * 16: Stored(torch.ones(size, 4).int(), -torch.ones(size, 5)) for size in (2, 3)}
+    write_stored(folder / "said.safetensors", said, Source("t.pth", "abc", "", 257, 1.0, 0.1))
+    (folder / "run.yaml").write_text("bone_r: 8\nlr_init: 5e-6\ntrain_parts: [time, ln]\nlora_config: {lora_r: 4}\n")
+    judged = {"strict": True, "flexible": False, "logprobs": [-1.5]}
+    answers = [{"eval": {"task": "jsonl"}}, *({"number": number} | judged for number in range(3))]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
@@ -116,6 +124,8 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         stream.write_table(rows)
     state = {"_data_files": [{"filename": "data.arrow"}], "_format_columns": None, "_split": "train"}
     (folder / "saved" / "state.json").write_text(json.dumps(state))
+    (folder / "splits").mkdir()
+    (folder / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
 
 
 def pieces() -> list[Piece]:

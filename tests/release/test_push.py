@@ -127,6 +127,12 @@ def test_what_is_missing_is_told(tmp_path):
         files_of(tmp_path / "merged.pth", ["a.pth"])
 
 
+def test_no_link_in_a_folder_of_a_stranger_is_pushed(adapter_file):
+    (adapter_file.parent / "README.md").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="README.md: a link may lead to any file of yours"):
+        main([str(adapter_file.parent), "me/mine", "--dry_run"])
+
+
 def test_a_readme_of_the_user_stays(tmp_path):
     assert write_card(tmp_path, f"{MARK}\nold\n") and write_card(tmp_path, f"{MARK}\nnew\n")
     assert "new" in (tmp_path / "README.md").read_text()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, visible
 from .bad_rows import BadRows
 from .binidx import dtype_code
 from .cutting import Piece, length, shorten, windows
@@ -87,9 +87,10 @@ class Encoded:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Encoded":
-        result = Encoded(counts=Counter(content["counts"]))
-        counts, result.bad.first = content["bad"]
-        result.bad.counts = Counter(counts)
+        counts, first = content["bad"]
+        result = Encoded(counts=Counter({name: int(count) for name, count in content["counts"].items()}))
+        result.bad.counts = Counter({kind: int(count) for kind, count in counts.items()})
+        result.bad.first = {kind: visible(first[kind]) for kind in counts}
         return result
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, short, told
 from ..files.atomic import same_file
-from ..files.readable import require_readable
+from ..files.readable import MOST_BYTES, require_readable
 from ..names import RUN
-from .prefix import ENDINGS, MOST_BYTES, SHARDS, binidx_prefix, prefixes_of, shard_prefix
+from ..numeric import is_whole
+from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
@@ -80,7 +81,7 @@ def read_record(path: str | Path) -> Vocabulary | None:
     if not isinstance(entry, dict):
         return None
     name, digest, size = map(entry.get, Vocabulary._fields)
-    if isinstance(name, str) and isinstance(digest, str) and type(size) is int:
+    if isinstance(name, str) and isinstance(digest, str) and is_whole(size):
         return Vocabulary(name, digest, size)
     return None
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import NotNow, UserError
+from ..errors import UNREADABLE, NotNow, UserError
 from ..files.atomic import fsync, telling_failures, without_empty_folders, write_text
 from ..files.lock import Busy, hold
+from ..numeric import is_whole
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .token_files import Growing, Shard, Stale, name_set
@@ -57,7 +58,7 @@ class ShardWriter:
             stack.enter_context(alone(self.prefix))
             try:
                 self.go_on()
-            except (Stale, OSError, ValueError, LookupError, TypeError):
+            except (Stale, *UNREADABLE):
                 self.begin()
             self._stack = stack.pop_all()
         return self
@@ -88,9 +89,12 @@ class ShardWriter:
         if journal.get("key") != self.key or not self.key:
             raise Stale(self.folder)
         self.chunks, self.done, self.totals = journal["chunks"], journal["done"], Encoded.from_json(journal["totals"])
+        counts = [self.chunks, *(shard[name] for shard in self.done for name in ("documents", "tokens"))]
+        if not all(is_whole(count, 0) for count in counts):
+            raise Stale(self.folder)
         for shard in self.done:
             for name, noted in shard["files"].items():
-                if Growing.of(self.folder / name) != noted:
+                if Path(name).name != name or Growing.of(self.folder / name) != noted:
                     raise Stale(self.folder / name)
         self.shard = Shard(self.folder, len(self.done) + 1, self.vocab_size, journal["shard"])
         self.digests = Growing(self.folder / DIGESTS, journal["digests"])

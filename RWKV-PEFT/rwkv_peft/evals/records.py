@@ -14,20 +14,21 @@ from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import telling_failures, write_text
 from ..files.lock import alone_at
+from ..numeric import is_whole
 
 Record = dict[str, Any]
 HEAD = "eval"  # the key of the first line
 
 
 class Records:
-    """The Records, {number of a problem: Record}, kept in a file if there is a path.
+    """The Records, {number of a problem: Record}, kept in a file if there is a path; each is judged by `measures`.
 
     A file with the same settings is continued. Entering raises UserError if its settings differ, if it is another
     tool's file, or if another process is writing it. On exit the lines are put in the order of the problems.
     """
 
-    def __init__(self, path: str | None, settings: Record) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: str | None, settings: Record, measures: Sequence[str]) -> None:
+        self.path, self.settings, self.measures = path, settings, measures
         self.found: dict[int, Record] = {}
         self._file: TextIO | None = None
         self._held = ExitStack()
@@ -69,10 +70,8 @@ class Records:
 
     def _read(self, path: Path) -> None:
         lines = path.read_bytes().splitlines()
-        records = [read_line(path, number, text, number == len(lines)) for number, text in enumerate(lines, start=1)]
-        head = records[0] if records else {}
-        if records and (head is None or HEAD not in head):
-            raise UserError(f"--output {path} is another tool's file; choose another name")
+        records = [self._read_line(number, text, number == len(lines)) for number, text in enumerate(lines, start=1)]
+        head = records[0] if records else None
         for name, value in self.settings.items():
             if head and head[HEAD].get(name) != value:
                 raise UserError(
@@ -80,6 +79,24 @@ class Records:
                     "choose another name, or delete it"
                 )
         self.found = {record["number"]: record for record in records[1:] if record is not None}
+
+    def _read_line(self, number: int, text: bytes, last: bool) -> Record | None:
+        """Parse a line -> its Record; None for a last line that was cut off while it was written. Raises UserError for
+        any other line that `rwkv-peft eval` did not write."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if last and number > 1:
+                return None
+            raise UserError(
+                f"--output {self.path}, line {number}: not JSON; delete that line, or choose another name"
+            ) from error
+        known = isinstance(record, dict) and (
+            isinstance(record.get(HEAD), dict) if number == 1 else is_answer(record, self.measures)
+        )
+        if not known:
+            raise UserError(f"--output {self.path}, line {number} is no line of rwkv-peft eval; choose another name")
+        return record
 
     def _write(self) -> None:
         assert self.path is not None
@@ -102,20 +119,12 @@ def line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_line(path: Path, number: int, text: bytes, last: bool) -> Record | None:
-    """Parse a line -> its Record; None for a last line that was cut off while it was written. Raises UserError for any
-    other line that `rwkv-peft eval` did not write."""
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if last and number > 1:
-            return None
-        raise UserError(
-            f"--output {path}, line {number}: not JSON; delete that line, or choose another name"
-        ) from error
-    if not isinstance(record, dict) or not (HEAD in record if number == 1 else type(record.get("number")) is int):
-        raise UserError(f"--output {path}, line {number} is no line of rwkv-peft eval; choose another name")
-    return record
+def is_answer(record: Record, measures: Sequence[str]) -> bool:
+    """Tell whether the Record of a problem has its number, its judgements, and probabilities if it has any."""
+    judged = all(type(record.get(name)) is bool for name in measures)
+    logprobs = record.get("logprobs", [])
+    told = isinstance(logprobs, list) and all(isinstance(value, float) for value in logprobs)
+    return judged and told and is_whole(record.get("number"))
 
 
 def share_of(measure: str, records: Sequence[Record]) -> float:

@@ -7,7 +7,6 @@ An adapter's own tensors are named by their module and a parameter (`blocks.0.at
 
 import json
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,9 +17,10 @@ import torch
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
 from ..config import QUANTIZATIONS, AdapterConfig
-from ..errors import UserError, told
+from ..errors import UNREADABLE, UserError, told
 from ..models.family import Family
 from ..names import NONE
+from ..numeric import all_finite, is_finite, is_whole
 from ..tables import GENERATIONS
 from .atomic import atomic_write
 from .base import Base
@@ -60,7 +60,7 @@ def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
     try:
         told = json.loads(header.get(ENTRY, "{}"))
         values = {field.name: told.get(field.name, "") for field in fields(Origin)}
-    except (ValueError, AttributeError, RecursionError):
+    except UNREADABLE:
         values = {ENTRY: None}
     if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
         raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
@@ -196,7 +196,7 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     Raises UserError if the file cannot be written, ValueError for a tensor that is not finite.
     """
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
     if not metadata.entries:
@@ -243,7 +243,7 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
     try:
         values = json.loads(text)
         version = int(values["format_version"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
         ) from error
@@ -271,9 +271,9 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
         if name in known:
             fits, due = value in known[name], "one of " + ", ".join(filter(None, known[name]))
         elif name in ("rank", "mini_rank", "entries", "format_version"):
-            fits, due = type(value) is int and value >= 0, "a whole number"
+            fits, due = is_whole(value, 0), "a whole number"
         elif name == "scale":
-            fits, due = type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"
+            fits, due = is_finite(value), "a finite number"
         elif name in ("targets", "train_parts"):
             fits, due = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of names"
         else:

@@ -14,9 +14,11 @@ from typing import Any
 
 from ..errors import NotNow, told
 from .atomic import check_output, without_empty_folders
+from .readable import object_of
 
 LONGEST = 1000  # bytes that a holder writes about itself
-ASKED = 0.1  # seconds; `holder` shares a lock for a moment
+LEFT = 0.1  # seconds in which a holder may let go
+ASKED = 30.0  # seconds in which `holder` does, which shares a lock for a moment, or longer on a busy machine
 LOCK = ".run.lock"
 
 
@@ -41,7 +43,7 @@ def hold(path: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
-    end = time.monotonic() + ASKED
+    began = time.monotonic()
     while True:
         # through a link the text would be written elsewhere
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
@@ -49,7 +51,7 @@ def _locked(path: Path) -> FileIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                if time.monotonic() > end:
+                if time.monotonic() > began + (LEFT if _is_held(file) else ASKED):
                     raise Busy(_holder(file)) from None
             time.sleep(0.005)
             continue
@@ -59,6 +61,15 @@ def _locked(path: Path) -> FileIO:
         if _is_at(file, path):
             return file
         file.close()  # its holder removed it after it was opened here
+
+
+def _is_held(file: FileIO) -> bool:
+    """Tell whether a process holds a lock alone, rather than shares it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
@@ -85,16 +96,9 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not _is_held(file):
             return None
-        except BlockingIOError:
-            pass
-        try:
-            values = json.loads(file.read(LONGEST))
-            return values if isinstance(values, dict) else {}
-        except (ValueError, RecursionError):
-            return {}
+        return object_of(file.read(LONGEST))
 
 
 @contextmanager

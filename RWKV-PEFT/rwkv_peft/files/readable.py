@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, told
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
+MOST_BYTES = 1 << 24  # of a JSON object that tells of other files, whose values may take twenty times as much memory
 SHOWN = 5  # files of a folder that a message names
 
 
@@ -37,6 +39,13 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
     return path
 
 
+def within(root: Path, name: str | Path) -> Path | None:
+    """Follow the links of a name below `root`, a path without any; None if they lead out of it."""
+    path = Path(os.path.realpath(root / name))
+    # before Python 3.13 nothing behind a link to itself is followed
+    return path if path.is_relative_to(root) and os.path.realpath(path) == str(path) else None
+
+
 def home_meant(path: str | Path) -> str:
     """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes, and on one of Windows; ""
     for any other path."""
@@ -60,8 +69,33 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
 
 
+def files_below(path: str | Path) -> list[Path]:
+    """The file at a path, or all files below a folder."""
+    path = Path(path)
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+
+
+def object_of(text: str | bytes) -> dict[str, Any]:
+    """The object that a text is in JSON, {} if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def object_in(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file of at most MOST_BYTES, {} if there is none, or none that can be read."""
+    with suppress(OSError):
+        if os.path.isfile(path) and os.path.getsize(path) <= MOST_BYTES:
+            return object_of(Path(path).read_bytes())
+    return {}
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises UserError if it holds none."""
+    """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is no file of settings, of at most {MOST_BYTES >> 20} MiB; copy it again")
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

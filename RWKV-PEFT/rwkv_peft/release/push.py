@@ -20,9 +20,10 @@ def main(argv: list[str]) -> int:
     args = push_flags(argv)
     source = Path(args.source)
     paths = files_of(source, args.files)
-    contents: dict[str, Path | bytes] = {path.name: path for path in paths}
-    if source.is_dir():
-        contents |= {name: source / name for name in (CARD, PICTURE) if (source / name).is_file()}
+    beside = [path for name in (CARD, PICTURE) if source.is_dir() and (path := source / name).is_file()]
+    if source.is_dir() and (links := [str(path) for path in (*paths, *beside) if path.is_symlink()]):
+        raise UserError(f"{', '.join(links)}: a link may lead to any file of yours; put a copy in its place")
+    contents: dict[str, Path | bytes] = {path.name: path for path in (*paths, *beside)}
     card, first = source / CARD, paths[0]
     of_other = first.suffix in (".safetensors", ".pth") and CARD in contents and is_own(card)
     if CARD not in contents or (of_other and f"`{first.name}`" not in card.read_text("utf-8")):

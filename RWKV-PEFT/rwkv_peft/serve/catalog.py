@@ -11,6 +11,7 @@ from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapters import adapter_of_run, source_of
 from ..files.base import open_base
+from ..files.readable import within
 from ..generate.loading import load_model, resolve_device
 from ..generate.voices import Voice, adapter_voice, state_voice
 from .flags import NAME
@@ -42,6 +43,7 @@ class Catalog:
             self.voices[given.name] = self._adapter(given.name, given.path)
         for given in args.state:
             self.voices[given.name] = self._state(given.name, given.path)
+        self.lasting = frozenset(self.voices)
         self.most = len(self.voices) + args.max_loaded
 
     def __getitem__(self, name: str) -> Voice:
@@ -86,10 +88,10 @@ class Catalog:
 
     def drop(self, name: str) -> list[Voice]:
         """Take an adapter or a state out -> the voices that nobody can ask for any more; answers that they are giving
-        go on. Raises Refused for the base."""
+        go on. Raises Refused for those that the command line names."""
         voice = self[name]
-        if voice is self.own:
-            raise Refused(400, f"{name} is the base, which the others stand on; it stays", "name")
+        if name in self.lasting:
+            raise Refused(400, f"{name} was named when the server started, and stays", "name")
         del self.voices[name]
         gone = [pair for pair in [*self.pairs] if voice in pair]
         return [voice, *map(self.pairs.pop, gone)]
@@ -102,11 +104,14 @@ class Catalog:
         root = Path(self.args.files).resolve()
         missing = Refused(404, f"there is no such file below --files: {short(file)!r}", "file")
         try:
-            path = (root / file).resolve()
-            path = adapter_of_run(path) if path.is_relative_to(root) else path
+            if (found := within(root, file)) is None:
+                raise missing
+            path = adapter_of_run(found)
             for one in (path, *path.glob("*")):
-                if not one.resolve().is_relative_to(root) or not (one.is_file() or one.is_dir()):
+                if within(root, one) is None or not (one.is_file() or one.is_dir()):
                     raise missing
+        except UserError as error:  # a run that has no adapter to take
+            raise Refused(400, str(error).replace(str(root), "."), "file") from error
         except (OSError, ValueError) as error:  # a name that is none
             raise missing from error
         return path

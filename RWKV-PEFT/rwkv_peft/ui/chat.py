@@ -5,44 +5,24 @@ its memory back.
 """
 
 import http.client
-import os
-import secrets
-import socket
-import stat
+import re
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from pathlib import Path
 
 from ..errors import UserError
-from ..files.atomic import temporary_beside
-from .jobs import RUNNING, Jobs
+from .job import OUTPUT
+from .jobs import KEY, RUNNING, Jobs
+from .lines import read
 
 HOST = "127.0.0.1"
+LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a server's word
 WAITED = 600  # seconds for an answer's next word
-
-
-def key_file(jobs: Jobs) -> Path:
-    """The file with the key of these servers, which nobody else on this machine may read; made if it is missing, or if
-    what lies there, as in a folder that was copied, is no such file."""
-    path = jobs.folder.with_name("key")
-    with suppress(FileNotFoundError):
-        if path.lstat().st_mode != stat.S_IFREG | 0o600:
-            path.unlink()
-    if not path.exists():
-        with temporary_beside(path) as temporary, suppress(FileExistsError):
-            temporary.chmod(0o600)
-            temporary.write_text(secrets.token_hex(32))
-            os.link(temporary, path)
-    return path
 
 
 def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: str) -> str:
     """Start a server of a model, and of an adapter and a state as models beside it, with further flags that are not
     empty; -> its job."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
-    words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", str(key_file(jobs))]
+    words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
     words += ["--drain_seconds", "1"]  # who closes it waits for no answer
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
@@ -50,26 +30,28 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: s
 
 def close_chats(jobs: Jobs) -> None:
     """End the servers that this page has opened, because nobody else knows of them."""
-    for name in jobs.own:
+    for name in [*jobs.own]:
         with suppress(UserError, OSError):  # it has ended
             if jobs.job(name)["words"][0] == "serve":
                 jobs.stop(name)
 
 
 def port_of(jobs: Jobs, name: str) -> int:
-    """The port of a running server. Raises UserError if the job is none."""
+    """The port of a running server. Raises UserError if the job is none, is of another page, whose key is another, or
+    does not listen yet."""
     job = jobs.job(name)
-    words = job["words"]
-    if words[0] != "serve" or "--port" not in words or job["state"] != RUNNING:
+    if name not in jobs.own or job["words"][0] != "serve" or job["state"] != RUNNING:
         raise UserError(f"job {name} serves no model now; open it again")
-    return int(words[words.index("--port") + 1])
+    if not (listens := LISTENS.search(read(jobs.folder_of(name) / OUTPUT))):
+        raise UserError("the model is not loaded yet")
+    return int(listens[1])
 
 
 def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
     """Ask the server of a job -> status, content type, and the answer piece by piece as it comes. Raises UserError if
     it does not listen yet, or no more."""
     connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
-    headers = {"Authorization": f"Bearer {key_file(jobs).read_text()}", "Content-Type": "application/json"}
+    headers = {"Authorization": f"Bearer {jobs.key}", "Content-Type": "application/json"}
     try:
         method = "GET" if body is None else "POST"
         connection.request(method, f"/{path}", body, headers)

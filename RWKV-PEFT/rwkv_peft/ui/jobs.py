@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,13 +17,18 @@ from typing import Any
 from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import holder
+from ..files.readable import within
+from ..numeric import is_whole
 from .job import COMMAND, EXIT, LOCK, OUTPUT
-from .lines import objects, read
+from .lines import is_plain, objects, read
 
 HELD = 50  # jobs that are remembered
+NUMBER = re.compile("[0-9]{1,15}")
+LATEST = 1e18  # seconds since 1970: when a job began, and a float holds it
+KEY = "RWKV_PEFT_CHAT_KEY"  # the variable with the key of served models, which no other user of this machine can read
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
-STARTING = 20.0  # seconds in which a job takes its lock
+STARTING = 20.0  # seconds in which a job of another page takes its lock
 POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
 
@@ -31,7 +38,8 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
-        self.own: list[str] = []  # those that this process began
+        self.own: dict[str, subprocess.Popen[bytes]] = {}  # those that this process began
+        self.key = secrets.token_hex(32)  # of the models that they serve
 
     def start(self, words: Sequence[str]) -> str:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
@@ -42,24 +50,24 @@ class Jobs:
         folder = self.new_folder()
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
-            subprocess.Popen(
+            self.own[folder.name] = subprocess.Popen(
                 python_command("rwkv_peft.ui.job", folder, *words),
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=os.environ | {KEY: self.key},
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
-        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
         """Make the folder of the next job, and forget the oldest that have ended."""
-        if self.folder.resolve() != self.folder:
+        if within(self.root, self.folder) != self.folder:
             raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = self.numbers()
-        for number in numbers[:-HELD]:
+        for number in numbers[:-HELD][:HELD]:  # a stranger's folder may hold any number
             if self.state(self.folder / str(number)) != RUNNING:
                 shutil.rmtree(self.folder / str(number), ignore_errors=True)
         number = numbers[-1] + 1 if numbers else 1
@@ -70,32 +78,41 @@ class Jobs:
             number += 1
 
     def numbers(self) -> list[int]:
-        """The numbers of all jobs, in their order."""
-        if not self.folder.is_dir():
+        """The numbers of all jobs, in their order; none of links."""
+        if within(self.root, self.folder) != self.folder or not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal())
+        with os.scandir(self.folder) as found:
+            names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+        return sorted(int(name) for name in names if NUMBER.fullmatch(name))
 
     def all(self) -> list[dict[str, Any]]:
-        """Every job, the newest first, without its output."""
-        found = (self.described(self.folder / str(number)) for number in reversed(self.numbers()))
+        """The newest jobs, the last first, without their output."""
+        found = (self.described(self.folder / str(number)) for number in reversed(self.numbers()[-2 * HELD :]))
         return [job for job in found if job is not None]
 
     def described(self, folder: Path) -> dict[str, Any] | None:
         """A job's number, words, state, exit code and when it began; None if its folder tells nothing."""
         match next(objects([read(folder / COMMAND)]), None):
-            case {"words": [str(), *_] as words, "began": int(began) | float(began)}:
+            case {"words": [str(), *_] as words, "began": int(began) | float(began)} if abs(began) <= LATEST:
                 state = self.state(folder, began)
             case _:
                 return None
         code = read(folder / EXIT, 9) if state == ENDED else b""
-        told = {"id": folder.name, "words": [str(word) for word in words], "began": began, "state": state}
+        told = {
+            "id": folder.name,
+            "own": folder.name in self.own,
+            "words": [str(word) for word in words],
+            "began": began,
+            "state": state,
+        }
         return told | {"code": int(code) if code.isdigit() else None}
 
     def state(self, folder: Path, began: float = 0.0) -> str:
         """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
         if (folder / EXIT).exists():
             return ENDED
-        starting = 0 <= time.time() - began < STARTING
+        own = self.own.get(folder.name)
+        starting = own.poll() is None if own else 0 <= time.time() - began < STARTING
         if starting or holder(folder / LOCK) is not None:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
@@ -110,7 +127,7 @@ class Jobs:
     def read(self, name: str, begin: int = 0) -> dict[str, Any]:
         """A job with its output from byte `begin` on, and `next`, the byte to go on from."""
         folder, job = self.folder_of(name), self.job(name)
-        if not (folder / OUTPUT).is_file():
+        if not is_plain(folder / OUTPUT):
             return job
         with open(folder / OUTPUT, "rb") as output:
             size = output.seek(0, os.SEEK_END)
@@ -127,9 +144,10 @@ class Jobs:
         interrupt(lock, f"job {name}")
 
     def folder_of(self, name: str) -> Path:
-        if not (name.isdecimal() and name.isascii() and (self.folder / name).is_dir()):
+        folder = self.folder / name
+        if not NUMBER.fullmatch(name) or within(self.root, folder) != folder or not folder.is_dir():
             raise UserError(f"there is no job {name}")
-        return self.folder / name
+        return folder
 
 
 def interrupt(lock: Path, what: str) -> None:
@@ -138,6 +156,6 @@ def interrupt(lock: Path, what: str) -> None:
     if held is None:
         raise UserError(f"{what} does not run")
     process = held.get("process")
-    if held.get("host") != platform.node() or not isinstance(process, int) or process <= 1:  # -1: all processes
+    if held.get("host") != platform.node() or not is_whole(process, 2):  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
     os.kill(process, signal.SIGINT)

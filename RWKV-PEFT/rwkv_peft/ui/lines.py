@@ -13,9 +13,14 @@ NESTED = 50  # lists and objects within each other, at most, in a line that is s
 TAIL = 1 << 18  # bytes at the end of a file of answers
 
 
+def is_plain(path: Path) -> bool:
+    """Tell whether a path is a file itself: a pipe would be waited for, and a link may lead anywhere."""
+    return path.is_file() and not path.is_symlink()
+
+
 def read(path: Path, most: int = BYTES) -> bytes:
-    """The first bytes of a plain file, b"" if there is none, because a pipe would be waited for."""
-    if not path.is_file():
+    """The first bytes of a plain file, b"" if there is none."""
+    if not is_plain(path):
         return b""
     with open(path, "rb") as file:
         return file.read(most)
@@ -24,7 +29,7 @@ def read(path: Path, most: int = BYTES) -> bytes:
 def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
     """The objects in whole lines of a .jsonl file from byte `begin` on, and `next`, the byte to go on from. A file that
     became shorter, because a run began anew, is read from its start: `again` is then True."""
-    if not path.is_file():
+    if not is_plain(path):
         return {"lines": [], "next": 0, "again": begin > 0}
     with open(path, "rb") as file:
         again = begin > file.seek(0, os.SEEK_END)
@@ -36,7 +41,7 @@ def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
 
 def last_of(path: Path) -> list[Any]:
     """The objects in the last lines of a .jsonl file."""
-    size = path.stat().st_size if path.is_file() else 0
+    size = path.stat().st_size if is_plain(path) else 0
     found: list[Any] = lines_of(path, max(size - TAIL, 0))["lines"]
     return found
 

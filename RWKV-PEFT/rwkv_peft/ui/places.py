@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files.readable import home_meant
+from ..files.readable import home_meant, within
 
 SHOWN = 2000  # entries of a folder, at most
 
@@ -28,8 +28,8 @@ class Places:
         """The path of a name that may have no file yet. Raises UserError if it is not below the root."""
         if "\0" in name:
             raise UserError("a file's name has no zero byte")
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root):
+        path = within(self.root, name)
+        if path is None:
             raise UserError(f"{name} is not within {self.root}; start rwkv-peft ui with --files for another folder")
         return path
 
@@ -50,8 +50,8 @@ class Places:
             raise UserError(f"{name} may not be read by you") from None
         kept: list[dict[str, Any]] = []
         for entry in entries:
-            path = Path(entry.path).resolve()
-            if path.is_relative_to(self.root) and path.exists():
+            path = within(self.root, entry.path)
+            if path is not None and path.exists():
                 is_folder = path.is_dir()
                 size = 0 if is_folder else path.stat().st_size
                 kept.append({"name": self.name(folder / entry.name), "folder": is_folder, "bytes": size})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files.best import take
+from ..files.best import is_place, take
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
 from .lines import objects, read
@@ -24,7 +24,11 @@ SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 def find_runs(places: Places) -> list[dict[str, Any]]:
     """The runs below the root, the newest first: folder, running, when it wrote last, settings that tell it apart."""
     found = sorted(folders(places.root), key=lambda folder: -modified(folder))[:MOST]
-    return [described(places, folder) for folder in found]
+    runs = list[dict[str, Any]]()
+    for folder in found:
+        with suppress(OSError):  # it was moved away this moment, or may not be read
+            runs.append(described(places, folder))
+    return runs
 
 
 def folders(root: Path) -> Iterator[Path]:
@@ -46,7 +50,7 @@ def folders(root: Path) -> Iterator[Path]:
 def modified(folder: Path) -> float:
     try:
         return (folder / METRICS).stat().st_mtime
-    except FileNotFoundError:  # it was moved away this moment
+    except OSError:  # it was moved away this moment, or is a link to itself
         return 0.0
 
 
@@ -63,8 +67,8 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
         "folder": name,
         "running": holder(folder / LOCK) is not None,
         "modified": modified(folder),
-        "steps": steps if type(steps) is int else 0,
-        "epochs": epochs if type(epochs) is int else 0,
+        "steps": steps if is_place(steps) else 0,
+        "epochs": epochs if is_place(epochs) else 0,
         "flags": flags if isinstance(flags, dict) else {},
         "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.atomic import require_room
+from ..files.readable import within
 
 MOST = 32 << 30  # bytes of a file: a base of 13B in bf16 has 27 GB
 LONGEST = 60  # characters of a name
@@ -38,7 +39,7 @@ class Uploads:
         name = cleaned(name)
         if not 0 <= begin <= begin + len(part) <= size <= MOST or not (part or not size):
             raise UserError(f"{name}: a file of at most {MOST >> 30} GiB is taken; copy a larger one into the folder")
-        if self.folder.resolve() != self.folder:
+        if within(self.root, self.folder) != self.folder:
             raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
         path = self.folder / f"{name}.part"
         if not begin:

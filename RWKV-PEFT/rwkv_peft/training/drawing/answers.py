@@ -12,6 +12,7 @@ from ...data.answer_samples import PromptSamples
 from ...data.collate import collate_packed
 from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer
+from ...errors import UNREADABLE, UserError, told
 from ...generate.command import Continuation
 from ...generate.decode import generate
 from ...generate.flags import unescaped
@@ -121,10 +122,12 @@ def write_drawn(folder: Path, rank: int, drawn: Mapping[int, Sequence[Drawn]]) -
 
 
 def read_drawn(folder: Path) -> dict[int, list[Drawn]]:
-    """The answers of all ranks in a checkpoint, by the numbers of their samples."""
+    """Read the answers of all ranks in a checkpoint, by the numbers of their samples. Raises UserError for damage."""
     found: dict[int, list[Drawn]] = {}
     for path in folder.glob(FILE.format("*")):
-        for line in path.read_text().splitlines():
-            number, answer = json.loads(line)
-            found.setdefault(number, []).append(Drawn(*answer))
+        try:
+            for number, answer in map(json.loads, path.read_text().splitlines()):
+                found.setdefault(number, []).append(Drawn(*answer))
+        except UNREADABLE as error:
+            raise UserError(f"{path} is damaged: {told(error)}; delete {folder} to resume from an older one") from error
     return found

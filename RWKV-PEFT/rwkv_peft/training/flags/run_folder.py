@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
-from ...errors import UserError
+from ...errors import UNREADABLE, UserError
 from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, find_checkpoint
-from ..saving.run_state import UNREADABLE, read_state
+from ..saving.run_state import read_state
 from .world import World
 
 LOGS = "tensorboard"
@@ -84,7 +84,7 @@ def draw_seed(args: Namespace, world: World) -> int:
     checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
     if checkpoint is not None:
         try:
-            return read_state(checkpoint)["config"]["train"]["random_seed"]
+            return int(read_state(checkpoint)["config"]["train"]["random_seed"])
         except UNREADABLE:
             pass  # the resume itself says what is wrong with the checkpoint
     if world.nodes > 1 or not world.starts:

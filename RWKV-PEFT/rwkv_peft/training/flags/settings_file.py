@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ...cli import Parser
-from ...errors import UserError, short, told
+from ...errors import UNREADABLE, UserError, short, told
 from ...files.atomic import atomic_write
 from ...refusals import Refusals
 from .parser import READ, WRITE, entries_of
@@ -59,9 +59,11 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
 def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Yield (key, value) of a file of settings, or of the flags in the config.json of a run."""
     try:
-        if path.stat().st_size > SIZE:
-            raise UserError(f"{READ} {path}: {path.stat().st_size:,} bytes, and settings take at most {SIZE:,}")
-        text = path.read_text("utf-8")
+        with open(path, "rb") as file:  # a device may have no end
+            content = file.read(SIZE + 1)
+        if len(content) > SIZE:
+            raise UserError(f"{READ} {path} has more than {SIZE:,} bytes, which no settings take; name another file")
+        text = content.decode("utf-8")
         require_plain(path, text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -104,7 +106,12 @@ def words_of(flag: str, action: argparse.Action, node: yaml.Node, name: str) -> 
     if node.tag == NULL:
         return []
     if isinstance(node, yaml.MappingNode):
-        return [f"{flag}={json.dumps(yaml.safe_load(yaml.serialize(node)))}"]
+        try:
+            return [f"{flag}={json.dumps(yaml.safe_load(yaml.serialize(node)))}"]
+        except (yaml.YAMLError, *UNREADABLE) as error:  # a date, or a tag that names no kind
+            raise UserError(
+                f"{READ} {name}: {flag[2:]} holds what JSON has not: {told(error)}; write plain values"
+            ) from None
     several = isinstance(node, yaml.SequenceNode)
     values = [str(value.value) for value in (node.value if several else [node])]
     if several and not all(isinstance(value, yaml.ScalarNode) for value in node.value):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...cli import counted
+from ...errors import UNREADABLE, in_line
 from ...evals.exam import LONGEST, Exam, RowsExam
 from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
@@ -83,7 +84,7 @@ class BeforeAfter:
             data, of, source = name.partition(" of ")
             yield f"{counted(len(mine), f'{data} row')}{of}{source}: {agreement(mine)}"
             for record in mine[:SHOWN]:
-                prompt, before = in_line(record["prompt"]), record["before"]
+                prompt, before = in_line(record["prompt"].strip()), record["before"]
                 yield f"  prompt  {prompt if len(prompt) <= WIDTH else '…' + prompt[-WIDTH:]}"
                 yield f"  row     {quoted(record['answer'])}"
                 yield f"  before  {quoted(before) if before else NEVER}"
@@ -97,7 +98,7 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Answer | None]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         answers = [record["before"] for record in records if record["rows"] == exam.digest]
         texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except UNREADABLE:
         return unknown
     whole = all(isinstance(word, str) for pair in texts for word in pair)
     return answers if whole and len(answers) == len(records) == len(exam) else unknown
@@ -141,10 +142,5 @@ def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
 
 def quoted(answer: Mapping[str, str]) -> str:
     """Put an answer in one line, WIDTH characters of it at most; … follows if more does, or if it was cut off."""
-    line = in_line(answer["text"])
+    line = in_line(answer["text"].strip())
     return line if len(line) <= WIDTH and ends(answer) else f"{line[:WIDTH]}…"
-
-
-def in_line(text: str) -> str:
-    """Put a text in one line, with unprintable characters escaped, which a terminal might obey."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text.strip())

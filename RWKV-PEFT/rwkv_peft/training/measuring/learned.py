@@ -9,7 +9,8 @@ from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import FEW, RunConfig
 from ...config.objective import REWARDS
-from ...plots import LOSSES, is_number, of_files
+from ...numeric import is_number
+from ...plots import LOSSES, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
 

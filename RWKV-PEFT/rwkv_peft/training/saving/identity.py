@@ -11,14 +11,15 @@ from typing import Any
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
 from ...data.mixture import shares_of
 from ...data.samples import Samples
-from ...errors import UserError, told
+from ...errors import UNREADABLE, UserError, told
 from ...tables import OPTIMS
-from .run_state import OPTIMIZER, STATE, UNREADABLE, read_state, remedy_of, require_files
+from .run_state import OPTIMIZER, STATE, read_state, remedy_of, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # what a resumed run must share with the first
 SAME_OPTIMIZER = ("precision", "optim")  # what it must share, too, to keep the optimizer's state,
 SAME_RANKS = ("strategy", "world_size")  # and this, if it is kept by ranks
+NEEDED = ("retained", "samples_seen", "trained", "validated_from", "validation")  # what else it must say
 HASHES = MappingProxyType({"content": "tokens", "counted": "loss mask", "files": "files"})
 
 
@@ -72,6 +73,10 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
                 f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; "
                 "add --fresh_optimizer: weights and place in the data go on"
             )
+        for name in NEEDED:
+            state[name]
+        for record in state["files"].values():
+            record["bytes"], record["crc32"]
         require_files(checkpoint, state["files"], fresh_optimizer)
         other = OPTIMS.get(now["optim"])
         of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())

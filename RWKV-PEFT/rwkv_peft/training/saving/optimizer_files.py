@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import torch
 
-from ...errors import UserError, short
+from ...errors import UNREADABLE, UserError, short
 from ...files.atomic import fsync
 from ...files.pth_writer import TensorSpec
 from ...files.safetensors_file import read_safetensors, write_safetensors
@@ -76,7 +76,7 @@ class SavedOptimizer:
                     if tensor.dim() != 1 or tensor.dtype != torch.float32:
                         raise ValueError(f"{short(key)} is no row of float32")
                     self.found[kind, name].append((int(start), tensor))
-            except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise self.mismatch(error, path) from error
 
     def mismatch(self, reason: object, path: Path | None = None) -> UserError:

@@ -7,14 +7,14 @@ from typing import Any
 
 from ...cli import counted
 from ...config import AdapterConfig, DataConfig, TrainConfig
-from ...errors import UserError
+from ...errors import UNREADABLE, UserError
 from ...names import ADAPTER, METRICS, MODEL
 from ..step.plan import Plan
 from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
 from .history import Lowest
 from .identity import read_run_state
 from .products import newest_name
-from .run_state import UNREADABLE, read_state
+from .run_state import read_state
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 

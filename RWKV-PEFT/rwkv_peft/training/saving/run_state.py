@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import UserError
@@ -16,8 +17,14 @@ CHUNK = 1 << 24
 STATE = "state.json"
 CHECKSUM = "crc32"  # its entry
 MOST = 1 << 62  # steps: more than any run counts
-# errors of reading JSON that is not what a run writes
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)
+COUNTS = ("step", "samples_seen", "step_samples", "row_groups", "validated_from")
+KINDS: Mapping[str, type] = MappingProxyType(  # of other entries; earlier versions had not all of them
+    {
+        **dict.fromkeys(("adapter", "config", "data", "figures", "files"), dict),
+        **dict.fromkeys(("groups", "trained"), list),
+        **dict.fromkeys(("retained", "validation"), str),
+    }
+)
 
 
 def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
@@ -62,12 +69,17 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint. Raises one of UNREADABLE if it is no JSON object, or was changed."""
+    """Read the state.json of a checkpoint. Raises one of UNREADABLE if it is no JSON object, was changed, or has
+    an entry of another kind than runs write."""
     state = json.loads((checkpoint / STATE).read_text())
     if not isinstance(state, dict):
         raise ValueError(f"it is a {type(state).__name__}, and an object is due")
     if state.pop(CHECKSUM, None) != checksum_of(state):
         raise ValueError("it was changed after it was written: its checksum differs")
+    odd = [name for name in COUNTS if type(value := state.get(name, 0)) is not int or not 0 <= value < MOST]
+    odd += [name for name, kind in KINDS.items() if type(state.get(name, kind())) is not kind]
+    if odd or type(state.get("config", {}).get("train", {})) is not dict:
+        raise ValueError(f"its {(odd or ['config'])[0]} is none that a run writes")
     return state
 
 

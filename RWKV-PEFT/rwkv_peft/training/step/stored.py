@@ -13,6 +13,7 @@ and in its metadata a Source. A document is found by its key, in whichever order
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ from ...config import Objective
 from ...data.batches import EvalBatches
 from ...data.recorded import Vocabulary
 from ...data.samples import Samples
-from ...errors import UserError, told
-from ...files.base import Stamp
+from ...errors import UNREADABLE, UserError, told
 from ...files.digest import digest_of
-from ...files.pth import all_finite, require_file
+from ...files.mapped import Mapped, Overwritten, Stamp
+from ...files.pth import require_file
+from ...numeric import all_finite
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
 from .contexts import seen_by_teacher
@@ -48,24 +50,32 @@ class Source(NamedTuple):
     left: float
 
 
-class StoredTeacher:
-    """The content of a file, mapped; stamp is the file's when it was opened."""
+class StoredTeacher(Mapped):
+    """The content of a file, mapped."""
 
     def __init__(self, path: str) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.stamp = path, Stamp.of(require_file(path))
+        self.path, self.stamps = path, {path: Stamp.of(require_file(path))}
         try:
             with safe_open(path, framework="pt") as file:
                 self.source = Source(**json.loads((file.metadata() or {})[ENTRY]))
-                bounds, keys, self.logprobs, self.words = map(file.get_tensor, TENSORS)
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"--teacher_logprobs {path} is no whole file of --store_teacher: {told(error)}") from error
+                bounds, keys, self.logprobs, self.words = tensors = [file.get_tensor(name) for name in TENSORS]
+            if not fit(self.source, *tensors):
+                raise ValueError("what it holds does not fit together")
+        except (SafetensorError, *UNREADABLE) as error:
+            raise UserError(
+                f"--teacher_logprobs {path} is no whole file of --store_teacher ({told(error)}); copy it, or {ANEW}"
+            ) from error
         self.places = {key.tobytes(): slice(*pair) for key, pair in zip(keys.numpy(), bounds.unfold(0, 2, 1).tolist())}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return digest_of(self.path)
+
+    def judge(self, path: str | Path) -> None:
+        if digest_of(path) != self.fingerprint:
+            raise Overwritten(path, "holds other words of a teacher")
 
     def __str__(self) -> str:
         return (
@@ -82,12 +92,8 @@ class StoredTeacher:
         return {"stored_words": words, "stored_logprobs": logprobs}
 
     def check(self, objective: Distill, vocab_size: int) -> None:
-        """Raise UserError if the file was made for another vocabulary, or at another temperature, or is damaged."""
-        source, (number, kept) = self.source, self.words.shape
-        last = max((place.stop for place in self.places.values()), default=0)
-        whole = 0 < last == number and self.logprobs.shape == (number, kept + 1) and all_finite(self.logprobs)
-        if not whole or not 0 <= self.words.min() <= self.words.max() < source.vocab_size:
-            raise UserError(f"--teacher_logprobs {self.path} is damaged; copy it again, or {ANEW}")
+        """Raise UserError if the file was made for another vocabulary, or at another temperature."""
+        source = self.source
         if source.vocab_size != vocab_size:
             raise UserError(
                 f"--teacher_logprobs {self.path} is of a vocabulary of {source.vocab_size:,} tokens, and the student's "
@@ -114,6 +120,24 @@ class StoredTeacher:
                         f"{samples.dataset.bin_path}: its tokens, or those that count, are others than when the file "
                         f"was written; {ANEW}, or give the first run's data and --ctx_len"
                     )
+
+
+def fit(source: Source, bounds: torch.Tensor, keys: torch.Tensor, logprobs: torch.Tensor, words: torch.Tensor) -> bool:
+    """Tell whether what a file holds is of the kinds that are written, and fits together."""
+    kinds = Source.__annotations__.values()
+    dtypes = (torch.int64, torch.int64, torch.float32, torch.int32)
+    return (
+        all(isinstance(value, (int, kind) if kind is float else kind) for value, kind in zip(source, kinds))
+        and tuple(tensor.dtype for tensor in (bounds, keys, logprobs, words)) == dtypes
+        and (bounds.dim(), words.dim()) == (1, 2)
+        and words.numel() > 0
+        and logprobs.shape == (len(words), words.shape[1] + 1)
+        and keys.shape == (len(bounds) - 1, 2)
+        and bounds[[0, -1]].tolist() == [0, len(words)]
+        and bool((bounds.diff() > 0).all())
+        and all_finite(logprobs)
+        and 0 <= int(words.min()) <= int(words.max()) < source.vocab_size
+    )
 
 
 def open_stored(objective: Objective, vocab_size: int) -> StoredTeacher | None:

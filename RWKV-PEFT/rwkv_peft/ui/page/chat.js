@@ -31,7 +31,7 @@ export async function chatPage(place, about, signal, folder) {
 
   // Lists the models that are open, each with its memory, until someone closes them.
   async function list() {
-    const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.words[0] === "serve" && job.state === "running");
+    const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.own && job.words[0] === "serve" && job.state === "running");
     const open = jobs.map((job) => job.id).join();
     if (running.dataset.open === open) return jobs;
     running.dataset.open = open;
