@@ -128,7 +128,12 @@ if $tokens_due; then
     [ ! -f "$data.json" ] || [ -f "$out/config.json" ] || again=--overwrite
     step "1. data: $DATA_FILE -> $data.bin, data.idx"
     "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft preprocess "$DATA_FILE" \
-        --tokenizer "$tokenizer" --output "$data" ${again:+"$again"}
+        --tokenizer "$tokenizer" --output "$data" ${again:+"$again"} || {
+        code=$?
+        [ "$code" != 2 ] || say "With --data_type sft this script takes --sft_field, like --fields, and" \
+            "--skip_bad_rows." >&2
+        exit "$code"
+    }
 fi
 
 step "2. train: $what"

@@ -166,10 +166,10 @@ def test_without_an_end_token(preprocess):
 
 
 def test_what_is_said(preprocess, capsys):
-    preprocess([{"query": "a" * i, "response": "b"} for i in range(60)])
+    preprocess([{"query": "a" * i, "response": "b"} for i in (*range(60), 999)])
     said = capsys.readouterr().out
-    words = "60 documents|count in the loss (|tokens a document|up to|--ctx_len 128|--magic_prime"
-    assert all(each in said for each in words.split("|")), said
+    words = "61 documents|8 steps of 8 rows; 1 row is longer, and cut there\n|count in the loss (|tokens a document|"
+    assert all(each in said for each in (words + "up to|--ctx_len 128|--magic_prime").split("|")), said
 
 
 def test_shortening_keeps_the_answer():

@@ -129,7 +129,7 @@ def test_lambada_rows():
         ("gsm8k", [], "not an object"),
         ("math", {"problem": "q", "solution": "5"}, "has no .boxed{answer}"),
         ("jsonl", {"text": "alone"}, "one text, with no question"),
-        ("jsonl", {"words": "alone"}, "known are"),
+        ("jsonl", {"words": "alone"}, "known are .*; give the fields such names"),
         ("choices", {"question": "q", "choices": ["one"], "answer": 0}, "two texts or more"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": 2}, "2 is none of its choices"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": True}, "True is none"),

@@ -226,7 +226,7 @@ def test_escapes(text, expected):
         (["--prompt", "a", "--top_p", "7"], "top_p 7"),
         (["--prompt", "a", "--stop", ""], "--stop"),
         (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
-        (["--prompt", "a", "--tokenizer", "world"], "65536 tokens"),
+        (["--prompt", "a", "--tokenizer", "world"], "65,536 tokens"),
         (["--prompt", "a", "--tokenizer", "absent.json"], "absent.json"),
         (["--prompt", "a", "--state", "absent.pth"], "absent.pth"),
         (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),

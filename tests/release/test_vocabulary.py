@@ -70,7 +70,7 @@ def gguf_fields(path):
 def test_a_size_that_tells_no_vocabulary_is_refused(convert, tmp_path, output):
     with pytest.raises(UserError, match=f"vocabulary of {SIZE} tokens, which no known tokenizer has; give --tokenizer"):
         convert(output)
-    with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 300"):
+    with pytest.raises(UserError, match="--tokenizer world has 65,536 tokens, and the model 300"):
         convert(output, "--tokenizer", "world")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 

@@ -81,7 +81,8 @@ def test_a_flag_without_its_path_is_told(flag):
 
 
 WORDS = (
-    'say() { echo "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; quoted() { echo "$1"; }; activate() { echo .; }'
+    r'say() { printf "%s\n" "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; '
+    'quoted() { echo "$1"; }; activate() { echo .; }'
 )
 
 
@@ -102,6 +103,7 @@ def in_a_fresh_shell(lines, folder, typed=""):
 
 
 STAND_IN = """case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
+case "$*" in *"preprocess "*bad*) exit 2 ;; esac
 case "$2" in rwkv_peft.files.best) echo OUT/adapter-best.safetensors ;; esac
 case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
 """
@@ -130,6 +132,13 @@ def test_rows_of_every_kind_are_made_into_tokens(stand_in, tmp_path, name):
     command = f"{tmp_path}/RWKV-PEFT/rwkv_peft/children.py rwkv_peft preprocess"
     made = f"{command} {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'}\n"
     assert (tmp_path / "told").read_text().startswith(made)
+
+
+def test_rows_that_are_refused_end_the_script_with_the_way_to_read_them(stand_in, tmp_path):
+    (tmp_path / "bad.csv").touch()
+    done = stand_in(tmp_path / "bad.csv")
+    assert done.returncode == 2 and "2. train" not in done.stdout
+    assert done.stderr == "With --data_type sft this script takes --sft_field, like --fields, and --skip_bad_rows.\n"
 
 
 @pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl", "folder of sets"])

@@ -211,6 +211,6 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(train, tmp_p
 
 def test_a_tokenizer_that_is_not_the_models_is_refused_before_rows_are_read(train, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 257"):
+    with pytest.raises(UserError, match="--tokenizer world has 65,536 tokens, and the model 257"):
         train("--data_type", "sft", "--data_file", tmp_path / "chat.jsonl")
     assert not (tmp_path / "cache").exists()

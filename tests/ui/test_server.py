@@ -129,7 +129,7 @@ def test_a_plan_refuses_flags_in_their_own_words(server):
     found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--bone_r", "7", "--micro_bz", "2"]})
     assert found["code"] == 2 and "did you mean --micro_bsz" in found["text"]
     found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--data_type", "sft", "--data_file", "x"]})
-    assert found["code"] == 2 and "--tokenizer world has 65536 tokens" in found["text"]
+    assert found["code"] == 2 and "--tokenizer world has 65,536 tokens" in found["text"]
 
 
 def test_other_commands_are_not_started(server):

@@ -17,6 +17,12 @@ def prompt_beside(*paths: str | Path | None) -> str:
     return PROMPTS.get(opening, "") if isinstance(opening, str) else ""
 
 
+def flags_beside(*paths: str | Path | None) -> str:
+    """The flags by which generate asks as the rows of that run ask: --prompt, or --chat if prompt_beside knows none."""
+    prompt = prompt_beside(*paths)
+    return f"--escapes --prompt '{prompt}'" if prompt else "--chat"
+
+
 def note_on_chats(*paths: str | Path | None) -> str:
     """A note to who chats with a model that learned another layout; "" if there is no reason for one."""
     prompt = prompt_beside(*paths)

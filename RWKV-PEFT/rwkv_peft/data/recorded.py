@@ -121,12 +121,18 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
     return ""
 
 
+def usual(vocab_size: int) -> str:
+    """The tokenizer that models of vocab_size tokens have, as the end of a sentence; "" if none is known."""
+    known = dict(KNOWN_SIZES).get(vocab_size)
+    return f", such as {known}" if known else ""
+
+
 def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
     """Raise UserError if the Vocabulary of the data at path has more tokens than the model, used or not."""
     if data is not None and data.size > vocab_size:
         raise UserError(
             f"{path} was made with {data}, and the model has {vocab_size:,} tokens; make the data with the tokenizer "
-            "that the model was trained with"
+            f"that the model was trained with{usual(vocab_size)}"
         )
 
 
@@ -160,10 +166,9 @@ def find_tokenizer(
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         what = "--tokenizer" if asked else "the tokenizer"
-        usual = dict(KNOWN_SIZES).get(vocab_size)
         raise UserError(
-            f"{what} {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer that it "
-            "was trained with" + (f", such as {usual}" if usual else "")
+            f"{what} {name} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,}; give the tokenizer that "
+            f"it was trained with{usual(vocab_size)}"
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
         changed = "" if asked else ": the file has changed since"

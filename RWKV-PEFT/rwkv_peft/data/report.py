@@ -105,7 +105,9 @@ def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
     steps = {"pad": counted(-(-len(sizes) // batch), "step"), "get": counted(-(-windows // batch), "step")}
     start = f"a start: --ctx_len {ctx_len} --micro_bsz {batch}; one epoch is "
     if answers:
-        lines = [f"{start}{steps['pad']} of {batch} rows"]
+        longer = int((sizes > ctx_len + 1).sum())
+        cut = f"; {counted(longer, 'row')} {'is' if longer == 1 else 'are'} longer, and cut there" if longer else ""
+        lines = [f"{start}{steps['pad']} of {batch} rows{cut}"]
     else:
         lines = [
             f"{start}{counted(windows, 'window')} (--dataload get), {steps['get']} of {batch}, or {steps['pad']} of "

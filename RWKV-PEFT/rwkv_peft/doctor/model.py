@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
+from ..data.asked import flags_beside
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base
 from ..release.contents import ADAPTER, MODEL, SESSION, STATES, Contents, contents_of, formatted
@@ -59,4 +60,4 @@ def suited(path: str, contents: Contents) -> Iterator[tuple[str, str]]:
         what = FOREIGN_FORMAT
     for purpose, command in COMMANDS.get(what, ()):
         if not (only_pth and purpose in (AI00, LLAMA_CPP)):
-            yield purpose, command.format(shlex.quote(str(Path(path))))
+            yield purpose, command.format(shlex.quote(str(Path(path)))).replace("--chat", flags_beside(path))

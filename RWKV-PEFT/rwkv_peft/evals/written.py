@@ -2,7 +2,7 @@
 
 import re
 
-from ..data.templates import segments
+from ..data.templates import UnknownForm, segments
 from ..errors import UserError, short
 from .numbers import (
     final_answer,
@@ -47,7 +47,10 @@ class Exact(AnswerTask):
             solution = text_of(row, "answer", "response", "output", "completion", "solution")
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
             return Problem(put(layout, question), behind(solution), solution.strip())
-        parts = segments(row)
+        try:
+            parts = segments(row)
+        except UnknownForm as error:
+            raise UserError(f"{error}; give the fields such names") from error
         # in a chat the blank line after an answer counts too, and so does the next speaker's name; neither is an answer
         answers = [n for n in range(1, len(parts)) if parts[n][1] and not parts[n - 1][1]]
         if not answers:

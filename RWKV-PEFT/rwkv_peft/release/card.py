@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 
-from ..data.asked import prompt_beside
+from ..data.asked import flags_beside
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.atomic import write_text
@@ -33,8 +33,7 @@ def card_of(title: str, files: Iterable[Path], figures: Iterable[Line] = ()) -> 
     first, *_ = paths = list(files)
     contents = contents_of(AdapterSource(first))
     kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what == STATES else MODEL
-    asked = f"--escapes --prompt '{prompt}'" if (prompt := prompt_beside(first)) else "--chat"
-    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures], asked)
+    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures], flags_beside(first))
 
 
 def text_of(title: str, kind: str, names: list[str], lines: Iterable[Line], asked: str) -> str:
