@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,6 +19,7 @@ from .readable import read_settings
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
+LONGEST = 1 << 24  # bytes of a line, more than a run writes
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 CLOSE = 0.01  # losses that differ by a smaller share are the same
 
@@ -103,7 +105,9 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        for line in file:
+        for line in iter(partial(file.readline, LONGEST), b""):
+            if len(line) == LONGEST:
+                return
             if b'"val_' in line:
                 with suppress(ValueError, RecursionError):
                     found = json.loads(line)
