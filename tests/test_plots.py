@@ -7,6 +7,7 @@ import pytest
 
 from rwkv_peft.comparison import main
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.best import validations
 from rwkv_peft.plots import (
     COLORS,
     DRAWN,
@@ -166,3 +167,11 @@ def test_lines_of_another_file_are_refused(tmp_path, line):
     (tmp_path / "rows.jsonl").write_text(line + "\n" + line + "\n")
     with pytest.raises(UserError, match="line 1: a metrics line is a JSON object with its step"):
         main([str(tmp_path / "rows.jsonl"), str(tmp_path / "loss.png")])
+
+
+def test_metrics_of_a_tebibyte_that_is_nowhere_are_refused_at_once(tmp_path):
+    with open(path := tmp_path / "metrics.jsonl", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="metrics.jsonl, line 1: not JSON"):
+        read_metrics(path)
+    assert list(validations(path)) == []

@@ -4,6 +4,7 @@ all pictures share."""
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Any
 from .children import import_matplotlib
 from .errors import UserError, told
 from .files.atomic import atomic_write
-from .files.best import is_record
+from .files.best import LONGEST, is_record
 from .files.readable import require_readable
 from .names import METRICS
 from .numeric import is_number
@@ -83,21 +84,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises UserError if the file is missing, or if a line is not a JSON object with a step.
     """
     path = require_readable(path, f"{path}: no such file; a run writes it into its --proj_dir")
-    lines = path.read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line") from error
-        if not is_record(record):
-            raise UserError(
-                f"{path}, line {number}: a metrics line is a JSON object with its step and samples, not "
-                f"{line[:40].decode(errors='replace')!r}"
-            )
-        records.append(record)
+    records, broken = [], None
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), start=1):
+            if broken is not None:
+                raise broken
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # of the last line it is told by nobody
+                broken = UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line")
+                continue
+            if not is_record(record):
+                raise UserError(
+                    f"{path}, line {number}: a metrics line is a JSON object with its step and samples, not "
+                    f"{line[:40].decode(errors='replace')!r}"
+                )
+            records.append(record)
     return records
 
 

@@ -1,5 +1,7 @@
 """binidx files: written as the format says, read back, and refused if they are damaged."""
 
+import errno
+import fcntl
 import os
 import random
 import struct
@@ -230,6 +232,17 @@ def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
         with pytest.raises(UserError, match="another process is writing it"), ShardWriter(tmp_path / "data"):
             pass
     assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
+
+
+def test_a_file_system_without_locks_is_written_to_with_a_note(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with ShardWriter(tmp_path / "data") as writer:
+        writer.add([1, 2])
+    assert "data cannot be locked (" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
 
 
 def test_prefix():

@@ -1,12 +1,14 @@
 """Rows of .csv files and of folders, and the split of a folder that validates."""
 
 import json
+import os
 
 import pytest
 
 from data.documents import texts
 from rwkv_peft import commands
 from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.preprocess import main as preprocess_main
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
@@ -45,6 +47,20 @@ def test_cells_in_quotes(preprocess):
 
 def test_a_long_cell(preprocess):
     assert len(preprocess(f"text\n{'a' * 200_000}\n", name="in.csv")[0]) == 200_001
+
+
+def test_tables_and_texts_have_an_end(tmp_path):
+    """A file of 1 TiB takes no disk if nothing is written in it, and a device has no end at all."""
+    for name, *words in (("in.csv",), ("v.txt", "--tokenizer"), ("t.txt", "--template")):
+        with open(path := tmp_path / name, "wb") as file:
+            file.truncate(1 << 40)
+        (tmp_path / "rows.csv").write_text("text\na\n")
+        argv = [str(tmp_path / "rows.csv"), *words, str(path)] if words else [str(path)]
+        with pytest.raises(UserError, match=f"{name} has (a line of more than|more than|1,099,511,627,776 bytes)"):
+            preprocess_main([*argv, "--output", str(tmp_path / "out"), "--workers", "1"])
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(UserError, match="is a pipe or a device, which cannot be read twice"):
+        preprocess_main([str(tmp_path / "pipe.csv"), "--output", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

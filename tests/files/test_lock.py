@@ -70,6 +70,28 @@ def test_a_holder_that_says_nonsense_about_itself_is_one(tmp_path):
             pass
 
 
+def test_another_users_file_locks_out_as_well(tmp_path, monkeypatch):
+    """Whose rights allow to read it, and then nothing."""
+    own, refused = os.open, os.O_RDWR
+
+    def open_as_other(path, flags, *mode):
+        if flags & refused == refused:
+            raise PermissionError(path)
+        return own(path, flags, *mode)
+
+    with hold(tmp_path / "lock"):
+        monkeypatch.setattr(os, "open", open_as_other)
+        with pytest.raises(Busy, match=f"process {os.getpid()} on"), hold(tmp_path / "lock"):
+            pass
+    (tmp_path / "lock").write_text("of a process that was killed")
+    with hold(tmp_path / "lock"), pytest.raises(Busy, match="does not say"), hold(tmp_path / "lock"):
+        pass
+    (tmp_path / "lock").touch()
+    refused = 0
+    with pytest.raises(Busy, match="by another user, it seems; if not, remove "), hold(tmp_path / "lock"):
+        pass
+
+
 def test_a_link_at_its_place_is_not_followed(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "other")
     (tmp_path / "other").write_text("kept")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from ..errors import UserError, short, told
 from ..files.readable import choice_in, require_readable
@@ -64,12 +65,13 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     With pieces=True a .txt file comes in pieces, cut where a line begins with a visible character.
     """
     path = Path(path)
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if not path.is_dir():
-        require_readable(path, f"{path}: no such file; inputs are {KINDS}")
+        again = suffix in (*CSV_ENDINGS, ".parquet")
+        require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
     if path.is_file():
         refuse_foreign(path)
     name, bounds = parse_split(split)
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         chunks = folder_chunks(path, name)
     elif suffix == ".jsonl.gz":
@@ -264,10 +266,10 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
     cannot be read on, and UnicodeDecodeError if it is not UTF-8.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = max(DELIMITERS, key=file.readline().count)
+        delimiter = max(DELIMITERS, key=file.readline(MOST_CHARACTERS).count)
         file.seek(0)
         csv.field_size_limit(MOST_CHARACTERS)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(bounded_lines(file, path), delimiter=delimiter, strict=True)
         try:
             yield from named(reader, path)
         except csv.Error as error:
@@ -275,6 +277,14 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
                 f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
                 'line end stands in quotes ("…"), its own quotes twice ("")'
             ) from error
+
+
+def bounded_lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Yield the lines of a file. Raises UserError for one of more characters than a row has bytes."""
+    while line := file.readline(ROW_BYTES + 1):
+        if len(line) > ROW_BYTES:
+            raise UserError(f"{path} has a line of more than {ROW_BYTES:,} characters, which no row may have; split it")
+        yield line
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:

@@ -8,9 +8,11 @@ written since, and goes on behind those chunks.
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from os import scandir
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import UNREADABLE, NotNow, UserError
+from ..errors import UNREADABLE, UserError
 from ..files.atomic import fsync, telling_failures, without_empty_folders, write_text
-from ..files.lock import Busy, hold
+from ..files.lock import enter
 from ..numeric import is_whole
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
@@ -55,7 +57,8 @@ class ShardWriter:
             stack.enter_context(telling_failures(Path(self.prefix), "nothing was changed there"))
             stack.enter_context(without_empty_folders(self.folder.parent))
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(self.prefix))
+            lock = Path(self.prefix).with_name(f".{Path(self.prefix).name}.lock")
+            enter(stack, lock, self.prefix, "another process is writing it", "another", partial(print, file=sys.stderr))
             try:
                 self.go_on()
             except (Stale, *UNREADABLE):
@@ -212,13 +215,3 @@ def remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-@contextmanager
-def alone(prefix: str) -> Iterator[None]:
-    """Hold the lock of a data set while it is written. Raises NotNow if another process does."""
-    try:
-        with hold(Path(prefix).with_name(f".{Path(prefix).name}.lock")):
-            yield
-    except Busy as error:
-        raise NotNow(f"{prefix}: another process is writing it ({error}); wait, or give another name") from None

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, field_names, quoted
-from ..files.readable import require_readable
+from ..files.readable import read_short, require_readable
 from ..names import SYSTEM_FIELDS
 from .tools import LISTS, listed, parsed
 from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, field, refuse_unplaced, without_opening
@@ -170,7 +170,7 @@ def layout_named(name: str, layouts: Mapping[str, str], flag: str = "--template"
         return layouts[name]
     missing = f"{flag} {name}: no such file, and no layout of that name; named are {', '.join(layouts)}"
     try:
-        return require_readable(name, missing).read_text(encoding="utf-8-sig").removesuffix("\n")
+        return read_short(require_readable(name, missing)).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {name} is not UTF-8 (byte {error.start}); convert it") from error
 

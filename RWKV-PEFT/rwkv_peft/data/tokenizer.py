@@ -41,6 +41,7 @@ def load_tokenizer(name: str | Path) -> "Tokenizer":
         name,
         f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
         "tokenizer.json, or the path of a World vocabulary (.txt)",
+        again=True,
     )
     return WorldTokenizer(path) if path.suffix == ".txt" else JsonTokenizer(path)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
+MOST = 1 << 26  # bytes of a file
 # one str or bytes literal, as a World vocabulary has them; any other expression could ask for any memory
 LITERAL = re.compile(r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
@@ -13,6 +14,8 @@ LITERAL = re.compile(r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 def parse_world_vocabulary(path: Path) -> list[bytes | None]:
     """Read a World vocabulary -> list of bytes or None by token id. Raises UserError that names the bad line."""
     table: list[bytes | None] = [None]
+    if (size := path.stat().st_size) > MOST:
+        raise UserError(f"{path} has {size:,} bytes, and a World vocabulary about a million; name another file")
     content = path.read_bytes()
     most = max(65536, len(content))  # a bound for the table, which grows with the ids; a line takes more than a byte
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), start=1):

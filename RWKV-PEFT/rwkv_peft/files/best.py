@@ -7,6 +7,7 @@ python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.files.best FOLDER      prints i
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,6 +18,7 @@ from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
+LONGEST = 1 << 24  # bytes of a line, more than a run writes
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 CLOSE = 0.01  # losses that differ by a smaller share are the same
 LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
@@ -96,7 +98,7 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        for line in file:
+        for line in iter(partial(file.readline, LONGEST), b""):
             if b'"val_' in line and is_record(found := object_of(line)):
                 yield found
 

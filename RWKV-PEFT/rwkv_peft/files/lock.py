@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UNREADABLE, NotNow, told
-from .atomic import check_output, without_empty_folders
+from .atomic import check_output, telling_failures, without_empty_folders
 from .readable import object_of
 
 LONGEST = 1000  # bytes that a holder writes about itself
@@ -26,15 +26,20 @@ class Busy(Exception):
     """Another process holds the file; the text says which, where, and since when."""
 
 
+class NoLocks(Exception):
+    """The file system has no locks; the text is its error."""
+
+
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
     """Make the lock file `path` in an existing folder, hold it, and remove it afterwards. Raises Busy if another
-    process holds it, OSError if the file system has no locks or the file cannot be made."""
+    process holds it, NoLocks if the file system has none, OSError if the file cannot be made."""
     with _locked(path) as file:
         try:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.truncate()
-            file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
+            if file.writable():
+                file.truncate()
+                file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
             yield
         finally:
             with suppress(OSError):  # a folder that is read-only by now must not hide the body's own exception
@@ -45,8 +50,7 @@ def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
     began = time.monotonic()
     while True:
-        # through a link the text would be written elsewhere
-        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        file = _opened(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,8 +59,12 @@ def _locked(path: Path) -> FileIO:
                     raise Busy(_holder(file)) from None
             time.sleep(0.005)
             continue
-        except BaseException:
+        except BaseException as error:
             file.close()
+            if isinstance(error, OSError):
+                with suppress(OSError):
+                    path.unlink()
+                raise NoLocks(str(error)) from None
             raise
         if _is_at(file, path):
             return file
@@ -70,6 +78,20 @@ def _is_held(file: FileIO) -> bool:
         return False
     except BlockingIOError:
         return True
+
+
+def _opened(path: Path) -> FileIO:
+    """Open the file at `path`, made if it is missing; another user's, who can be locked out all the same, to be read.
+    Raises Busy if that user lets nobody read it. No link is followed, because the text would be written elsewhere."""
+    try:
+        return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except PermissionError:
+        if not os.path.lexists(path):
+            raise
+    try:
+        return FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
+    except PermissionError:
+        raise Busy(f"by another user, it seems; if not, remove {path}") from None
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
@@ -130,8 +152,9 @@ def enter(stack: ExitStack, lock: Path, given: str, busy: str, instead: str, say
     """Hold a lock until the stack is closed. For messages, `given` is the flag and its path, `busy` what the lock's
     holder does, and `instead` what to name instead."""
     try:
-        stack.enter_context(hold(lock))
+        with telling_failures(lock, f"name {instead}"):
+            stack.enter_context(hold(lock))
     except Busy as error:
         raise NotNow(f"{given}: {busy} ({error}); wait for it, or name {instead}") from None
-    except OSError as error:
+    except NoLocks as error:
         say(f"output    {given} cannot be locked ({error}): start nothing else that writes there")

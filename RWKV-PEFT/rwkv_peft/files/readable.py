@@ -92,6 +92,16 @@ def object_in(path: str | Path) -> dict[str, Any]:
     return {}
 
 
+def read_short(path: Path, most: int = MOST_BYTES) -> str:
+    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes: a device has no
+    end."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most:,} bytes, which no file of its kind has; name another")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
     if not path.is_file() or path.stat().st_size > MOST_BYTES:

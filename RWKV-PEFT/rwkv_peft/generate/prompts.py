@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.encoding import parse
-from ..data.rows import JSON_ENDINGS, held_chunks
+from ..data.rows import HELD_BYTES, JSON_ENDINGS, held_chunks
 from ..data.tokenizer import Tokenizer
 from ..data.tools import tools_text
 from ..errors import UserError
+from ..files.readable import read_short
 
 WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
 ENDS = ("end", "stop", "length")
@@ -36,7 +37,7 @@ def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
         if path == "-":
             text = sys.stdin.read().encode(errors="surrogateescape").decode()  # streams.py made surrogates of bytes
         else:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_short(Path(path), HELD_BYTES)
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:

@@ -140,7 +140,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return Reader(mapped).header()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable GGUF: {told(error)}; copy it again") from error
 
 
