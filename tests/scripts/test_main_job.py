@@ -80,10 +80,10 @@ def test_a_flag_without_its_path_is_told(flag):
     assert done.returncode == 1 and f"{flag}: one path is due" in done.stderr and "==" not in done.stdout
 
 
-WORDS = (
-    r'say() { printf "%s\n" "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; '
-    'quoted() { echo "$1"; }; activate() { echo .; }'
-)
+WORDS = r"""
+say() { printf '%s\n' "$*"; }; fail() { echo "error: $*" >&2; exit 1; }
+quoted() { printf '%s\n' "$1"; }; activate() { echo .; }
+"""
 
 
 def stand_in_for(root, python):
@@ -91,7 +91,7 @@ def stand_in_for(root, python):
     (root / "scripts").mkdir(exist_ok=True)
     for name in ("bone.sh", "bone_rwkv6.sh", "bone_rwkv7.sh"):
         shutil.copy(ROOT / "scripts" / name, root / "scripts")
-    (root / "scripts" / "setup.sh").write_text(f"root={root} python={root / 'python'}\n{WORDS}\n")
+    (root / "scripts" / "setup.sh").write_text(f"root={root} python={root / 'python'}{WORDS}")
     (root / "python").write_text("#!/bin/sh\n" + python)
     (root / "python").chmod(0o755)
 

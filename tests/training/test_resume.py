@@ -246,6 +246,7 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
     state = {"adapter": known, "base": "abc", "files": {}, **SAVED, **machine}
     state |= {"objective": "next_token", "data": {"ctx_len": 16, "counted": "def"}}
+    state |= {"retained": "", "validated_from": 0, "validation": ""}
     write_state(tmp_path / "state.json", state)
     now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "objective": "next_token", "teacher": ""}
     now |= {"optim": "adamw", "data": {"ctx_len": 16, "counted": "def"}}
