@@ -36,7 +36,7 @@ SANITIZED = {  # a family of kernels: what runs them under compute-sanitizer
     **dict.fromkeys(("mix", "bone", "cross_entropy", "decode"), ("gpu_ops", "--repeats", "1")),
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
-ON_GPUS = ("tests/ops/wkv6/test_wkv6.py", "tests/ops/wkv7/test_wkv7.py")  # whose tests of "cuda" need a card
+ON_GPUS = ("tests/ops/test_backends.py",)  # whose tests of "cuda" need a card
 
 
 @dataclass(frozen=True)

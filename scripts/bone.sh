@@ -124,9 +124,11 @@ fi
 if $tokens_due; then
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
+    again=""  # tokens that this script made and that no run has read are made again, such as by another tokenizer
+    [ ! -f "$data.json" ] || [ -f "$out/config.json" ] || again=--overwrite
     step "1. data: $DATA_FILE -> $data.bin, data.idx"
     "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" rwkv_peft preprocess "$DATA_FILE" \
-        --tokenizer "$tokenizer" --output "$data"
+        --tokenizer "$tokenizer" --output "$data" ${again:+"$again"}
 fi
 
 step "2. train: $what"
@@ -164,6 +166,8 @@ case "$(sed -n 's/^ *"opening": "\(.*\)",\{0,1\}$/\1/p' "$out/config.json")" in
 "Assistant: <think></think") chat=" --chat --think off" ;;
 "Assistant: <think") chat=" --chat --think on" ;;
 "Assistant:") chat=" --chat" ;;
+"Response:") prompt='Instruction: hi\n\nResponse:' stop='\n\nInstruction:' ;;
+"Answer:") prompt='Question: hi\n\nAnswer:' stop='\n\nQuestion:' ;;
 esac
 if $demo; then
     prompt='Two birds sing. Sue has 9 purple dolls.\nQ: What is there, as JSON?\nA:' stop='\n' more=" --temperature 0"

@@ -78,12 +78,15 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def as_if_no_command_had_run():
-    """Restore what a command changes in its process, which is about to end, while this one goes on: Ctrl-C is heard,
-    and Python looks for modules beside a program (children.py). A fixture of a whole module may have run one, too."""
+    """Restore what a command changes in its process, which is about to end, while this one goes on: Ctrl-C is heard, a
+    terminal's end as before, and Python looks for modules beside a program (children.py). A fixture of a whole module
+    may have run one, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONSAFEPATH", None)
+    hangup = signal.getsignal(signal.SIGHUP)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +102,15 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("needs the shared data folder beside the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quiet_torch():
+    """One thread, because the references' many small operations gain nothing from more, and crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The package's parts, and which of them each may import."""
 
-BASE = "children config errors streams refusals rules cli names tables memory installing gpus recording".split()
+BASE = "children config errors numeric streams refusals rules cli names tables memory installing gpus recording".split()
 FLAGS = ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags")
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
@@ -29,7 +29,7 @@ PARTS = (
         "convert",
         (
             *("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss"),
-            *("release/vocabulary", "release/chat_template"),
+            *("release/vocabulary", "release/chat_template", "release/world_json"),
         ),
         ("bases", "adapter files", "data"),
     ),

@@ -146,10 +146,14 @@ def test_what_a_file_calls_itself_does_not_reach_the_terminal_as_an_order(tmp_pa
     for number, names in enumerate(([name], [name + ".lora_A", name + ".lora_B"])):
         torch.save({key: torch.ones(2, 2) for key in names}, tmp_path / f"{number}.pth")
         commands.main(["inspect", str(tmp_path / f"{number}.pth")])
-    error = UserError(f"{name}\n\tis no key")
+    error = UserError(f"a\n{name}", "\tis no key")
     for text in (capsys.readouterr().out, str(error)):
         assert text.replace("\n", "").replace("\t", "").isprintable() and "\\x1b[2J" in text
-    assert "\n\tis no key" in str(error)
+    assert str(error).startswith("a\\n\\x1b[2J") and str(error).endswith("\n\tis no key")
+
+
+def test_no_handler_of_libraries_errors_takes_a_refusal():
+    assert UserError.__bases__ == (Exception,)
 
 
 def test_names_from_files_pass_for_no_line_and_fill_no_screen():

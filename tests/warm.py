@@ -59,9 +59,16 @@ def ask(address, argv, environment, streams=(0, 1, 2)):
 
 def stand_in(address, argv):
     """Be the process that runs in the fork, for whoever started this one."""
-    told, pid = ask(address, argv, os.environ)
+    pid, came = 0, []  # signals, before the process is there
+
+    def forward(number, _):
+        send(pid, number) if pid else came.append(number)
+
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: send(pid, number))
+        signal.signal(number, forward)
+    told, pid = ask(address, argv, os.environ)
+    for number in came:
+        send(pid, number)
     code = int(told.readline() or -signal.SIGKILL)
     if code < 0:
         with suppress(OSError):  # of those that cannot be caught
@@ -94,7 +101,10 @@ class Server:
     def serve(self):
         """Fork until the last session is over -> None; in a fork -> the arguments to run."""
         while True:
-            ready, _, _ = select.select([self.listener, self.ended, *self.sessions, *self.running], [], [])
+            heard = [self.listener, self.ended, *self.sessions, *self.running]
+            ready, _, _ = select.select(heard, [], [], None if self.sessions else 60)
+            if not ready:  # who started this process was killed before it could begin a session
+                return None
             for connection in ready:
                 if connection is self.ended:
                     self.ended.recv(4096)

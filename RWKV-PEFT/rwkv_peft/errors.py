@@ -32,14 +32,15 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 TOLD = 200  # the most characters of a quoted text
 
 
-class UserError(ValueError):
-    """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file, and so is shown as
-    `visible` makes it. It ends a command with the exit code `code`."""
+class UserError(Exception):
+    """A user's mistake: the message gives the value, the rule and the remedy. Its arguments are the message's lines,
+    which may quote any file and path, and so each is shown as `in_line` makes it. It ends a command with the exit code
+    `code`. It is no ValueError, so that nothing which handles those of libraries takes it for one."""
 
     code = 2
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        return "\n".join(in_line(str(line)) for line in self.args)
 
 
 class NotNow(UserError):
@@ -68,7 +69,7 @@ def told(error: BaseException, named: bool = False) -> str:
     `named`, and if the text is empty or, as that of a LookupError, may be only a key."""
     lines = str(error).strip().splitlines()
     silent = named or not lines or isinstance(error, LookupError)
-    words = " ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
+    words = ": ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
     return short(words)
 
 
@@ -86,6 +87,11 @@ def in_line(text: str) -> str:
 def short(text: str) -> str:
     """Cut a text that is quoted to TOLD characters, in one line."""
     return in_line(text if len(text) <= TOLD else f"{text[:TOLD]}…")
+
+
+def quoted(value: object) -> str:
+    """Quote a value in a message, in one line."""
+    return short(repr(value))
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -3,20 +3,20 @@ all pictures share."""
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
 from .children import import_matplotlib
 from .errors import UserError, told
 from .files.atomic import atomic_write
-from .files.best import LONGEST
+from .files.best import LONGEST, is_record
 from .files.readable import require_readable
 from .names import METRICS
+from .numeric import is_number
 from .objectives import OBJECTIVES
 
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
@@ -30,7 +30,6 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 LINE_STYLES = ("-", "--", "-.", ":")
 AXES = ("share", "margin (nats)", "reward", "tokens", "nats")  # of the figures of objectives
 MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
-LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
 Series = tuple[list[int], list[float]]  # steps and values
 
@@ -95,11 +94,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             except (ValueError, RecursionError) as error:  # of the last line it is told by nobody
                 broken = UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line")
                 continue
-            if (
-                not isinstance(record, dict)
-                or not is_place(record.get("step"))
-                or not is_place(record.get("samples", 0))
-            ):
+            if not is_record(record):
                 raise UserError(
                     f"{path}, line {number}: a metrics line is a JSON object with its step and samples, not "
                     f"{line[:40].decode(errors='replace')!r}"
@@ -108,20 +103,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def is_place(value: object) -> bool:
-    """Return whether a value from JSON can be the number of a step, or of the samples up to its end."""
-    return type(value) is int and 0 <= value <= LAST_STEP
-
-
 def series(records: Iterable[dict[str, Any]], name: str) -> Series:
     """([step], [value]) of the records that hold a number under `name`; steps are counted from 1, in records from 0."""
     pairs = [(record["step"] + 1, record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True if a value of JSON is a number that can be drawn, NaN and infinity among them."""
-    return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 
 def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:

@@ -45,8 +45,8 @@ class Refusals:
 def in_one(messages: Iterable[str]) -> UserError:
     """The UserError of all messages: one message as it is, several as a list."""
     lines = list(dict.fromkeys(messages))
-    many = f"{len(lines)} things are wrong with this command:\n- "
-    return UserError(lines[0] if len(lines) == 1 else many + "\n- ".join(lines))
+    many = (f"{len(lines)} things are wrong with this command:", *(f"- {line}" for line in lines))
+    return UserError(*(lines if len(lines) == 1 else many))
 
 
 def flags_in(messages: Iterable[str]) -> set[str]:

@@ -9,6 +9,11 @@ import sys
 from typing import TextIO
 
 
+def encoded(text: str) -> bytes:
+    """A text as UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape of it."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 class Patient(io.TextIOWrapper):
     """A text stream that falls silent after a failed write; `refused` is the error of that write, or None."""
 

@@ -25,7 +25,8 @@ inline int useful(int threads, int64_t count, int64_t elements) {
 template <class Work>
 void parallel(int64_t count, int64_t elements, int threads, const Work& work) {
     threads = useful(threads, count, elements);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    if (threads == 1) return work(0, count, 0);
+#pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
         const Range mine = share(count, thread, omp_get_num_threads());

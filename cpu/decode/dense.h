@@ -3,7 +3,8 @@
 //
 // A processor foresees one stream of memory better than several: one row x meets a row of W after the other. More rows
 // meet kWeightRows of them at once, since loading x into registers would take longer than multiplying; the rows of W
-// that follow are fetched meanwhile, in one stream. A row's sums are added up in one order in either case.
+// that follow are fetched meanwhile, in one stream. A row's sums are added up in one order in either case, those of
+// kWeightRows rows together.
 #pragma once
 #include <algorithm>
 
@@ -81,20 +82,24 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, St
     Vec sum[R][M];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int m = 0; m < M; m++) sum[r][m] = zero();
-    const auto step = [&](int64_t k, const auto& read) {
-        typename D::Vector points[M];
-        UNROLL for (int m = 0; m < M; m++) points[m] = read(x + m * in + k);
-        UNROLL for (int r = 0; r < R; r++) {
-            const typename D::Vector row = read(w + r * in + k);
-            UNROLL for (int m = 0; m < M; m++) sum[r][m] = D::add(sum[r][m], row, points[m]);
+    const auto rows = [&](int from, int to) {
+        const auto step = [&](int64_t k, const auto& read) {
+            typename D::Vector points[M];
+            UNROLL for (int m = 0; m < M; m++) points[m] = read(x + m * in + k);
+            UNROLL for (int r = from; r < to; r++) {
+                const typename D::Vector row = read(w + r * in + k);
+                UNROLL for (int m = 0; m < M; m++) sum[r][m] = D::add(sum[r][m], row, points[m]);
+            }
+        };
+        int64_t k = 0;
+        for (; k + D::kStep <= in; k += D::kStep) {
+            step(k, [](const E* p) { return D::from(p); });
+            ahead.step();
         }
+        if (k < in) step(k, [n = in - k](const E* p) { return D::some(p, n); });
     };
-    int64_t k = 0;
-    for (; k + D::kStep <= in; k += D::kStep) {
-        step(k, [](const E* p) { return D::from(p); });
-        if (R > 1) ahead.step();
-    }
-    if (k < in) step(k, [n = in - k](const E* p) { return D::some(p, n); });
+    if (M > 1) rows(0, R);
+    UNROLL for (int r = 0; M == 1 && r < R; r++) rows(r, r + 1);
     store_totals<E, R, M>(sum, y, out);
 }
 
@@ -102,7 +107,7 @@ INLINE void dense_tile(const E* x, const E* w, E* y, int64_t in, int64_t out, St
 template <class E, int R>
 void dense_rows(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out) {
     const int64_t tiles = (rows + kPoints - 1) / kPoints;
-    Stream ahead(w + R * in, R * in * sizeof(E), std::max<int64_t>(tiles * (in / Dot<E>::kStep), 1));
+    Stream ahead(w + R * in, rows > 1 ? R * in * sizeof(E) : 0, std::max<int64_t>(tiles * (in / Dot<E>::kStep), 1));
     int64_t m = 0;
     for (; m + kPoints <= rows; m += kPoints)
         dense_tile<E, R, kPoints>(x + m * in, w, y + m * out, in, out, ahead);
@@ -116,9 +121,9 @@ void dense(const E* x, const E* w, E* y, int64_t rows, int64_t in, int64_t out, 
     parallel((out + kWeightRows - 1) / kWeightRows, out * in, threads, [=](int64_t first, int64_t end, int) {
         int64_t o = first * kWeightRows;
         const int64_t stop = std::min(end * kWeightRows, out);
-        for (; rows > 1 && o + kWeightRows <= stop; o += kWeightRows)
+        for (; o + kWeightRows <= stop; o += kWeightRows)
             dense_rows<E, kWeightRows>(x, w + o * in, y + o, rows, in, out);
-        for (; rows > 1 && o + 2 <= stop; o += 2) dense_rows<E, 2>(x, w + o * in, y + o, rows, in, out);
+        for (; o + 2 <= stop; o += 2) dense_rows<E, 2>(x, w + o * in, y + o, rows, in, out);
         for (; o < stop; o++) dense_rows<E, 1>(x, w + o * in, y + o, rows, in, out);
     });
 }

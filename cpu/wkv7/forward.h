@@ -22,6 +22,8 @@ struct ForwardWork {
     static int64_t floats(int64_t N) { return Chunk::floats(N) + 2 * Parts::floats(kStack, N); }
 };
 
+constexpr int64_t kAhead = 1024;  // floats: the processor itself foresees memory within pages of 4 KB only
+
 // One step, the state read once and written once, which may be its place.
 template <class E>
 void single_step(float* row, const Task& task, const Rows<const E>& rows, const float* state, E* y,
@@ -39,7 +41,10 @@ void single_step(float* row, const Task& task, const Rows<const E>& rows, const 
         store(old + c, zero());
     }
     const int64_t end = task.values.first + task.values.count;
+    Stream ahead((state ? state : final_state) + task.values.first * n + kAhead, task.values.count * n * sizeof(float),
+                 task.values.count / 4);
     for (int64_t i = task.values.first; i < end; i += 4) {  // four values, whose sums over keys are taken at once
+        ahead.step();
         const float* S[4];
         Vec sums[4];
     UNROLL for (int j = 0; j < 4; j++) {

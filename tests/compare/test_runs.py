@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -85,10 +84,11 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, co
 def test_a_comparison_that_is_killed_leaves_no_run_behind(files, warm_python):
     folder = files / "killed"
     run = folder / "runs" / Cell("bone", -6, 7).folder
+    metrics = run / "metrics.jsonl"  # empty until a step is done, from which on SIGTERM asks for a save
     words = ["--methods", "bone", "--rank", "8", "--seeds", "7", "--steps", "100000", "--output", folder]
     comparison = subprocess.Popen(python_command("rwkv_peft", "compare", *words, "--rates", "1e-3", "--", *TRAIN))
     try:
-        wait_until(lambda: (run / "metrics.jsonl").exists() or comparison.poll() is not None)
+        wait_until(lambda: metrics.exists() and metrics.read_text() or comparison.poll() is not None)
     finally:
         comparison.kill()
         comparison.wait()
@@ -113,14 +113,15 @@ def wait_until(true, seconds=300):
 
 @pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")
 def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
-    begun = []
+    begun, clock = [], Clock()
 
     def begin(*arguments):
         begun.append(sleeping(*arguments))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
         return begun[-1]
 
     monkeypatch.setattr(runs, "start", begin)
+    monkeypatch.setattr(runs, "time", clock)
+    monkeypatch.setattr(clock, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGHUP))
     with ending_in_order():
         code = main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN])
     assert code == 128 + signal.SIGHUP

@@ -53,9 +53,9 @@ def make_case(shape, dtype, *, decay="ordinary", with_state=True, lengths=None, 
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, group=0):
+def run(kernels, case, group=0, cuda=cuda):
     """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
-    if time is split."""
+    if time is split; cuda: the recurrence's cuda.py."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
         y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=group)
@@ -65,24 +65,24 @@ def run(kernels, case, group=0):
 
 def truth(case):
     """The results in float64, by autograd through the reference."""
-    return _differentiate(case, torch.float64, reference.wkv6)
+    return differentiate(case, torch.float64, reference.wkv6)
 
 
 def plain(case):
     """The results of a plain torch loop that does everything in the case's dtype."""
-    return _differentiate(case, case.r.dtype, reference.wkv6 if case.r.dtype == torch.float32 else _loop)
+    return differentiate(case, case.r.dtype, reference.wkv6 if case.r.dtype == torch.float32 else _loop)
 
 
-def _differentiate(case, dtype, forward):
-    leaves = [getattr(case, name) for name in ("r", "k", "v", "w", "u", "state")]
-    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in leaves]
+def differentiate(case, dtype, forward):
+    """The results of a function of a recurrence's inputs in a dtype, by autograd."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*case.inputs, case.state)]
     y, final = forward(*leaves, case.cu_seqlens)
     loss = (y * case.gy.to(dtype)).sum()
     if case.gfinal is not None:
         loss = loss + (final * case.gfinal.to(dtype)).sum()
     leaves = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    # gw is 0 times infinity where exp(w) overflows; the true value is 0.
+    # gw of wkv6 is 0 times infinity where exp(w) overflows; the true value is 0.
     gradients = [torch.zeros_like(x) if g is None else g.nan_to_num(nan=0.0) for x, g in zip(leaves, gradients)]
     return [x.detach() for x in (y, final, *gradients)]
 

@@ -1,10 +1,12 @@
 """Inputs for the wkv7 kernels, the true results in float64, and those of plain torch in low precision."""
 
 from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 import torch
 
+from cuda_shim import cases as wkv6_cases
 from rwkv_peft.ops.wkv7 import cuda, reference
 
 INPUTS = ("r", "w", "k", "v", "a", "b")
@@ -55,14 +57,7 @@ def make_case(shape, dtype, *, decay="usual", with_state=True, lengths=None, rep
     return Case(r, w, k, v, a, b, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, group=0):
-    """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
-    if time is split."""
-    given = (*case.inputs, case.state, case.cu_seqlens)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
-        y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=group)
-        gradients = cuda.RECURRENCE.backward(*given, checkpoints, case.gy, case.gfinal, group=group)
-    return (y, final, *gradients)[: None if case.state is not None else -1]
+run = partial(wkv6_cases.run, cuda=cuda)
 
 
 @dataclass(frozen=True)
@@ -129,22 +124,12 @@ def keys_in(made, dtype):
 
 def truth(case):
     """The results in float64, by autograd through the reference."""
-    return _differentiate(case, torch.float64, reference.wkv7)
+    return wkv6_cases.differentiate(case, torch.float64, reference.wkv7)
 
 
 def plain(case):
     """The results of a plain torch loop that does everything in the case's dtype."""
-    return _differentiate(case, case.r.dtype, reference.wkv7 if case.r.dtype == torch.float32 else _loop)
-
-
-def _differentiate(case, dtype, forward):
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*case.inputs, case.state)]
-    y, final = forward(*leaves, case.cu_seqlens)
-    loss = (y * case.gy.to(dtype)).sum()
-    if case.gfinal is not None:
-        loss = loss + (final * case.gfinal.to(dtype)).sum()
-    gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
-    return [x.detach() for x in (y, final, *gradients)]
+    return wkv6_cases.differentiate(case, case.r.dtype, reference.wkv7 if case.r.dtype == torch.float32 else _loop)
 
 
 def _loop(r, w, k, v, a, b, state, cu_seqlens):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.workers import encode_all
+from rwkv_peft.data.workers import encode_all, later_ctrl_c
 from rwkv_peft.errors import UserError
 
 
@@ -71,6 +72,14 @@ def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
 
     assert len(encoded(1)) > 4
     assert encoded(2) == encoded(1)
+
+
+def test_ctrl_c_while_a_worker_begins_comes_afterwards():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), later_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("the worker has begun")
+    assert steps
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path):

@@ -65,7 +65,7 @@ def test_rows_without_what_is_learned_from(row, message):
 def test_student_and_teacher_count_the_same_tokens(data):
     rows = [ROW | {"context": "Bo is 3. " * n, "question": "Bo?" * n} for n in range(1, 6)]
     samples = build_samples(data(rows, seed=None, ctx_len=100), 257)
-    assert len(samples) == 5 and samples.packs(2) == (2, 2) and "5 rows with contexts an epoch" in samples.notes
+    assert len(samples) == 5 and samples.packs(2) == (2, 2) and "5 rows with contexts" in samples.notes
     batch = TrainBatches(samples, 3).batch(0, 0)
     read = BytesTokenizer().decode
     theirs = batch["teacher_tokens"][0].tolist()
@@ -100,7 +100,7 @@ def test_a_context_is_never_shortened(data):
         build_samples(data(rows, ctx_len=64), 257)
     assert len(build_samples(data(rows, ctx_len=size), 257)) == 2
     skipped = build_samples(data(rows, ctx_len=64, sft_long="skip"), 257)
-    assert len(skipped) == 1 and "1 rows too long, left out" in skipped.notes
+    assert len(skipped) == 1 and "1 row too long, left out" in skipped.notes
     left_out = build_samples(data(rows, ctx_len=64, skip_bad_rows=True), 257)
     assert len(left_out) == 1 and "1 bad row left out:" in left_out.notes
 

@@ -77,7 +77,7 @@ def test_rows_that_have_no_label_or_answer_are_refused_or_left_out(data, row, wo
 @pytest.mark.parametrize("row", [{"prompt": "", "completion": "a"}, {"query": "Hi?", "response": ""}])
 def test_rows_without_a_prompt_or_an_answer_are_left_out_and_counted(data, row):
     samples = build_samples(data([*rows(3), row | {"label": True}]), 257)
-    assert len(samples) == 3 and "1 rows left out that lack a prompt or an answer" in samples.notes
+    assert len(samples) == 3 and "1 row without a prompt or an answer, left out" in samples.notes
 
 
 def words(document):
@@ -89,7 +89,7 @@ def words(document):
 
 def test_each_row_stands_beside_its_prompt_with_the_next_rows_answer(data):
     samples = build_samples(data(rows(4), seed=None), 257)
-    assert len(samples) == 4 and samples.count(3) == 1 and "4 labelled answers an epoch" in samples.notes
+    assert len(samples) == 4 and samples.count(3) == 1 and "4 labelled answers" in samples.notes
     answers = ["y", "nn", "yyy", "nnnn"]
     for n in range(8):
         own, mismatched = samples[n]
@@ -128,7 +128,7 @@ def test_one_row_has_no_other_beside_it(data):
 def test_a_split_keeps_its_notes(data):
     train, held_out = split_samples(data(rows(6)), 257, 0.5)
     assert len(train) == len(held_out) == 3 and any("tokens (answers)" in note for note in train.notes)
-    assert "6 labelled answers an epoch" in train.notes and not any("document" in note for note in train.notes)
+    assert "6 labelled answers" in train.notes and not any("document" in note for note in train.notes)
 
 
 def test_undesirable_answers_are_no_rows_to_compare_with(data):

@@ -140,7 +140,7 @@ def words(document):
 
 def test_samples_are_pairs_whose_answers_count(data):
     samples = build_samples(data(rows(5), seed=None), 257)
-    assert len(samples) == 5 and samples.count(3) == 1 and "5 pairs of answers an epoch" in samples.notes
+    assert len(samples) == 5 and samples.count(3) == 1 and "5 pairs of answers" in samples.notes
     for n in range(5):
         assert [words(document) for document in samples[n]] == [f"{n} is fine", "no" * (n + 1)]
     assert "sample 1, document 2" in show_samples(samples, 1, BytesTokenizer())
@@ -184,8 +184,8 @@ def test_pairs_of_equal_answers_are_left_out_and_counted(data):
 )
 def test_pairs_without_a_prompt_or_an_answer_are_left_out_and_counted(data, row):
     samples = build_samples(data([*rows(3), row]), 257)
-    assert len(samples) == 3 and "1 rows left out that lack a prompt or an answer" in samples.notes
-    with pytest.raises(UserError, match="no document to write: 1 rows left out that lack"):
+    assert len(samples) == 3 and "1 row without a prompt or an answer, left out" in samples.notes
+    with pytest.raises(UserError, match="no document to write: 1 row without a prompt"):
         build_samples(data([row]), 257)
 
 

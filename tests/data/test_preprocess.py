@@ -30,6 +30,7 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, t
     "content, message",
     [
         ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name others with --fields\n"),
+        ('{"Frage": "a", "Die Antwort": "b"}\n', "with --fields, such as --fields Frage 'Die Antwort'"),
         ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
         ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
@@ -42,7 +43,7 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, t
         ('{"messages": []}\n', "line 1: messages must be a list"),
         ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
         ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
-        ('{"text": ""}\n', "no document to write: 1 empty rows left out"),
+        ('{"text": ""}\n', "no document to write: 1 empty row left out"),
         ("", "no document to write: there is no row"),
     ],
 )

@@ -155,7 +155,7 @@ def test_all_bad_rows_are_told_by_kind(preprocess, tmp_path, capsys, monkeypatch
 def test_one_bad_row_and_many_kinds(preprocess, capsys):
     preprocess('{"text": "a"}\n{}\nnonsense\n{"text": ""}\n{"text": "b"}\n', "--skip_bad_rows")
     said = capsys.readouterr().out
-    assert "2 bad rows left out, of 2 kinds" in said and "1 x  " in said and "1 empty rows left out" in said
+    assert "2 bad rows left out, of 2 kinds" in said and "1 x  " in said and "1 empty row left out" in said
     preprocess('{"text": "a"}\nnonsense\n', "--skip_bad_rows")
     assert "1 bad row left out:\n  " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"150 bad rows, of 101 kinds, .*\n(.*\n){8}  and 93 rows of other kinds\n"):

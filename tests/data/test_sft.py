@@ -58,10 +58,10 @@ def test_long_prompts_lose_their_front_and_are_counted(config):
     rows = [{"prompt": "x" * 100, "completion": "yes"}, {"prompt": "a", "completion": "no"}]
     read, notes = samples_of(config(rows, ctx_len=9))
     assert read == [("ano", "no"), ("xxxxxxyes", "yes")]
-    assert "1 rows too long, shortened" in notes
+    assert "1 row too long, shortened" in notes
     read, notes = samples_of(config(rows, ctx_len=9, sft_long="skip"))
     assert read == [("ano", "no")]
-    assert "1 rows too long, left out" in notes
+    assert "1 row too long, left out" in notes
 
 
 def test_a_long_text_is_read_whole(config, tmp_path):
@@ -69,7 +69,7 @@ def test_a_long_text_is_read_whole(config, tmp_path):
     (tmp_path / "story.txt").write_text("abcdefg\nhi")
     read, notes = samples_of(replace(config([]), path=str(tmp_path / "story.txt"), ctx_len=4))
     assert read == [("abcde", "bcde"), ("efg\nh", "fg\nh"), ("hi", "i")]
-    assert "1 texts longer than a row, cut into several" in notes
+    assert "1 text longer than a row, cut into several" in notes
 
 
 def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatch):

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from rwkv_peft.files.lock import Busy, hold, holder
+from rwkv_peft.files.lock import LEFT, Busy, hold, holder
 
 HOLD = "import sys; from pathlib import Path; from rwkv_peft.files.lock import hold\n"
 
@@ -23,11 +23,10 @@ def test_one_holds_it_and_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_asks_for_the_holder_keeps_nobody_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.files.lock.ASKED", 30.0)
+def test_who_asks_for_the_holder_keeps_nobody_from_it(tmp_path):
     with open(tmp_path / "lock", "w") as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)
-        done = threading.Timer(0.02, fcntl.flock, (asking, fcntl.LOCK_UN))
+        done = threading.Timer(2 * LEFT, fcntl.flock, (asking, fcntl.LOCK_UN))
         done.start()
         with hold(tmp_path / "lock"):
             done.join()

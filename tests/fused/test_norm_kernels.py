@@ -14,26 +14,13 @@ from rwkv_peft.fused.norm_lerp import norm_lerp
 from rwkv_peft.ops.mix import cpu, cuda, functions, gpu_lerp, last_token, lerp
 
 
-@pytest.fixture(scope="module")
-def built():
-    return running.built(cuda.FAMILY)
-
-
 @pytest.fixture
-def kernels(built, monkeypatch):
+def kernels(monkeypatch):
     """Run the fused operations' kernels on the CPU; tensors that they should fill begin as NaN."""
-    built.set_order("ascending")
-
-    def call(name, like, tensors, **sizes):
-        layout = {**cuda.LAYOUTS, **cuda.TILED}[name]
-        for x in (tensors.get(name) for name in layout.outputs):
-            if x is not None:
-                x.fill_(float("nan"))
-        cuda.call(name, like, tensors, **sizes)
-
+    built = running.built(cuda.FAMILY)
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: built)
     for module in (lerp_module, ddlerp_module):
-        monkeypatch.setattr(module, "call", call)
+        monkeypatch.setattr(module, "call", running.mix_call)
     return built
 
 

@@ -6,22 +6,18 @@ import torch
 
 from cuda_shim import wkv7_cases
 from cuda_shim.cases import check_empty_ends, error, rms
-from cuda_shim.running import built, one_torch_thread, shim_kernels
+from cuda_shim.running import built, mix_call, shim_kernels
 from rwkv_peft.fused.wkv7_keys import wkv7_with_keys
 from rwkv_peft.ops.mix import cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.recurrence import checks
 from rwkv_peft.ops.wkv7 import cuda, reference
 
+pytestmark = pytest.mark.usefixtures("quiet_torch")
+
 NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "glow", "gg", "gstate")
 GIVEN = 6  # of inputs_of: those that are no parameters
 EPS = 64e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_torch():
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture
@@ -32,10 +28,7 @@ def on_shim(monkeypatch):
 
     def call(name, like, tensors, **sizes):
         launched.append(name)
-        for x in (tensors.get(name) for name in mix_cuda.LAYOUTS[name].outputs):
-            if x is not None:
-                x.fill_(float("nan"))
-        mix_cuda.call(name, like, tensors, **sizes)
+        mix_call(name, like, tensors, **sizes)
 
     recurrence = shim_kernels("wkv7")
     monkeypatch.setattr(cpu, "call", call)

@@ -99,7 +99,7 @@ def test_a_turn_is_read_once(chat, monkeypatch):
 
 
 def test_reset_forgets_and_exit_ends(chat):
-    out, error, logits = chat(["Hi", "/reset", "Hi", "/exit", "never"], says=[" a|", " b|"])
+    out, error, logits = chat(["Hi", "/reset", "Hi", "/bye", "never"], says=[" a|", " b|"])
     assert out == "Assistant: a\n\nAssistant: b\n\n"
     assert torch.equal(logits[0], logits[3])
     assert error.splitlines()[0].startswith("/reset forgets the chat, /save FILE")

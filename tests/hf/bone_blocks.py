@@ -2,6 +2,8 @@
 
 import torch
 
+from rwkv_peft.hf import BoneConfig, BoneLinear
+
 FORMS = (True, "bat-in", "bat-out", "mini")
 
 
@@ -13,3 +15,10 @@ def fill(model, std=0.02, seed=0):
             if "bone_block" in key:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
+
+
+def layer_of(form, base, **settings):
+    """A BoneLinear of a form on a linear layer."""
+    return BoneLinear(
+        base, "default", BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0, **settings)
+    )

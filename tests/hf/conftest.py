@@ -27,19 +27,9 @@ def llama_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=172,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )
-    ).save_pretrained(folder)
+    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=172, max_position_embeddings=512, pad_token_id=0)
+    heads = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
     return folder
 
 

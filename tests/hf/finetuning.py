@@ -7,32 +7,24 @@ import torch
 from rwkv_peft.hf import finetune
 
 QUIET = (
-    *"--report_to none --logging_steps 1 --save_strategy no --disable_tqdm True".split(),
-    *"--dataloader_pin_memory False".split(),
+    "--report_to none --logging_steps 1 --save_strategy no --disable_tqdm True --dataloader_pin_memory False".split()
 )
+SETTINGS = dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, max_steps=2)
+SETTINGS |= dict(learning_rate=1e-2, logging_steps=1, dataloader_pin_memory=False)  # the same for trl's trainers
+
+
+def arguments(tiny, output, *flags):
+    words = f"--base_model_name_or_path {tiny}/model --data_path {tiny}/data.jsonl --output_dir {output} --bone_r 16"
+    return [*words.split(), *QUIET, *flags]
 
 
 def run(tiny, output, *flags):
-    return finetune.main(
-        [
-            "--base_model_name_or_path",
-            str(tiny / "model"),
-            "--data_path",
-            str(tiny / "data.jsonl"),
-            "--output_dir",
-            str(output),
-            "--bone_r",
-            "16",
-            *QUIET,
-            *flags,
-        ]
-    )
+    return finetune.main(arguments(tiny, output, *flags))
 
 
 def losses(output):
-    return [
-        row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in row
-    ]
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
 
 
 def load(folder):

@@ -2,17 +2,18 @@
 
 import copy
 import inspect
+from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
+from bone_blocks import FORMS, fill, layer_of
 from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
-
-FORMS = (True, "bat-in", "bat-out", "mini")
 
 
 class Scaled(nn.Linear):
@@ -34,22 +35,58 @@ def test_layers_that_only_look_linear_are_refused():
         )
 
 
+def gpt2():
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def falcon():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", (gpt2, falcon))
+def test_layers_of_other_classes_that_compute_a_linear_one(make, form):
+    """GPT-2's Conv1D, whose weight is (in, out), and FalconLinear."""
+    base, ids = make().eval(), torch.arange(10)[None]
+    shapes = {key: value.shape for key, value in base.state_dict().items()}
+    first = base(ids).logits
+    settings = {"r": 4, "init_weights": form, "target_modules": "all-linear", "mini_r": 2 * (form == "mini")}
+    model = get_peft_model(base, BoneConfig(**settings)).eval()
+    assert sum(isinstance(module, BoneLinear) for module in model.modules()) == 8
+    torch.testing.assert_close(model(ids).logits, first)
+    fill(model, 0.2)
+    blocks = [block for name, block in model.named_parameters() if "bone_block" in name]
+
+    def passed():
+        logits = model(ids).logits
+        return logits, *torch.autograd.grad(logits.square().sum(), blocks)
+
+    direct = passed()
+    with patch.object(BoneLinear, "_adapted", lambda layer, x, name: layer._composed(x, [name])):
+        torch.testing.assert_close(direct, passed(), rtol=1e-3, atol=1e-3)
+    assert (direct[0] - first).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    assert {key: value.shape for key, value in merged.state_dict().items()} == shapes
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("names", (["default"], ["default", "second"]))
 def test_hooks_of_the_base_layer_are_called(form, names):
     base = nn.Linear(12, 8)
-    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0, bone_dropout=0.5 * (len(names) == 1))
-    layer = BoneLinear(base, "default", config)
+    layer = layer_of(form, base, bone_dropout=0.5 * (len(names) == 1))
     layer.update_layer("second", BoneConfig(r=4))
     layer.set_adapter(names)
     for block in layer.bone_block.values():
         nn.init.normal_(block, std=0.1)
-    x, g, blocks, seen = (
-        torch.randn(5, 12, requires_grad=True),
-        torch.randn(5, 8),
-        [layer.bone_block[n] for n in names],
-        [],
-    )
+    x, g, seen = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8), []
+    blocks = [layer.bone_block[n] for n in names]
 
     def step():
         torch.manual_seed(0)
@@ -158,8 +195,7 @@ def test_a_layer_whose_parent_stands_in_two_places_is_merged_for_both():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_float64_base_stays_exact(form):
-    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0)
-    layer = BoneLinear(nn.Linear(12, 8).double(), "default", config)
+    layer = layer_of(form, nn.Linear(12, 8).double())
     nn.init.normal_(layer.bone_block["default"], std=0.1)
     x, original = torch.randn(5, 12, dtype=torch.float64), layer.weight.data.clone()
     y = layer(x)

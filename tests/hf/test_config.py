@@ -63,34 +63,25 @@ def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path
     assert (again.method.name, again.mini_r, again.bone_dropout) == ("bone-mini", 4, 0.1)
 
 
-def adapted_names(model, **settings):
-    model = get_peft_model(model, BoneConfig(r=4, **settings))
-    return {
-        name.removeprefix("base_model.model.model.layers.")
-        for name, module in model.named_modules()
-        if isinstance(module, BoneLinear)
-    }
-
-
-def test_targets(llama):
-    def fresh():
-        import copy
-
-        return copy.deepcopy(llama)
-
-    layers = range(llama.config.num_hidden_layers)
-    assert adapted_names(fresh()) == {f"{i}.self_attn.{name}" for i in layers for name in ("q_proj", "v_proj")}
-    assert len(adapted_names(fresh(), target_modules="all-linear")) == 7 * len(layers)
-    assert adapted_names(fresh(), target_modules=r".*\.1\.mlp\.(up|down)_proj") == {"1.mlp.up_proj", "1.mlp.down_proj"}
-    assert adapted_names(fresh(), target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]) == {
-        "0.self_attn.q_proj",
-        "2.self_attn.q_proj",
-        "0.mlp.up_proj",
-        "2.mlp.up_proj",
-    }
-    assert adapted_names(fresh(), target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]) == {
-        f"{i}.self_attn.q_proj" for i in layers
-    }
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, {f"{i}.self_attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")}),
+        ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, {"1.mlp.up_proj", "1.mlp.down_proj"}),
+        ({"target_modules": ["up_proj"], "layers_to_transform": [0, 2]}, {"0.mlp.up_proj", "2.mlp.up_proj"}),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+            {f"{i}.self_attn.q_proj" for i in range(3)},
+        ),
+        ({"target_modules": "all-linear"}, 21),
+    ],
+)
+def test_targets(llama, settings, expected):
+    llama.model.layers = llama.model.layers[:3]
+    model = get_peft_model(llama, BoneConfig(r=4, **settings))
+    found = [name for name, module in model.named_modules() if isinstance(module, BoneLinear)]
+    found = {name.removeprefix("base_model.model.model.layers.") for name in found}
+    assert found == expected or len(found) == expected
 
 
 def test_a_target_that_matches_nothing_is_refused(llama):

@@ -8,23 +8,19 @@ import torch
 from finetuning import load, losses, run
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, finetune, finetune_data, finetune_flags
+from rwkv_peft.hf import finetune, finetune_data, finetune_flags
 
 
 def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
     from peft import PeftModel
     from trl import SFTConfig
 
-    assert (
-        run(
-            tiny,
-            tmp_path,
-            *"--bits fp32 --init_weights bat-in --merge_and_save --dataset_split train[:100000]".split(),
-            *"--dataset_field query response --max_steps 8 --per_device_train_batch_size 4".split(),
-            *"--learning_rate 1e-2 --weight_decay 0. --warmup_ratio 0.03 --max_seq_length 128 --tf32 True".split(),
-        )
-        == 0
+    flags = (
+        *"--bits fp32 --init_weights bat-in --merge_and_save --dataset_split train[:100000]".split(),
+        *"--dataset_field query response --max_steps 8 --per_device_train_batch_size 4".split(),
+        *"--learning_rate 1e-2 --weight_decay 0. --warmup_ratio 0.03 --max_seq_length 128 --tf32 True".split(),
     )
+    assert run(tiny, tmp_path, *flags) == 0
     said = capsys.readouterr().out
     assert "--max_seq_length is --max_length" in said
     assert ("--warmup_ratio is --warmup_steps" in said) == ("warmup_ratio" not in SFTConfig.__dataclass_fields__)
@@ -43,66 +39,16 @@ def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
 def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
     if bits != "bf16":
         pytest.importorskip("bitsandbytes")
-    assert (
-        run(
-            tiny,
-            tmp_path,
-            "--bits",
-            bits,
-            *"--init_weights bat-in --merge_and_save --max_steps 4 --per_device_train_batch_size 4".split(),
-            *"--learning_rate 1e-2 --bf16 True".split(),
-        )
-        == 0
-    )
+    flags = f"--bits {bits} --init_weights bat-in --merge_and_save --max_steps 4 --learning_rate 1e-2 --bf16 True"
+    assert run(tiny, tmp_path, *flags.split(), "--per_device_train_batch_size", "4") == 0
     trace = losses(tmp_path)
     assert trace[-1] < trace[0] - 0.1
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path / "bone_merged").state_dict().values())
 
 
-def test_the_quick_start(tiny, tmp_path):
-    from datasets import load_dataset
-    from peft import PeftModel, get_peft_model
-    from trl import SFTConfig, SFTTrainer
-
-    model = get_peft_model(load(tiny / "model"), BoneConfig(r=16, target_modules="all-linear"))
-    data = load_dataset("json", data_files=str(tiny / "data.jsonl"), split="train").rename_columns(
-        {"query": "prompt", "response": "completion"}
-    )
-    from transformers import AutoTokenizer
-
-    config = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(tiny / "model")
-    )
-    trainer.train()
-    model.save_pretrained(tmp_path / "bone")
-    again = PeftModel.from_pretrained(load(tiny / "model"), tmp_path / "bone")
-    trained, loaded = model.state_dict(), again.state_dict()
-    assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        assert (again(ids).logits - load(tiny / "model")(ids).logits).abs().max() > 0.1
-
-
 def test_arguments_about_loading_the_model_reach_it(tmp_path):
-    _, config = finetune_flags.parse(
-        [
-            *"--base_model_name_or_path model --data_path data --output_dir".split(),
-            str(tmp_path),
-            "--model_init_kwargs",
-            '{"revision": "main"}',
-        ]
-    )
+    words = f"--base_model_name_or_path model --data_path data --output_dir {tmp_path} --model_init_kwargs".split()
+    _, config = finetune_flags.parse([*words, '{"revision": "main"}'])
     config.trust_remote_code = True  # an argument of newer trl alone
     assert finetune_flags.model_settings(config) == {"revision": "main", "trust_remote_code": True}
     assert config.model_init_kwargs is None  # or trl would say that they are ignored

@@ -1,13 +1,15 @@
 """RWKV's vocabulary as a tokenizer of transformers: the package's own tokens, and what counts of a chat."""
 
+import json
+
 import pytest
 from jinja2 import TemplateError
 
 import rwkv_peft as rp
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
-from rwkv_peft.errors import UserError
 from rwkv_peft.hf import RWKVTokenizer
+from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
 from rwkv_peft.serve.asking import chat_prompt
 from rwkv_peft.serve.forms import ChatAsked
 
@@ -30,6 +32,14 @@ def test_the_tokenizer_is_the_packages_own(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = RWKVTokenizer.from_pretrained(tmp_path)
     assert [again(text).input_ids for text in texts] == [world.encode(text) for text in texts]
+
+
+def test_a_published_folder_that_holds_a_vocabulary_alone(tmp_path):
+    (tmp_path / WORLD_FILE).write_text("1 'a' 1\n2 'b' 1\n4 '<s>' 3\n")
+    names = {"bos_token": "<s>", "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = RWKVTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("ab<s>").input_ids == [1, 2, 4] and len(tokenizer) == 5 and tokenizer.bos_token_id == 0
 
 
 CALL = {"function": {"name": "f", "arguments": {"é": [1, "x"]}}}
@@ -60,7 +70,7 @@ def test_the_next_answer_is_opened_as_in_serve(think):
     tokenizer = RWKVTokenizer("bytes")
     for number, turns in enumerate((CHAT[:2], CHAT, [{"role": "user", "content": [{"type": "text", "text": " a "}]}])):
         asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
-        prompt = chat_prompt(ChatAsked(model="m", **asked), tokenizer._world)
+        prompt = chat_prompt(ChatAsked(model="m", **asked), rp.tokenizer("bytes"))
         asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}
         assert tokenizer.apply_chat_template(turns, **asked) == prompt.tokens
 
@@ -81,8 +91,8 @@ def test_masks_of_several_chats_and_of_another_template(tmp_path):
     assert tokenizer.apply_chat_template([CHAT, CHAT[:3]], **asked)["assistant_masks"] == [one, other]
     plain = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     assert not any(tokenizer.apply_chat_template(CHAT, **asked, **plain)["assistant_masks"])
-    with pytest.raises(UserError, match="of whole conversations; leave out cuts and padding"):
-        tokenizer.apply_chat_template(CHAT, **asked, truncation=True, max_length=8)
+    assert tokenizer.apply_chat_template(CHAT, **asked, truncation=True, max_length=40)["assistant_masks"] == one[:40]
+    assert any(one[:40])
     with pytest.raises(TemplateError, match="the role elf has no name"):
         tokenizer.apply_chat_template([{"role": "elf", "content": "Hi"}])
     with pytest.raises(TemplateError, match="a part of a content is no text"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from finetuning import SETTINGS
 
 import tiny_llama
 from rwkv_peft.hf import BoneConfig
@@ -12,17 +13,6 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from rwkv_peft.hf.sft import SFTConfig, SFTTrainer
-
-QUIET = dict(
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-    dataloader_pin_memory=False,
-    use_cpu=True,
-    bf16=False,
-    max_steps=2,
-    learning_rate=1e-2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +38,12 @@ def check(trainer):
 
 
 def test_the_quick_start_as_peft_and_pissa_have_it(folder, tmp_path):
-    config = SFTConfig(output_dir=str(tmp_path), dataset_text_field="text", max_seq_length=8, **QUIET)
+    config = SFTConfig(output_dir=str(tmp_path), dataset_text_field="text", max_seq_length=8, **SETTINGS)
     check(trainer(folder, tmp_path, config))
 
 
 def test_settings_of_the_data_given_to_the_trainer(folder, tmp_path):
-    config = TrainingArguments(output_dir=str(tmp_path), **QUIET)
+    config = TrainingArguments(output_dir=str(tmp_path), **SETTINGS)
     check(trainer(folder, tmp_path, config, dataset_text_field="text", max_seq_length=8))
     assert not hasattr(config, "max_length")
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from bone_blocks import fill
+from finetuning import SETTINGS
 from peft import PeftModel, get_peft_model
 
 import tiny_llama
@@ -27,17 +28,7 @@ def test_the_first_loss_is_that_of_equal_models(tmp_path, form):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     trainer = DPOTrainer(
         model=PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
-        args=DPOConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=2,
-            learning_rate=1e-2,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-        ),
+        args=DPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(tmp_path / "base"),
     )

@@ -1,11 +1,10 @@
-"""demo/bone_finetuning.py's command as one process of a DeepSpeed job: test_zero3.py gives it the command's
-arguments."""
+"""demo/bone_finetuning.py's command as one process of a DeepSpeed job, with the arguments that test_zero3.py gives."""
 
+import os
 import sys
 
-from zero3_process import join_job
-
-join_job()
+# port 0: one that the system chooses, which nobody else has to know
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402

@@ -1,4 +1,4 @@
-"""RWKV-7 written out in plain torch, and random checkpoints of its kind."""
+"""RWKV-7 written out in plain torch, random checkpoints of its kind, and the laws that its models keep."""
 
 import math
 
@@ -63,3 +63,32 @@ def plain(tensors, config, tokens, scale=None, beside=None):
         k = k if scale is None else k * scale(i, inner)
         x = x + k @ tensors[f"blocks.{i}.ffn.value.weight"].T
     return norm(x, "ln_out") @ tensors["head.weight"].T
+
+
+def assert_plain(family, tensors, config, expected, grad_checkpoint=False):
+    """Assert that a model's logits and all gradients are those of expected(tensors, tokens)."""
+    tokens, targets = torch.arange(1, 12), torch.arange(2, 13)
+    model = family.load({key: tensor.clone() for key, tensor in tensors.items()}, config, grad_checkpoint)
+    own = {key: tensor.clone().requires_grad_() for key, tensor in tensors.items()}
+    found, due = model(tokens[None])[0][0], expected(own, tokens)
+    for logits in (found, due):
+        F.cross_entropy(logits, targets).backward()
+    torch.testing.assert_close(found, due, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert name in {f"blocks.0.att.v{n}" for n in "012"}  # which nothing uses
+        else:
+            torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-7, atol=1e-9)
+
+
+@torch.inference_mode()
+def assert_parts_and_packed(model, tokens, cut, **close):
+    """Assert that a row is its two parts, its end their end, and its place in a packed row the whole."""
+    whole, end = model(tokens)
+    first, state = model(tokens[:, :cut])
+    rest, last = model(tokens[:, cut:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, **close)
+    torch.testing.assert_close(tuple(last[1]), tuple(end[1]), **close)
+    bounds = torch.tensor([0, cut, cut + tokens.shape[1]])
+    packed, _ = model(torch.cat([tokens[:, :cut], tokens], 1), cu_seqlens=bounds)
+    torch.testing.assert_close(packed, torch.cat([first, whole], 1), **close)

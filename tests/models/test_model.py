@@ -88,13 +88,16 @@ def test_logits_equal_the_plain_equations():
         )
 
 
-def test_all_gradients_equal_those_of_the_plain_equations():
+@pytest.mark.parametrize("grad_checkpoint", (False, True))
+def test_all_gradients_equal_those_of_the_plain_equations(grad_checkpoint):
     model = random_model()
+    model.grad_checkpoint = grad_checkpoint
     tokens = torch.randint(CONFIG.vocab_size, (7,), generator=torch.Generator().manual_seed(1))
     own = {key: tensor.clone().requires_grad_() for key, tensor in model.state_dict().items()}
     for logits in (model(tokens[None])[0][0], plain_logits(own, CONFIG, tokens)):
         F.cross_entropy(logits, tokens.roll(-1)).backward()
     for name, parameter in model.named_parameters():
+        assert parameter.grad.any(), name
         torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-7, atol=1e-9)
 
 
@@ -133,20 +136,6 @@ def test_packed_documents_do_not_see_each_other():
         torch.testing.assert_close(state[1].wkv[i], own[1].wkv[0], rtol=1e-9, atol=1e-9)
         continued, _ = model(document, own)
         torch.testing.assert_close(again[:, bounds[i] : bounds[i + 1]], continued, rtol=1e-6, atol=1e-6)
-
-
-def test_checkpointing_changes_no_gradient():
-    tokens = torch.randint(CONFIG.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
-    grads = []
-    for grad_checkpoint in (False, True):
-        model = random_model()
-        model.grad_checkpoint = grad_checkpoint
-        logits, _ = model(tokens)
-        logits.square().mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-    for name, grad in grads[0].items():
-        assert grad.abs().max() > 0, name
-        assert torch.equal(grad, grads[1][name]), name
 
 
 def test_init_starts_every_block_as_the_identity():

@@ -3,9 +3,8 @@ laws."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from models.plain import plain, random_tensors
+from models.plain import assert_parts_and_packed, assert_plain, plain, random_tensors
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import base_of, open_base
 from rwkv_peft.models import family_named
@@ -14,21 +13,10 @@ from rwkv_peft.models.rwkv7.keys import SIGN
 FAMILY = family_named("x070")
 
 
-@pytest.mark.parametrize("first_value", [True, False])
-def test_logits_and_all_gradients_are_the_plain_models(first_value):
+@pytest.mark.parametrize("first_value, grad_checkpoint", [(True, False), (False, True)])
+def test_logits_and_all_gradients_are_the_plain_models(first_value, grad_checkpoint):
     tensors, config = random_tensors(FAMILY, first_value)
-    tokens, targets = torch.arange(1, 12), torch.arange(2, 13)
-    model = FAMILY.load(tensors, config)
-    F.cross_entropy(model(tokens[None])[0][0], targets).backward()
-    own = {key: tensor.clone().requires_grad_() for key, tensor in tensors.items()}
-    logits = plain(own, config, tokens)
-    F.cross_entropy(logits, targets).backward()
-    torch.testing.assert_close(model(tokens[None])[0][0], logits, rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            assert name in {f"blocks.0.att.v{n}" for n in "012"}  # which nothing uses
-        else:
-            torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-7, atol=1e-9)
+    assert_plain(FAMILY, tensors, config, lambda own, tokens: plain(own, config, tokens), grad_checkpoint)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
@@ -46,29 +34,9 @@ def test_stored_logits_of_a_real_model(shared_data, dtype, bound):
 
 
 def test_a_sequence_in_parts_and_packed_is_the_whole():
-    tensors, config = random_tensors(FAMILY, dtype=torch.float32)
-    model = FAMILY.load(tensors, config)
+    model = FAMILY.load(*random_tensors(FAMILY, dtype=torch.float32))
     tokens = torch.randint(40, (1, 50), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        whole, end = model(tokens)
-        first, state = model(tokens[:, :17])
-        rest, last = model(tokens[:, 17:], state)
-        torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(last[2].wkv, end[2].wkv, rtol=1e-4, atol=1e-4)
-        packed, _ = model(torch.cat([tokens[:, :20], tokens], 1), cu_seqlens=torch.tensor([0, 20, 70]))
-        torch.testing.assert_close(packed[:, 20:], whole, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(packed[:, :20], model(tokens[:, :20])[0], rtol=1e-4, atol=1e-4)
-
-
-def test_recomputing_blocks_gives_the_same_gradients():
-    tensors, config = random_tensors(FAMILY, dtype=torch.float32)
-    gradients = []
-    for grad_checkpoint in (False, True):
-        model = FAMILY.load({key: tensor.clone() for key, tensor in tensors.items()}, config, grad_checkpoint)
-        model(torch.arange(20)[None])[0].square().mean().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+    assert_parts_and_packed(model, tokens, 17, rtol=1e-4, atol=1e-4)
 
 
 def test_widths_come_from_the_file_and_not_from_a_formula():

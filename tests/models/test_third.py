@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.plain import assert_parts_and_packed
 from models.third import Third, ThirdConfig, ThirdFamily
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
@@ -46,14 +47,7 @@ def files(tmp_path_factory):
 
 
 def test_a_whole_row_is_its_segments_and_its_place_in_a_packed_one():
-    model, tokens = a_model().double(), torch.randint(80, (1, 12))
-    whole, after = model(tokens)
-    first, state = model(tokens[:, :5])
-    second, state = model(tokens[:, 5:], state)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole)
-    torch.testing.assert_close(tuple(state[1]), tuple(after[1]))
-    packed, _ = model(torch.cat([tokens[:, :3], tokens], 1), cu_seqlens=torch.tensor([0, 3, 15]))
-    torch.testing.assert_close(packed[:, 3:], whole)
+    assert_parts_and_packed(a_model().double(), torch.randint(80, (1, 12)), 5)
 
 
 def test_blocks_see_tokens():

@@ -50,14 +50,6 @@ def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
 
 def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):
     """Run merge_bone.py's main inside the folder; returns the merged state dict."""
-    argv = [
-        "--base_model",
-        folder / "base.pth",
-        "--bone_checkpoint",
-        folder / adapter,
-        "--output",
-        folder / output,
-        *flags,
-    ]
-    assert merge_cli.main([str(word) for word in argv]) == 0
+    argv = ("--base_model", folder / "base.pth", "--bone_checkpoint", folder / adapter, "--output", folder / output)
+    assert merge_cli.main([str(word) for word in (*argv, *flags)]) == 0
     return open_base(folder / output).tensors

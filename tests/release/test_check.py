@@ -38,13 +38,12 @@ def make_files(folder, state, size=0.05, **settings):
     return base, adapter, merged
 
 
-def read_metadata(config):
-    """An Adapter without tensors, as its file would describe it."""
-    return Adapter({}, AdapterMetadata.from_config(config))
+def check(base, adapter, merged, *flags):
+    return main(f"--base_model {base} --bone_checkpoint {adapter} --merged {merged}".split() + [*flags])
 
 
-def check(base, adapter, merged):
-    return main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)])
+def merge(base, adapter, merged, *flags):
+    assert merge_cli.main(f"--base_model {base} --bone_checkpoint {adapter} --output {merged}".split() + [*flags]) == 0
 
 
 @pytest.mark.parametrize("mode", ["bat-in", "bat-out", "bone"])
@@ -80,8 +79,7 @@ def test_an_adapter_that_changes_little_is_looked_for_all_the_same(tmp_path, tin
 def test_an_adapter_of_a_quantized_base_may_be_merged_into_the_original(tmp_path, tiny_state, capsys):
     pytest.importorskip("bitsandbytes")
     base, adapter, merged = make_files(tmp_path, tiny_state(), quant="int8")
-    words = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), "--quant", "none"]
-    assert merge_cli.main(words) == 0
+    merge(base, adapter, merged, "--quant", "none")
     assert check(base, adapter, merged) == 0 and "MORE THAN" not in capsys.readouterr().out
 
 
@@ -94,7 +92,7 @@ def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):
 
 def test_adapter_settings_come_back_from_metadata():
     config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
-    adapter = read_metadata(config)
+    adapter = Adapter({}, AdapterMetadata.from_config(config))
     assert adapter.config(family_named("x060")) == config
 
 
@@ -115,12 +113,11 @@ def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
     save_model(base, tiny_state())
     blocks = {key.replace("blocks.0", f"blocks.{n}"): 0.05 * t for key, t in tensors.items() for n in range(2)}
     torch.save(blocks, adapter)
-    merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), *flags])
-    command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
-    assert main([*command, *flags]) == 0
+    merge(base, adapter, merged, *flags)
+    assert check(base, adapter, merged, *flags) == 0
     if flags:
         with pytest.raises(UserError, match=f"give {flags[0]}"):
-            main(command)
+            check(base, adapter, merged)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
@@ -128,11 +125,10 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
     base, adapter, merged = make_files(tmp_path, tiny_state())
     mine = read_adapter(adapter)
     save_adapter(adapter, mine.tensors, replace(mine.metadata, base_fingerprint="0" * 32, origin=Origin("base-7b.pth")))
-    command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
     words = f"{adapter} was trained on another base: base-7b.pth, fingerprint {'0' * 32}; {base} has "
     with pytest.raises(UserError, match=words):
-        main(command)
-    assert main([*command, "--any_base"]) == 0
+        check(base, adapter, merged)
+    assert check(base, adapter, merged, "--any_base") == 0
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_its_name(tmp_path, tiny_state):
@@ -162,8 +158,7 @@ def test_a_merged_model_starts_from_its_time_states(tmp_path, tiny_state, capsys
     assert check(base, adapter, tmp_path / "tuned.pth") == 0
     assert ", which neither the base nor the adapter holds\n" in capsys.readouterr().out
     torch.save(states, tmp_path / "states.pth")
-    both = ["--bone_checkpoint", str(adapter), str(tmp_path / "states.pth"), "--output", str(tmp_path / "both.pth")]
-    assert merge_cli.main(["--base_model", str(base), *both, "--any_base"]) == 0
+    merge(base, f"{adapter} {tmp_path}/states.pth", tmp_path / "both.pth", "--any_base")
     assert check(base, adapter, tmp_path / "both.pth") == 0
     capsys.readouterr()
     save_model(tmp_path / "alone.pth", open_base(base).tensors | states)
@@ -184,7 +179,7 @@ def test_a_head_that_the_adapter_does_not_explain_is_named(tmp_path, tiny_state,
 
 def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch):
     def broken(path, tokens, config):
-        raise RuntimeError("no such\ninstruction")
+        raise RuntimeError("no such instruction\nat all")
 
     monkeypatch.setattr("rwkv_peft.release.check.rwkv_sequence", broken)
     with pytest.raises(UserError, match="cannot compute .*RuntimeError: no such instruction"):
@@ -193,12 +188,8 @@ def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch
 
 def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(tmp_path, tiny_state, capsys):
     pytest.importorskip("bitsandbytes")
-    for settings in (
-        {"quant": "nf4", "mode": "bat-in-scaled"},
-        {"quant": "int8"},
-        {"method": "pissa"},
-        {"method": "olora"},
-    ):
+    quantized, changed = ({"quant": "nf4", "mode": "bat-in-scaled"}, {"quant": "int8"}), ("pissa", "olora")
+    for settings in (*quantized, *({"method": method} for method in changed)):
         state = tiny_state(dtype=torch.float16)
         model = RWKV6(base_of(state).config)
         model.load_state_dict(state)
@@ -214,21 +205,7 @@ def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(
         base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
         save_model(base, state)
         save_adapter(adapter, tensors, AdapterMetadata.from_config(config, precision="bf16"))
-        assert (
-            merge_cli.main(
-                [
-                    "--base_model",
-                    str(base),
-                    "--bone_checkpoint",
-                    str(adapter),
-                    "--output",
-                    str(merged),
-                    "--output_dtype",
-                    "fp32",
-                ]
-            )
-            == 0
-        )
+        merge(base, adapter, merged, "--output_dtype", "fp32")
         assert check(base, adapter, merged) == 0
         printed = capsys.readouterr().out
         assert ("onto the base quantized" in printed) == ("quant" in settings)

@@ -14,6 +14,7 @@ from rwkv_peft.models import family_named
 from rwkv_peft.release.heat import main as inspect
 
 LAYERS, CHANNELS = 3, 128
+NORMS = {"attn": "ln1", "ffn": "ln2"}
 SETTINGS = {"model_type": "rwkv7", "head_dim": 64, "hidden_act": "sqrelu", "norm_eps": 1e-05, "attn": None}
 
 
@@ -37,40 +38,21 @@ def in_fla(state, value_in_first=False):
     }
     for i in range(LAYERS):
         there, here = f"model.layers.{i}.", f"blocks.{i}."
-        found[there + "attn_norm.weight"] = state[here + "ln1.weight"]
-        found[there + "attn_norm.bias"] = state[here + "ln1.bias"]
-        found[there + "attn.x_r"] = state[here + "att.x_r"]
-        found[there + "attn.x_w"] = state[here + "att.x_w"]
-        found[there + "attn.x_k"] = state[here + "att.x_k"]
-        found[there + "attn.x_v"] = state[here + "att.x_v"]
-        found[there + "attn.x_a"] = state[here + "att.x_a"]
-        found[there + "attn.x_g"] = state[here + "att.x_g"]
-        found[there + "attn.k_k"] = state[here + "att.k_k"].flatten()
-        found[there + "attn.k_a"] = state[here + "att.k_a"].flatten()
-        found[there + "attn.r_k"] = state[here + "att.r_k"]
-        found[there + "attn.r_proj.weight"] = state[here + "att.receptance.weight"]
-        found[there + "attn.k_proj.weight"] = state[here + "att.key.weight"]
-        found[there + "attn.v_proj.weight"] = state[here + "att.value.weight"]
-        found[there + "attn.o_proj.weight"] = state[here + "att.output.weight"]
-        found[there + "attn.w_lora.lora.0.weight"] = state[here + "att.w1"].T.contiguous()
-        found[there + "attn.w_lora.lora.2.weight"] = state[here + "att.w2"].T.contiguous()
-        found[there + "attn.w_lora.lora.2.bias"] = state[here + "att.w0"].flatten()
-        if i > 0 or value_in_first:
-            found[there + "attn.v_lora.lora.0.weight"] = state[here + "att.v1"].T.contiguous()
-            found[there + "attn.v_lora.lora.2.weight"] = state[here + "att.v2"].T.contiguous()
-            found[there + "attn.v_lora.lora.2.bias"] = state[here + "att.v0"].flatten()
-        found[there + "attn.a_lora.lora.0.weight"] = state[here + "att.a1"].T.contiguous()
-        found[there + "attn.a_lora.lora.2.weight"] = state[here + "att.a2"].T.contiguous()
-        found[there + "attn.a_lora.lora.2.bias"] = state[here + "att.a0"].flatten()
-        found[there + "attn.g_lora.lora.0.weight"] = state[here + "att.g1"].T.contiguous()
-        found[there + "attn.g_lora.lora.2.weight"] = state[here + "att.g2"].T.contiguous()
-        found[there + "attn.g_norm.weight"] = state[here + "att.ln_x.weight"]
-        found[there + "attn.g_norm.bias"] = state[here + "att.ln_x.bias"]
-        found[there + "ffn_norm.weight"] = state[here + "ln2.weight"]
-        found[there + "ffn_norm.bias"] = state[here + "ln2.bias"]
-        found[there + "ffn.x_k"] = state[here + "ffn.x_k"].flatten()
-        found[there + "ffn.key.weight"] = state[here + "ffn.key.weight"]
-        found[there + "ffn.value.weight"] = state[here + "ffn.value.weight"]
+        projections = {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output", "g_norm": "ln_x"}
+        names = {f"attn.{name}.weight": f"att.{official}.weight" for name, official in projections.items()}
+        names |= {f"{norm}_norm.{part}": f"{ln}.{part}" for norm, ln in NORMS.items() for part in ("weight", "bias")}
+        names |= {f"attn.{name}": f"att.{name}" for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "r_k")}
+        names |= {"attn.g_norm.bias": "att.ln_x.bias", "ffn.key.weight": "ffn.key.weight"}
+        names |= {"ffn.value.weight": "ffn.value.weight"}
+        found |= {there + name: state[here + official] for name, official in names.items()}
+        for name in ("att.k_k", "att.k_a", "ffn.x_k"):
+            found[there + name.replace("att.", "attn.")] = state[here + name].flatten()
+        for name in "wvag" if i > 0 or value_in_first else "wag":
+            for number, layer in ((1, 0), (2, 2)):
+                low_rank = state[f"{here}att.{name}{number}"].T.contiguous()
+                found[f"{there}attn.{name}_lora.lora.{layer}.weight"] = low_rank
+            if name != "g":
+                found[f"{there}attn.{name}_lora.lora.2.bias"] = state[f"{here}att.{name}0"].flatten()
     found["model.norm.weight"] = state["ln_out.weight"]
     found["model.norm.bias"] = state["ln_out.bias"]
     found["lm_head.weight"] = state["head.weight"]

@@ -46,13 +46,6 @@ def test_flat_files_of_rwkv_peft_merge(folder, variant, suffix, targets, mode):
     assert all(torch.equal(merged[key], expected[key]) for key in base)
 
 
-def test_an_ambiguous_variant_is_asked_for(folder):
-    tensors, _ = adapter_of("bat-in", open_base(folder / "base.pth").tensors, ("att.key",))
-    torch.save(tensors, folder / "a.pth")
-    with pytest.raises(UserError, match="give --bone_mode"):
-        run(folder, adapter="a.pth")
-
-
 def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     base = open_base(folder / "base.pth").tensors
     tensors, metadata = adapter_of("lora", base)

@@ -26,14 +26,15 @@ from rwkv_peft.release.merge import merged_tensors
         ("MISS", True, "bone"),
         ("MISS", "bat", "bat-out"),
         ("MISS", "mini", "bone-mini"),
-        ("LORA", True, "lora"),
+        *(("LORA", init, "lora") for init in (True, "gaussian", "orthogonal", "eva", "mica")),
     ],
 )
 @pytest.mark.parametrize("official", [True, False])
 def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, official):
     base = open_base(folder / "base.pth").tensors
     tensors, metadata = adapter_of(variant, base)
-    write_hf_folder(folder, tensors, {"peft_type": kind, "init_weights": init}, official)
+    told = "init_lora_weights" if kind == "LORA" else "init_weights"
+    write_hf_folder(folder, tensors, {"peft_type": kind, told: init}, official)
     merged = run(folder, adapter="hf")
     expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
@@ -56,16 +57,6 @@ def write_hf_folder(folder, tensors, config, official=True):
     config = {"r": RANK, "mini_r": 4, "lora_alpha": 4, "init_lora_weights": True} | config
     given = {key: value for key, value in config.items() if value != "none"}
     (folder / "hf" / "adapter_config.json").write_text(json.dumps(given))
-
-
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", "mica"])
-def test_a_lora_that_began_beside_the_base_merges_however_it_began(folder, init):
-    base = open_base(folder / "base.pth").tensors
-    tensors, metadata = adapter_of("lora", base)
-    write_hf_folder(folder, tensors, {"peft_type": "LORA", "init_lora_weights": init})
-    merged = run(folder, adapter="hf")
-    expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
-    assert all(torch.equal(merged[key], expected[key]) for key in base)
 
 
 @pytest.mark.parametrize(
@@ -126,24 +117,11 @@ def test_bone_trained_through_our_own_config_merges_as_it_unloads(folder, init):
     from rwkv_peft.hf import BoneConfig
 
     mini = {"mini_r": 4} if init == "mini" else {}
-    config = BoneConfig(r=RANK, init_weights=init, target_modules=["att.key", "att.value"], **mini)
-    assert_merges_as_peft_unloads(peft, folder, config)
-
-
-@pytest.mark.parametrize("init", [True, "bat", "mini"])
-def test_an_adapter_trained_in_peft_merges_as_peft_merges_it(folder, init):
-    peft = pytest.importorskip("peft")
-    if not hasattr(peft, "MissConfig"):
-        pytest.skip("this peft has no MissConfig")
-    config = peft.MissConfig(r=RANK, mini_r=4, init_weights=init, target_modules=["att.key", "ffn.key", "ffn.value"])
-    assert_merges_as_peft_unloads(peft, folder, config)
-
-
-def assert_merges_as_peft_unloads(peft, folder, config):
     base = open_base(folder / "base.pth").tensors
     model = RWKV6(base_of(base).config)
     model.load_state_dict({key: tensor.float() for key, tensor in base.items()})
-    wrapped = peft.get_peft_model(model, config)
+    targets = ["att.key", "att.value", "ffn.key"]
+    wrapped = peft.get_peft_model(model, BoneConfig(r=RANK, init_weights=init, target_modules=targets, **mini))
     for name, parameter in wrapped.named_parameters():
         if "_block" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -20,9 +20,7 @@ def test_another_generation_is_told_before_another_base_which_could_be_forced(fo
     tensors, metadata = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
     save_adapter(folder / "a.safetensors", tensors, replace(metadata, generation="x070", base_fingerprint="0" * 32))
     with pytest.raises(UserError, match="was trained on an RWKV-7, and .* is an RWKV-6: give the adapter's own base"):
-        generate_cli.main(
-            ["--model", str(folder / "base.pth"), "--adapter", str(folder / "a.safetensors"), "--prompt", "a"]
-        )
+        generate_cli.main(f"--model {folder}/base.pth --adapter {folder}/a.safetensors --prompt a".split())
 
 
 def test_unmerge_refuses_what_it_cannot_restore(folder):
@@ -142,17 +140,7 @@ def test_an_adapter_given_twice_is_refused(folder):
     save_adapter(folder / "a.safetensors", *adapter_of("bone", open_base(folder / "base.pth").tensors))
     os.link(folder / "a.safetensors", folder / "b.safetensors")
     with pytest.raises(UserError, match="twice"):
-        merge_cli.main(
-            [
-                "--base_model",
-                str(folder / "base.pth"),
-                "--output",
-                str(folder / "m.pth"),
-                "--bone_checkpoint",
-                str(folder / "a.safetensors"),
-                str(folder / "b.safetensors"),
-            ]
-        )
+        run(folder, "--bone_checkpoint", folder / "a.safetensors", folder / "b.safetensors")
 
 
 def test_verifying_a_dry_run_is_refused(folder):

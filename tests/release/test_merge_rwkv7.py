@@ -1,12 +1,7 @@
 """Files of RWKV-PEFT's RWKV-7 runs on an RWKV-7 base: merge_bone.py writes what the formulas say in float64."""
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
@@ -14,7 +9,6 @@ from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release.merge_command import main as merge
 
-ROOT = Path(__file__).resolve().parents[2]
 RANK, ALPHA = 8, 24
 LAYERS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 
@@ -102,31 +96,6 @@ def check(base, merged, kind, adapter, whole=None):
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind, peft_type, init, parameter",
-    [
-        (LORA, "LORA", True, None),
-        (MISS, "MISS", True, "miss_block"),
-        (BAT_OUT, "MISS", "bat", "miss_block"),
-        (MINI, "MISS", "mini", "miss_block"),
-    ],
-)
-def test_folders_that_rwkv_peft_saves_through_peft(base, merged, tmp_path, kind, peft_type, init, parameter):
-    adapter = drawn(base, kind)
-    tensors = {
-        f"base_model.model.{module}.{parameter or f'{name}.weight'}": tensor
-        for module, params in adapter.items()
-        for name, tensor in params.items()
-    }
-    (tmp_path / "run-adapter").mkdir()
-    save_file(tensors, tmp_path / "run-adapter" / "adapter_model.safetensors")
-    config = {"peft_type": peft_type, "r": RANK, "target_modules": ["receptance", "key", "value", "output"]}
-    told = {"lora_alpha": ALPHA, "init_lora_weights": init} if peft_type == "LORA" else {"init_weights": init}
-    config |= told | {"mini_r": 4, "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
-    (tmp_path / "run-adapter" / "adapter_config.json").write_text(json.dumps(config))
-    check(base, merged("run-adapter"), kind, adapter)
-
-
 @pytest.mark.parametrize("init", [None, True, "bat", "mini"])
 def test_what_peft_itself_trains_and_saves(base, merged, tmp_path, init):
     peft = pytest.importorskip("peft")
@@ -200,15 +169,3 @@ def test_an_adapter_of_rwkv6_has_no_place(base, merged, tmp_path, layer, message
     with pytest.raises(UserError, match=message):
         merged("rwkv-1.pth")
     assert not (tmp_path / "merged.pth").exists()
-
-
-def test_merge_bone_py_does_it(base, tmp_path, warm_python):
-    save_model(tmp_path / "base.pth", base)
-    adapter = drawn(base, MISS)
-    torch.save({f"{module}.disha": params["D"] for module, params in adapter.items()}, tmp_path / "rwkv-1.pth")
-    argv = ["--base_model", "base.pth", "--bone_checkpoint", "rwkv-1.pth", "--output", "merged.pth"]
-    done = subprocess.run(
-        [warm_python, str(ROOT / "merge_bone.py"), *argv], cwd=tmp_path, text=True, capture_output=True
-    )
-    assert done.returncode == 0 and "RWKV-7" in done.stdout, done.stderr
-    check(base, open_base(tmp_path / "merged.pth").tensors, MISS, adapter)

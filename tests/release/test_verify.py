@@ -22,18 +22,8 @@ pytestmark = pytest.mark.usefixtures("warm_python")
 
 def official(tiny_state, **changes):
     """A small model with official ones' head size and low-rank widths, which every runtime takes."""
-    return tiny_state(
-        **{
-            "n_layer": 2,
-            "n_embd": 128,
-            "dim_ffn": 448,
-            "head_size": 64,
-            "vocab_size": 300,
-            "maa_rank": 32,
-            "decay_rank": 64,
-        }
-        | changes
-    )
+    sizes = dict(n_layer=2, n_embd=128, dim_ffn=448, head_size=64, vocab_size=300, maa_rank=32, decay_rank=64)
+    return tiny_state(**sizes | changes)
 
 
 def ask(runtime, form, state, folder, length=50):
@@ -132,7 +122,7 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
     tmp_path, tiny_state, capsys, monkeypatch
 ):
     def broken(path, tokens, config):
-        raise RuntimeError("no such\ninstruction")
+        raise RuntimeError("no such instruction\nat all")
 
     def exact(path, tokens, config):
         return reference_logits(base_of(official(tiny_state)), tokens)

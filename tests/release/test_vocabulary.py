@@ -159,13 +159,12 @@ def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, l
 def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
     transformers = pytest.importorskip("transformers")
     said = convert("hf", "--tokenizer", bpe)
-    assert "transformers loads it with trust_remote_code=True" in said and "float" in said
+    assert "transformers loads its tokenizer, and the model after `import rwkv_peft.hf`" in said and "float" in said
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
     assert tokenizer("hello  world")["input_ids"] == load_tokenizer(bpe).encode("hello  world")
     asked = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TURNS, tools=TOOLS, **asked) == laid_out(TURNS, TOOLS)
     assert tokenizer.eos_token_id == 0 == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
-    assert not (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").exists()
 
 
 def test_gguf_refuses_what_llama_cpp_cannot_imitate(convert, tmp_path, bpe):
@@ -184,8 +183,7 @@ def test_a_world_file_of_ones_own(convert, tmp_path):
     assert fields["model"] == "rwkv" and fields["eos_token_id"] == 0 and "eot_token_id" not in fields
     assert fields["tokens"][:6] == ["<s>", "a", "\\xff", "[PAD3]", "[PAD4]", "hi"]
     convert("hf", "--tokenizer", tmp_path / "own.txt", size=80)
-    lines = (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()
-    assert lines == [b"1 'a' 1", b"2 b'\\xff' 1", b"5 'hi' 2"]
+    assert load_tokenizer(tmp_path / "hf" / "tokenizer.json").encode("hiaa") == [5, 1, 1]
 
 
 def test_the_run_beside_the_model_tells_the_tokenizer(convert, tmp_path, bpe):

@@ -140,7 +140,7 @@ RAISES = "def f(completions):\n  return [1 / len(c) for c in completions]"
         (
             "import sys\ndef f(completions): sys.exit(1)",
             "a",
-            r"answer 1 of 1 .* it raised SystemExit 1 .*line 2\); mend",
+            r"answer 1 of 1 .* it raised SystemExit: 1 .*line 2\); mend",
         ),
         ("import os\ndef f(completions): os._exit(3)", "ab", r"answers 1 to 2 of 2 .* ended with exit code 3; mend"),
         ("import os\ndef f(completions): os.kill(os.getpid(), 9)", "a", r"was killed, as the system does when memory"),
@@ -190,9 +190,9 @@ def test_words_that_name_no_reward_are_refused_at_once(specs, message):
         ("f = 3", "f is int, not a function"),
         ("async def f(completions): pass", "f is async"),
         ("def f(prompts, /): pass", "parameters are given by name, which prompts does not take; leave out the /"),
-        ("x = 1\nimport nothing_of_this_name", r"cannot be loaded: ModuleNotFoundError .*mine\.py, line 2\); mend it"),
+        ("x = 1\nimport nothing_of_this_name", r"cannot be loaded: ModuleNotFoundError: .*mine\.py, line 2\); mend it"),
         ("def f(:", "cannot be loaded: SyntaxError"),
-        ("raise SystemExit(0)", "cannot be loaded: SystemExit 0"),
+        ("raise SystemExit(0)", "cannot be loaded: SystemExit: 0"),
         ("import os; os._exit(0)", "ended with exit code 0; mend the reward"),
     ],
 )

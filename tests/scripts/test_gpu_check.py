@@ -64,7 +64,7 @@ def check(tmp_path):
 
     def run(*flags, **settings):
         process = start(*flags, **settings)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     run.start = start
@@ -154,9 +154,8 @@ def test_without_a_gpu_nothing_more_is_tried(check):
 
 
 def test_time_ends_a_step_and_those_after_it(check):
-    done = check("--minutes", "0.15", "--only", "card", "smoke", "kernels", lasting="gpu_smoke.py --generations x070")
+    done = check("--minutes", "0.15", "--only", "smoke", "kernels", lasting="gpu_smoke.py --generations x070")
     assert done.returncode == 1
-    assert outcomes(check)["card"] == "measured"
     assert re.fullmatch(r"failed: stopped after \d s", outcomes(check)["smoke x070"])
     assert outcomes(check)["smoke x060"] == outcomes(check)["kernels"] == "left out: 0.15 minutes are over"
 

@@ -140,7 +140,7 @@ def test_what_pip_downloads_is_shown_and_no_more(machine):
 
 
 def test_a_download_is_shown_before_the_next_begins(machine):
-    waits = 'n=0; until [ -e "$HOME/seen" ]; do n=$((n + 1)); [ $n -lt 200 ] || exit 1; sleep 0.05; done'
+    waits = 'n=0; until [ -e "$HOME/seen" ]; do n=$((n + 1)); [ $n -lt 2400 ] || exit 1; sleep 0.05; done'
     add_python(machine / "bin", "python3", said=f'  Downloading some-1.0.tar.gz (3 kB)"; {waits}; echo "')
     process = start(machine)
     while "some" not in (line := process.stdout.readline()):

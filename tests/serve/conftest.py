@@ -36,17 +36,19 @@ def files(tmp_path_factory, tiny_state):
 
 @pytest.fixture(scope="session")
 def server(files):
-    """Four places, four that wait; bodies of 1 MiB; slow clients are waited for two seconds."""
+    """Four places, four that wait; bodies of 1 MiB."""
     folder = files / "loadable"
     folder.mkdir()
     (folder / "poet.safetensors").write_bytes((files / "poet.safetensors").read_bytes())
     (folder / "calm.pth").write_bytes((files / "state.pth").read_bytes())
     (folder / "link.safetensors").symlink_to(files / "poet.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no adapter")
+    (folder / "begun").mkdir()
+    (folder / "begun" / "metrics.jsonl").touch()
     running = Server(
         *("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors"),
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),
-        *("--batch", 4, "--queue", 4, "--body_mib", 1, "--client_seconds", 2, "--max_tokens", 10**6),
+        *("--batch", 4, "--queue", 4, "--body_mib", 1, "--max_tokens", 10**6),
         *("--max_loaded", 2),
         *("--allow_origin", "https://chat.example.org"),
     )

@@ -62,7 +62,7 @@ def wait_until(holds, seconds=300):
         time.sleep(0.02)
 
 
-def ended(connection, seconds=30):
+def ended(connection, seconds=300):
     """Read until the other side ends a connection -> what it sent."""
     found = b""
     while True:

@@ -5,6 +5,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from training.held import held
 from training.runs import finish, metrics, start_ranks, wait_for_steps
 
 PLAIN = ("--precision", "fp32", "--micro_bsz", "2", "--val_split", "0.1", "--random_seed", "3")
@@ -41,10 +42,12 @@ def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
 def test_a_rank_that_dies_ends_the_other_and_the_run_goes_on_with_the_same_bits(files, command, train):
     more = (*PLAIN, *PACKED, *SHARED, "--epoch_count", "3", "--save_every", "3", "--resume", "auto")
     train("unbroken", *more)
-    first, second = start_ranks(command("broken", *more))
+    hold = files / "hold"
+    first, second = start_ranks(held(command("broken", *more), hold, 5))
     wait_for_steps(files, "broken", 5, first)
     second.kill()
     second.communicate()
+    hold.unlink()
     began = time.monotonic()
     _, err = finish(first, 1)
     assert time.monotonic() - began < 60

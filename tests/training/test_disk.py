@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from rwkv_peft.errors import UserError
+from training.held import held
 from training.runs import finish, start, wait_for_steps
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
-    argv = command("no-picture", "--epoch_steps", "150")
-    process = start(argv)
+    argv, hold = command("no-picture"), files / "hold"
+    process = start(held(argv, hold, 1))
     wait_for_steps(files, "no-picture", 1, process)
     (files / "no-picture" / "loss.png").mkdir()  # while the run goes on: one that stood there is told before it
+    hold.unlink()
     out, err = finish(process)
     assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
     (files / "no-picture" / "loss.png").rmdir()
@@ -133,6 +135,7 @@ def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised
 def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, monkeypatch):
     from rwkv_peft.config import AdapterConfig
     from rwkv_peft.files.atomic import CannotWrite
+    from rwkv_peft.training.saving.checkpoints import telling_refusals
     from rwkv_peft.training.saving.saver import Saver
 
     def refuse(tensors, labels):
@@ -144,9 +147,8 @@ def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, 
     saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     monkeypatch.setattr(saver.products, "write", refuse)
     monkeypatch.setattr(saver, "trained", lambda trainer, lit: {})
-    with pytest.raises(
-        UserError, match="the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
-    ):
+    words = "the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
+    with pytest.raises(UserError, match=words), telling_refusals(tmp_path):
         saver.save_tensors(SimpleNamespace(is_global_zero=True), None, [""])
 
 

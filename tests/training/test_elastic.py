@@ -1,6 +1,7 @@
 """Ranks that torchrun starts, as many as there are nodes: a step keeps its samples, and a run outlives its nodes."""
 
 import os
+import signal
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rwkv_peft.training.engine.fit import stopped
 from rwkv_peft.training.flags.world import World, fit
 from rwkv_peft.training.ranks.processes import Processes
 from rwkv_peft.training.ranks.watch import Watch
+from training.held import held
 from training.runs import finish, free_port, metrics, start, wait_for_steps, wait_for_words
 
 STEPS = 20
@@ -57,26 +59,6 @@ def test_only_a_run_that_was_asked_to_stop_before_its_end_ends_with_a_signals_co
         assert stopped(run, SimpleNamespace(step=step, stopping=stopping, stop_requested=number)) == code
 
 
-# trains as train.py does, but stays in its seventh micro batch while a file named for the number of ranks is there
-HELD = """
-import itertools, os, time
-
-from rwkv_peft.commands import run
-from rwkv_peft.training.step.steps import Whole
-
-loss, count, hold = Whole.loss, itertools.count(1), {hold!r} + os.environ["WORLD_SIZE"]
-
-def held(self, *batch):
-    before = next(count) < 7
-    while not before and os.path.exists(hold):
-        time.sleep(0.05)
-    return loss(self, *batch)
-
-Whole.loss = held
-run("train")
-"""
-
-
 def torchrun(argv, port, folder):
     """Start an agent of torchrun, a node of one rank that meets the others at a port; folder is for what it leaves."""
     agent = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", "--local_addr", "127.0.0.1"]
@@ -88,29 +70,27 @@ def torchrun(argv, port, folder):
 def lose(process):
     """Kill an agent and the rank that it started, as if their node were gone."""
     if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that it starts nobody anew
         for one in (*psutil.Process(process.pid).children(recursive=True), process):
-            one.kill()
+            warm.send(one.pid, signal.SIGKILL)
 
 
 def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
     """A node begins, another joins, upon which the run saves and goes on on both; the second is killed, and the first
     goes on alone from the last checkpoint."""
-    argv, port, script = command("elastic", *FLAGS)[2:], free_port(), files / "held.py"
-    script.write_text(HELD.format(hold=str(files / "hold-")))
-    alone, both = files / "hold-1", files / "hold-2"
-    alone.touch()
-    both.touch()
-    first, second = torchrun([str(script), *argv], port, files), None
+    port, hold = free_port(), files / "hold"
+    argv = held(command("elastic", *FLAGS), hold, 3)[1:]
+    first, second = torchrun(argv, port, files), None
     try:
         wait_for_steps(files, "elastic", 3, first)
-        second = torchrun([str(script), *argv], port, files)
+        second = torchrun(argv, port, files)
         wait_for_words("stopping after this step", first)
-        alone.unlink()
+        hold.write_text("10")
         wait_for_words("machine   2 x 1 cpu", first)
         wait_for_words("resuming after", first)
-        wait_for_steps(files, "elastic", 10, first)  # four alone, of two micro batches each, and six of both
+        wait_for_steps(files, "elastic", 10, first)
         lose(second)
-        both.unlink()
+        hold.unlink()
         out, _ = finish(first)
     finally:
         for process in filter(None, (first, second)):

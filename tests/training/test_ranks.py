@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from training.held import held
 from training.runs import finish, free_port, metrics, python_of, start, start_ranks, wait_for_steps, wait_for_words
 from warm import CHILDREN
 
@@ -148,7 +149,7 @@ def test_what_a_launcher_leaves_behind_and_a_taken_port_are_told(command):
 
 
 def test_a_dead_node_ends_the_other_within_a_minute(files, command):
-    argv, port = command("dead", *LONG, "--epoch_count", "50"), free_port()
+    argv, port = command("dead", *LONG, "--epoch_count", "5000"), free_port()
     first, second = (task(argv, number, port) for number in range(2))
     wait_for_steps(files, "dead", 25, first)
     second.kill()
@@ -167,7 +168,8 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
     assert is_over(child)
     process.communicate()
 
-    process = start(command("pair", *PAIR, "--resume", "auto"))
+    argv, hold = command("pair", *PAIR, "--resume", "auto"), files / "hold"
+    process = start(held(argv, hold, 25))
     wait_for_steps(files, "pair", 25, process)
     (child,) = children(process, 1)
     process.kill()
@@ -175,7 +177,7 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
     _, err = process.communicate()
     assert err.count("\n") == 1 and "rank 0, which had started the others, is gone; the last checkpoint is" in err
 
-    out, _ = finish(start(command("pair", *PAIR, "--resume", "auto")))
+    out, _ = finish(start(argv))
     assert "resuming after step" in out
     assert history(files, "pair") == unbroken
 
@@ -183,18 +185,20 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
 def test_one_command_goes_on_through_restarts(files, command, unbroken):
     """A rank is killed before the first checkpoint, and the same command is started again; then torchrun starts it, and
     restarts it after a rank is killed after a checkpoint."""
-    argv = command("restarts", *PAIR, "--resume", "auto")
-    first, second = start_ranks(argv)
+    argv, hold = command("restarts", *PAIR, "--resume", "auto"), files / "hold"
+    first, second = start_ranks(held(argv, hold, 1))
     wait_for_steps(files, "restarts", 1, first)
     second.kill()
     second.communicate()
+    hold.unlink()
     finish(first, 1)
     (files / "restarts" / "adapter-best.safetensors").write_bytes(b"of a run that died before its first checkpoint")
     torchrun = [sys.executable, str(CHILDREN), "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
     torchrun += ["--monitor_interval", "0.1", "--master_port", free_port()]
-    process = start([*torchrun, *argv[1:]], PYTHON_EXEC=python_of(argv))
+    process = start([*torchrun, *held(argv, hold, 25)[1:]], PYTHON_EXEC=python_of(argv))
     wait_for_steps(files, "restarts", 25, process)
     children(process, 2)[0].kill()
+    hold.unlink()
     out, err = finish(process)
     assert "resuming after step" in out and history(files, "restarts") == unbroken
     assert not (files / "restarts" / "adapter-best.safetensors").exists()

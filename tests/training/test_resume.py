@@ -16,6 +16,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state
+from training.held import held
 from training.runs import finish, metrics, rewound, start, wait_for_steps, wait_for_words
 
 LONG = (
@@ -32,13 +33,16 @@ def unbroken(files, train):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
-    name = number.name
-    process = start(command(name, *LONG))
+    name, hold = number.name, files / "hold"
+    process = start(held(command(name, *LONG), hold, 25))
     wait_for_steps(files, name, 25, process)
     process.send_signal(number)
+    if number != signal.SIGKILL:
+        wait_for_words("stopping after this step", process)
+    hold.unlink()
     out, _ = finish(process, code)
     done = len(metrics(files, name))
-    assert 25 <= done < 60
+    assert done == (25 if number == signal.SIGKILL else 26)
     if number != signal.SIGKILL:
         assert "--resume" in out and (files / name / "adapter.safetensors").exists()
     out, _ = train(name, *LONG, "--resume")
@@ -101,7 +105,7 @@ def test_a_signal_after_the_last_step_does_not_end_a_run_before_its_picture(file
 
 
 def test_a_second_sigterm_has_its_exit_code(files, command):
-    process = start(command("twice", "--epoch_steps", "100000"))
+    process = start(held(command("twice"), files / "hold", 5))
     wait_for_steps(files, "twice", 5, process)
     process.send_signal(signal.SIGTERM)
     wait_for_words("again to stop at once", process)

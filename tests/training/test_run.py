@@ -20,6 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.merge_command import main as merge
+from training.held import held
 from training.runs import finish, metrics, start
 
 
@@ -151,9 +152,10 @@ def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, 
 def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(files, command, one_process):
     """The run's message names their path; --resume auto, which begins anew, must not remove them."""
     size = (files / "one" / "adapter.safetensors").stat().st_size
-    argv = command("refused", "--resume", "auto")
-    process = start(argv)
+    argv, hold = command("refused", "--resume", "auto"), files / "hold"
+    process = start(held(argv, hold, 1))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2 * size, 2 * size))  # less than the optimizer's state has
+    hold.unlink()
     _, said = finish(process, 2)
     folder = files / "refused"
     told = f"error: cannot write {folder}/checkpoints/.step-00000004: .*; the trained tensors are in {folder}/adapter"

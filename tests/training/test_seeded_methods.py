@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rwkv_peft.commands import main
+from rwkv_peft.errors import UserError
 from training.runs import rewound
 
 METHODS = {
@@ -41,5 +42,5 @@ def test_a_run_resumes_bitwise_and_what_it_trained_is_merged_and_taken_off(files
     assert sum(not torch.equal(between[key], tensor.float()) for key, tensor in before.items()) == 16
     out = run("convert", whole, files / f"{peft}-lora.safetensors", "--to", "lora", "--base_model", base, *lora)
     assert ("the same change, exactly" in out) == (peft == "vera")
-    with pytest.raises(ValueError, match=f"RWKV-PEFT has no {peft}"):
+    with pytest.raises(UserError, match=f"RWKV-PEFT has no {peft}"):
         main(["convert", str(whole), str(files / f"{peft}.pth")])

@@ -2,6 +2,7 @@
 the teacher, and refuses one of other rows, tokens or settings."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.digest import digest_of
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.training.engine.trainer import given_step
 from rwkv_peft.training.flags.request import parse_flags, parse_run
@@ -110,6 +112,14 @@ def test_files_of_another_tokenizer_and_damaged_ones_are_refused(stored, tmp_pat
         with pytest.raises(UserError, match="b.safetensors is no whole file of --store_teacher "):
             StoredTeacher(other)
     shutil.copy(stored, other)
+    found = open_stored(Distill(stored=other), 80)
+    assert found.fingerprint == digest_of(stored)
+    with open(other, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(other, (1e9, 1e9))
+    with pytest.raises(UserError, match="was overwritten while it is read: it holds other words of a teacher"):
+        found.require_unchanged()
     with open(other, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="b.safetensors is no whole file of --store_teacher "):

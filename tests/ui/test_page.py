@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs requiremen
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
 expect = playwright.expect
-LONG = 120_000  # milliseconds for what computes
+LONG = 120_000  # milliseconds, because other tests may slow all down
 MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
 
 - one
@@ -37,8 +38,8 @@ HOSTILE = (
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        expect.set_options(timeout=30_000)  # the other worker's tests slow the page down
-        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        expect.set_options(timeout=LONG)
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=LONG)
         yield chromium
         chromium.close()
 
@@ -50,6 +51,7 @@ def open_page(browser, server):
 
     def opened(width=1200):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+        contexts[-1].set_default_timeout(LONG)
         page = contexts[-1].new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server.url)
@@ -91,13 +93,19 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("File or folder of rows", exact=True).fill("pairs.jsonl")
     press(page, "Show")
     press(page, "Show them as pairs")
-    expect(page.locator("mark").first).to_have_text(" yes<end>", timeout=LONG)
+    expect(page.locator("mark").first).to_have_text(" yes<end>")
     page.get_by_label("Rows are", exact=True).select_option("sft")
+    (folder / "sheet.csv").write_text("Frage;Die Antwort\nRegen?;ja\n", "utf-8-sig")
+    page.get_by_label("File or folder of rows", exact=True).fill("sheet.csv")
+    press(page, "Show")
+    press(page, 'Read Frage "Die Antwort" as question and answer')
+    expect(page.locator("mark").first).to_have_text(" ja<end>", timeout=LONG)
+    page.get_by_label("Columns (--sft_field)").fill("")
     press(page, "look for File or folder of rows")
     page.get_by_role("dialog").get_by_text("rows.jsonl").click()
     page.get_by_label("Tokenizer").fill("bytes")
     press(page, "Show")
-    expect(page.locator("mark").first).to_have_text(' {"name": "Ann"}\n<end>', timeout=LONG)
+    expect(page.locator("mark").first).to_have_text(' {"name": "Ann"}\n<end>')
     press(page, "Train on this")
 
     expect(page.get_by_label("Data", exact=True)).to_have_value("rows.jsonl")
@@ -106,21 +114,23 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("Rows a step", exact=True).fill("8")
     page.get_by_label("Epochs", exact=True).fill("4")
     page.get_by_label("Rank", exact=True).fill("7")
-    expect(page.get_by_role("alert")).to_contain_text("--bone_r 7", timeout=LONG)
+    expect(page.get_by_role("alert")).to_contain_text("--bone_r 7")
     expect(page.locator(".wrong").get_by_label("Rank", exact=True)).to_be_visible()
     page.get_by_label("Rank", exact=True).fill("32")
-    expect(page.locator("#plan")).to_contain_text("fits", timeout=LONG)
+    expect(page.locator("#plan")).to_contain_text("fits")
     expect(page.locator("#plan")).to_contain_text("its time is not known")
     expect(page.locator("#command")).to_contain_text("--bone_r 32")
     press(page, "Start")
 
     state = page.locator(".figure", has_text="state")
-    expect(state).to_contain_text("done", timeout=LONG)
+    expect(state).to_contain_text("done")
     page.reload()
-    expect(state).to_contain_text("done", timeout=LONG)
-    expect(page.locator(".u-legend").first).to_contain_text("val_loss")
+    expect(state).to_contain_text("done")
+    expect(page.locator(".u-legend").first).to_contain_text("held-out loss")
     expect(page.locator("td", has_text='{"name":').first).to_be_visible()
-    expect(page.locator("caption")).to_contain_text("are answered word for word after the last step")
+    expect(page.locator(".note").filter(has_text="word for word")).to_contain_text(
+        "are answered word for word after the last step"
+    )
     assert (folder / "out/mine/adapter.safetensors").exists()
     drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
     (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))
@@ -132,11 +142,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     other = open_page(width=390)  # another browser, on a narrow screen
     go(other, "Runs")
     expect(other.get_by_role("link", name="out/mine", exact=True)).to_be_visible()
-    expect(other.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+    expect(other.locator(".figure", has_text="state")).to_contain_text("done")
     assert other.locator("html").evaluate("page => page.scrollWidth") <= 390
 
     go(page, "Train")
-    expect(page.locator(".figure", has_text="about, for 20 steps")).to_contain_text(re.compile(r"\d s"), timeout=LONG)
+    expect(page.locator(".figure", has_text="about, for 20 steps")).to_contain_text(re.compile(r"\d s"))
     expect(page.locator("#plan")).to_contain_text("that of the steps of out/mine,")
     with open(folder / "out/mine/metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 20, "samples": 1000, "val_loss": 99.0}\n')
@@ -149,7 +159,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("Merged model", exact=True).fill("mine.pth")
     for command in ("Merge", "Check"):
         press(page, command)
-        expect(page.locator(".job .state")).to_have_text("done", timeout=LONG)
+        expect(page.locator(".job .state")).to_have_text("done")
     assert (folder / "mine.pth").exists()
 
     go(page, "Runs")
@@ -161,7 +171,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.get_by_label("Tokenizer", exact=True).fill("bytes")  # whose long help must not move the button
     press(page, "Open")
     message = page.get_by_label("message", exact=True)
-    expect(message).to_be_visible(timeout=LONG)
+    expect(message).to_be_visible()
     page.get_by_text("Sampling").click()
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Longest answer, tokens").fill("24")
@@ -171,7 +181,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     message.press("Enter")
     for name in ("base", "adapter"):
         said = page.get_by_role("region", name=name).locator(".turn.assistant .words")
-        expect(said).to_have_text(re.compile("[^…]{3}"), timeout=LONG)
+        expect(said).to_have_text(re.compile("[^…]{3}"))
     page.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=HOSTILE))
     press(page, "Regenerate")
     said = page.get_by_role("region", name="adapter").locator(".turn.assistant .words")
@@ -182,39 +192,47 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     expect(said).to_contain_text("<img src=x onerror=alert(1)>")
     assert said.locator("img, script, iframe, svg, b, i, form, style").count() == 0 and said.locator("a").count() == 1
     page.reload()
-    expect(page.locator(".turn.user .words").last).to_have_text("Ann has 3 red cups.", timeout=LONG)
+    expect(page.locator(".turn.user .words").last).to_have_text("Ann has 3 red cups.")
     press(page, "Edit the last")
     expect(message).to_have_value("Ann has 3 red cups.")
     expect(page.locator(".turn")).to_have_count(0)
     expect(page.get_by_text("open: base.pth, adapter=out/mine/adapter.safetensors")).to_be_visible()
     press(page, "Close the model")
     expect(message).to_be_hidden()
-    expect(page.get_by_text("open: base.pth")).to_be_hidden(timeout=LONG)
+    expect(page.get_by_text("open: base.pth")).to_be_hidden()
 
 
-def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, server):
+def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, folder):
     page = open_page()
     go(page, "Train")
     page.get_by_role("link", name="to the content").press("Enter")
     expect(page.locator("main")).to_be_focused()
     fields = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Folder of the run": "100 % long"}
-    for label, value in {**fields, "Epochs": "10", "Rows a step": "1"}.items():
+    for label, value in {**fields, "Epochs": "10000", "Rows a step": "1"}.items():
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Precision", exact=True).select_option("fp32")
     press(page, "Start")
-    page.get_by_role("button", name="Stop after this step", exact=True).dblclick()  # the second click does nothing
-    expect(page.locator(".job .state")).to_have_text("stopped", timeout=LONG)
-    expect(page.locator(".figure", has_text="state")).to_contain_text("stopped", timeout=LONG)
+    state, stop = page.locator(".figure", has_text="state"), page.get_by_role("button", name="Stop after this step")
+    stop.dblclick()  # the second click does nothing
+    expect(page.locator(".job .state")).to_have_text("stopped")
+    expect(state).to_contain_text("stopped")
+    metrics = folder / "100 % long" / "metrics.jsonl"
+    size = metrics.stat().st_size
     press(page, "Resume")
-    expect(page.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+    until = time.monotonic() + LONG / 1000
+    while metrics.stat().st_size == size:
+        assert time.monotonic() < until
+        page.wait_for_timeout(100)
+    stop.click()
+    expect(state).to_contain_text("stopped")
     go(page, "Runs")
     page.get_by_role("link", name="100 % long", exact=True).click()
-    expect(page.locator(".figure", has_text="state")).to_contain_text("done", timeout=LONG)
+    expect(state).to_contain_text("stopped")
 
     go(page, "Release")
     page.get_by_label("Run, or adapter", exact=True).fill("none.safetensors")
     page.get_by_label("Base model", exact=True).fill("base.pth")
     page.get_by_label("Merged model", exact=True).fill("x.pth")
     press(page, "Merge")
-    expect(page.locator(".job .state")).to_have_text("failed (2)", timeout=LONG)
-    expect(page.get_by_role("alert")).to_contain_text("none.safetensors", timeout=LONG)
+    expect(page.locator(".job .state")).to_have_text("failed (2)")
+    expect(page.get_by_role("alert")).to_contain_text("none.safetensors")

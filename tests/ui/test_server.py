@@ -8,11 +8,9 @@ import time
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
-from rwkv_peft.ui.jobs import Jobs
-from rwkv_peft.ui.lines import TAIL, last_of
+from rwkv_peft.ui.lines import TAIL, last_of, lines_of
 from rwkv_peft.ui.places import Places
 from rwkv_peft.ui.runs import folders
 
@@ -177,7 +175,7 @@ def test_a_command_outlives_nothing_that_it_needs(server, folder):
 
 def test_a_command_that_is_killed_is_told(server, folder):
     train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir killed"
-    words = [*train.split(), "--epoch_count", "500", "--precision", "fp32"]
+    words = [*train.split(), "--epoch_count", "10000", "--precision", "fp32"]
     job = server.json("/api/jobs", {"words": words})["id"]
     lock = folder / "killed" / ".run.lock"
     for _ in range(3000):
@@ -205,18 +203,18 @@ def test_near_runs_are_found_and_links_and_hidden_folders_passed_over(tmp_path, 
 
 def test_a_command_is_stopped_before_it_has_begun(server):
     train = "train --load_model base.pth --data_file rows.jsonl --data_type sft --tokenizer bytes --proj_dir early"
-    job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "500"]})["id"]
+    job = server.json("/api/jobs", {"words": [*train.split(), "--epoch_count", "10000"]})["id"]
     assert server.json(f"/api/jobs/{job}/stop", {}) == {"id": job}
     assert wait_for(server, job)["code"] == 130
 
 
-def test_a_page_that_ends_closes_its_models_and_leaves_runs(monkeypatch, tmp_path):
-    jobs, stopped = Jobs(tmp_path), []
-    jobs.own = ["1", "2"]
-    monkeypatch.setattr(jobs, "job", lambda name: {"words": ["serve" if name == "1" else "train"]})
-    monkeypatch.setattr(jobs, "stop", stopped.append)
-    close_chats(jobs)
-    assert stopped == ["1"]
+def test_lines_that_are_not_whole_are_read_later(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "loss": NaN}\n{"st')
+    found = lines_of(path)
+    assert found == {"lines": [{"step": 0, "loss": None}], "next": 25, "again": False}
+    path.write_bytes(b'{"step": 9}\n')
+    assert lines_of(path, 25) == {"lines": [{"step": 9}], "next": 12, "again": True}
 
 
 def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):

@@ -23,6 +23,7 @@ from ..files.pth_writer import DTYPES, write_pth
 from ..generate.weights import rounded
 from ..models.state import is_time_state
 from ..names import NONE, STATE
+from ..numeric import all_finite, is_number
 from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .model import Model, require_one_of
 
@@ -90,7 +91,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> AdapterConfig:
             raise UserError(f"{name}={value!r} is no setting of an adapter; known are {', '.join(known)}")
         kind: type = type(known[name])
         values[name] = tuple(value) if kind is tuple and isinstance(value, (list, set)) else value
-        if not isinstance(values[name], (int, float) if kind is float else kind):
+        if not (is_number(values[name]) if kind is float else isinstance(values[name], kind)):
             raise UserError(f"{name}={value!r}: {KINDS[kind]} is due")
     config = AdapterConfig(method=method, **values)
     if config.method == NONE and not config.train_parts:
@@ -112,7 +113,7 @@ def save_adapter(model: Model, path: str | Path) -> None:
     trained = {name: parameter.detach() for name, parameter in network.named_parameters() if parameter.requires_grad}
     constants = {name: buffer for name, buffer in network.named_buffers() if adapter_parameter(name)}
     tensors = {name: tensor.cpu() for name, tensor in (trained | constants).items()}
-    if broken := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+    if broken := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
         raise UserError(f"{broken} holds NaN or Inf: the training diverged; lower its learning rate")
     metadata = AdapterMetadata.from_config(model.adapter, base.fingerprint, precision_of(model), base.family.version)
     versions = f"rwkv_peft {__version__}, torch {torch.__version__}"

@@ -14,7 +14,7 @@ from ..config import AdapterConfig
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..errors import UserError, short
+from ..errors import UserError, quoted
 from ..files.adapters import AdapterSource
 from ..files.base import Base, open_base
 from ..files.pth_writer import DTYPES
@@ -169,7 +169,7 @@ def texts_in(name: str, given: Any) -> list[str]:
     """The texts of an argument that may be one. Raises UserError for anything else."""
     found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if wrong := [one for one in found if not isinstance(one, str)]:
-        raise UserError(f"{name}: {short(repr(wrong[0]))} is no text; a str is due, or several")
+        raise UserError(f"{name}: {quoted(wrong[0])} is no text; a str is due, or several")
     return found
 
 

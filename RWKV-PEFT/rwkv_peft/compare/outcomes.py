@@ -7,9 +7,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, short
+from ..errors import UserError, quoted
 from ..files.readable import read_settings, require_readable
-from ..plots import is_number, metrics_of, read_metrics
+from ..numeric import is_number
+from ..plots import metrics_of, read_metrics
 from .plan import HIGHEST, LOWEST, Cell
 
 RESULT = "result.json"
@@ -72,5 +73,5 @@ def number(record: Mapping[str, Any], name: str, path: Path) -> float:
     """A record's number under a name, NaN and infinity included. Raises UserError for another value, or a huge one."""
     value = record.get(name)
     if not is_number(value) or math.isfinite(value) and abs(value) > LARGEST:
-        raise UserError(f"{path}: {name} is {short(repr(value))}, and a number is due; {REMEDY}")
+        raise UserError(f"{path}: {name} is {quoted(value)}, and a number is due; {REMEDY}")
     return float(value)

@@ -29,7 +29,7 @@ class RowSamples(DocumentSamples):
         if self.documents:
             self._choose(np.arange(len(dataset) // self.documents))
         word, more = self.told
-        self.notes = [f"{counted(len(self), word)}{more} an epoch"]
+        self.notes = [f"{counted(len(self), word)}{more}"]
 
 
 class AnswerSamples(RowSamples):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..cli import counted
-from ..errors import visible
+from ..errors import in_line
 
 MOST_KINDS = 100  # kinds that are told apart
 SHOWN = 8  # kinds that a message lists
@@ -20,7 +20,7 @@ class BadRows:
         self.first: dict[str, str] = {}  # kind -> where its first row stands, and what is wrong with it
 
     def add(self, place: str, message: str) -> None:
-        self._add(VARIES.sub("…", message), visible(f"{place}: {message}"), 1)
+        self._add(VARIES.sub("…", message), in_line(f"{place}: {message}"), 1)
 
     def add_all(self, other: "BadRows") -> None:
         for kind, number in other.counts.items():

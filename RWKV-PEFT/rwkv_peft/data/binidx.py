@@ -13,7 +13,6 @@ import struct
 import time
 import warnings
 from bisect import bisect_right
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +21,7 @@ from numpy.typing import DTypeLike
 
 from ..errors import UserError
 from ..files.digest import digest_of
+from ..files.mapped import Mapped, Stamp
 from ..files.readable import choice_in, require_readable
 from .prefix import ENDINGS, binidx_prefix
 from .rows import ENDINGS as ROWS
@@ -49,13 +49,12 @@ def counting(stored: np.ndarray) -> int:
     return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
 
 
-class BinidxDataset:
+class BinidxDataset(Mapped):
     """A .bin/.idx pair, memory-mapped and validated when opened.
 
     len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D), mask (uint8 by
     token, or None) and weights (float32 by document, or None: all 1) are memory maps; sizes (n,) int32
-    and pointers (n,) int64 come from the index; mapped is {path: stat} of the files as they were opened. Raises
-    UserError for files that are missing, truncated, or disagree.
+    and pointers (n,) int64 come from the index. Raises UserError for files that are missing, truncated, or disagree.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,38 +73,23 @@ class BinidxDataset:
         self.vocab_size: int | None = None  # of the model, once it is checked
         companions = {self.mask_path: self.mask, self.weights_path: self.weights}
         mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
-        self.mapped = {path: os.stat(path) for path in mapped}
+        self.stamps = {path: Stamp.of(path) for path in mapped}
 
     def digest(self, with_mask: bool) -> str:
         """The digests of the files, with the mask's if that counts, one behind the other."""
         paths = [self.bin_path, self.idx_path, *([self.mask_path] if with_mask and self.mask is not None else [])]
         return "".join(map(digest_of, [*paths, *([] if self.weights is None else [self.weights_path])]))
 
-    def require_unchanged(self) -> None:
-        """Raise UserError if a file has another length than when it was opened, because reading a part that is gone
-        would end the process by a signal. Warn, once, of a file that was written or touched since, and judge it
-        anew. If another file took its name, the old one is read on."""
-        for path, before in self.mapped.items():
-            with suppress(OSError):  # the name is gone
-                now = os.stat(path)
-                if not os.path.samestat(now, before):
-                    continue
-                if now.st_size != before.st_size:
-                    raise UserError(
-                        f"{path} was overwritten while it is read: it has {now.st_size:,} bytes, and had "
-                        f"{before.st_size:,}; put the old file back, and go on from the last save with --resume"
-                    )
-                if now.st_mtime_ns != before.st_mtime_ns:
-                    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
-                    warnings.warn(
-                        f"{path} was touched or overwritten while it is read, at {when}: from here on the tokens are "
-                        "those that it holds now",
-                        stacklevel=2,
-                    )
-                    self.mapped[path] = now
-                    now_there = BinidxDataset(self.prefix)
-                    if self.vocab_size is not None:
-                        now_there.check_vocab(self.vocab_size)
+    def judge(self, path: str | Path) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.path.getmtime(path)))
+        warnings.warn(
+            f"{path} was touched or overwritten while it is read, at {when}: from here on the tokens are those that it "
+            "holds now",
+            stacklevel=3,
+        )
+        now_there = BinidxDataset(self.prefix)
+        if self.vocab_size is not None:
+            now_there.check_vocab(self.vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)

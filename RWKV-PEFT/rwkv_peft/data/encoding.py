@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +168,7 @@ class Encoder:
                 pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
                 added = not judge and self._add(pieces, chunk, result, tokens, mask)
             except UserError as error:
-                more = f"; {self.remedies.unknown_form}" if isinstance(error, UnknownForm) else ""
+                more = f"; {self.remedies.unknown_form}{self._columns(row)}" if isinstance(error, UnknownForm) else ""
                 result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
                 continue
             result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
@@ -185,6 +186,12 @@ class Encoder:
                 digests += hashlib.blake2b(written, digest_size=DIGEST).digest()
         result.tokens, result.mask, result.digests = tokens.tobytes(), bytes(mask), bytes(digests)
         return result
+
+    def _columns(self, row: Any) -> str:
+        """An example of the fields to name, if the first two of a row's texts may be a question and its answer."""
+        names = [shlex.quote(name) for name, value in row.items() if isinstance(value, str)][:2]
+        fits = len(names) == 2 and not self.settings.fields and self.kind in ("preprocess", "train")
+        return f", such as {' '.join([self.remedies.unknown_form.split()[-1], *names])}" if fits else ""
 
     def _count(self, documents: Documents, counts: Counter[str]) -> None:
         """Count what report.py tells of a row that is written."""

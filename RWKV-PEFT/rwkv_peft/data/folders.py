@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import UNREADABLE, UserError
-from ..files.readable import read_settings
+from ..errors import UserError
+from ..files.readable import object_in
 
 ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # not .json, which settings have, too
 TRAIN = "train"
@@ -77,10 +77,7 @@ def held_out_split(path: str | Path) -> str:
 def saved_splits(folder: Path) -> list[str]:
     """The splits that datasets.save_to_disk wrote; [] if it wrote one data set, or if the file that names them cannot
     be read (an error when the folder itself is read)."""
-    try:
-        splits = read_settings(folder / SPLITS)["splits"]
-    except UNREADABLE:
-        return []
+    splits = object_in(folder / SPLITS).get("splits")
     return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
 
 

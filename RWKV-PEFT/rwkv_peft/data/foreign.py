@@ -6,9 +6,9 @@ from ..errors import UserError
 
 TO_UTF_8 = (
     "convert the file to UTF-8: Excel saves as CSV UTF-8, Notepad asks for the encoding, and in a shell `iconv -f GBK "
-    "-t UTF-8 OLD > NEW` converts GBK"
+    "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
 )
-UTF_16 = f"UTF-16, and UTF-8 is due; {TO_UTF_8.replace('GBK', 'UTF-16')}"
+UTF_16 = f"UTF-16, and UTF-8 is due; {TO_UTF_8.partition(' (`')[0].replace('GBK', 'UTF-16')}"
 STARTS = (  # the first bytes of a file, what it is, and the remedy
     (b"\xff\xfe", UTF_16),
     (b"\xfe\xff", UTF_16),

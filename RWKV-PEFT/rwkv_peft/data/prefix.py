@@ -1,14 +1,15 @@
 """The names of the files of a token set, before any token is read."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.readable import object_in
+
 ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; the last two only if they say something
 SHARDS = "shards"  # of the JSON object in PREFIX.json, which is then a manifest
-MOST_SHARDS, MOST_BYTES = 100_000, 1 << 24  # of a manifest
+MOST_SHARDS = 100_000  # of a manifest
 
 
 def binidx_prefix(path: str | Path) -> str:
@@ -24,14 +25,7 @@ def shard_prefix(prefix: str | Path, number: int) -> str:
 
 def manifest_of(prefix: str | Path) -> list[Any]:
     """The entries of a set's shards in its PREFIX.json, unchecked; [] if the set is not in shards."""
-    path = Path(binidx_prefix(prefix) + ".json")
-    try:
-        if not path.is_file() or os.path.getsize(path) > MOST_BYTES:
-            return []
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return []  # recorded.py tells what is wrong with it
-    found = content.get(SHARDS) if isinstance(content, dict) else None
+    found = object_in(binidx_prefix(prefix) + ".json").get(SHARDS)  # recorded.py tells what is wrong with it
     return found if isinstance(found, list) else []
 
 

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
+from ..files.mapped import Stamp
+from ..files.readable import files_below
 from ..streams import bar_seconds
 from .binidx import BinidxDataset
 from .encode_settings import EncodeSettings
@@ -98,20 +100,10 @@ def main(argv: list[str]) -> int:
 def key_of(settings: EncodeSettings, split: str, drop: bool, shard_tokens: int, inputs: Sequence[str]) -> str:
     """A hash of all that shapes the files of a command, its inputs by name, size and time of change: a command goes on
     from the files that one with the same key left."""
-    files = (
-        file for path in inputs for file in (sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)])
-    )
-    stamps = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files if (stat := stat_of(file))]
+    files = (file for path in inputs for file in files_below(path) if os.path.exists(file))  # reading tells the others
+    stamps = [(str(file.resolve()), *Stamp.of(file)[2:]) for file in files]
     content = [FORMAT, asdict(settings), encoder(settings).tokenizer.vocab_size, split, drop, shard_tokens, stamps]
     return hashlib.blake2b(json.dumps(content).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-
-
-def stat_of(file: Path) -> os.stat_result | None:
-    """The stat of a file, None if it is missing, which reading it tells."""
-    try:
-        return file.stat()
-    except OSError:
-        return None
 
 
 def write(
@@ -168,9 +160,9 @@ def write(
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
         bar.update(size - bar.n if size else 0)
         if totals.bad and not settings.skip_bad_rows:
-            raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
+            raise UserError(*totals.bad.lines(), f"({SKIP})")
         if not writer.documents:
-            why = "\n".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
+            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(

@@ -7,16 +7,17 @@ the model or adapter in its folder find it.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, short, told
 from ..files.atomic import same_file
-from ..files.readable import require_readable
+from ..files.readable import MOST_BYTES, require_readable
 from ..names import RUN
-from .prefix import ENDINGS, MOST_BYTES, SHARDS, binidx_prefix, prefixes_of, shard_prefix
+from ..numeric import is_whole
+from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
@@ -57,7 +58,7 @@ def require_own(prefix: str, record: str) -> None:
     """Raise UserError if there is a data set PREFIX that other inputs or another tokenizer made."""
     prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
     found = next((path for each in prefixes for end in ENDINGS if os.path.lexists(path := each + end)), None)
-    content = _content(record_path(prefix))
+    content = content_of(record_path(prefix))
     if isinstance(content, dict):
         content.pop(SHARDS, None)
     if found is not None and content != json.loads(record):
@@ -80,7 +81,7 @@ def read_record(path: str | Path) -> Vocabulary | None:
     if not isinstance(entry, dict):
         return None
     name, digest, size = map(entry.get, Vocabulary._fields)
-    if isinstance(name, str) and isinstance(digest, str) and type(size) is int:
+    if isinstance(name, str) and isinstance(digest, str) and is_whole(size):
         return Vocabulary(name, digest, size)
     return None
 
@@ -89,11 +90,14 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
     return read_record(record_path(prefix))
 
 
+def runs_beside(*paths: str | Path | None) -> Iterator[Path]:
+    """Yield where the settings of a run are in the folders that are, or hold, these paths."""
+    return (Path(path if os.path.isdir(path) else Path(path).parent, RUN) for path in paths if path)
+
+
 def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
     """The Vocabulary of the first run whose folder is, or holds, one of these paths; None if there is none."""
-    folders = (path if os.path.isdir(path) else Path(path).parent for path in paths if path)
-    found = (read_record(Path(folder, RUN)) for folder in folders)
-    return next(filter(None, found), None)
+    return next(filter(None, map(read_record, runs_beside(*paths))), None)
 
 
 def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -> list[str]:
@@ -171,11 +175,11 @@ def find_tokenizer(
 
 def _entry(path: str | Path) -> Any:
     """Read the Vocabulary's entry in a JSON file, None if there is none."""
-    content = _content(path)
+    content = content_of(path)
     return content.get(ENTRY) if isinstance(content, dict) else None
 
 
-def _content(path: str | Path) -> Any:
+def content_of(path: str | Path) -> Any:
     """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None

@@ -12,7 +12,6 @@ from .templates import opening_within, stops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .turns import FIELDS, TURN_END
 
-OPENING = "opening"  # an entry of a run's config.json
 DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
 
 
@@ -74,15 +73,16 @@ def left_out(totals: Encoded) -> list[str]:
     """The lines on rows that were not written, or not whole."""
     lines = list(totals.bad.lines(" left out")) if totals.bad else []
     words = {
-        "empty": "empty rows left out",
-        "too_long": "rows too long, left out",
-        "shortened": "rows too long, shortened",
-        "cut": "texts longer than a row, cut into several",
-        "equal": "pairs of equal answers left out",
-        "dropped": "rows dropped that are the same as an earlier one",
-        "bare": "rows left out that lack a prompt or an answer",
+        "empty": ("empty row", "left out"),
+        "too_long": ("row", "too long, left out"),
+        "shortened": ("row", "too long, shortened"),
+        "cut": ("text", "longer than a row, cut into several"),
+        "equal": ("pair", "of equal answers left out"),
+        "dropped": ("row", "the same as an earlier one, dropped"),
+        "bare": ("row", "without a prompt or an answer, left out"),
     }
-    return lines + [f"{totals.counts[name]} {what}" for name, what in words.items() if totals.counts[name]]
+    found = ((totals.counts[name], *both) for name, both in words.items())
+    return lines + [f"{counted(number, word)} {what}" for number, word, what in found if number]
 
 
 def histogram(sizes: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, field_names, short
+from ..errors import UserError, field_names, quoted
 from .templates import UnknownForm, behind_system, named_segments, require_field, segments
 from .turns import TURN_END, Segment, chat, field, speaker
 
@@ -141,7 +141,7 @@ def label_of(row: object, names: Sequence[str]) -> bool:
     value = row[name] if isinstance(row, dict) else None
     if not isinstance(value, bool):
         raise UserError(
-            f"field {name!r} holds {short(repr(value))}; a label is true for a desirable answer, or false for an "
+            f"field {name!r} holds {quoted(value)}; a label is true for a desirable answer, or false for an "
             "undesirable one"
         )
     return value

@@ -128,7 +128,7 @@ class WindowSamples(Samples):
         self._last = -(-targets // ctx_len) - 1
         super().__init__(range(self._last + 1), seed)
         self._overlap = len(self) * ctx_len - targets  # targets that the last window must not count again
-        self.notes.append(f"{targets + 1:,} tokens, {counted(len(self), 'window')} of {ctx_len} an epoch")
+        self.notes.append(f"{targets + 1:,} tokens, {counted(len(self), 'window')} of {ctx_len}")
         if self._overlap:
             self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
 
@@ -174,7 +174,7 @@ class DocumentSamples(Samples):
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
         super().__init__(readable_documents(dataset), seed)
-        self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
+        self.notes += [counted(len(self), "document"), *not_read(dataset, ctx_len)]
         if note := self._cut_answers():
             self.notes.append(note)
 
@@ -291,7 +291,7 @@ def not_read(dataset: BinidxDataset, ctx_len: int) -> list[str]:
     excess = sizes[sizes > ctx_len + 1].astype(np.int64) - (ctx_len + 1)
     if len(excess):
         notes.append(
-            f"{counted(len(excess), 'document')} of more than --ctx_len {ctx_len} tokens, cut there: {excess.sum()} of "
-            f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}"
+            f"{counted(len(excess), 'document')} of more than --ctx_len {ctx_len} tokens, cut there: {excess.sum():,} "
+            f"of {len(dataset.tokens):,} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}"
         )
     return notes

@@ -15,7 +15,7 @@ from filelock import FileLock
 from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError, told
 from ..files.atomic import CannotWrite, write_text
-from ..files.readable import require_readable
+from ..files.readable import files_below, object_in, require_readable
 from ..names import user_cache
 from .answer_samples import ROWS
 from .encode_settings import EncodeSettings
@@ -105,11 +105,8 @@ def refuse_hub_name(config: DataConfig) -> None:
 def notes_of(done: Path) -> list[str] | None:
     """The notes on rows in a set's .json; None if it is missing, or if the files beside it have not the sizes that it
     names: caches are cleared file by file, and a full disk or a crash may leave less."""
-    try:
-        written = json.loads(done.read_text())
-        return written["notes"] if written["sizes"] == sizes_beside(done) else None
-    except (FileNotFoundError, ValueError):
-        return None
+    written = object_in(done)
+    return written.get("notes") if written.get("sizes") == sizes_beside(done) else None
 
 
 def sizes_beside(done: Path) -> dict[str, int]:
@@ -130,9 +127,8 @@ def cache_folder() -> Path:
 def key_of(path: Path, settings: EncodeSettings, split: str) -> str:
     """A hash of the settings and of the names and content of the files, the tokenizer's among them."""
     digest = hashlib.blake2b(json.dumps([FORMAT, asdict(settings), split], sort_keys=True).encode(), digest_size=16)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     tokenizer = Path(settings.tokenizer)
-    for file in files + [tokenizer] * tokenizer.is_file():
+    for file in files_below(path) + [tokenizer] * tokenizer.is_file():
         digest.update(file.name.encode())
         with open(file, "rb") as content:
             while block := content.read(1 << 24):

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from ..errors import UNREADABLE, UserError
 from ..files.atomic import fsync, telling_failures, without_empty_folders, write_text
 from ..files.lock import enter
+from ..numeric import is_whole
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .token_files import Growing, Shard, Stale, name_set
@@ -92,7 +93,7 @@ class ShardWriter:
             raise Stale(self.folder)
         self.chunks, self.done, self.totals = journal["chunks"], journal["done"], Encoded.from_json(journal["totals"])
         counts = [self.chunks, *(shard[name] for shard in self.done for name in ("documents", "tokens"))]
-        if not all(type(count) is int and count >= 0 for count in counts):
+        if not all(is_whole(count, 0) for count in counts):
             raise Stale(self.folder)
         for shard in self.done:
             for name, noted in shard["files"].items():

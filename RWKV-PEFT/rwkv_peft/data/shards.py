@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import UserError
+from ..numeric import is_whole
 from .binidx import REMEDY, BinidxDataset
 from .prefix import MOST_SHARDS, binidx_prefix, manifest_of, shard_at
 
@@ -73,14 +74,14 @@ class ShardedDataset(BinidxDataset):
         self.sizes = np.concatenate([part.sizes for part in self.parts])
         ends = np.cumsum(self.sizes, dtype=np.int64)
         self.pointers = (ends - self.sizes) * self.dtype.itemsize
-        self.mapped = {path: stat for part in self.parts for path, stat in part.mapped.items()}
+        self.stamps = {path: stamp for part in self.parts for path, stamp in part.stamps.items()}
 
     def digest(self, with_mask: bool) -> str:
         return "".join(part.digest(with_mask) for part in self.parts)
 
-    def require_unchanged(self) -> None:
+    def require_unchanged(self, by_name: bool = False) -> None:
         for part in self.parts:
-            part.require_unchanged()
+            part.require_unchanged(by_name)
 
     def check_vocab(self, vocab_size: int) -> None:
         for part in self.parts:
@@ -99,7 +100,7 @@ def checked(manifest: str, entries: Sequence[object]) -> Sequence[object]:
 def opened(manifest: str, prefix: str, entry: object) -> BinidxDataset:
     """Open the shard of a manifest's entry. Raises UserError if it is missing or damaged, or not the one described."""
     due = [entry.get(name) for name in ("documents", "tokens")] if isinstance(entry, dict) else []
-    if not prefix or not all(type(number) is int for number in due):
+    if not prefix or not all(map(is_whole, due)):
         raise UserError(f"{manifest}: a shard is {{name, documents, tokens}}, and one is {str(entry)[:80]}; {REMEDY}")
     try:
         found = BinidxDataset(prefix)

@@ -8,10 +8,10 @@ nothing, because nobody knows of it before it is read.
 """
 
 import hashlib
-import os
 from array import array
 from bisect import bisect_right
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from ..cli import counted
 from ..config import DataConfig
 from ..errors import UserError
+from ..files.mapped import Stamp
 from .binidx import BinidxDataset
 from .collate import Sample
 from .encode_settings import EncodeSettings
@@ -40,7 +41,7 @@ class Windows(NamedTuple):
 
 
 class HeldDataset(BinidxDataset):
-    """Documents in memory as a BinidxDataset; mapped are the files that they are of."""
+    """Documents in memory as a BinidxDataset; stamps are of the files that they come from."""
 
     mask: np.ndarray
 
@@ -53,15 +54,16 @@ class HeldDataset(BinidxDataset):
         self.pointers = (ends - self.sizes) * dtype.itemsize
         weights = np.array(part.weights, dtype=np.float32)
         self.weights = weights if (weights != 1).any() else None
-        self.mapped = {str(file): os.stat(file) for file in rows.files}
-        sizes = [(path.name, self.mapped[str(path)].st_size) for path in rows.files]
+        self.stamps = {str(file): Stamp.of(file) for file in rows.files}
+        sizes = [(path.name, self.stamps[str(path)].size) for path in rows.files]
         groups = [group.rows for group in rows.groups]
         self.identity = hashlib.sha256(repr((sizes, groups)).encode(errors="surrogateescape")).hexdigest()
 
-    def require_unchanged(self) -> None:
-        for path, before in self.mapped.items():
-            if os.stat(path).st_size != before.st_size:
-                raise UserError(f"{path} was overwritten while it is read; put the old file back, and --resume")
+    def require_unchanged(self, by_name: bool = True) -> None:
+        super().require_unchanged(by_name)
+
+    def judge(self, path: str | Path) -> None:
+        """Pass any content of the same size: rows are read, and judged, group by group."""
 
     def digest(self, with_mask: bool) -> str:
         """The names and sizes of the files and of their groups of rows: reading all would take what --stream saves."""
@@ -159,6 +161,6 @@ class StreamSamples(Samples):
                 held.sizes.append(part.sizes[0] if kept else len(LEFT_OUT))
                 held.weights.append(part.weights[0] if kept else 1.0)
         if totals.bad and not self.settings.skip_bad_rows:
-            raise UserError("\n".join([*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)"]))
+            raise UserError(*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)")
         held.tokens, held.mask = tokens.tobytes(), bytes(mask)
         return HeldDataset(self.rows, held, np.dtype("<u2" if encode.code == "H" else "<i4")), totals

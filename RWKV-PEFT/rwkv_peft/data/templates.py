@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, field_names, short
+from ..errors import UserError, field_names, quoted
 from ..files.readable import read_short, require_readable
 from ..names import SYSTEM_FIELDS
 from .tools import LISTS, listed, parsed
@@ -122,7 +122,7 @@ def given_segments(parts: object) -> list[Segment]:
     for part in parts:
         counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
         if not isinstance(counts, bool) or "text" not in part:
-            raise UserError(f"a segment is {short(repr(part))}; it needs a text, and train, true or false")
+            raise UserError(f"a segment is {quoted(part)}; it needs a text, and train, true or false")
         found.append((field(part, "text"), counts))
     return found
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UserError, short
+from ..errors import UserError, quoted, short
 
 LISTS = ("tools", "functions")  # fields of a row, or of the system's turn, that list tools
 TURN_CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
@@ -43,7 +43,7 @@ def tools_text(tools: object) -> str:
     functions = [each.get("function", each) if isinstance(each, dict) else each for each in as_list(found)]
     for function in functions:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"a tool is {short(repr(function))}; it needs a name, and mostly has parameters")
+            raise UserError(f"a tool is {quoted(function)}; it needs a name, and mostly has parameters")
     lines = [json.dumps(function, ensure_ascii=False) for function in functions]
     return "\n".join(["<tools>", *lines, "</tools>", ASKED])
 
@@ -65,14 +65,12 @@ def call_of(value: object) -> Call:
     """The Call that a row's value is. Raises UserError for any other value, and for arguments that are no object."""
     call = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        raise UserError(f"a call of a tool is {short(repr(value))}; it needs a name and arguments")
+        raise UserError(f"a call of a tool is {quoted(value)}; it needs a name and arguments")
     arguments = parsed(call.get("arguments", call.get("parameters")), f"the arguments of the call of {call['name']}")
     if arguments in NOTHING:
         return Call(call["name"], {})
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"the arguments of the call of {call['name']} are {short(repr(arguments))}, and an object is due"
-        )
+        raise UserError(f"the arguments of the call of {call['name']} are {quoted(arguments)}, and an object is due")
     return Call(call["name"], arguments)
 
 
@@ -121,7 +119,7 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
                 value, end = decode(text, end)
                 found += [call_of(each) for each in as_list(value)]
                 end = skipped(SPACE, text, end)
-        except (ValueError, RecursionError):  # not JSON, or not that of a call
+        except (UserError, ValueError, RecursionError):  # not that of a call, or not JSON
             found = []
         end = skipped(CLOSES, text, end) if found else opening.end()
         kept.append(text[place : opening.start() if found else end])

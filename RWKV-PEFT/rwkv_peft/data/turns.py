@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, field_names, short
+from ..errors import UserError, field_names, quoted, short
 from .tools import NOTHING, called, calls_text, listed, ordered
 
 # --think -> the text that a prompt adds to "Assistant:"
@@ -205,7 +205,7 @@ def weight_of(row: object, command: str) -> float:
         weight = float(found)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    said, rename = f"field {WEIGHT!r} holds {short(repr(found))}", "rename the field if it means something else"
+    said, rename = f"field {WEIGHT!r} holds {quoted(found)}", "rename the field if it means something else"
     if isinstance(found, bool) or not 0 <= weight < math.inf:
         raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
     if weight != 1 and command not in OF_TOKENS:
@@ -226,7 +226,7 @@ def is_learned(turn: Mapping[str, Any]) -> bool:
         found = turn.get(name)
         if found not in (None, 0, 1):
             raise UserError(
-                f"field {name!r} of a turn holds {short(repr(found))}; 0 leaves its words out of the loss, and 1 does "
+                f"field {name!r} of a turn holds {quoted(found)}; 0 leaves its words out of the loss, and 1 does "
                 "not; any other weight is for the whole row, beside its turns"
             )
         if found is not None and not found:

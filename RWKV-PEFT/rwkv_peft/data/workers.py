@@ -44,7 +44,7 @@ def encode_all(
                 f"fewer than --workers {workers}"
             ) from error
         finally:
-            with no_ctrl_c():  # ignore a second one: the workers are done after a chunk
+            with later_ctrl_c():  # the workers are done after a chunk
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -52,7 +52,7 @@ def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, ju
     """Submit a chunk, for which the pool may begin one more process. Raises BrokenProcessPool if it cannot: the system
     has no room for a process, or another one died this moment, which closes the pool's pipes that the new one inherits
     (an OSError or a ValueError, depending on how far it came)."""
-    with no_ctrl_c(), elsewhere():  # a new process inherits both
+    with later_ctrl_c(), elsewhere():  # a new process inherits both
         try:
             return pool.submit(encode_chunk, chunk, settings, judge)
         except (OSError, ValueError) as error:
@@ -60,16 +60,21 @@ def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, ju
 
 
 @contextmanager
-def no_ctrl_c() -> Iterator[None]:
-    """Ignore Ctrl-C in the block, and always in processes that begin in it, because their parent handles it."""
+def later_ctrl_c() -> Iterator[None]:
+    """Put Ctrl-C off until the block ends; processes that begin in it never hear it, because their parent does."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))  # if another thread is told
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def end_with_parent() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import told
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -86,7 +88,7 @@ def check_package(requirement: "Requirement") -> Finding:
             importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken install may raise anything, and the user must see it
         remedy = f"pip install --force-reinstall '{name}{requirement.specifier}'"
-        return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}", remedy)
+        return Finding(name, MISSING, f"{version} does not import: {told(error, named=True)}", remedy)
     return Finding(name, OK, version)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +13,8 @@ from ..errors import Ended, UserError, ending_of
 from ..files.adapters import product_of_run
 from ..files.atomic import check_output, same_file, write_text
 from ..files.base import open_base
+from ..files.mapped import Stamp
+from ..files.readable import files_below
 from ..generate.flags import note_escapes
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
@@ -74,14 +75,8 @@ def stamps(args: Any) -> dict[str, list[int]]:
     included: they tell that a file of the same name is another one."""
     named = (*LAYOUTS, *dict(KNOWN_SIZES).values())  # names of layouts and tokenizers, not of files
     given = [path for name in INPUTS if (path := getattr(args, name)) and path not in named] + args.adapter
-    found = {str(file): os.stat(file) for path in given if os.path.exists(path) for file in files_of(path)}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
-
-
-def files_of(path: str | Path) -> list[Path]:
-    """The files of a path: the file itself, the product in the folder of a run, or all files in another folder."""
-    path = product_of_run(path)
-    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+    files = (file for path in given if os.path.exists(path) for file in files_below(product_of_run(path)))
+    return {str(file): list(Stamp.of(file)[2:]) for file in files}
 
 
 def read_shots(task: Task, args: Any, layout: str) -> str:

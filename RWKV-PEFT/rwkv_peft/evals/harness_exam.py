@@ -5,7 +5,6 @@ In a round the model answers these on all ranks; lm_eval then runs again and is 
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError, told
 from ..generate.loading import Subject
+from ..numeric import is_finite, is_number
 from .aside import aside
 from .exam import Judgement
 from .records import Record, digest_of
@@ -124,9 +124,9 @@ def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
     for task, found in (results.get("groups", {}) | results["results"]).items():
         for key, value in found.items():
             metric, comma, kind = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            if comma and not metric.endswith("_stderr") and is_number(value):
                 error = found.get(f"{metric}_stderr,{kind}")
-                known = isinstance(error, (int, float)) and math.isfinite(error)
+                known = is_finite(error)
                 yield Measure(task, metric if kind == "none" else key, float(value), float(error) if known else None)
 
 

@@ -14,6 +14,7 @@ from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import telling_failures, write_text
 from ..files.lock import alone_at
+from ..numeric import is_whole
 
 Record = dict[str, Any]
 HEAD = "eval"  # the key of the first line
@@ -123,7 +124,7 @@ def is_answer(record: Record, measures: Sequence[str]) -> bool:
     judged = all(type(record.get(name)) is bool for name in measures)
     logprobs = record.get("logprobs", [])
     told = isinstance(logprobs, list) and all(isinstance(value, float) for value in logprobs)
-    return judged and told and type(record.get("number")) is int
+    return judged and told and is_whole(record.get("number"))
 
 
 def share_of(measure: str, records: Sequence[Record]) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError, short
+from ..errors import UserError, quoted
 from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
@@ -39,7 +39,7 @@ def question(kind: str, arguments: Sequence[Any], tokenizer: Tokenizer, number: 
     text or settings that are not offered, and for an empty context if no token of the tokenizer starts a document."""
     texts = arguments[:1] if kind == WRITTEN else arguments
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise UserError(f"a task asks about {short(repr(wrong[0]))}, and a text is due (doc_to_text, doc_to_target)")
+        raise UserError(f"a task asks about {quoted(wrong[0])}, and a text is due (doc_to_text, doc_to_target)")
     if kind == SCORED:
         return Question(*in_two(tokenizer, *arguments))
     if kind == ROLLING:
@@ -83,7 +83,7 @@ def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
     UserError for anything but texts."""
     until = settings.get("until") or ()
     if not (isinstance(until, str) or isinstance(until, list) and all(isinstance(text, str) for text in until)):
-        raise UserError(f"a task's answers end at {short(repr(until))} (until), and a text is due, or a list of texts")
+        raise UserError(f"a task's answers end at {quoted(until)} (until), and a text is due, or a list of texts")
     return tuple(filter(None, [until] if isinstance(until, str) else until))
 
 

@@ -7,7 +7,6 @@ An adapter's own tensors are named by their module and a parameter (`blocks.0.at
 
 import json
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UNREADABLE, UserError, told
 from ..models.family import Family
 from ..names import NONE
+from ..numeric import all_finite, is_finite, is_whole
 from ..tables import GENERATIONS
 from .atomic import atomic_write
 from .base import Base
@@ -196,7 +196,7 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     Raises UserError if the file cannot be written, ValueError for a tensor that is not finite.
     """
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
     if not metadata.entries:
@@ -271,9 +271,9 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
         if name in known:
             fits, due = value in known[name], "one of " + ", ".join(filter(None, known[name]))
         elif name in ("rank", "mini_rank", "entries", "format_version"):
-            fits, due = type(value) is int and value >= 0, "a whole number"
+            fits, due = is_whole(value, 0), "a whole number"
         elif name == "scale":
-            fits, due = type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"
+            fits, due = is_finite(value), "a finite number"
         elif name in ("targets", "train_parts"):
             fits, due = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of names"
         else:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
+from ..numeric import all_finite
 from .adapter_file import Adapter, check_names, read_own
 from .best import take
 from .lightning_folder import is_lightning_folder, read_lightning_folder
@@ -56,7 +57,7 @@ class AdapterSource:
         for key, tensor in adapter.tensors.items():
             if not tensor.numel():
                 raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which holds no value; copy it again")
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise UserError(
                     f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
                 )

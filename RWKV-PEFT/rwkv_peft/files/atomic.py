@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..streams import encoded
 from .readable import home_meant
 
 TRIES = 100  # at making a file whose folder another process may remove in the same moment
@@ -52,9 +53,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as atomic_write does, as UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape."""
+    """Write a text as atomic_write does, `encoded`."""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        temporary.write_bytes(encoded(text))
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Append a text to a file, `encoded`."""
+    with open(path, "ab") as file:
+        file.write(encoded(text))
 
 
 def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:

@@ -1,11 +1,9 @@
 """Base models: opens a model's file safely and once, checks it, and writes one."""
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,10 +14,12 @@ from ..models import family_of
 from ..models.family import Family
 from ..models.state import is_time_state
 from ..names import ADAPTER, MODEL
+from ..numeric import all_finite
 from .atomic import atomic_write
 from .best import take
 from .fingerprint import fingerprint
-from .pth import all_finite, read_tensors, require_file
+from .mapped import Mapped, Overwritten, Stamp
+from .pth import read_tensors, require_file
 from .pth_writer import save_pth
 from .safetensors_file import read_safetensors
 
@@ -36,34 +36,16 @@ AS_ADAPTER = (
 )
 
 
-class Stamp(NamedTuple):
-    """A file's device, inode, size and time of change, which show if it was overwritten or another took its name."""
-
-    device: int
-    number: int
-    size: int
-    changed: int
-
-    @classmethod
-    def of(cls, path: str | Path) -> "Stamp | None":
-        """The Stamp of a file as it is now, None if there is no file."""
-        try:
-            now = os.stat(path)
-        except FileNotFoundError:
-            return None
-        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
-
-
 @dataclass(frozen=True)
-class Base:
+class Base(Mapped):
     """A model's file: its path, memory-mapped tensors under official keys, generation (family), dimensions (config),
-    and the file's Stamp from before it was read (None: not read from a file)."""
+    and the file's Stamp from before it was read, by its path ({}: not read from a file)."""
 
     path: str | Path
     tensors: dict[str, torch.Tensor]
     family: Family
     config: ModelConfig
-    stamp: Stamp | None = None
+    stamps: dict[str | Path, Stamp] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,25 +61,9 @@ class Base:
                     "or take an earlier checkpoint of its training"
                 )
 
-    def require_unchanged(self, by_name: bool = False) -> None:
-        """Raise UserError if the file was overwritten since it was opened, because the mapping then shows the new
-        content; with `by_name` also if a file of other weights took its name. A file that was only touched passes,
-        because its fingerprint is the same."""
-        now = Stamp.of(self.path)
-        if self.stamp is None or now == self.stamp:
-            return
-        if not by_name and (now is None or now[:2] != self.stamp[:2]):  # the old file lives as long as it is mapped
-            return
-        if now is None or now.size != self.stamp.size:
-            what = "is gone" if now is None else f"has {now.size:,} bytes, and had {self.stamp.size:,}"
-        elif fingerprint(read_tensors(self.path)) != self.fingerprint:
-            what = "holds other weights"
-        else:
-            return
-        raise UserError(
-            f"{self.path} was overwritten while it is read: it {what}; put the old file back, and go on from the last "
-            "save with --resume"
-        )
+    def judge(self, path: str | Path) -> None:
+        if fingerprint(read_tensors(path)) != self.fingerprint:
+            raise Overwritten(path, "holds other weights")
 
     @property
     def has_states(self) -> bool:
@@ -143,7 +109,7 @@ def open_base(path: str | Path) -> Base:
             f"{path} is {kind}, and a .pth is due here; make one of a model with `rwkv-peft convert {path} model.pth`"
         )
     stamp = Stamp.of(require_file(path))  # before it is read
-    return replace(base_of(read_tensors(path), path), stamp=stamp)
+    return replace(base_of(read_tensors(path), path), stamps={path: stamp})
 
 
 def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint") -> Base:

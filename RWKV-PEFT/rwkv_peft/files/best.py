@@ -4,24 +4,24 @@ python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.files.best FOLDER      prints i
                                                                         the newest
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import exit_on_user_error
 from ..names import ADAPTER, METRICS, MODEL, RUN
-from .readable import read_settings
+from ..numeric import is_finite, is_whole
+from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
 SINCE = "validated_from"  # in a run's RUN: the sample from which on it validated on the same rows
 LONGEST = 1 << 24  # bytes of a line, more than a run writes
 LOST = 0.05  # a share of the fall: a run that loses more of it after its lowest loss has gone on for too long
 CLOSE = 0.01  # losses that differ by a smaller share are the same
+LAST_STEP = 1 << 53  # the largest number of a step: a float, as it is drawn, tells it from its neighbours
 
 
 class HeldOut(NamedTuple):
@@ -35,9 +35,9 @@ class HeldOut(NamedTuple):
         """Those in a run's records that end after sample `since`, from which on it validated on the same rows."""
         start, losses = None, []
         for record in records:
-            if start is None and is_loss(record.get("val_start")):
+            if start is None and is_finite(record.get("val_start")):
                 start = record["val_start"]
-            if is_loss(record.get("val_loss")) and record.get("samples", 1) > since:
+            if is_finite(record.get("val_loss")) and record.get("samples", 1) > since:
                 losses.append((record["step"] + 1, record["val_loss"]))
         return cls(None if since else start, losses)
 
@@ -66,10 +66,6 @@ class Taken(NamedTuple):
     note: str = ""
 
 
-def is_loss(value: object) -> TypeGuard[float]:
-    return isinstance(value, float) and math.isfinite(value)
-
-
 def labelled(path: Path, label: str) -> Path:
     """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", that of the newest, adds nothing."""
     return path.with_stem(f"{path.stem}-{label}") if label else path
@@ -93,11 +89,8 @@ def take(folder: Path, name: str = "") -> Taken:
 
 
 def since_of(folder: Path) -> int:
-    path, since = folder / RUN, None
-    if path.is_file():  # a pipe would be waited for
-        with suppress(UserError):  # a broken one tells nothing
-            since = read_settings(path).get(SINCE)
-    return since if type(since) is int else 0
+    since = object_in(folder / RUN).get(SINCE)
+    return since if is_whole(since) else 0
 
 
 def validations(path: Path) -> Iterator[dict[str, Any]]:
@@ -108,15 +101,19 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
         for line in iter(partial(file.readline, LONGEST), b""):
             if len(line) == LONGEST:
                 return
-            if b'"val_' in line:
-                with suppress(ValueError, RecursionError):
-                    found = json.loads(line)
-                    if isinstance(found, dict) and is_record(found):
-                        yield found
+            if b'"val_' in line and is_record(found := object_of(line)):
+                yield found
 
 
-def is_record(found: Mapping[str, Any]) -> bool:
-    return all(type(found.get(name, default)) is int for name, default in (("step", None), ("samples", 1)))
+def is_record(value: object) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a value is that of a line of metrics.jsonl: an object with its step and, if told, its samples."""
+    places = (value.get("step"), value.get("samples", 0)) if isinstance(value, dict) else (None,)
+    return all(map(is_place, places))
+
+
+def is_place(value: object) -> TypeGuard[int]:
+    """Tell whether a value can be the number of a step, or of the samples up to its end."""
+    return is_whole(value, 0) and value <= LAST_STEP
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..names import user_cache
 from .atomic import write_text
+from .readable import object_in
 
 CHUNK = 1 << 24
 KEPT = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no longer than looking for the cache
@@ -63,11 +64,8 @@ def places_of(path: Path) -> list[Path]:
 
 def kept_in(place: Path, stamp: dict[str, int]) -> str:
     """The digest cached in a place for a file with this stamp, or ""."""
-    try:
-        kept = json.loads(place.read_text()) if place.is_file() else None
-    except (OSError, ValueError, RecursionError):  # the place cannot be read, or holds another program's file
-        return ""
-    digest = kept.pop("sha256", "") if isinstance(kept, dict) else ""
+    kept = object_in(place)
+    digest = kept.pop("sha256", "")
     return digest if isinstance(digest, str) and kept == stamp else ""
 
 

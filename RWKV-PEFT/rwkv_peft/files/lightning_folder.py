@@ -8,14 +8,14 @@ y = W x + scale D S, which is bone with Dᵀ (https://github.com/Alic-Li/rwkv_li
 import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import UserError, short
+from ..errors import UserError, quoted, short
 from ..models import family_named
+from ..numeric import is_finite, is_whole
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .base import Base
@@ -42,12 +42,12 @@ def read_lightning_folder(folder: Path) -> Adapter:
     manifest = read_settings(folder / MANIFEST)
     for name, due in FORM:
         if (value := manifest.get(name)) != due:
-            told = short(repr(value))
+            told = quoted(value)
             raise UserError(
                 f"{folder / MANIFEST}: {name} is {told}, and {due!r} is read here; merge it where it is from"
             )
     rank, scale, targets = (manifest.get(name) for name in ("rank", "scale", "targets"))
-    if type(rank) is not int or not isinstance(scale, (int, float)) or not 0 < abs(scale) <= sys.float_info.max:
+    if not is_whole(rank) or not is_finite(scale) or scale == 0:
         told = short(f"rank = {rank!r} and scale = {scale!r}")
         raise UserError(f"{folder / MANIFEST} has {told}, and two finite numbers other than 0 are due; copy it again")
     listed = targets if isinstance(targets, list) else []

@@ -14,10 +14,13 @@ from typing import Any
 
 from ..errors import NotNow, told
 from .atomic import check_output, telling_failures, without_empty_folders
+from .readable import object_of
 
 LONGEST = 1000  # bytes that a holder writes about itself
-ASKED = 0.1  # seconds; `holder` shares a lock for a moment
+LEFT = 0.1  # seconds in which a holder may let go
+ASKED = 30.0  # seconds in which `holder` does, which shares a lock for a moment, or longer on a busy machine
 LOCK = ".run.lock"
+OTHERS = "by another user, it seems; if not, remove {}"
 
 
 class Busy(Exception):
@@ -46,23 +49,26 @@ def hold(path: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
-    end = time.monotonic() + ASKED
+    began = time.monotonic()
     while True:
         file = _opened(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                if time.monotonic() > end:
+                if time.monotonic() > began + (LEFT if _is_held(file) else ASKED):
                     raise Busy(_holder(file)) from None
             time.sleep(0.005)
             continue
-        except BaseException as error:
+        except OSError as error:
+            with file:
+                if not file.writable():  # NFS takes no lock of one that is opened to be read
+                    raise Busy(OTHERS.format(path)) from None
+            with suppress(OSError):
+                path.unlink()
+            raise NoLocks(str(error)) from None
+        except BaseException:
             file.close()
-            if isinstance(error, OSError):
-                with suppress(OSError):
-                    path.unlink()
-                raise NoLocks(str(error)) from None
             raise
         if _is_at(file, path):
             return file
@@ -80,7 +86,16 @@ def _opened(path: Path) -> FileIO:
     try:
         return FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
     except PermissionError:
-        raise Busy(f"by another user, it seems; if not, remove {path}") from None
+        raise Busy(OTHERS.format(path)) from None
+
+
+def _is_held(file: FileIO) -> bool:
+    """Tell whether a process holds a lock alone, rather than shares it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
@@ -107,16 +122,9 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not _is_held(file):
             return None
-        except BlockingIOError:
-            pass
-        try:
-            values = json.loads(file.read(LONGEST))
-            return values if isinstance(values, dict) else {}
-        except (ValueError, RecursionError):
-            return {}
+        return object_of(file.read(LONGEST))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-
 
 import json
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
 from ..errors import UserError, short
 from ..models import official_key
 from ..names import NONE
+from ..numeric import is_finite, is_whole
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
 from .atomic import atomic_write
 from .pth import read_tensors
@@ -157,8 +157,8 @@ def _base_name(config: dict[str, Any]) -> str:
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
     """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int, no boolean."""
-    value = config.get(name)
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+    value: Any = config.get(name)
+    if not (is_whole(value, 1) if kind is int else is_finite(value) and value > 0):
         raise UserError(
             f"{folder}: adapter_config.json has {name} = {reprlib.repr(value)}, and a finite number above 0 is due; "
             "copy the file that peft saved"

@@ -128,10 +128,3 @@ def require_own_bytes(state: Mapping[str, torch.Tensor], path: Path) -> None:
 def require_file(path: str | Path) -> Path:
     """Return `path` as a Path. Raises UserError unless it is a file, not a pipe or device, that can be read."""
     return require_readable(path, f"{path} does not exist; check the name", again=True)
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Return whether no element is NaN or Inf, with little memory beside the tensor."""
-    # a sum over NaN or Inf is not finite, and the sum is the faster test; it may also overflow over finite values
-    parts = tensor.reshape(-1).split(1 << 20)
-    return all(bool(torch.isfinite(part.sum()) or torch.isfinite(part).all()) for part in parts)

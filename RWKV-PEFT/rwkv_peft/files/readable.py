@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, told
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
-MOST = 1 << 24  # bytes of a file of settings, whose values may take twenty times as much memory
+MOST_BYTES = 1 << 24  # of a JSON object that tells of other files, whose values may take twenty times as much memory
 SHOWN = 5  # files of a folder that a message names
 
 
@@ -68,7 +69,7 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
 
 
-def read_short(path: Path, most: int = MOST) -> str:
+def read_short(path: Path, most: int = MOST_BYTES) -> str:
     """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes: a device has no
     end."""
     with open(path, "rb") as file:
@@ -78,10 +79,33 @@ def read_short(path: Path, most: int = MOST) -> str:
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def files_below(path: str | Path) -> list[Path]:
+    """The file at a path, or all files below a folder."""
+    path = Path(path)
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+
+
+def object_of(text: str | bytes) -> dict[str, Any]:
+    """The object that a text is in JSON, {} if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def object_in(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file of at most MOST_BYTES, {} if there is none, or none that can be read."""
+    with suppress(OSError):
+        if os.path.isfile(path) and os.path.getsize(path) <= MOST_BYTES:
+            return object_of(Path(path).read_bytes())
+    return {}
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
-    if not path.is_file() or path.stat().st_size > MOST:
-        raise UserError(f"{path} is no file of settings, of at most {MOST >> 20} MiB; copy it again")
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is no file of settings, of at most {MOST_BYTES >> 20} MiB; copy it again")
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

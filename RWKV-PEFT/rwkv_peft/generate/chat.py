@@ -112,7 +112,7 @@ class Chat:
     def command(self, name: str, argument: str = "") -> bool:
         """Execute a line that begins with / -> False if it ends the chat."""
         argument = argument.strip()
-        if name == "/exit":
+        if name in ("/exit", "/quit", "/bye"):
             return False
         if name == "/reset":
             self.session.reset()

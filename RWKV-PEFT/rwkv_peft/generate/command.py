@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from ..cli import counted
+from ..data.asked import note_on_chats
 from ..data.templates import stops_of
 from ..errors import UserError
 from ..files.atomic import check_output
@@ -54,6 +55,8 @@ def run(args: Namespace, sampling: Sampling) -> int:
         session = Session(model, tokenizer, sampling, start)
         inputs = [*inputs_of(args), ("--state", args.state)]
         told = args.think or "", args.system or "", tools
+        if note := note_on_chats(*reversed(args.adapter), args.state, args.model):
+            warn(note)
         return Chat(session, stops, args.max_tokens, change, inputs, *told).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output

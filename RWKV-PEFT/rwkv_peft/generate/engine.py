@@ -60,8 +60,9 @@ class Engine:
 
     @property
     def rows(self) -> int:
-        """The number of places of the batch that are taken."""
-        return sum(reading.places for reading in self.reading) + sum(len(group.rows) for group in self.groups.values())
+        """The number of places of the batch that are taken; another thread may ask meanwhile."""
+        reading = sum(reading.places for reading in [*self.reading])
+        return reading + sum(len(group.rows) for group in [*self.groups.values()])
 
     @property
     def busy(self) -> bool:

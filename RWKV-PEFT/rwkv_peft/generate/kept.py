@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..files.atomic import CannotWrite, telling_failures, write_text
+from ..files.atomic import CannotWrite, append_text, telling_failures, write_text
 from .showing import show
 
 
@@ -39,8 +39,8 @@ class Kept:
             if len(self.lines) == 1:
                 write_text(self.path, line)
                 return
-            with telling_failures(Path(self.path), "the lines before are kept"), open(self.path, "ab") as file:
-                file.write(line.encode("utf-8", "backslashreplace"))  # as write_text does
+            with telling_failures(Path(self.path), "the lines before are kept"):
+                append_text(self.path, line)
         except CannotWrite as error:
             self._refused = True
             self.say(f"{error}; the work goes on, and all lines are written at its end")

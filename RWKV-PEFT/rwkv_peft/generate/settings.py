@@ -1,10 +1,9 @@
 """The settings of sampling; sampling.py draws by them."""
 
-import math
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 
 from ..errors import UserError
+from ..numeric import is_finite
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            try:
-                finite = isinstance(value, Real) and math.isfinite(value)
-            except OverflowError:  # an int that no float can hold
-                finite = False
-            if not finite:
+            if field.name != "measured" and not is_finite(value):
                 raise UserError(f"--{field.name} {value!r}: a finite number is due")
         for name, rule, holds in (
             # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures

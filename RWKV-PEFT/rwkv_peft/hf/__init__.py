@@ -52,7 +52,7 @@ def register_rwkv() -> None:
         config = model.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
-        AutoTokenizer.register(config, slow_tokenizer_class=RWKVTokenizer, exist_ok=True)
+        AutoTokenizer.register(config, fast_tokenizer_class=RWKVTokenizer, exist_ok=True)
 
 
 register()

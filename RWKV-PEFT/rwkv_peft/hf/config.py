@@ -10,6 +10,7 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS, by_hf_name
 from ..config import AdapterConfig
 from ..errors import UserError
+from ..numeric import is_finite, is_whole
 from .installed import add_member, configs
 
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it
@@ -80,7 +81,7 @@ class BoneConfig(PeftConfig):
             )
         method = self.method
         for name in ("r", "mini_r"):
-            if type(getattr(self, name)) is not int:
+            if not is_whole(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
@@ -94,7 +95,7 @@ class BoneConfig(PeftConfig):
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
                 "out, or give init_weights='mini'"
             )
-        if not isinstance(self.bone_dropout, (int, float)) or not 0 <= self.bone_dropout < 1:
+        if not is_finite(self.bone_dropout) or not 0 <= self.bone_dropout < 1:
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")

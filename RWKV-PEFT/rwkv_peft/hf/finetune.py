@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from ..errors import UserError, told
 from ..files.lock import alone_in
 from ..files.peft_folder import is_adapter_folder, read_config
+from ..numeric import all_finite
 from . import register
 from .finetune_data import as_learned, load_data, only_answers
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
@@ -97,7 +98,8 @@ def run(arguments: BoneArguments, config: Any) -> int:
     except (ValueError, ImportError) as error:
         if stopping.begun:
             raise
-        raise UserError(f"these arguments: {error}") from error  # train() makes the optimizer and the schedule
+        # train() makes the optimizer and the schedule
+        raise UserError(*f"these arguments: {error}".splitlines()) from error
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
         return 130
@@ -155,7 +157,7 @@ def check_targets(targets: Sequence[str], model: nn.Module) -> None:
 
 def check_finite(model: nn.Module, rate: float) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
+        if parameter.requires_grad and not all_finite(parameter):
             raise UserError(
                 f"training has diverged: {name} is not finite, and the adapter is not saved; lower "
                 f"--learning_rate {rate}"

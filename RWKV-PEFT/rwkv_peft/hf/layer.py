@@ -12,19 +12,21 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..errors import UserError
+from ..numeric import all_finite
 from .config import PARAMETER, BoneConfig, block_shape
-from .products import Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
+from .products import TRANSPOSED, Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
     """A base linear layer and its adapters, by name; made by BoneModel.
 
-    base_layer (in -> out): nn.Linear, or a quantized layer of bitsandbytes. bone_block holds each adapter's
-    parameter: bone (r, out), bone-mini (r, mini_r), bat-in (in/r, r, r), bat-out (out/r, r, r).
+    base_layer (in -> out): nn.Linear, GPT-2's Conv1D, or a quantized layer of bitsandbytes. bone_block holds each
+    adapter's parameter: bone (r, out), bone-mini (r, mini_r), bat-in (in/r, r, r), bat-out (out/r, r, r).
     """
 
     adapter_layer_names = ("bone_block",)
@@ -40,7 +42,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self._product: tuple[nn.Linear, Product] = base_layer, product_for(base_layer, name)
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        sizes = ("nx", "nf") if isinstance(base_layer, Conv1D) else ("in_features", "out_features")
+        self.in_features, self.out_features = (getattr(base_layer, size) for size in sizes)
         self.name = name
         self.bone_config: dict[str, BoneConfig] = {}
         self.bone_dropout = nn.ModuleDict()
@@ -75,6 +78,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if self._product[0] is not self.base_layer:
             self._product = self.base_layer, product_for(self.base_layer, self.name)
         return self._product[1]
+
+    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base layer's weight as (out, in), and back."""
+        return weight.t() if self.product is TRANSPOSED else weight
 
     @property
     def quantized(self) -> bool:
@@ -192,15 +199,15 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
                 "in a process without DeepSpeed"
             )
-        merged = weight.data.to(exact(weight))
+        merged = self._turned(weight.data).to(exact(weight))
         for name in names:
             merged = merged + self._delta(name, merged).detach()
-        if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
+        if safe_merge and not all_finite(merged.to(weight.dtype)):
             raise UserError(
                 f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
                 "broken. This layer stays as it was; load the model anew, since others may be merged"
             )
-        weight.data = merged.to(weight.dtype)
+        weight.data = self._turned(merged.to(weight.dtype)).contiguous()
         self.merged_adapters += names
 
     def unmerge(self) -> None:
@@ -213,11 +220,11 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             with onload_layer(self):
                 self.unmerge()
             return
-        original = weight.data.to(exact(weight))
+        original = self._turned(weight.data).to(exact(weight))
         for name in reversed(self.merged_adapters):
             if name in self.bone_block:
                 original = self._removed(name, original)
-        weight.data = original.to(weight.dtype)
+        weight.data = self._turned(original.to(weight.dtype)).contiguous()
         self.merged_adapters.clear()
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The base layers that Bone works on, and the products with their weights.
 
-Dense linear layers use the product of rwkv_peft.adapters. Layers that bitsandbytes quantized (4-bit, 8-bit)
-are dequantized for one product at a time, so that only the quantized weight stays in memory.
+Dense linear layers use the product of rwkv_peft.adapters, and GPT-2's the same on their weight's transpose. Layers that
+bitsandbytes quantized (4-bit, 8-bit) are dequantized for one product at a time, so that only the quantized weight stays
+in memory.
 """
 
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters.product import DENSE, Product
 from ..errors import UserError
@@ -25,16 +27,16 @@ def product_for(layer: nn.Module, name: str) -> Product:
         return Dequantized(layer, dequantize_4bit)
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return Dequantized(layer, dequantize_8bit)
-    # A subclass may compute something else, or keep scales beside an 8-bit float weight.
-    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    # A subclass may compute something else, or keep scales beside an 8-bit float weight; Falcon's computes the same.
+    plain = type(layer).forward in (nn.Linear.forward, Conv1D.forward) or type(layer).__name__ == "FalconLinear"
     if plain:
         check_parameter(layer, name)
     if plain and layer.weight.dtype in DENSE_DTYPES:
-        return DENSE
+        return TRANSPOSED if isinstance(layer, Conv1D) else DENSE
     kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
     raise UserError(
-        f"{name} is of type {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of "
-        "bitsandbytes; leave it out of target_modules (if you named none: name those that Bone should adapt)"
+        f"{name} is of type {kind}, and Bone works on torch.nn.Linear, on GPT-2's Conv1D, and on the 4-bit and 8-bit "
+        "layers of bitsandbytes; leave it out of target_modules (if you named none: name those that Bone should adapt)"
     )
 
 
@@ -110,6 +112,33 @@ class Dequantized:
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """The dtype in which the layer's own forward would compute with x."""
         return getattr(self.layer, "compute_dtype", None) or (x.dtype if x.is_floating_point() else torch.float32)
+
+
+class Transposed:
+    """Products with a weight that its layer keeps as (in, out), as GPT-2's Conv1D does."""
+
+    def shape(self, weight: torch.Tensor) -> tuple[int, int]:
+        return DENSE.shape(weight.t())
+
+    def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        return DENSE.rows(weight.t(), rows, dtype).contiguous()
+
+    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return DENSE.forward(z, weight.t(), bias)
+
+    def backward(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return DENSE.backward(g, weight.t())
+
+    def add_forward_(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        DENSE.add_forward_(y, z, weight.t(), bias)
+
+    def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
+        DENSE.add_backward_(dz, g, weight.t())
+
+
+TRANSPOSED = Transposed()
 
 
 def device_of(layer: nn.Linear) -> torch.device:

@@ -13,7 +13,5 @@ def refusals_of(what: str) -> Iterator[None]:
 
     try:
         yield
-    except UserError:
-        raise
     except (ValueError, OSError, ImportError, SafetensorError) as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(*f"{what}: {error}".splitlines()) from error

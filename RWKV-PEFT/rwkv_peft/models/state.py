@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..numeric import all_finite
 
 TIME_STATE = "time_state"
 WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
@@ -224,7 +225,7 @@ def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, n
                 f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
                 "the state was made for another model"
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
     due |= {key: turned(key, tensor, rows_are_keys).to(due[key]) for key, tensor in tensors.items()}
     lengths = {tensor.shape[0] for key, tensor in due.items() if key.endswith(grow)}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 
+from ..data.asked import prompt_beside
 from ..errors import UserError
 from ..files.adapters import AdapterSource
 from ..files.atomic import write_text
@@ -19,10 +20,10 @@ USE = MappingProxyType(
     {  # commands of rwkv-peft
         ADAPTER: (
             "python merge_bone.py --base_model BASE.pth --bone_checkpoint {name} --output merged.pth",
-            "rwkv-peft generate --model BASE.pth --adapter {name} --chat",
+            "rwkv-peft generate --model BASE.pth --adapter {name} {asked}",
         ),
-        TUNED: ("rwkv-peft generate --model BASE.pth --state {name} --chat",),
-        MODEL: ("rwkv-peft generate --model {name} --chat",),
+        TUNED: ("rwkv-peft generate --model BASE.pth --state {name} {asked}",),
+        MODEL: ("rwkv-peft generate --model {name} {asked}",),
     }
 )
 
@@ -32,15 +33,17 @@ def card_of(title: str, files: Iterable[Path], figures: Iterable[Line] = ()) -> 
     first, *_ = paths = list(files)
     contents = contents_of(AdapterSource(first))
     kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what == STATES else MODEL
-    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures])
+    asked = f"--escapes --prompt '{prompt}'" if (prompt := prompt_beside(first)) else "--chat"
+    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures], asked)
 
 
-def text_of(title: str, kind: str, names: list[str], lines: Iterable[Line]) -> str:
-    """The text of a card: kind is ADAPTER, TUNED or MODEL, that of the file that is named first."""
+def text_of(title: str, kind: str, names: list[str], lines: Iterable[Line], asked: str) -> str:
+    """The text of a card: kind is ADAPTER, TUNED or MODEL, that of the file that is named first; asked are generate's
+    flags."""
     tags = ["rwkv", "rwkv-peft", *(["adapter"] if kind == ADAPTER else [])]
     rows = [f"| {name} | {cell(value)} |" for name, value in lines]
     others = f"Beside it: {', '.join(f'`{name}`' for name in names[1:])}.\n\n" if names[1:] else ""
-    commands = "\n".join(command.format(name=names[0]) for command in USE[kind])
+    commands = "\n".join(command.format(name=names[0], asked=asked) for command in USE[kind])
     return (
         f"---\ntags: [{', '.join(tags)}]\n---\n{MARK}\n# {cell(title)}\n\n`{names[0]}`:\n\n| | |\n|---|---|\n"
         + "\n".join(rows)

@@ -50,6 +50,6 @@ CHAT_TEMPLATE = (
     f"{{{{- 'Assistant:' + ({dict(OPENINGS)}[think] if think else '') -}}}}"
     "{%- endif -%}"
 )
-MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+UNMARKED = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", CHAT_TEMPLATE)
 # Parts of llama.cpp do not interpret templates but recognize some by a piece of their text, which a comment holds here.
-GGUF_TEMPLATE = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}" + MARKS.sub("", CHAT_TEMPLATE)
+GGUF_TEMPLATE = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}" + UNMARKED

@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.inject import inject, load_tensors
 from ..cli import counted
-from ..errors import UserError
+from ..errors import UserError, told
 from ..files.adapter_file import Adapter
 from ..files.adapters import source_of
 from ..files.atomic import scratch_folder
@@ -71,9 +71,9 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
         try:
             return rwkv_sequence(copy, tokens, base.config)
         except Exception as error:
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
-                f"the rwkv package cannot compute {base.path} ({words}); rwkv-peft verify asks the other runtimes"
+                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); rwkv-peft verify asks the "
+                "other runtimes"
             ) from error
 
 

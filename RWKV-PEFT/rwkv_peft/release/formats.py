@@ -14,19 +14,20 @@ import torch
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..files.pth import all_finite, read_tensors
+from ..files.pth import read_tensors
 from ..files.pth_writer import TensorSpec, dtype_name, write_pth
 from ..files.readable import choice_in, read_settings
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
+from ..numeric import all_finite
 from .gguf import write_gguf
-from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
+from .vocabulary import Tokenizer, gguf_vocabulary, hf_files
 
 GGUF_TYPE = "f16"  # the default type of a GGUF's large matrices
 FLA = "fla"  # the value of --to
-HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
+HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor]]], None]
@@ -161,8 +162,9 @@ def _write_folder(
 
 
 HF_LOADER = (
-    "transformers loads it with trust_remote_code=True, once the Python files of a published model of its generation "
-    "(of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
+    "transformers loads its tokenizer, and the model after `import rwkv_peft.hf`, or with trust_remote_code=True once "
+    "the Python files of a published model of its generation (of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it "
+    "and config.json has that model's auto_map"
 )
 FOLDER = Format(
     ("",),

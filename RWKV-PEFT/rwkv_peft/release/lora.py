@@ -23,6 +23,7 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
+from ..numeric import all_finite
 from .gguf import write_gguf_lora
 
 SAME = 1e-4  # relative errors up to this are float32's own rounding
@@ -106,7 +107,7 @@ def due_shapes(method: Method, params: Params, shape: tuple[int, int]) -> dict[s
 
 def require_finite(module: str, *tensors: torch.Tensor) -> None:
     """Raise UserError if tensors computed from a layer's change hold NaN or Inf: the change is beyond float32."""
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not all(map(all_finite, tensors)):
         raise UserError(
             f"{module}: its change is too large for float32, so that LoRA cannot hold it; the training had diverged: "
             "take an earlier adapter"

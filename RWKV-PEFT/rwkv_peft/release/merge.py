@@ -19,8 +19,9 @@ from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.base import Base
 from ..files.fingerprint import fingerprint_of, sample
-from ..files.pth import all_finite, stream_tensors
+from ..files.pth import stream_tensors
 from ..files.pth_writer import DTYPES, TensorSpec, dtype_name
+from ..numeric import all_finite
 from .ahead import ahead
 from .belonging import Adapters, check_depth, check_effect, check_generations, check_places, check_states
 from .changes import LayerChange, WholeChange, check_params

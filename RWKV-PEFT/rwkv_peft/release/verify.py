@@ -13,7 +13,7 @@ import torch
 
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
-from ..errors import UserError
+from ..errors import UserError, told
 from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base
 from ..files.pth_writer import save_pth
@@ -110,8 +110,7 @@ def ask(
         logits = runtime.logits(path, tokens, config)
         return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")
     except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        return Row(runtime.name, "", form, None, None, f"failed: {words[:200]}", broke=True)
+        return Row(runtime.name, "", form, None, None, f"failed: {told(error, named=True)}", broke=True)
 
 
 def written(folder: Path, form: str, model: Base) -> Path:

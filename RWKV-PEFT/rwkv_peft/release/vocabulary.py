@@ -1,15 +1,24 @@
 """Write a tokenizer's vocabulary in the forms of other tools: GGUF's lists, the files of a Hugging Face folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-from ..data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
+from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..data.turns import TURN_END
 from ..errors import UserError
 from .chat_template import CHAT_TEMPLATE
+from .world_json import MARKS, world_json
 
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
+FOLDER_SETTINGS = MappingProxyType(
+    {
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ("input_ids", "attention_mask"),
+        "padding_side": "left",  # what is generated goes on from the right
+    }
+)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
@@ -83,23 +92,11 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
 
 
 def hf_files(tokenizer: Tokenizer, size: int) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which hold CHAT_TEMPLATE."""
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself."""
     if isinstance(tokenizer, JsonTokenizer):
-        end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
-        settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
-        files = {"tokenizer.json": tokenizer.path.read_bytes()}
+        content = tokenizer.path.read_bytes()
+        marks: Mapping[str, str] = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
     else:
-        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<s>")
-        settings = {"tokenizer_class": "RWKVTokenizer", **marks, "add_prefix_space": False}  # that of hf/
-        files = {WORLD_FILE: world_file(tokenizer, size)}
-    settings["chat_template"] = CHAT_TEMPLATE
-    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def world_file(tokenizer: WorldTokenizer | BytesTokenizer, size: int) -> bytes:
-    """Make the file of a World vocabulary, cut to the tokenizer's and the model's size (the bytes tokenizer is its
-    beginning); each line is an id, a literal and a length."""
-    source = WorldTokenizer() if isinstance(tokenizer, BytesTokenizer) else tokenizer
-    lines = source.path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
-    least = min(size, tokenizer.vocab_size)
-    return b"".join(line for line in lines if line.strip() and int(line.split(b" ", 1)[0]) < least)
+        content, marks = world_json(tokenizer.token_bytes, size), MARKS
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, **FOLDER_SETTINGS}
+    return {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}

@@ -22,9 +22,9 @@ from numbers import Real
 from typing import Any
 
 from ..children import when_parent_ends
-from ..errors import UserError
+from ..errors import UserError, quoted
 from .functions import FunctionReward, raised
-from .reward import Answer, Reward, quoted
+from .reward import Answer, Reward
 from .tasks import reward_of
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow

@@ -4,8 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import short
-
 WORDS = 60  # the most characters of a prompt that a message quotes
 
 
@@ -39,8 +37,3 @@ def beginning(text: str) -> str:
     """Quote the first words of a text in a message."""
     words = " ".join(text.split())
     return repr(words if len(words) <= WORDS else f"{words[:WORDS]}…")
-
-
-def quoted(value: object) -> str:
-    """Quote a value in a message, in one line."""
-    return short(repr(value))

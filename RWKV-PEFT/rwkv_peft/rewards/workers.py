@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..children import python_command
 
-LOADING = 60.0  # seconds that a process may take at least to begin, and to load each file
+LOADING = 60.0  # seconds that a process may take at least to begin, to load each file, and to take a request
 
 
 class Place(NamedTuple):
@@ -46,12 +46,13 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self.limit, self.since = max(seconds, LOADING), time.monotonic()
+        self.call = self.limit = max(seconds, LOADING)
+        self.since = time.monotonic()
 
     def send(self, kind: str, work: Sequence[object], first: int = 0) -> None:
         """Send a request about items, of which `first` come before. A process that is gone is noticed by its reply."""
         self.first, self.place = first, Place(0, first, first + len(work) - 1)
-        self.limit, self.since = self.seconds, time.monotonic()
+        self.call, self.limit, self.since = self.seconds, max(self.seconds, LOADING), time.monotonic()
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send((kind, work))
 
@@ -74,7 +75,8 @@ class Worker:
             if kind == "done":
                 return told
             reward, first, last = told
-            self.place, self.since = Place(reward, self.first + first, self.first + last), time.monotonic()
+            self.place = Place(reward, self.first + first, self.first + last)
+            self.limit, self.since = self.call, time.monotonic()
 
     def ending(self) -> str:
         """Say how the process ended."""

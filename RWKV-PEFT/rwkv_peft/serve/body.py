@@ -5,14 +5,11 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from ..streams import encoded
+
 
 class Body(JSONResponse):
     """JSON, of texts that are not Unicode too, such as a file's name or what a model wrote as "\\ud800"."""
 
     def render(self, content: Any) -> bytes:
         return encoded(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
-
-
-def encoded(text: str) -> bytes:
-    """JSON as UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes JSON's escape of it."""
-    return text.encode("utf-8", "backslashreplace")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..data.asked import note_on_chats
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapters import adapter_of_run, source_of
@@ -32,6 +33,8 @@ class Catalog:
         self.own = Voice(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
         recorded = recorded_beside(*reversed(files), args.model)
+        if note := note_on_chats(*reversed(files), args.model):
+            tell(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.voices = {args.name: self.own}
         self.pairs: dict[tuple[Voice, Voice], Voice] = {}
@@ -107,6 +110,8 @@ class Catalog:
             for one in (path, *path.glob("*")):
                 if within(root, one) is None or not (one.is_file() or one.is_dir()):
                     raise missing
+        except UserError as error:  # a run that has no adapter to take
+            raise Refused(400, str(error).replace(str(root), "."), "file") from error
         except (OSError, ValueError) as error:  # a name that is none
             raise missing from error
         return path

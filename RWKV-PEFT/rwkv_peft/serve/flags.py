@@ -38,10 +38,12 @@ class Named(NamedTuple):
 
 
 def named(text: str) -> Named:
+    """Read NAME=FILE, or a FILE that is called by its own name without the ending."""
     name, equals, path = text.partition("=")
-    if not equals or not path or not NAME.fullmatch(name):
+    found = Named(name, path) if equals else Named(Path(text).stem, text)
+    if not found.path or not NAME.fullmatch(found.name):
         raise argparse.ArgumentTypeError(f"{short(text)} is not NAME=FILE, with a name of letters, digits and ._:+-")
-    return Named(name, path)
+    return found
 
 
 model_name = that(str, NAME.fullmatch, "is no name of at most 64 letters, digits and ._:+-")
@@ -58,8 +60,9 @@ def build_parser() -> Parser:
     add: Callable[..., object] = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV model")
     add("--name", type=model_name, help="what requests call it (default: the file's name without its ending)")
-    add("--adapter", type=named, nargs="+", default=[], metavar="NAME=FILE", help="adapters, each a model by its name")
-    add("--state", type=named, nargs="+", default=[], metavar="NAME=FILE", help="states, each a model by its name")
+    for what in ("adapter", "state"):
+        told = f"{what}s, each a model by its name (default: the file's)"
+        add(f"--{what}", type=named, nargs="+", default=[], metavar="[NAME=]FILE", help=told)
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
     add_running_flags(parser)
     parser.set_defaults(batch=64)

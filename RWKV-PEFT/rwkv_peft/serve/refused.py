@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ..streams import encoded
+
 RETRY = 5  # seconds after which a client that finds no place may try again
 KINDS = MappingProxyType({401: "authentication_error", 403: "permission_error", 404: "not_found_error"})
 
@@ -14,7 +16,7 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-        self.message, self.param = encodable(message), param and encodable(param)
+        self.message, self.param = encoded(message).decode(), param and encoded(param).decode()
 
     @property
     def body(self) -> dict[str, Any]:
@@ -26,8 +28,3 @@ class Refused(Exception):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"retry-after": str(RETRY)} if self.status in (429, 503) else {}
-
-
-def encodable(text: str) -> str:
-    """A text that may quote a body, with lone surrogates, which UTF-8 cannot hold, spelled."""
-    return text.encode("utf-8", "backslashreplace").decode()

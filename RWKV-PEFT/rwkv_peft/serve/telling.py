@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.tools import OPENS, Call, parse_calls
 from ..generate.rows import DAMAGED, LOST
 from ..generate.text import overlap
-from .body import encoded
+from ..streams import encoded
 from .worker import FAILED, Drawn, Piece
 
 Told = dict[str, Any]

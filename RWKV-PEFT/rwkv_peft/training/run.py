@@ -42,7 +42,6 @@ from .measuring.exams import find_questions
 from .model import make_model, own_device, resolve_accelerator, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.meeting import Ranks
-from .ranks.watch import sizes_of_mapped
 from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
 from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state
@@ -180,8 +179,8 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
         shared = passport(config, inputs.identity, others)
     ranks.meet(shared, inputs.folder, config.train.stall_minutes)
     assert ranks.watch is not None  # because they have met
-    opened = (inputs.base, inputs.teacher, inputs.stored)
-    ranks.watch.watch_files(sizes_of_mapped(opened, (inputs.samples, *inputs.measured.values())))
+    datasets = [part.dataset for samples in (inputs.samples, *inputs.measured.values()) for part in samples.parts]
+    ranks.watch.watch_files([*filter(None, (inputs.base, inputs.teacher, inputs.stored)), *datasets])
 
 
 @contextmanager

@@ -110,9 +110,9 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
         try:
             found = json.loads(text.splitlines()[-1])
         except (ValueError, IndexError):
-            raise UserError(f"{rows.path} could not be read: {visible(text[-500:]) or 'no answer'}") from None
+            raise UserError(*f"{rows.path} could not be read: {text[-500:] or 'no answer'}".splitlines()) from None
         if "error" in found:
-            raise UserError(str(found["error"]))
+            raise UserError(*str(found["error"]).split("\n"))
         return dict(found)
 
     @app.post("/api/plan")

@@ -5,24 +5,24 @@ its memory back.
 """
 
 import http.client
-import socket
+import re
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
 from ..errors import UserError
+from .job import OUTPUT
 from .jobs import KEY, RUNNING, Jobs
+from .lines import read
 
 HOST = "127.0.0.1"
+LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a server's word
 WAITED = 600  # seconds for an answer's next word
 
 
 def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: str) -> str:
     """Start a server of a model, and of an adapter and a state as models beside it, with further flags that are not
     empty; -> its job."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
-    words = ["serve", "--model", model, "--name", "base", "--port", str(port), "--api_key", f"env:{KEY}"]
+    words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
     words += ["--drain_seconds", "1"]  # who closes it waits for no answer
     words += ["--adapter", f"adapter={adapter}"] * bool(adapter) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
@@ -30,19 +30,21 @@ def serve(jobs: Jobs, model: str, adapter: str = "", state: str = "", **flags: s
 
 def close_chats(jobs: Jobs) -> None:
     """End the servers that this page has opened, because nobody else knows of them."""
-    for name in jobs.own:
+    for name in [*jobs.own]:
         with suppress(UserError, OSError):  # it has ended
             if jobs.job(name)["words"][0] == "serve":
                 jobs.stop(name)
 
 
 def port_of(jobs: Jobs, name: str) -> int:
-    """The port of a running server. Raises UserError if the job is none, or of another page, whose key is another."""
+    """The port of a running server. Raises UserError if the job is none, is of another page, whose key is another, or
+    does not listen yet."""
     job = jobs.job(name)
-    words = job["words"]
-    if name not in jobs.own or words[0] != "serve" or job["state"] != RUNNING:
+    if name not in jobs.own or job["words"][0] != "serve" or job["state"] != RUNNING:
         raise UserError(f"job {name} serves no model now; open it again")
-    return int(words[words.index("--port") + 1])
+    if not (listens := LISTENS.search(read(jobs.folder_of(name) / OUTPUT))):
+        raise UserError("the model is not loaded yet")
+    return int(listens[1])
 
 
 def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:

@@ -22,11 +22,13 @@ OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
 def main(argv: list[str]) -> int:
     folder, words = Path(argv[0]), argv[1:]
     process: subprocess.Popen[bytes] | None = None
-    came: list[int] = []  # signals
+    came, early = list[int](), list[int]()  # signals, and those before the command began
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if process is not None:
+        if process is None:
+            early.append(number)
+        else:
             process.send_signal(number)
 
     signal.signal(signal.SIGINT, forward)
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
     with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
         command = python_command("rwkv_peft", *words)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        for number in came:  # before it began
+        for number in early:
             process.send_signal(number)
         code = process.wait()
         if came and code == 1:  # Python itself had not begun, and says no more

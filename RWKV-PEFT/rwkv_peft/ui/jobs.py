@@ -18,6 +18,7 @@ from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import holder
 from ..files.readable import within
+from ..numeric import is_whole
 from .job import COMMAND, EXIT, LOCK, OUTPUT
 from .lines import is_plain, objects, read
 
@@ -27,7 +28,7 @@ LATEST = 1e18  # seconds since 1970: when a job began, and a float holds it
 KEY = "RWKV_PEFT_CHAT_KEY"  # the variable with the key of served models, which no other user of this machine can read
 COMMANDS = ("preprocess", "train", "plan", "merge", "check", "inspect", "convert", "push", "eval", "serve", "doctor")
 TAIL = 200_000  # bytes of output that are shown at a time
-STARTING = 20.0  # seconds in which a job takes its lock
+STARTING = 20.0  # seconds in which a job of another page takes its lock
 POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
 
@@ -37,7 +38,7 @@ class Jobs:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "jobs"
-        self.own: list[str] = []  # those that this process began
+        self.own: dict[str, subprocess.Popen[bytes]] = {}  # those that this process began
         self.key = secrets.token_hex(32)  # of the models that they serve
 
     def start(self, words: Sequence[str]) -> str:
@@ -49,7 +50,7 @@ class Jobs:
         folder = self.new_folder()
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
-            subprocess.Popen(
+            self.own[folder.name] = subprocess.Popen(
                 python_command("rwkv_peft.ui.job", folder, *words),
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
@@ -58,7 +59,6 @@ class Jobs:
                 env=os.environ | {KEY: self.key},
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
-        self.own.append(folder.name)
         return folder.name
 
     def new_folder(self) -> Path:
@@ -111,7 +111,8 @@ class Jobs:
         """RUNNING, ENDED if its exit code is known, or LOST if its process is gone without one."""
         if (folder / EXIT).exists():
             return ENDED
-        starting = 0 <= time.time() - began < STARTING
+        own = self.own.get(folder.name)
+        starting = own.poll() is None if own else 0 <= time.time() - began < STARTING
         if starting or holder(folder / LOCK) is not None:
             return RUNNING
         return ENDED if (folder / EXIT).exists() else LOST  # it may have ended meanwhile
@@ -155,6 +156,6 @@ def interrupt(lock: Path, what: str) -> None:
     if held is None:
         raise UserError(f"{what} does not run")
     process = held.get("process")
-    if held.get("host") != platform.node() or not isinstance(process, int) or process <= 1:  # -1: all processes
+    if held.get("host") != platform.node() or not is_whole(process, 2):  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
     os.kill(process, signal.SIGINT)

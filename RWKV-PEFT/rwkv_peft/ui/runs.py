@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files.best import take
+from ..files.best import is_place, take
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
-from ..plots import is_place
 from .lines import objects, read
 from .places import Places
 

@@ -9,7 +9,9 @@ import torch
 from cuda_shim import shim
 from cuda_shim import wkv7_cases as cases
 from cuda_shim.cases import error, rms
-from cuda_shim.running import one_torch_thread, shim_kernels
+from cuda_shim.running import shim_kernels
+
+pytestmark = pytest.mark.usefixtures("quiet_torch")
 
 # B, T or the lengths of packed sequences, and what else makes a case
 KINDS = [
@@ -25,12 +27,6 @@ SPLIT_KINDS = [
     (1, [1, 130, 64, 65], dict(decay="usual", with_bonus=False)),
     (1, 129, dict(decay="none", repeated=True, with_state=False)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_torch():
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

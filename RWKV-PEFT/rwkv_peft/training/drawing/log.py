@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ...files.atomic import append_text
 from ..step.plan import Plan
 from .drawn import Drawing
 
@@ -39,8 +40,7 @@ class AnswersLog:
             return self.numbers | most, []
         records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records)
+        append_text(self.path, "".join(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records))
         numbers = summary(records)
         self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
         return numbers | most | step.seconds, list(self.remarks(records, numbers))

@@ -13,7 +13,8 @@ from torch import nn
 
 from ...data.batches import TrainBatch
 from ...errors import hangup_signals
-from ...files.base import Base, Stamp
+from ...files.base import Base
+from ...files.mapped import Mapped
 from ...names import METRICS
 from ..ranks.watch import Watch
 from ..saving.history import forget_rest
@@ -238,26 +239,23 @@ class StopSignals(pl.Callback):
             signal.signal(number, hang_up)
 
 
-class BaseGuard(pl.Callback):
-    """Raises UserError if a model's file was overwritten while weights are mapped from it. It checks at the start and
-    after every micro batch, and must stand before the callbacks that record and save a step."""
+class FileGuard(pl.Callback):
+    """Raises UserError if a file was overwritten that weights, or what a teacher said, are mapped from. It checks at
+    the start and after every micro batch, and must stand before the callbacks that record and save a step."""
 
-    def __init__(self, base: Base, model: nn.Module) -> None:
-        self.base, self.model, self.seen, self.mapped = base, model, base.stamp, True
+    def __init__(self, run: Prepared) -> None:
+        self.models = [(run.saver.base, run.model), *([] if run.teacher is None else [run.teacher])]
+        self.mapped: list[Mapped] = [] if run.inputs.stored is None else [run.inputs.stored]
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        self.look()
-        self.mapped = is_mapped(self.base, self.model)
+        for base, model in self.models:
+            if base is not None:
+                base.require_unchanged()
+                self.mapped += [base] * is_mapped(base, model)
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, *of_batch: Any) -> None:
-        if self.mapped:
-            self.look()
-
-    def look(self) -> None:
-        """Check the file again if its Stamp has changed since the last check."""
-        if (now := Stamp.of(self.base.path)) != self.seen:
-            self.base.require_unchanged()
-            self.seen = now
+        for mapped in self.mapped:
+            mapped.require_unchanged()
 
 
 def is_mapped(base: Base, model: nn.Module) -> bool:

@@ -15,8 +15,9 @@ import torch
 
 from ...children import import_matplotlib
 from ...cli import counted
+from ...data.asked import OPENING
 from ...data.recorded import ENTRY
-from ...data.report import OPENING, opening_of
+from ...data.report import opening_of
 from ...errors import Ended, UserError, ending_at_once, keeping_handlers
 from ...files.atomic import write_text
 from ...files.best import BEST, SINCE, HeldOut, labelled, take
@@ -28,7 +29,7 @@ from ..inputs import VALIDATION
 from ..measuring.before_after import unended
 from ..measuring.held_out import UNKNOWN, blind, doubt
 from ..measuring.held_out import told as told_held_out
-from ..measuring.learned import aim_of, by_source, doubts, fall_of, nothing_learned, unlikely_answers
+from ..measuring.learned import aim_of, by_source, fall_of, nothing_learned, reasons, unlikely_answers
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -154,8 +155,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         told += f"{note}\n"
     elif unlikely:
         told += f"{unlikely}\n"
-    elif rows is not None and unended(rows.records) and (reasons := doubts(run.config, run.plan)):
-        told += f"note: no answer ends like its row's yet: {'; '.join(reasons)}\n"
+    elif rows is not None and unended(rows.records):
+        told += f"note: no answer ends like its row's yet. {reasons(run.config, run.plan)}\n"
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
         words = told_held_out(held_out, name, sign)

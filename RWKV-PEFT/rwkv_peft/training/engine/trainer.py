@@ -13,7 +13,7 @@ A step does, in this order, for each of its micro batches:
     DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, the optimizer's step
     Moves.on_train_batch_end                tell the watch that the step is done
     FiniteGradients.on_train_batch_end      stop the run if the gradient norm is not finite
-    BaseGuard.on_train_batch_end            end the run if its base was written over
+    FileGuard.on_train_batch_end            end the run if its base was written over
     Record.on_train_batch_end               validate, ask questions, write metrics, draw the bar
     Save.on_train_batch_end                 save, if it is time; stop after the last step
     Lit.on_train_batch_end                  count the step
@@ -48,7 +48,7 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Way, Whole, straight
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from .callbacks import BaseGuard, FiniteGradients, Moves, Record, Save, StopSignals
+from .callbacks import FileGuard, FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 
@@ -165,8 +165,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         callbacks=[
             Moves(run.watch),
             FiniteGradients(accumulate),
-            *([] if run.saver.base is None else [BaseGuard(run.saver.base, run.model)]),
-            *([] if run.teacher is None else [BaseGuard(*run.teacher)]),
+            FileGuard(run),
             Record(run),
             Save(run),
             StopSignals(say),

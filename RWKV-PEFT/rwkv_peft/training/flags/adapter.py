@@ -6,7 +6,6 @@ config/methods.py has the table of methods and their settings, which tells the f
 import argparse
 import difflib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from ...config import WORDS, AdapterConfig, forms
 from ...config.methods import JSON_FLAGS, PEFT_FLAG, words_with
 from ...errors import UserError, short, told
+from ...numeric import is_finite
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 
@@ -123,7 +123,7 @@ def json_setting(flag: str, key: str, field: str, item: Any) -> Any:
     kinds: Any = (int, float) if wanted is float else wanted
     if isinstance(item, bool) or not isinstance(item, kinds):
         raise UserError(f"--{flag}: {key} {item!r} has the wrong type")
-    if wanted is float and not abs(item) <= sys.float_info.max:  # false for NaN too, which json reads
+    if wanted is float and not is_finite(item):
         raise UserError(f"--{flag}: {key} {item} is not a finite number")
     read = readers.get(field)
     return item if read is None else read(f"--{flag}: {key}", item)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
 from ...config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
-from ...plots import is_number
+from ...numeric import is_number, is_whole
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
 ANCHOR, WHOLE, NEW = 0.08, 0.06, 0.4
@@ -63,4 +63,4 @@ def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str,
     chosen = max(min(-(-AIM // epoch_steps), MOST_EPOCHS), -(-FEW // epoch_steps))
     then = {} if state is None else state.get("config", {}).get("train", {})
     began = then.get("epoch_count")
-    return replace(train, epoch_count=began if type(began) is int and began > 0 else chosen)
+    return replace(train, epoch_count=began if is_whole(began, 1) else chosen)

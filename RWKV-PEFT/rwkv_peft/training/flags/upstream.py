@@ -18,6 +18,7 @@ from typing import Any
 from ...cli import count, counted, finite
 from ...errors import UserError, short, told
 from ...names import NONE, STATE
+from ...numeric import is_whole
 
 INIT = "rwkv-init.pth"
 SAVED = re.compile(r"rwkv-(init|\d{1,9})\.pth")
@@ -225,6 +226,6 @@ def token_ids(marked: object, tokenizer: str) -> tuple[int, ...]:
 
         return tuple(load_tokenizer(tokenizer).encode(marked))
     ids = marked if isinstance(marked, list) else [marked]
-    if not all(type(token) is int and token >= 0 for token in ids):
+    if not all(is_whole(token, 0) for token in ids):
         raise UserError(f"--mask_id: {short(json.dumps(marked))} is neither a text nor token ids")
     return tuple(ids)

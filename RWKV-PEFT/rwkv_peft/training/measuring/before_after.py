@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...cli import counted
-from ...errors import UNREADABLE
-from ...evals.exam import Exam, RowsExam
+from ...errors import UNREADABLE, in_line
+from ...evals.exam import LONGEST, Exam, RowsExam
 from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
 from ..saving.history import write_records
@@ -84,7 +84,7 @@ class BeforeAfter:
             data, of, source = name.partition(" of ")
             yield f"{counted(len(mine), f'{data} row')}{of}{source}: {agreement(mine)}"
             for record in mine[:SHOWN]:
-                prompt, before = in_line(record["prompt"]), record["before"]
+                prompt, before = in_line(record["prompt"].strip()), record["before"]
                 yield f"  prompt  {prompt if len(prompt) <= WIDTH else '…' + prompt[-WIDTH:]}"
                 yield f"  row     {quoted(record['answer'])}"
                 yield f"  before  {quoted(before) if before else NEVER}"
@@ -106,23 +106,28 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Answer | None]:
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
     """Say how many answers are the rows' own, and how many end as the rows do, after training and before."""
-    after = [(record["after"], record["answer"]) for record in records]
-    before = [(record["before"], record["answer"]) for record in records if record["before"]]
-    right, ends, right_before, ends_before = (
-        str(sum(agrees(given, due) for given, due in answers)) if answers else NEVER
-        for answers in (after, before)
-        for agrees in (same, end_alike)
-    )
-    return (
-        f"{right} answered word for word ({right_before} before training), {ends} end like the row's answer "
-        f"({ends_before} before)"
-    )
+    whole, words = [record for record in records if ends(record["answer"])], list[str]()
+    for some, agrees, what, then in (
+        (records, same, "answered word for word", "before training"),
+        (whole, end_alike, "end like the row's answer", "before"),
+    ):
+        before = [agrees(record["before"], record["answer"]) for record in some if record["before"]]
+        after = sum(agrees(record["after"], record["answer"]) for record in some)
+        words += [f"{after} {what} ({sum(before) if before else NEVER} {then})"] * bool(some)
+    if longer := len(records) - len(whole):
+        words.append(f"{longer} {'is' if longer == 1 else 'are'} longer than the {LONGEST} tokens that are compared")
+    return ", ".join(words)
 
 
 def unended(records: Iterable[Mapping[str, Any]]) -> bool:
-    """Tell whether none of the answers after training ends like its row's."""
-    ends = [end_alike(record["after"], record["answer"]) for record in records if "after" in record]
-    return bool(ends) and not any(ends)
+    """Tell whether none of the answers after training ends like its row's, if some of these end within LONGEST."""
+    done = [record for record in records if "after" in record and ends(record["answer"])]
+    return bool(done) and not any(end_alike(record["after"], record["answer"]) for record in done)
+
+
+def ends(answer: Mapping[str, str]) -> bool:
+    """Tell whether an answer ends within LONGEST tokens, and was not cut off there."""
+    return answer["end"] != "length"
 
 
 def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
@@ -137,10 +142,5 @@ def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
 
 def quoted(answer: Mapping[str, str]) -> str:
     """Put an answer in one line, WIDTH characters of it at most; … follows if more does, or if it was cut off."""
-    line = in_line(answer["text"])
-    return line if len(line) <= WIDTH and answer["end"] != "length" else f"{line[:WIDTH]}…"
-
-
-def in_line(text: str) -> str:
-    """Put a text in one line, with unprintable characters escaped, which a terminal might obey."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text.strip())
+    line = in_line(answer["text"].strip())
+    return line if len(line) <= WIDTH and ends(answer) else f"{line[:WIDTH]}…"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ...config import TrainConfig
 from ...evals.exam import Exam, RowsExam
 from ...evals.harness_exam import HarnessExam
+from ...files.atomic import append_text
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
@@ -40,9 +41,7 @@ class Examiner:
         self.watch.moved(f"the scores after step {done}")
         metrics, lines, words = self.exam.judge(records)
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for line in lines:
-                file.write(json.dumps(place | line, ensure_ascii=False) + "\n")
+        append_text(self.path, "".join(json.dumps(place | line, ensure_ascii=False) + "\n" for line in lines))
         return metrics, words
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ...files.best import HeldOut
 from ..step.plan import Plan
-from .learned import LEAST, SURE, shown
+from .learned import KNOWN, LEAST, SURE, shown
 
-UNKNOWN = "none: how well it answers other rows is not known (--val_split 0.1 holds some back, and tells)"
+UNKNOWN = "none: how well it does on other rows is not known (--val_split 0.1 holds some back, and tells)"
 
 
 def told(held_out: HeldOut, name: str, sign: int) -> str:
@@ -24,10 +24,13 @@ def doubt(held_out: HeldOut, plan: Plan, best: Path, rate: float) -> str:
     """A note if the loss never fell, or rose again by much of its fall, with the remedy; "" if all is well."""
     step, lowest = held_out.lowest
     if not lowest < held_out.first:
+        known = f"known better before training ({held_out.first:.4f}, and {lowest:.4f} at best)"
+        if held_out.first < KNOWN:
+            return f"note: the held-out rows were {known}: the base has learned such rows already"
         return (
-            f"note: the held-out rows were known better before training ({held_out.first:.4f}, and {lowest:.4f} at "
-            "best): this run learned nothing that holds for other rows. Their answers may not follow from the "
-            f"questions, the rows may be too few, or the rate too high: try --lr_init {rate / 3:.1g}"
+            f"note: the held-out rows were {known}: this run learned nothing that holds for other rows. Their answers "
+            "may not follow from the questions, the rows may be too few, or the rate too high: try "
+            f"--lr_init {rate / 3:.1g}"
         )
     if not held_out.rose:
         return ""

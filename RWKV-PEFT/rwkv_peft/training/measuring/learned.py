@@ -9,7 +9,8 @@ from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import FEW, RunConfig
 from ...config.objective import REWARDS
-from ...plots import LOSSES, is_number, of_files
+from ...numeric import is_number
+from ...plots import LOSSES, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
 
@@ -64,6 +65,14 @@ def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
     """List the reasons why a run may learn too little, each with the flag that changes it."""
     return [doubt for doubt in (few_steps(config, plan), odd_rate(config)) if doubt]
+
+
+def reasons(config: RunConfig, plan: Plan) -> str:
+    """A sentence on why a run learned too little: the doubts, or, if there are none, its rate."""
+    rate, rule = config.train.lr_init, rate_of(config).value
+    guess = f"low: try --lr_init {FAR * rate:.1g}" if rate < FAR * rule else f"high: --lr_init auto takes {rule:g}"
+    found = "; ".join(doubts(config, plan)) or f"the rate may be too {guess}"
+    return found[0].upper() + found[1:]
 
 
 def few_steps(config: RunConfig, plan: Plan) -> str:
@@ -138,5 +147,4 @@ def nothing_learned(
         found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")
     if changed is False:
         found.append("the rows are answered as before training")
-    reasons = doubts(config, plan) or [f"the rate may be too low: try --lr_init {FAR * config.train.lr_init:.1g}"]
-    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {'; '.join(reasons)}"
+    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {reasons(config, plan)}"

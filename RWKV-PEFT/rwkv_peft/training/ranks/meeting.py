@@ -182,7 +182,7 @@ class Ranks:
 
     def refuse(self, reason: str, kind: type[UserError] = UserError) -> None:
         """Raise UserError with the reason, or with what another rank said first; ranks that wait raise the same."""
-        raise kind(first_reason(self.store, reason))
+        raise kind(*first_reason(self.store, reason).split("\n"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,11 +19,9 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from ...data.samples import Samples
-from ...files.base import Base
+from ...files.mapped import Mapped, Overwritten, Stamp
 from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on
-from ..step.stored import StoredTeacher
 from .processes import Processes
 
 PERIOD = 1.0  # seconds per turn
@@ -76,9 +74,9 @@ class Watch(threading.Thread):
         self.broken = True
         self.join(SILENT * PERIOD)
 
-    def watch_files(self, sizes: Mapping[str | Path, int]) -> None:
-        """Also end the run if a mapped file, given by path and size, becomes shorter; for the main thread alone."""
-        self.lost_pages = LostPages(sizes)
+    def watch_files(self, mapped: Iterable[Mapped]) -> None:
+        """Also end the run if a mapped file becomes shorter; for the main thread alone."""
+        self.lost_pages = LostPages({path: stamp for one in mapped for path, stamp in one.stamps.items()})
 
     def stop(self) -> None:
         """Stop watching, because the run is over for this process."""
@@ -207,10 +205,10 @@ def where() -> str:
 
 class LostPages:
     """Hears of SIGBUS through a pipe, into which Python's C handler writes the number of each signal. Only the main
-    thread may make and close it. sizes: {path of a mapped file: bytes}."""
+    thread may make and close it."""
 
-    def __init__(self, sizes: Mapping[str | Path, int]) -> None:
-        self.sizes = sizes
+    def __init__(self, stamps: Mapping[str | Path, Stamp]) -> None:
+        self.stamps = stamps
         self.reports, self.pipe = os.pipe()
         os.set_blocking(self.reports, False)
         os.set_blocking(self.pipe, False)
@@ -224,13 +222,11 @@ class LostPages:
                 return ""
         except BlockingIOError:  # nothing came
             return ""
-        for path, before in self.sizes.items():
-            now = os.path.getsize(path) if os.path.exists(path) else 0
-            if now < before:
-                return (
-                    f"{path} was overwritten while it is read: it has {now:,} bytes, and had {before:,}; put the old "
-                    "file back"
-                )
+        try:
+            for path, stamp in self.stamps.items():
+                stamp.now(path)
+        except Overwritten as error:
+            return str(error)
         return "a file can no longer be read (SIGBUS): was it overwritten, or is its disk or network gone?"
 
     def close(self) -> None:
@@ -239,12 +235,3 @@ class LostPages:
         signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: not set from Python
         os.close(self.reports)
         os.close(self.pipe)
-
-
-def sizes_of_mapped(opened: Iterable[Base | StoredTeacher | None], found: Iterable[Samples]) -> dict[str | Path, int]:
-    """Collect {path: bytes} of the files that a run maps: its base, its teacher or what one said, and its data."""
-    sizes: dict[str | Path, int] = {file.path: file.stamp.size for file in opened if file and file.stamp}
-    for samples in found:
-        for part in samples.parts:
-            sizes.update({path: stat.st_size for path, stat in part.dataset.mapped.items()})
-    return sizes

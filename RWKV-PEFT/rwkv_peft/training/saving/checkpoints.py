@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import UNREADABLE, UserError
+from ...errors import UNREADABLE, UserError, in_line
+from ...files.atomic import CannotWrite
+from ...files.mapped import Overwritten
 from .run_state import STATE, read_state
 
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
@@ -53,14 +55,14 @@ def how_to_go_on(folder: Path) -> str:
         return "begin the run anew, or put the folder back and give --resume auto"
     if last is None:
         return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
-    return f"the last checkpoint is {last}; the same command with --resume goes on from there"
+    return in_line(f"the last checkpoint is {last}; the same command with --resume goes on from there")
 
 
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
     """Turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder that do
     not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes next,
-    so its own traceback is not printed."""
+    so its own traceback is not printed. These, and refusals of writers and of readers, say how the run goes on."""
     hook = threading.excepthook
 
     def tell_others(thread: threading.ExceptHookArgs) -> None:
@@ -70,6 +72,8 @@ def telling_refusals(folder: Path) -> Iterator[None]:
     threading.excepthook = tell_others
     try:
         yield
+    except (CannotWrite, Overwritten) as error:
+        raise UserError(f"{error}; {how_to_go_on(folder)}") from error
     except OSError as error:
         if not (reason := refusal(error)):
             raise

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...files.atomic import write_text
-from ...plots import is_number, read_metrics
+from ...numeric import is_number
+from ...plots import read_metrics
 from ..step.plan import Plan
 
 

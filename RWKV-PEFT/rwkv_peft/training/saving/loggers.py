@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ...config import RunConfig
-from ...errors import UserError
+from ...errors import UserError, told
 from .trackers import TRACKERS, asked_trackers
 
 
@@ -68,8 +68,7 @@ def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Logge
         try:
             loggers.append(make_tracker(name, project, config, folder, first_step))
         except Exception as error:
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"--{name} {project}: {words}; {TRACKERS[name].again}") from error
+            raise UserError(f"--{name} {project}: {told(error, named=True)}; {TRACKERS[name].again}") from error
     for logger in loggers:
         logger.log_hyperparams(asdict(config))
     return loggers

@@ -26,12 +26,13 @@ from ...files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
 from ...files.atomic import atomic_write, require_room
 from ...files.base import Base
 from ...files.best import labelled
-from ...files.pth import all_finite, stream_tensors
+from ...files.pth import stream_tensors
 from ...files.pth_writer import DTYPES, dtype_name, save_pth, write_pth
 from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
 from ...names import ADAPTER, MERGED, MODEL, STATE, TUNED
+from ...numeric import all_finite
 from ...release.merge import Merge, MergeOptions
 
 # bytes a number that trains: a float32 copy, and the moments

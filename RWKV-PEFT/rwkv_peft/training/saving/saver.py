@@ -21,9 +21,10 @@ import torch
 from ...adapters.methods import adapter_parameter
 from ...config import RunConfig
 from ...errors import UserError
-from ...files.atomic import CannotWrite, fsync, write_failure
+from ...files.atomic import fsync, write_failure
 from ...files.base import Base
 from ...files.pth_writer import save_pth
+from ...numeric import all_finite
 from ..optimizers.choice import Averaging
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with
@@ -75,10 +76,7 @@ class Saver:
         """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
-            try:
-                self.products.write(tensors, labels)
-            except CannotWrite as error:
-                raise UserError(f"{error}; {how_to_go_on(self.folder)}") from error
+            self.products.write(tensors, labels)
         trainer.strategy.barrier()
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
@@ -183,7 +181,7 @@ def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: 
     for name, tensor in pairs:
         partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
         with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise Diverged(f"{name} is no longer finite")
             if keep:
                 tensors[name] = tensor.detach().to("cpu", copy=True)

@@ -13,6 +13,7 @@ and in its metadata a Source. A document is found by its key, in whichever order
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from ...data.batches import EvalBatches
 from ...data.recorded import Vocabulary
 from ...data.samples import Samples
 from ...errors import UNREADABLE, UserError, told
-from ...files.base import Stamp
 from ...files.digest import digest_of
-from ...files.pth import all_finite, require_file
+from ...files.mapped import Mapped, Overwritten, Stamp
+from ...files.pth import require_file
+from ...numeric import all_finite
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
 from .contexts import seen_by_teacher
@@ -48,13 +50,13 @@ class Source(NamedTuple):
     left: float
 
 
-class StoredTeacher:
-    """The content of a file, mapped; stamp is the file's when it was opened."""
+class StoredTeacher(Mapped):
+    """The content of a file, mapped."""
 
     def __init__(self, path: str) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.stamp = path, Stamp.of(require_file(path))
+        self.path, self.stamps = path, {path: Stamp.of(require_file(path))}
         try:
             with safe_open(path, framework="pt") as file:
                 self.source = Source(**json.loads((file.metadata() or {})[ENTRY]))
@@ -67,9 +69,13 @@ class StoredTeacher:
             ) from error
         self.places = {key.tobytes(): slice(*pair) for key, pair in zip(keys.numpy(), bounds.unfold(0, 2, 1).tolist())}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return digest_of(self.path)
+
+    def judge(self, path: str | Path) -> None:
+        if digest_of(path) != self.fingerprint:
+            raise Overwritten(path, "holds other words of a teacher")
 
     def __str__(self) -> str:
         return (

@@ -80,7 +80,7 @@ export async function chatPage(place, about, signal, folder) {
       const models = await get(`/api/chat/${id}/v1/models`).catch(() => null);
       if (!models || leave.signal.aborted) return;
       leave.abort();
-      status.replaceChildren();
+      status.replaceChildren(...[...(job.output ?? "").matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
       draw(id, job.began, models.data.map((one) => one.id));
     });
   }

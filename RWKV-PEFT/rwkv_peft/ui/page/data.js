@@ -36,16 +36,17 @@ export async function dataPage(place, about) {
       tell(error, problem);
       columns.classList.toggle("wrong", problem.message.includes("--sft_field"));
       const other = /--data_type (\w+)/.exec(problem.message)?.[1];
-      if (values.includes(other)) result.append(el("button", { type: "button", onclick: () => as(other) }, `Show them as ${other}`));
+      if (values.includes(other)) offer(`Show them as ${other}`, type, other);
+      const names = /such as --sft_field (.+)/.exec(problem.message)?.[1].replaceAll("'", '"');
+      if (names) offer(`Read ${names} as question and answer`, columns, names);
     }
     show.disabled = false;
   }
 
-  function as(other) {
-    const select = type.querySelector("select");
-    select.value = other;
-    select.dispatchEvent(new Event("input"));
-    look();
+  // A button that fills a field, and looks again.
+  function offer(label, box, value) {
+    const field = box.querySelector("select, input");
+    result.append(el("button", { type: "button", onclick: () => { field.value = value; field.dispatchEvent(new Event("input")); look(); } }, label));
   }
 
   function draw(found) {

@@ -1,7 +1,7 @@
 // Runs: those below the folder, live; several in one picture.
 import { address, chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
 
-const HELD_OUT = ["val_loss", "retain_loss"];
+const HELD_OUT = { val_loss: "held-out loss", retain_loss: "loss of retained rows" };
 const LOSSES = ["loss", "reward"];
 
 export async function runsPage(place, about, signal, chosen) {
@@ -149,8 +149,8 @@ export async function runsPage(place, about, signal, chosen) {
 }
 
 function linesOf(lines, name, run) {
-  const title = (one) => (run ? `${run}: ${one}` : one);
-  const names = name === "lr" ? ["lr"] : [name, ...HELD_OUT];
+  const title = (one) => `${run && `${run}: `}${HELD_OUT[one] ?? one}`;
+  const names = name === "lr" ? ["lr"] : [name, ...Object.keys(HELD_OUT)];
   return names.map((one) => lines.filter((line) => typeof line[one] === "number")).map((found, n) => ({
     label: title(names[n]), x: found.map((line) => line.step), y: found.map((line) => line[names[n]]), dash: n ? [6, 4] : undefined,
   })).filter((line) => line.x.length);
@@ -167,13 +167,13 @@ function showAnswers(place, found) {
     if (Number(select.value) === steps[0]) delete place.dataset.step; else place.dataset.step = select.value; // the newest stays the newest
     show(Number(select.value));
   } }, steps.map((one) => el("option", { value: one, selected: one === step }, `drawn at step ${number(one + 1)}`)));
-  const show = (one) => body.replaceChildren(table("", ["prompt", "answer", "reward", "tokens"],
+  const show = (one) => body.replaceChildren(table(["prompt", "answer", "reward", "tokens"],
     drawn.filter((line) => line.step === one).slice(0, SHOWN).map((line) => [line.prompt, line.completion, number(line.reward), number(line.length)])));
   if (steps.length) show(step);
   place.replaceChildren(el("h2", {}, "Answers"),
     ...(steps.length ? [el("div", { className: "row" }, select), body] : []),
-    rows.length ? table(verdict(rows), ["prompt", "the row's answer", "before", "after"],
-      rows.map((row) => [row.prompt, said(row.answer), said(row.before), said(row.after)])) : "",
+    ...(rows.length ? [el("p", { className: "note" }, verdict(rows)), table(["prompt", "the row's answer", "before", "after"],
+      rows.map((row) => [row.prompt, said(row.answer), said(row.before), said(row.after)]))] : []),
     steps.length || rows.length ? "" : el("p", { className: "note" }, "none yet: some rows are answered before the first step and after the last"));
 }
 
@@ -186,8 +186,8 @@ function verdict(rows) {
 
 const said = (one) => (one?.text ?? "").trim();
 
-function table(caption, names, rows) {
-  return el("div", { className: "scroll" }, el("table", {}, caption ? el("caption", {}, caption) : null, el("tr", {}, ...names.map((name) => el("th", {}, name))),
+function table(names, rows) {
+  return el("div", { className: "scroll" }, el("table", {}, el("tr", {}, ...names.map((name) => el("th", {}, name))),
     ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, String(text ?? "").trim())))))));
 }
 

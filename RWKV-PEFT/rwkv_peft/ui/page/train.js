@@ -20,13 +20,13 @@ export async function trainPage(place, about, signal) {
   const find = el("input", { type: "search", placeholder: "find a setting, such as warm-up or wandb", "aria-label": "find a setting", oninput: search });
   const groups = others.map((group) => el("details", {}, el("summary", {}, group.title), el("div", { className: "fields" }, group.fields.map(field))));
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
-    el("div", { className: "fields" }, first.fields.map(field)), el("h2", {}, "All other settings"), find, groups);
+    el("div", { className: "fields" }, first.fields.map(field)));
   place.append(el("h1", {}, "Train"), el("p", { className: "lead" },
     "Name a base model (docs/start/models.md says which there are, and how to download one) and data; fields that are left empty take the default in grey. Memory, time and mistakes are shown as you type."),
   el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
     el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
       el("button", { type: "button", onclick: reset }, "Clear all")),
-    el("h2", {}, "Memory, time and disk"), plan)));
+    el("h2", {}, "Memory, time and disk"), plan), el("div", {}, el("h2", {}, "All other settings"), find, groups)));
 
   function field(made) {
     const { flag } = made;

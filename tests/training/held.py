@@ -1,0 +1,35 @@
+"""train.py that takes no more steps than a file says, as long as it is there: `python held.py FILE flag…`.
+
+Tests hold a run by it while they do what must not come after the run's end, however fast that is.
+"""
+
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rwkv_peft.commands import run
+from rwkv_peft.training.ranks.watch import Watch
+
+
+def held(argv, file, steps):
+    """A command that trains as train.py's `argv` does, but takes no more than so many steps while `file` is there."""
+    file.write_text(str(steps))
+    return [argv[0], __file__, str(file), *argv[2:]]
+
+
+def main(file):
+    moved = Watch.moved
+
+    def wait(watch, doing):
+        with suppress(FileNotFoundError):
+            while doing.startswith("step ") and int(doing[5:]) > int(file.read_text() or 0):
+                time.sleep(0.01)
+        moved(watch, doing)
+
+    Watch.moved = wait
+    run("train")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv.pop(1)))
