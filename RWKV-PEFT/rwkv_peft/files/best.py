@@ -99,6 +99,8 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for line in iter(partial(file.readline, LONGEST), b""):
+            if len(line) == LONGEST:
+                return
             if b'"val_' in line and is_record(found := object_of(line)):
                 yield found
 

@@ -20,6 +20,7 @@ LONGEST = 1000  # bytes that a holder writes about itself
 LEFT = 0.1  # seconds in which a holder may let go
 ASKED = 30.0  # seconds in which `holder` does, which shares a lock for a moment, or longer on a busy machine
 LOCK = ".run.lock"
+OTHERS = "by another user, it seems; if not, remove {}"
 
 
 class Busy(Exception):
@@ -59,25 +60,19 @@ def _locked(path: Path) -> FileIO:
                     raise Busy(_holder(file)) from None
             time.sleep(0.005)
             continue
-        except BaseException as error:
+        except OSError as error:
+            with file:
+                if not file.writable():  # NFS takes no lock of one that is opened to be read
+                    raise Busy(OTHERS.format(path)) from None
+            with suppress(OSError):
+                path.unlink()
+            raise NoLocks(str(error)) from None
+        except BaseException:
             file.close()
-            if isinstance(error, OSError):
-                with suppress(OSError):
-                    path.unlink()
-                raise NoLocks(str(error)) from None
             raise
         if _is_at(file, path):
             return file
         file.close()  # its holder removed it after it was opened here
-
-
-def _is_held(file: FileIO) -> bool:
-    """Tell whether a process holds a lock alone, rather than shares it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
 
 
 def _opened(path: Path) -> FileIO:
@@ -91,7 +86,16 @@ def _opened(path: Path) -> FileIO:
     try:
         return FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
     except PermissionError:
-        raise Busy(f"by another user, it seems; if not, remove {path}") from None
+        raise Busy(OTHERS.format(path)) from None
+
+
+def _is_held(file: FileIO) -> bool:
+    """Tell whether a process holds a lock alone, rather than shares it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
 
 
 def _is_at(file: FileIO, path: Path) -> bool:

@@ -69,6 +69,16 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
 
 
+def read_short(path: Path, most: int = MOST_BYTES) -> str:
+    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes: a device has no
+    end."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most:,} bytes, which no file of its kind has; name another")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def files_below(path: str | Path) -> list[Path]:
     """The file at a path, or all files below a folder."""
     path = Path(path)
@@ -90,16 +100,6 @@ def object_in(path: str | Path) -> dict[str, Any]:
         if os.path.isfile(path) and os.path.getsize(path) <= MOST_BYTES:
             return object_of(Path(path).read_bytes())
     return {}
-
-
-def read_short(path: Path, most: int = MOST_BYTES) -> str:
-    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes: a device has no
-    end."""
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise UserError(f"{path} has more than {most:,} bytes, which no file of its kind has; name another")
-    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
