@@ -1,7 +1,7 @@
 """Does a CUDA kernel leave its tensors' memory? Runs families of them on the CPU under the address sanitizer.
 
-    LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-        python tests/cuda_shim/addresses.py FOLDER [wkv6|wkv7|mix|bone|cross_entropy|decode|short …]
+    cd tests && LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
+        python -m cuda_shim.addresses FOLDER [wkv6|wkv7|mix|bone|cross_entropy|decode|short …]
 
 FOLDER keeps what is built; without names all families but "short" run, which gives cross_entropy a tensor that is too
 small. The process aborts at the first access outside a tensor. Prints a line for each family: its name, and the kernels
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import kernel_cases
-import shim
 import torch
-from mutate import FAMILIES
+
+from cuda_shim import kernel_cases, shim
+from cuda_shim.mutate import FAMILIES
 
 GUARDS = ("-Og", "-fsanitize=address")  # which compile in half the time of -O1
 

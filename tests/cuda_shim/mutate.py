@@ -1,7 +1,7 @@
 """Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
 rest for the CPU, and compares its results under several orders of the threads with those of the intact source.
 
-    python tests/cuda_shim/mutate.py [wkv6] [wkv7] [mix] [bone] [cross_entropy] [decode]
+    cd tests && python -m cuda_shim.mutate [wkv6] [wkv7] [mix] [bone] [cross_entropy] [decode]
 
 Prints a line for each mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 if the intact
 source differs between orders, or a mutation went unnoticed.
@@ -15,12 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import cases
-import kernel_cases
-import shim
 import torch
-import wkv7_cases
 
+from cuda_shim import cases, kernel_cases, shim, wkv7_cases
 from rwkv_peft.ops.bone.cuda import FAMILY as BONE
 from rwkv_peft.ops.cross_entropy.cuda import FAMILY as CROSS_ENTROPY
 from rwkv_peft.ops.decode.cuda import FAMILY as DECODE

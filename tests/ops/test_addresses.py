@@ -10,8 +10,7 @@ import pytest
 from rwkv_peft.ops.native.build import find_compiler
 from rwkv_peft.ops.native.library import BuildError
 
-PROGRAM = Path(__file__).resolve().parents[1] / "cuda_shim" / "addresses.py"
-
+TESTS = Path(__file__).resolve().parents[1]
 FAMILIES = ("wkv6", "wkv7", "mix", "bone", "cross_entropy", "decode")
 
 
@@ -24,8 +23,8 @@ def test_every_kernel_stays_inside_its_tensors_and_a_tensor_that_is_too_small_is
     if not Path(library).is_absolute():
         pytest.skip("the compiler has no address sanitizer")
     environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, str(PROGRAM), str(tmp_path), *FAMILIES, "short"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "cuda_shim.addresses", str(tmp_path), *FAMILIES, "short"]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     told = "".join(f"{family}:\n" for family in FAMILIES)  # behind a name: kernels that no case runs
     assert done.stdout == f"{told}short:", done.stdout + done.stderr
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
