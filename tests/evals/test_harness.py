@@ -123,12 +123,7 @@ def test_all_of_a_context_and_its_continuation_is_read():
 BROKEN = {
     "target": ("choices", "doc_to_target: answer", "doc_to_target: []", "cannot be asked: ValueError"),
     "type": ("choices", "output_type: multiple_choice", "", "cannot be asked: TypeError"),
-    "text": (
-        "lambada",
-        "doc_to_text: .*",
-        "doc_to_text: 7",
-        "cannot be asked: AssertionError: Context is not a",
-    ),
+    "text": ("lambada", "doc_to_text: .*", "doc_to_text: 7", "cannot be asked: AssertionError: Context is not a"),
     "metric": ("gsm8k", "metric_list: .*", "metric_list: 5", "cannot be loaded: TypeError"),
 }
 
