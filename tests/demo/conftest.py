@@ -1,25 +1,15 @@
 """The demo's scripts as modules."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", DEMO / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from programs import load
 
 
 @pytest.fixture(scope="session")
 def task():
-    return load("task")
+    return load("demo", "task")
 
 
 @pytest.fixture(scope="session")
 def evaluate():
-    return load("evaluate")
+    return load("demo", "evaluate")
