@@ -69,13 +69,13 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
 
 
-def read_short(path: Path, most: int = MOST_BYTES) -> str:
-    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes: a device has no
-    end."""
+def read_short(path: Path, most: int = MOST_BYTES, given: str = "") -> str:
+    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes, because a device
+    has no end; `given` names it there with its flag."""
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UserError(f"{path} has more than {most:,} bytes, which no file of its kind has; name another")
+        raise UserError(f"{given or path} has more than {most:,} bytes, which no file of its kind has; name another")
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -17,6 +17,7 @@ import yaml
 from ...cli import Parser
 from ...errors import UNREADABLE, UserError, short, told
 from ...files.atomic import atomic_write
+from ...files.readable import read_short
 from ...refusals import Refusals
 from .parser import READ, WRITE, entries_of
 
@@ -59,11 +60,7 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
 def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Yield (key, value) of a file of settings, or of the flags in the config.json of a run."""
     try:
-        with open(path, "rb") as file:  # a device may have no end
-            content = file.read(SIZE + 1)
-        if len(content) > SIZE:
-            raise UserError(f"{READ} {path} has more than {SIZE:,} bytes, which no settings take; name another file")
-        text = content.decode("utf-8")
+        text = read_short(path, SIZE, f"{READ} {path}")
         require_plain(path, text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
