@@ -42,15 +42,21 @@ class Clock:
         self.now += seconds
 
 
-def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
-    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
-    begun = []
+@pytest.fixture
+def begun(monkeypatch):
+    """The runs that began; each only sleeps."""
+    found = []
 
     def begin(*arguments):
-        begun.append(sleeping(*arguments))
-        return begun[-1]
+        found.append(sleeping(*arguments))
+        return found[-1]
 
     monkeypatch.setattr(runs, "start", begin)
+    return found
+
+
+def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch, begun):
+    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
     monkeypatch.setattr(runs, "time", Clock())
     cells, sizes = [Cell("bone", -6, 7), Cell("bone", -5, 7)], {"bone": None}
     assert not run_cells(comparison, cells, sizes, 2.0, lambda *rest: None)
@@ -112,14 +118,8 @@ def wait_until(true, seconds=300):
 
 
 @pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")
-def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
-    begun, clock = [], Clock()
-
-    def begin(*arguments):
-        begun.append(sleeping(*arguments))
-        return begun[-1]
-
-    monkeypatch.setattr(runs, "start", begin)
+def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch, begun):
+    clock = Clock()
     monkeypatch.setattr(runs, "time", clock)
     monkeypatch.setattr(clock, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGHUP))
     with ending_in_order():
