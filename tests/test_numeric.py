@@ -1,4 +1,4 @@
-"""What counts as a number."""
+"""Numbers are told from what only looks like one."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""What counts as a number, in settings, flags, bodies and files. JSON tells True from 1, and so do these."""
+"""Tells what is a number in settings, flags, bodies and files. JSON tells True from 1, and so do these functions."""
 
 import math
 from numbers import Real

@@ -1,4 +1,4 @@
-"""What is mapped from a file is judged anew once the file was written, and refused if it has another size."""
+"""A mapped file is judged anew once it was written, and refused if it has another size."""
 
 import os
 

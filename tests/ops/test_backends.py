@@ -168,7 +168,7 @@ def test_a_step_at_a_time_equals_a_sequence(pair):
     "B, H, N, lengths", [(1, 1, 64, None), (2, 3, 64, None), (1, 1, 40, (1, 69, 60)), (1, 1, 128, None)]
 )
 def test_threads_share_sequences_heads_and_the_values_of_a_head(of, B, H, N, lengths, dtype):
-    """Gradients that sum over a head's values, of which several threads have a part, may round differently."""
+    """Gradients that sum over a head's values may round differently, because several threads have a part of them."""
     if of.op.backends()["cpu"] is not None:
         pytest.skip(of.op.backends()["cpu"])
     case, before, found = of.cases.make_case((B, 130, H, N), dtype, lengths=lengths), torch.get_num_threads(), []
@@ -187,7 +187,7 @@ def test_threads_share_sequences_heads_and_the_values_of_a_head(of, B, H, N, len
 @pytest.mark.parametrize("decay", range(4))
 @pytest.mark.parametrize("lengths", (None, (1, 17, 282, 1, 32)))
 def test_the_chunked_form_is_exact(of, lengths, decay):
-    """In float64, because roundings hide nothing there: nothing is divided, and no decay is capped."""
+    """Nothing is divided, and no decay is capped; in float64, because roundings hide nothing there."""
     case = of.cases.make_case((1, 333, 2, 8), torch.float64, decay=of.decays[decay], lengths=lengths)
     inputs = [x.double() for x in (*case.inputs, case.state)]
     gy, gfinal, recurrence = case.gy, case.gfinal.double(), of.op.chunked.RECURRENCE

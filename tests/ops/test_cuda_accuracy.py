@@ -118,7 +118,7 @@ def test_groups_are_launched_in_their_order(monkeypatch):
         (1, 1024, 32, 1, 128),
         (1, 4000, 64, 1, 1024),
         (2, 4096, 32, 2, 1024),
-        (1, 8192, 32, 2, 1408),  # packed, of which each may leave a place unused
+        (1, 8192, 32, 2, 1408),  # packed; each may leave a place unused
         (8, 4096, 32, 8, 0),  # the blocks are enough as they are
         (1, 4096, 128, 1, 0),  # 2 groups would not pay
         (1, 256, 12, 1, 0),  # nor would 3 as short as these

@@ -1,4 +1,4 @@
-"""What the server refuses: strangers' pages and names, files elsewhere, and bodies that take too much."""
+"""The server refuses strangers' pages and names, files elsewhere, and bodies that take too much."""
 
 import json
 import signal

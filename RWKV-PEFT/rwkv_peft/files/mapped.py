@@ -47,7 +47,7 @@ class Stamp(NamedTuple):
 
 
 class Mapped:
-    """What is mapped from files; stamps are those of the files as they were last judged, by path."""
+    """Holds what is mapped from files; stamps are those of the files as they were last judged, by path."""
 
     stamps: dict[str | Path, Stamp]
 
