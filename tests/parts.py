@@ -35,7 +35,7 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
-    ("gate", ("serve/body", "serve/guard", "serve/refused"), ("base",)),  # of any server
+    ("gate", ("serve/gate", "serve/web"), ("base",)),  # of any server
     ("serve", ("serve",), ("generate", "gate")),
     ("python", ("api",), ("generate", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("generate",)),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from rwkv_peft.generate.settings import Sampling
 from rwkv_peft.serve.asking import Bounds, asking_of
 from rwkv_peft.serve.forms import ChatAsked, TextAsked
-from rwkv_peft.serve.refused import Refused
+from rwkv_peft.serve.gate import Refused
 from rwkv_peft.serve.schema import LARGEST, written
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}

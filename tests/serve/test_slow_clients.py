@@ -1,6 +1,7 @@
 """Clients that are slow or gone: they are given up, and their places are free."""
 
 import asyncio
+import contextlib
 import re
 import threading
 import time
@@ -11,7 +12,9 @@ from serving import HEAD, Server, ended
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate.continuation import Continuation
-from rwkv_peft.serve.guard import Gate, Guard
+from rwkv_peft.serve.gate import Gate, Guard
+
+SCOPE = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,40 @@ def test_a_client_that_sends_a_byte_now_and_then_is_given_up(impatient):
                 time.sleep(0.2)
 
 
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/comp", HEAD + b"Content-Length: 50\r\n\r\n{"])
+def test_clients_that_are_slow_lock_nobody_out(server, begun):
+    with contextlib.ExitStack() as stack:
+        for _ in range(600):
+            stack.enter_context(server.raw(begun))
+        assert server.send("GET", "/v1/models")[0] == 200
+    assert "Traceback" not in server.process.outputs[1].read_text()
+
+
+def test_an_answer_that_the_servers_end_cuts_is_a_refusal():
+    sent = []
+
+    begun = asyncio.Event()
+
+    async def endless(scope, receive, send):
+        begun.set()
+        await asyncio.sleep(3600)
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    async def cut():
+        task = asyncio.ensure_future(Guard(endless, Gate((), (), None, 10, 9.0))(SCOPE, receive, send))
+        await begun.wait()
+        task.cancel()
+        await task
+
+    asyncio.run(cut())
+    assert sent[0]["status"] == 503 and b"server_error" in sent[1]["body"]
+
+
 def test_a_client_that_does_not_read_gives_its_place_back():
     app = pytest.importorskip("rwkv_peft.serve.app")
     gone, requests = threading.Event(), [{"type": "http.request", "body": b""}]
@@ -52,9 +89,8 @@ def test_a_client_that_does_not_read_gives_its_place_back():
         await asyncio.sleep(3600)
 
     conversation = SimpleNamespace(stream=endless, exchange=SimpleNamespace(gone=gone))
-    guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05), lambda status: None)
-    scope = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(asyncio.wait_for(guard(scope, receive, stuck), 60))
+    guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05))
+    asyncio.run(asyncio.wait_for(guard(SCOPE, receive, stuck), 60))
     assert gone.is_set()
 
 

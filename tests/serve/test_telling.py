@@ -5,9 +5,9 @@ import json
 import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.serve.body import Body
 from rwkv_peft.serve.forms import ChatAsked
 from rwkv_peft.serve.telling import ChatTeller, TextTeller, event
+from rwkv_peft.serve.web import Body
 from rwkv_peft.serve.worker import Drawn, Piece
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'

@@ -4,8 +4,11 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
+
+from rwkv_peft.ui.command import entrance
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -200,6 +203,22 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     press(page, "Close the model")
     expect(message).to_be_hidden()
     expect(page.get_by_text("open: base.pth")).to_be_hidden()
+
+
+def test_the_file_that_a_browser_is_started_with_leads_to_the_page(browser, server, folder):
+    context = browser.new_context()
+    page = context.new_page()
+    with entrance(server.url, folder) as file:
+        page.goto(Path(file.name).as_uri())
+        page.wait_for_url(server.home + "**")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Data")
+    assert "key" not in page.url
+    page.goto(server.home)  # the browser has the key now
+    expect(page.get_by_role("heading", level=1)).to_have_text("Data")
+    context.clear_cookies()
+    page.goto(server.home)
+    expect(page.get_by_role("heading", level=1)).to_have_text("This page needs its key")
+    context.close()
 
 
 def test_a_command_that_fails_says_why_and_a_run_is_stopped_and_goes_on(open_page, folder):

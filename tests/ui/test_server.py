@@ -1,9 +1,17 @@
 """The page's server: who may use it, which files it shows, and the commands that it starts."""
 
+import contextlib
+import http.client
 import json
 import os
 import signal
+import socket
+import stat
+import subprocess
+import sys
 import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -13,45 +21,121 @@ from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.lines import TAIL, last_of
 from rwkv_peft.ui.places import Places
 from rwkv_peft.ui.runs import folders
+from ui.pages import CHILDREN
 
 
 @pytest.mark.parametrize(
-    "headers",
+    "headers, refusal",
     [
-        {"Cookie": ""},
-        {"Cookie": "rwkv-peft-1=wrong"},
-        {"Cookie": "rwkv-peft-{port}=wrong"},
-        {"Host": "evil.example:{port}"},  # a name that was bound to 127.0.0.1
-        {"Host": "127.0.0.1:1"},
-        {"Origin": "http://evil.example"},
-        {"Origin": "null"},
-        {"Origin": "https://127.0.0.1:{port}"},
+        ({"Cookie": ""}, 401),
+        ({"Cookie": "rwkv-peft-1=wrong"}, 401),
+        ({"Cookie": "rwkv-peft-{port}=wrong"}, 401),
+        ({"Host": "evil.example:{port}"}, 421),  # a name that was bound to 127.0.0.1
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"}, 403),
     ],
     ids=str,
 )
-def test_only_the_page_itself_is_answered(server, headers):
+def test_only_the_page_itself_is_answered(server, folder, headers, refusal):
     given = {name: value.format(port=server.port) for name, value in headers.items()}
     for path, body in (
         ("/", None),
+        ("/?key=wrong", None),
+        ("/page/main.js", None),
         ("/api/files", None),
         ("/api/jobs", {"words": ["doctor"]}),
         ("/api/files?name=a&begin=0&size=1", b"a"),
     ):
         status, text = server.ask(path, body, **given)
-        assert status == 403 and "rwkv" not in text.replace("rwkv-peft ui", "")
+        assert status == refusal and str(folder) not in text and "script" not in text
     assert server.json("/api/jobs") == []
 
 
 def test_the_printed_address_gives_the_key_as_a_cookie_that_other_sites_do_not_send(server):
-    import http.client
-
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", f"/?key={server.key}")
     response = connection.getresponse()
     cookie = response.getheader("Set-Cookie")
     assert response.status == 303 and response.getheader("Location") == "/"
-    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "HttpOnly" in cookie and "SameSite=lax" in cookie and "Max-Age=" in cookie  # a browser may be started anew
     assert "default-src 'self'" in response.getheader("Content-Security-Policy")
+
+
+def test_a_browser_without_the_key_is_told_what_to_do(server):
+    for path in ("/", "/?key=wrong"):
+        status, text = server.ask(path, Cookie="")
+        assert status == 401 and text.startswith("<!doctype html>") and "Open the address that" in text
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}  # in a chat, or in notes
+    assert server.ask("/", **link)[0] == 200
+
+
+def test_the_key_is_on_no_command_line(folder, tmp_path):
+    """A browser is started with a file that only its owner reads, and that leads to the printed address."""
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/told\n')
+    browser.chmod(0o755)
+    command = [sys.executable, CHILDREN, "rwkv_peft", "ui", "--files", folder, "--port", "0"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"BROWSER": f"{browser} %s"}, **streams) as ui:
+        address = ui.stdout.readline().split()[1]
+        while not (tmp_path / "told").exists():
+            assert ui.poll() is None
+            time.sleep(0.05)
+        told = (tmp_path / "told").read_text().strip()
+        file = Path(urllib.request.url2pathname(told.removeprefix("file://")))
+        assert address.partition("key=")[2] not in told and stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert f"url={address}" in file.read_text()
+        ui.send_signal(signal.SIGINT)
+        _, errors = ui.communicate(timeout=120)
+    assert ui.returncode == 0 and errors == "stopped\n" and not file.exists()
+
+
+def test_a_thousand_connections_that_ask_for_nothing_stop_nobody(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(600):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        assert server.ask("/api/about")[0] == 200
+
+
+HOSTILE = [5, None, True, [], {}, [[]], "", "x\0y", "x" * 70_000, [["x"]], {"a": 1}, 10**400, -1, 1e308]
+
+
+def hostile_bodies(name):
+    """Bodies of a JSON object whose field holds what nobody expects, as bytes."""
+    yield from (b"", b"{", b"[]", b"\xff", b"NaN", b"[" * 5000, b'"\\ud800"')
+    texts = ["NaN", "[NaN]", "-Infinity", '"\\ud800"', '["\\ud800"]', "1" * 5000, "[" * 500 + "]" * 500]
+    for text in [*map(json.dumps, HOSTILE), *texts]:
+        yield f'{{"{name}": {text}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [("preview", "path"), ("jobs", "words"), ("chat", "model"), ("runs/stop", "folder"), ("plan", "words")],
+)
+def test_no_body_is_an_error_of_the_server(server, path, name):
+    for body in hostile_bodies(name):
+        if path != "plan" or b"[" not in body:  # no plan of some seconds for each
+            status, text = server.ask(f"/api/{path}", body)
+            assert status == 200 or 0 < len(json.loads(text)["error"]["message"]) < 3000
+            assert status in (200, 400, 413), body
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", "-1", str(1 << 63), str(10**30), "NaN", "%ff", "%00", "%ed%a0%80", "x" * 9000]
+)
+def test_no_number_is_an_error_of_the_server(server, value):
+    for path in (
+        "jobs/1?begin=",
+        "runs/metrics?folder=.&begin=",
+        "files?path=",
+        "runs/card?folder=",
+        "runs/taken?folder=",
+    ):
+        assert server.ask(f"/api/{path}{value}")[0] in (200, 400)
+    for query in (f"begin={value}&size=1", f"begin=0&size={value}"):
+        assert server.ask(f"/api/files?name=a&{query}", b"a")[0] == 400
 
 
 def test_bodies_have_a_size(server):
@@ -122,7 +206,7 @@ def test_a_preview_tells_which_rows_are_refused(server, folder):
     assert found["bad"] == 2 and any("not JSON" in line for line in found["notes"])
     (folder / "worse.jsonl").write_text("not json\n")
     status, text = server.ask("/api/preview", {"path": "worse.jsonl", "tokenizer": "bytes"})
-    assert status == 400 and "not JSON" in json.loads(text)["error"]
+    assert status == 400 and "not JSON" in json.loads(text)["error"]["message"]
 
 
 def test_a_plan_refuses_flags_in_their_own_words(server):
@@ -255,7 +339,7 @@ def test_a_folder_that_cannot_be_written_is_told(server, folder):
     try:
         for path, body in (("/api/jobs", {"words": ["doctor"]}), ("/api/chat", {"model": "base.pth"})):
             status, text = server.ask(path, body)
-            assert status == 400 and ".rwkv-peft" in json.loads(text)["error"]
+            assert status == 400 and ".rwkv-peft" in json.loads(text)["error"]["message"]
     finally:
         jobs.unlink()
         (folder / "aside").rename(jobs)

@@ -2,25 +2,20 @@
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .. import __version__
-from ..errors import short
-from .body import Body
 from .forms import ChatAsked, Detokenized, Loaded, TextAsked, Tokenized
-from .guard import App, Gate, Guard
-from .refused import Refused
+from .gate import App, Gate, Guard
 from .service import Conversation, Service
+from .web import Body, new_app
 
 END = "<|endoftext|>"  # what the token that ends a document is called; it has no text
 
@@ -34,15 +29,9 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
         yield
         await asyncio.to_thread(service.worker.stop)
 
-    app = FastAPI(
-        title="rwkv-peft serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
-    )
+    app = new_app("rwkv-peft serve", lifespan)
     add_routes(app, service)
     add_token_routes(app, service)
-    app.add_exception_handler(Refused, tell_refusal)
-    app.add_exception_handler(RequestValidationError, tell_form)
-    app.add_exception_handler(HTTPException, tell_route)
-    app.add_exception_handler(Exception, tell_failure)
     if args.allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -138,31 +127,3 @@ async def departure(http: Request) -> None:
     """Return when the client has gone away."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-async def tell_refusal(http: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return JSONResponse(error.body, error.status, dict(error.headers))
-
-
-async def tell_form(http: Request, error: Exception) -> Response:
-    """The mistake in a body; of several that of the innermost field, because one of other forms is told too."""
-    assert isinstance(error, RequestValidationError)
-    mistake = max(error.errors(), key=lambda mistake: len(mistake["loc"]))
-    field = place_of(mistake["loc"])
-    words = "there is no such field here" if mistake["type"] == "extra_forbidden" else short(mistake["msg"])
-    return await tell_refusal(http, Refused(400, f"{field or 'body'}: {words}", field or None))
-
-
-async def tell_route(http: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return await tell_refusal(http, Refused(error.status_code, short(str(error.detail))))
-
-
-async def tell_failure(http: Request, error: Exception) -> Response:
-    return await tell_refusal(http, Refused(500, "the server failed; see what it has printed"))
-
-
-def place_of(location: Sequence[str | int]) -> str:
-    """A field's place in the body: "messages.0"."""
-    return short(".".join(str(part) for part in location if part != "body"))

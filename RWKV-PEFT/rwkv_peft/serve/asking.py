@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
 from .forms import Asked, ChatAsked, TextAsked
-from .refused import Refused
+from .gate import Refused
 
 SEEDS = 1 << 48  # of requests that name none
 

@@ -15,7 +15,7 @@ from ..files.readable import within
 from ..generate.loading import load_model, resolve_device
 from ..generate.voices import Voice, adapter_voice, state_voice
 from .flags import NAME
-from .refused import Refused
+from .gate import Refused
 
 
 def tell(text: str) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from .forms import ChatAsked
-from .refused import Refused
+from .gate import Refused
 from .trial import MEMORY, SECONDS, compiles
 
 ANY = MappingProxyType({"type": "object"})  # the schema of a json_object

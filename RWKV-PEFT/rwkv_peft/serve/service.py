@@ -23,8 +23,8 @@ from ..generate.voices import Voice
 from .asking import Asking, Bounds, Prompt, asking_of
 from .catalog import Catalog
 from .forms import ChatAsked, TextAsked
+from .gate import Refused
 from .metrics import Metrics
-from .refused import Refused
 from .schema import Compiled, Schemas
 from .telling import BROKEN, ChatTeller, Teller, TextTeller, Usage, event, joined
 from .worker import LATE, Choice, Drawn, Exchange, Piece, Worker

@@ -2,24 +2,26 @@
 
 import json
 import mimetypes
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from pydantic import AfterValidator, BaseModel
 
 from .. import __version__
 from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import LOCK
 from ..names import CARD, METRICS
-from ..serve.body import Body
+from ..serve.gate import Gate
+from ..serve.web import new_app, tell_refusal
 from .chat import ask, serve
 from .form import chat_form, form
-from .guard import FILES
 from .jobs import Jobs, interrupt
 from .lines import last_of, lines_of, read
 from .pace import measured
@@ -28,65 +30,81 @@ from .runs import ANSWERS, find_runs, taken
 from .uploads import Uploads
 
 PAGE = Path(__file__).parent / "page"
+FILES = "/api/files"  # takes the bytes of files, in parts
 PLANNED = 120  # seconds for a plan or a preview
+REMEMBERED = 400 * 24 * 3600  # seconds that a browser keeps the key
+LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rwkv-peft</title>
+<h1>This page needs its key</h1>
+<p>Open the address that <code>rwkv-peft ui</code> printed in its terminal, behind the word <code>page</code>.
+This browser then remembers the key until the command is started anew.</p>
+"""
+
+
+def word(text: str) -> str:
+    """A text that may be a word of a command, or a file's name. Raises ValueError for a zero byte, and for half of a
+    surrogate pair."""
+    if b"\0" in os.fsencode(text):
+        raise ValueError("a zero byte stands in it")
+    return text
+
+
+Word = Annotated[str, AfterValidator(word)]
+Place = Annotated[int, Query(ge=0, lt=1 << 63)]  # in a file
 
 
 class Words(BaseModel):
     """A command's words, without `rwkv-peft`."""
 
-    words: list[str]
+    words: list[Word]
 
 
 class Rows(BaseModel):
     """A file for a preview, and how to read it."""
 
-    path: str
-    tokenizer: str = "world"
-    data_type: str = "sft"
-    fields: list[str] = []
+    path: Word
+    tokenizer: Word = "world"
+    data_type: Word = "sft"
+    fields: list[Word] = []
 
 
 class Folder(BaseModel):
-    folder: str
+    folder: Word
 
 
 class Chat(BaseModel):
     """A model to talk to, and what answers beside it."""
 
-    model: str
-    adapter: str = ""
-    state: str = ""
-    tokenizer: str = ""
-    weights: str = ""
+    model: Word
+    adapter: Word = ""
+    state: Word = ""
+    tokenizer: Word = ""
+    weights: Word = ""
 
 
 def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
     return StreamingResponse(pieces, status, media_type=kind)
 
 
-def make_app(root: Path, jobs: Jobs) -> FastAPI:
-    """The application that shows the files below `root` and starts commands there."""
+def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
+    """The application that shows the files below `root` and starts commands there, behind a gate that is open at /."""
     places = Places(root)
     uploads = Uploads(places.root)
-    app = FastAPI(
-        title="rwkv-peft",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        default_response_class=Body,
-    )
-
-    @app.exception_handler(UserError)
-    @app.exception_handler(OSError)  # a full disk, a folder that is gone
-    def refuse(request: Request, error: Exception) -> Response:
-        return Body({"error": str(error)}, 400)
+    app = new_app("rwkv-peft")
+    app.add_exception_handler(OSError, tell_refusal)  # a full disk, a folder that is gone
 
     def page(name: str) -> Callable[[], Response]:
         kind = mimetypes.guess_type(name)[0] or "text/plain"
         return lambda: Response((PAGE / name).read_bytes(), media_type=kind)
 
-    app.get("/")(page("index.html"))
+    @app.get("/")
+    def index(request: Request, key: str = "") -> Response:
+        """The page, if the browser has the key: the printed address puts it into a cookie, and out of the address."""
+        if gate.is_key(key):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(gate.cookie, key, max_age=REMEMBERED, httponly=True, samesite="lax")
+            return answer
+        return page("index.html")() if gate.has_key(request.headers) else Response(LOCKED, 401, media_type="text/html")
+
     for file in sorted(PAGE.rglob("*.*")):
         name = file.relative_to(PAGE).as_posix()
         app.get(f"/page/{name}")(page(name))
@@ -100,8 +118,8 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
         return places.entries(path)
 
     @app.post(FILES)
-    async def upload(request: Request, name: str, begin: int, size: int) -> dict[str, str]:
-        return {"name": uploads.take(name, begin, size, await request.body())}
+    async def upload(request: Request, name: str, begin: Place, size: Place) -> dict[str, str]:
+        return {"name": await run_in_threadpool(uploads.take, name, begin, size, await request.body())}
 
     @app.post("/api/preview")
     def preview(rows: Rows) -> dict[str, Any]:
@@ -133,8 +151,6 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"no answer within {PLANNED} seconds") from None
-        except ValueError as error:  # a zero byte
-            raise UserError(f"the command cannot be started: {error}") from None
         return done.returncode, done.stdout.decode("utf-8", "replace")
 
     @app.get("/api/jobs")
@@ -146,7 +162,7 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
         return {"id": jobs.start(command.words)}
 
     @app.get("/api/jobs/{name}")
-    def job(name: str, begin: int = 0) -> dict[str, Any]:
+    def job(name: str, begin: Place = 0) -> dict[str, Any]:
         return jobs.read(name, begin)
 
     @app.post("/api/jobs/{name}/stop")
@@ -159,7 +175,7 @@ def make_app(root: Path, jobs: Jobs) -> FastAPI:
         return find_runs(places)
 
     @app.get("/api/runs/metrics")
-    def metrics(folder: str, begin: int = 0) -> dict[str, Any]:
+    def metrics(folder: str, begin: Place = 0) -> dict[str, Any]:
         return lines_of(places.inside(f"{folder}/{METRICS}"), begin)
 
     @app.get("/api/runs/answers")

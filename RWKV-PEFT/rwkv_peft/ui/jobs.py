@@ -21,6 +21,7 @@ from ..files.readable import within
 from ..numeric import is_whole
 from .job import COMMAND, EXIT, LOCK, OUTPUT
 from .lines import is_plain, objects, read
+from .places import hidden
 
 HELD = 50  # jobs that are remembered
 NUMBER = re.compile("[0-9]{1,15}")
@@ -45,8 +46,6 @@ class Jobs:
         """Start a command of this package; -> its number. Raises UserError for one that the page does not start."""
         if not words or words[0] not in COMMANDS:
             raise UserError(f"the page starts {', '.join(COMMANDS)}, and not {' '.join(words[:1]) or 'nothing'}")
-        if any("\0" in word for word in words):
-            raise UserError("an argument has no zero byte")
         folder = self.new_folder()
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
@@ -63,9 +62,7 @@ class Jobs:
 
     def new_folder(self) -> Path:
         """Make the folder of the next job, and forget the oldest that have ended."""
-        if within(self.root, self.folder) != self.folder:
-            raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        hidden(self.root, self.folder.name)
         numbers = self.numbers()
         for number in numbers[:-HELD][:HELD]:  # a stranger's folder may hold any number
             if self.state(self.folder / str(number)) != RUNNING:

@@ -10,6 +10,16 @@ from ..files.readable import home_meant, within
 SHOWN = 2000  # entries of a folder, at most
 
 
+def hidden(root: Path, name: str) -> Path:
+    """The folder of that name in the page's own below `root`, made if it is missing. Raises UserError if a link, which
+    may have come with the folder, leads elsewhere."""
+    folder = root / ".rwkv-peft" / name
+    if within(root, folder) != folder:
+        raise UserError(f"{folder} leads elsewhere by a link; move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class Places:
     """Reads names of files as paths below `root`; no name leads out of it, through a link neither."""
 

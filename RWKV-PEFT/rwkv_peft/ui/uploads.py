@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.atomic import require_room
-from ..files.readable import within
+from .places import hidden
 
 MOST = 32 << 30  # bytes of a file: a base of 13B in bf16 has 27 GB
 LONGEST = 60  # characters of a name
@@ -39,11 +39,8 @@ class Uploads:
         name = cleaned(name)
         if not 0 <= begin <= begin + len(part) <= size <= MOST or not (part or not size):
             raise UserError(f"{name}: a file of at most {MOST >> 30} GiB is taken; copy a larger one into the folder")
-        if within(self.root, self.folder) != self.folder:
-            raise UserError(f"{self.folder} leads elsewhere by a link; move it away")
-        path = self.folder / f"{name}.part"
+        path = hidden(self.root, self.folder.name) / f"{name}.part"
         if not begin:
-            self.folder.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # of an upload that ended on the way
             require_room("the file", path, size)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (0 if begin else os.O_CREAT | os.O_EXCL)
