@@ -1,17 +1,30 @@
 """Bodies that ask for too much are refused before they cost anything."""
 
+import asyncio
 import json
+import threading
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.serve.asking import Bounds, asking_of
+from rwkv_peft.serve.asking import LONG, Bounds, asking_of
 from rwkv_peft.serve.forms import ChatAsked, TextAsked
 from rwkv_peft.serve.gate import Refused
 from rwkv_peft.serve.schema import LARGEST, written
+from rwkv_peft.serve.service import LONG_BODY, Service
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
+BOUNDS = Bounds(answers=4, prompt=10, tokens=10, vocabulary=257)
+
+
+class Tokenizer:
+    """Any text is a token."""
+
+    def encode(self, text):
+        assert len(text) < 10
+        return [0]
 
 
 @pytest.mark.parametrize(
@@ -20,11 +33,37 @@ ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
         TextAsked(model="m", prompt=[""] * 5),
         ChatAsked(model="m", messages=[{}] * 11),
         ChatAsked(model="m", messages=[{}], tools=[{}] * 10),
+        TextAsked(model="m", prompt=["x", "x" * (10 * LONG + 1)]),
+        ChatAsked(model="m", messages=[{"role": "user", "content": "x" * 10 * LONG}]),
     ],
 )
 def test_too_much_is_refused_before_it_is_tokenized(form):
     with pytest.raises(Refused, match="may be"):
-        asking_of(form, None, Sampling(), Bounds(answers=4, prompt=10, tokens=10, vocabulary=257))
+        asking_of(form, Tokenizer(), Sampling(), BOUNDS)
+
+
+def test_a_text_without_a_request_has_the_same_limit():
+    service = SimpleNamespace(bounds=BOUNDS, catalog=SimpleNamespace(tokenizer=Tokenizer()))
+    assert Service.encoded(service, "x") == [0]
+    with pytest.raises(Refused, match="10 tokens may be"):
+        Service.encoded(service, "x" * (10 * LONG + 1))
+
+
+def test_long_texts_are_tokenized_one_at_a_time_and_short_ones_meanwhile():
+    """The first long one waits for a short one, and the second long one for the first."""
+    short, order = threading.Event(), []
+
+    def first():
+        assert short.wait(300)
+        order.append("first")
+
+    async def all_at_once():
+        service = SimpleNamespace(reading=asyncio.Lock())
+        acts = ((LONG_BODY + 1, first), (LONG_BODY + 1, lambda: order.append("second")), (1, short.set))
+        await asyncio.gather(*(Service.read(service, size, act) for size, act in acts))
+
+    asyncio.run(all_at_once())
+    assert order == ["first", "second"]
 
 
 @pytest.mark.parametrize(

@@ -108,16 +108,16 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(form: Tokenized) -> dict[str, Any]:
         ends = form.prompt == END and tokenizer.end_id is not None
-        tokens = [tokenizer.end_id] if ends else await asyncio.to_thread(service.encoded, form.prompt)
+        tokens = [tokenizer.end_id] if ends else await service.read(len(form.prompt), service.encoded, form.prompt)
         return {"tokens": tokens, "count": len(tokens)}
 
     @app.post("/detokenize")
     async def detokenize(form: Detokenized) -> dict[str, Any]:
-        return {"prompt": await asyncio.to_thread(service.decoded, form.tokens)}
+        return {"prompt": await service.read(len(form.tokens), tokenizer.decode, form.tokens)}
 
 
 async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -> Response:
-    conversation = await service.ask(form)
+    conversation = await service.ask(form, len(await http.body()))
     if form.stream:
         return Events(conversation)
     return Body(await conversation.whole(departure(http)))

@@ -15,6 +15,7 @@ from .forms import Asked, ChatAsked, TextAsked
 from .gate import Refused
 
 SEEDS = 1 << 48  # of requests that name none
+LONG = 16  # characters for each token that a prompt may have: longer texts are refused before they are tokenized
 
 
 class Prompt(NamedTuple):
@@ -32,6 +33,11 @@ class Bounds:
     prompt: int
     tokens: int
     vocabulary: int
+
+    def judge_length(self, *texts: str) -> None:
+        """Raise Refused for the texts of a prompt that would take long to tokenize, and be refused then."""
+        if (length := sum(map(len, texts))) > LONG * self.prompt:
+            raise too_long(f"{length:,} characters", self)
 
 
 class Asking(NamedTuple):
@@ -54,7 +60,7 @@ def asking_of(form: TextAsked | ChatAsked, tokenizer: Tokenizer, defaults: Sampl
     if isinstance(form, ChatAsked):
         if (parts := len(form.messages) + len(form.tools or ())) > bounds.prompt:
             raise too_long(f"{parts:,} messages and tools", bounds)
-        prompts, stops = [chat_prompt(form, tokenizer)], (*stops_of("Assistant:"), *form.stops)
+        prompts, stops = [chat_prompt(form, tokenizer, bounds)], (*stops_of("Assistant:"), *form.stops)
         longest = form.max_completion_tokens or form.max_tokens or bounds.tokens
     else:
         prompts, stops = text_prompts(form, tokenizer, bounds), form.stops
@@ -83,13 +89,14 @@ def sampling_of(form: Asked, defaults: Sampling) -> Sampling:
         raise Refused(400, message, message.partition(" ")[0]) from error
 
 
-def chat_prompt(form: ChatAsked, tokenizer: Tokenizer) -> Prompt:
+def chat_prompt(form: ChatAsked, tokenizer: Tokenizer, bounds: Bounds) -> Prompt:
     """Lay out messages as chat data is, up to the opening of the answer, each part tokenized by itself."""
     try:
         turns = [*form.messages, {"role": "assistant", "content": ""}]
         parts = segments({"messages": turns, "tools": form.tools if form.calls else None})[:-1]
         texts = [text for text, _ in parts]
         texts[-1] += OPENINGS.get(form.think or "", "")
+        bounds.judge_length(*texts)
         encoded = [tokenizer.encode(text) for text in texts]
     except UserError as error:
         raise Refused(400, str(error), "messages") from error
@@ -101,6 +108,8 @@ def chat_prompt(form: ChatAsked, tokenizer: Tokenizer) -> Prompt:
 def text_prompts(form: TextAsked, tokenizer: Tokenizer, bounds: Bounds) -> list[Prompt]:
     prompts = []
     for number, one in enumerate(form.prompts):
+        if isinstance(one, str):
+            bounds.judge_length(one)
         try:
             tokens = encode(tokenizer, one, number) if isinstance(one, str) else list(one)
         except UserError as error:

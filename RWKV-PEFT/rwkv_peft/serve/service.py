@@ -5,11 +5,11 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.turns import OPENINGS
 from ..errors import UserError
@@ -29,11 +29,13 @@ from .schema import Compiled, Schemas
 from .telling import BROKEN, ChatTeller, Teller, TextTeller, Usage, event, joined
 from .worker import LATE, Choice, Drawn, Exchange, Piece, Worker
 
+Read = TypeVar("Read")
 # ChatAsked.think, None for a text -> what an answer begins with that is not told
 LEADS = MappingProxyType(
     {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
 )
 
+LONG_BODY = 1 << 16  # bytes: of longer bodies one is tokenized at a time, because tokenizers let nothing else run
 PIECE, STEP_SECONDS = 64, 0.1  # tokens that are read at first between two that are drawn, and how long that may take
 
 
@@ -46,18 +48,19 @@ class Service:
         self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary)
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
-        self.schemas, self.compiling = Schemas(catalog.tokenizer, vocabulary), asyncio.Lock()
+        self.schemas = Schemas(catalog.tokenizer, vocabulary)
+        self.compiling, self.reading = asyncio.Lock(), asyncio.Lock()  # waiting threads would be missing elsewhere
         known, ahead = Known(args.known_mib << 20), catalog.own.model.emb.weight.is_cuda
         self.worker = Worker(Engine(vocabulary, args.batch, known, Pace(PIECE, STEP_SECONDS), ahead))
 
-    async def ask(self, form: TextAsked | ChatAsked) -> "Conversation":
-        """Give a request its places, and have it answered. Raises Refused."""
+    async def ask(self, form: TextAsked | ChatAsked, size: int) -> "Conversation":
+        """Give a request, whose body has `size` bytes, its places, and have it answered. Raises Refused."""
         schema = None
         if isinstance(form, ChatAsked) and (form.response_format or form.must_call):
-            async with self.compiling:  # here, because waiting threads would be missing elsewhere
+            async with self.compiling:
                 schema = await asyncio.to_thread(self.schemas.compiled, form)
         voice = self.catalog.voice(form.model, form.state)
-        asking = await asyncio.to_thread(asking_of, form, self.catalog.tokenizer, self.defaults, self.bounds)
+        asking = await self.read(size, asking_of, form, self.catalog.tokenizer, self.defaults, self.bounds)
         due = len(asking.prompts) * asking.times
         if self.answers + due > self.places:
             raise Refused(429, "all places are taken; try again later", code="rate_limit_exceeded")
@@ -75,19 +78,15 @@ class Service:
             self.worker.call(partial(self.worker.engine.add, request))
         return Conversation(exchange, requests, teller, self.metrics, form.tells_usage)
 
-    def encoded(self, text: str) -> list[int]:
-        """The tokens of a text. Raises Refused for one that has none."""
-        try:
-            return self.catalog.tokenizer.encode(text)
-        except UserError as error:
-            raise Refused(400, str(error), "prompt") from error
+    async def read(self, size: int, act: Callable[..., Read], *arguments: Any) -> Read:
+        """act(*arguments) on what is in a body of `size` bytes, in a thread; of long ones one at a time."""
+        async with self.reading if size > LONG_BODY else nullcontext():
+            return await asyncio.to_thread(act, *arguments)
 
-    def decoded(self, tokens: list[int]) -> str:
-        """The text of tokens. Raises Refused for one that the vocabulary lacks."""
-        try:
-            return self.catalog.tokenizer.decode(tokens)
-        except UserError as error:
-            raise Refused(400, str(error), "tokens") from error
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a text. Raises Refused for a text that is too long for a prompt."""
+        self.bounds.judge_length(text)
+        return self.catalog.tokenizer.encode(text)
 
     def _request(
         self,
