@@ -17,6 +17,16 @@ from rwkv_peft.serve.service import LONG_BODY, Service
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
 BOUNDS = Bounds(answers=4, prompt=10, tokens=10, vocabulary=257)
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+# what nobody expects in a field, as JSON
+HOSTILE = (
+    *map(json.dumps, (5, True, [], {}, [[]], "", "x\0y", "x" * 70_000, ["x"], {"a": 1}, 10**400, -1, 1e308)),
+    *("NaN", "[NaN]", "-Infinity", '"\\ud800"', '{"\\ud800": 1}', "1" * 5000, "[" * 500 + "]" * 500),
+    *('{"type": "json_schema", "json_schema": 5}', '{"type": "json_object", "schema": 5}', '{"type": {}}'),
+    *('{"type": "function", "function": {"name": 5}}', '[{"name": 5}]', '[{"role": "user", "content": 5}]'),
+    '[{"name": "f", "parameters": ' + '{"not": ' * 300 + "{}" + "}" * 301 + "]",
+    '[{"role": "assistant", "tool_calls": [{"name": "' + "x" * 70_000 + '", "arguments": 5}]}]',
+)
 
 
 class Tokenizer:
@@ -73,6 +83,18 @@ def test_a_thousand_mistakes_are_told_as_few(mistakes):
     with pytest.raises(ValidationError) as refusal:
         TextAsked(**{"model": "m", "prompt": "x"} | mistakes)
     assert refusal.value.error_count() < 6
+
+
+@pytest.mark.parametrize("path, sound", [("/v1/completions", ASK), ("/v1/chat/completions", CHAT)])
+def test_no_field_is_an_error_of_the_server(server, path, sound):
+    form = TextAsked if sound is ASK else ChatAsked
+    for field in form.model_fields:
+        for value in HOSTILE:
+            given = {name: json.dumps(known) for name, known in sound.items()} | {field: value}
+            body = ", ".join(f'"{name}": {text}' for name, text in given.items())
+            status, _, answer = server.send("POST", path, f"{{{body}}}".encode())
+            assert status in (200, 400, 404, 413), (field, value[:99])
+            assert status == 200 or "stream" in field or len(answer["error"]["message"]) < 3000
 
 
 @pytest.mark.parametrize("start", [b'{"a": [', b'{"\\"": [', b'{"\\\\": ['])

@@ -16,6 +16,7 @@ ANSWERS = {  # (words, cities)
     CALL + "\n" + CALL.replace("Köln", "Bonn"): ("", ["Köln", "Bonn"]),
     "a < b and <tool_c or <tool_call> of nothing": ("a < b and <tool_c or <tool_call> of nothing", []),
     "no calls": ("no calls", []),
+    **{CALL[:-cut]: ("", ["Köln"]) for cut in (1, 5, 11, 12, 13)},  # by max_tokens, within the closing
 }
 
 

@@ -21,7 +21,8 @@ NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)", re.DOTALL)  # with or without its prompt's part
 OPENS = re.compile(r"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*")  # the second as in RWKV-LM's templates
 SPACE = re.compile(r"\s*")
-CLOSES = re.compile(r"\s*(?:</tool_call>|```)?")
+CLOSINGS = ("</tool_call>", "```")
+CLOSES = re.compile(rf"\s*(?:{'|'.join(CLOSINGS)})?")
 
 
 class Call(NamedTuple):
@@ -122,6 +123,8 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
         except (UserError, ValueError, RecursionError):  # not that of a call, or not JSON
             found = []
         end = skipped(CLOSES, text, end) if found else opening.end()
+        if found and any(closing.startswith(text[end:]) for closing in CLOSINGS):  # a limit has cut it
+            end = len(text)
         kept.append(text[place : opening.start() if found else end])
         calls += found
         place = end

@@ -78,7 +78,7 @@ class Schemas:
         """Compile what a request holds its answers to, None if any text will do; called for one request at a time.
         Raises Refused for what cannot be held."""
         field, text = "response_format", "body"
-        schema = schema_of(form.response_format or {})
+        schema = schema_of(form.response_format) if form.response_format else None
         if form.must_call:
             if schema is not None:
                 raise wrong("tool_choice", "a call has a form of its own; leave response_format out")
@@ -115,15 +115,16 @@ class Schemas:
 
 def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:
     """The schema of a response_format, None if any text will do."""
-    kind = form.get("type", "text")
-    schema: Any = dict(ANY)
-    if kind == "text":
-        return None
-    if kind == "json_schema":
-        schema = (form.get("json_schema") or {}).get("schema")
-    if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
-        raise wrong("response_format", '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
-    return schema
+    match form:
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+        case {"type": "json_object", "schema": dict(schema)}:
+            return schema
+        case {"type": "json_object"} if form.get("schema") is None:
+            return dict(ANY)
+        case {"type": "text"}:
+            return None
+    raise wrong("response_format", '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
 
 
 def written(field: str, schema: Mapping[str, Any]) -> str:
@@ -140,13 +141,14 @@ def written(field: str, schema: Mapping[str, Any]) -> str:
 
 def call_schema(form: ChatAsked) -> dict[str, Any]:
     """The schema of the call that tool_choice demands: of the tool that it names, or of any."""
-    choice = form.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
-        name = choice["function"].get("name")
-    elif choice == "required":
-        name = None
-    else:
-        raise wrong("tool_choice", '"auto", "none", "required" or {"type": "function", "function": {"name": …}} is due')
+    match form.tool_choice:
+        case "required":
+            name = None
+        case {"type": "function", "function": {"name": str(name)}}:
+            pass
+        case _:
+            due = '"auto", "none", "required" or {"type": "function", "function": {"name": …}} is due'
+            raise wrong("tool_choice", due)
     functions = [tool.get("function", tool) for tool in form.tools or ()]
     chosen = [one for one in functions if isinstance(one, dict) and name in (None, one.get("name"))]
     if not chosen:
