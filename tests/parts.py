@@ -64,6 +64,7 @@ PARTS = (
     ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
     ("page", ("ui",), ("train flags", "data", "gate")),  # it starts the commands that compute
+    ("page's check", ("ui/check",), ("run", "plan")),  # which it starts, too
     ("compare", ("compare",), ("run",)),
     ("study", ("study",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name

@@ -1,5 +1,10 @@
 """The commands that the page starts, as its server sees them."""
 
+import os
+import time
+
+import pytest
+
 from rwkv_peft.ui.chat import close_chats
 from rwkv_peft.ui.jobs import Jobs
 
@@ -13,6 +18,18 @@ def test_a_command_that_begins_slowly_runs(monkeypatch, tmp_path):
     jobs.own[name].kill()
     jobs.own[name].wait()
     assert jobs.job(name)["state"] == "lost"
+
+
+def test_no_command_that_has_ended_is_left_as_a_zombie(monkeypatch, tmp_path):
+    monkeypatch.setattr("rwkv_peft.ui.jobs.python_command", lambda *_: ["true"])
+    jobs = Jobs(tmp_path)
+    for _ in range(5):
+        jobs.start(["doctor"])
+    end = time.monotonic() + 300
+    for process in jobs.own.values():
+        with pytest.raises(ChildProcessError):
+            while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) or time.monotonic() < end:
+                time.sleep(0.01)
 
 
 def test_a_page_that_ends_closes_its_models_and_leaves_runs(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from rwkv_peft.ui.flags import parse_flags
 from rwkv_peft.ui.form import CHAT, FIRST, chat_form, form
 from rwkv_peft.ui.lines import TAIL, last_of
 from rwkv_peft.ui.places import Places
-from rwkv_peft.ui.runs import folders
+from rwkv_peft.ui.runs import find_runs, folders
 from ui.pages import CHILDREN
 
 
@@ -216,6 +216,39 @@ def test_a_plan_refuses_flags_in_their_own_words(server):
     assert found["code"] == 2 and "--tokenizer world has 65,536 tokens" in found["text"]
 
 
+def test_a_plan_refuses_what_start_refuses(server, folder):
+    (folder / "taken").mkdir()
+    (folder / "taken" / "adapter.safetensors").touch()
+    sound = {"--load_model": "base.pth", "--data_file": "rows.jsonl", "--data_type": "sft", "--tokenizer": "bytes"}
+    for change, words in (
+        ({"--proj_dir": "taken"}, "taken already holds adapter.safetensors"),
+        ({"--data_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"--data_file": "base.pth"}, "base.pth"),
+        ({"--val_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({}, "fits"),
+    ):
+        given = sound | {"--proj_dir": "new"} | change
+        found = server.json("/api/plan", {"words": [word for pair in given.items() for word in pair]})
+        assert words in found["text"] and found["code"] == (0 if not change else 2)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        ("batch size", "micro_bsz"),
+        ("gradient accumulation", "accumulate_grad_batches"),
+        ("scheduler", "lr_schedule"),
+        ("lora alpha", "lora_config"),
+        ("learning rate", "lr_init"),
+        ("4bit", "quant"),
+    ],
+)
+def test_a_flag_is_found_by_the_words_of_other_tools(words, flag):
+    (field,) = (field for group in form() for field in group["fields"] if field["flag"] == flag)
+    assert words in field["search"]
+
+
 def test_other_commands_are_not_started(server):
     for words in ([], ["--version"], ["ui"], ["-c", "print()"]):
         status, text = server.ask("/api/jobs", {"words": words})
@@ -283,6 +316,17 @@ def test_near_runs_are_found_and_links_and_hidden_folders_passed_over(tmp_path, 
     assert [str(path.relative_to(tmp_path)) for path in folders(tmp_path)] == ["a", "a/b/c/d/e"]
     monkeypatch.setattr("rwkv_peft.ui.runs.LOOKED", 2)
     assert list(folders(tmp_path)) == [tmp_path / "a"]
+
+
+def test_all_runs_are_listed_with_their_steps(tmp_path):
+    for number in range(302):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.json").write_text('{"steps": 50000}')
+        (tmp_path / str(number) / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    lines = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in range(50_000))
+    (tmp_path / "7" / "metrics.jsonl").write_text(lines)
+    found = {run["folder"]: (run["done"], run["steps"]) for run in find_runs(Places(tmp_path))}
+    assert found == {str(number): (50_000 if number == 7 else 2, 50_000) for number in range(302)}
 
 
 def test_a_command_is_stopped_before_it_has_begun(server):

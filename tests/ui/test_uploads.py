@@ -60,13 +60,16 @@ def test_parts_that_do_not_follow_and_too_large_files_are_refused(tmp_path, monk
     assert not (tmp_path / "a").exists()
 
 
-def test_no_link_that_came_with_a_folder_is_followed(tmp_path):
+def test_no_link_or_pipe_that_came_with_a_folder_is_followed(tmp_path):
     outside, uploads = tmp_path / "outside", Uploads(tmp_path / "files")
     outside.write_text("mine")
     uploads.folder.mkdir(parents=True)
     (uploads.folder / "a.part").symlink_to(outside)
     with pytest.raises(OSError):
         uploads.take("a", 4, 5, b"x")
+    os.mkfifo(uploads.folder / "b.part")
+    with pytest.raises(OSError):  # and not waited for
+        uploads.take("b", 4, 5, b"x")
     assert uploads.take("a", 0, 1, b"x") == "a" and outside.read_text() == "mine"
     uploads.folder.rename(tmp_path / "moved")
     uploads.folder.symlink_to(tmp_path / "moved")

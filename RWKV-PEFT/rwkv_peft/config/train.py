@@ -91,7 +91,11 @@ class RunSettings:
         "--precision",
         choices=("keep", "bf16", "fp16", "fp32"),
     )
-    merge_on_save: bool = setting(False, "also write the merged model, merged.pth, whenever the adapter is saved")
+    merge_on_save: bool = setting(
+        False,
+        "also write the merged model whenever the adapter is saved: merged.pth, and one of each epoch that is saved "
+        "(--epoch_save, --keep_checkpoints)",
+    )
     random_seed: int = setting(
         42, "seed of initialization, dropout and data order; -1: draw one and print it", type=seed
     )

@@ -135,7 +135,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
 
     @app.post("/api/plan")
     def plan(command: Words) -> dict[str, Any]:
-        code, text = finished("rwkv_peft", "plan", *command.words)
+        code, text = finished("rwkv_peft.ui.check", *command.words)
         return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
 
     def finished(module: str, *words: str) -> tuple[int, str]:

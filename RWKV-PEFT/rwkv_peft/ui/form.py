@@ -1,6 +1,7 @@
 """The flags of commands as fields of forms, made from their parsers, so that a new flag is a new field."""
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from ..cli import switch
 from ..config import CHOICES
 from ..serve.flags import build_parser as serve_parser
 from ..training.flags.parser import parser_of_train
+from ..training.flags.synonyms import SYNONYMS, VALUES
 
 FIRST = (  # the flags that matter first, in the form's order
     "load_model",
@@ -77,7 +79,7 @@ def chat_form() -> list[dict[str, Any]]:
 
 def field_of(action: argparse.Action) -> dict[str, Any]:
     """A flag as a field: its name, help, kind (on: given or not; switch: 0 or 1; choice; list; paths; path; text), the
-    values of a choice, what the help says of each, and the default as text."""
+    values of a choice, what the help says of each, the default as text, and words to find it by."""
     name = next(flag for flag in action.option_strings if flag.startswith("--")).removeprefix("--")
     kind, values = "text", []
     if action.nargs == 0:
@@ -105,7 +107,16 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
         "words": told if values else {},
         "default": "" if kind == "on" or default in (None, False, []) else str(default),
         "required": action.required,
+        "search": search_words(name),
     }
+
+
+@functools.cache
+def search_words(flag: str) -> str:
+    """The names of a train.py flag, and of its values, in other tools, by which somebody may look for it."""
+    found = [other for other, ours in SYNONYMS.items() if re.search(rf"--{flag}\b", ours)]
+    found += [value for named, value in VALUES if named == f"--{flag}"]
+    return " ".join(found).replace("--", "").replace("_", " ")
 
 
 def around(text: str, told: Mapping[str, str]) -> str:

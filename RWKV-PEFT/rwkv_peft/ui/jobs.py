@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,7 +50,7 @@ class Jobs:
         folder = self.new_folder()
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
-            self.own[folder.name] = subprocess.Popen(
+            self.own[folder.name] = process = subprocess.Popen(
                 python_command("rwkv_peft.ui.job", folder, *words),
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
@@ -58,6 +59,7 @@ class Jobs:
                 env=os.environ | {KEY: self.key},
                 start_new_session=True,  # Ctrl-C in the server's terminal is not for it
             )
+        threading.Thread(target=process.wait, daemon=True).start()  # else it stays as a zombie when it has ended
         return folder.name
 
     def new_folder(self) -> Path:

@@ -39,10 +39,10 @@ def lines_of(path: Path, begin: int = 0) -> dict[str, Any]:
     return {"lines": list(objects(whole.splitlines())), "next": (0 if again else begin) + len(whole), "again": again}
 
 
-def last_of(path: Path) -> list[Any]:
-    """The objects in the last lines of a .jsonl file."""
+def last_of(path: Path, most: int = TAIL) -> list[Any]:
+    """The objects in the last lines of a .jsonl file, of `most` bytes together."""
     size = path.stat().st_size if is_plain(path) else 0
-    found: list[Any] = lines_of(path, max(size - TAIL, 0))["lines"]
+    found: list[Any] = lines_of(path, max(size - most, 0))["lines"]
     return found
 
 

@@ -10,12 +10,12 @@ from ..errors import UserError
 from ..files.best import is_place, take
 from ..files.lock import LOCK, holder
 from ..names import METRICS, RUN
-from .lines import objects, read
+from .lines import last_of, objects, read
 from .places import Places
 
 DEEP = 5  # levels of folders that are looked through
 LOOKED = 3000  # folders that are: the page asks every 3 seconds, and a home folder may hold a hundred thousand
-MOST = 200  # runs that are shown
+LINE = 1 << 12  # bytes of a step's line in METRICS, and more
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
 SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
@@ -23,7 +23,7 @@ SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 
 def find_runs(places: Places) -> list[dict[str, Any]]:
     """The runs below the root, the newest first: folder, running, when it wrote last, settings that tell it apart."""
-    found = sorted(folders(places.root), key=lambda folder: -modified(folder))[:MOST]
+    found = sorted(folders(places.root), key=lambda folder: -modified(folder))
     runs = list[dict[str, Any]]()
     for folder in found:
         with suppress(OSError):  # it was moved away this moment, or may not be read
@@ -63,11 +63,14 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
     settings = settings if isinstance(settings, dict) else {}
     flags, train, steps = (settings.get(key) for key in ("flags", "train", "steps"))
     epochs = train.get("epoch_count") if isinstance(train, dict) else None
+    last = (last_of(folder / METRICS, LINE) or [None])[-1]
+    done = last.get("step") if isinstance(last, dict) else None
     return {
         "folder": name,
         "running": holder(folder / LOCK) is not None,
         "modified": modified(folder),
         "steps": steps if is_place(steps) else 0,
+        "done": done + 1 if is_place(done) else 0,
         "epochs": epochs if is_place(epochs) else 0,
         "flags": flags if isinstance(flags, dict) else {},
         "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),

@@ -43,7 +43,8 @@ class Uploads:
         if not begin:
             path.unlink(missing_ok=True)  # of an upload that ended on the way
             require_room("the file", path, size)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (0 if begin else os.O_CREAT | os.O_EXCL)
+        # a link or a pipe of that name may have come with the folder
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if begin else os.O_CREAT | os.O_EXCL)
         try:
             with open(os.open(path, flags, 0o666), "ab") as file:
                 if file.tell() != begin:
