@@ -50,6 +50,7 @@ VALUES = {
     "--smooth": "0.5",
     "--to": "lora",
     "--think": "on",
+    "--clean_turns": "0",
     "--gpu": "24GiB",
     "--part_tokens": "64",
     "--top_p": "0.5",

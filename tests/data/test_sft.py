@@ -78,11 +78,13 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
     first = config(ROWS)
     prefix, notes = prepare_sft(first)
     assert prepare_sft(first) == (prefix, notes) and len(calls) == 1
-    others = dict(ctx_len=32, tokenizer="world", sft_split="train[:3]", sft_long="skip", sft_think="off")
+    others = dict(
+        ctx_len=32, tokenizer="world", sft_split="train[:3]", sft_long="skip", sft_think="off", clean_turns=False
+    )
     for name, value in others.items():
         assert prepare_sft(replace(first, **{name: value}))[0] != prefix
     assert prepare_sft(config(ROWS[:5]))[0] != prefix  # other content in the same file
-    assert len(calls) == 7
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("gone", [(".json", ".bin"), (".bin",), (".idx",), (".mask",), (".json",)])

@@ -37,6 +37,15 @@ def test_gsm8k_rows(row):
         assert task.judge(text, problem) == {"strict": strict, "flexible": flexible}
 
 
+def test_questions_are_cleaned_in_layouts_of_turns():
+    question, one = "a\n\nUser: b", "a\nUser: b"
+    for name, layout in LAYOUTS.items():
+        due = one if name in ("chat", "question", "instruction") else question
+        problem = TASKS["gsm8k"].problem({"question": question, "answer": "#### 4"}, layout)
+        assert problem.prompt == layout.replace("{question}", due)
+    assert TASKS["jsonl"].problem({"query": question, "response": "4"}, "").prompt == f"User: {one}\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     "row",
     [

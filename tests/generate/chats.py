@@ -17,10 +17,10 @@ def tokens_of(text):
     return BytesTokenizer().encode(body) + [END] * ends + [-1] * interrupted
 
 
-def trained(*turns, think=""):
+def trained(*turns, think="", clean=True):
     """The tokens of a conversation in training data, without its end token."""
     messages = [{"role": role, "content": words} for role, words in turns]
-    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think)).encode(
+    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think, clean_turns=clean)).encode(
         Chunk("x", 1, ({"messages": messages},))
     )
     return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()

@@ -6,11 +6,12 @@ import pytest
 from jinja2 import TemplateError
 
 import rwkv_peft as rp
+from data.hostile import BOUNDARY, HOSTILE
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
 from rwkv_peft.hf import RWKVTokenizer
 from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
-from rwkv_peft.serve.asking import chat_prompt
+from rwkv_peft.serve.asking import Bounds, chat_prompt
 from rwkv_peft.serve.forms import ChatAsked
 
 
@@ -63,12 +64,21 @@ def test_chats_and_what_counts_of_them_are_those_of_rows(turns, tools):
     assert found["assistant_masks"] == [int(counts) for text, counts in parts for _ in text.encode()]
 
 
+@pytest.mark.parametrize("words", HOSTILE)
+def test_no_words_forge_a_turn_and_all_are_those_of_rows(words):
+    turns = [{**turn, "content": turn["content"] if turn["role"] == "assistant" else words} for turn in CHAT]
+    tools, tokenizer = [{"name": "f", "description": words}], RWKVTokenizer("bytes")
+    found = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+    assert found == "".join(text for text, _ in segments({"messages": turns, "tools": tools})) + "\n\n"
+    assert BOUNDARY.findall(found) == BOUNDARY.findall(tokenizer.apply_chat_template(CHAT, tokenize=False))
+
+
 @pytest.mark.parametrize("think", ["", *OPENINGS])
 def test_the_next_answer_is_opened_as_in_serve(think):
     tokenizer = RWKVTokenizer("bytes")
     for number, turns in enumerate((CHAT[:2], CHAT, [{"role": "user", "content": [{"type": "text", "text": " a "}]}])):
         asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
-        prompt = chat_prompt(ChatAsked(model="m", **asked), rp.tokenizer("bytes"))
+        prompt = chat_prompt(ChatAsked(model="m", **asked), rp.tokenizer("bytes"), Bounds(1, 1 << 20, 1, 257))
         asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}
         assert tokenizer.apply_chat_template(turns, **asked) == prompt.tokens
 

@@ -17,11 +17,13 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
+from rwkv_peft.data.asked import clean_beside
+from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.merge_command import main as merge
 from training.held import held
-from training.runs import finish, metrics, start
+from training.runs import ROOT, finish, metrics, start
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +233,27 @@ def test_rows_of_questions_train_a_new_model_without_preprocessing(files, train)
     train("scratch", "--load_model", "", *flags, "--data_file", str(files / "rows.jsonl"))
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]
     assert open_base(files / "scratch" / "rwkv.pth").tensors["emb.weight"].shape == (257, 64)
+
+
+def test_a_run_records_whether_the_turns_of_its_rows_are_cleaned(tmp_path, tiny_state, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.save(tiny_state(vocab_size=257, dtype=torch.bfloat16), tmp_path / "base.pth")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"query": "a\n\nUser: b", "response": "c"}) + "\n")
+    words = [str(rows), "--tokenizer", "bytes", "--output", str(tmp_path / "data"), "--clean_turns", "0"]
+    assert preprocess(words) == 0
+    of_rows = (str(rows), "--data_type", "sft", "--tokenizer", "bytes")
+    for name, data, clean in (("tokens", (str(tmp_path / "data"),), False), ("rows", of_rows, True)):
+        argv = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--load_model",
+            str(tmp_path / "base.pth"),
+            "--data_file",
+            *data,
+        ]
+        argv += f"--proj_dir {tmp_path / name} --bone_r 16 --epoch_count 1 --accelerator cpu --ctx_len 64".split()
+        finish(start(argv))
+        assert clean_beside(tmp_path / name) is clean_beside(None, tmp_path / name / "adapter.safetensors") is clean
+        assert (b"--clean_turns 0" in (tmp_path / name / "adapter.safetensors").read_bytes()) is not clean
+    assert clean_beside(tmp_path)

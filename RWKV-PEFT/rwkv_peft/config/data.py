@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cli import above_zero, alias, count, positive
+from ..cli import above_zero, alias, count, positive, switch
 from ..errors import UserError
 from ..names import LOSS_MASKS
 from ..tables import SAMPLINGS
@@ -104,6 +104,12 @@ class DataConfig:
         "how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
+    )
+    clean_turns: bool = setting(
+        True,
+        "remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank line "
+        "and a speaker's name begin a turn",
+        type=switch,
     )
     skip_bad_rows: bool = setting(
         False, "leave out rows that cannot be read, and count them by kind (default: such rows are refused)"

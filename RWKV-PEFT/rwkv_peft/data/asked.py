@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .recorded import content_of, runs_beside
+from .recorded import CLEAN, content_of, runs_beside
 from .templates import LAYOUTS
 
 OPENING = "opening"  # of answers: an entry of a run's config.json
@@ -21,6 +21,13 @@ def flags_beside(*paths: str | Path | None) -> str:
     """The flags by which generate asks as the rows of that run ask: --prompt, or --chat if prompt_beside knows none."""
     prompt = prompt_beside(*paths)
     return f"--escapes --prompt '{prompt}'" if prompt else "--chat"
+
+
+def clean_beside(*paths: str | Path | None) -> bool:
+    """Whether the turns of that run's rows are cleaned, which they are by default."""
+    found = (content.get("data") for content in map(content_of, runs_beside(*paths)) if isinstance(content, dict))
+    settings = next((each for each in found if isinstance(each, dict)), {})
+    return settings.get(CLEAN) is not False
 
 
 def note_on_chats(*paths: str | Path | None) -> str:

@@ -32,6 +32,7 @@ class EncodeSettings:
       of its context, question and answer, if they are not to be recognised
     - template: the text of a template
     - think: how answers of chats are opened, "", "on" or "off" (turns.py)
+    - clean_turns: whether texts of others than the assistant are cleaned (turns.py)
     - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
     - max_tokens: the most that a document may have (0: no limit)
     - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
@@ -46,6 +47,7 @@ class EncodeSettings:
     fields: tuple[str, ...] = ()
     template: str = ""
     think: str = ""
+    clean_turns: bool = True
     skip_bad_rows: bool = False
     max_tokens: int = 0
     too_long: str = "left"

@@ -27,8 +27,8 @@ from .tokenizer import load_tokenizer, utf8
 from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
-# the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think) -> its documents
-LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str], Documents]] = MappingProxyType(
+# the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think, clean) -> documents
+LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str, bool], Documents]] = MappingProxyType(
     {
         "pairs": pair,
         "labels": lambda *row: [labelled(*row)],
@@ -127,15 +127,16 @@ class Encoder:
             )
         self.told_aside = not settings.template and not settings.fields and self.kind not in ("prompts", "contexts")
         self.layout: Callable[[object, str], Documents]
+        clean = settings.clean_turns
         if own := LAYOUTS.get(settings.command):
-            self.layout = lambda row, think: own(row, settings.fields, think)
+            self.layout = lambda row, think: own(row, settings.fields, think, clean)
         elif settings.template:
-            template = Template(settings.template)
+            template = Template(settings.template, clean)
             self.layout = lambda row, think: [template(row)]
         elif settings.fields:
-            self.layout = lambda row, think: [named_segments(row, settings.fields, think)]
+            self.layout = lambda row, think: [named_segments(row, settings.fields, think, clean)]
         else:
-            self.layout = lambda row, think: [segments(row, think)]
+            self.layout = lambda row, think: [segments(row, think, clean)]
 
     def documents(self, row: object) -> Documents:
         """The documents of a row. If thinking is asked for and the row holds none, its answer is laid out as one at

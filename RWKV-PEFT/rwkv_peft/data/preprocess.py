@@ -66,13 +66,14 @@ def main(argv: list[str]) -> int:
         tuple(options.fields),
         read_template(options.template) if options.template else "",
         options.think,
+        options.clean_turns,
         options.skip_bad_rows,
     )
     output, tokenizer = binidx_prefix(options.output), encoder(settings).tokenizer
     check_record(output, options.input)
     for end in ENDINGS:
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(tokenizer, options.input)
+    record = record_of(tokenizer, options.input, options.clean_turns)
     if not options.overwrite:
         require_own(output, record)
     key = key_of(settings, options.split, options.drop_duplicates, options.shard_tokens, options.input)

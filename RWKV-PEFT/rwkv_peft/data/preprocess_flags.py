@@ -4,7 +4,7 @@ import argparse
 import os
 from types import MappingProxyType
 
-from ..cli import Parser, count, positive, whole
+from ..cli import Parser, count, positive, switch, whole
 from ..rules import EXCLUDES, NEEDS, Rule
 from .rows import KINDS
 from .templates import TEMPLATES
@@ -12,8 +12,8 @@ from .turns import OPENINGS
 
 PROG = "rwkv-peft preprocess"
 WRITING = (
-    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --split, --skip_bad_rows, "
-    "--drop_duplicates, --shard_tokens, --show"
+    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --clean_turns 0, "
+    "--split, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
@@ -72,6 +72,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         choices=tuple(OPENINGS),
         help="chats of RWKV-7 G1: on opens an answer with <think if the row holds thinking, else with <think></think; "
         "off opens all with <think></think, without the rows' thinking (default: answers as in the rows)",
+    )
+    add(
+        "--clean_turns",
+        type=switch,
+        default=True,
+        metavar="0|1",
+        help="remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank "
+        "line and a speaker's name begin a turn; PREFIX.json records a 0",
     )
     add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")

@@ -21,6 +21,7 @@ from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
+CLEAN = "clean_turns"  # in a PREFIX.json that says no
 
 
 class Vocabulary(NamedTuple):
@@ -63,16 +64,17 @@ def require_own(prefix: str, record: str) -> None:
         content.pop(SHARDS, None)
     if found is not None and content != json.loads(record):
         raise UserError(
-            f"--output {prefix}: {found} exists, made from other inputs or with another tokenizer; choose another "
-            "PREFIX, or replace the old files with --overwrite"
+            f"--output {prefix}: {found} exists, made from other inputs, with another tokenizer or --clean_turns; "
+            "choose another PREFIX, or replace the old files with --overwrite"
         )
 
 
-def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
-    """The text of PREFIX.json: the Vocabulary of a tokenizer, and a hash of the inputs' names."""
+def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path], clean: bool = True) -> str:
+    """The text of PREFIX.json: the Vocabulary of a tokenizer, a hash of the inputs' names, and CLEAN if it is false."""
     names = "\n".join(str(Path(path).resolve()) for path in inputs)
     made_of = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict(), "inputs": made_of}) + "\n"
+    record = {ENTRY: vocabulary_of(tokenizer)._asdict(), "inputs": made_of} | ({} if clean else {CLEAN: False})
+    return json.dumps(record) + "\n"
 
 
 def read_record(path: str | Path) -> Vocabulary | None:
@@ -88,6 +90,12 @@ def read_record(path: str | Path) -> Vocabulary | None:
 
 def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
     return read_record(record_path(prefix))
+
+
+def clean_data(prefix: str | Path) -> bool:
+    """Whether the turns in the token files PREFIX are cleaned, as far as their record says."""
+    content = content_of(record_path(prefix))
+    return not isinstance(content, dict) or content.get(CLEAN) is not False
 
 
 def runs_beside(*paths: str | Path | None) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """Lays out the rows of preferences, labels, prompts and contexts as the texts of documents.
 
-`names`, if given, are the fields that hold the parts of a layout; `think` is as in templates.segments.
+`names`, if given, are the fields that hold the parts of a layout; `think` and `clean` are as in templates.segments.
 """
 
 import re
@@ -58,13 +58,13 @@ def turns_before(row: Mapping[str, Any]) -> list[Any] | None:
     return next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
 
 
-def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
+def pair(row: object, names: Sequence[str] = (), think: str = "", clean: bool = True) -> list[list[Segment]]:
     """Lay out a row as the segments of its better and of its worse answer, each with the prompt before it."""
     row = fields_of(row, PAIRS)
     if isinstance(row.get("input"), dict) and all(side in row for side in OPENAI):
         row = {**row["input"], **{ours: row[theirs] for ours, theirs in zip(SIDES, OPENAI)}}
     if names:
-        return [named_segments(row, (names[0], name), think) for name in names[1:]]
+        return [named_segments(row, (names[0], name), think, clean) for name in names[1:]]
     if not all(side in row for side in SIDES):
         raise unknown(row, f"pairs are {PAIRS}; rows of one answer are for --data_type sft")
     for side in SIDES:
@@ -75,14 +75,14 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
         better, worse = (turns(row, before, row[side]) for side in SIDES)
     elif prompt := next((name for name in PROMPTS if name in row), None):
         rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
-        return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
+        return [segments(rest | {PROMPTS[prompt]: row[side]}, think, clean) for side in SIDES]
     else:
         better, worse = (dialogue(row[side]) for side in SIDES)
         if not better or not worse:
             raise UnknownForm(f"a row has no prompt, only {field_names(row)}; pairs are {PAIRS}")
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))
     shared -= better == worse  # pairs of equal answers are counted as such
-    return [behind_system(row, behind(one, shared, think)) for one in (better, worse)]
+    return [behind_system(row, behind(one, shared, think, clean), clean) for one in (better, worse)]
 
 
 def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
@@ -113,26 +113,27 @@ def dialogue(text: str) -> list[Any]:
     return [] if front.strip() else turns
 
 
-def behind(conversation: list[Any], known: int, think: str) -> list[Segment]:
+def behind(conversation: list[Any], known: int, think: str, clean: bool) -> list[Segment]:
     """Lay out a conversation as segments; its first `known` turns do not count."""
     before = len(chat(conversation[:known])) if known else 0
-    return [(text, counts and place >= before) for place, (text, counts) in enumerate(chat(conversation, think))]
+    laid_out = chat(conversation, think, clean)
+    return [(text, counts and place >= before) for place, (text, counts) in enumerate(laid_out)]
 
 
-def labelled(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
+def labelled(row: object, names: Sequence[str] = (), think: str = "", clean: bool = True) -> list[Segment]:
     """Lay out a row as the segments of a prompt and an answer with a label; of a chat only the last answer counts."""
     row, label = fields_of(row, LABELS), names[2] if names else LABEL
     if label not in row:
         raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
     if names:
-        return named_segments(row, names[:2], think)
+        return named_segments(row, names[:2], think, clean)
     before = turns_before(row)
     if before is None and isinstance(row.get(COMPLETION, ""), str):
-        return segments({name: value for name, value in row.items() if name != label}, think)
+        return segments({name: value for name, value in row.items() if name != label}, think, clean)
     conversation = turns(row, before, row[COMPLETION]) if COMPLETION in row else before or []
     if len(conversation) < 2 or not answers(conversation[-1]):
         raise UserError("the turns of a labelled row are to end in one of the assistant's, which the label judges")
-    return behind_system(row, behind(conversation, len(conversation) - 1, think))
+    return behind_system(row, behind(conversation, len(conversation) - 1, think, clean), clean)
 
 
 def label_of(row: object, names: Sequence[str]) -> bool:
@@ -147,19 +148,20 @@ def label_of(row: object, names: Sequence[str]) -> bool:
     return value
 
 
-def opened(row: object, names: Sequence[str] = (), think: str = "") -> list[Segment]:
+def opened(row: object, names: Sequence[str] = (), think: str = "", clean: bool = True) -> list[Segment]:
     """Lay out a row as the segments of its prompt up to the point where its answer opens, none of which counts in the
     loss; think "on" asks every row for thinking. Raises UserError for an empty prompt."""
     row, words = fields_of(row, ASKED), STAND_IN[think]
     turns, question = turns_before(row), next((name for name in PROMPTS if name in row), None)
     if names:
-        parts = named_segments({**require_field(row, names[0]), "": words}, (names[0], ""), think)
+        parts = named_segments({**require_field(row, names[0]), "": words}, (names[0], ""), think, clean)
     elif turns is not None:
         before = turns[:-1] if turns and answers(turns[-1]) else turns
-        parts = behind_system(row, chat([*before, {"role": "assistant", "content": words}], think))
+        turns = [*before, {"role": "assistant", "content": words}]
+        parts = behind_system(row, chat(turns, think, clean), clean)
     elif question is not None:
         rest = {name: value for name, value in row.items() if name != "text"}
-        parts = segments({**rest, PROMPTS[question]: words}, think)
+        parts = segments({**rest, PROMPTS[question]: words}, think, clean)
     else:
         raise unknown(row, f"prompts are {ASKED}")
     *prompt, _ = parts
@@ -168,7 +170,7 @@ def opened(row: object, names: Sequence[str] = (), think: str = "") -> list[Segm
     return [(text, False) for text, _ in prompt]
 
 
-def in_context(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
+def in_context(row: object, names: Sequence[str] = (), think: str = "", clean: bool = True) -> list[list[Segment]]:
     """Lay out a row as two documents: the segments of its context, none of which counts in the loss, and those of its
     question and answer, which alone a student reads. Raises UserError if one of the three has no words."""
     name = names[0] if names else CONTEXT
@@ -179,7 +181,7 @@ def in_context(row: object, names: Sequence[str] = (), think: str = "") -> list[
         rest[PROMPTS[question]] = rest.pop(ANSWER) if PROMPTS[question] not in rest else rest[PROMPTS[question]]
     if not names and not any(key in rest for key in ("messages", "conversations", PROMPTS.get(question, ""))):
         raise unknown(row, f"rows with contexts have {CONTEXTS}")
-    parts = named_segments(rest, names[1:], think) if names else segments(rest, think)
+    parts = named_segments(rest, names[1:], think, clean) if names else segments(rest, think, clean)
     for what, texts in (
         ("context", [field(row, name)]),
         ("question", [text for text, counts in parts if not counts]),

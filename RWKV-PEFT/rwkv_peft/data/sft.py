@@ -72,6 +72,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
+        clean_turns=config.clean_turns,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="train" if config.data_type == "sft" else config.data_type,

@@ -13,7 +13,7 @@ from ..errors import UserError, field_names, quoted
 from ..files.readable import read_short, require_readable
 from ..names import SYSTEM_FIELDS
 from .tools import LISTS, listed, parsed
-from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, field, refuse_unplaced, without_opening
+from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, cleaned, field, refuse_unplaced, without_opening
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
@@ -41,8 +41,9 @@ class UnknownForm(UserError):
     """A row has none of the fields that are looked for."""
 
 
-def segments(row: object, think: str = "") -> list[Segment]:
-    """Lay out a row (dict) as [(text, counts)]; think is how answers of a chat are opened (turns.py)."""
+def segments(row: object, think: str = "", clean: bool = True) -> list[Segment]:
+    """Lay out a row (dict) as [(text, counts)]; think is how answers of a chat are opened, clean whether the others'
+    texts are cleaned (turns.py)."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
@@ -57,13 +58,13 @@ def segments(row: object, think: str = "") -> list[Segment]:
             return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
-            return behind_system(row, chat(parsed(row[name], f"field {name!r}"), think))
+            return behind_system(row, chat(parsed(row[name], f"field {name!r}"), think, clean), clean)
     if "query" in row and "answers" in row and any(map(row.get, LISTS)):
         turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
-        return behind_system(row, chat(turns, think))
+        return behind_system(row, chat(turns, think, clean), clean)
     for question, answer in (("query", "response"), ("question", "answer")):
         if question in row and answer in row:
-            return named_segments(row, (question, answer), think)
+            return named_segments(row, (question, answer), think, clean)
     if think:
         raise UserError(
             "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
@@ -73,15 +74,16 @@ def segments(row: object, think: str = "") -> list[Segment]:
         refuse_unplaced(row, LISTS)
         return given_segments(row["segments"])
     if "instruction" in row and "output" in row:
-        extra = field(row, "input") if row.get("input") else ""
-        prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
+        extra = cleaned(field(row, "input"), clean) if row.get("input") else ""
+        asked = cleaned(field(row, "instruction"), clean)
+        prompt = f"Instruction: {asked}\n\n" + (f"Input: {extra}\n\n" if extra else "")
         answer = field(row, "output").strip()
-        return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)])
+        return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)], clean)
     if "completion" in row and isinstance(row.get("prompt"), list):
         before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
         answer = row["completion"]
         after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return behind_system(row, chat([*before, *after], think))
+        return behind_system(row, chat([*before, *after], think, clean), clean)
     if "prompt" in row and "completion" in row:
         refuse_unplaced(row, LISTS)
         if system_of(row):
@@ -101,11 +103,11 @@ def system_of(row: Mapping[str, Any]) -> str:
     return field(row, name).strip() if name else ""
 
 
-def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
+def behind_system(row: Mapping[str, Any], parts: list[Segment], clean: bool = True) -> list[Segment]:
     """Put the system text of a row before its segments, unless they begin with one, and the row's tools into that turn.
     Raises UserError if another field of the row would be lost."""
     refuse_unplaced(row)
-    tools, words, begins = listed(row), system_of(row), parts[0][0].startswith("System:")
+    tools, words, begins = listed(row), cleaned(system_of(row), clean), parts[0][0].startswith("System:")
     if not tools:
         return [(f"System: {words}{TURN_END}", False)] * bool(words and not begins) + parts
     if begins:  # as turns.chat lays it out
@@ -134,7 +136,7 @@ def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
     return row
 
 
-def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
+def named_segments(row: object, names: Sequence[str], think: str = "", clean: bool = True) -> list[Segment]:
     """Lay out a row whose text is in the field names[0], or prompt and answer in names[0] and names[1]."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
@@ -146,8 +148,8 @@ def named_segments(row: object, names: Sequence[str], think: str = "") -> list[S
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     opening, rest = answered(field(row, names[1]), row, think)
-    words = field(row, names[0]).strip()  # as in a chat
-    return behind_system(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
+    words = cleaned(field(row, names[0]).strip(), clean)  # as in a chat
+    return behind_system(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)], clean)
 
 
 # Layouts by name, for --template; see Template for the signs.
@@ -184,27 +186,32 @@ def read_template(path: str) -> str:
 class Template:
     """A text with {field} in place of a row's field; the parts in [[ ]] count in the loss.
 
-    For instance "Q: {question} A:[[ {answer}]]". Without any [[ ]] everything counts.
+    For instance "Q: {question} A:[[ {answer}]]". Without any [[ ]] everything counts. In one of LAYOUTS the fields that
+    do not count are cleaned.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, clean: bool = True) -> None:
         parts = re.split(r"(\[\[|\]\])", text)
         if parts[1::2] != ["[[", "]]"] * (len(parts) // 4):
             raise UserError(f"template {text!r}: each [[ needs its ]], one pair after the other")
         if not re.search(r"\{\w+\}", text):
             raise UserError(f"template {text!r}: names no {{field}}")
         self.parts = [(part, len(parts) == 1 or i % 4 == 2) for i, part in enumerate(parts) if i % 2 == 0 and part]
+        self.clean = clean and bool(opening_within("".join(parts[::2])))
 
     def __call__(self, row: object) -> list[Segment]:
         if not isinstance(row, dict):
             raise UserError(f"a row is {type(row).__name__}, not an object with fields")
 
-        def value(match: re.Match[str]) -> str:
-            if match[1] not in row:
-                raise UserError(f"field {match[1]!r} of the template is missing; the row has {field_names(row)}")
-            return field(row, match[1])
+        def filled(part: str, counts: bool) -> str:
+            def value(match: re.Match[str]) -> str:
+                if match[1] not in row:
+                    raise UserError(f"field {match[1]!r} of the template is missing; the row has {field_names(row)}")
+                return cleaned(field(row, match[1]), self.clean and not counts)
 
-        return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
+            return re.sub(r"\{(\w+)\}", value, part)
+
+        return [(filled(part, counts), counts) for part, counts in self.parts]
 
 
 def thinks(parts: Sequence[Segment]) -> bool:
@@ -212,15 +219,15 @@ def thinks(parts: Sequence[Segment]) -> bool:
     return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
 
 
-def question(words: str, think: str = "", system: str = "", tools: str = "") -> list[str]:
+def question(words: str, think: str = "", system: str = "", tools: str = "", clean: bool = True) -> list[str]:
     """The texts that `chat` makes of a system text and tools_text, a user's turn, and the opening of the answer."""
     told = "\n".join(filter(None, (system.strip(), tools)))
-    return before_answer([("system", told)] * bool(told) + [("user", words)], think)
+    return before_answer([("system", told)] * bool(told) + [("user", words)], think, clean)
 
 
-def before_answer(turns: Sequence[tuple[str, str]], think: str = "") -> list[str]:
+def before_answer(turns: Sequence[tuple[str, str]], think: str = "", clean: bool = True) -> list[str]:
     """The texts that `chat` makes of turns (role, words) and the opening of the answer to them."""
-    laid_out = chat([{"role": role, "content": content} for role, content in [*turns, ("assistant", "")]])
+    laid_out = chat([{"role": role, "content": content} for role, content in [*turns, ("assistant", "")]], "", clean)
     *texts, opening = (text for text, counts in laid_out if not counts)
     return [*texts, opening + OPENINGS.get(think, "")]
 

@@ -4,6 +4,9 @@
 Answers with thinking are laid out as the RWKV-7 G1 models give them: <think>, the thinking, </think>, the answer. A
 prompt that ends in "Assistant: <think" asks for thinking, and one that ends in "Assistant: <think></think", an empty
 thinking, for an answer at once; the model goes on from there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
+
+A turn begins behind TURN_END with a speaker's name. The words of a system, a user or a tool hold no TURN_END (cleaned),
+as in G1's training, so that no text of theirs is read as a turn of somebody else.
 """
 
 import math
@@ -81,9 +84,15 @@ def answered(words: str, row: Mapping[str, Any], think: str) -> tuple[str, str]:
     return OPENINGS["on"], f">{thinking}</think>\n{answer}"
 
 
-def chat(messages: object, think: str = "") -> list[Segment]:
+def cleaned(words: str, clean: bool = True) -> str:
+    """Words of anybody but the assistant without blank lines and without space at their ends; as they are if `clean` is
+    false."""
+    return re.sub(r"\n{2,}", "\n", words.replace("\r\n", "\n")).strip() if clean else words
+
+
+def chat(messages: object, think: str = "", clean: bool = True) -> list[Segment]:
     """Lay out turns {role, content} or {from, value}: the assistant's words count, unless the turn says otherwise
-    (is_learned), the others' do not; think is as in templates.segments.
+    (is_learned), the others' do not; think and clean are as in templates.segments.
 
     The blank line behind an assistant's turn and the next speaker's name count, too: both together say that the model
     is done, because a blank line alone may only separate two paragraphs (stops_of). They are segments of their own, so
@@ -96,7 +105,7 @@ def chat(messages: object, think: str = "") -> list[Segment]:
     for turn in ordered(messages):
         if not isinstance(turn, dict):
             raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
-        role, words = said(turn)
+        role, words = said(turn, clean)
         learned_before = bool(parts) and parts[-1][1]
         if before == role == "Assistant" and only_calls(turn):
             parts[-1] = (f"{parts[-1][0]}\n{words}", learned_before)
@@ -114,7 +123,7 @@ def chat(messages: object, think: str = "") -> list[Segment]:
     return parts
 
 
-def said(turn: Mapping[str, Any]) -> tuple[str, str]:
+def said(turn: Mapping[str, Any], clean: bool = True) -> tuple[str, str]:
     """The speaker of a turn and its words, with the calls of the assistant's and the tools of the system's."""
     role_name, words_name = ("role", "content") if "role" in turn else ("from", "value")
     role = speaker(field(turn, role_name)) if role_name in turn else ""
@@ -128,6 +137,7 @@ def said(turn: Mapping[str, Any]) -> tuple[str, str]:
     if only_calls(turn):
         return role, calls or calls_text(turn[words_name])
     words = "" if calls and turn.get(words_name) is None else words_of(turn, words_name).strip()
+    words = words if role == "Assistant" else cleaned(words, clean)
     return role, "\n".join(filter(None, (words, calls, tools)))
 
 

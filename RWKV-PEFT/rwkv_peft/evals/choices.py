@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, short
-from .task import ChoiceTask, Problem, Row, Score, behind, put, text_of
+from .task import ChoiceTask, Problem, Row, Score, behind, text_of
 
 
 class Choices(ChoiceTask):
@@ -18,7 +18,7 @@ class Choices(ChoiceTask):
         texts, labels = choices_of(row)
         right = right_of(row, texts, labels)
         continuations = tuple(map(behind, texts))
-        return Problem(put(layout, question), continuations[right], texts[right], continuations, right)
+        return Problem(self.put(layout, question), continuations[right], texts[right], continuations, right)
 
     def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:
         sums = [score.logprob for score in scores]
@@ -65,7 +65,7 @@ class Lambada(ChoiceTask):
         before, space, word = text.rpartition(" ")
         if not before.strip():
             raise UserError(f"the text {short(text)!r} has no last word after others")
-        return Problem(put(layout, before), space + word, word, (space + word,))
+        return Problem(self.put(layout, before), space + word, word, (space + word,))
 
     def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:
         return {"last word": scores[0].greedy}

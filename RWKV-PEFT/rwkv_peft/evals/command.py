@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.asked import clean_beside
 from ..data.tokenizer import KNOWN_SIZES
 from ..errors import Ended, UserError, ending_of
 from ..files.adapters import product_of_run
@@ -41,6 +42,8 @@ def ask_rows(args: Any) -> int:
     """Ask the rows of --data -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after
     Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
     task = TASKS[args.task]()
+    clean = clean_beside(*reversed(args.adapter), args.state, args.model)
+    task.clean = clean if args.clean_turns is None else args.clean_turns
     task.require()
     if args.output:
         inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
@@ -49,7 +52,7 @@ def ask_rows(args: Any) -> int:
     layout = layout_of(task, args.template)
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)}
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args), "clean_turns": task.clean}
     records = Records(args.output, settings, task.measures)
     try:
         with records:

@@ -39,8 +39,9 @@ class Exam:
     """The rows of --eval_data, --eval_limit of them at most, as problems of --eval_task. Raises UserError for rows that
     are none or that the tokenizer cannot encode, and if a package that the task needs is missing."""
 
-    def __init__(self, train: TrainConfig, tokenizer: Any) -> None:
+    def __init__(self, train: TrainConfig, tokenizer: Any, clean: bool = True) -> None:
         self.task, self.tokenizer = TASKS[train.eval_task](), tokenizer
+        self.task.clean = clean
         self.task.require()
         self.manner = Manner(train.eval_max_tokens, train.eval_batch, [unescaped(text) for text in train.eval_stop])
         layout = layout_of(self.task, train.eval_template, "--eval_template")

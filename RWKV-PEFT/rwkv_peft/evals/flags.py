@@ -14,7 +14,7 @@ from ..tables import TASKS, WRITTEN
 
 OURS, HARNESS = "a task of ours", "tasks of the lm-evaluation-harness"
 OTHERS, SCORED = "further tasks", "a task whose answers are not written"
-OF_OURS = "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least"
+OF_OURS = "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least, --clean_turns"
 NAMESAKE = "name it, or add --harness for the lm-evaluation-harness's task of that name, which has its own data"
 RULES = (
     Rule(OURS, EXCLUDES, OTHERS, "it is asked alone", "leave the rest out, or add --harness for its task of that name"),

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..data.turns import field
+from ..data.templates import stops_of
+from ..data.turns import cleaned, field
 from ..errors import UserError, field_names
 from ..generate.prompts import made_of
 from .layouts import FIELD, read_layout
@@ -38,11 +39,12 @@ class Task(ABC):
     """A kind of problem: how rows become Problems, and how answers are judged.
 
     layout is the name of its default layout ("": the row's own); measures are the names of its judgements, each right
-    or wrong; the first one counts as the score.
+    or wrong; the first one counts as the score. clean: whether questions are cleaned, as those of rows (data/turns.py).
     """
 
     layout: str
     measures: tuple[str, ...]
+    clean: bool = True
 
     def require(self) -> None:  # noqa: B027  most tasks need none
         """Raise UserError if a package that it needs is missing."""
@@ -50,6 +52,10 @@ class Task(ABC):
     @abstractmethod
     def problem(self, row: Row, layout: str) -> Problem:
         """Make the Problem of a row in the text of a layout. Raises UserError for a row that is none."""
+
+    def put(self, layout: str, question: str) -> str:
+        """Put a question into the text of a layout; one that has turns takes it cleaned."""
+        return layout.replace(FIELD, cleaned(question.strip(), self.clean and bool(stops_of(layout))))
 
 
 class AnswerTask(Task):
@@ -71,11 +77,6 @@ class ChoiceTask(Task):
 def behind(solution: str) -> str:
     """Lay out a solution as it follows a prompt: after one space."""
     return f" {solution.strip()}"
-
-
-def put(layout: str, question: str) -> str:
-    """Put a question into the text of a layout."""
-    return layout.replace(FIELD, question.strip())
 
 
 def text_of(row: Row, *names: str) -> str:

@@ -13,7 +13,7 @@ from .numbers import (
     same_anywhere,
     strict_number,
 )
-from .task import AnswerTask, Problem, Row, behind, put, text_of
+from .task import AnswerTask, Problem, Row, behind, text_of
 
 
 class Gsm8k(AnswerTask):
@@ -29,7 +29,8 @@ class Gsm8k(AnswerTask):
             value = found[0]
         if value is None:
             raise UserError(f"its answer {short(solution)!r} has no number after #### or 'The answer is'")
-        return Problem(put(layout, text_of(row, "question", "query", "problem")), behind(solution), str(value))
+        question = text_of(row, "question", "query", "problem")
+        return Problem(self.put(layout, question), behind(solution), str(value))
 
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:
         found = {"strict": strict_number(text), "flexible": flexible_number(text)}
@@ -46,9 +47,9 @@ class Exact(AnswerTask):
         if layout:
             solution = text_of(row, "answer", "response", "output", "completion", "solution")
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
-            return Problem(put(layout, question), behind(solution), solution.strip())
+            return Problem(self.put(layout, question), behind(solution), solution.strip())
         try:
-            parts = segments(row)
+            parts = segments(row, clean=self.clean)
         except UnknownForm as error:
             raise UserError(f"{error}; give the fields such names") from error
         # in a chat the blank line after an answer counts too, and so does the next speaker's name; neither is an answer
@@ -80,7 +81,7 @@ class Competition(AnswerTask):
         told = text_of(row, "answer") if "solution" in row and "answer" in row else final_answer(solution)
         if not told:
             raise UserError(f"its solution {short(solution)!r} has no \\boxed{{answer}}, nor 'The answer is'")
-        return Problem(put(layout, question), behind(solution), told)
+        return Problem(self.put(layout, question), behind(solution), told)
 
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:
         given = final_answer(text)

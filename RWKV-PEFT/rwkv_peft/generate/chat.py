@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from ..data.templates import before_answer, question
 from ..data.tools import parse_calls
@@ -25,13 +26,23 @@ HELP = (
 CODE = 130  # the exit code after Ctrl-C
 
 
+class Manner(NamedTuple):
+    """How answers are asked for: think ("", "on", "off") opens them, system and tools (tools_text) come before the
+    first turn, also after /reset ("": none), and clean tells whether lines, results and system are cleaned (turns.py).
+    """
+
+    think: str = ""
+    system: str = ""
+    tools: str = ""
+    clean: bool = True
+
+
 class Chat:
     """The loop of a chat over a Session.
 
     stops end an answer; change(line) is applied to a line before it is sent; inputs are the (flag, path) pairs that
-    /save must not overwrite, except --state, because a session may go on in its own file; think ("", "on", "off") opens
-    the answers (data/turns.py); system and tools (tools_text) come before the first turn, also after /reset ("":
-    none). If an answer calls tools, so many results are awaited before the next one.
+    /save must not overwrite, except --state, because a session may go on in its own file. If an answer calls tools, so
+    many results are awaited before the next one.
     """
 
     def __init__(
@@ -41,14 +52,12 @@ class Chat:
         max_tokens: int,
         change: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
-        think: str = "",
-        system: str = "",
-        tools: str = "",
+        manner: Manner,
     ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
         self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
         self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
-        self.think, self.system, self.tools = think, system, tools
+        self.manner = manner
         self.awaited, self.results = 1, list[str]()
 
     def run(self) -> int:
@@ -79,8 +88,8 @@ class Chat:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        begins = self.session.begins
-        self.say(question(words, self.think, self.system if begins else "", self.tools if begins else ""))
+        manner = self.manner if self.session.begins else self.manner._replace(system="", tools="")
+        self.say(question(words, *manner))
 
     def take_result(self, text: str) -> None:
         """Take the result of a call; the last that is awaited is answered."""
@@ -89,7 +98,7 @@ class Chat:
             remark(f"(call {len(self.results) + 1} of {self.awaited}: its result?)")
             return
         turns = [("tool", result) for result in self.results]
-        self.say(before_answer(turns, self.think))
+        self.say(before_answer(turns, self.manner.think, self.manner.clean))
 
     def say(self, texts: Sequence[str]) -> None:
         """Show the answer to texts, and the calls that it holds."""

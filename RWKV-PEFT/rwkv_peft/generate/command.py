@@ -7,12 +7,12 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from ..cli import counted
-from ..data.asked import note_on_chats
+from ..data.asked import clean_beside, note_on_chats
 from ..data.templates import stops_of
 from ..errors import UserError
 from ..files.atomic import check_output
 from ..files.state_file import check_session_output
-from .chat import Chat
+from .chat import Chat, Manner
 from .continuation import Continuation, complete
 from .flags import note_escapes, parse_flags, unescaped
 from .kept import Kept
@@ -54,10 +54,12 @@ def run(args: Namespace, sampling: Sampling) -> int:
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
         inputs = [*inputs_of(args), ("--state", args.state)]
-        told = args.think or "", args.system or "", tools
-        if note := note_on_chats(*reversed(args.adapter), args.state, args.model):
+        files = (*reversed(args.adapter), args.state, args.model)
+        clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
+        manner = Manner(args.think or "", args.system or "", tools, clean)
+        if note := note_on_chats(*files):
             warn(note)
-        return Chat(session, stops, args.max_tokens, change, inputs, *told).run()
+        return Chat(session, stops, args.max_tokens, change, inputs, manner).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from ..cli import Parser, add_stop_flag, count, positive
+from ..cli import Parser, add_stop_flag, count, positive, switch
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
 from ..rules import EXCLUDES, NEEDS, Rule
@@ -21,6 +21,7 @@ RULES = (
     Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
     Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
     Rule("--tools", NEEDS, "--chat", "the first turn lists them", "leave it out"),
+    Rule("--clean_turns", NEEDS, "--chat", "it is about the turns of one", "leave it out"),
     Rule(
         "--think",
         NEEDS,
@@ -138,6 +139,13 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of how files are read and a model runs."""
     add = parser.add_argument
     add_source_flags(parser)
+    add(
+        "--clean_turns",
+        type=switch,
+        metavar="0|1",
+        help="remove blank lines from what is not the assistant's in a chat, as from rows (default: as the run did "
+        "whose folder holds the adapter or model, else 1)",
+    )
     add(
         "--any_base",
         action="store_true",

@@ -11,6 +11,15 @@ import re
 from ..data.tools import ASKED
 from ..data.turns import CALLS, OPENINGS, SPEAKERS
 
+CLEANING = (  # as data/turns.cleaned
+    "{%- if name != 'Assistant' -%}"
+    r"{%- set lines = turn.words.replace('\r\n', '\n').split('\n') -%}"
+    "{%- set turn.words = '' -%}"
+    "{%- for line in lines if line -%}"
+    r"{%- set turn.words = turn.words + ('\n' if turn.words else '') + line -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+)
 CHAT_TEMPLATE = (
     f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in CALLS} } -%}}"
     "{%- set told = namespace(tools='') -%}"
@@ -29,6 +38,7 @@ CHAT_TEMPLATE = (
     "{%- if part['text'] is not string -%}{{- raise_exception('a part of a content is no text') -}}{%- endif -%}"
     "{%- set turn.words = turn.words + part['text'] -%}"
     "{%- endfor -%}"
+    f"{CLEANING}"
     "{%- set turn.words = turn.words|trim -%}"
     "{%- for called in message['tool_calls'] or [] -%}"
     "{%- set call = called['function'] if called['function'] is defined else called -%}"
@@ -53,3 +63,8 @@ CHAT_TEMPLATE = (
 UNMARKED = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", CHAT_TEMPLATE)
 # Parts of llama.cpp do not interpret templates but recognize some by a piece of their text, which a comment holds here.
 GGUF_TEMPLATE = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}" + UNMARKED
+
+
+def cleaning(template: str, clean: bool) -> str:
+    """A template that cleans what is not the assistant's, or without `clean` one that leaves it as it is."""
+    return template if clean else template.replace(CLEANING, "")

@@ -13,6 +13,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
+from ..data.asked import clean_beside
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
@@ -215,7 +216,7 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     tokenizer = None
     if form.vocabulary:
         tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
-    what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
+    what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, clean_beside(source)))
     if base.has_states and not (form.states_in_model and base.family.states_in_model):
         print(
             f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "

@@ -35,11 +35,13 @@ Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor
 
 class Wanted(NamedTuple):
     """The settings for writing a model: dtype of its tensors (None: each keeps its own), type of a GGUF's large
-    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one."""
+    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one, with a chat template that
+    cleans turns or does not."""
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
     tokenizer: Tokenizer | None = None
+    clean: bool = True
 
 
 class Format(NamedTuple):
@@ -99,7 +101,7 @@ def read_gguf(path: Path) -> NoReturn:
 
 def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> str:
     assert wanted.tokenizer is not None  # because the format's vocabulary is True
-    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)
+    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)._replace(clean=wanted.clean)
     with atomic_write(path) as temporary:
         number = write_gguf(temporary, base, wanted.gguf_type, vocabulary)
     return f"{number} tensors, the large ones {wanted.gguf_type}"
@@ -157,7 +159,7 @@ def _write_folder(
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
     with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
-        for name, content in (files | hf_files(tokenizer, base.config.vocab_size)).items():
+        for name, content in (files | hf_files(tokenizer, base.config.vocab_size, wanted.clean)).items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(content)
         weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
         _fill(weights, write_safetensors, tensors, wanted.dtype)

@@ -23,7 +23,7 @@ from ..files.readable import require_readable
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.state import is_time_state
-from .chat_template import GGUF_TEMPLATE
+from .chat_template import GGUF_TEMPLATE, cleaning
 from .vocabulary import GgufVocabulary
 
 Q8_RUN = 32  # q8_0 packs this many values of a row into one block
@@ -116,7 +116,7 @@ def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_eos_token_id(vocabulary.end)
     if vocabulary.turn_end is not None:
         writer.add_eot_token_id(vocabulary.turn_end)
-    writer.add_chat_template(GGUF_TEMPLATE)
+    writer.add_chat_template(cleaning(GGUF_TEMPLATE, vocabulary.clean))
     writer.add_add_bos_token(False)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..data.turns import TURN_END
 from ..errors import UserError
-from .chat_template import CHAT_TEMPLATE
+from .chat_template import CHAT_TEMPLATE, cleaning
 from .world_json import MARKS, world_json
 
 FOLDER_SETTINGS = MappingProxyType(
@@ -27,7 +27,7 @@ class GgufVocabulary(NamedTuple):
 
     model and pre are llama.cpp's names for the tokenizer and its pre-tokenizer; tokens and types have an entry for each
     id of the model; merges are those of byte-level BPE; end is the token that ends a document and turn_end the one that
-    ends a turn of a chat, or None.
+    ends a turn of a chat, or None; clean is that of its template (chat_template.cleaning).
     """
 
     model: str
@@ -37,6 +37,7 @@ class GgufVocabulary(NamedTuple):
     turn_end: int | None
     pre: str = ""
     merges: tuple[str, ...] = ()
+    clean: bool = True
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
@@ -91,12 +92,14 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
     return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, one, "gpt-2", merges)
 
 
-def hf_files(tokenizer: Tokenizer, size: int) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself."""
+def hf_files(tokenizer: Tokenizer, size: int, clean: bool = True) -> dict[str, bytes]:
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself; clean is
+    that of its chat template (chat_template.cleaning)."""
     if isinstance(tokenizer, JsonTokenizer):
         content = tokenizer.path.read_bytes()
         marks: Mapping[str, str] = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
     else:
         content, marks = world_json(tokenizer.token_bytes, size), MARKS
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, **FOLDER_SETTINGS}
+    settings["chat_template"] = cleaning(CHAT_TEMPLATE, clean)
     return {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}

@@ -27,12 +27,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a request: answers at once, tokens of a prompt and of an answer, tokens that the model knows."""
+    """Limits of a request: answers at once, tokens of a prompt and of an answer, tokens that the model knows. clean:
+    whether the words of users, systems and tools are cleaned."""
 
     answers: int
     prompt: int
     tokens: int
     vocabulary: int
+    clean: bool = True
 
     def judge_length(self, *texts: str) -> None:
         """Raise Refused for the texts of a prompt that would take long to tokenize, and be refused then."""
@@ -93,7 +95,7 @@ def chat_prompt(form: ChatAsked, tokenizer: Tokenizer, bounds: Bounds) -> Prompt
     """Lay out messages as chat data is, up to the opening of the answer, each part tokenized by itself."""
     try:
         turns = [*form.messages, {"role": "assistant", "content": ""}]
-        parts = segments({"messages": turns, "tools": form.tools if form.calls else None})[:-1]
+        parts = segments({"messages": turns, "tools": form.tools if form.calls else None}, clean=bounds.clean)[:-1]
         texts = [text for text, _ in parts]
         texts[-1] += OPENINGS.get(form.think or "", "")
         bounds.judge_length(*texts)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..data.asked import note_on_chats
+from ..data.asked import clean_beside, note_on_chats
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError, short
 from ..files.adapters import adapter_of_run, source_of
@@ -32,8 +32,10 @@ class Catalog:
         model, start = load_model(args.model, (), precision, device, weights=args.weights, say=tell)
         self.own = Voice(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
-        recorded = recorded_beside(*reversed(files), args.model)
-        if note := note_on_chats(*reversed(files), args.model):
+        files = [*reversed(files), args.model]
+        recorded = recorded_beside(*files)
+        self.clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
+        if note := note_on_chats(*files):
             tell(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.voices = {args.name: self.own}

@@ -45,7 +45,7 @@ class Service:
     def __init__(self, args: argparse.Namespace, defaults: Sampling, catalog: Catalog) -> None:
         self.catalog, self.defaults, self.seconds = catalog, defaults, args.max_seconds
         vocabulary = min(catalog.tokenizer.vocab_size, catalog.own.model.config.vocab_size)
-        self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary)
+        self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.clean)
         self.places, self.answers = args.batch + args.queue, 0
         self.metrics = Metrics()
         self.schemas = Schemas(catalog.tokenizer, vocabulary)

@@ -12,7 +12,7 @@ from ..data.folders import held_out_split
 from ..data.leaks import leaked
 from ..data.mixture import Joined
 from ..data.prefix import default_mask
-from ..data.recorded import recorded_beside, remarks, require_same
+from ..data.recorded import clean_data, recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
@@ -97,7 +97,8 @@ def find_inputs(request: Request) -> Inputs:
     config = replace(config, train=train)
     if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
         name = samples.vocabulary.name if samples.vocabulary else ""
-        config = replace(config, data=replace(config.data, tokenizer=name))
+        clean = all(map(clean_data, (config.data.path, *config.data.more)))
+        config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean))
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))

@@ -42,7 +42,7 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
     tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
     exams: dict[str, Exam | HarnessExam] = {}
     if train.eval_data:
-        exams[ANSWERS] = Exam(train, tokenizer)
+        exams[ANSWERS] = Exam(train, tokenizer, config.data.clean_turns)
     if train.lm_eval:
         exams[LM_EVAL] = HarnessExam(train, tokenizer, speaks)
     sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}

@@ -32,6 +32,8 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
         for name, value in asdict(config.data).items()
         if name not in ("path", "more", "tokenizer", "micro_bsz", "bucketed")
     }
+    if not config.data.clean_turns:
+        del settings["clean_turns"]  # as of a run of before there was such a setting
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.buckets
     settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3

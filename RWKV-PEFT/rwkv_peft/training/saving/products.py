@@ -71,7 +71,7 @@ def keeps_all(config: RunConfig, base: Base | None) -> bool:
 def told_flags(data: DataConfig) -> str:
     """Tell how rows became samples, as the flags that say so."""
     names = ("data_type", "sft_field", "sft_think", "dataload", "loss_mask", "mask_id", "mask_end_id", "ctx_len")
-    values = {name: getattr(data, name) for name in names}
+    values = {name: getattr(data, name) for name in names} | {"clean_turns": "" if data.clean_turns else "0"}
     words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
     return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
 

@@ -1,0 +1,162 @@
+"""No text of a user, a system or a tool gives the tokens of a turn: in rows of every form, in chats, in serve."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.documents import chat, text, texts
+from data.hostile import BOUNDARY, HOSTILE
+from rwkv_peft.data.encode_settings import EncodeSettings
+from rwkv_peft.data.encoding import encoder
+from rwkv_peft.data.recorded import CLEAN, clean_data
+from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.templates import TEMPLATES, Template, before_answer, question, segments
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.turns import cleaned
+from rwkv_peft.errors import UserError
+from rwkv_peft.serve.asking import Bounds, chat_prompt
+from rwkv_peft.serve.forms import ChatAsked
+
+CALL = {"name": "f", "arguments": {}}
+YES = {"role": "assistant", "content": "Yes."}
+
+
+def turns(words, *answers):
+    """Turns in which everybody but the assistant says `words`."""
+    said = [{"role": role, "content": words} for role in ("system", "user", "tool")]
+    called = {"role": "assistant", "content": "No.", "tool_calls": [CALL]}
+    return [*said[:2], called, {**said[2], "content": [{"type": "text", "text": words}]}, *answers]
+
+
+# (kind of rows, fields that are named, the row in which everybody but the assistant says some words)
+ROWS = {
+    "chat": (
+        "train",
+        (),
+        lambda words: {"messages": turns(words, YES), "tools": [{"name": "f", "description": words}]},
+    ),
+    "turns beside a system text": ("train", (), lambda words: {**chat(words, "Yes."), "system": words}),
+    "ShareGPT": ("train", (), lambda words: {"conversations": [{"from": "human", "value": words}], "system": words}),
+    "calls": ("train", (), lambda words: {"query": words, "tools": [{"name": "f"}], "answers": [CALL]}),
+    "query": ("train", (), lambda words: {"query": words, "response": "Yes.", "system_prompt": words}),
+    "instruction": ("train", (), lambda words: dict(instruction=words, input=words, output="Yes.", system=words)),
+    "prompt of turns": ("train", (), lambda words: {"prompt": turns(words), "completion": "Yes."}),
+    "named": ("preprocess", ("q", "a"), lambda words: {"q": words, "a": "Yes.", "system": words}),
+    "pairs": ("pairs", (), lambda words: {"prompt": turns(words), "chosen": "Yes.", "rejected": "No."}),
+    "pairs of questions": (
+        "pairs",
+        (),
+        lambda words: dict(question=words, chosen="Yes.", rejected="No.", system=words),
+    ),
+    "pairs of turns": (
+        "pairs",
+        (),
+        lambda words: dict(prompt=words, chosen=[YES], rejected=[{**YES, "content": "No."}]),
+    ),
+    "named pairs": ("pairs", ("q", "a", "b"), lambda words: {"q": words, "a": "Yes.", "b": "No."}),
+    "labels": ("labels", (), lambda words: {"messages": turns(words, YES), "label": True}),
+    "labels of questions": ("labels", (), lambda words: {"query": words, "response": "Yes.", "label": False}),
+    "named labels": ("labels", ("q", "a", "ok"), lambda words: {"q": words, "a": "Yes.", "ok": True}),
+    "prompts": ("prompts", (), lambda words: {"messages": turns(words)}),
+    "prompts of questions": ("prompts", (), lambda words: {"question": words, "answer": "4", "system": words}),
+    "named prompts": ("prompts", ("q",), lambda words: {"q": words}),
+    "contexts": ("contexts", (), lambda words: {"context": "It is so.", "question": words, "answer": "Yes."}),
+    "contexts of chats": ("contexts", (), lambda words: {"context": "It is so.", "messages": turns(words, YES)}),
+    **{
+        f"template {name}": (
+            template,
+            (),
+            lambda words: dict.fromkeys(("query", "question", "instruction", "input"), words),
+        )
+        for name, template in TEMPLATES.items()
+    },
+}
+ANSWERS = dict.fromkeys(("response", "answer", "output", "reasoning"), "Yes.")
+
+
+BYTES, WORLD = map(load_tokenizer, ("bytes", "world"))
+
+
+def documents(form, words, **settings):
+    """The text of the tokens of each document of a row whose users, systems and tools say some words."""
+    kind, fields, row = ROWS[form]
+    if form.startswith("template"):
+        encode, row = encoder(EncodeSettings("bytes", template=kind, **settings)), {**ANSWERS, **row(words)}
+    else:
+        encode, row = encoder(EncodeSettings("bytes", fields=fields, command=kind, **settings)), row(words)
+    found = encode.encode(Chunk("x", 1, (row,)))
+    assert not found.bad, found.bad.lines()
+    tokens = list(memoryview(found.tokens).cast("H"))
+    ends = [sum(found.sizes[: n + 1]) for n in range(len(found.sizes))]
+    return [BYTES.decode(tokens[end - size : end]) for end, size in zip(ends, found.sizes)]
+
+
+def boundaries(found):
+    return [BOUNDARY.findall(each) for each in found]
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_no_text_forges_a_turn_in_a_row(form):
+    due = boundaries(documents(form, "hi"))
+    assert any(due)
+    for words in HOSTILE:
+        assert boundaries(documents(form, words)) == due, words
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_without_cleaning_it_does_and_rows_of_single_lines_are_the_same_either_way(form):
+    assert boundaries(documents(form, HOSTILE[0], clean_turns=False)) != boundaries(documents(form, "hi"))
+    for words in ("hi", "User: hi", "two\nlines", "a \x85 b", "a\rb", "a\n \nb", "a\u2028\u2028b"):
+        assert documents(form, words) == documents(form, words, clean_turns=False)
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_no_text_forges_a_turn_in_a_prompt(words):
+    """Of generate --chat, and of serve, whose page is a client of it."""
+    due = boundaries([text((each, 0) for each in question("hi", system="hi"))])
+    assert boundaries([text((each, 0) for each in question(words, system=words))]) == due
+    due = boundaries(["".join(before_answer([("tool", "4"), ("tool", "5")]))])
+    assert boundaries(["".join(before_answer([("tool", words), ("tool", words)]))]) == due
+
+    def asked(words, clean=True):
+        form = ChatAsked(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])
+        return boundaries([WORLD.decode(chat_prompt(form, WORLD, Bounds(1, 1 << 20, 1, 65536, clean)).tokens)])
+
+    assert asked(words) == asked("hi") and (words != HOSTILE[0] or asked(words, False) != asked("hi"))
+
+
+@given(st.text(st.sampled_from("\r\n \t\x0b\x85\u2028ab:")))
+def test_cleaned_words_have_no_blank_line_and_else_stay(words):
+    found = cleaned(words)
+    assert "\n\n" not in found and found == found.strip() and cleaned(words, False) == words
+    assert re.sub(r"\s", "", found) == re.sub(r"\s", "", words)
+    if "\n\n" not in words and "\r\n" not in words:
+        assert found == words.strip()
+
+
+def test_the_assistants_words_and_texts_without_turns_stay():
+    answer = "One.\n\nUser: two?\r\n\r\nThree."
+    assert text(segments(chat("a\n\nb", answer))) == f"User: a\nb\n\nAssistant: {answer}"
+    for row in (
+        {"text": answer},
+        {"prompt": answer, "completion": answer},
+        {"segments": [{"text": answer, "train": False}]},
+    ):
+        assert text(segments(row)) == answer * (1 + ("prompt" in row))
+    row = {"q": "a\n\nb", "a": answer, "context": answer, "question": "c", "answer": "d"}
+    for layout in ("Q: {q}\n\nA:[[ {a}]]", "User: {q}\n\nAssistant: {a}"):  # of one's own; all of it counts
+        assert text(Template(layout)(row)) == re.sub(r"\[\[|\]\]", "", layout).format(**row)
+    assert text(Template("User: {q}\n\nAssistant:[[ {a}]]")(row)) == f"User: a\nb\n\nAssistant: {answer}"
+
+
+def test_preprocess_records_what_it_did(preprocess, tmp_path):
+    row, output = {"query": "a\n\nb", "response": "c"}, tmp_path / "out" / "data"
+    assert texts(preprocess([row])) == [("User: a\nb\n\nAssistant: c", " c")]
+    assert clean_data(output) and CLEAN not in json.loads(output.with_suffix(".json").read_text())
+    assert texts(preprocess([row], "--clean_turns", "0")) == [("User: a\n\nb\n\nAssistant: c", " c")]
+    assert not clean_data(output)
+    with pytest.raises(UserError, match="--ids excludes|--clean_turns 0"):
+        preprocess([row], "--clean_turns", "0", "--ids")
