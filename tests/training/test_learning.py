@@ -16,12 +16,13 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.exam import RowsExam, rows_of
+from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
 from rwkv_peft.training.measuring.before_after import read_before, unended
 from rwkv_peft.training.measuring.exams import find_rows
-from rwkv_peft.training.measuring.learned import doubts, fall_of, nothing_learned
+from rwkv_peft.training.measuring.learned import doubts, fall_of, notes_on, nothing_learned
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
@@ -66,7 +67,7 @@ ROWS = ("--data_type", "sft", "--tokenizer", "bytes")
         ("chats", ("--epoch_save", "2", "--lr_final", "1e-6"), ("pad", "file", True, 2, 6.3e-4, 1e-6)),
         ("chats", ("--peft", "pissa"), ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
         ("chats", ("--peft", "none"), ("pad", "file", True, 0, 4.7e-4, 4.7e-5)),
-        ("pairs.jsonl", ("--data_type", "pairs", "--tokenizer", "bytes"), ("pack", "file", False, 1, 1.9e-5, 1.9e-6)),
+        ("pairs.jsonl", ("--data_type", "pairs", "--tokenizer", "bytes"), ("pack", "file", True, 0, 1.9e-5, 1.9e-6)),
         ("chats", ("--peft", "none", "--train_parts", "state"), ("pad", "file", True, 0, 1e-2, 1e-2)),
     ],
 )
@@ -149,6 +150,30 @@ def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
     assert ("The rate may be too low: try --lr_init 0.002" in enough) == bool(words)
     fast = nothing_learned(config(folder, "chats", "--lr_init", "1e-2"), Plan(8, 30, 60, 0, 0), losses, changed)
     assert ("The rate may be too high: --lr_init auto takes 0.00063" in fast) == bool(words)
+
+
+@pytest.mark.parametrize("data_type, objective", [(kind, one) for one, o in OBJECTIVES.items() for kind in o.rows])
+def test_notes_at_the_end_are_those_of_what_is_learned(folder, data_type, objective):
+    """A loss of preferences falls without a change of any answer; who has a teacher stops as it does."""
+    name = {"binidx": "chats", "sft": "chats.jsonl"}.get(data_type, f"{data_type}.jsonl")
+    more = [
+        "--data_type",
+        data_type,
+        "--objective",
+        objective,
+        *(() if data_type == "binidx" else ("--tokenizer", "bytes")),
+    ]
+    more += ["--max_completion_length", "8"] if data_type == "prompts" else []
+    more += {"grpo": ("--reward", "gsm8k"), "distill": ("--teacher_model", str(DEMO))}.get(objective, ())
+    flags, plan = config(folder, name, *more), Plan(8, 30, 60, 0, 0)
+    due, cut = {"text": "3", "end": "end"}, {"text": "3 and", "end": "length"}
+    of_preferences = data_type in ("pairs", "labels")
+    for changed, words in ((True, "stops as its row does yet"), (False, "are answered as before training")):
+        rows = SimpleNamespace(changed=changed, known=False, records=[{"answer": due, "before": cut, "after": cut}])
+        notes = notes_on(flags, plan, list(np.linspace(4, 1, 60)), [], rows)
+        told = objective != "distill" if changed else of_preferences
+        assert any(words in note for note in notes) is told, notes
+    assert flags.train.epochs_chosen  # one rule for all rows
 
 
 def test_rows_that_the_base_knew_are_no_mistake_of_the_run(folder):
@@ -244,7 +269,7 @@ def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, run
     for record in after:
         assert f"  row     {record['answer']['text'].strip()}\n" in told["resumed"]
     assert "2 training rows and 2 held-out rows are answered before and after training" in told["begun"]
-    noted = "note: no answer ends like its row's yet. 6 steps are few to learn from" in told["resumed"]
+    noted = "note: no answer stops as its row does yet. 6 steps are few to learn from" in told["resumed"]
     assert noted == unended(after)
     settings = json.loads((folder / "asked" / "config.json").read_text())
     assert settings["data"]["tokenizer"] == settings["vocabulary"]["name"] == "bytes"

@@ -169,7 +169,7 @@ class DataConfig:
 
     @property
     def of_answers(self) -> bool:
-        """True if only the answers in rows count: these are read one by one, and as often as learning them takes."""
+        """True if only the answers in rows count: these are read one by one."""
         return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property

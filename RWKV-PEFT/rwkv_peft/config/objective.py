@@ -98,6 +98,11 @@ class Objective(ABC):
     weights = tuple[float, ...]()
 
     @property
+    def of_preferences(self) -> bool:
+        """True if it learns which answers are better than others."""
+        return not {"pairs", "labels"}.isdisjoint(self.rows)
+
+    @property
     def asks_base(self) -> bool:
         """True if it asks for the word of the base."""
         return BASE in self.needs

@@ -56,7 +56,7 @@ class RunSettings:
     )
     epoch_count: int = setting(
         1,
-        f"epochs; the run ends after them (default 1; of rows of answers up to {MOST_EPOCHS}, as many as make some "
+        f"epochs; the run ends after them (default 1; of rows up to {MOST_EPOCHS}, as many as make some "
         f"{AIM} steps, or more if these are fewer than {FEW})",
         unset=True,
         type=positive,

@@ -62,7 +62,8 @@ class ValidationConfig:
     eval_max_tokens: int = setting(256, "the most tokens of an answer", type=positive)
     eval_stop: tuple[str, ...] = setting(
         (),
-        "texts that end an answer, in addition to the template's own; \\n and \\t are newline and tab",
+        "texts that end an answer, in addition to the template's own, also to rows (--answer_rows); \\n and \\t are "
+        "newline and tab",
         type=stop_text,
         metavar="TEXT",
     )

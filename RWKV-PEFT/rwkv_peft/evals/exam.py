@@ -120,15 +120,16 @@ def last_answer(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]] |
 
 
 class RowsExam:
-    """Rows to be answered, in a tokenizer's tokens, `batch` of them at a time. Raises UserError if there are none."""
+    """Rows to be answered, in a tokenizer's tokens, `batch` of them at a time; texts of `stops` end an answer, as the
+    next turn does. Raises UserError if there are none."""
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, batch: int) -> None:
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, batch: int, stops: Sequence[str] = ()) -> None:
         if not rows:
             raise UserError("the data holds no rows of a prompt and an answer")
         self.rows, self.tokenizer, self.batch = rows, tokenizer, batch
         self.kinds = [row.of for row in rows]
         self.prompts = [tokenizer.decode(list(row.prompt)) for row in rows]
-        self.stops = [stops_of(prompt) for prompt in self.prompts]
+        self.stops = [(*stops_of(prompt), *stops) for prompt in self.prompts]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -136,6 +136,8 @@ def parse_flags(argv: Sequence[str]) -> Study:
     study = Study(document, words=(), **(own_values | {"stop": tuple(map(unescaped, args.stop))}))
     theirs += ["--load_model", base, "--data_file", str(study.path), "--data_type", "contexts"]
     theirs += ["--proj_dir", args.output]
+    if args.stop and "--eval_stop" not in names:  # of the rows that the run answers
+        theirs += ["--eval_stop", *args.stop]
     if "--peft" not in names:
         theirs += ["--peft", NONE, *(() if "--train_parts" in names else ("--train_parts", STATE))]
     if not names & {"--val_split", "--val_data"}:

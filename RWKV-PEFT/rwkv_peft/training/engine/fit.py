@@ -26,10 +26,9 @@ from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
-from ..measuring.before_after import unended
 from ..measuring.held_out import UNKNOWN, blind, doubt
 from ..measuring.held_out import told as told_held_out
-from ..measuring.learned import aim_of, by_source, fall_of, nothing_learned, reasons, unlikely_answers
+from ..measuring.learned import aim_of, by_source, fall_of, notes_on
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -126,12 +125,11 @@ def stopped(run: Prepared, lit: "Lit") -> int:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve; returns (the exit code, how the run ended in words)."""
-    losses, sources, held_out, unlikely = list[float](), list[str](), HeldOut(None, []), ""
+    records, losses, sources, held_out = list[dict[str, Any]](), list[float](), list[str](), HeldOut(None, [])
     name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
         losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
-        unlikely = unlikely_answers(run.config, records)
         held_out = HeldOut.of(records, run.inputs.identity[SINCE])
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
@@ -150,13 +148,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         lines = list(rows.lines())
         figures += [("answers", line) for line in lines if not line.startswith(" ")]
         told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(lines))
-    changed, known = (None, False) if rows is None else (rows.changed, rows.known)
-    if note := nothing_learned(run.config, run.plan, losses, changed, known):
-        told += f"{note}\n"
-    elif unlikely:
-        told += f"{unlikely}\n"
-    elif rows is not None and unended(rows.records):
-        told += f"note: no answer ends like its row's yet. {reasons(run.config, run.plan)}\n"
+    told += "".join(f"{note}\n" for note in notes_on(run.config, run.plan, losses, records, rows))
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
         words = told_held_out(held_out, name, sign)

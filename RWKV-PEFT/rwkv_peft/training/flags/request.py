@@ -170,8 +170,8 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of chooses it, by the model
         chosen, args.lr_init = rates_left(args), None
-    learned = data.of_answers or data.of_contexts
-    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and learned
+    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin
+    epochs = epochs and (data.of_rows or data.of_answers)
     others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save

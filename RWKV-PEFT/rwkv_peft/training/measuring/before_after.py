@@ -105,11 +105,11 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Answer | None]:
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many answers are the rows' own, and how many end as the rows do, after training and before."""
+    """Say how many answers are the rows' own, and how many stop as the rows do, after training and before."""
     whole, words = [record for record in records if ends(record["answer"])], list[str]()
     for some, agrees, what, then in (
         (records, same, "answered word for word", "before training"),
-        (whole, end_alike, "end like the row's answer", "before"),
+        (whole, end_alike, "stop as the row does", "before"),
     ):
         before = [agrees(record["before"], record["answer"]) for record in some if record["before"]]
         after = sum(agrees(record["after"], record["answer"]) for record in some)
@@ -120,7 +120,7 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def unended(records: Iterable[Mapping[str, Any]]) -> bool:
-    """Tell whether none of the answers after training ends like its row's, if some of these end within LONGEST."""
+    """Tell whether none of the answers after training stops as its row's does, if some of these end within LONGEST."""
     done = [record for record in records if "after" in record and ends(record["answer"])]
     return bool(done) and not any(end_alike(record["after"], record["answer"]) for record in done)
 
@@ -131,13 +131,13 @@ def ends(answer: Mapping[str, str]) -> bool:
 
 
 def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
-    """Tell whether two answers have the same words and end in the same way."""
+    """Tell whether two answers have the same words and both stop, or both go on."""
     return given["text"].strip() == due["text"].strip() and end_alike(given, due)
 
 
 def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
-    """Tell whether two answers end in the same way: with the document, at the next turn, or cut off at the limit."""
-    return given["end"] == due["end"]
+    """Tell whether two answers both stop, with the document or at the next turn, or are both cut off at the limit."""
+    return ends(given) == ends(due)
 
 
 def quoted(answer: Mapping[str, str]) -> str:

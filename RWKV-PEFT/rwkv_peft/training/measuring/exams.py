@@ -10,6 +10,7 @@ from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
 from ...evals.exam import Exam, RowsExam, rows_of
 from ...evals.harness_exam import HarnessExam
+from ...generate.flags import unescaped
 from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions
@@ -63,7 +64,8 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
         tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
         of = {TRAINING: samples} | ({HELD_OUT: measured[VALIDATION]} if VALIDATION in measured else {})
         found = {name: rows_of(name, data, number) for name, data in of.items()}
-        exam = RowsExam([row for rows in found.values() for row in rows], tokenizer, BATCH)
+        stops = list(map(unescaped, train.eval_stop))
+        exam = RowsExam([row for rows in found.values() for row in rows], tokenizer, BATCH, stops)
     except UserError as error:
         return None, f"no rows are answered before and after training: {error}"
     numbers = " and ".join(counted(len(rows), f"{name} row") for name, rows in found.items())

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from ...adapters.methods import method_of
 from ...cli import counted
 from ...config import FEW, RunConfig
-from ...config.objective import REWARDS
+from ...config.objective import REWARDS, TEACHER
 from ...numeric import is_number
 from ...plots import LOSSES, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
+from .before_after import BeforeAfter, unended
 
 FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
 LEAST = 8  # losses, or answers: fewer do not tell the noise
@@ -125,21 +126,41 @@ def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) ->
     )
 
 
+def notes_on(
+    config: RunConfig,
+    plan: Plan,
+    losses: Sequence[float],
+    records: Sequence[Mapping[str, Any]],
+    rows: BeforeAfter | None,
+) -> list[str]:
+    """The notes on what a run learned, by its losses, the records of its metrics and its rows before and after."""
+    changed, known = (None, False) if rows is None else (rows.changed, rows.known)
+    found = [nothing_learned(config, plan, losses, changed, known), unlikely_answers(config, records)]
+    # who learns from a teacher stops as that does, whatever the rows do
+    if not any(found) and rows is not None and TEACHER not in config.objective.needs and unended(rows.records):
+        found.append(f"note: no answer stops as its row does yet. {reasons(config, plan)}")
+    return [note for note in found if note]
+
+
 def nothing_learned(
     config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None, known: bool = False
 ) -> str:
     """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; "" if neither
     losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
-    from the one before training, None if that is not known; `known` if all were those of the rows before it."""
+    from the one before training, None if that is not known; `known` if all were those of the rows before it. A loss of
+    preferences may fall although the model answers as before; that of tokens says more than a few answers."""
     fall = fall_of(losses)
     name, sign = aim_of(config)
-    way = "" if fall is None else f"({fall.told(sign)})"
+    way, why = "" if fall is None else f"({fall.told(sign)})", reasons(config, plan)
     if fall is not None and fall.last - fall.first > fall.noise:
         lower = f"--lr_init {config.train.lr_init / FAR:.1g}"
         moved = "fell" if sign < 0 else "rose"
         return f"note: this run seems to have made the model worse: the {name} {moved} {way}. Try a lower rate: {lower}"
-    if changed or (fall is not None and fall.real) or (fall is None and changed is None):
+    if changed or (fall is None and changed is None):
         return ""
+    if fall is not None and fall.real:
+        still = changed is False and not known and config.objective.of_preferences
+        return f"note: the {name} fell {way}, and the rows are answered as before training. {why}" if still else ""
     if known or (config.objective.of_tokens and fall is not None and fall.first < KNOWN):
         return f"note: the base knew these rows already, so that there was little to learn from them {way}".rstrip()
     found = []
@@ -147,4 +168,4 @@ def nothing_learned(
         found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")
     if changed is False:
         found.append("the rows are answered as before training")
-    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {reasons(config, plan)}"
+    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {why}"
