@@ -163,3 +163,10 @@ def test_names_from_files_pass_for_no_line_and_fill_no_screen():
     told = short("\n".join(names)), some(names), field_names(dict.fromkeys(names)), str(UserError(short(names[0])))
     for text in told:
         assert text.isprintable() and len(text) < 1000
+
+
+@pytest.mark.parametrize("size", [100, 70_000, 1_000_000])
+def test_a_message_has_its_beginning_and_its_remedy_whatever_it_quotes(size):
+    found = str(UserError(f"field {'x' * size!r} is missing; name it", "é" * size))
+    assert found.startswith("field 'xxx") and "xxx' is missing; name it\né" in found
+    assert len(found) <= 8100 and (size > 4000 or "…" not in found)

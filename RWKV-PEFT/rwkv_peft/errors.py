@@ -30,6 +30,7 @@ ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended:
 # control characters other than tab and newline, and Unicode's marks that break lines or turn the direction of writing
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 TOLD = 200  # the most characters of a quoted text
+LONGEST = 4000  # of a line of a message, which may quote several
 
 
 class UserError(Exception):
@@ -40,7 +41,7 @@ class UserError(Exception):
     code = 2
 
     def __str__(self) -> str:
-        return "\n".join(in_line(str(line)) for line in self.args)
+        return "\n".join(in_line(without_middle(str(line))) for line in self.args)
 
 
 class NotNow(UserError):
@@ -82,6 +83,11 @@ def visible(text: str) -> str:
 def in_line(text: str) -> str:
     """Make a text visible in one line, so that none of it passes for a line of a command's own."""
     return visible(text).replace("\n", "\\n")
+
+
+def without_middle(line: str) -> str:
+    """Cut a line to LONGEST characters: the value stands at its beginning, the rule and the remedy at its end."""
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-LONGEST // 2 :]}"
 
 
 def short(text: str) -> str:

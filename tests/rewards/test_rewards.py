@@ -196,12 +196,22 @@ def test_files_without_such_a_function_are_refused_at_once(reward, code, message
     assert str(error.value).startswith(f"--reward {word}: ")
 
 
+DRAFT_3 = {"$schema": "http://json-schema.org/draft-03/schema#", "extends": {"$ref": "#/definitions/x"}}
+
+
 @pytest.mark.parametrize(
     "schema, message",
     [
         ("{", "not JSON: .*; mend it"),
         ("3", "a JSON schema is an object, not int"),
         ('{"type": "text"}', r"no JSON schema: .*text.* \(at \$\.type\); mend it"),
+        (json.dumps({"type": "é" * 99_999}), "no JSON schema: .{,400}; mend it"),
+        (json.dumps({"é" * 99_999: 1, "type": 3}), "no JSON schema: .{,400}; mend it"),
+        (json.dumps({"$ref": "#/" + "a" * 99_999}), r"its \$ref '#/a{,200}… leads to nothing"),
+        ('{"not": ' * 300 + "{}" + "}" * 300, "no JSON schema that is read here: RecursionError: .* fewer schemas"),
+        ('{"$schema": 5}', "no JSON schema that is read here: AttributeError: .*; write it by draft 2020-12"),
+        (json.dumps(DRAFT_3), "no JSON schema that is read here: AttributeError: .*; write it by draft 2020-12"),
+        ('{"$dynamicRef": "#none"}', r"its \$ref '#none' leads to nothing within the file"),
         ('{"items": {"$ref": "#/$defs/none"}}', r"its \$ref '#/\$defs/none' leads to nothing within the file"),
         ('{"$ref": "https://example.org/schema"}', "and no other is read; put it under"),
     ],
@@ -232,6 +242,18 @@ def test_rows_without_what_a_function_reads_are_told_before_training(reward, cod
     rows = [{**ROWS[0], "extra": 1}] * 1001 + [ROWS[0]]
     with Rewards.open(["gsm8k", reward(code)]) as rewards, pytest.raises(UserError, match=message):
         rewards.check_rows(rows)
+
+
+def test_a_row_of_lists_within_lists_is_refused_before_training(reward):
+    def nested(levels):
+        return {"text": "a", "deep": json.loads("[" * levels + "]" * levels)}
+
+    with Rewards.open([reward("def f(completions, deep): return [1.0] * len(completions)")]) as rewards:
+        rewards.check_rows([nested(99)])
+        assert rewards.judge(["p"], ["c"], [nested(99)]).total == [1.0]
+        for levels in (100, 500, 900):
+            with pytest.raises(UserError, match="row 2 has more than 100 lists and objects within each other; flatten"):
+                rewards.check_rows([nested(1), nested(levels)])
 
 
 def test_rows_without_what_a_task_reads_are_told_before_training():

@@ -67,11 +67,15 @@ def call_of(value: object) -> Call:
     call = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise UserError(f"a call of a tool is {quoted(value)}; it needs a name and arguments")
-    arguments = parsed(call.get("arguments", call.get("parameters")), f"the arguments of the call of {call['name']}")
+    arguments = parsed(
+        call.get("arguments", call.get("parameters")), f"the arguments of the call of {short(call['name'])}"
+    )
     if arguments in NOTHING:
         return Call(call["name"], {})
     if not isinstance(arguments, dict):
-        raise UserError(f"the arguments of the call of {call['name']} are {quoted(arguments)}, and an object is due")
+        raise UserError(
+            f"the arguments of the call of {short(call['name'])} are {quoted(arguments)}, and an object is due"
+        )
     return Call(call["name"], arguments)
 
 

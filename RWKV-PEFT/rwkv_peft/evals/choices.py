@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError, short
+from ..errors import UserError, quoted, short, some
 from .task import ChoiceTask, Problem, Row, Score, behind, text_of
 
 
@@ -49,8 +49,8 @@ def right_of(row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
         if not isinstance(told, bool) and isinstance(told, (str, int)) and str(told).strip() in known:
             return list(known).index(str(told).strip())
     raise UserError(
-        f"its answer {told!r} is none of its choices: a place from 0, one of {', '.join(labels)}, or the text is due, "
-        "as answer, label, answerKey or gold"
+        f"its answer {quoted(told)} is none of its choices: a place from 0, one of {some(labels, 26)}, or the text is "
+        "due, as answer, label, answerKey or gold"
     )
 
 

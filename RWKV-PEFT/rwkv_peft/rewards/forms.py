@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, told
+from ..errors import UNREADABLE, UserError, quoted, short, told
 from ..files.readable import require_readable
 from ..installing import how_to_install
 from .reward import Answer, Reward
@@ -39,22 +39,27 @@ class Schema(Reward):
         from referencing.exceptions import Unresolvable
         from referencing.jsonschema import DRAFT202012
 
-        schema = read_schema(file)
-        kind = validators.validator_for(schema, validators.Draft202012Validator)
+        schema, reference = read_schema(file), ""
         try:
+            kind = validators.validator_for(schema, validators.Draft202012Validator)
             kind.check_schema(schema)
-        except exceptions.SchemaError as error:
-            raise UserError(f"no JSON schema: {told(error)} (at {error.json_path}); mend it") from error
-        resource = Resource.from_contents(schema, DRAFT202012)
-        address = resource.id() or ""
-        registry = Registry().with_resource(address, resource).crawl()  # one of our own asks no network for others
-        for reference in references(schema):
-            try:
+            resource = Resource.from_contents(schema, DRAFT202012)
+            address = resource.id() or ""
+            registry = Registry().with_resource(address, resource).crawl()  # one of our own asks no network for others
+            for reference in references(schema):
                 registry.resolver(address).lookup(reference)
-            except Unresolvable as error:
-                raise UserError(
-                    f"its $ref {reference!r} leads to nothing within the file, and no other is read; put it under $defs"
-                ) from error
+        except exceptions.SchemaError as error:
+            raise UserError(f"no JSON schema: {told(error)} (at {short(error.json_path)}); mend it") from error
+        except Unresolvable as error:
+            raise UserError(
+                f"its $ref {quoted(reference)} leads to nothing within the file, and no other is read; put it under "
+                "$defs"
+            ) from error
+        except UNREADABLE as error:
+            raise UserError(
+                f"no JSON schema that is read here: {told(error, named=True)}; write it by draft 2020-12, and with "
+                "fewer schemas within each other"
+            ) from error
         self.validator = kind(schema, registry=registry)
 
     def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
@@ -83,10 +88,9 @@ def read_schema(file: str) -> Any:
 
 
 def references(schema: object) -> Iterator[str]:
-    """Yield the values of all "$ref" of a schema."""
+    """Yield the values of all "$ref" and "$dynamicRef" of a schema."""
     if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
+        yield from (schema[name] for name in ("$ref", "$dynamicRef") if isinstance(schema.get(name), str))
         schema = list(schema.values())
     if isinstance(schema, list):
         for part in schema:

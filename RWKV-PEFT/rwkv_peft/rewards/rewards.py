@@ -12,6 +12,7 @@ from .workers import Failure, Place, Worker
 
 SECONDS = 60.0  # that a call of a reward may take
 ROWS = 1000  # rows that are checked at a time
+LEVELS = 100  # of lists and objects within each other: Python's pickle, which sends them, stops at some 300
 
 
 class Judged(NamedTuple):
@@ -51,6 +52,10 @@ class Rewards:
         """Raise UserError for the first row to which a reward cannot judge answers, with its number from 1."""
         waiting, first = iter(rows), 0
         while part := list(islice(waiting, ROWS)):
+            if (number := next((n for n, row in enumerate(part, first + 1) if is_deep(row)), None)) is not None:
+                raise UserError(
+                    f"--reward: row {number} has more than {LEVELS} lists and objects within each other; flatten it"
+                )
             self.worker.send("check", part, first)
             try:
                 self.worker.reply()
@@ -91,6 +96,12 @@ class Rewards:
 
     def refusal(self, failure: Failure, place: str = "") -> UserError:
         return UserError(f"--reward {self.specs[failure.place.reward]}: {place}{failure.words}")
+
+
+def is_deep(value: object, levels: int = LEVELS) -> bool:
+    """Whether a value of JSON has more lists and objects within each other than `levels`."""
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    return inside is not None and (not levels or any(is_deep(one, levels - 1) for one in inside))
 
 
 def told_place(answers: Sequence[Answer], place: Place) -> str:
