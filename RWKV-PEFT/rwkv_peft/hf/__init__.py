@@ -8,14 +8,15 @@
 """
 
 import peft
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .config import BoneConfig
 from .installed import add_member, check_version, configs, enter
 from .layer import BoneLinear
 from .model import BoneModel
-from .rwkv import MODELS, RWKVForCausalLM
-from .rwkv_config import RWKV6Config, RWKV7Config
+from .rwkv import RWKVForCausalLM, RWKVForSequenceClassification, RWKVModel
+from .rwkv_config import CONFIGS, RWKV6Config, RWKV7Config, read_configs_of_pth
 from .rwkv_tokenizer import RWKVTokenizer
 
 __all__ = [
@@ -25,9 +26,16 @@ __all__ = [
     "RWKV6Config",
     "RWKV7Config",
     "RWKVForCausalLM",
+    "RWKVForSequenceClassification",
+    "RWKVModel",
     "RWKVTokenizer",
     "register",
 ]
+KINDS = (
+    (AutoModel, RWKVModel),
+    (AutoModelForCausalLM, RWKVForCausalLM),
+    (AutoModelForSequenceClassification, RWKVForSequenceClassification),
+)
 
 
 def register(replace: bool = False) -> None:
@@ -47,12 +55,15 @@ def register(replace: bool = False) -> None:
 
 
 def register_rwkv() -> None:
-    """Register RWKV-6 and RWKV-7, so that AutoModelForCausalLM, AutoTokenizer and pipelines load their folders."""
-    for model in MODELS:
-        config = model.config_class
+    """Register RWKV-6 and RWKV-7, so that Auto classes and pipelines load their folders, and trl a .pth too."""
+    for config in CONFIGS:
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
         AutoTokenizer.register(config, fast_tokenizer_class=RWKVTokenizer, exist_ok=True)
+    for auto, kinds in KINDS:
+        for model in kinds.__subclasses__():
+            auto.register(model.config_class, model, exist_ok=True)
+            setattr(transformers, model.__name__, model)  # where trl looks for a folder's class
+    read_configs_of_pth()
 
 
 register()

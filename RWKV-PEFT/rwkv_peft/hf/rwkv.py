@@ -1,4 +1,4 @@
-"""RWKV as a causal language model of transformers, over the package's own models and kernels.
+"""RWKV as a model of transformers, over the package's own models and kernels.
 
     from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
     model = RWKVForCausalLM.from_pth("rwkv7-g1-1.5b.pth", dtype=torch.bfloat16)
@@ -26,13 +26,15 @@ from ..generate.twin import Twin
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model
-from .rwkv_backbone import Backbone
-from .rwkv_config import RWKV6Config, RWKV7Config, RWKVConfig, config_of
+from .rwkv_backbone import CACHES, Backbone, BackboneOutput, refuse_others
+from .rwkv_config import RWKV6Config, RWKV7Config, RWKVConfig, config_of, config_of_base, is_pth
 
 PREFIX = "model."  # of the parameters' names, before the official key
 # the name under which a search over beams reorders a cache: any that is listed, or in older versions this one alone
 REORDERED = "past_key_values" if "past_key_values" in ALL_CACHE_NAMES else "state"
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SCORE = "score."  # of the name of a new head, in a saved folder too
+# the entries of a folder's config.json that are not told by its tensors
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "id2label", "label2id", "problem_type")
 
 
 @dataclass
@@ -44,9 +46,17 @@ class RWKVOutput(ModelOutput):
     state: State | None = None
 
 
-class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
-    """An RWKV-6 or RWKV-7; model is the generation's own module, under the checkpoints' official names. from_pth and
-    from_pretrained make one of the class of the generation that they find."""
+@dataclass
+class RWKVScores(ModelOutput):
+    """loss (a scalar, if labels were given), and logits (B, num_labels)."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class RWKVPreTrainedModel(PreTrainedModel):
+    """An RWKV-6 or RWKV-7; model is the generation's own module, under the checkpoints' official names. A class of no
+    generation makes models of the class for theirs."""
 
     config_class = RWKVConfig
     base_model_prefix = "model"
@@ -58,44 +68,44 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
         self.model = Backbone(config.family.build(config.model_config()))
-        self._twin = Twin()
-        self.post_init()
 
     @classmethod
-    def from_pth(
-        cls, path: str | Path, adapters: Iterable[str | Path] = (), dtype: torch.dtype | None = None, **settings: Any
-    ) -> "RWKVForCausalLM":
-        """Load a .pth with adapters merged into it, in its own dtype (None) or another. settings are config entries,
-        such as eos_token_id. Raises UserError for files that cannot be read or do not fit together."""
-        base = merged_base(path, [AdapterSource(adapter) for adapter in adapters])
-        refuse_states(base)
-        with torch.device("meta"):
-            model = class_of(config := config_of(base.config, **settings))(config)
-        model.model = Backbone(base.family.load(base.tensors, base.config).to(dtype))
-        model.config.dtype = model.dtype
-        model.config._name_or_path = model.name_or_path = str(path)
-        return model.eval()
+    def of(cls, config: RWKVConfig) -> Any:
+        """The class for a config's generation. Raises UserError if this one is for another."""
+        kinds = cls.__subclasses__() if cls.config_class is RWKVConfig else [cls]
+        found = next((kind for kind in kinds if isinstance(config, kind.config_class)), None)
+        if found is None:
+            raise UserError(f"{cls.__name__} is for another generation than the model, which is {config.family.name}")
+        return found
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None, *args: Any, **settings: Any) -> "RWKVForCausalLM":
-        """Load the folder of an RWKV model, or its name on the hub, in one of three layouts: that of save_pretrained
-        and `rwkv-peft convert`, which is RWKV's own, or flash-linear-attention's. settings are those of transformers.
-        Raises UserError for a folder that holds no complete model."""
+    def from_pretrained(cls, folder: str | Path | None, *args: Any, **settings: Any) -> Any:
+        """Load a .pth, the folder of an RWKV model, or its name on the hub, in one of three layouts: that of
+        save_pretrained and `rwkv-peft convert`, which is RWKV's own, or flash-linear-attention's. settings are those of
+        transformers. Raises UserError for a file or folder that holds no complete model."""
         if folder is None or settings.get("state_dict") is not None:
             return super().from_pretrained(folder, *args, **settings)
-        path = local(folder, settings)
-        base = base_of(read_hf_model(path), path)
+        given, others = settings.pop("config", None), {}
+        if is_pth(folder):
+            base = merged_base(folder)
+            config = given if isinstance(given, RWKVConfig) else config_of_base(base)
+        else:
+            path = local(folder, settings)
+            tensors = read_hf_model(path)
+            others = {key: tensors.pop(key) for key in list(tensors) if key.startswith(SCORE)}
+            base = base_of(tensors, path)
+            config = given if isinstance(given, RWKVConfig) else type(config_of(base.config)).from_pretrained(path)
         refuse_states(base)
-        told = settings.pop("config", None)
-        if not isinstance(told, RWKVConfig):
-            told = type(config_of(base.config)).from_pretrained(path)
-        ends = {name: getattr(told, name) for name in ENDS if getattr(told, name, None) is not None}
-        config = config_of(base.config, **ends, dtype=getattr(told, "dtype", None))
+        kept = {name: getattr(config, name) for name in KEPT if getattr(config, name, None) is not None}
+        config = config_of(base.config, **kept)
+        dtype = {name: settings.pop(name) for name in ("dtype", "torch_dtype") if name in settings}
+        config, settings = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **settings)
         state = {PREFIX + key: tensor for key, tensor in base.tensors.items()}
-        model = super(RWKVForCausalLM, class_of(config)).from_pretrained(
-            None, *args, config=config, state_dict=state, **settings
+        model = super(RWKVPreTrainedModel, cls.of(config)).from_pretrained(
+            None, *args, config=config, state_dict=state | others, **settings, **dtype
         )
         model.config._name_or_path = model.name_or_path = str(folder)
+        model.model.head.requires_grad_(model.can_generate())
         return model
 
     def save_pretrained(self, folder: str | Path, *args: Any, **settings: Any) -> None:
@@ -106,6 +116,107 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         named = {to_hf(key.removeprefix(PREFIX)): tensor for key, tensor in state.items()}
         super().save_pretrained(folder, *args, state_dict=named, **settings)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.emb
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.emb = value
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **settings: Any) -> None:
+        self.model.grad_checkpoint = enable
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a new model as a whole by its generation's rule, once, when transformers asks for its first part."""
+        if module is self.model.emb and not module.weight.is_meta:
+            self.config.family.init_weights(self.model)
+
+
+class RWKVModel(RWKVPreTrainedModel):
+    """An RWKV without its head, for AutoModel; the head stays with it, frozen, so that what is saved is complete."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor | None = None, **arguments: Any) -> BackboneOutput | tuple[Any, ...]:
+        """Compute tokens (B, T) -> BackboneOutput; the arguments are Backbone's, and return_dict."""
+        as_tuple = arguments.pop("return_dict", None) is False
+        output = self.model(input_ids, **arguments)
+        return output.to_tuple() if as_tuple else output
+
+
+class RWKVForSequenceClassification(RWKVPreTrainedModel):
+    """An RWKV with a new head over the last token of each row, for AutoModelForSequenceClassification, such as a reward
+    model; the old head stays with it, frozen, so that what is saved is complete."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **arguments: Any,
+    ) -> RWKVScores | tuple[Any, ...]:
+        """Compute rows of tokens (B, T) -> RWKVScores. labels (B) are classes or numbers; without a mask, the token
+        that pads is left out. The other arguments are RWKVModel's."""
+        as_tuple = arguments.pop("return_dict", None) is False
+        arguments.pop("num_items_in_batch", None)  # of a trainer; the loss is a mean over rows
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        arguments["use_cache"] = False  # a row is read as a whole
+        hidden = self.model(input_ids, attention_mask, **arguments).last_hidden_state
+        last = hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long)
+        if attention_mask is not None:
+            places = torch.arange(attention_mask.shape[1], device=hidden.device)
+            last = (places * attention_mask).argmax(1)
+        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        output = RWKVScores(loss, logits)
+        return output.to_tuple() if as_tuple else output
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.score:
+            PreTrainedModel._init_weights(self, module)
+        super()._init_weights(module)
+
+
+class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
+    """An RWKV as a causal language model. from_pth and from_pretrained make one of the class of the generation that
+    they find."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__(config)
+        self._twin = Twin()
+        self.post_init()
+
+    @classmethod
+    def from_pth(
+        cls,
+        path: str | Path,
+        adapters: Iterable[str | Path] = (),
+        dtype: torch.dtype | str | None = None,
+        **settings: Any,
+    ) -> "RWKVForCausalLM":
+        """Load a .pth with adapters merged into it, in its own dtype (None or "auto") or another. settings are config
+        entries, such as eos_token_id. Raises UserError for files that cannot be read or do not fit together."""
+        wanted = dtype_named(dtype)
+        base = merged_base(path, [AdapterSource(adapter) for adapter in adapters])
+        refuse_states(base)
+        config = config_of(base.config, **settings)
+        with torch.device("meta"):
+            model = cls.of(config)(config)
+        model.model = Backbone(base.family.load(base.tensors, base.config).to(wanted))
+        model.config.dtype = model.dtype
+        model.config._name_or_path = model.name_or_path = str(path)
+        return model.eval()
+
     def save_pth(self, path: str | Path) -> None:
         """Write a .pth under official names, as every RWKV runtime takes it. Raises UserError while adapters are in
         the model, and if the file cannot be written."""
@@ -114,12 +225,6 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         if odd := next((key for key in tensors if key not in shapes), None):
             raise UserError(f"{odd} is no tensor of the model but an adapter's; call merge_and_unload() first")
         save_model(path, {key: tensors[key] for key in shapes})
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.emb
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.emb = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
@@ -147,15 +252,23 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if twin is not None and input_ids is not None:
             return RWKVOutput(None, *twin(input_ids, state))
+        as_tuple = settings.pop("return_dict", None) is False
+        count = {name: settings.pop(name) for name in ("num_items_in_batch",) if name in settings}  # of a trainer
         found = self.model(input_ids, attention_mask, state, inputs_embeds, use_cache, **settings)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(found.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            count = {"num_items_in_batch": settings["num_items_in_batch"]} if "num_items_in_batch" in settings else {}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **count)
         output = RWKVOutput(loss, logits, found.state)
-        return output if settings.get("return_dict") is not False else output.to_tuple()
+        return output.to_tuple() if as_tuple else output
+
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """transformers' generate, which takes a State as state, past_key_values or cache."""
+        caches = {name: settings.pop(name) for name in CACHES if name in settings}
+        if (state := refuse_others(settings.get("state"), caches)) is not None:
+            settings["state"] = state
+        return super().generate(*args, **settings)
 
     def prepare_inputs_for_generation(
         self,
@@ -199,13 +312,17 @@ class RWKVForCausalLM(PreTrainedModel, GenerationMixin):
         """The State of the sequences that a search over beams goes on with."""
         return state.selected(rows.to(state[0].wkv.device))
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **settings: Any) -> None:
-        self.model.grad_checkpoint = enable
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw a new model as a whole by its generation's rule, once, when transformers asks for its first part."""
-        if module is self.model.emb and not module.weight.is_meta:
-            self.config.family.init_weights(self.model)
+class RWKV6Model(RWKVModel):
+    """An RWKV-6 without its head."""
+
+    config_class = RWKV6Config
+
+
+class RWKV7Model(RWKVModel):
+    """An RWKV-7 without its head."""
+
+    config_class = RWKV7Config
 
 
 class RWKV6ForCausalLM(RWKVForCausalLM):
@@ -220,12 +337,24 @@ class RWKV7ForCausalLM(RWKVForCausalLM):
     config_class = RWKV7Config
 
 
-MODELS = (RWKV6ForCausalLM, RWKV7ForCausalLM)
+class RWKV6ForSequenceClassification(RWKVForSequenceClassification):
+    """An RWKV-6 with a head over the last token."""
+
+    config_class = RWKV6Config
 
 
-def class_of(config: RWKVConfig) -> type[RWKVForCausalLM]:
-    """The class of a generation's models, by its config."""
-    return next(kind for kind in MODELS if isinstance(config, kind.config_class))
+class RWKV7ForSequenceClassification(RWKVForSequenceClassification):
+    """An RWKV-7 with a head over the last token."""
+
+    config_class = RWKV7Config
+
+
+def dtype_named(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype of a name as transformers takes it, such as "bfloat16"; None for "auto". Raises UserError."""
+    found = None if name == "auto" else getattr(torch, name, name) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype | None) or (found is not None and not found.is_floating_point):
+        raise UserError(f"dtype={name!r} is no dtype of a model; give torch.bfloat16, torch.float16 or torch.float32")
+    return found
 
 
 def refuse_states(base: Base) -> None:

@@ -1,5 +1,6 @@
 """An RWKV up to its head, as transformers calls it: with an attention mask, and its State for a cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..models.parts import LanguageModel
 from ..models.state import State
+
+CACHES = ("past_key_values", "cache")  # transformers' names of what a model goes on from
 
 
 @dataclass
@@ -19,6 +22,7 @@ class BackboneOutput(ModelOutput):
 
     last_hidden_state: torch.Tensor | None = None
     state: State | None = None
+    hidden_states: None = None  # of every layer, which trl hands on
 
 
 class Backbone(LanguageModel):
@@ -37,36 +41,48 @@ class Backbone(LanguageModel):
         state: State | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **settings: Any,
+        position_ids: torch.Tensor | None = None,
+        **others: Any,
     ) -> BackboneOutput:
         """Compute tokens (B, T), which go on from state -> BackboneOutput.
 
         attention_mask (B, T or more) keeps any tokens of a row; results for the others are zeros before the norm.
-        Without a mask, position_ids (1, T) that begin anew at 0 tell sequences packed in a row, which see nothing of
-        each other. Raises UserError if hidden states or attentions are asked for.
+        position_ids (1 or B, T) that begin anew at 0 separate the sequences packed in a row, which see nothing of each
+        other. `others` may name a cache past_key_values or cache; raises UserError for arguments without an effect.
         """
-        for name in ("output_hidden_states", "output_attentions"):
-            if settings.get(name):
-                raise UserError(f"{name}=True: an RWKV here gives its last hidden state and its state; leave it out")
+        state = refuse_others(state, others)
         keep = not self.training if use_cache is None else use_cache
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        if attention_mask is not None:
+            mask = attention_mask[:, -x.shape[1] :].bool()
+        begins = None if position_ids is None else packed_begins(position_ids, mask)
         seen = (input_ids,) if self.sees_tokens and input_ids is not None else ()
-        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
-        if mask is not None and not mask.all():
-            x, after = self._through_kept(x, mask, state, keep, seen)
+        if begins is not None or (attention_mask is not None and not mask.all()):
+            if begins is not None and state is not None:
+                raise UserError("position_ids begin a sequence anew within a row, and state goes on; leave one out")
+            keep = keep and begins is None
+            x, after = self._through_kept(x, mask, begins, state, keep, seen)
         else:
-            starts = packed_starts(settings.get("position_ids")) if mask is None and state is None else None
-            keep = keep and starts is None
-            x, after = self.through_blocks(x, state, starts, keep, seen)
+            x, after = self.through_blocks(x, state, None, keep, seen)
         return BackboneOutput(self.ln_out(x), after if keep else None)
 
     def _through_kept(
-        self, x: torch.Tensor, mask: torch.Tensor, state: State | None, keep: bool, seen: tuple[torch.Tensor, ...]
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        begins: torch.Tensor | None,
+        state: State | None,
+        keep: bool,
+        seen: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, State]:
         """Compute the blocks over the tokens of x (B, T, C) that mask (B, T) keeps, as one packed row -> x, zeros
-        elsewhere, and the State after them; a row without any keeps its state."""
+        elsewhere, and the State after them; a row without any keeps its state. Sequences begin at each row's first
+        token, and where begins (B, T) is set."""
         rows = mask.any(1).nonzero()[:, 0]
         borders = F.pad(mask.sum(1)[rows].cumsum(0), (1, 0))
+        if begins is not None:
+            borders = torch.cat([borders, begins[mask].nonzero()[:, 0]]).unique()
         begun = None if state is None else state.selected(rows)
         y, after = self.through_blocks(x[mask][None], begun, borders, keep, tuple(ids[mask][None] for ids in seen))
         if keep and len(rows) < len(mask):
@@ -75,9 +91,37 @@ class Backbone(LanguageModel):
         return torch.zeros_like(x).index_put((mask,), y[0]), after
 
 
-def packed_starts(positions: torch.Tensor | None) -> torch.Tensor | None:
-    """The borders (n + 1,) of n > 1 sequences packed in a row, whose positions (1, T) begin anew at 0; else None."""
-    if positions is None or positions.dim() != 2 or len(positions) != 1:
-        return None
-    starts = (positions[0] == 0).nonzero()[:, 0]
-    return F.pad(starts, (0, 1), value=positions.shape[1]) if len(starts) > 1 and starts[0] == 0 else None
+def refuse_others(state: State | None, others: Mapping[str, Any]) -> State | None:
+    """The State that goes on: `state`, or the one under a cache's name in `others`. Raises UserError for a cache of
+    another kind, and for an argument that asks for what an RWKV has not; None and False ask for nothing."""
+    for name, value in others.items():
+        if value is None or value is False:
+            continue
+        if name not in CACHES:
+            raise UserError(
+                f"{name}={quoted(value)}: an RWKV here takes no such argument, and gives its last hidden state and its "
+                "state; leave it out"
+            )
+        if not isinstance(value, State):
+            raise UserError(
+                f"{name} holds a {type(value).__name__}, and an RWKV has no keys and values; give the state of an "
+                "earlier call, and in place of prefix tuning another method, or tune states with train.py"
+            )
+        state = value
+    return state
+
+
+def packed_begins(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Where position_ids (1 or B, T) begin a sequence anew within a row's tokens that mask (B, T) keeps: (B, T), or
+    None if nowhere. Raises UserError for positions that jump."""
+    if positions.dim() != 2 or positions.shape[0] not in (1, len(mask)) or positions.shape[1] != mask.shape[1]:
+        raise UserError(f"position_ids {tuple(positions.shape)} are due for tokens {tuple(mask.shape)}, one for each")
+    positions = positions.expand_as(mask)
+    kept, rows = positions[mask], mask.nonzero()[:, 0]
+    anew = (kept[1:] == 0) & (rows[1:] == rows[:-1])
+    if not (anew | (kept[1:] == kept[:-1] + 1) | (rows[1:] != rows[:-1])).all():
+        raise UserError(
+            "position_ids jump, and an RWKV reads tokens one after another; count up by one, and begin packed "
+            "sequences at 0, or leave them out"
+        )
+    return None if not anew.any() else torch.zeros_like(mask).index_put((mask,), F.pad(anew, (1, 0)))

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from ..config import ModelConfig
+from ..files.base import Base, open_base
 from ..models import family_named
 from ..models.family import Family
 
@@ -16,6 +19,7 @@ class RWKVConfig(PretrainedConfig):
     ours, which are exact. A config without dimensions describes a new model of the generation's usual widths."""
 
     version = ""  # the generation's key in GENERATIONS
+    auto_map = MappingProxyType[str, str]({})  # trl looks for code of a folder's own in it
     keys_to_ignore_at_inference = ["state"]
 
     def __init__(self, dimensions: Mapping[str, Any] | None = None, **settings: Any) -> None:
@@ -64,3 +68,26 @@ def config_of(dimensions: ModelConfig, **settings: Any) -> RWKVConfig:
     kind = next(kind for kind in CONFIGS if kind.version == dimensions.version)
     told = {name: value for name, value in told.items() if name not in ("architectures", "model_type")}
     return kind(dimensions=asdict(dimensions), **(told | settings))
+
+
+def config_of_base(base: Base, **settings: Any) -> RWKVConfig:
+    """The RWKVConfig of a model in a .pth, as config_of has it, with the dtype of the file."""
+    return config_of(base.config, dtype=base.tensors["emb.weight"].dtype, **settings)
+
+
+def is_pth(name: object) -> bool:
+    return Path(str(name)).suffix == ".pth"
+
+
+def read_configs_of_pth() -> None:
+    """Let transformers' AutoConfig read a .pth: trl loads a model by its name a second time, as a reference."""
+    plain = PretrainedConfig.get_config_dict.__func__
+
+    def get_config_dict(cls: type[PretrainedConfig], name: object, **settings: Any) -> Any:
+        if not is_pth(name):
+            return plain(cls, name, **settings)
+        config = config_of_base(open_base(str(name)))
+        config.architectures = [f"{config.model_type.upper()}ForCausalLM"]
+        return config.to_dict(), settings
+
+    PretrainedConfig.get_config_dict = classmethod(get_config_dict)
