@@ -79,7 +79,7 @@ def measure(args):
 
     torch.set_num_threads(args.threads[0])
     torch.set_grad_enabled(False)
-    stream = large_pages(1 << 29).view(torch.float32).fill_(1.0)
+    stream = torch.frombuffer(large_pages(1 << 29), dtype=torch.float32).fill_(1.0)
     for kind in args.weights:
         quantized = {"weights": kind} if kind.startswith("int") else {"precision": kind}
         ours, _ = load_model(args.model, **quantized)

@@ -1,6 +1,7 @@
 """The package in Python: the documented examples run, and what they compute is what the commands do."""
 
 import copy
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -111,6 +112,18 @@ def test_a_model_is_decoded_by_a_tape_until_something_is_put_into_it(model, monk
     hook.remove()
     rp.add_adapter(model, rank=8)
     assert model.generate("One", 6, temperature=0) == changed and not ran
+
+
+@pytest.mark.parametrize("weights", (None, "int8"))
+def test_what_decoding_keeps_in_memory_is_not_saved(base, tmp_path, weights):
+    model = rp.load(base, device="cpu", weights=weights)
+    sizes = []
+    for _ in range(2):
+        torch.save(model.state_dict(), tmp_path / "state.pth")
+        sizes += [len(pickle.dumps(model)), (tmp_path / "state.pth").stat().st_size]
+        text = model.generate("One", 6, temperature=0)
+    assert sizes[2] < 1.1 * sizes[0] and sizes[3] < 1.1 * sizes[1], sizes
+    assert pickle.loads(pickle.dumps(model)).generate("One", 6, temperature=0) == text
 
 
 def test_a_state_goes_on_and_starts_every_sequence(base, tmp_path, model):

@@ -1,5 +1,7 @@
 """transformers and trl load an RWKV by its name, a folder or a .pth, with each kind of head, and as a reference."""
 
+import pickle
+
 import pytest
 import torch
 from finetuning import SETTINGS
@@ -81,6 +83,17 @@ def test_a_dtype_may_be_given_by_name(names):
     for wrong in ("bf61", "int8", 16):
         with pytest.raises(UserError, match=f"dtype={wrong!r} is no dtype of a model; give torch.bfloat16"):
             RWKVForCausalLM.from_pth(names["pth"], dtype=wrong)
+
+
+def test_what_decoding_keeps_in_memory_is_not_saved(names, tmp_path):
+    model, ids = RWKVForCausalLM.from_pth(names["pth"]).requires_grad_(False), torch.arange(1, 9)[None]
+    sizes = []
+    for _ in range(2):
+        torch.save(model.state_dict(), tmp_path / "state.pth")
+        sizes += [len(pickle.dumps(model)), (tmp_path / "state.pth").stat().st_size]
+        drawn = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert sizes[2] < 1.1 * sizes[0] and sizes[3] < 1.1 * sizes[1], sizes
+    assert torch.equal(pickle.loads(pickle.dumps(model)).generate(ids, max_new_tokens=4, do_sample=False), drawn)
 
 
 @pytest.mark.parametrize("name", ("folder", "pth"))

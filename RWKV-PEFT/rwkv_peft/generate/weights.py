@@ -42,28 +42,29 @@ class Product(nn.Module):
 
 
 class Arena:
-    """Memory in large pages, if the system has them, for tensors that stay as long as the model does."""
+    """Memory in large pages, if the system lends them, for tensors that stay as long as the model does. Each tensor has
+    a storage of its own, so that saving or pickling one writes no more than it."""
 
     def __init__(self) -> None:
-        self.free = torch.empty(0, dtype=torch.uint8)
+        self.memory, self.used = mmap.mmap(-1, LINE), LINE
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor."""
         size = -(-tensor.nbytes // LINE) * LINE
-        if size > len(self.free):
-            self.free = large_pages(max(size, CHUNK))
-        mine, self.free = self.free[: tensor.nbytes], self.free[size:]
-        return mine.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if self.used + size > len(self.memory):
+            self.memory, self.used = large_pages(max(size, CHUNK)), 0
+        mine = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
+        self.used += size
+        return mine.view(tensor.shape).copy_(tensor)
 
 
-def large_pages(size: int) -> torch.Tensor:
+def large_pages(size: int) -> mmap.mmap:
     """`size` bytes of memory of its own, in pages of 2 MiB if Linux lends them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
