@@ -36,6 +36,34 @@ def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one
         convert(tmp_path / "hf", tmp_path / "back.pth")
 
 
+@pytest.mark.parametrize("output, words", [("big/hf0.4b", ("--to", "hf")), ("hf0.4b/", ()), ("there.1", ()), ("x", ())])
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path, model, output, words):
+    path, state = model
+    (tmp_path / "there.1").mkdir()
+    for _ in range(2):  # once more into the folder of an earlier conversion
+        convert(path, f"{tmp_path}/{output}", *words)
+    convert(tmp_path / output, tmp_path / "back.pth")
+    assert same(open_base(tmp_path / "back.pth").tensors, state)
+
+
+def test_a_file_that_is_named_where_a_folder_is_due_is_told(tmp_path, model):
+    with pytest.raises(UserError, match="m.4b: its ending names no format .* for a folder of a model --to hf, a slash"):
+        convert(model[0], tmp_path / "m.4b")
+    with pytest.raises(UserError, match="--to hf writes a folder, and .*m.gguf names a .gguf file; leave that out"):
+        convert(model[0], tmp_path / "m.gguf", "--to", "hf")
+
+
+@pytest.mark.parametrize("output", ("run", "run/", "run.1"))
+def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path, model, output):
+    run = tmp_path / output
+    run.mkdir()
+    for name in ("config.json", "adapter.safetensors", "loss.txt"):
+        (run / name).write_text("mine")
+    with pytest.raises(UserError, match="run.* holds adapter.safetensors, loss.txt, and no earlier conversion wrote"):
+        convert(model[0], run)
+    assert {path.read_text() for path in run.iterdir()} == {"mine"} and len(list(run.iterdir())) == 3
+
+
 def test_shards_of_two_models_in_one_folder_are_refused(tmp_path, model):
     path, state = model
     convert(path, tmp_path / "hf")

@@ -54,8 +54,9 @@ def test_a_run_s_folder_does_not_get_a_second_adapter(tmp_path, tiny_state):
 
 def test_a_folder_with_two_adapters_is_refused_by_every_reader(tmp_path, tiny_state):
     adapter = random_adapter(METHODS["lora"], tiny_state())
-    save_adapter(tmp_path / "run" / "adapter.safetensors", adapter.tensors, adapter.metadata)
-    assert main([str(tmp_path / "run" / "adapter.safetensors"), str(tmp_path / "run"), "--to", "lora"]) == 0
+    save_adapter(tmp_path / "a.safetensors", adapter.tensors, adapter.metadata)
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "run"), "--to", "lora"]) == 0
+    (tmp_path / "a.safetensors").rename(tmp_path / "run" / "adapter.safetensors")
     words = "holds two adapters, adapter.safetensors of a run and adapter_config.json with that of peft"
     with pytest.raises(UserError, match=words):
         read_adapter(tmp_path / "run")

@@ -1,12 +1,13 @@
 """Convert models, states and adapters between the formats of tools: `rwkv-peft convert INPUT OUTPUT`.
 
 INPUT's content and OUTPUT's ending say what is converted: models and states by the table of formats.py, and with --to
-fla to flash-linear-attention's folder; adapters to RWKV-PEFT's .pth and ours, with --to lora to plain LoRA (lora.py),
-with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder, and back (miss.py).
+hf or fla to a folder of transformers or flash-linear-attention; adapters to RWKV-PEFT's .pth and ours, with --to lora
+to plain LoRA (lora.py), with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder,
+and back (miss.py).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..adapters.methods import adapter_parameter
 from ..cli import counted
 from ..data.asked import clean_beside
 from ..data.recorded import find_tokenizer, recorded_beside
-from ..errors import UserError, short
+from ..errors import UserError, short, some
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
 from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
@@ -29,34 +30,35 @@ from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states, write_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
-from .formats import FLA, FOLDER, GGUF_TYPE, Wanted, cast, describe, format_of
+from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of
 from .lora import as_lora, describe_errors, write_lora
 from .miss import rename_folder
 
-LIGHTNING = "lightning"  # as FLA, a value of --to
+LIGHTNING = "lightning"  # as FLA and HF, a value of --to that writes a folder
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
 def main(argv: list[str]) -> int:
     args = convert_flags(argv)
     source, target = product_of_run(args.input, tell=True), Path(args.output)
+    args.ending = ending_of(args)
     flags = ("base_model", "lora_init", "tokenizer")
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
-    form, adapted = format_of(target), is_adapter(source)
+    form, adapted = format_of(args.ending), is_adapter(source)
     files = [target] if form is None else form.files(target)
     if adapted:
-        names = (MANIFEST, WEIGHTS) if args.to == LIGHTNING else () if target.suffix else (CONFIG, TENSORS)
+        names = (MANIFEST, WEIGHTS) if args.to == LIGHTNING else () if args.ending else (CONFIG, TENSORS)
         files = [target / name for name in names] or [target]
     for file in files:
         check_output("the output", file, inputs)
     given = Path(args.input)
     if given.is_dir() and target.resolve().is_relative_to(given.resolve()):  # it would hold two things for its readers
         raise UserError(f"the output {target} is inside the input {given}; name a place outside of it")
-    if args.to and adapted == (args.to == FLA):
+    if not args.ending and target.is_dir():
+        refuse_strangers(target, {file.name for file in files})
+    if args.to and adapted == (args.to in (FLA, HF)):
         kinds = "an adapter, and only models convert" if adapted else "no adapter, and only adapters convert"
         raise UserError(f"{source} holds {kinds} to {args.to}; leave --to {args.to} out")
-    if args.to == FLA and target.suffix:
-        raise UserError(f"--to {FLA} writes a folder, and {target} names a {target.suffix} file; leave that out")
     refuse_unread(args, target, adapted)
     written = convert_adapter(source, target, args) if adapted else convert_model(source, target, args)
     for line in written:
@@ -64,17 +66,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def ending_of(args: argparse.Namespace) -> str:
+    """The ending that chooses the output's format, "" for a folder, which may have a dot in its name: --to says that it
+    is one, a slash at its end, or the disk. Raises UserError for the name of a file if --to writes a folder."""
+    ending = Path(args.output).suffix
+    if args.output.endswith("/") or Path(args.output).is_dir():
+        return ""
+    if args.to not in (FLA, HF, LIGHTNING):
+        return ending
+    if format_of(ending) not in (None, FOLDER):
+        raise UserError(f"--to {args.to} writes a folder, and {args.output} names a {ending} file; leave that out")
+    return ""
+
+
+def refuse_strangers(folder: Path, due: Collection[str]) -> None:
+    """Raise UserError if a folder holds anything but the files of an earlier conversion, due."""
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in due and path.name[0] != ".")
+    if strangers:
+        raise UserError(
+            f"the output {folder} is a folder that holds {some(strangers)}, and no earlier conversion wrote that; name "
+            "a new folder, or an empty one"
+        )
+
+
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
     """Raise UserError for a flag that has no effect on this output; adapted is True if the input is an adapter."""
-    form, gguf = format_of(target), target.suffix == ".gguf"
+    form, gguf = format_of(args.ending), args.ending == ".gguf"
     kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
-    renamed = adapted and not args.to and not target.suffix
+    renamed = adapted and not args.to and not args.ending
     told = ("base_model", "bone_mode", "lora_alpha", "lora_init")
     for name, is_read, why in (
         ("dtype", not adapted and not gguf or args.dtype == "keep", kept),
         ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
         ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
-        ("bone_parameter", adapted and not args.to and target.suffix == ".pth", "that is for an adapter's .pth"),
+        ("bone_parameter", adapted and not args.to and args.ending == ".pth", "that is for an adapter's .pth"),
         *((name, not renamed, "a BONE or MISS folder tells it, and only its tensors are renamed") for name in told),
     ):
         if not is_read and (value := getattr(args, name)) is not None:
@@ -94,7 +119,7 @@ def is_adapter(path: Path) -> bool:
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
     """Write an adapter in the target's format; return the paths written, or lines about them."""
-    if is_adapter_folder(source) and not target.suffix and not args.to:
+    if is_adapter_folder(source) and not args.ending and not args.to:
         return [rename_folder(source, target)]
     model = open_base(args.base_model) if args.base_model else None
     base = None if model is None else model.tensors
@@ -102,12 +127,12 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     if args.to == LIGHTNING:
         return [convert_to_lightning(source, adapter, target, model)]
     if args.to:
-        return [convert_to_lora(source, adapter, target, model, args.lora_rank)]
-    if target.suffix == ".pth":
+        return [convert_to_lora(source, adapter, args, model)]
+    if args.ending == ".pth":
         paths = write_rwkv_peft(target, adapter, args.bone_parameter or "disha", base)
         print(remark_on_export(adapter.metadata, paths), end="")
         return paths
-    if target.suffix == ".safetensors":
+    if args.ending == ".safetensors":
         save_adapter(target, adapter.tensors, adapter.metadata)
         return [target]
     raise UserError(
@@ -116,13 +141,13 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     )
 
 
-def convert_to_lora(name: Path, adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
+def convert_to_lora(name: Path, adapter: Adapter, args: argparse.Namespace, base: Base | None) -> str:
     """Write an adapter, called `name`, as LoRA; return a line about it. Raises UserError if `base` is not its own."""
     metadata = adapter.metadata
     if base is not None:
         metadata.require_base(name, base, "give its own base as --base_model")
-    form = as_lora(adapter, None if base is None else base.tensors, rank)
-    loader = write_lora(target, form, base)
+    form, target = as_lora(adapter, None if base is None else base.tensors, args.lora_rank), Path(args.output)
+    loader = write_lora(target, args.ending, form, base)
     what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
     quant = metadata.quant
     kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
@@ -134,8 +159,6 @@ def convert_to_lightning(name: Path, adapter: Adapter, target: Path, base: Base 
     UserError without its own base, and for an adapter that is not served there."""
     if base is None:
         raise UserError(f"--to {LIGHTNING} records the base's file, by its SHA-256; give it as --base_model")
-    if target.suffix:
-        raise UserError(f"--to {LIGHTNING} writes a folder, and {target} names a {target.suffix} file; leave that out")
     adapter.metadata.require_base(name, base, "give its own base as --base_model")
     kept = write_lightning_folder(target, adapter, base)
     quant = adapter.metadata.quant
@@ -186,7 +209,7 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
     """Read a file or folder in any format -> {official key: tensor}, without a check of what it is."""
     if is_own(path):
         return read_states(path).tensors  # train.py's file: axes as in a .pth, unlike web-rwkv's .safetensors
-    form = FOLDER if path.is_dir() else format_of(path)
+    form = FOLDER if path.is_dir() else format_of(path.suffix)
     if form is None or path.suffix == ".pth":
         return unwrapped(read_tensors(path))
     return form.read(path)
@@ -194,17 +217,17 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
     """Write a model or time states in the target's format; return lines about what was written."""
-    tensors, form = read_model(source), format_of(target, args.to)
+    tensors, form = read_model(source), format_of(args.ending, args.to)
     states = all(is_time_state(key) for key in tensors)
-    if form is not None and states and not form.states and target.suffix:
+    if form is not None and states and not form.states and args.ending:
         raise UserError(
-            f"{source} holds time states, for which {target.suffix[1:].upper()} has no place; give them to the "
+            f"{source} holds time states, for which {args.ending[1:].upper()} has no place; give them to the "
             "runtime as .pth or .st"
         )
     if form is None or (states and not form.states):
         raise UserError(
             f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
-            ".state, .gguf, and a name without ending for a folder of a model"
+            ".state, .gguf, and for a folder of a model --to hf, a slash at the end of its name, or no ending"
         )
     dtype = None if states else form.dtype
     if args.dtype is not None:

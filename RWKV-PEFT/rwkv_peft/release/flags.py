@@ -167,7 +167,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "output",
-        help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder: BONE "
+        help=".pth, .safetensors / .st / .state, .gguf, or a folder (by --to, a slash at its end, or no ending): BONE "
         "folders become MISS ones, and MISS ones BONE",
     )
     add(
@@ -189,11 +189,11 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--to",
-        choices=("lora", "lightning", "fla"),
+        choices=("lora", "lightning", "hf", "fla"),
         help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
         "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
-        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves; fla: write an "
-        "RWKV-7 into a folder as flash-linear-attention has it",
+        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves; hf: write "
+        "a model into a folder of transformers; fla: write an RWKV-7 into one as flash-linear-attention has it",
     )
     add(
         "--lora_rank",

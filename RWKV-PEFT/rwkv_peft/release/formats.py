@@ -26,7 +26,7 @@ from .gguf import write_gguf
 from .vocabulary import Tokenizer, gguf_vocabulary, hf_files
 
 GGUF_TYPE = "f16"  # the default type of a GGUF's large matrices
-FLA = "fla"  # the value of --to
+FLA, HF = "fla", "hf"  # values of --to
 HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -65,9 +65,9 @@ class Format(NamedTuple):
     files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
-def format_of(path: Path, to: str | None = None) -> Format | None:
-    """The Format that --to names, else that of a path's ending, None for an unknown ending."""
-    return FLA_FOLDER if to == FLA else next((form for form in FORMATS if path.suffix in form.endings), None)
+def format_of(ending: str, to: str | None = None) -> Format | None:
+    """The Format of an ending ("" for a folder, which --to fla lays out otherwise), None for an unknown ending."""
+    return FLA_FOLDER if to == FLA else next((form for form in FORMATS if ending in form.endings), None)
 
 
 def read_web(path: Path) -> dict[str, torch.Tensor]:

@@ -205,24 +205,24 @@ def relative_error(change: torch.Tensor, factors: Params) -> float:
     return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
 
 
-def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:
-    """Write a LoraForm in the format of a path's ending: a folder of peft, llama.cpp's .gguf, RWKV-PEFT's .pth or our
+def write_lora(path: Path, ending: str, form: LoraForm, base: Base | None) -> str:
+    """Write a LoraForm in the format of an ending: a folder of peft (""), llama.cpp's .gguf, RWKV-PEFT's .pth or our
     .safetensors; base is the Base that it is for. Return a phrase on what loads it. Raises UserError for another
     ending, and for a .gguf without a base."""
     adapter = form.adapter
-    if not path.suffix:
+    if not ending:
         write_lora_folder(path, adapter, "" if base is None else str(base.path))
         return "Hugging Face peft loads it (PeftModel.from_pretrained)"
-    if path.suffix == ".gguf":
+    if ending == ".gguf":
         if base is None:
             raise UserError(f"{path}: a GGUF names its model's generation; give --base_model")
         with atomic_write(path) as temporary:
             write_gguf_lora(temporary, base.family, adapter.modules())
         return "llama.cpp loads it beside the GGUF of its base (--lora)"
-    if path.suffix == ".pth":
+    if ending == ".pth":
         write_rwkv_peft(path, adapter)
         return f"RWKV-PEFT merges it (--lora_alpha {adapter.metadata.alpha:g})"
-    if path.suffix == ".safetensors":
+    if ending == ".safetensors":
         save_adapter(path, adapter.tensors, adapter.metadata)
         return "merge_bone.py and train.py load it"
     raise UserError(f"{path}: LoRA goes into a folder (peft), .gguf (llama.cpp), .pth (RWKV-PEFT) or .safetensors")
