@@ -89,7 +89,7 @@ class BoneArguments:
     )
     dataset_split: str = option("train", "Split, such as train[:100000].")
     eval_split: str | None = option(
-        None, "Split to validate on, with --eval_strategy: test, or train[95%:] beside train[:95%]."
+        None, "Split to validate on, with --eval_strategy: test, or train[95%%:] beside train[:95%%]."
     )
     dataset_field: list[str] | None = option(
         None,
