@@ -84,6 +84,22 @@ def test_prompts_are_continued_as_by_the_command(base, model, capsys):
     assert model.generate(PROMPTS[0], 12, temperature=0, stop=first) == many[0].split(first)[0]
 
 
+def test_prompts_go_on_from_a_state(model):
+    _, state = model(torch.tensor([model.tokenizer.encode(PROMPTS[0])]))
+    before = [tensor.clone() for layer in state for tensor in layer]
+    due = model.generate([PROMPTS[0] + "Ann", PROMPTS[0] + "Bo"], 9, temperature=0, stop=())
+    for _ in range(2):
+        assert model.generate(["Ann", "Bo"], 9, temperature=0, stop=(), state=state) == due
+    assert all(map(torch.equal, before, (tensor for layer in state for tensor in layer)))
+
+
+def test_an_answer_repeats_itself_until_the_seed_is_another(base):
+    model = rp.load(base, device="auto")
+    first = model.generate(["One", "One"], 12)
+    assert model.generate(["One", "One"], 12) == first and first[0] != first[1]
+    assert model.generate("One", 12, seed=1) == first[1]
+
+
 @pytest.mark.parametrize("weights", ("int8", "int4"))
 def test_rounded_weights_are_those_of_the_command(base, weights, capsys):
     small = rp.load(base, device="cpu", weights=weights)
@@ -206,6 +222,11 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
     half = rp.load(base, precision="fp16", device="cpu")
     for mistake, words in (
         (lambda: rp.load(base, device="gpu"), "device='gpu' is not one of cpu, cuda"),
+        (lambda: rp.load(base, device="cuda:1"), "device='cuda:1' is not one of cpu, cuda; model.to moves a model to"),
+        (lambda: model("Two birds"), "'Two birds' is no tensor of tokens.*; model.generate takes texts"),
+        (lambda: model([[1, 2]]), r"\[\[1, 2\]\] is no tensor of tokens"),
+        (lambda: model.generate("a", state="s.pth"), "state='s.pth': the State of one sequence is due"),
+        (lambda: model.generate("a", state=model(torch.ones(2, 3).long())[1]), "the State of one sequence is due"),
         (lambda: rp.load(base, precision="int8", device="cpu"), "precision='int8' is not one of bf16"),
         (lambda: rp.load(base, weights="int3", device="cpu"), "weights='int3' is not one of int8, int4"),
         (lambda: rp.load(base, "a.safetensors", device="cpu"), r"give \['a.safetensors'\]"),

@@ -86,6 +86,11 @@ class Model(nn.Module):
 
         Without a state they are the beginning. A state of one sequence serves all B.
         """
+        if isinstance(tokens, (str, list, tuple)):
+            raise UserError(
+                f"{quoted(tokens)} is no tensor of tokens, and one (B, T) is due; model.generate takes texts, and "
+                "torch.tensor([model.tokenizer.encode(text)]) gives the tokens of one"
+            )
         if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.shape[1]:
             raise UserError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: (B, T) whole numbers are due, T at least 1")
         if state is None and self.start is not None:
@@ -114,14 +119,16 @@ class Model(nn.Module):
         max_tokens: int = 256,
         *,
         stop: str | Iterable[str] | None = None,
+        state: State | None = None,
         batch: int = 32,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Continue one prompt or many, `batch` at a time, and yield each Piece of text as soon as it is certain.
 
         An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
-        known chat layout begins its next question, () nowhere. sampling are fields of rp.Sampling, such as
-        temperature=0. Tokens are those of `rwkv-peft generate`. Raises UserError.
+        known chat layout begins its next question, () nowhere. state, of one sequence, is what each prompt goes on from
+        (default: the model's own). sampling are fields of rp.Sampling, such as temperature=0; the same arguments give
+        the same answers, and another seed others. Tokens are those of `rwkv-peft generate`. Raises UserError.
         """
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             known = ", ".join(field.name for field in fields(Sampling))
@@ -133,6 +140,11 @@ class Model(nn.Module):
         stops = None if stop is None else tuple(texts_in("stop", stop))
         if "" in (stops or ()):
             raise UserError("stop='': an empty text would stop before the first token; leave it out")
+        if state is not None and (not isinstance(state, State) or len(state[0].wkv) != 1):
+            raise UserError(
+                f"state={quoted(state)}: the State of one sequence is due, as model(tokens) gives it; rp.load takes "
+                "the file of one"
+            )
         pieces: list[Piece] = []  # of the token drawn last
 
         def showing(number: int) -> Callable[[str], object]:
@@ -148,7 +160,7 @@ class Model(nn.Module):
             Sampling(**sampling),
             max_tokens,
             lambda number, token: answers[number].feed(token),
-            self.begun(),
+            self.begun() if state is None else state,
             batch,
             self.tokenizer.vocab_size,
         )
@@ -195,10 +207,12 @@ def load(
     base and adapters may be folders of runs. state is a file of time states or a saved session that every sequence
     starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a GPU, else fp32); weights "int8" or "int4"
     rounds the matrices to blocks of such integers, for speed and memory, and no adapter trains on them. device is "cpu"
-    or "cuda" (default: the GPU if there is one). any_base takes an adapter or state of another base of the same shape.
-    Raises UserError for files that cannot be read or do not fit together.
+    or "cuda" (default, or "auto": the GPU if there is one). any_base takes an adapter or state of another base of the
+    same shape. Raises UserError for files that cannot be read or do not fit together.
     """
-    require_one_of("device", device, DEVICES, f"; model.to({device!r}) moves a model there")
+    if device == "auto":
+        device = None
+    require_one_of("device", device, DEVICES, "; model.to moves a model to one of several GPUs")
     require_one_of("precision", precision, DTYPES)
     require_one_of("weights", weights, WEIGHTS)
     if isinstance(adapters, (str, Path)):

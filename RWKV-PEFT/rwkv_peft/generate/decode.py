@@ -64,8 +64,8 @@ def generate(
     ends(number, token) -> "" or a reason to end that sequence there; start is the State of one sequence before each
     prompt (None: zeros); at most `batch` sequences advance at a time; tokens from vocab_size on are never drawn.
     The tokens of a prompt depend only on it, its number, `start` and `sampling`, up to rounding, not on the other
-    prompts. Raises UserError for an empty prompt, and, once the other prompts have ended, for one after which the
-    model's logits are not finite.
+    prompts; with weights in blocks the rounding of activations may make them differ. Raises UserError for an empty
+    prompt, and, once the other prompts have ended, for one after which the model's logits are not finite.
     """
     numbered = list(prompts.items() if isinstance(prompts, Mapping) else enumerate(prompts))
     for number, prompt in numbered:
