@@ -9,7 +9,7 @@ import torch
 from rwkv_peft.commands import main as commands
 from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.files.base import save_model
-from rwkv_peft.hf.finetune_flags import adapt
+from rwkv_peft.hf.finetune import adapt
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.training.model import own_device
 from rwkv_peft.training.run import main as train

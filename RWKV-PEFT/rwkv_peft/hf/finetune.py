@@ -1,133 +1,178 @@
-"""Supervised fine-tuning of a Hugging Face causal language model with Bone, through trl's SFTTrainer.
+"""Supervised fine-tuning of a Hugging Face causal language model with Bone, on trl's SFTTrainer.
 
     python demo/bone_finetuning.py --base_model_name_or_path meta-llama/Llama-2-7b-hf --output_dir out/llama \\
         --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
         --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
 
-The adapter goes to OUTPUT_DIR/bone_ft and, with --merge_and_save, the merged model to OUTPUT_DIR/bone_merged;
-docs/guides/hugging-face.md says what rows and arguments are taken.
+The arguments are BoneArguments and trl's SFTConfig. Rows are a question and its answer, or of any form that SFTTrainer
+takes, such as chats in `messages`. The adapter goes to OUTPUT_DIR/bone_ft and, with --merge_and_save, the merged model
+to OUTPUT_DIR/bone_merged.
 """
 
-import signal
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
-from transformers import TrainerCallback
 
-from ..errors import UserError, told
-from ..files.lock import alone_in
-from ..files.peft_folder import is_adapter_folder, read_config
+from ..cli import unknown_flag
+from ..errors import UserError, some
+from ..gpus import count_gpus
 from ..numeric import all_finite
 from . import register
-from .finetune_data import as_learned, load_data, only_answers
-from .finetune_flags import BoneArguments, bone_config, model_settings, parse
-from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
+from .config import BoneConfig, option
 from .refusals import refusals_of
+
+BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
+ADAPTER, MERGED = "bone_ft", "bone_merged"  # folders in --output_dir
+COLUMNS = ("query", "response")
+# (name in older trl and transformers, name in newer ones)
+RENAMED = (
+    ("max_seq_length", "max_length"),
+    ("warmup_ratio", "warmup_steps"),
+    ("evaluation_strategy", "eval_strategy"),
+    ("no_cuda", "use_cpu"),
+)
+
+
+@dataclass
+class BoneArguments:
+    """The arguments of this command beside SFTConfig's."""
+
+    base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
+    data_path: str = field(
+        metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."}
+    )
+    dataset_split: str = option("train", "Split, such as train[:100000].")
+    eval_split: str | None = option(
+        None, "Split to validate on, with --eval_strategy: test, or train[95%%:] beside train[:95%%]."
+    )
+    dataset_field: list[str] | None = option(
+        None, "The columns of question and answer; default: query and response if there are such, else trl's own."
+    )
+    bits: str = option("bf16", f"How the frozen model is kept: {', '.join(BITS)}.")
+    bone_r: int = option(64, "Rank.")
+    init_weights: str = option("True", "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone).")
+    mini_r: int = option(0, "Width of the repeated update, with --init_weights mini.")
+    bone_dropout: float = option(0.0, "Dropout of the adapter's input.")
+    target_modules: list[str] | None = option(None, "Modules to adapt; default: all linear layers but the head.")
+    merge_and_save: bool = option(False, "Also write the merged model.")
 
 
 def main(argv: list[str]) -> int:
-    """Train, save, merge and push as asked; -> 0, or 130 after Ctrl-C. Raises UserError for arguments that cannot be
-    honoured, and if the hub does not take the adapter."""
-    register(replace=True)
-    arguments, config = parse(argv)
-    with alone_in(Path(config.output_dir), flag="--output_dir") if config.should_save else nullcontext():
-        return run(arguments, config)
-
-
-def run(arguments: BoneArguments, config: Any) -> int:
-    """Do the work of main, in a folder that no other run uses."""
+    """Train, save and merge; -> 0. Raises UserError for arguments and rows that cannot be honoured."""
     from trl import SFTTrainer
 
-    adapter_config = bone_config(arguments)
-    resumed = checkpoint_to_resume(config, adapter_config)
-    base = Path(arguments.base_model_name_or_path)
-    check_folder(config.output_dir, base, resumed)
-    if config.push_to_hub:
-        check_hub(config.hub_token)
-    if is_adapter_folder(base):
-        raise UserError(
-            f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
-            "give that model, or merge the adapter into it first"
-        )
-    settings = model_settings(config)
-    if base.exists() and not (base / settings.get("subfolder", "") / "config.json").is_file():
-        raise UserError(
-            f"--base_model_name_or_path {base} has no config.json; give a model's folder, as save_pretrained writes "
-            "it, or a name on the hub"
-        )
+    register(replace=True)
+    arguments, config = parse(argv)
+    resumed = checkpoint_to_resume(config)
+    settings = {"trust_remote_code": getattr(config, "trust_remote_code", False)} | (config.model_init_kwargs or {})
+    config.model_init_kwargs = None  # trl applies them only to a model that it loads itself
     tokenizer = load_tokenizer(arguments.base_model_name_or_path, settings)
-    had_template = tokenizer.chat_template is not None
-    data = load_data(arguments, "dataset_split", tokenizer)
-    eval_data = load_data(arguments, "eval_split", tokenizer) if arguments.eval_split else None
-    if "messages" in data.column_names:
-        only_answers(config)
+    data = load_rows(arguments, arguments.dataset_split, tokenizer.eos_token or "")
+    held_out = load_rows(arguments, arguments.eval_split, tokenizer.eos_token or "") if arguments.eval_split else None
     model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
-    check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
         trainer = SFTTrainer(
             model=model,
             args=config,
             train_dataset=data,
-            eval_dataset=eval_data,
+            eval_dataset=held_out,
             processing_class=tokenizer,
-            peft_config=adapter_config,
+            peft_config=bone_config(arguments),
         )
-    if resumed is not None:
-        check_layers(resumed, trainer.model)
-    notes = [as_learned(trainer.train_dataset, len(data), "dataset_split", arguments, config)]
-    if eval_data is not None:
-        notes.append(as_learned(trainer.eval_dataset, len(eval_data), "eval_split", arguments, config))
-    if tokenizer.chat_template is not None and not had_template:
-        notes.append("the tokenizer has no chat template: turns are laid out as ### USER: … ### ASSISTANT: …")
     if arguments.bits in ("nf4", "int8"):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # trl casts them to bfloat16 on quantized models, which loses small steps
                 parameter.data = parameter.data.float()
     if trainer.is_world_process_zero():
-        print("\n".join(filter(None, notes)), end="\n" * any(notes))
         trainer.model.print_trainable_parameters()
-    stopping = StopAtCtrlC()
-    trainer.add_callback(stopping)
-    try:
-        trainer.train(resume_from_checkpoint=resumed)
-    except (ValueError, ImportError) as error:
-        if stopping.begun:
-            raise
-        # train() makes the optimizer and the schedule
-        raise UserError(*f"these arguments: {error}".splitlines()) from error
-    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
-        print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
-        return 130
+    trainer.train(resume_from_checkpoint=resumed)
     trainer.save_state()
     check_finite(trainer.model, config.learning_rate)
     adapter = Path(config.output_dir) / ADAPTER
-    trainer.save_model(str(adapter), _internal_call=True)  # an internal call does not push: merging comes first
+    trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
         print(f"the adapter is in {adapter}")
         if arguments.merge_and_save:
-            merge_and_save(arguments, settings, adapter, Path(config.output_dir) / "bone_merged", tokenizer)
-    if config.push_to_hub:
-        push(trainer, adapter)
+            merge_and_save(arguments, settings, adapter, Path(config.output_dir) / MERGED, tokenizer)
     return 0
 
 
+def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
+    """argv -> (BoneArguments, SFTConfig). Raises UserError for arguments that are unknown or wrong."""
+    from transformers import HfArgumentParser
+    from trl import SFTConfig
+
+    argv = adapt(
+        argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available()
+    )
+    parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
+    parser.error = refuse
+    with refusals_of("these arguments"):
+        arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(unknown_flag(unknown[0], parser._option_string_actions, {}, "see --help"))
+    if arguments.bits not in BITS:
+        raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
+    if arguments.dataset_field is not None and len(set(arguments.dataset_field)) != 2:
+        raise UserError(
+            f"--dataset_field {' '.join(arguments.dataset_field)}: two columns are due, question and answer"
+        )
+    return arguments, config
+
+
+def refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; see bone_finetuning.py --help")
+
+
+def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
+    """Translate older names of arguments, and add what a machine without GPUs needs. Raises UserError if there are GPUs
+    that torch cannot use."""
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    for old, new in RENAMED:
+        if old not in known and new in known:
+            argv = [f"--{new}" if part == f"--{old}" else part for part in argv]
+    if ("--bits", "fp32") in pairwise(argv) and not {"--bf16", "--fp16"} & set(argv):
+        argv += ["--bf16", "False"]  # trl switches it on by default
+    if not cuda:
+        argv += ["--tf32", "False"] if "--tf32" in argv else []  # the last one counts
+    if "--use_cpu" not in argv:
+        count_gpus("train on the CPU with --use_cpu True")
+        argv += [] if accelerator else ["--use_cpu", "True"]
+    return argv
+
+
+def checkpoint_to_resume(config: Any) -> str | None:
+    """The folder of --resume_from_checkpoint, for True the newest checkpoint in --output_dir; None without the flag.
+    Raises UserError if there is none, and if --output_dir holds a run that is not resumed."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given, output = str(config.resume_from_checkpoint), Path(config.output_dir)
+    if given.lower() in ("none", "false"):
+        held = [path.name for path in (output / ADAPTER, *sorted(output.glob("checkpoint-*"))) if path.exists()]
+        if held:
+            raise UserError(
+                f"--output_dir {output} holds a run ({some(held)}); add --resume_from_checkpoint True if it has a "
+                "checkpoint, or name another folder"
+            )
+        return None
+    if given.lower() == "true":
+        given = (get_last_checkpoint(output) if output.is_dir() else None) or str(output / "checkpoint-1")
+    if not (Path(given) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: there is no checkpoint {given}")
+    return given
+
+
 def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
-    """Load the base model's tokenizer; its eos_token pads if it has no pad_token. Raises UserError without either."""
+    """Load the base model's tokenizer; its eos_token pads if it has no pad_token."""
     from transformers import AutoTokenizer
 
     known = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
     with refusals_of(f"--base_model_name_or_path {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **known)
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UserError(
-            f"the tokenizer of --base_model_name_or_path {path} has neither an eos_token nor a pad_token, and batches "
-            "need one; write one into its tokenizer_config.json"
-        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -146,16 +191,48 @@ def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
 
 
-def check_targets(targets: Sequence[str], model: nn.Module) -> None:
-    """Raise UserError for a target that no linear layer's name ends with."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if target != "all-linear" and not any(name == target or name.endswith("." + target) for name in names):
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(f"--target_modules {target} matches no linear layer; there are {', '.join(leaves)}")
+def bone_config(arguments: BoneArguments) -> BoneConfig:
+    init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
+    return BoneConfig(
+        r=arguments.bone_r,
+        init_weights=init_weights,
+        mini_r=arguments.mini_r,
+        bone_dropout=arguments.bone_dropout,
+        target_modules=arguments.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
-def check_finite(model: nn.Module, rate: float) -> None:
+def load_rows(arguments: BoneArguments, split: str, end: str) -> Any:
+    """The rows of a split: {prompt, completion}, which `end` ends, of the columns of question and answer; without such
+    columns the rows as they are. Raises UserError if there is no such data or column, or a question without answer."""
+    from datasets import load_dataset
+
+    path = arguments.data_path
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix.lower())
+    if kind is not None and not Path(path).is_file():
+        raise UserError(f"--data_path {path} does not exist")
+    with refusals_of(f"--data_path {path}, split {split}"):
+        data = load_dataset(kind or path, split=split, **({"data_files": path} if kind else {}))
+    names = data.column_names
+    columns = arguments.dataset_field or (COLUMNS if set(COLUMNS) <= set(names) else None)
+    if columns is None:
+        return data
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}: name two of them")
+    question, answer = columns
+    if unused := [name for name in names if name not in columns]:
+        print(f"note: of the columns of {path} only {question} and {answer} are learned from, not {', '.join(unused)}")
+
+    def laid_out(row: Mapping[str, Any], index: int) -> dict[str, str]:
+        if odd := next((name for name in columns if not isinstance(row[name], (str, int, float))), None):
+            raise UserError(f"row {index + 1} of {path}: {odd} is {type(row[odd]).__name__}, and text is due")
+        return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}
+
+    return data.map(laid_out, with_indices=True, remove_columns=names)
+
+
+def check_finite(model: torch.nn.Module, rate: float) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not all_finite(parameter):
             raise UserError(
@@ -177,62 +254,3 @@ def merge_and_save(
     model.merge_and_unload(safe_merge=True).save_pretrained(target)
     tokenizer.save_pretrained(target)
     print(f"the merged model is in {target}")
-
-
-class StopAtCtrlC(TrainerCallback):
-    """Let Ctrl-C ask for a checkpoint and a stop after the current step; a second Ctrl-C stops at once. Only training
-    in one process: several would have to agree on the step, so they still stop at once."""
-
-    def __init__(self) -> None:
-        self.begun = self.asked = False  # whether training has begun, and whether Ctrl-C has asked for its end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.begun = True
-        if args.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; again to stop at once, without saving", flush=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if signal.getsignal(signal.SIGINT) == self.ask:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_hub(token: str | None) -> None:
-    """Raise UserError if the hub cannot be reached or does not know the token (None: that of `hf auth login`)."""
-    from huggingface_hub import whoami
-
-    try:
-        whoami(token)
-    except Exception as error:  # raised by this library, its HTTP client or the system: a push would fail with any
-        raise UserError(
-            f"--push_to_hub: the hub cannot be reached, or knows no login ({told(error)}); log in (hf auth login), or "
-            "leave the flag out and upload the adapter later"
-        ) from error
-
-
-def push(trainer: Any, adapter: Path) -> None:
-    """Upload a saved adapter to the trainer's repository. Raises UserError, with the command that tries again."""
-    from huggingface_hub import HfApi
-
-    if not trainer.is_world_process_zero():
-        return
-    config, name = trainer.args, trainer.hub_model_id
-    try:
-        HfApi(token=config.hub_token).upload_folder(
-            repo_id=name, folder_path=adapter, revision=config.hub_revision, commit_message="End of training"
-        )
-    except Exception as error:  # as in check_hub
-        raise UserError(
-            f"--push_to_hub: everything is saved, and the hub did not take it ({told(error)}); try again with "
-            f"hf upload {name} {adapter}"
-        ) from error
-    print(f"the adapter is pushed to {name}")
