@@ -28,6 +28,22 @@ def make_folder(folder):
     return folder
 
 
+LONG = 120_000  # milliseconds that a browser waits, because other tests may slow all down
+
+
+def go(page, name):
+    """Press the link to a page, and wait for it."""
+    from playwright.sync_api import expect
+
+    page.get_by_role("navigation").get_by_role("link", name=name).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(name)
+    expect(page).to_have_title(f"{name}: rwkv-peft")
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
 class Server:
     """A running `rwkv-peft ui`, and requests to it."""
 

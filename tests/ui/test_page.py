@@ -2,19 +2,15 @@
 
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from rwkv_peft.ui.command import entrance
+from ui.pages import LONG, go, press
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
-expect = playwright.expect
-LONG = 120_000  # milliseconds, because other tests may slow all down
+expect = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt").expect
 MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
 
 - one
@@ -36,45 +32,6 @@ HOSTILE = (
     )
     + 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        expect.set_options(timeout=LONG)
-        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=LONG)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def open_page(browser, server):
-    """Open the address that was printed, as a browser of its own would; errors of the page's programs fail the test."""
-    problems, contexts = [], []
-
-    def opened(width=1200):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
-        contexts[-1].set_default_timeout(LONG)
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(server.url)
-        assert "key" not in page.url
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not problems
-
-
-def go(page, name):
-    page.get_by_role("navigation").get_by_role("link", name=name).click()
-    expect(page.get_by_role("heading", level=1)).to_have_text(name)
-    expect(page).to_have_title(f"{name}: rwkv-peft")
-
-
-def press(page, name):
-    page.get_by_role("button", name=name, exact=True).click()
 
 
 def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):

@@ -168,7 +168,13 @@ export async function chatPage(place, about, signal, folder) {
       const show = bubble({ ...message, content: "…" });
       scroll();
       told();
-      let end = "cut: the model was closed", frame = 0;
+      let end = "cut: the model was closed", waiting = 0, pause = 0;
+      const draw = () => {
+        const began = performance.now();
+        show(message.content || "…");
+        waiting = 0;
+        pause = 5 * (performance.now() - began); // most of the time stays for the stream, and for who reads
+      };
       try {
         const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
         if (!response.ok) {
@@ -180,13 +186,13 @@ export async function chatPage(place, about, signal, folder) {
           const choice = part.choices?.[0];
           message.content += choice?.delta?.content ?? "";
           if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
-          frame ||= requestAnimationFrame(() => { frame = 0; show(message.content || "…"); });
+          waiting ||= setTimeout(draw, Math.max(pause, 30));
         }
       } catch (found) {
         if (!mine.signal.aborted) tell(problem, found);
         end = "";
       }
-      cancelAnimationFrame(frame);
+      clearTimeout(waiting);
       show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
       if (busy !== mine) return;
       busy = null;

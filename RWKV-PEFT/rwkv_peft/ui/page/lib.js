@@ -7,7 +7,7 @@ export function el(tag, props = {}, ...children) {
     else if (name in node && name !== "list") node[name] = value;
     else if (value !== null) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
 
