@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from ...config import WORDS, AdapterConfig, forms
-from ...config.methods import JSON_FLAGS, PEFT_FLAG, words_with
+from ...config.methods import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
 from ...errors import UserError, short, told
 from ...numeric import is_finite
 
@@ -31,7 +31,7 @@ def add_json_flags(parser: argparse._ArgumentGroup) -> None:
         f"--{PEFT_FLAG}",
         default=None,
         metavar="JSON",
-        help='settings of any --peft under their names above, the rank also as r: {"r":8,"lora_alpha":32}; '
+        help='settings of any --peft under their names above, its rank or entries also as r: {"r":8,"lora_alpha":32}; '
         + "; ".join(f"{word} has {', '.join(dict(WORDS[word].keys))}" for word in words_with(PEFT_FLAG)),
     )
 
@@ -45,8 +45,7 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
         if peft in takers:
             own |= keys
         yield flag.name, takers, tuple(dict(keys).items())
-    if peft not in WORDS or WORDS[peft].takes("rank"):
-        own |= {"r": "rank"}
+    own |= {"r": next((name for name in SIZES if peft in WORDS and WORDS[peft].takes(name)), "rank")}
     yield PEFT_FLAG, tuple(WORDS), tuple(own.items())
 
 
