@@ -76,6 +76,7 @@ class Chat(BaseModel):
 
     model: Word
     adapter: Word = ""
+    other: Word = ""
     state: Word = ""
     tokenizer: Word = ""
     weights: Word = ""

@@ -3,15 +3,18 @@ import { adapterChoice, copyButton, el, flagField, get, pathField, post, recall,
 import { showMarkdown } from "./markdown.js";
 import { showJob } from "./runs.js";
 
+const LEFT = "cut: the page was left";
+
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []);
   const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
-  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: "", state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
+  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: "", other: "", state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
   const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
   const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
   const which = adapterChoice((file) => {
     if (file.endsWith(".pth")) model.input.value = file; else adapter.input.value = file; // --peft none trains the model itself
   });
+  const other = pathField("other-adapter", "Another adapter", { value: kept.other ?? "", endings: [".safetensors", ".pth"], help: "answers beside both; may stay empty" });
   const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
   const flags = Object.fromEntries(about.chat.map(({ flag }) => [flag, kept[flag] ?? ""]));
   const more = about.chat.map((made) => flagField(made, made.flag[0].toUpperCase() + made.flag.slice(1), flags[made.flag], (value) => { flags[made.flag] = value; }));
@@ -20,7 +23,7 @@ export async function chatPage(place, about, signal, folder) {
   const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
   place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
     "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
-  el("div", { className: "fields" }, model.box, adapter.box, which.box, state.box, more),
+  el("div", { className: "fields" }, model.box, adapter.box, which.box, other.box, state.box, more),
   el("div", { className: "row" }, open), running, error, status, talk);
   const files = run ? await which.show(run.folder) : [adapter.input.value || model.input.value];
   const has = (job) => files.find((file) => job.words.includes(file) || job.words.includes(`adapter=${file}`));
@@ -50,7 +53,7 @@ export async function chatPage(place, about, signal, folder) {
   }
 
   async function begin() {
-    const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), state: state.input.value.trim(), ...flags };
+    const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), other: other.input.value.trim(), state: state.input.value.trim(), ...flags };
     remember("chat", asked);
     tell(error, null);
     open.disabled = true;
@@ -81,11 +84,12 @@ export async function chatPage(place, about, signal, folder) {
       if (!models || leave.signal.aborted) return;
       leave.abort();
       status.replaceChildren(...[...(job.output ?? "").matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
-      draw(id, job.began, models.data.map((one) => one.id));
+      draw(job, models.data.map((one) => one.id));
     });
   }
 
-  function draw(id, began, names) {
+  function draw({ id, began, words }, names) {
+    const fileOf = (name) => words.find((word) => word.startsWith(`${name}=`))?.slice(name.length + 1) ?? words[words.indexOf("--model") + 1];
     const option = (name, label, value, step) => {
       const input = el("input", { id: name, type: "number", min: 0, step, value });
       return { input, box: el("div", {}, el("label", { htmlFor: name }, label), input) };
@@ -100,7 +104,7 @@ export async function chatPage(place, about, signal, folder) {
       ...(think.value ? { think: think.value } : {}),
     });
     const before = recall("talk", {}), chats = before.began === began ? before.chats : {};
-    const columns = names.map((name) => column(id, name, chats[name] ?? [], options, () => system.value.trim(), told));
+    const columns = names.map((name) => column(id, name, fileOf(name), chats[name] ?? [], options, () => system.value.trim(), told));
     const say = el("button", { className: "main" }, "Send");
     const stop = el("button", { type: "button", hidden: true, onclick: () => columns.forEach((one) => one.stop()) }, "Stop");
     const again = el("button", { type: "button", onclick: () => { seed.input.value = Number(seed.input.value) + 1; columns.forEach((one) => one.again()); } }, "Regenerate");
@@ -122,8 +126,9 @@ export async function chatPage(place, about, signal, folder) {
       form.requestSubmit();
     });
     talk.replaceChildren(el("div", { className: "chats" }, columns.map((one) => one.box)), form);
-    signal.addEventListener("abort", () => columns.forEach((one) => one.stop()));
-    columns.forEach((one) => one.scroll());
+    signal.addEventListener("abort", () => columns.forEach((one) => one.stop(LEFT)));
+    addEventListener("pagehide", told, { signal });
+    columns.forEach((one) => { one.scroll(); one.changed(); });
     text.focus();
 
     // Hears of each change: what was said is there again after a reload, and nothing is sent in the middle of an answer.
@@ -133,19 +138,28 @@ export async function chatPage(place, about, signal, folder) {
     }
   }
 
-  function column(id, name, messages, options, system, told) {
+  // What one model was told and said: messages as {role, content, end}, where end says why an answer is not whole.
+  function column(id, name, file, messages, options, system, told) {
     const turns = el("div", { className: "turns", "aria-live": "polite", tabIndex: 0 }), problem = el("div");
     let busy = null;
-    const all = () => [...(system() ? [{ role: "system", content: system() }] : []), ...messages.filter((one) => one.content)];
-    const box = el("section", { className: "chat", "aria-label": name }, el("h2", {}, name), turns, problem,
-      el("div", { className: "row" }, copyButton(() => JSON.stringify({ messages: all() }), "Copy as a row")));
+    // A message that got no answer, because it was refused, is not told again.
+    const answered = () => messages.filter(({ content }, n) => content && (messages[n + 1]?.content ?? true));
+    const all = () => [...(system() ? [{ role: "system", content: system() }] : []), ...answered().map(({ role, content }) => ({ role, content }))];
+    const copy = copyButton(() => JSON.stringify({ messages: all() }), "Copy as a row");
+    const box = el("section", { className: "chat", "aria-label": name }, el("h2", {}, name, el("small", {}, file)), turns, problem, el("div", { className: "row" }, copy));
     const scroll = () => { turns.scrollTop = turns.scrollHeight; };
 
+    function changed() {
+      copy.disabled = busy !== null || !answered().length || answered().some(({ end }) => end);
+      copy.title = answered().some(({ end }) => end) ? "an answer is not whole, and a row of it would teach to end there" : "";
+      told();
+    }
+
     // Shows a turn; -> what replaces its words, of which a thinking is folded, and says how it ended.
-    function bubble({ role, content }) {
+    function bubble({ role, content, end }) {
       const thought = el("div", { className: "note" }), folded = el("details", { hidden: true }, el("summary", {}, "thinking"), thought);
-      const words = el("div", { className: "words" }), end = el("small");
-      turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, end));
+      const words = el("div", { className: "words" }), why = el("small");
+      turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, why));
       const show = (text, ended = null) => {
         const low = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
         const found = role === "assistant" && /^\s*<think>?([^]*?)(?:<\/think>\s*([^]*))?$/.exec(text);
@@ -153,21 +167,21 @@ export async function chatPage(place, about, signal, folder) {
         if (found) thought.textContent = found[1].trim();
         const answer = found ? found[2] ?? "" : text;
         if (role === "assistant") showMarkdown(words, answer, ended !== null); else words.textContent = answer;
-        end.textContent = ended;
+        why.textContent = ended;
         if (low) scroll();
       };
-      show(content, "");
+      show(content, end ?? "");
       return show;
     }
 
     async function answer() {
-      const mine = (busy = new AbortController()), asked = all(), message = { role: "assistant", content: "" };
+      const mine = (busy = new AbortController()), asked = all(), message = { role: "assistant", content: "", end: LEFT };
       messages.push(message);
       tell(problem, null);
       turns.ariaBusy = "true";
-      const show = bubble({ ...message, content: "…" });
+      const show = bubble({ role: "assistant", content: "…" });
       scroll();
-      told();
+      changed();
       let end = "cut: the model was closed", waiting = 0, pause = 0;
       const draw = () => {
         const began = performance.now();
@@ -190,19 +204,23 @@ export async function chatPage(place, about, signal, folder) {
         }
       } catch (found) {
         if (!mine.signal.aborted) tell(problem, found);
-        end = "";
+        end = `cut: ${found.message}`;
       }
       clearTimeout(waiting);
-      show(message.content || "(nothing)", mine.signal.aborted ? "stopped" : end);
+      if (!mine.signal.aborted) message.end = end;
+      if (!message.content) message.end = "no answer, so that the message is not told again";
+      show(message.content || "(nothing)", message.end);
       if (busy !== mine) return;
       busy = null;
       turns.ariaBusy = "false";
-      told();
+      changed();
     }
 
-    function stop() {
-      busy?.abort();
+    function stop(why = "stopped") {
+      if (!busy) return;
+      busy.abort();
       busy = null;
+      messages.at(-1).end = why;
     }
 
     // Takes the last turn of a role away; -> its text, or "" if the last is another's.
@@ -214,11 +232,11 @@ export async function chatPage(place, about, signal, folder) {
 
     messages.forEach((one) => bubble(one));
     return {
-      box, scroll, stop() { stop(); told(); }, busy: () => busy !== null, messages: () => messages,
+      box, scroll, changed, stop(why) { stop(why); changed(); }, busy: () => busy !== null, messages: () => messages,
       say(text) { messages.push({ role: "user", content: text }); bubble(messages.at(-1)); answer(); },
       again() { stop(); drop("assistant"); if (messages.length) answer(); },
-      takeBack() { stop(); drop("assistant"); const text = drop("user"); tell(problem, null); told(); return text; },
-      clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); told(); },
+      takeBack() { stop(); drop("assistant"); const text = drop("user"); tell(problem, null); changed(); return text; },
+      clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); changed(); },
     };
   }
 }
