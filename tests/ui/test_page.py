@@ -60,7 +60,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     press(page, "Show")
     press(page, 'Read Frage "Die Antwort" as question and answer')
     expect(page.locator("mark").first).to_have_text(" ja<end>", timeout=LONG)
-    page.get_by_label("Columns (--sft_field)").fill("")
+    page.get_by_label("Columns", exact=True).fill("")
     press(page, "look for File or folder of rows")
     page.get_by_role("dialog").get_by_text("rows.jsonl").click()
     page.get_by_label("Tokenizer").fill("bytes")

@@ -179,6 +179,12 @@ def test_a_choice_says_when_each_value_is_taken():
     assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
 
 
+def test_fields_have_the_defaults_of_their_flags():
+    defaults = {field["flag"]: field["default"] for group in form() for field in group["fields"]}
+    said = {"bone_r": "64", "peft": "bone", "lr_init": "auto", "clip_low": "0.2"}  # in the help alone
+    assert defaults.items() >= (said | {"val_every": "0", "weight_decay": "0.0", "grad_cp": "0", "fused": "1"}).items()
+
+
 def test_a_preview_shows_what_counts(server):
     found = server.json("/api/preview", {"path": "rows.jsonl", "tokenizer": "bytes"})
     first = found["documents"][0]["pieces"]

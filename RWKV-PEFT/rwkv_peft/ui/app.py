@@ -10,20 +10,20 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel
 
 from .. import __version__
 from ..children import python_command
 from ..errors import UserError, visible
 from ..files.lock import LOCK
-from ..names import CARD, METRICS
+from ..names import CARD, GGUF_TYPES, METRICS
 from ..serve.gate import Gate
 from ..serve.web import new_app, tell_refusal
 from .chat import ask, serve
 from .form import chat_form, form
 from .jobs import Jobs, interrupt
-from .lines import last_of, lines_of, read
+from .lines import is_plain, last_of, lines_of, read
 from .pace import measured
 from .places import Places
 from .runs import ANSWERS, find_runs, taken
@@ -112,7 +112,8 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        return {"version": __version__, "root": str(places.root), "form": form(), "chat": chat_form()}
+        about = {"version": __version__, "root": str(places.root)}
+        return about | {"form": form(), "chat": chat_form(), "gguf": GGUF_TYPES}
 
     @app.get(FILES)
     def files(path: str = "") -> list[dict[str, Any]]:
@@ -121,6 +122,13 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     @app.post(FILES)
     async def upload(request: Request, name: str, begin: Place, size: Place) -> dict[str, str]:
         return {"name": await run_in_threadpool(uploads.take, name, begin, size, await request.body())}
+
+    @app.get("/api/download")
+    def download(path: str) -> Response:
+        found = places.path(path)
+        if not is_plain(found):
+            raise UserError(f"{path} is no file")
+        return FileResponse(found, media_type="application/octet-stream", filename=found.name)
 
     @app.post("/api/preview")
     def preview(rows: Rows) -> dict[str, Any]:

@@ -48,6 +48,7 @@ PATHS = (  # flags that name a file or folder
 )
 # the page has its own ways for these, or starts none
 LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples", "store_teacher")
+DEFAULT = re.compile(r" \(default:? ([^;,)]+)")  # in the help of a flag whose own default is "not given"
 RULES = re.compile(r" \[[^]]*\]$")  # what the help says of other flags: the page shows it as a refusal
 FOREIGN = "flags of RWKV-LM"  # how the groups of other tools' flags begin
 
@@ -93,8 +94,6 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
     elif name in PATHS:
         kind = "path"
     default, text = action.default, action.help or ""
-    if default is True:
-        default = 1
     text = RULES.sub("", text % vars(action) if "%(" in text else text.replace("%%", "%"))
     told = dict(
         re.findall(rf"(?:^|[;:.] )({'|'.join(map(re.escape, values))}): (.+?)(?=; [\w-]+: |\. | \(default|$)", text)
@@ -105,7 +104,7 @@ def field_of(action: argparse.Action) -> dict[str, Any]:
         "kind": kind,
         "values": values,
         "words": told if values else {},
-        "default": "" if kind == "on" or default in (None, False, []) else str(default),
+        "default": "" if kind == "on" else default_of(default, text),
         "required": action.required,
         "search": search_words(name),
     }
@@ -117,6 +116,14 @@ def search_words(flag: str) -> str:
     found = [other for other, ours in SYNONYMS.items() if re.search(rf"--{flag}\b", ours)]
     found += [value for named, value in VALUES if named == f"--{flag}"]
     return " ".join(found).replace("--", "").replace("_", " ")
+
+
+def default_of(default: Any, text: str) -> str:
+    """The default of a flag as text, or as its help says it if the flag has none."""
+    if default is None or default == []:
+        said = DEFAULT.search(text)
+        return said[1] if said else ""
+    return str(int(default) if isinstance(default, bool) else default)
 
 
 def around(text: str, told: Mapping[str, str]) -> str:

@@ -138,11 +138,11 @@ export async function chatPage(place, about, signal, folder) {
     }
   }
 
-  // What one model was told and said: messages as {role, content, end}, where end says why an answer is not whole.
+  // A chat with one model: messages as {role, content, end}, where end says why an answer is not whole.
   function column(id, name, file, messages, options, system, told) {
     const turns = el("div", { className: "turns", "aria-live": "polite", tabIndex: 0 }), problem = el("div");
     let busy = null;
-    // A message that got no answer, because it was refused, is not told again.
+    // A message without an answer, such as one that was refused, is left out of what follows.
     const answered = () => messages.filter(({ content }, n) => content && (messages[n + 1]?.content ?? true));
     const all = () => [...(system() ? [{ role: "system", content: system() }] : []), ...answered().map(({ role, content }) => ({ role, content }))];
     const copy = copyButton(() => JSON.stringify({ messages: all() }), "Copy as a row");
@@ -208,7 +208,7 @@ export async function chatPage(place, about, signal, folder) {
       }
       clearTimeout(waiting);
       if (!mine.signal.aborted) message.end = end;
-      if (!message.content) message.end = "no answer, so that the message is not told again";
+      if (!message.content) message.end = "no answer: this message is left out of what follows";
       show(message.content || "(nothing)", message.end);
       if (busy !== mine) return;
       busy = null;

@@ -9,16 +9,16 @@ export async function dataPage(place, about) {
   const values = made.values.filter((value) => value !== "binidx");
   const type = flagField({ ...made, values, default: "sft" }, "Rows are", asked.data_type, (value) => { asked.data_type = value || "sft"; });
   const tokenizer = el("input", { id: "tokenizer", value: asked.tokenizer, spellcheck: false });
-  const columns = flagField(flags.get("sft_field"), "Columns (--sft_field)", asked.sft_field, (value) => { asked.sft_field = value; });
+  const columns = flagField(flags.get("sft_field"), "Columns", asked.sft_field, (value) => { asked.sft_field = value; });
   const limit = el("input", { id: "ctx", type: "number", min: 1, value: asked.ctx_len });
   const show = el("button", { className: "main" }, "Show");
   const error = el("div"), result = el("div", { "aria-live": "polite" });
   const form = el("form", { onsubmit: look }, el("div", { className: "fields" }, path.box, type,
     el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, helpLine(tokenizer, "that of the base model: world, bytes (the demo's), or a vocabulary file")),
-    el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, helpLine(limit, "--ctx_len of the run")), columns),
+    el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, helpLine(limit, "the same field of Train")), columns),
   el("div", { className: "row" }, show));
   place.append(el("h1", {}, "Data"), el("p", { className: "lead" },
-    "Choose a file of rows, or drop one from your computer onto the field. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
+    "Choose a file of rows, or drop one from your computer onto the page. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
 
   async function look(event) {
     event?.preventDefault();
@@ -59,8 +59,8 @@ export async function dataPage(place, about) {
         figure("of them learned", `${Math.round((100 * found.counted) / Math.max(total, 1))} %`), figure("tokens of the longest row", number(most)),
         figure(`rows longer than ${number(longest)}`, number(cut), cut > 0 && !found.texts), figure("rows refused", number(found.bad), found.bad > 0)),
       found.texts ? el("p", { className: "note" }, `All of a text is learned, in rows of ${number(longest)} tokens.`) : "",
-      cut && !found.texts ? el("p", { className: "note" }, `${cut === 1 ? "1 row is" : `${number(cut)} rows are`} cut to ${number(longest)} tokens, the front of the prompt first; a larger --ctx_len keeps rows whole.`) : "",
-      found.bad ? el("p", { className: "note" }, "Train on this leaves such rows out (--skip_bad_rows).") : "",
+      cut && !found.texts ? el("p", { className: "note" }, `${cut === 1 ? "1 row is" : `${number(cut)} rows are`} cut to ${number(longest)} tokens, the front of the prompt first; a longer longest row keeps them whole.`) : "",
+      found.bad ? el("p", { className: "note" }, "Train on this leaves such rows out.") : "",
       ...found.notes.map((line) => el("p", { className: "note" }, line)),
       found.sizes.length >= found.rows ? el("p", { className: "note" }, `These are the first ${number(found.rows)} rows.`) : "",
       el("div", { className: "row" }, el("button", { className: "main", type: "button", onclick: () => train(found.bad) }, "Train on this")),

@@ -1,4 +1,4 @@
-// What all pages share: elements, requests, fields, charts. Text from files is put in as text, never as HTML.
+// What all pages share: elements, requests, files, fields. Text from files is put in as text, never as HTML.
 
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -41,9 +41,19 @@ export async function post(path, body = {}) {
 // The address of a page about a run's folder, whatever its name holds.
 export const address = (page, folder) => `#${page}:${encodeURIComponent(folder)}`;
 
+export const download = (file, name) => el("a", { href: `/api/download?${new URLSearchParams({ path: file })}`, download: "" }, name);
+
 // Shows an error where it belongs: in `place`, which a screen reader then reads.
 export function tell(place, error) {
   place.replaceChildren(error ? el("div", { className: "error", role: "alert" }, error.message ?? String(error)) : "");
+}
+
+// Puts other children into a place; the focus stays on the one that is named alike.
+export function renew(place, ...children) {
+  const nameOf = (node) => node.ariaLabel || node.textContent || node.id;
+  const focused = place.contains(document.activeElement) ? document.activeElement : null;
+  place.replaceChildren(...children);
+  if (focused) [...place.querySelectorAll(focused.tagName)].find((node) => nameOf(node) === nameOf(focused))?.focus({ preventScroll: true });
 }
 
 // Calls `act` now and every `seconds` until its page is left, one call at a time.
@@ -95,19 +105,20 @@ async function upload(file, place) {
     return name;
   }
 }
-const PART = 1 << 20;
+const PART = 8 << 20; // bytes
 
 // Several names in one field are set apart by spaces; one that has spaces stands in quotes.
 export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"));
 export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
 
-// A line of help below a field, which a screen reader reads with it. A long one is shown whole above what follows while
-// the field is in use: if it moved what follows, the press of a button there would be lost.
+// Help below a field, which a screen reader reads with it. A long one shows its beginning until it is opened.
 export function helpLine(input, text) {
-  const line = el("p", { id: `${input.id}-help`, className: "help", "data-text": text }, el("span", {}, text));
+  const line = text.length > LONG ? el("details", { className: "help" }, el("summary", {}, el("span", {}, text))) : el("p", { className: "help" }, text);
+  line.id = `${input.id}-help`;
   input.setAttribute("aria-describedby", line.id);
   return line;
 }
+const LONG = 70; // characters: two lines of a narrow field
 
 // A labelled field for a file below the root, with a button that looks for it.
 export function pathField(name, label, { value = "", help = "", folders = false, endings = [], several = false } = {}) {
@@ -122,15 +133,33 @@ export function pathField(name, label, { value = "", help = "", folders = false,
     if (found !== null) take(found);
   });
   const came = el("p", { className: "note", role: "status", hidden: true });
-  const box = el("div", {}, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
+  const box = el("div", { className: "file" }, el("label", { htmlFor: name }, label), el("div", { className: "path" }, input, browse),
     came, help ? helpLine(input, help) : null);
-  box.addEventListener("drop", async (event) => {
+  box.endings = endings;
+  box.put = (file) => {
+    came.hidden = false;
+    return upload(file, came).then(take, (problem) => tell(came, problem));
+  };
+  return { box, input };
+}
+
+// Takes files that are dropped anywhere on a page: on a field for it, else for the first field of files that end so, else
+// for the first of any files. A browser would open them in place of the page.
+export function takeDrops(place) {
+  const fields = () => [...place.querySelectorAll(".file")].filter((box) => box.offsetParent);
+  const ends = ({ name }) => (box) => box.endings.some((end) => name.endsWith(end));
+  addEventListener("dragover", (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    if (!fields().length) event.dataTransfer.dropEffect = "none";
+  });
+  addEventListener("drop", (event) => {
     const [file] = event.dataTransfer.files;
     if (!file) return;
-    came.hidden = false;
-    await upload(file, came).then(take, (problem) => tell(came, problem));
+    event.preventDefault();
+    const found = fields();
+    (event.target.closest(".file") ?? found.find(ends(file)) ?? found.find((box) => !box.endings.length) ?? found[0])?.put(file);
   });
-  return { box, input };
 }
 
 // A choice between what trained last in a run and what held best for other rows, if the run has both; told(file) hears of
@@ -157,23 +186,47 @@ export function adapterChoice(told) {
   return { box, show, choose };
 }
 
+// What the page calls flags that a person meets first, and what it says of them in place of the flag's help.
+export const NAMES = {
+  load_model: "Base model", data_file: "Data", data_type: "Rows are", proj_dir: "Folder of the run", tokenizer: "Tokenizer",
+  objective: "Objective", peft: "Method", bone_r: "Rank", ctx_len: "Longest row, tokens", micro_bsz: "Rows a step",
+  epoch_count: "Epochs", optim: "Optimizer", lr_init: "Learning rate", val_split: "Share held out", precision: "Precision",
+  merge_on_save: "Merge when saved", sft_field: "Columns",
+};
+const HELP = {
+  load_model: "a .pth, which has the model's dimensions",
+  data_file: "a file or folder of rows (.jsonl, .json, .csv, .parquet, .txt), or tokens of preprocess by their name before .bin",
+  tokenizer: "world, bytes (the demo's), or a tokenizer.json",
+  objective: "what a step minimizes; by default what learns from such rows",
+  bone_r: "size of what a method adds; Bone's divides all dimensions",
+  epoch_count: "passes over the data",
+  merge_on_save: "also writes the merged model at each save, for any runtime",
+};
+const GREY = { epoch_count: "by the number of rows", objective: "by the kind of rows" };
+export const named = (flag) => `“${NAMES[flag] ?? flag}”`;
+const inNames = (text) => text.replace(/--(\w+)/g, (_, flag) => named(flag));
+
 // A field made from a flag (form.py), with what its help says of the value that is chosen; change(value) hears of it.
 export function flagField(made, label, value, change, endings = []) {
-  const { flag, kind, values, words: told, help, required } = made, id = `flag-${flag}`;
+  const { flag, kind, values, words: told, required } = made, id = `flag-${flag}`;
+  const help = HELP[flag] ?? inNames(made.help), grey = GREY[flag] ?? inNames(made.default);
   let box, input;
   if (kind === "path" || kind === "paths") {
     ({ box, input } = pathField(id, label, { value, endings, several: kind === "paths", folders: flag === "proj_dir" || flag === "data_file", help }));
-    input.placeholder = made.default;
+    input.placeholder = grey;
   } else {
     if (kind === "on") input = el("input", { id, type: "checkbox", checked: value === "on" });
     else if (kind === "choice" || kind === "switch") {
-      const named = (one) => (told[one] ? `${one}: ${told[one].length > 60 ? `${told[one].slice(0, 60)} …` : told[one]}` : one);
-      input = el("select", { id }, el("option", { value: "" }, made.default ? `default: ${made.default}` : "default"),
-        values.map((one) => el("option", { value: one, selected: one === value }, named(one))));
-    } else input = el("input", { id, value, placeholder: made.default, spellcheck: false, autocomplete: "off" });
+      const short = (one) => (told[one] ? `${one}: ${told[one].length > 60 ? `${told[one].slice(0, 60)} …` : told[one]}` : one);
+      input = el("select", { id }, el("option", { value: "" }, grey ? `default: ${grey}` : "default"),
+        values.map((one) => el("option", { value: one, selected: one === value }, inNames(short(one)))));
+    } else input = el("input", { id, value, placeholder: grey, spellcheck: false, autocomplete: "off" });
     box = el("div", {}, el("label", { htmlFor: id }, label), input, helpLine(input, help));
   }
-  const explain = () => { box.lastElementChild.replaceWith(helpLine(input, told[input.value || made.default] ?? help)); };
+  const explain = () => {
+    const text = inNames(told[input.value || made.default] ?? help);
+    if (box.lastElementChild.textContent !== text) box.lastElementChild.replaceWith(helpLine(input, text));
+  };
   explain();
   input.title = `--${flag}`;
   if (required) input.required = true;
@@ -225,27 +278,6 @@ export function size(bytes) {
   const units = ["B", "KB", "MB", "GB", "TB"];
   const power = Math.min(bytes ? Math.floor(Math.log10(bytes) / 3) : 0, units.length - 1);
   return `${(bytes / 1000 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
-}
-
-// Draws lines over steps into `place`: lines = [{label, x, y}], each with its own steps.
-export function chart(place, title, lines) {
-  const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
-  const rows = lines.map((line) => {
-    const at = new Map(line.x.map((x, n) => [x, line.y[n]]));
-    return steps.map((x) => at.get(x) ?? null);
-  });
-  const style = getComputedStyle(document.documentElement), colours = style.getPropertyValue("--lines").trim().split(" ");
-  const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line"), width: 0.5 } };
-  const options = {
-    title, width: Math.max(place.clientWidth, 260), height: 260, scales: { x: { time: false } }, axes: [axis, { ...axis, size: 70, values: (plot, ticks) => ticks.map((tick) => number(tick)) }],
-    series: [{ label: "step" }, ...lines.map((line, n) => ({
-      label: line.label, stroke: colours[n % colours.length], width: 1.7, spanGaps: true, points: { show: line.x.length < 20 },
-      dash: line.dash, value: (plot, value) => (value === null ? "–" : number(value)),
-    }))],
-  };
-  place.replaceChildren();
-  if (!steps.length) return;
-  place.plot = new uPlot(options, [steps, ...rows], place);
 }
 
 export function remember(name, value) {

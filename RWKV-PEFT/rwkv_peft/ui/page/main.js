@@ -1,5 +1,5 @@
 // The pages by their names, and which of them is open: the part of the address after #.
-import { el, get, tell } from "./lib.js";
+import { el, get, takeDrops, tell } from "./lib.js";
 import { dataPage } from "./data.js";
 import { trainPage } from "./train.js";
 import { runsPage } from "./runs.js";
@@ -11,7 +11,7 @@ const main = document.getElementById("main");
 let leaving = new AbortController();
 let about = null;
 
-async function open() {
+async function open(event) {
   leaving.abort();
   leaving = new AbortController();
   const [name, ...rest] = decoded(location.hash.slice(1)).split(":");
@@ -31,6 +31,10 @@ async function open() {
   } catch (error) {
     tell(place, error);
   }
+  const heading = place.querySelector("h1");
+  if (!event || !heading || main.contains(document.activeElement)) return;
+  heading.tabIndex = -1; // what had the focus is gone, or is the link that led here
+  heading.focus({ preventScroll: true });
 }
 
 function decoded(text) {
@@ -45,8 +49,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // its address would open another page
   main.focus();
 });
-for (const name of ["dragover", "drop"]) addEventListener(name, (event) => {
-  if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // a browser would open the file in place of the page
-});
+takeDrops(main);
 addEventListener("hashchange", open);
 open();

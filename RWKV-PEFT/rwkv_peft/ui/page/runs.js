@@ -1,13 +1,23 @@
 // Runs: those below the folder, live; several in one picture.
-import { address, chart, duration, el, figure, get, number, post, recall, remember, repeat, tell, words } from "./lib.js";
+import { chart, chartSettings } from "./chart.js";
+import { address, download, duration, el, figure, get, number, post, recall, remember, renew, repeat, tell, words } from "./lib.js";
 
 const HELD_OUT = { val_loss: "held-out loss", retain_loss: "loss of retained rows" };
 const LOSSES = ["loss", "reward"];
+const ORDERS = {
+  "the newest first": (one, other) => other.modified - one.modified,
+  "by name": (one, other) => one.folder.localeCompare(other.folder, "en", { numeric: true }),
+};
 
 export async function runsPage(place, about, signal, chosen) {
   const list = el("ul", { className: "list" }), jobs = el("ul", { className: "list" }), view = el("div");
+  const find = el("input", { type: "search", placeholder: "find a run", "aria-label": "find a run", oninput: drawList });
+  const order = el("select", { "aria-label": "order of runs", onchange: drawList }, Object.keys(ORDERS).map((name) => el("option", {}, name)));
+  const which = el("div", { className: "row", hidden: true }, find, order);
+  const more = el("button", { type: "button", onclick: () => { most = Infinity; drawList(); } });
   place.append(el("h1", {}, "Runs"), el("div", { className: "columns side" },
-    el("div", {}, list, el("h2", {}, "Commands started here"), jobs), view));
+    el("div", {}, which, list, more, el("h2", {}, "Commands started here"), jobs), view));
+  let most = LISTED;
   const compared = new Set(recall("compared", []));
   let runs = [], commands = [], shown = null;
   const job = chosen.startsWith("job:") ? chosen.slice(4) : "";
@@ -19,7 +29,7 @@ export async function runsPage(place, about, signal, chosen) {
       const [found, started] = await Promise.all([get("/api/runs"), get("/api/jobs")]);
       [runs, commands] = [found, started];
       drawList();
-      jobs.replaceChildren(...started.slice(0, 12).map((one) => el("li", {},
+      renew(jobs, ...started.slice(0, 12).map((one) => el("li", {},
         el("a", { href: `#runs:job:${one.id}`, "aria-current": one.id === job ? "true" : null }, `${one.id}: ${one.words.slice(0, 1)} ${target(one.words)}`), badge(one))));
       if (!jobs.childElementCount) jobs.append(el("li", { className: "note" }, "none yet"));
       if (shown === null) open(started);
@@ -29,8 +39,12 @@ export async function runsPage(place, about, signal, chosen) {
   });
 
   function drawList() {
-    const folder = job ? "" : chosen;
-    list.replaceChildren(...runs.map((run) => {
+    const folder = job ? "" : chosen, asked = find.value.toLowerCase().split(/\s+/);
+    const found = runs.filter((run) => asked.every((word) => run.folder.toLowerCase().includes(word))).sort(ORDERS[order.value]);
+    which.hidden = runs.length < 2;
+    more.hidden = found.length <= most;
+    more.textContent = `Show all ${number(found.length)} runs`;
+    renew(list, ...found.slice(0, most).map((run) => {
       const box = el("input", { type: "checkbox", checked: compared.has(run.folder), "aria-label": `compare ${run.folder}`, title: "draw into one picture" });
       box.addEventListener("change", () => {
         if (box.checked) compared.add(run.folder); else compared.delete(run.folder);
@@ -41,6 +55,7 @@ export async function runsPage(place, about, signal, chosen) {
         el("span", { className: `state ${run.running ? "running" : ""}` }, run.running ? "running" : ""));
     }));
     if (!runs.length) list.append(el("li", {}, el("span", { className: "note" }, "no run yet; ", el("a", { href: "#train" }, "start one"))));
+    else if (!found.length) list.append(el("li", { className: "note" }, "no run is called so"));
     if (runs.length > 1) list.append(el("li", { className: "note" }, "Mark runs to draw their losses into one picture."));
   }
 
@@ -57,47 +72,35 @@ export async function runsPage(place, about, signal, chosen) {
 
   // output: that of the run's command, which is folded when the run has something to show; null for a run of others.
   function showRun(folder, output) {
-    const place = el("div"), lines = [];
+    const place = el("div");
     view.append(place);
     const title = el("h2", {}, folder), figures = el("div", { className: "figures" }), bar = el("progress", { max: 1, value: 0, "aria-label": "steps" });
-    const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div");
-    const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, title, figures, bar, buttons, error, losses, rates, answers);
+    const buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div"), answers = el("div"), files = el("p", { className: "note" });
+    const settings = chartSettings(() => shown.again());
+    const begins = el("p", { className: "note" }, "The run begins: it reads the model and the rows."), all = el("div", { hidden: true }, title, figures, bar, buttons, error, settings.box, losses, rates, answers, files);
     place.append(begins, all);
-    let next = 0, drawn = "", many = new Map(), stopping = false;
+    let own = { lines: [], next: 0 }, drawn = "", read = new Map(), stopping = false;
 
     async function turn() {
-      const found = await get("/api/runs/metrics", { folder, begin: next }).catch(() => null);
-      if (!found) return;
-      if (found.again) lines.length = 0;
-      next = found.next;
-      lines.push(...found.lines);
+      own = await linesFrom(folder, own);
+      const { lines } = own;
       const run = runs.find((one) => one.folder === folder);
       const begun = commands.some((one) => one.id === job && one.state === "running") && !view.querySelector(".job .failed");
       begins.hidden = Boolean(run) || !begun;
       all.hidden = !run;
       if (!run) return;
       if (output && lines.length && !drawn) output.open = false;
-      for (const other of compared) if (other !== folder && !many.has(other)) many.set(other, await wholeOf(other));
+      for (const other of compared) if (other !== folder && !read.has(other)) read.set(other, (await linesFrom(other)).lines);
       stopping &&= run.running;
       shown.running = run.running;
-      const stamp = `${lines.length} ${run.running} ${begun} ${[...compared].sort()}`;
+      const stamp = JSON.stringify([lines.length, run.running, begun, [...compared].sort(), settings.of(), run.files]);
       if (stamp === drawn) return;
       drawn = stamp;
-      draw(run, begun);
+      draw(run, lines, begun);
       showAnswers(answers, (await get("/api/runs/answers", { folder }).catch(() => ({}))));
     }
 
-    async function wholeOf(other) {
-      const all = [];
-      for (let begin = 0; ;) {
-        const part = await get("/api/runs/metrics", { folder: other, begin }).catch(() => ({ lines: [], next: begin }));
-        all.push(...part.lines);
-        if (part.next <= begin) return all;
-        begin = part.next;
-      }
-    }
-
-    function draw(run, begun) {
+    function draw(run, lines, begun) {
       const name = LOSSES.find((one) => lines.some((line) => typeof line[one] === "number")) ?? "loss";
       const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {};
       const held = lines.filter((line) => typeof line.val_loss === "number").at(-1);
@@ -111,17 +114,19 @@ export async function runsPage(place, about, signal, chosen) {
         figure("time left", run.running && total ? (speeds.length < 4 ? "after 5 steps" : duration((total - done) * pace)) : "–"));
       bar.max = total || 1;
       bar.value = Math.min(done, total || 1);
-      buttons.replaceChildren(
+      renew(buttons,
         run.running ? el("button", { type: "button", disabled: stopping, onclick: stop }, stopping ? "Stopping after this step …" : "Stop after this step") : "",
         run.running && stopping ? el("button", { type: "button", onclick: stop }, "Stop at once, without saving") : "",
         !run.running && !begun && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, "Resume") : "",
         run.files.some((file) => /\.(safetensors|pth)$/.test(file)) ? el("a", { className: "button", href: address("release", folder) }, "Release") : "",
         run.files.length ? el("a", { className: "button", href: address("chat", folder) }, "Chat") : "",
         command && !output ? el("a", { className: "button", href: `#runs:job:${command.id}` }, "What it printed") : "");
+      files.replaceChildren("Files: ", ...[...run.files, "metrics.jsonl"].flatMap((name) => [download(`${folder}/${name}`, name), " "]));
       const others = [...compared].filter((one) => one !== folder);
-      chart(losses, name, [...linesOf(lines, name, others.length ? folder : ""),
-        ...others.flatMap((other) => linesOf(many.get(other) ?? [], name, other))]);
-      chart(rates, "learning rate", linesOf(lines, "lr", "").slice(0, 1));
+      const many = others.length > 0; // each run then has a colour, else each line
+      chart(losses, name, [folder, ...others].flatMap((one, n) => linesOf(n ? read.get(one) : lines, name).map((line, m) =>
+        ({ ...line, colour: many ? n : m, label: many ? `${one}: ${line.label}` : line.label }))), settings.of());
+      chart(rates, "learning rate", linesOf(lines, "lr").map((line) => ({ ...line, colour: 0 })));
     }
 
     // The run takes a second signal as a wish to stop without saving, so that the first button works once.
@@ -148,12 +153,24 @@ export async function runsPage(place, about, signal, chosen) {
   }
 }
 
-function linesOf(lines, name, run) {
-  const title = (one) => `${run && `${run}: `}${HELD_OUT[one] ?? one}`;
+// All lines of a run's metrics, from those on that were read before -> {lines, next}.
+async function linesFrom(folder, { lines, next } = { lines: [], next: 0 }) {
+  for (;;) {
+    const part = await get("/api/runs/metrics", { folder, begin: next }).catch(() => null);
+    if (!part) return { lines, next };
+    lines = part.again ? part.lines : lines.concat(part.lines);
+    if (part.next === next) return { lines, next };
+    next = part.next;
+  }
+}
+
+// The lines of a chart: one figure, and of a loss those of held-out rows.
+function linesOf(lines, name) {
   const names = name === "lr" ? ["lr"] : [name, ...Object.keys(HELD_OUT)];
-  return names.map((one) => lines.filter((line) => typeof line[one] === "number")).map((found, n) => ({
-    label: title(names[n]), x: found.map((line) => line.step), y: found.map((line) => line[names[n]]), dash: n ? [6, 4] : undefined,
-  })).filter((line) => line.x.length);
+  return names.map((one, n) => {
+    const found = lines.filter((line) => typeof line[one] === "number");
+    return { label: HELD_OUT[one] ?? one, x: found.map((line) => line.step), y: found.map((line) => line[one]), dash: n ? [6, 4] : undefined };
+  }).filter((line) => line.x.length);
 }
 
 // Answers that a step drew, the newest or another of the last, with what they earned; and those to some rows before
@@ -192,8 +209,9 @@ function table(names, rows) {
 }
 
 // A command that the page started: its words, its output as it comes, how it ended; -> the part with its output.
-// stops() tells whether it offers to stop the command, which a run does itself once it has begun.
-export function showJob(place, id, signal, stops = () => true) {
+// stops() tells whether it offers to stop the command, which a run does itself once it has begun; done() is called if it
+// ended well.
+export function showJob(place, id, signal, stops = () => true, done = () => {}) {
   const title = el("h2", {}, `command ${id}`), line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": "output" }), folded = el("details", { open: true }, el("summary", {}, "What it printed"), output), state = el("div"), notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
   place.append(el("div", { className: "job" }, title, line, state, notes, wrong, buttons, folded));
   const leave = new AbortController();
@@ -221,6 +239,7 @@ export function showJob(place, id, signal, stops = () => true) {
     buttons.replaceChildren(job.state === "running" && stops() ? el("button", { type: "button", disabled: stopping, onclick: stop }, "Stop") : "");
     if (job.state === "running") return;
     leave.abort();
+    if (job.code === 0) done();
     if (failed(job) && job.words[0] === "train") buttons.append(el("a", { className: "button", href: "#train" }, "Back to the settings"));
     notes.replaceChildren(...[...output.textContent.matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
     if (failed(job)) tell(wrong, job.state === "lost" ? "The command's process is gone; it was killed, or the machine was restarted. Under Runs, Resume goes on from its last checkpoint." : lastWords(output.textContent, job.code));
@@ -234,6 +253,7 @@ function lastWords(text, code) {
   return at >= 0 ? text.slice(at).trim() : `It ended with exit code ${code}; see its output.`;
 }
 
+const LISTED = 20; // runs
 const SHOWN = 16; // answers
 const KILLED = 137;
 const STOPPED = [130, 143]; // exit codes of a command that Ctrl-C or SIGTERM ended in order

@@ -1,23 +1,18 @@
 // Train: the flags of train.py as a form, the command that they make, and the memory and time that it takes.
-import { copyButton, duration, el, figure, flagField, get, listed, number, post, recall, remember, tell, words } from "./lib.js";
+import { copyButton, duration, el, figure, flagField, get, listed, named, NAMES, number, post, recall, remember, tell, words } from "./lib.js";
 
 const ENDINGS = { load_model: [".pth"] };
-const NAMES = {
-  load_model: "Base model", data_file: "Data", data_type: "Rows are", proj_dir: "Folder of the run", tokenizer: "Tokenizer",
-  objective: "Objective", peft: "Method", bone_r: "Rank", ctx_len: "Longest row, tokens", micro_bsz: "Rows a step",
-  epoch_count: "Epochs", optim: "Optimizer", lr_init: "Learning rate", val_split: "Share held out", precision: "Precision",
-  merge_on_save: "Merge when saved",
-};
 const STARTED = { data_type: "sft", val_split: "0.1", merge_on_save: "on", proj_dir: "out/mine" };
 
 export async function trainPage(place, about, signal) {
   const state = { ...STARTED, ...recall("train", {}) };
   state.proj_dir = unused(state.proj_dir, (await get("/api/runs").catch(() => [])).map((run) => run.folder));
-  const fields = new Map(), known = new Map();
+  const fields = new Map(), known = new Map(about.form.flatMap((group) => group.fields).map((made) => [made.flag, made]));
   const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("div", { id: "plan", "aria-live": "polite" }), error = el("div");
   const start = el("button", { className: "main", type: "button", onclick: begin }, "Start");
   const [first, ...others] = about.form;
-  const find = el("input", { type: "search", placeholder: "find a setting, such as warm-up or wandb", "aria-label": "find a setting", oninput: search });
+  const find = el("input", { type: "search", placeholder: "find a setting, such as batch size or wandb", "aria-label": "find a setting", oninput: search });
+  const hits = el("div", { className: "row", hidden: true });
   const groups = others.map((group) => el("details", {}, el("summary", {}, group.title), el("div", { className: "fields" }, group.fields.map(field))));
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
     el("div", { className: "fields" }, first.fields.map(field)));
@@ -26,11 +21,10 @@ export async function trainPage(place, about, signal) {
   el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
     el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
       el("button", { type: "button", onclick: reset }, "Clear all")),
-    el("h2", {}, "Memory, time and disk"), plan), el("div", {}, el("h2", {}, "All other settings"), find, groups)));
+    el("h2", {}, "Memory, time and disk"), plan), el("div", {}, el("h2", {}, "All other settings"), find, hits, groups)));
 
   function field(made) {
     const { flag } = made;
-    known.set(flag, made);
     fields.set(flag, flagField(made, NAMES[flag] ?? flag, state[flag] ?? "", (given) => {
       state[flag] = given;
       remember("train", state);
@@ -39,24 +33,35 @@ export async function trainPage(place, about, signal) {
     return fields.get(flag);
   }
 
-  // Shows only the settings whose names or help have the word, in open groups.
+  // Shows only the settings of which something has each word, in open groups, and the way to those above them.
   function search() {
-    const word = find.value.trim().toLowerCase().replaceAll(" ", "_");
+    const asked = plain(find.value).split(" "), any = Boolean(find.value.trim());
+    const has = ({ flag, help, search: other = "", words: told }) => {
+      const text = plain([flag, NAMES[flag], help, other, ...Object.values(told)].join(" "));
+      return asked.every((word) => text.includes(word));
+    };
     for (const [n, group] of groups.entries()) {
-      const hits = others[n].fields.filter(({ flag, help, words: told }) => {
-        const hit = flag.includes(word) || [help, ...Object.values(told)].join(" ").toLowerCase().includes(find.value.trim().toLowerCase());
-        fields.get(flag).hidden = !hit;
-        return hit;
-      });
-      group.hidden = !hits.length;
-      group.open = Boolean(word) && hits.length > 0;
+      const found = others[n].fields.filter((made) => !(fields.get(made.flag).hidden = !has(made)));
+      group.hidden = !found.length;
+      group.open = any && found.length > 0;
     }
+    const above = any ? first.fields.filter(has) : [];
+    hits.hidden = !any;
+    hits.replaceChildren(...(above.length ? ["Above:"] : []), ...above.map(({ flag }) =>
+      el("button", { type: "button", onclick: () => fields.get(flag).querySelector("input, select").focus() }, NAMES[flag])),
+    above.length || groups.some((group) => !group.hidden) ? "" : "no setting has all of these words");
   }
 
+  // The words of the command. A rank goes to the method that is chosen; Bone has a flag of its own for it.
   function argv() {
+    const given = { ...state };
+    if (given.bone_r && given.peft && given.peft !== "bone") {
+      if (given.peft !== "none") given.peft_config = withRank(given.peft_config, given.bone_r);
+      given.bone_r = "";
+    }
     const found = [];
     for (const [flag, { kind }] of known) {
-      const value = state[flag] ?? "";
+      const value = given[flag] ?? "";
       if (value === "") continue;
       if (kind === "on") found.push(`--${flag}`);
       else if (kind === "list" || kind === "paths") found.push(`--${flag}`, ...listed(value));
@@ -68,6 +73,7 @@ export async function trainPage(place, about, signal) {
   let waiting = null, busy = false, stale = false;
   function changed() {
     command.textContent = words(["train", ...argv()]);
+    fields.get("bone_r").querySelector("input").disabled = state.peft === "none";
     clearTimeout(waiting);
     waiting = setTimeout(judge, 600);
   }
@@ -91,11 +97,20 @@ export async function trainPage(place, about, signal) {
 
   // The peak of each device and the time first, then what `rwkv-peft plan` prints.
   function showPlan({ text, time }) {
+    const merged = /^ {2}merged.* ([\d.,]+ \w+) x (\d+)$/m.exec(text), disk = /^disk +([\d.,]+ \w+) in (.*)$/m.exec(text);
     const peaks = [...text.matchAll(/^(GPU|main memory)( of [\d.,]+ \w+)?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(.*)$/gm)];
     plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, verdict]) =>
-      figure(`${device}${whole ?? ""}${verdict}`, peak)), time ? figure(`about, for ${number(time.steps)} steps`, duration(time.seconds)) : ""),
+      figure(`${device}${whole ?? ""}${verdict}`, peak)), disk ? figure(`disk, in ${disk[2]}`, disk[1]) : "", time ? figure(`about, for ${number(time.steps)} steps`, duration(time.seconds)) : ""),
     el("p", { className: "note" }, time ? `The time is that of the steps of ${time.run}, which had the same settings and data; reading the model, validation and saving take some more.`
-      : "No run here has had these settings and this data yet, so that its time is not known: Runs shows the time left once 5 steps are done."), el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
+      : "No run here has had these settings and this data yet, so that its time is not known: Runs shows the time left once 5 steps are done."),
+    merged?.[2] > 1 ? el("p", { className: "note" }, `${named("merge_on_save")} writes ${merged[2]} merged models of ${merged[1]}: one for each epoch that is saved, and the best. `,
+      state.epoch_save === "0" ? "" : el("button", { type: "button", onclick: () => set("epoch_save", "0") }, "Save at the end only")) : "", el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
+  }
+
+  function set(flag, value) {
+    const input = fields.get(flag).querySelector("input, select");
+    input.value = value;
+    input.dispatchEvent(new Event("input"));
   }
 
   // Marks the fields that a message names, and opens their groups.
@@ -126,6 +141,17 @@ export async function trainPage(place, about, signal) {
   }
 
   changed();
+}
+
+const plain = (text) => text.toLowerCase().replaceAll(/[\s_-]+/g, " ").trim();
+
+// The settings of a method as JSON, with a rank; what is no JSON stays, and is refused.
+function withRank(config, rank) {
+  try {
+    return JSON.stringify({ ...JSON.parse(config || "{}"), r: Number(rank) });
+  } catch {
+    return config;
+  }
 }
 
 // A folder's name, with a number behind it if it holds a run already.
