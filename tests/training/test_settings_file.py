@@ -1,6 +1,7 @@
 """Settings files: a file of flags means what the flags mean, the command line wins, and a run's config.json is one."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -64,7 +65,7 @@ def test_a_file_that_makes_no_sense_is_refused(files, monkeypatch, capsys, text,
 
 
 @pytest.mark.parametrize(
-    "make", (lambda path: None, lambda path: path.write_bytes(b"\xff\xfe\x00"), lambda path: path.mkdir())
+    "make", (lambda path: None, lambda path: path.write_bytes(b"\xff\xfe\x00"), lambda path: path.mkdir(), os.mkfifo)
 )
 def test_a_file_that_cannot_be_read_is_refused(files, monkeypatch, capsys, make):
     make(files / "run.yaml")

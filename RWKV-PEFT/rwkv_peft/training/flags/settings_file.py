@@ -17,7 +17,7 @@ import yaml
 from ...cli import Parser
 from ...errors import UNREADABLE, UserError, short, told
 from ...files.atomic import atomic_write
-from ...files.readable import read_short
+from ...files.readable import read_short, require_readable
 from ...refusals import Refusals
 from .parser import READ, WRITE, entries_of
 
@@ -60,12 +60,11 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
 def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Yield (key, value) of a file of settings, or of the flags in the config.json of a run."""
     try:
+        require_readable(path, f"{READ} {path} is not there; name a file of settings", again=True)
         text = read_short(path, SIZE, f"{READ} {path}")
         require_plain(path, text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-    except OSError as error:
-        raise UserError(f"{READ} {path} cannot be read ({error.strerror}); name a file of settings") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
