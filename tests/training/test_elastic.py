@@ -27,7 +27,8 @@ HURRY = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # 
 
 
 def fitted(world, nodes=1, devices=1, passes=1):
-    args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes)
+    args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes, micro_bsz=1, context_parallel=1)
+    args.proj_dir, args.resume, args.fresh_optimizer = "out", "", False
     notes = fit(args, world)
     return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
 
@@ -36,12 +37,12 @@ def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are():
     two = World(2, 4, starts=False, elastic=True)
     assert fitted(two, passes=3) == (2, 4, 3, [])  # flags left out
     assert fitted(two, 2, 4) == (2, 4, 1, []) and fitted(two, devices=4) == (2, 4, 1, [])
-    note = "--accumulate_grad_batches 6, so that a step on 8 ranks has the samples of "
+    note = "--accumulate_grad_batches 6: a step has 48 samples by "
     note += "--num_nodes 4 x --devices 4 x --accumulate_grad_batches 3"
     assert fitted(two, 4, 4, 3) == (2, 4, 6, [note]) and fitted(two, 4, passes=3) == (2, 4, 6, [note])
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fitted(replace(two, hosted=True))[-1][0]
     assert fitted(World(2, 4), 4, 4) == (4, 4, 1, [])  # no torchrun: the flags stand, and are judged elsewhere
-    with pytest.raises(UserError, match="torchrun started 3 ranks, .*give --accumulate_grad_batches 6,"):
+    with pytest.raises(UserError, match="16 samples by .*, and 3 ranks .*give --accumulate_grad_batches 6,"):
         fitted(World(3, 1, elastic=True), nodes=4, passes=4)
 
 
@@ -95,7 +96,7 @@ def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
     finally:
         for process in filter(None, (first, second)):
             lose(process)
-    assert "--accumulate_grad_batches 2, so that a step on 1 rank has the samples of" in out
+    assert "--accumulate_grad_batches 2: a step has 2 samples" in out
     assert "resuming after" in out
     train("stayed", *FLAGS, "--num_nodes", "1", "--accumulate_grad_batches", "2")
     lines = [[(line["step"], line["samples"]) for line in metrics(files, name)] for name in ("stayed", "elastic")]

@@ -29,6 +29,11 @@ class RunConfig:
     objective: Objective
     flags: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def step_samples(self) -> int:
+        """The number of samples in an optimizer step."""
+        return self.data.micro_bsz * self.train.groups * self.train.accumulate_grad_batches
+
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:
     """Write a config dataclass as JSON text for config.json; the same settings give the same text."""

@@ -75,7 +75,7 @@ class OptimizerConfig:
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", type=not_negative)
     accumulate_grad_batches: int = setting(
         1,
-        "forward passes of a step; for hundreds of them with --precision bf16 take stage 2, which adds their gradients "
-        "up in float32",
+        "forward passes of a step; with --resume they follow from the samples that a step of the run has; for hundreds "
+        "of them with --precision bf16 take stage 2, which adds their gradients up in float32",
         type=positive,
     )

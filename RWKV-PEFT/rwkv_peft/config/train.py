@@ -43,7 +43,7 @@ class RunSettings:
     fresh_optimizer: bool = setting(
         False,
         "keep weights and place in the data, start the optimizer anew; for another precision, or for steps of another "
-        "number of samples on other devices",
+        "number of samples",
     )
     show_samples: int = setting(
         0,

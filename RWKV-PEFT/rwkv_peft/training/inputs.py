@@ -22,7 +22,7 @@ from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
 from .saving.history import Lowest, history
 from .saving.identity import data_identity
-from .saving.resume import find_state, other_retained, validated_from, with_kept_order, with_kept_steps
+from .saving.resume import find_state, other_retained, validated_from, with_kept_order
 from .saving.run_state import require_files
 from .step.plan import Plan
 from .step.stored import StoredTeacher
@@ -61,8 +61,7 @@ def find_inputs(request: Request) -> Inputs:
     """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
     config = replace(config, data=with_kept_order(config.data, config.train))
-    train, meant_for, kept = with_kept_steps(config.train, config.data.micro_bsz, config.train.groups)
-    step_samples = config.data.micro_bsz * train.groups * train.accumulate_grad_batches
+    train, step_samples = config.train, config.step_samples
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
@@ -79,7 +78,6 @@ def find_inputs(request: Request) -> Inputs:
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world.size,
-        "row_groups": meant_for,
         "objective": config.objective.name,
         "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
         "precision": train.precision,
@@ -90,7 +88,7 @@ def find_inputs(request: Request) -> Inputs:
     checkpoint, state = find_state(Path(train.proj_dir), train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
-    samples.notes += kept + other_retained(state, retained)
+    samples.notes += other_retained(state, retained)
     if state:
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)

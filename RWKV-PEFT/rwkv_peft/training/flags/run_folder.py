@@ -6,14 +6,14 @@ import secrets
 import stat
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...errors import UNREADABLE, UserError
 from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
-from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, find_checkpoint
-from ..saving.run_state import read_state
+from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, saved_state
 from .world import World
 
 LOGS = "tensorboard"
@@ -81,12 +81,8 @@ def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
 def draw_seed(args: Namespace, world: World) -> int:
     """Return the seed of a command with --random_seed -1: the run's own if it resumes, else a new one. Raises UserError
     if several processes of a World would each draw another."""
-    checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
-    if checkpoint is not None:
-        try:
-            return int(read_state(checkpoint)["config"]["train"]["random_seed"])
-        except UNREADABLE:
-            pass  # the resume itself says what is wrong with the checkpoint
+    with suppress(*UNREADABLE):  # it begins, or the resume itself says what is wrong with the checkpoint
+        return int(saved_state(args.proj_dir, args.resume)["config"]["train"]["random_seed"])
     if world.nodes > 1 or not world.starts:
         raise UserError(
             f"--random_seed {DRAWN} draws a seed, and each of the processes that are started here would draw another; "

@@ -19,6 +19,7 @@ from ...cli import count, counted, finite
 from ...errors import UserError, short, told
 from ...names import NONE, STATE
 from ...numeric import is_whole
+from .world import step_samples
 
 INIT = "rwkv-init.pth"
 SAVED = re.compile(r"rwkv-(init|\d{1,9})\.pth")
@@ -131,12 +132,6 @@ def newest_model(folder: Path) -> str:
     found = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
     newest = max(found, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
     return str(folder / newest[0]) if newest else ""
-
-
-def step_samples(args: argparse.Namespace) -> int:
-    """The number of samples in an optimizer step."""
-    groups = max(1, args.devices * args.num_nodes // args.context_parallel)
-    return args.micro_bsz * groups * args.accumulate_grad_batches
 
 
 def total_steps(args: argparse.Namespace) -> int:

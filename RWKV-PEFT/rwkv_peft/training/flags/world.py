@@ -11,6 +11,7 @@ from math import gcd
 from ...cli import counted
 from ...config import TrainConfig
 from ...errors import UserError
+from ..saving.checkpoints import saved_state
 
 LOOPBACK = "127.0.0.1"
 PORT = 29500  # torch's own default, if MASTER_PORT is not given
@@ -163,33 +164,56 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
 
 def fit(args: Namespace, world: World) -> list[str]:
     """Set --devices and --num_nodes in a parsed command line to those of an elastic World, and
-    --accumulate_grad_batches so that a step keeps its samples -> a note, in a list, if it changes. Flags of 1, the
-    default, stand for as many as there are. Raises UserError if the ranks cannot share a step's samples."""
-    if not world.elastic:
-        return []
+    --accumulate_grad_batches so that a step has the samples of the run that goes on, else those of the flags -> notes.
+    Of an elastic World, flags of 1, the default, stand for as many as there are. Raises UserError if the ranks cannot
+    share the samples."""
     notes = []
     if world.hosted and world.nodes > 1:
         notes.append(
             "torchrun keeps the place at which ranks meet over its restarts; with --rdzv_backend c10d and nodes that "
             "come and go, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it (docs/guides/clusters.md)"
         )
-    devices, nodes = (
-        given if given > 1 else there for given, there in ((args.devices, world.devices), (args.num_nodes, world.nodes))
-    )
-    args.devices, args.num_nodes = world.devices, world.nodes
-    if devices * nodes == world.size:
-        return notes
-    passes = args.accumulate_grad_batches
-    asked = f"--num_nodes {nodes} x --devices {devices} x --accumulate_grad_batches {passes}"
-    args.accumulate_grad_batches, rest = divmod(passes * devices * nodes, world.size)
-    if rest:
-        unit = world.size // gcd(devices * nodes, world.size)
+    if world.elastic and args.devices == 1:
+        args.devices = world.devices
+    if world.elastic and args.num_nodes == 1:
+        args.num_nodes = world.nodes
+    samples, asked, source = step_samples(args), args.accumulate_grad_batches, "by these flags"
+    if world.elastic:
+        source = f"by --num_nodes {args.num_nodes} x --devices {args.devices} x --accumulate_grad_batches {asked}"
+        args.devices, args.num_nodes = world.devices, world.nodes
+    before = {} if args.fresh_optimizer else saved_state(args.proj_dir, args.resume)
+    if "step_samples" in before:  # 0.2.0 did not record it
+        samples, source = before["step_samples"], f"in the run in {args.proj_dir}"
+    ranks, at_once = counted(args.devices * args.num_nodes, "rank"), samples_at_once(args)
+    passes, rest = divmod(samples, at_once)
+    if rest or not passes:
+        if before:
+            groups = at_once // args.micro_bsz
+            rows = next((rows for rows in range(args.micro_bsz, 0, -1) if samples % (rows * groups) == 0), 0)
+            remedy = f"give --micro_bsz {rows}" if rows else "take a number of ranks that divides them"
+            remedy += ", or add --fresh_optimizer to go on with steps of another size"
+        else:
+            unit = at_once // gcd(samples // asked, at_once)
+            remedy = (
+                f"give --accumulate_grad_batches {-(-asked // unit) * unit}, and --micro_bsz to match, or wait for "
+            )
+            remedy += "nodes"
         raise UserError(
-            f"torchrun started {counted(world.size, 'rank')}, which cannot share the micro batches of a step, {asked}; "
-            f"give --accumulate_grad_batches {-(-passes // unit) * unit}, and --micro_bsz to match, or wait for nodes"
+            f"a step has {counted(samples, 'sample')} {source}, and {ranks} of --micro_bsz {args.micro_bsz} cannot "
+            f"share them; {remedy}"
         )
-    return [
-        *notes,
-        f"--accumulate_grad_batches {args.accumulate_grad_batches}, so that a step on {counted(world.size, 'rank')} "
-        f"has the samples of {asked}",
-    ]
+    args.accumulate_grad_batches = passes
+    if passes == asked:
+        return notes
+    return [*notes, f"--accumulate_grad_batches {passes}: a step has {counted(samples, 'sample')} {source}"]
+
+
+def samples_at_once(args: Namespace) -> int:
+    """The number of samples in a forward pass of all ranks."""
+    groups: int = max(1, args.devices * args.num_nodes // args.context_parallel)
+    return groups * args.micro_bsz
+
+
+def step_samples(args: Namespace) -> int:
+    """The number of samples in an optimizer step, by the flags."""
+    return samples_at_once(args) * args.accumulate_grad_batches

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...errors import UNREADABLE, UserError, in_line
 from ...files.atomic import CannotWrite
@@ -46,6 +46,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint folder under proj_dir, or None."""
     return next(reversed(list_checkpoints(folder)), None)
+
+
+def saved_state(folder: str, resume: str) -> dict[str, Any]:
+    """The state.json that a run goes on from, unchecked; {} if it begins (resume is ""), or if the file cannot be read,
+    which read_run_state reports."""
+    checkpoint = find_checkpoint(Path(folder)) if resume else None
+    try:
+        return {} if checkpoint is None else read_state(checkpoint)
+    except UNREADABLE:
+        return {}
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 
 from ...cli import counted
 from ...config import AdapterConfig, DataConfig, TrainConfig
-from ...errors import UNREADABLE, UserError
+from ...errors import UserError
 from ...names import ADAPTER, METRICS, MODEL
 from ..step.plan import Plan
-from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
+from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint, saved_state
 from .history import Lowest
 from .identity import read_run_state
 from .products import newest_name
-from .run_state import read_state
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
@@ -49,45 +48,10 @@ def find_state(
     return None, None
 
 
-def with_kept_steps(train: TrainConfig, micro_bsz: int, ranks: int) -> tuple[TrainConfig, int, list[str]]:
-    """Return (the TrainConfig with as many forward passes a step as give a run that goes on on another number of ranks
-    the samples a step that it had, the number of ranks for which its flags are meant, a note in a list if the passes
-    are not the flags'). Raises UserError if none do."""
-    state = {} if train.fresh_optimizer else state_to_resume(train)
-    before, samples = state.get("row_groups"), state.get("step_samples")
-    if before == ranks or before is None or samples is None:  # it begins, or 0.2.0 began it
-        return train, ranks, []
-    passes, rest = divmod(samples, micro_bsz * ranks)
-    if rest or not passes:
-        fit = next((rows for rows in range(micro_bsz, 0, -1) if samples % (rows * ranks) == 0), None)
-        raise UserError(
-            f"--resume: a step of the run in {train.proj_dir} takes {counted(samples, 'sample')}, and {ranks} ranks of "
-            f"--micro_bsz {micro_bsz} do not divide that; "
-            + (f"give --micro_bsz {fit}" if fit else "take a number of ranks that divides it")
-            + ", or add --fresh_optimizer to go on with steps of another size"
-        )
-    if passes == train.accumulate_grad_batches:
-        return train, ranks, []
-    note = (
-        f"note: --accumulate_grad_batches {passes}, so that a step on {counted(ranks, 'rank')} takes {samples} samples"
-    )
-    return replace(train, accumulate_grad_batches=passes), before, [f"{note}, as before on {before}"]
-
-
 def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
     """Return the DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
-    before = state_to_resume(train).get("data", {})
+    before = saved_state(train.proj_dir, train.resume).get("data", {})
     return replace(data, bucketed=before["rows_share_batches"]) if "rows_share_batches" in before else data
-
-
-def state_to_resume(train: TrainConfig) -> dict[str, Any]:
-    """The state.json that a run goes on from, unchecked; {} if it begins, or if the file cannot be read, which
-    read_run_state tells."""
-    checkpoint = find_checkpoint(Path(train.proj_dir)) if train.resume else None
-    try:
-        return {} if checkpoint is None else read_state(checkpoint)
-    except UNREADABLE:
-        return {}
 
 
 def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:

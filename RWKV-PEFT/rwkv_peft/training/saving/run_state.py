@@ -18,7 +18,7 @@ CHUNK = 1 << 24
 STATE = "state.json"
 CHECKSUM = "crc32"  # its entry
 MOST = 1 << 62  # steps: more than any run counts
-COUNTS = ("step", "samples_seen", "step_samples", "row_groups", "validated_from")
+COUNTS = ("step", "samples_seen", "step_samples", "validated_from")
 KINDS: Mapping[str, type] = MappingProxyType(  # of other entries; earlier versions had not all of them
     {
         **dict.fromkeys(("adapter", "config", "data", "figures", "files"), dict),
