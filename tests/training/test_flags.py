@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.training.flags.legacy import VALUES
 from rwkv_peft.training.flags.parser import build_parser, table
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.flags.synonyms import VALUES
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.run import main
 from training.command_lines import flags, refused, small_files, without_rank

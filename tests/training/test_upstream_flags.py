@@ -10,8 +10,8 @@ from rwkv_peft.config import WORDS
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags.legacy import SYNONYMS
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.flags.synonyms import SYNONYMS
 from rwkv_peft.training.run import main
 from training.command_lines import refused
 from training.runs import finish, start
@@ -20,7 +20,7 @@ INERT = (
     "--chunk_ctx 512 --avg_loss 0 --fused_kernel --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
     "--my_pile_shift -1 --my_pile_edecay 0 --my_exit_tokens 0 --my_exit 99999999 --my_sample_len 0 --my_ffn_shift 1 "
     "--my_att_shift 1 --my_random_steps 0 --tiny_att_layer -999 --merge 0 --op triton --num_workers 8 "
-    "--persistent_workers --prefetch_factor 2"
+    "--persistent_workers --prefetch_factor 2 --kernel @rwkv3 --head_chunk 65536"
 ).split()
 
 NESTED = '{"a":' * 20_000
@@ -95,7 +95,7 @@ def test_what_is_not_here_is_told_by_its_meaning(files, more, words):
 @pytest.mark.parametrize("value", ['{"a":1}', '{"mask0":1.5,"mask1":"x"}'])
 def test_a_marker_that_cannot_be_read_is_one_mistake(files, value):
     with pytest.raises(UserError) as refusal:
-        main(flags(files, "--loss_mask", "se", "--mask_id", value))
+        main(flags(files, "--bone_r", "16", "--loss_mask", "se", "--mask_id", value))
     assert "--mask_id" in str(refusal.value) and "things are wrong" not in str(refusal.value)
 
 

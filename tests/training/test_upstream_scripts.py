@@ -91,6 +91,32 @@ def test_a_script_runs_or_is_told_all_that_keeps_it_from_it(stand_ins, logged_in
     assert all(any(words in line for line in told) for words in REFUSED[name]), told
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_flags_the_base_and_the_machine_are_refused_together(stand_ins, tmp_path, monkeypatch, by_file):
+    """A script on a machine without a login, a GPU and the data, for a base of other dimensions."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rwkv-init.pth").symlink_to(stand_ins / "x070/rwkv-init.pth")
+    flags = RWKV_LM_SCRIPTS["v7 run, 2026"] | {"proj_dir": str(tmp_path / "run"), "my_testing": "x070"}
+    flags |= {"data_file": str(tmp_path / "absent")}
+    if by_file:
+        (tmp_path / "run.yaml").write_text(json.dumps(flags))
+        argv = ["--config", str(tmp_path / "run.yaml")]
+    else:
+        argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(UserError) as refusal:
+        main(argv)
+    told = str(refusal.value).splitlines()
+    due = ("not logged in to Weights & Biases", "--n_layer 12 contradicts", "--n_embd 768", "--vocab_size 65536")
+    due += ("this machine has 0 GPUs", "absent.idx: no such file")
+    assert len(told) == 1 + len(due) and all(any(words in line for line in told) for words in due), told
+
+
 @pytest.mark.parametrize("name, steps, saves", [("v7 run", 182_889, 25_200), ("v7 run pile", 337_846, 8_400)])
 def test_a_stage_trains_the_whole_model_to_its_last_token(stand_ins, logged_in, name, steps, saves):
     config = parse_run(command(stand_ins, RWKV_LM_SCRIPTS[name])).config

@@ -7,12 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "RWKV-PEFT"), str(ROOT / "tests")]
 
+from rwkv_peft import gpus  # noqa: E402
 from rwkv_peft.training import run  # noqa: E402
 from training.graphs_emulated import Graph, emulate  # noqa: E402
 
 if __name__ == "__main__":
     emulate(setattr)
-    run.resolve_accelerator = lambda train: "cpu"
+    run.resolve_accelerator = gpus.resolve_accelerator = lambda train: "cpu"
     code = run.main(sys.argv[1:])
     print(Graph.replays, "replays")
     sys.exit(code)

@@ -25,6 +25,7 @@ PILE_RUN = settings("micro_bsz=30 lr_init=0.0008 lr_final=3e-05 weight_decay=0.1
 V5 = {"pre_ffn": 0, "head_qk": 0, "my_pile_edecay": 0, "head_size_a": 64}
 V7 = {"my_testing": "x070", "head_size": 64}
 BAR, NO_BAR = {"enable_progress_bar": True}, {"enable_progress_bar": False}
+CHUNKS = {"kernel": "@rwkv3", "head_chunk": 0}
 WIDE = {"ds_bucket_mb": 200, "wandb": "RWKV-7-Pile"}
 
 RWKV_LM_SCRIPTS = {
@@ -38,6 +39,8 @@ RWKV_LM_SCRIPTS = {
     "v7 prepare": RWKV_LM | PREPARE | V7 | {"train_stage": 1},
     "v7 run": RWKV_LM | RUN | V7 | {"train_stage": 3} | BAR,
     "v7 run with buckets": RWKV_LM | RUN | V7 | {"train_stage": 3, "ds_bucket_mb": 2} | BAR,
+    "v7 prepare, 2026": RWKV_LM | PREPARE | V7 | {"train_stage": 1} | CHUNKS,
+    "v7 run, 2026": RWKV_LM | RUN | V7 | {"train_stage": 3} | CHUNKS | BAR,
     "v7 prepare pile": RWKV_LM | PREPARE | V7 | PILE | {"train_stage": 1},
     "v7 run pile": RWKV_LM | RUN | V7 | PILE | PILE_RUN | {"train_stage": 3, "wandb": "RWKV-7-Pile"} | BAR,
 }

@@ -71,6 +71,15 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     return samples
 
 
+def find_data(config: DataConfig) -> None:
+    """Raise UserError if one of the files that a DataConfig names is not there, or is of another kind."""
+    for part in parts_of(config).values():
+        if part.of_rows:
+            settings_of(part)
+        else:
+            open_dataset(part.path)
+
+
 def streamed(config: DataConfig, vocabulary: Vocabulary) -> Samples:
     """The samples of rows that are tokenized as they are read (--stream)."""
     samples = StreamSamples(config, settings_of(config))

@@ -41,7 +41,7 @@ def parse_flags(argv: list[str]) -> Flags:
     refusals = Refusals(mistakes)
     refusals.gather(contradictions, RULES, parser.given(args))
     world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
-    return flags_of(args, world, (), refusals)
+    return flags_of(args, world, (), refusals, here=False)
 
 
 class Memory(int):

@@ -16,11 +16,12 @@ from ..files.base import Base, open_base
 from ..files.lock import alone_in
 from ..files.readable import require_readable
 from ..generate.loading import Subject
+from ..gpus import resolve_accelerator
 from ..models.parts import LanguageModel
 from ..names import MODEL
 from ..training.flags.request import Request, parse_run
 from ..training.inputs import VALIDATION, find_samples
-from ..training.model import adapt, build_model, own_device, resolve_accelerator
+from ..training.model import adapt, build_model, own_device
 from ..training.run import check, run, silent
 from ..training.step.teacher import make_teacher
 from .flags import Study, parse_flags

@@ -8,15 +8,12 @@ from torch import nn
 
 from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
-from ..cli import counted
-from ..config import AdapterConfig, RunConfig, TrainConfig
+from ..config import AdapterConfig, RunConfig
 from ..data.batches import TrainBatches
-from ..errors import UserError
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
 from ..files.pth_writer import DTYPES
-from ..gpus import count_gpus
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -143,20 +140,6 @@ def estimate_gradients(
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     return gradients
-
-
-def resolve_accelerator(train: TrainConfig) -> str:
-    """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs, and for --cuda_graphs on a CPU."""
-    gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
-    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and train.devices > gpus:
-        raise UserError(
-            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
-            + (", or use --accelerator cpu" if not gpus else "")
-        )
-    if train.cuda_graphs and accelerator == "cpu":
-        raise UserError("--cuda_graphs 1 records launches on a GPU, and this run is on a CPU; leave it out")
-    return accelerator
 
 
 def own_device(accelerator: str, local_rank: int) -> torch.device:

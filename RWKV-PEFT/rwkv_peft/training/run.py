@@ -25,6 +25,7 @@ from ..errors import UserError, past_ctrl_c
 from ..files.atomic import check_output
 from ..files.lock import alone_in
 from ..fused import Setting, fuse
+from ..gpus import resolve_accelerator
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss
 from ..refusals import require_none
@@ -39,7 +40,7 @@ from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
 from .measuring.before_after import Questions
 from .measuring.exams import find_questions
-from .model import make_model, own_device, resolve_accelerator, write_new_model
+from .model import make_model, own_device, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.meeting import Ranks
 from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old

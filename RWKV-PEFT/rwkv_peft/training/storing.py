@@ -12,12 +12,13 @@ from ..data.batches import EvalBatches
 from ..data.samples import Samples
 from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
+from ..gpus import resolve_accelerator
 from ..models.parts import LanguageModel
 from ..objectives.distill import Distill
 from ..objectives.divergence import Stored, most_probable, taught_rows
 from .flags.request import Request
 from .inputs import find_samples
-from .model import own_device, resolve_accelerator
+from .model import own_device
 from .step.contexts import Contexts, seen_by_teacher
 from .step.steps import Whole
 from .step.stored import Source, documents_of, write_stored

@@ -9,8 +9,8 @@ from typing import Any
 from ..cli import switch
 from ..config import CHOICES
 from ..serve.flags import build_parser as serve_parser
+from ..training.flags.legacy import SYNONYMS, VALUES
 from ..training.flags.parser import parser_of_train
-from ..training.flags.synonyms import SYNONYMS, VALUES
 
 FIRST = (  # the flags that matter first, in the form's order
     "load_model",

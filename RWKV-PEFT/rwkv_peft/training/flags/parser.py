@@ -23,8 +23,8 @@ from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
 from ...tables import GENERATIONS
 from .adapter import add_json_flags
-from .synonyms import SEVERAL, SYNONYMS, VALUES
-from .upstream import WORDS, add_legacy_flags, add_upstream_flags, marker
+from .legacy import SEVERAL, SYNONYMS, VALUES, add_legacy_flags
+from .upstream import WORDS, add_upstream_flags, marker
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know

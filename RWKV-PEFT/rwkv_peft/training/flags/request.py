@@ -7,7 +7,8 @@ before a weight is read; those that the flags show by themselves are refused bef
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ...data.prefix import default_mask
 from ...errors import UserError
 from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...objectives import takers_of
-from ...refusals import Refusals, require_none
+from ...refusals import Refusals
 from ...rules import Given, contradictions
 from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
@@ -117,8 +118,11 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
     return expanded(argv, parser)
 
 
-def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
-    """Turn what a parser made of argv into Flags, without a World if it was refused. Raises all refusals as one."""
+def flags_of(
+    args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals, here: bool = True
+) -> Flags:
+    """Turn what a parser made of argv into Flags, without a World if it was refused. Raises all refusals as one; if
+    there are any, with those of look_up, which imports torch."""
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
     notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
@@ -138,6 +142,9 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
     refusals.gather(check_overwriting, adapter, data, train, objective)
+    if refusals.messages:
+        with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
+            look_up(args, adapter, data, train, objective, refusals, here)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, notes)
@@ -186,60 +193,126 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
 
 
 def parse_run(argv: Sequence[str]) -> Request:
-    """Parse argv -> Request. Raises UserError for settings that cannot work together."""
-    flags = parse_flags(argv)
-    args, adapter = flags.args, flags.adapter
-    if not args.load_model and (adapter.method != NONE or adapter.load):
-        raise UserError(
-            f"--peft {args.peft} adapts a base model and none is given; "
-            "name it with --load_model, or train a new model with --peft none"
-        )
-    return request_of(flags)
+    """Parse argv -> Request. Raises UserError for settings that cannot work together, or not here."""
+    return request_of(parse_flags(argv), here=True)
 
 
-def request_of(flags: Flags) -> Request:
-    """Turn Flags into a Request; without a base, an adapter is fitted to a new model's shapes."""
-    from ...adapters.inject import check_adapter
-    from ...files.base import linear_shapes, open_base
-    from ...models import family_named
-    from ...models.state import grows
-    from ..step.stored import open_stored
-    from ..step.teacher import open_teacher
+def request_of(flags: Flags, here: bool = False) -> Request:
+    """Turn Flags into a Request; `here` as in look_up. Without a base, an adapter is fitted to a new model's shapes."""
     from .rates import automatic_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, notes = flags
-    base = open_base(args.load_model) if args.load_model else None
-    if base is not None:
-        require_none(check_base, args, base)
-        if args.my_testing not in (None, base.config.version):
-            notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
-    version = args.model_version or args.my_testing or next(iter(GENERATIONS))
-    family = family_named(version) if base is None else base.family
-    model = new_model(args, family) if base is None else base.config
-    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
-        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
-        raise UserError(
-            f"{given} hands on states of one size, and those of {family.name} grow with the tokens; leave it out"
-        )
-    adapter = replace(adapter, targets=targets_of(adapter.targets, family))
-    shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
-    layers = check_adapter(adapter, shapes, (*family.parts, STATE))
+    refusals = Refusals()
+    found = look_up(args, adapter, data, train, objective, refusals, here)
+    refusals.tell()
+    base, model, layers, teacher, stored = found
+    assert model is not None and layers is not None
+    if base is not None and args.my_testing not in (None, base.config.version):
+        notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
+    adapter = replace(adapter, targets=targets_of(adapter.targets, generation_of(args, base)))
     if train.lr_chosen or (args.lr_init is None and not adapter.states_alone):
         rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
-    if STATE not in adapter.train_parts and base is not None and base.has_states:
-        raise UserError(
-            f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
+    config = RunConfig(model, adapter, data, train, objective, flags.given)
+    return Request(config, base, layers, world, argv, notes, args, teacher, stored)
+
+
+class Found(NamedTuple):
+    """What flags name: base, layers, teacher and stored as in Request, and the model's dimensions. None stands for what
+    they do not name, and for what was refused."""
+
+    base: "Base | None"
+    model: ModelConfig | None
+    layers: tuple[str, ...] | None
+    teacher: "Base | None"
+    stored: "StoredTeacher | None"
+
+
+def look_up(
+    args: Namespace,
+    adapter: AdapterConfig | None,
+    data: DataConfig | None,
+    train: TrainConfig | None,
+    objective: Objective,
+    refusals: Refusals,
+    here: bool,
+) -> Found:
+    """Open what flags name, and add to Refusals all that contradicts them there; None stands for settings that were
+    refused. `here` says that the run is to be on this machine, whose GPUs are counted then. The data and the run's
+    folder are looked at only beside other refusals, because a run opens them by itself."""
+    from ...adapters.inject import check_adapter
+    from ...data.sources import find_data
+    from ...files.base import linear_shapes, open_base
+    from ...gpus import resolve_accelerator
+    from ..saving.resume import find_state
+    from ..step.stored import open_stored
+    from ..step.teacher import open_teacher
+
+    base = refusals.attempt(open_base, args.load_model) if args.load_model else None
+    if args.load_model and base is None:
+        family, model, layers = None, None, None
+    else:
+        refusals.gather(check_base, args, base)
+        family = generation_of(args, base)
+        model = refusals.attempt(new_model, args, family) if base is None else base.config
+        shapes = None if model is None else linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
+        refusals.gather(check_model, adapter, data, train, objective, model)
+        fitted = None if adapter is None else replace(adapter, targets=targets_of(adapter.targets, family))
+        layers = refusals.attempt(check_adapter, fitted, shapes, (*family.parts, STATE))
+        if base is not None and base.has_states:
+            refusals.gather(check_tuned_states, args.load_model, adapter, data, objective)
+    vocab_size = None if model is None else model.vocab_size
+    teacher = refusals.attempt(open_teacher, objective, vocab_size)
+    stored = refusals.attempt(open_stored, objective, vocab_size)
+    if here:
+        if not args.load_model and adapter is not None and (adapter.method != NONE or adapter.load):
+            refusals.add(
+                f"--peft {args.peft} adapts a base model and none is given; "
+                "name it with --load_model, or train a new model with --peft none"
+            )
+        refusals.attempt(resolve_accelerator, train)
+    reads = args.data_file and not (args.check_flags or args.write_config or args.train_stage == 1)
+    if refusals.messages and reads:
+        refusals.attempt(find_data, data)
+        if train is not None and adapter is not None and not train.resume:
+            refusals.attempt(find_state, Path(train.proj_dir), train, {"adapter": asdict(adapter)})
+    return Found(base, model, layers, teacher, stored)
+
+
+def generation_of(args: Namespace, base: "Base | None") -> "Family":
+    """The generation of a base, or of the new model that flags describe."""
+    from ...models import family_named
+
+    return base.family if base else family_named(args.model_version or args.my_testing or next(iter(GENERATIONS)))
+
+
+def check_model(
+    adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective, model: ModelConfig
+) -> Iterator[str]:
+    """Yield the refusal of a model with states that grow, if they are to be handed on."""
+    from ...models import family_named
+    from ...models.state import grows
+
+    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
+        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        yield (
+            f"{given} hands on states of one size, and those of {family_named(model.version).name} grow with the "
+            "tokens; leave it out"
+        )
+
+
+def check_tuned_states(name: str, adapter: AdapterConfig, data: DataConfig, objective: Objective) -> Iterator[str]:
+    """Yield refusals of a base, called `name`, that holds tuned time states."""
+    if STATE not in adapter.train_parts:
+        yield (
+            f"{name} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    if base is not None and base.has_states and data.of_contexts and not (objective.teacher or objective.stored):
-        raise UserError(
-            f"{args.load_model} holds tuned time states, which train here, so that as its own teacher it would begin "
+    elif data.of_contexts and not (objective.teacher or objective.stored):
+        yield (
+            f"{name} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"
         )
-    config = RunConfig(model, adapter, data, train, objective, flags.given)
-    taught = open_teacher(objective, model.vocab_size), open_stored(objective, model.vocab_size)
-    return Request(config, base, layers, world, argv, notes, args, *taught)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

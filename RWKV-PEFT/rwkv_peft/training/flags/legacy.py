@@ -1,11 +1,58 @@
-"""Tell what other trainers' flags and values are called here, by meaning, because spellings mislead."""
+"""The spellings of RWKV-LM, RWKV-PEFT, Hugging Face's trainers and others, in one table a kind: flags that are accepted
+and ignored, flags that are accepted with the values that ask for what happens anyway, and flags and values that have
+another name here, which the refusal gives. Meanings are told apart by what they do, because spellings mislead."""
 
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 
 from ...config import OF_ROWS
+from ...errors import short
 from ...names import QUANTS, called
 from ...objectives import OBJECTIVES
 
+KERNELS = "the device chooses the kernels, and all compute the same"
+LOADING = "the data is mapped from its file, and no processes load it"
+# (flag, why it is ignored), with any value or none
+IGNORED = (
+    ("kernel", KERNELS),
+    ("fla", KERNELS),
+    ("fused_kernel", KERNELS),
+    ("head_chunk", "the loss holds a few rows of logits at a time, whatever is asked"),
+    ("ds_bucket_mb", "the size of communication buckets follows from what trains"),
+    ("num_workers", LOADING),
+    ("prefetch_factor", LOADING),
+    ("persistent_workers", LOADING),
+)
+# (flag, the values that ask for what training does anyway, what another value asks for)
+INERT = (
+    ("op", ("cuda", "fla", "triton"), "other kernels, and the device chooses them here"),
+    ("pre_ffn", ("0",), "a feed-forward layer in place of the first attention, which RWKV-6 and RWKV-7 do not have"),
+    ("head_qk", ("0",), "a copying head, which RWKV-6 and RWKV-7 do not have"),
+    ("tiny_att_dim", ("0",), "a tiny attention, which RWKV-6 and RWKV-7 do not have"),
+    ("my_pos_emb", ("0",), "position embeddings, which RWKV-6 and RWKV-7 do not have"),
+    ("head_size_divisor", ("8",), "another epsilon of ln_x, and RWKV-6 and RWKV-7 have that of 8"),
+    ("dropout", ("0",), "dropout in the model; lora_dropout in --lora_config is that of LoRA"),
+    ("weight_decay_final", ("-1",), "a weight decay that changes, and it is constant here"),
+    ("my_qa_mask", ("0",), "RWKV-LM's mask of questions; --loss_mask qa is that mask here"),
+    ("l2warp_sparse", ("0",), "L2Wrap in a sparse form, and it is dense here"),
+    ("load_partial", ("0",), "a base with missing tensors, and a base must be complete here"),
+    ("tiny_att_layer", ("-999",), "a tiny attention, which RWKV-6 and RWKV-7 do not have"),
+    ("my_ffn_shift", ("1",), "a feed-forward without token shift, which RWKV-6 and RWKV-7 do not have"),
+    ("my_att_shift", ("1",), "an attention without token shift, which RWKV-6 and RWKV-7 do not have"),
+    ("my_pile_version", ("1",), "another version of RWKV-LM's Pile, and --data_file names the data here"),
+    ("my_pile_shift", ("-1", "0"), "another order of RWKV-LM's Pile, and samples come in an order of their own here"),
+    ("my_pile_edecay", ("0",), "another fall of the rate on RWKV-LM's Pile; --lr_final and --lr_schedule set it here"),
+    ("my_sample_len", ("0",), "samples of another length; --ctx_len sets it here"),
+    ("my_random_steps", ("0",), "RWKV-LM's random steps, and samples come in a random order without repetition here"),
+    ("my_exit", ("99999999",), "an end after so many epochs; --epoch_count sets it here"),
+    ("avg_loss", ("0",), "another mean over the segments of a row, and every token of a step weighs the same here"),
+    ("lisa_config", ('{"lisa_r":2,"lisa_k":100}',), "LISA, which is no method here; --peft names those that are"),
+    ("merge", ("0",), "a merged model at each save; --merge_on_save writes one here"),
+    ("enable_progress_bar", ("True", "False"), "something else than a progress bar, which only a terminal shows"),
+)
 # (what to give here, the names of that flag in Hugging Face's trainers and their like)
 MEANINGS = (
     ("--lr_init (and --lr_final, where it ends)", ("learning_rate", "lr")),
@@ -110,3 +157,42 @@ JOINED = (
 SEVERAL = MappingProxyType(
     {"--retain_data": JOINED, "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl"}
 )
+
+
+def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of IGNORED and INERT to a parser, in a group of their own."""
+    group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
+    for flag, values, asked in INERT:
+        words = f"accepts only {' or '.join(values)}: another value asks for {asked}"
+        group.add_argument(f"--{flag}", type=inert(values, asked), metavar="|".join(values), help=words)
+    for flag, why in IGNORED:
+        words = f"is accepted with any value and ignored, because {why}"
+        group.add_argument(f"--{flag}", nargs="?", const="", metavar="ANY", help=words)
+
+
+def ignored(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a note on each flag of IGNORED that is given."""
+    for flag, why in IGNORED:
+        if (value := getattr(args, flag)) is not None:
+            yield f"--{flag}{' ' * bool(value)}{short(value)} is ignored: {why}"
+
+
+def inert(values: Sequence[str], asked: str) -> Callable[[str], str]:
+    """Make an argparse type that takes only `values`, numbers and JSON in any spelling."""
+
+    def parse(text: str) -> str:
+        if not any(text.lower() == value.lower() or _meaning(text) == _meaning(value) is not None for value in values):
+            raise argparse.ArgumentTypeError(
+                f"{short(text)!r} asks for {asked}; give {' or '.join(values)}, or leave the flag out"
+            )
+        return text
+
+    return parse
+
+
+def _meaning(text: str) -> object:
+    """The number or JSON object that a text spells, or None."""
+    for read in (float, json.loads):
+        with suppress(ValueError, RecursionError):
+            return read(text)
+    return None
