@@ -108,7 +108,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        shape, device = (config.vocab_size, config.n_embd), torch.get_default_device()
+        # nn.Embedding draws its values, which without memory imports torch's compiler, for 1.5 s
+        self.emb = nn.Embedding(*shape, _weight=torch.empty(shape) if device.type == "meta" else None)
         self.blocks = nn.ModuleList(self.make_block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)

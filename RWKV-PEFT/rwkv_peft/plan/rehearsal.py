@@ -110,7 +110,7 @@ class Linear:
     def at(self, rows: int, tokens: int) -> int:
         return max(0, round(self.fixed + self.by_row * rows + self.by_token * rows * tokens))
 
-    def plus(self, other: "Linear", times: int = 1) -> "Linear":
+    def plus(self, other: "Linear", times: float = 1) -> "Linear":
         return Linear(
             self.fixed + times * other.fixed, self.by_row + times * other.by_row, self.by_token + times * other.by_token
         )
@@ -136,24 +136,14 @@ def rehearse(
     depth = min(DEPTH, model.n_layer)
     if setting.device.type == "cpu":
         require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)
-    shallow, length = max(1, depth - 1), TOKENS[setting.device.type]
+    length = TOKENS[setting.device.type]
     batches = ((1, length), (1, 2 * length), (2, length))
-    found = {
-        (blocks, rows, tokens): step_bytes(
-            family, replace(model, n_layer=blocks), adapter, dtype, setting, grad_cp, rows, tokens
-        )
-        for blocks in {shallow, depth}
+    found = [
+        step_bytes(family, replace(model, n_layer=depth), adapter, dtype, setting, grad_cp, rows, tokens)
         for rows, tokens in batches
-    }
-
-    def fitted(blocks: int, part: int) -> Linear:
-        return Linear.through(length, *(found[blocks, rows, tokens][part] for rows, tokens in batches))
-
-    def deep(part: int) -> Linear:
-        less, more = fitted(shallow, part), fitted(depth, part)
-        return more.plus(more.plus(less, -1), model.n_layer - depth)
-
-    return Step(deep(0), deep(1), fitted(depth, 2))
+    ]
+    kept, states, work, last = (Linear.through(length, *bytes_of) for bytes_of in zip(*found))
+    return Step(kept.plus(last, model.n_layer - depth), states.plus(states, model.n_layer / depth - 1), work)
 
 
 def require_memory(family: Family, shallow: ModelConfig, dtype: torch.dtype) -> None:
@@ -176,9 +166,9 @@ def step_bytes(
     grad_cp: bool,
     rows: int,
     tokens: int,
-) -> tuple[int, int, int]:
+) -> tuple[int, float, int, float]:
     """Take one step -> bytes that are (kept for the backward pass, held by states until the loss is computed, needed by
-    the backward pass at once)."""
+    the backward pass at once, kept of the last block)."""
     device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
     for buffer in model.buffers():
@@ -191,13 +181,17 @@ def step_bytes(
     batch = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     tracker = Tracker()
     tracker.ignore([*model.parameters(), *model.buffers(), batch])
+    ends = [0]  # the bytes that are alive as each block ends
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: ends.append(tracker.live))
     with tracker:
         loss, states = model(batch, head=lambda x, weight: (x @ weight.t()).sum())
         held = tracker.live
         del states
         kept = tracker.peak = tracker.live
         loss.backward()
-    return kept, held - kept, tracker.peak - kept
+    of_block = ends[-1] - ends[-2] - (held - kept) / config.n_layer  # less its states
+    return kept, held - kept, tracker.peak - kept, of_block
 
 
 def _drop(parameter: torch.Tensor) -> None:
