@@ -63,3 +63,16 @@ def test_a_base_that_is_touched_or_replaced_does_not_end_a_run(files, command, t
     wait_for_steps(files, "touched", steps + 10, process)
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
+
+
+def test_a_base_that_is_overwritten_in_part_is_named_as_the_cause_of_what_is_not_finite(files, command, tiny_state):
+    """No value that a fingerprint reads changes, so that nothing else notices."""
+    process, base = begun(files, command, tiny_state, "partly")
+    key = "blocks.1.ffn.key.weight"
+    values = tiny_state(dtype=torch.bfloat16)[key].flatten()[100:1900].view(torch.uint8).numpy().tobytes()
+    place = base.read_bytes().index(values)
+    with open(base, "r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * len(values))
+    _, err = finish(process, 1)
+    assert f"{base} is not finite: {key} holds NaN or Inf" in err and "--lr_init" not in err and "Traceback" not in err

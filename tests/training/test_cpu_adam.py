@@ -1,10 +1,16 @@
 """Building DeepSpeed's Adam: a failure's reason is reported; the lock of a killed build is removed, and that of a
 running build is not."""
 
+import os
+import signal
+import time
+
+import psutil
 import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.optimizers.cpu_adam import cpu_adam, remove_stale_lock
+from training.runs import start, wait_until
 
 
 def test_a_lock_counts_while_a_process_has_it_open(tmp_path):
@@ -38,3 +44,20 @@ def test_a_folder_of_extensions_that_cannot_be_written_is_told(monkeypatch, tmp_
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=f"{WORDS}.*Not a directory.*TORCH_EXTENSIONS_DIR"):
         cpu_adam([])
+
+
+def test_compilers_end_with_the_run_that_is_killed(command, tmp_path):
+    """A compiler that never ends notes its process."""
+    compiler, noted = tmp_path / "slow-c++", tmp_path / "pid"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *cpu_adam*) echo $$ > {noted}; exec sleep 3600;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    variables = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    run = start(command("killed", "--strategy", "deepspeed_stage_2_offload"), **variables)
+    wait_until(lambda: noted.exists() and noted.read_text().strip(), run)
+    building = psutil.Process(int(noted.read_text()))
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    while building.is_running() and building.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)

@@ -89,7 +89,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         say(
             f"error: {error}; {DIVERGED}. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
-            + "; try a lower --lr_init, or --precision fp32",
+            + f"; {remedy_for(run) if run.leads else ''}",
             file=sys.stderr,
         )
         return (1 if run.leads or run.ranks.world.elastic else 0), ""
@@ -105,6 +105,17 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         return ended(run, lit, say)
     # torchrun starts a node anew only if its ranks end with an error, and takes 0 for the end of the run
     return (stopped(run, lit) if run.ranks.world.elastic else 0), ""
+
+
+def remedy_for(run: Prepared) -> str:
+    """The remedy for a run that diverged: another base or teacher if one is not finite by now, because its file was
+    written to meanwhile, else another rate."""
+    try:
+        for base in filter(None, (run.inputs.base, run.inputs.teacher)):
+            base.require_finite()
+    except UserError as error:
+        return str(error)
+    return "try a lower --lr_init, or --precision fp32"
 
 
 def record(run: Prepared) -> None:

@@ -4,14 +4,18 @@ torch's lock for the build is a file that exists meanwhile. A killed build leave
 for it silently and forever; here the lock counts only while a process has it open.
 """
 
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import psutil
 import torch
 from filelock import FileLock
 
+from ...children import python_command, when_parent_ends
 from ...errors import UserError, told
 from ...ops.native.kept import COMPILING
 
@@ -31,6 +35,8 @@ def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
             COMPILING.info("compiling DeepSpeed's Adam for the CPU, a minute or so, once for this machine")
         with FileLock(build / "rwkv_peft.lock"):  # freed when its process ends
             remove_stale_lock(build / "lock")
+            if not (build / f"{name}.so").exists():
+                build_apart()
             optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -41,6 +47,29 @@ def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
         ) from error
     optimizer.register_step_pre_hook(forget_powers)
     return optimizer
+
+
+def build_apart() -> None:
+    """Build DeepSpeed's Adam in a process that ends with this one, and with it the compilers, which would go on for
+    minutes after a kill. If that fails, the build in this process raises the reason."""
+    command = python_command("rwkv_peft.training.optimizers.cpu_adam")
+    with subprocess.Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL) as build:
+        build.wait()
+
+
+def main() -> None:
+    """Build DeepSpeed's Adam in this process."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    when_parent_ends(end_all)
+    CPUAdamBuilder().load()
+
+
+def end_all() -> None:
+    """End the processes that this one started, each of which ninja puts into a group of its own, and this one."""
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(1)
 
 
 def forget_powers(optimizer: Any, *_: Any) -> None:
@@ -67,3 +96,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
         return any(Path(file.path) == path.resolve() for file in process.open_files())
     except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write here; or it ended
         return False
+
+
+if __name__ == "__main__":
+    main()
