@@ -53,6 +53,25 @@ def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, monkeypatch,
     assert re.fullmatch(rf"int{bits} blocks of 32: 0.3 -> 0.\d MB in 17 matrices", *told)
 
 
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_kept_blocks_are_those_of_a_load_as_long_as_the_model_is_the_same(path, tiny_state, monkeypatch, kind):
+    first, again = (load_model(path, weights=kind, keep=keep)[0] for keep in (True, False))
+    kept = path.with_name(f"model.{kind}.safetensors")
+    assert kept.exists() and torch.equal(logits(first), logits(again))
+    with monkeypatch.context() as patched:
+        patched.setattr("rwkv_peft.generate.weights.quantize", lambda *_: pytest.fail("rounded anew"))
+        assert torch.equal(logits(load_model(path, weights=kind, keep=True)[0]), logits(first))
+    save_model(path, tiny_state(seed=4))
+    other = [logits(load_model(path, weights=kind, keep=keep)[0]) for keep in (True, False)]
+    assert torch.equal(*other) and not torch.equal(other[0], logits(first))
+
+
+def test_blocks_are_kept_of_a_model_by_itself(path):
+    for flags in ([], ["--weights", "int8", "--adapter", "a.safetensors"]):
+        with pytest.raises(UserError, match="--keep_weights keeps .*no --adapter"):
+            command.main(["--model", str(path), "--prompt", "x", "--tokenizer", "bytes", "--keep_weights", *flags])
+
+
 @pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"method": "lora", "alpha": 16.0, "train_parts": ("head",)}])
 def test_a_voice_on_rounded_weights_has_its_own_of_what_the_adapter_changes(path, tmp_path, settings):
     adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", **settings))

@@ -31,20 +31,28 @@ def load_model(
     any_base: bool = False,
     weights: str | None = None,
     say: Callable[[str], object] = lambda text: None,
+    keep: bool = False,
 ) -> tuple[LanguageModel, State | None]:
     """Load the .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate,
     and the State of one sequence that it starts from, or None if no file holds time states.
 
     The merged weights are bit by bit those that merge_bone.py would write, so the tokens are those of the merged file,
     and no step pays for the adapter. any_base allows an adapter of another base of the same shape. weights "int8" or
-    "int4" rounds the matrices to blocks of so many bits, and tells `say`. Raises UserError as open_base,
-    AdapterSource.read and merging do, for weights that are not finite, and for ones that cannot be rounded.
+    "int4" rounds the matrices to blocks of so many bits, and tells `say`; with `keep` the blocks are kept beside the
+    model's file. Raises UserError as open_base, AdapterSource.read and merging do, for weights that are not finite, and
+    for ones that cannot be rounded or kept.
     """
+
+    if keep and (adapters or not weights):
+        raise UserError(
+            "--keep_weights keeps the rounded matrices of a model by itself; give --weights int8 or int4, and no "
+            "--adapter (merge it)"
+        )
 
     def prepare(plain: LanguageModel) -> None:
         plain.settle()
         if weights:
-            quantize_products(plain, kind=weights, say=say)
+            quantize_products(plain, weights, say, path if keep else None)
 
     model, start = model_of(merged_base(path, adapters, any_base), precision, device, prepare)
     if device == "cpu":
@@ -105,7 +113,9 @@ def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
-    model, start = load_model(args.model, sources, precision, device, args.any_base, args.weights, say)
+    model, start = load_model(
+        args.model, sources, precision, device, args.any_base, args.weights, say, args.keep_weights
+    )
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
     recorded = recorded_beside(*reversed(args.adapter), args.state, args.model)

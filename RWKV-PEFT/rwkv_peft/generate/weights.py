@@ -8,12 +8,15 @@ page only.
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..files.digest import digest_of
+from ..files.safetensors_file import read_safetensors, save_safetensors
 from ..models.parts import HeadFunction
 from ..ops.decode import BITS, BLOCK, Blocks, product, quantize
 
@@ -79,9 +82,12 @@ def rounded(model: nn.Module) -> dict[str, Product]:
     return {name: module for name, module in products.items() if isinstance(module.weight, Blocks)}
 
 
-def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object]) -> None:
+def quantize_products(
+    model: nn.Module, kind: str, say: Callable[[str], object], kept_beside: str | Path | None = None
+) -> None:
     """Round the matrices of a model's linear layers to blocks of kind "int8" or "int4", which take their place. say is
-    told of the cast. Raises UserError for a width that is not a whole number of blocks."""
+    told of the cast. With kept_beside, the model's file, blocks are read from a file beside it, or written there.
+    Raises UserError for a width that is not a whole number of blocks."""
     layers, bits = linears(model), int(kind.removeprefix("int"))
     assert bits in BITS  # the flags' choices
     for name, layer in layers.items():
@@ -91,12 +97,32 @@ def quantize_products(model: nn.Module, kind: str, say: Callable[[str], object])
                 "flag out for this model"
             )
     arena, before, after = Arena(), 0, 0
+    kept = {} if kept_beside is None else kept_words(kept_beside, kind)
     for name, layer in layers.items():
-        rounded = quantize(layer.weight.detach(), bits)
-        rounded = rounded._replace(words=arena.keep(rounded.words))
-        before, after = before + layer.weight.nbytes, after + rounded.nbytes
-        model.set_submodule(name, Product(rounded))
+        words = kept.get(name)
+        blocks = quantize(layer.weight.detach(), bits) if words is None else Blocks(bits, layer.out_features, words)
+        blocks = blocks._replace(words=arena.keep(blocks.words))
+        before, after = before + layer.weight.nbytes, after + blocks.nbytes
+        model.set_submodule(name, Product(blocks))
+    if kept_beside is not None and not kept:
+        made = {name: layer.weight.words.view(torch.uint8) for name, layer in rounded(model).items()}
+        save_safetensors(file_of(kept_beside, kind), made, {"model": digest_of(kept_beside)})
     say(f"{kind} blocks of {BLOCK}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB in {len(layers)} matrices")
+
+
+def file_of(model: str | Path, kind: str) -> Path:
+    """The file beside a model's that keeps its blocks of a kind."""
+    return Path(model).with_suffix(f".{kind}.safetensors")
+
+
+def kept_words(model: str | Path, kind: str) -> dict[str, torch.Tensor]:
+    """{layer: words of its blocks} as they were kept beside the file of a model; {} if that held other bytes then."""
+    file = file_of(model, kind)
+    if not file.is_file():
+        return {}
+    found, metadata = read_safetensors(file, weights=False)
+    same = metadata.get("model") == digest_of(model)
+    return {name: words.view(torch.int32) for name, words in found.items()} if same else {}
 
 
 def place(model: nn.Module) -> None:

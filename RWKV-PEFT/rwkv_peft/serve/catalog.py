@@ -29,7 +29,8 @@ class Catalog:
         device = resolve_device(args.device)
         precision = args.precision or ("bf16" if device == "cuda" else "fp32")
         self.args, self.base = args, open_base(args.model)
-        model, start = load_model(args.model, (), precision, device, weights=args.weights, say=tell)
+        rounds = {"weights": args.weights, "keep": args.keep_weights}
+        model, start = load_model(args.model, (), precision, device, **rounds, say=tell)
         self.own = Voice(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
         files = [*reversed(files), args.model]
