@@ -44,7 +44,7 @@ PARTS = (
     ("plots", ("plots", "comparison"), ("containers", "objectives")),
     ("inspect", ("release/contents", "release/heat", "release/card", "release/push"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers", "inspect")),
-    ("optimizers", ("training/optimizers",), ("native",)),  # DeepSpeed's Adam is compiled on first use
+    ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     (
         "step",
         ("training/step",),

@@ -56,6 +56,14 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
 
 
+def test_a_processor_without_instructions_for_a_precision_is_told(command, one_process):
+    words = "products in float32, since this processor multiplies bf16 slowly"
+    few = command("lowered", "--epoch_count", "1", "--epoch_steps", "2")
+    out, _ = finish(start(few, cold=True, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2"))
+    assert words in out or "gpu" in few
+    assert words not in one_process
+
+
 def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     few = ("--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key")
     out, _ = train("single", *few, "--lr_init", "auto", "--fused", "0")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
+from ..ops import products
 from .change import Params, Sum
 from .functions.lora import lora
 from .functions.tokens import linear
@@ -53,8 +54,8 @@ def step(method: Method, config: AdapterConfig, in_features: int) -> float:
 def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> Tensor:
     if not dropout:
         return lora(x, base, params["lora_A"], params["lora_B"], scale)
-    inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
-    own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
+    inner = products.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
+    own = scale * products.linear(inner, params["lora_B"].to(x.dtype))
     return linear(x, base) + own
 
 

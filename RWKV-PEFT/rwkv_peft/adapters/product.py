@@ -11,8 +11,9 @@ parameter's storage comes and goes, and a copy or a view of it would outlive its
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops.products import addmm_, linear, matmul
 
 
 class Product(Protocol):
@@ -45,21 +46,21 @@ class Dense:
 
     @staticmethod
     def forward(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
+        return linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     @staticmethod
     def backward(g: Tensor, weight: Tensor) -> Tensor:
-        return g @ weight.to(g.dtype)
+        return matmul(g, weight.to(g.dtype))
 
     @staticmethod
     def add_forward_(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         if bias is not None:
             y += bias  # first, so that all of it is rounded once where y is zero
-        y.addmm_(z, weight.to(z.dtype).t())
+        addmm_(y, z, weight.to(z.dtype).t())
 
     @staticmethod
     def add_backward_(dz: Tensor, g: Tensor, weight: Tensor) -> None:
-        dz.addmm_(g, weight.to(g.dtype))
+        addmm_(dz, g, weight.to(g.dtype))
 
 
 DENSE = Dense()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops.compiled import constant_when_compiled
+from ..ops.products import addmm_
 
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time
 GPU_ROW_ELEMENTS = 1 << 26  # on a GPU, which many small products leave idle: all of a 7B model's largest matrix
@@ -83,7 +84,7 @@ class QuantizedProduct:
     def forward(self, z: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
         y = z.new_empty(z.shape[0], self.out_features)
         for rows in self._row_chunks(z):
-            torch.mm(z, self.rows(packed, rows, z.dtype).t(), out=y[:, rows])
+            addmm_(y[:, rows], z, self.rows(packed, rows, z.dtype).t(), beta=0)
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     def backward(self, g: Tensor, packed: Tensor) -> Tensor:
@@ -95,13 +96,13 @@ class QuantizedProduct:
         if bias is not None:
             y += bias
         for rows in self._row_chunks(y):
-            y[:, rows].addmm_(z, self.rows(packed, rows, z.dtype).t())
+            addmm_(y[:, rows], z, self.rows(packed, rows, z.dtype).t())
 
     def add_backward_(self, dz: Tensor, g: Tensor, packed: Tensor) -> None:
         chunks = list(self._row_chunks(dz))
         if len(chunks) == 1 or not on_gpu(dz):
             for rows in chunks:
-                dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
+                addmm_(dz, g[:, rows], self.rows(packed, rows, g.dtype))
             return
         total = dz.to(torch.promote_types(dz.dtype, torch.float32))  # so that dz is rounded once
         for rows in chunks:

@@ -146,9 +146,9 @@ class MachineSettings:
     strategy: str = setting("deepspeed_stage_1", "ZeRO stage, by which devices share memory", choices=STRATEGIES)
     precision: str = setting(
         "bf16",
-        "dtype of weights and activations. bf16: on most machines; fp16: for GPUs below compute capability 8.0, which "
-        "multiply bf16 slowly, with a loss that is scaled, and steps that are skipped if a gradient overflows; fp32: "
-        "twice the memory, for small models on a CPU and for comparisons",
+        "dtype of weights and activations. bf16: on most machines, with products in float32 on CPUs that multiply it "
+        "slowly; fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly, with a loss that is scaled, "
+        "and steps that are skipped if a gradient overflows; fp32: twice the memory, for comparisons",
         choices=("bf16", "fp16", "fp32"),
     )
     chunk_ctx: int = setting(

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..errors import UserError
 from ..numeric import all_finite
+from ..ops import products
 from .config import PARAMETER, BoneConfig, block_shape
 from .products import TRANSPOSED, Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
 
@@ -126,12 +126,12 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         """Apply several adapters at once, as if they were merged."""
         x = self._seen(x, names)
         weight, change = self._change(names)
-        return F.linear(x, (weight + change).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return products.linear(x, (weight + change).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _beside(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Call the base layer, because it has hooks, and add the adapters' part."""
         _, change = self._change(names)
-        return self.base_layer(x) + F.linear(self._seen(x, names), change.to(x.dtype))
+        return self.base_layer(x) + products.linear(self._seen(x, names), change.to(x.dtype))
 
     def _seen(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Return x after the adapters' dropout. Raises UserError for dropout with several adapters."""

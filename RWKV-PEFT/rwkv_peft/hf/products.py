@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.product import DENSE, Product
 from ..errors import UserError
+from ..models.parts import Linear
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +29,8 @@ def product_for(layer: nn.Module, name: str) -> Product:
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return Dequantized(layer, dequantize_8bit)
     # A subclass may compute something else, or keep scales beside an 8-bit float weight; Falcon's computes the same.
-    plain = type(layer).forward in (nn.Linear.forward, Conv1D.forward) or type(layer).__name__ == "FalconLinear"
+    known = (nn.Linear.forward, Linear.forward, Conv1D.forward)
+    plain = type(layer).forward in known or type(layer).__name__ == "FalconLinear"
     if plain:
         check_parameter(layer, name)
     if plain and layer.weight.dtype in DENSE_DTYPES:

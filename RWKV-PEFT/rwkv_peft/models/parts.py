@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..ops.products import linear
 from .state import TIME_STATE, State, grown, swapped, wkv_shape
 
 
@@ -60,7 +61,15 @@ def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-class Head(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer, which computes as ops/products.py does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
+class Head(Linear):
     """The output projection, which can hand its weight to a function instead of forming the logits.
 
     A loss that walks the vocabulary in chunks needs the weight itself. It gets it through the module's forward, so that

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
+from ..ops.products import linear, matmul
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, because few rows leave it idle: 256 MiB in bfloat16
@@ -41,12 +41,12 @@ class ChunkedHead(torch.autograd.Function):
             part = slice(first, first + size)
             chunk = counted[part]
             inputs = rows[chunk]  # (n, C)
-            found, grad = rule(F.linear(inputs, weight), part, needs_hidden or needs_weight)  # (n, V)
+            found, grad = rule(linear(inputs, weight), part, needs_hidden or needs_weight)  # (n, V)
             total += found
             if grad_hidden is not None and grad is not None:
-                grad_hidden[chunk] = grad @ weight
+                grad_hidden[chunk] = matmul(grad, weight)
             if grad_weight is not None and grad is not None:
-                grad_weight += (grad.t() @ inputs).to(accumulate)
+                grad_weight += matmul(grad.t(), inputs).to(accumulate)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
         return total
@@ -126,11 +126,11 @@ class TokenLosses(torch.autograd.Function):
         losses, gradients = [rows.new_zeros(0, dtype=torch.float32)], [rows[:0]]
         for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
             found, grad = cross_entropy_(
-                F.linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden, each=True
+                linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden, each=True
             )
             losses.append(found)
             if grad is not None:
-                gradients.append(grad @ weight)
+                gradients.append(matmul(grad, weight))
         kept = (hidden, weight, targets) if needs_weight else ()
         ctx.save_for_backward(counted, torch.cat(gradients), *kept)
         ctx.shape = hidden.shape
@@ -155,9 +155,9 @@ def weight_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Te
     total = torch.zeros_like(weight, dtype=factors.dtype)
     for chunk, factor in zip(counted.split(size), factors.split(size)):
         inputs = rows[chunk]
-        _, grad = cross_entropy_(F.linear(inputs, weight), targets[chunk], 1.0, gradient=True, each=True)
+        _, grad = cross_entropy_(linear(inputs, weight), targets[chunk], 1.0, gradient=True, each=True)
         assert grad is not None  # because it was asked for
-        total += (grad.t() @ (inputs * factor[:, None].to(inputs.dtype))).to(total.dtype)
+        total += matmul(grad.t(), inputs * factor[:, None].to(inputs.dtype)).to(total.dtype)
     return total.to(weight.dtype)
 
 

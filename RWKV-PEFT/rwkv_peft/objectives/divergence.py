@@ -15,10 +15,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
+from ..ops.products import linear
 from .cross_entropy import L2WRAP, ChunkedHead, chunk_rows, divisors
 
 
@@ -123,7 +123,7 @@ def linear_divergence(
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         own = None if weights is None else weights[part]
-        said = teacher.part(part) if isinstance(teacher, Stored) else F.linear(teacher[0][part], teacher[1])
+        said = teacher.part(part) if isinstance(teacher, Stored) else linear(teacher[0][part], teacher[1])
         found, grad = of_logits(logits, said, targets[part], count, settings, own)
         return found, grad.to(logits.dtype)
 

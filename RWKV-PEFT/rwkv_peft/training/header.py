@@ -10,10 +10,12 @@ from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
+from ..files.pth_writer import DTYPES
 from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
 from ..names import NONE, STATE
+from ..ops import products
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
@@ -62,6 +64,8 @@ def describe(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if accelerator == "cpu" and products.is_slow(DTYPES[train.precision]):
+        say(f"          products in float32, since this processor multiplies {train.precision} slowly; memory holds it")
     if note := better_precision(train.precision, accelerator):
         say(f"          {note}")
     if train.context_parallel > 1:

@@ -16,6 +16,7 @@ from ..gpus import resolve_accelerator
 from ..models.parts import LanguageModel
 from ..objectives.distill import Distill
 from ..objectives.divergence import Stored, most_probable, taught_rows
+from ..ops.products import linear
 from .flags.request import Request
 from .inputs import find_samples
 from .model import own_device
@@ -76,7 +77,7 @@ def words_on(
 
         def head(x: torch.Tensor, weight: torch.Tensor, counted: torch.Tensor = seen["counted"]) -> Stored:
             parts = x.reshape(-1, x.shape[-1])[counted].split(taught_rows(len(weight), weight.is_cuda))
-            said = [most_probable(part @ weight.t(), number, objective.temperature) for part in parts]
+            said = [most_probable(linear(part, weight), number, objective.temperature) for part in parts]
             return Stored(*map(torch.cat, zip(*said)))
 
         word = through(model, seen, head)

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import merge, merge_backward_, rows_by_block, shard_sum, split_shards
+from ...ops.products import addmm_, einsum, matmul
 from ..product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
@@ -68,16 +69,14 @@ class _BatOut(Function):
             merged = weight_gradient(g_rows, x) if need_weight or need_bone else w_rows
             if d_weight is not None:
                 d_merged = rows_by_block(merged, b_rows)
-                d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
+                d_rows = addmm_(d_merged.clone(), d_merged, b_rows.transpose(1, 2))
                 d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
             if d_bone is not None:
                 merged, d_bone[some] = merge_backward_(merged, w_rows, b_rows)
             elif dx is not None:
                 merged = merge(w_rows, b_rows)
-            if dx is not None and rows.start == 0:
-                torch.mm(g_rows, merged, out=dx)
-            elif dx is not None:
-                dx.addmm_(g_rows, merged)
+            if dx is not None:
+                addmm_(dx, g_rows, merged, beta=0 if rows.start == 0 else 1)
             del merged  # before the next one is made
         return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
@@ -99,7 +98,7 @@ def _row_chunks(bone: Tensor, in_features: int) -> Iterator[tuple[slice, slice]]
 def _activation_rows(x: Tensor, total: Tensor, rows: Tensor, bone: Tensor) -> Tensor:
     """The terms of some output blocks beside x Wᵀ, W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
-    u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
-    y = torch.bmm(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
-    y += torch.einsum("tj,aij->ati", total, bone)
+    u = einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
+    y = matmul(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
+    y += einsum("tj,aij->ati", total, bone)
     return y.transpose(0, 1).flatten(1)

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import plus_tiled, shard_sum, split_shards
+from ...ops.products import matmul
 from ..product import Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
@@ -36,12 +37,12 @@ class _Bone(Function):
         out_features = product.shape(weight)[0]
         if width < out_features:
             return plus_tiled(
-                total @ bone,
+                matmul(total, bone),
                 out_features,
                 lambda: product.forward(x, weight, bias),
                 lambda y: product.add_forward_(y, x, weight, bias),
             )
-        y = total @ bone
+        y = matmul(total, bone)
         product.add_forward_(y, x, weight, bias)
         return y
 
@@ -55,9 +56,9 @@ class _Bone(Function):
         dx = None
         if need_x:
             dx = plus_tiled(
-                folded @ bone.t(),
+                matmul(folded, bone.t()),
                 ctx.product.shape(weight)[1],
                 lambda: ctx.product.backward(g, weight),
                 lambda dx: ctx.product.add_backward_(dx, g, weight),
             )
-        return (dx, *of_weight_and_bias(ctx, g, x, weight), total.t() @ folded if need_bone else None, None)
+        return (dx, *of_weight_and_bias(ctx, g, x, weight), matmul(total.t(), folded) if need_bone else None, None)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ...ops.products import addmm_, matmul
 from ..product import Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
@@ -21,7 +21,7 @@ def lora(x: Tensor, base: Frozen, lora_A: Tensor, lora_B: Tensor, scale: float =
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale a b, for matrices, in one operation."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+    return addmm_(a.new_empty(len(a), b.shape[1]), a, b, beta=0, alpha=scale)
 
 
 class _Lora(Function):
@@ -36,7 +36,7 @@ class _Lora(Function):
         product: Product,
         scale: float,
     ) -> Tensor:
-        inner = x @ lora_A.t()  # (T, r)
+        inner = matmul(x, lora_A.t())  # (T, r)
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
@@ -57,12 +57,12 @@ class _Lora(Function):
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
         dx = None
         if need_x and g_inner is not None:
-            dx = g_inner @ lora_A
+            dx = matmul(g_inner, lora_A)
             ctx.product.add_backward_(dx, g, weight)
         return (
             dx,
             *of_weight_and_bias(ctx, g, x, weight),
-            g_inner.t() @ x if need_A and g_inner is not None else None,
+            matmul(g_inner.t(), x) if need_A and g_inner is not None else None,
             scaled_product(g.t(), inner, ctx.scale) if need_B else None,
             None,
             None,

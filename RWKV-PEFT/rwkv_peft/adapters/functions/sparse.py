@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ...ops.products import addmm_
 from ..product import DENSE, Frozen, Product
 from .bat_out import row_step
 from .tokens import apply_to_tokens, weight_gradient
@@ -57,5 +58,5 @@ class _Sparse(Function):
                 if d_values is not None:
                     d_values[rows] = gradient.gather(1, columns[rows].long())
             if dx is not None:
-                dx.addmm_(g[:, rows], added(ctx.product.rows(weight, rows, g.dtype), columns[rows], values[rows]))
+                addmm_(dx, g[:, rows], added(ctx.product.rows(weight, rows, g.dtype), columns[rows], values[rows]))
         return dx, d_weight, g.sum(0) if need_bias else None, d_values, None, None

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops.bone import cpu as kernels
+from ...ops.products import matmul
 from ..product import Frozen, Product
 
 
@@ -43,7 +44,7 @@ def flat(x: Tensor) -> Tensor:
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
-    return kernels.transposed(g) @ x
+    return matmul(kernels.transposed(g), x)
 
 
 def of_weight_and_bias(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:

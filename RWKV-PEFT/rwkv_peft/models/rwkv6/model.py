@@ -6,12 +6,12 @@ B batch, T time, C channels (n_embd), A attention channels, F feed-forward chann
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.mix import last_token, lerp, norm_gate, relu_square, sigmoid_gate
+from ...ops.products import linear, matmul
 from ...ops.wkv6 import wkv6
-from ..parts import LanguageModel, Recurrent, count_sequences
+from ..parts import LanguageModel, Linear, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -47,11 +47,11 @@ class TimeMix(Recurrent):
         self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, A))
         self.time_faaaa = nn.Parameter(torch.empty(H, N))
-        self.receptance = nn.Linear(C, A, bias=False)
-        self.key = nn.Linear(C, A, bias=False)
-        self.value = nn.Linear(C, A, bias=False)
-        self.gate = nn.Linear(C, A, bias=False)
-        self.output = nn.Linear(A, C, bias=False)
+        self.receptance = Linear(C, A, bias=False)
+        self.key = Linear(C, A, bias=False)
+        self.value = Linear(C, A, bias=False)
+        self.gate = Linear(C, A, bias=False)
+        self.output = Linear(A, C, bias=False)
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
     def forward(
@@ -60,10 +60,10 @@ class TimeMix(Recurrent):
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token, wkv state (B, H, N, N)."""
         (point,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         last = last_token(x, cu_seqlens)
-        low = torch.tanh(point @ self.time_maa_w1)  # (B, T, 5 rank): a part for each of the five
+        low = torch.tanh(matmul(point, self.time_maa_w1))  # (B, T, 5 rank): a part for each of the five
         xw, xk, xv, xr, xg = lerp(x, shift, self.maa(), low, self.time_maa_w2, cu_seqlens)  # eq. 12 to 14
         k, v, r, g = self.key(xk), self.value(xv), self.receptance(xr), self.gate(xg)
-        w = self.decay(torch.tanh(xw @ self.time_decay_w1))
+        w = self.decay(torch.tanh(matmul(xw, self.time_decay_w1)))
         y, wkv_state = self.recur(r, k, v, w, wkv_state, cu_seqlens)
         return self.output(self.ln_x(y, g)), last, wkv_state
 
@@ -73,7 +73,7 @@ class TimeMix(Recurrent):
 
     def decay(self, low: Tensor) -> Tensor:
         """The decay before its two exponentials: low (B, T, rank) -> (B, T, A)."""
-        return F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten())
+        return linear(low, self.time_decay_w2.t(), self.time_decay.flatten())
 
     def recur(
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, wkv_state: Tensor | None, cu_seqlens: Tensor | None
@@ -92,9 +92,9 @@ class ChannelMix(nn.Module):
         C = config.n_embd
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = nn.Linear(C, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(config.dim_ffn, C, bias=False)
+        self.key = Linear(C, config.dim_ffn, bias=False)
+        self.receptance = Linear(C, C, bias=False)
+        self.value = Linear(config.dim_ffn, C, bias=False)
 
     def forward(
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -8,12 +8,12 @@ B batch, T time, C channels (n_embd), F feed-forward channels, H heads, N head s
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.mix import delta_keys, last_token, lerp, norm_bonus_gate, relu_square, value_residual
+from ...ops.products import linear, matmul
 from ...ops.wkv7 import wkv7
-from ..parts import LanguageModel, Recurrent, count_sequences
+from ..parts import LanguageModel, Linear, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -65,10 +65,10 @@ class TimeMix(Recurrent):
             self.register_parameter(f"{name}1", nn.Parameter(torch.empty(C, rank)))
             self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, C)))
         self.r_k = nn.Parameter(torch.empty(H, N))
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.key = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.receptance = Linear(C, C, bias=False)
+        self.key = Linear(C, C, bias=False)
+        self.value = Linear(C, C, bias=False)
+        self.output = Linear(C, C, bias=False)
         self.ln_x = BonusNorm(H, C, eps=NORM_EPS)
 
     def forward(
@@ -100,13 +100,13 @@ class TimeMix(Recurrent):
         k, v, the in-context learning rate a before its sigmoid and without a0, the gate g, v_first; (B, T, C)."""
         xr, xw, xk, xv, xa, xg = points
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
+        w = linear(torch.tanh(matmul(xw, self.w1)), self.w2.t(), self.w0.flatten())
         if v_first is None:
             v_first = v
         else:
-            v = value_residual(v, v_first, xv @ self.v1 @ self.v2, self.v0)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        a = xa @ self.a1 @ self.a2
+            v = value_residual(v, v_first, matmul(matmul(xv, self.v1), self.v2), self.v0)
+        g = matmul(torch.sigmoid(matmul(xg, self.g1)), self.g2)
+        a = matmul(matmul(xa, self.a1), self.a2)
         return r, w, k, v, a, g, v_first
 
 
@@ -116,8 +116,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None

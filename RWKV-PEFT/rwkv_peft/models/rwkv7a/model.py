@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.mix import last_token, lerp, relu_square
-from ..parts import LanguageModel, Table
+from ...ops.products import matmul
+from ..parts import LanguageModel, Linear, Table
 from ..rwkv7 import model as rwkv7
 from ..state import LayerState
 from .keys import RWKV7aConfig
@@ -22,7 +23,7 @@ class ChannelMix(rwkv7.ChannelMix):
         super().__init__(config)
         C, F, D = config.n_embd, config.dim_ffn, config.deep_size
         self.s_emb = Table(config.vocab_size, D * D)
-        self.s_emb_x = nn.Linear(C, D * D, bias=False)
+        self.s_emb_x = Linear(C, D * D, bias=False)
         self.s1 = nn.Parameter(torch.empty(C, D))
         self.s2 = nn.Parameter(torch.empty(D, F))
         self.s0 = nn.Parameter(torch.empty(1, 1, F))
@@ -39,8 +40,8 @@ class ChannelMix(rwkv7.ChannelMix):
         """x s1 M s2 + s0 (B, T, F), with each token's matrix M (D, D)."""
         D = self.s1.shape[1]
         matrix = (self.s_emb(tokens).to(x) + self.s_emb_x(embedded)).unflatten(-1, (D, D))  # (B, T, D, D)
-        row = (x @ self.s1).unsqueeze(-2) @ matrix  # (B, T, 1, D)
-        return row.squeeze(-2) @ self.s2 + self.s0
+        row = matmul(matmul(x, self.s1).unsqueeze(-2), matrix)  # (B, T, 1, D)
+        return matmul(row.squeeze(-2), self.s2) + self.s0
 
 
 class Block(rwkv7.Block):

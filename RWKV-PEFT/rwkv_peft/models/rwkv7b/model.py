@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.mix import last_token, lerp
-from ..parts import LanguageModel, Table
+from ...ops.products import matmul
+from ..parts import LanguageModel, Linear, Table
 from ..rwkv7a import model as rwkv7a
 from ..state import extended
 from .keys import DeepState, RWKV7bConfig
@@ -28,11 +29,11 @@ class Attention(nn.Module):
         super().__init__()
         C, D, ones = config.n_embd, config.attention_size, (1,) * (config.shift_axes - 1)
         K, U = config.attention_key_rank, config.attention_value_rank
-        self.qq = nn.Linear(C, D, bias=False)
+        self.qq = Linear(C, D, bias=False)
         self.k1, self.k2 = nn.Parameter(torch.empty(C, K)), nn.Parameter(torch.empty(K, D))
         self.v1, self.v2 = nn.Parameter(torch.empty(C, U)), nn.Parameter(torch.empty(U, C))
-        self.k_emb, self.k_emb_x = Table(config.vocab_size, D), nn.Linear(C, D, bias=False)
-        self.v_emb, self.v_emb_x = Table(config.vocab_size, C), nn.Linear(C, C, bias=False)
+        self.k_emb, self.k_emb_x = Table(config.vocab_size, D), Linear(C, D, bias=False)
+        self.v_emb, self.v_emb_x = Table(config.vocab_size, C), Linear(C, C, bias=False)
         self.x_q, self.x_k = (nn.Parameter(torch.empty(*ones, D)) for _ in range(2))
         self.x_v = nn.Parameter(torch.empty(*ones, C))
         self.lnq, self.lnk, self.lnv = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(C)
@@ -43,8 +44,8 @@ class Attention(nn.Module):
         """x, embedded (B, T, C), tokens (B, T) -> (B, T, C), and the fields of the state from q_shift on, of these
         tokens alone."""
         q = self.qq(x)
-        k = x @ self.k1 @ self.k2 * (self.k_emb(tokens).to(x) + self.k_emb_x(embedded))
-        v = torch.tanh(x @ self.v1 @ self.v2) * (self.v_emb(tokens).to(x) + self.v_emb_x(embedded))
+        k = matmul(matmul(x, self.k1), self.k2) * (self.k_emb(tokens).to(x) + self.k_emb_x(embedded))
+        v = torch.tanh(matmul(matmul(x, self.v1), self.v2)) * (self.v_emb(tokens).to(x) + self.v_emb_x(embedded))
         shifts = [last_token(each, cu_seqlens) for each in (q, k, v)]
         last = (None,) * 3 if before is None else (before.q_shift, before.k_shift, before.v_shift)
         amounts, norms = (self.x_q, self.x_k, self.x_v), (self.lnq, self.lnk, self.lnv)
@@ -87,13 +88,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, unfilled: Tensor | None = None) -> T
 
 def band(q: Tensor, k: Tensor, v: Tensor, unfilled: Tensor | None) -> Tensor:
     """attend for a few tokens at once."""
-    products = q @ k.mT
+    products = matmul(q, k.mT)
     scores = CAP * torch.tanh(products.to(torch.promote_types(products.dtype, torch.float32)) / SCALE)  # (B, T, S)
     place = torch.arange(k.shape[1], device=q.device)
     hidden = place > place[-q.shape[1] :, None]
     if unfilled is not None:
         hidden = hidden | (place < unfilled[:, None, None])
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v) @ v
+    return matmul(scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v), v)
 
 
 class Block(rwkv7a.Block):

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..products import addmm_, matmul
 from . import cpu, cuda
 
 CACHED_ELEMENTS = 1 << 18  # elements of merged rows that a CPU's cache holds while they are made
@@ -44,7 +45,7 @@ def affine(
     for tokens in _token_chunks(x):
         z[tokens] = x[tokens]  # in memory's order, so that the strided reads below find it in the cache
         shards = split_shards(z[tokens], rank).transpose(0, 1)  # (in/r, t, r)
-        u = torch.bmm(shards, bone.transpose(1, 2))
+        u = matmul(shards, bone.transpose(1, 2))
         torch.sum(u, 0, out=shift[tokens])
         shards += u
     return z, shift.mul_(factor)
@@ -77,7 +78,7 @@ def affine_backward_(
         du = torch.add(shards, g_shift[tokens], out=shards.new_empty(shards.shape))
         if x is not None and d_bone is not None:
             _accumulate_bmm(d_bone, du.transpose(1, 2), split_shards(x[tokens], rank).transpose(0, 1))
-        shards += torch.bmm(du, bone)
+        shards += matmul(du, bone)
     return None if d_bone is None else d_bone.to(bone.dtype)
 
 
@@ -91,7 +92,7 @@ def merge(rows: Tensor, bone: Tensor) -> Tensor:
     step = len(bone) if not rows.is_cpu else max(1, CACHED_ELEMENTS // parts[0].numel())
     for start in range(0, len(bone), step):
         some = slice(start, start + step)
-        torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
+        addmm_(merged[some].copy_(parts[some]), parts[some], bone[some])
         merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
     return merged.view_as(rows)
 
@@ -101,7 +102,7 @@ def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tens
     if backend(d, rows, bone) is cpu and d.is_contiguous():
         d_bone = cpu.merge_backward_(d, rows, bone)
         return d, d_bone
-    d_bone = torch.bmm(rows_by_block(rows, bone).transpose(1, 2), rows_by_block(d, bone))
+    d_bone = matmul(rows_by_block(rows, bone).transpose(1, 2), rows_by_block(d, bone))
     d_bone += rows_by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
     return merge(rows, bone), d_bone
 
@@ -176,6 +177,6 @@ def _token_chunks(x: Tensor) -> list[slice]:
 def _accumulate_bmm(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right; total may have a wider dtype."""
     if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
+        addmm_(total, left, right)
     else:
-        total += torch.bmm(left, right)
+        total += matmul(left, right)

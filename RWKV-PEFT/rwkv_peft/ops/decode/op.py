@@ -1,9 +1,9 @@
 """The product of rows with a matrix, plain or in blocks: kernels for few rows, plain torch for the rest."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..products import linear
 from . import cpu, cuda
 from .blocks import Blocks
 
@@ -20,7 +20,7 @@ def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
         found = rows.new_empty(len(rows), len(weight))
         cpu.product_into(rows, weight, found)
     else:
-        return F.linear(x, weight)
+        return linear(x, weight)
     return found.view(*x.shape[:-1], found.shape[-1])
 
 
@@ -34,10 +34,10 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
             cpu.product_into(few, weight, own)
         return found
     if not cuda.FAMILY.takes(x):
-        return F.linear(x, weight.dequantized(x.dtype))
+        return linear(x, weight.dequantized(x.dtype))
     if len(x) <= cuda.MOST_ROWS:
         return cuda.product(x, weight)
-    parts = [F.linear(x, cuda.dequantized(band, x.dtype)) for band in weight.bands(cuda.BAND)]
+    parts = [linear(x, cuda.dequantized(band, x.dtype)) for band in weight.bands(cuda.BAND)]
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 

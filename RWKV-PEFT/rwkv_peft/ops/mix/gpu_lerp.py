@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..products import matmul
 from . import cuda
 from .functions import call, differentiable_once, numbered, room_like, rounded
 
@@ -94,7 +95,7 @@ def parts_like(whole: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Te
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:
     """low_i up_i: (B, T, m K), (m, K, C) -> (m, B T, C); None if they are None."""
-    return None if low is None or up is None else _by_point(low, up) @ up
+    return None if low is None or up is None else matmul(_by_point(low, up), up)
 
 
 def _by_point(low: Tensor, up: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...config import TrainConfig
+from ...ops.products import addmm_, matmul
 
 MOMENTUM = 0.95
 SIZE = 0.2  # the root mean square of AdamW's updates, about
@@ -83,6 +84,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).view(-1, *x.shape[-2:])
     first, third, fifth = FACTORS
     for _ in range(ROUNDS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=third, alpha=fifth), x, beta=first)
+        square = matmul(x, x.mT)
+        factor = addmm_(square.clone(), square, square, beta=third, alpha=fifth)
+        x = addmm_(x.clone(), factor, x, beta=first)
     return (x.mT if tall else x).reshape(matrices.shape)

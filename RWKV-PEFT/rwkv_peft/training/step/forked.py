@@ -15,6 +15,7 @@ from ...config import RunConfig
 from ...data.collate import positions
 from ...data.samples import Samples
 from ...models.state import State
+from ...ops.products import matmul
 from ...ops.recurrence.checks import vouch
 from .segments import sent
 
@@ -127,4 +128,4 @@ class Handed(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (owner,) = ctx.saved_tensors
         owned = owner == torch.arange(ctx.shape[0], device=owner.device)[:, None]  # (groups, n)
-        return (owned.to(grad.dtype) @ grad.flatten(1)).view(ctx.shape), None
+        return matmul(owned.to(grad.dtype), grad.flatten(1)).view(ctx.shape), None
