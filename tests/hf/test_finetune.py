@@ -41,6 +41,17 @@ def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path / "bone_merged").state_dict().values())
 
 
+def test_a_cpu_that_multiplies_halves_slowly_trains_in_float32(tiny, tmp_path, capsys, monkeypatch):
+    flags = "--max_steps 2 --learning_rate 1e-2 --use_cpu True".split()
+    run(tiny, tmp_path / "fp32", *flags, "--bits", "fp32")
+    monkeypatch.setattr(finetune, "is_slow", lambda dtype: dtype != torch.float32)
+    capsys.readouterr()
+    for name, halves in {"plain": (), "asked": ("--bits", "fp16", "--bf16", "True")}.items():
+        run(tiny, tmp_path / name, *flags, *halves)
+        assert "this processor multiplies half precision slowly" in capsys.readouterr().out
+        assert losses(tmp_path / name) == losses(tmp_path / "fp32")
+
+
 def test_an_adapter_that_diverged_is_not_saved(tiny, tmp_path):
     with pytest.raises(UserError, match="training has diverged: .* is not finite, .* lower --learning_rate 1e\\+30"):
         run(tiny, tmp_path, "--bits", "fp32", "--max_steps", "3", "--learning_rate", "1e30")

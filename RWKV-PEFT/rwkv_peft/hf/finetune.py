@@ -21,6 +21,7 @@ from ..cli import unknown_flag
 from ..errors import UserError, some
 from ..gpus import count_gpus
 from ..numeric import all_finite
+from ..ops.products import is_slow
 from . import register
 from .config import BoneConfig, option
 from .refusals import refusals_of
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(arguments.base_model_name_or_path, settings)
     data = load_rows(arguments, arguments.dataset_split, tokenizer.eos_token or "")
     held_out = load_rows(arguments, arguments.eval_split, tokenizer.eos_token or "") if arguments.eval_split else None
-    model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
+    model = load_model(arguments.base_model_name_or_path, arguments.bits, settings, config.use_cpu)
     with refusals_of("these arguments"):
         trainer = SFTTrainer(
             model=model,
@@ -142,7 +143,19 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
     if "--use_cpu" not in argv:
         count_gpus("train on the CPU with --use_cpu True")
         argv += [] if accelerator else ["--use_cpu", "True"]
+    given = dict(pairwise(argv))
+    bits, on_cpu = given.get("--bits", BITS[0]), "--use_cpu" in argv and given.get("--use_cpu") != "False"
+    if trained_dtype(bits, on_cpu) != trained_dtype(bits):
+        argv += ["--bf16", "False", "--fp16", "False"]
+        print("this processor multiplies half precision slowly: the model is computed in float32, in twice the memory")
     return argv
+
+
+def trained_dtype(bits: str, on_cpu: bool = False) -> torch.dtype:
+    """The dtype of activations and of weights that are not quantized at a value of --bits; float32 on a CPU that
+    multiplies that dtype slowly."""
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(bits, torch.bfloat16)
+    return torch.float32 if on_cpu and is_slow(dtype) else dtype
 
 
 def checkpoint_to_resume(config: Any) -> str | None:
@@ -178,11 +191,12 @@ def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
-    """Load the base model, its frozen weights in the dtype or quantization that `bits` names."""
+def load_model(path: str, bits: str, settings: Mapping[str, Any], on_cpu: bool = False) -> Any:
+    """Load the base model, its frozen weights in the dtype or quantization that `bits` names; on_cpu: to train
+    there."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(bits, torch.bfloat16)
+    dtype = trained_dtype(bits, on_cpu)
     quantization = {
         "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
         "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
