@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                   (both shapes, every method, RWKV-6)
     python benchmarks/step.py --models x060 x070 --shapes 768x3072x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
+    python benchmarks/step.py --instructions avx2 avx512 amx --models x070 --shapes 768x3072x12 --methods bat-in
 
 Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the vocabulary
 is World's, and low-rank widths are those of a new model. A step is forward, loss, backward, gradient clipping and
@@ -9,12 +10,18 @@ AdamW, as the trainer runs it. "floor" is only the frozen matrix products, outpu
 layer and of the head, which no adapter can avoid. Floor and methods run once in each round, in turn, so that a
 machine's drift affects all of them; the medians of times and of ratios within a round are printed. The shares are of
 one more step under torch's profiler, which slows small operations down: read them as proportions.
+
+--instructions prints another table: a bf16 step's time as a part of the same step's in fp32, as the package computes it
+and with torch's own bf16 products, on this processor told to be an older one (AMX: as it is). One thread; processor
+time; the steps in turn.
 """
 
 import argparse
 import itertools
 import os
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -29,11 +36,18 @@ from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
+from rwkv_peft.ops import products
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
 PARTS = ("gemm", "adapter", "wkv", "norm", "mix", "loss", "optimizer", "other")
 DECAYS = ("time_decay", "w0")
+# torch and oneDNN read when they are loaded, and so by processes of their own, which instructions they may use
+INSTRUCTIONS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "amx": {},
+}
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
@@ -62,12 +76,18 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor_time", action="store_true", help="instead of the clock's, on a busy machine")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N operations that take most of a step")
+    parser.add_argument("--instructions", nargs="+", choices=INSTRUCTIONS, help="compare bf16 with fp32 on these")
+    parser.add_argument("--as_told", metavar="NAME", help="print the rows of --instructions NAME of this process")
     args = parser.parse_args()
+    if args.instructions:
+        return print_instructions(args.instructions)
     # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.as_told else args.threads)
     if args.device == "cpu":
         keep_freed_memory()  # as the trainer does
+    if args.as_told:
+        return print_ratios(args)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:
@@ -75,6 +95,37 @@ def main():
         for version, dtype in itertools.product(args.models, args.dtypes):
             family = family_named(version)
             table(family, family.new_dimensions(L, C, args.vocab, dim_ffn=F_), dtype, args)
+
+
+def print_instructions(names):
+    """Print the table of --instructions, each of whose rows a process of its own prints."""
+    print("| instructions | model | shape, tokens | method | fp32, ms | bf16 / fp32 | torch's own bf16 / fp32 |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in names:
+        command = [sys.executable, *sys.argv, "--as_told", name]
+        at = command.index("--instructions")
+        del command[at : at + 1 + len(names)]
+        subprocess.run(command, env={**os.environ, **INSTRUCTIONS[name]}, check=True)
+
+
+def print_ratios(args):
+    """Print the rows of this process's instructions."""
+    for version, shape, method in itertools.product(args.models, args.shapes, args.methods):
+        C, F_, L = map(int, shape.split("x"))
+        family = family_named(version)
+        config = family.new_dimensions(L, C, args.vocab, dim_ffn=F_)
+        kinds = ({"device": "cpu", "dtype": dtype} for dtype in (torch.float32, torch.bfloat16))
+        steps = [make_step(family, config, random_weights(family, config, kind), method, kind, args) for kind in kinds]
+        rounds = [[timed(step, "cpu", time.process_time) for step in steps] for _ in range(args.rounds + 1)]
+        fp32, ratio = (statistics.median(x) for x in zip(*((a, b / a) for a, b in rounds[1:])))  # the first warms up
+        converts, products.converts = products.converts, lambda x: False
+        own = timed(steps[1], "cpu", time.process_time) / fp32  # once, because it may take a minute
+        products.converts = converts
+        print(
+            f"| {args.as_told} | {family.name} | {shape}, {args.batch * args.tokens} | {method} | "
+            f"{1e3 * fp32:.0f} | {ratio:.2f} | {own:.2f} |",
+            flush=True,
+        )
 
 
 def table(family, config, dtype, args):
