@@ -1,19 +1,26 @@
-"""A GPU whose driver is too old for torch's CUDA: torch counts it, but cannot use it. Every command that would use it
-ends with torch's words; with the flags for the CPU it runs there."""
+"""GPUs that torch cannot use: the driver is too old for its CUDA, or does not answer, or it has no code for the card.
+Every command that would use one ends with the reason; with the flags for the CPU it runs there."""
 
+import re
 import sys
 
 import pytest
 import torch
 
+from rwkv_peft import gpus
 from rwkv_peft.commands import main as commands
-from rwkv_peft.errors import exit_on_user_error
+from rwkv_peft.doctor.devices import check_devices
+from rwkv_peft.doctor.packages import MISSING
+from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.files.base import save_model
+from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.training.model import own_device
 from rwkv_peft.training.run import main as train
 
+SCRIPT = "(TORCH=cu126 sh scripts/setup.sh)"
+CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()
 WORDS = "The NVIDIA driver on your system is too old (found version 11040)."
 
 
@@ -41,7 +48,9 @@ def refused(monkeypatch, capsys):
         error = capsys.readouterr().err
         assert raised.value.code == 2 and error.count("\n") == 1, error
         assert error.startswith("error: this machine has 1 GPU, and torch "), error
-        return error.partition(f"cannot use it: {WORDS}; update the driver, install a build of torch for an ")[2]
+        return error.partition(
+            f"cannot use it: {WORDS}; update the driver, install a build of torch for an older CUDA "
+        )[2]
 
     return run
 
@@ -55,16 +64,16 @@ def model(tmp_path_factory, tiny_state):
 
 def test_every_command_that_would_use_it_ends_with_torchs_words(available, refused, model, tmp_path):
     run = ("--load_model", model, "--data_file", tmp_path / "no data", "--bone_r", "16", "--proj_dir", tmp_path / "out")
-    told = "older CUDA, or train with --accelerator cpu\n"
+    told = f"{SCRIPT}, or train with --accelerator cpu\n"
     assert refused(train, *run) == refused(train, *run, "--accelerator", "gpu", "--check_flags") == told
-    assert refused(commands, "plan", *run) == "older CUDA, or name the memory of a GPU with --gpu 24GiB\n"
+    assert refused(commands, "plan", *run) == f"{SCRIPT}, or name the memory of a GPU with --gpu 24GiB\n"
     (tmp_path / "questions.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for command, *more in (("generate", "--prompt", "a"), ("eval", "jsonl", "--data", tmp_path / "questions.jsonl")):
         told = refused(commands, command, *more, "--model", model)
-        assert told == "older CUDA, or run on the CPU with --device cpu\n"
+        assert told == f"{SCRIPT}, or run on the CPU with --device cpu\n"
     merging = ("--base_model", model, "--lora_checkpoint", model, "--dry_run", "--device", "cuda")
-    assert refused(merge, *merging) == "older CUDA, or leave --device out to merge on the CPU\n"
-    told = "older CUDA, or train on the CPU with --use_cpu True\n"
+    assert refused(merge, *merging) == f"{SCRIPT}, or leave --device out to merge on the CPU\n"
+    told = f"{SCRIPT}, or train on the CPU with --use_cpu True\n"
     assert refused(lambda argv: adapt(argv, (), False, False)) == told
 
 
@@ -81,6 +90,63 @@ def test_doctor_tells_it(available, capsys):
     printed = capsys.readouterr().out
     assert f"cannot use it: {WORDS}\n" in printed and "train with --accelerator cpu" in printed
     assert "training cannot run here: see GPU above" in printed
+
+
+@pytest.mark.parametrize(
+    "capability, known, words",
+    [
+        ((7, 0), CUDA_13, f"a card has compute capability 7.0, and it has code for sm_75, .*{re.escape(SCRIPT)}"),
+        ((8, 9), ["sm_90", "compute_90"], "8.9, and it has code for sm_90, compute_90; update the driver"),
+        ((12, 0), ["sm_80", "sm_90"], "12.0, and it has code for sm_80, sm_90; install a newer torch"),
+        ((10, 3), ["sm_80", "sm_100a"], "10.3, and it has code for sm_80, sm_100a; install a newer torch"),
+        *(
+            ((major, minor), CUDA_13, "")
+            for major, minor in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 3), (12, 1), (13, 0))
+        ),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], ""),
+        ((9, 4), ["gfx942"], ""),  # a card of AMD
+    ],
+)
+def test_a_card_that_torch_has_no_code_for_is_told_with_the_build_that_has_it(monkeypatch, capability, known, words):
+    for name, value in {"init": None, "get_device_capability": capability, "get_device_name": "a card"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: known)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if words:
+        with pytest.raises(UserError, match=f"this machine has 1 GPU, and torch .* cannot use it: .*{words}"):
+            count_gpus("…")
+    else:
+        assert count_gpus("…") == 1
+
+
+@pytest.mark.parametrize(
+    "there, cuda, visible, words",
+    [
+        (2, "13.0", None, "this machine has 2 GPUs, and torch .* cannot use them: the driver does not answer; restart"),
+        (1, "13.0", "0", "this machine has 1 GPU, .* or train with --accelerator cpu"),
+        (1, "13.0", "", ""),  # hidden
+        (1, "13.0", "-1", ""),
+        (1, None, None, ""),  # a build for CPUs
+        (0, "13.0", None, ""),
+    ],
+)
+def test_a_card_that_is_there_and_not_counted_is_not_passed_over(monkeypatch, tmp_path, there, cuda, visible, words):
+    """As after an update of the driver, by which NVML breaks."""
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(there))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(gpus, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if words:
+        with pytest.raises(UserError, match=words):
+            count_gpus("train with --accelerator cpu")
+        (finding,) = check_devices()
+        assert (finding.status, "driver does not answer" in finding.text) == (MISSING, True)
+    else:
+        assert count_gpus("train with --accelerator cpu") == 0
 
 
 def test_a_rank_has_a_device_of_its_own_which_is_the_current_one(monkeypatch):

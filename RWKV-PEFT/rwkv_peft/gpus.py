@@ -1,33 +1,65 @@
 """The number of GPUs that torch can use here, and the message if it cannot use those that there are."""
 
+import os
+import re
+from pathlib import Path
+
 import torch
 
 from .cli import counted
 from .config import TrainConfig
 from .errors import UserError, told
 
+OLDER = "update the driver, install a build of torch for an older CUDA (TORCH=cu126 sh scripts/setup.sh)"
+CODE = re.compile(r"(sm|compute)_(\d+)(\d)(\D?)")  # of torch.cuda.get_arch_list
 
-def refusal() -> str:
-    """The reason, in torch's words, why torch cannot use this machine's GPUs; "" if it can, or if there are none.
+
+def refusal() -> tuple[str, str]:
+    """(reason, remedy) if torch cannot use this machine's GPUs, ("", "") if it can, or if there are none.
 
     torch counts GPUs without CUDA, and so counts those whose driver is too old for its CUDA, too.
     """
-    if torch.cuda.device_count():
-        try:
-            torch.cuda.init()
-        except RuntimeError as error:
-            return told(error)
-    return ""
+    if not torch.cuda.device_count():
+        if torch.version.cuda is None or not unseen():
+            return "", ""
+        return "the driver does not answer", "restart the machine if `nvidia-smi` fails as well"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return told(error), OLDER
+    return without_code(0)
+
+
+def unseen() -> list[Path]:
+    """The devices of NVIDIA GPUs on this machine, unless the user hides them all."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return [] if hidden else [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+
+
+def without_code(device: int) -> tuple[str, str]:
+    """(reason, remedy) if this build of torch has no code for a GPU, else ("", "")."""
+    known = torch.cuda.get_arch_list() if torch.version.cuda else []
+    found = [(kind, (int(major), int(minor)), kin) for kind, major, minor, kin in CODE.findall(" ".join(known))]
+    own = torch.cuda.get_device_capability(device)
+    for kind, code, kin in found:  # code of a major version runs on its later minor ones, PTX on all later ones
+        if code == own or code < own and kin != "a" and (kind == "compute" or code[0] == own[0]):
+            return "", ""
+    if not found:  # of AMD, or none is told
+        return "", ""
+    reason = f"{torch.cuda.get_device_name(device)} has compute capability {own[0]}.{own[1]}, and it has code for "
+    older = own < min(code for _, code, _ in found)
+    return reason + ", ".join(known), OLDER if older else "install a newer torch"
 
 
 def count_gpus(instead: str) -> int:
     """Count the GPUs that torch can use. Raises UserError, with what to do `instead`, if there are others."""
-    count, words = torch.cuda.device_count(), refusal()
-    if words:
+    reason, remedy = refusal()
+    count = torch.cuda.device_count()
+    if reason:
+        there = count or len(unseen())
         raise UserError(
-            f"this machine has {counted(count, 'GPU')}, and torch {torch.__version__} cannot use "
-            f"{'it' if count == 1 else 'them'}: {words}; update the driver, install a build of torch for an older "
-            f"CUDA, or {instead}"
+            f"this machine has {counted(there, 'GPU')}, and torch {torch.__version__} cannot use "
+            f"{'it' if there == 1 else 'them'}: {reason}; {remedy}, or {instead}"
         )
     return count
 

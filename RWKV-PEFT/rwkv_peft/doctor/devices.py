@@ -19,17 +19,21 @@ def check_devices() -> Iterator[Finding]:
     """Look for GPUs, and measure how fast this machine multiplies matrices in each precision."""
     import torch
 
-    from ..gpus import refusal
+    from ..gpus import refusal, without_code
 
-    if words := refusal():
-        remedy = "update the driver, install a build of torch for an older CUDA, or train with --accelerator cpu"
-        yield Finding("GPU", MISSING, f"there is one, and torch {torch.__version__} cannot use it: {words}", remedy)
+    reason, remedy = refusal()
+    if reason:
+        text = f"there is one, and torch {torch.__version__} cannot use it: {reason}"
+        yield Finding("GPU", MISSING, text, f"{remedy}, or train with --accelerator cpu")
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
-            if gpu.major < 8:
+            lacking, remedy = without_code(index)
+            if lacking:
+                yield Finding(f"GPU {index}", NOTE, lacking, remedy)
+            elif gpu.major < 8:
                 yield Finding(f"GPU {index}", NOTE, f"{text}: it multiplies bf16 slowly", "--precision fp16")
             else:
                 yield Finding(f"GPU {index}", OK, text)

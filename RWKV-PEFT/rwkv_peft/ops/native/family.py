@@ -103,8 +103,8 @@ def misfit(device: int | None = None) -> str | None:
         return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch, or take backend 'cpu'"
-    if words := refusal():
-        return f"torch cannot use the GPU here: {words}; update the driver, or take backend 'cpu'"
+    if reason := refusal()[0]:
+        return f"torch cannot use the GPU here: {reason}; update the driver, or take backend 'cpu'"
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: no NVIDIA GPU or driver here; see nvidia-smi, or take backend 'cpu'"
     device = torch.cuda.current_device() if device is None else device
