@@ -144,7 +144,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_check-")))  # bases, runs, drivers
-        known = steps(work, args.full)
+        known = steps(work, args.full, offline=args.offline or bool(args.wheels))
         if unknown := [word for word in args.only or () if not any(step.named([word]) for step in known)]:
             parser.error(f"--only {' '.join(unknown)}: the steps are {', '.join(step.name for step in known)}")
         chosen = [step for step in known if not args.only or step.named(args.only)]

@@ -7,13 +7,15 @@ everything else. Each step is a process of its own, so that its failure does not
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY, NOT_HERE = 3, 4  # exit codes of a step's program, which has told more
 DEMO = {f"x0{n}0": ROOT / "demo" / f"rwkv{n}-demo.pth" for n in (6, 7)}
-ENGINE = ("deepspeed", "lightning", "safetensors")
+ENGINE = ("deepspeed", "lightning", "safetensors", "numpy", "tqdm")
+MODULES = {"gpu_smoke": ("numpy",), "gpu_steps": ("numpy", "tqdm")}  # that programs need besides torch
 GENERATIONS, METHODS = ("x070", "x060"), ("bat-in", "bone", "lora")
 QUANTIZED = ("nf4", "int8")
 GRAPHS = ("--cuda_graphs", "1", "--accumulate_grad_batches", "2")
@@ -51,8 +53,11 @@ class Step:
 
     def missing(self):
         """The programs and modules that this machine lacks."""
+        invalidate_caches()  # a step installs modules
+        programs = [Path(word).stem for command in self.commands for word in command]
+        modules = [*self.modules, *(name for program in programs for name in MODULES.get(program, ()))]
         return [name for name in self.programs if shutil.which(name) is None] + [
-            name for name in self.modules if find_spec(name) is None
+            name for name in dict.fromkeys(modules) if find_spec(name) is None
         ]
 
     def named(self, words):
@@ -65,14 +70,16 @@ def program(name, *arguments):
     return (sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments)
 
 
-def steps(folder, full):
-    """The Steps, in order; `folder` takes what they write."""
+def steps(folder, full, offline=True):
+    """The Steps, in order; `folder` takes what they write. Unless offline, one installs what those behind it need."""
+    packages = Step("packages", 180, (("sh", str(ROOT / "scripts" / "setup.sh"), "test"),))
     return (
         *first(),
         *steps_of_training(),
         *(engine(case, folder, 120) for case in GENERATIONS),
         *(Step(f"decode {version}", 90, (program("gpu_decode", version),)) for version in GENERATIONS),
         engine("large", folder, 150),
+        *(() if offline else (packages,)),
         *rest(folder),
         *(
             [Step("suite", 3600, (pytest("tests", "--accelerator", "gpu"),), modules=("pytest", *ENGINE))]

@@ -39,7 +39,17 @@ def check(tmp_path):
     for name in ("probe", "smoke", "ops", "steps", "engine", "decode", "above"):
         (repo / "benchmarks" / f"gpu_{name}.py").write_text(stand_in)
     (repo / "benchmarks" / "step.py").write_text(stand_in)
-    for module in ("pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis", "bitsandbytes"):
+    for module in (
+        "pytest",
+        "numpy",
+        "tqdm",
+        "torch",
+        "deepspeed",
+        "lightning",
+        "safetensors",
+        "hypothesis",
+        "bitsandbytes",
+    ):
         (repo / "RWKV-PEFT" / module).mkdir(parents=True)
         (repo / "RWKV-PEFT" / module / "__init__.py").touch()
         (repo / "RWKV-PEFT" / module / "__main__.py").write_text(stand_in)
@@ -50,7 +60,8 @@ def check(tmp_path):
         folder = tmp_path / "bin"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / "python3").symlink_to(sys.executable)
+        (folder / "python3").write_text(f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n")  # without what is installed
+        (folder / "python3").chmod(0o755)
         for name in programs:
             (folder / name).write_text(stand_in)
             (folder / name).chmod(0o755)
@@ -145,6 +156,28 @@ def test_what_a_machine_lacks_is_left_out_and_told(check):
     assert left.pop("memcheck") == "left out: no compute-sanitizer"
     assert set(left.values()) == {"left out: no deepspeed, lightning"} and len(left) == 16
     assert "    engine stage 3 offload: no deepspeed, lightning" in done.stdout
+
+
+def test_with_torch_alone_each_step_that_needs_more_is_left_out_by_name(check):
+    lacking = ("deepspeed", "lightning", "safetensors", "numpy", "tqdm", "pytest", "hypothesis", "bitsandbytes")
+    assert check(without=lacking).returncode == 0
+    left = exceptions(check)
+    assert left["smoke x070"] == "left out: no numpy" and left["step x060 bone"] == "left out: no numpy, tqdm"
+    for name in set(outcomes(check)) - {"card"}:
+        kind = name.split()[0]
+        runs = kind in ("build", "decode", "above", "every", "kernels", "profile") or name == "sanitizer mix"
+        assert name not in left if runs else kind not in ("smoke", "step", "more", "engine", "tests") or name in left
+
+
+def test_packages_of_tests_are_installed_behind_the_first_checks_unless_offline(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu_check_steps import steps
+
+    names = [step.name for step in steps(Path("folder"), full=False, offline=False)]
+    assert "packages" not in [step.name for step in steps(Path("folder"), full=False)]
+    needing = [step.name for step in steps(Path("folder"), full=True, offline=False) if "pytest" in step.modules]
+    assert names.index("engine x060") < names.index("packages") < min(map(names.index, ["tests", "engine nf4"]))
+    assert needing == ["tests", "suite"]
 
 
 def test_without_a_gpu_nothing_more_is_tried(check):

@@ -8,7 +8,6 @@ layers of all widths share one: each layer takes the first rows that it needs.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,8 @@ FIRST = "first_row"  # in the params of some rows of the weight: the number of t
 def uniform(seed: int, stream: int, rows: int, columns: int) -> Tensor:
     """Numbers in [0, 1), float64 (n, columns), where n is the power of two that `rows` needs: bands of one matrix and
     layers of like widths are then few different draws, which callers cache."""
+    import numpy as np  # not at the top, so that the other methods need torch alone
+
     count = 1 << (rows - 1).bit_length()
     return torch.from_numpy(np.random.RandomState([seed, stream]).random_sample((count, columns)))
 
