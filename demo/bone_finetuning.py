@@ -16,7 +16,7 @@ def main(argv):
             from rwkv_peft.hf import finetune
         return finetune.main(argv)
     except ModuleNotFoundError as error:
-        raise missing(error, "requirements-hf.txt") from error
+        raise missing(error, "hf") from error
 
 
 if __name__ == "__main__":

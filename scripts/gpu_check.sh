@@ -25,12 +25,12 @@ if $offline || [ -n "$wheels" ]; then
     PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}"
     export PYTHONPATH
     if [ -n "$wheels" ]; then
-        "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" pip install --quiet --no-index \
-            --find-links "$wheels" -r "$root/requirements.txt" -r "$root/requirements-test.txt" ||
-            printf '%s\n' "some wheels are missing in $wheels; going on without"
+        for wanted in "--requirement=$root/requirements.txt" pytest hypothesis bitsandbytes; do
+            "$python" -I -m pip install --quiet --no-index --find-links "$wheels" "$wanted" ||
+                printf '%s\n' "going on without what is missing in $wheels"
+        done
     fi
 else
-    . "$root/scripts/setup.sh"
-    install_tests
+    . "$root/scripts/setup.sh" # no more than requirements.txt yet: a later step installs what tests need
 fi
 exec "$python" "$root/benchmarks/gpu_check.py" "$@"

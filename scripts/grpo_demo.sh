@@ -16,7 +16,7 @@ base=demo/rwkv7-demo.pth out=out/demo-rewards
 step() { printf '\n== %s\n' "$*"; }
 
 train() {
-    "$python" train.py --load_model "$base" --data_file "$out/prompts.jsonl" --tokenizer bytes --ctx_len 256 \
+    python train.py --load_model "$base" --data_file "$out/prompts.jsonl" --tokenizer bytes --ctx_len 256 \
         --bone_mode bat-in --bone_r 32 --epoch_count 1 --precision fp32 --accelerator cpu \
         --answer_rows 0 "$@"
 }
@@ -24,14 +24,14 @@ train() {
 asked() {  # RUN [--flags]: merges the adapter of a run, and asks the held-out questions
     run="$out/$1"
     shift
-    "$python" merge_bone.py --base_model "$base" --bone_checkpoint "$run/adapter.safetensors" --output "$run/merged.pth"
-    "$python" demo/evaluate.py --model "$run/merged.pth" --questions "$out/heldout.jsonl" "$@"
+    python merge_bone.py --base_model "$base" --bone_checkpoint "$run/adapter.safetensors" --output "$run/merged.pth"
+    python demo/evaluate.py --model "$run/merged.pth" --questions "$out/heldout.jsonl" "$@"
 }
 
 rm -rf "$out"  # it holds only what this script made
 mkdir -p "$out"
-"$python" demo/task.py finetune --documents 4000 --seed 1 --output "$out/prompts.jsonl"
-"$python" demo/task.py heldout --documents 200 --seed 2 --output "$out/heldout.jsonl"
+python demo/task.py finetune --documents 4000 --seed 1 --output "$out/prompts.jsonl"
+python demo/task.py heldout --documents 200 --seed 2 --output "$out/heldout.jsonl"
 
 step "1. a short supervised start"
 train --data_type sft --micro_bsz 8 --epoch_steps 70 --lr_init 5e-3 --lr_schedule constant --warmup_steps 5 \

@@ -5,8 +5,8 @@
 #
 # A tool's findings stand below its line. Exit code 0 when all passed, 1 when one found something.
 set -eu
+needs="lint"
 . "$(dirname "$0")/setup.sh"
-install requirements-lint "-r requirements-lint.txt" "$root/requirements-lint.txt"
 cd "$root"
 failed=0
 

@@ -7,4 +7,4 @@ set -eu
 . "$(dirname "$0")/setup.sh"
 : "${BASE_MODEL:?give BASE_MODEL=base.pth}" "${ADAPTER:?give ADAPTER=adapter.safetensors}"
 : "${OUTPUT:?give OUTPUT=merged.pth}"
-exec "$python" "$root/merge_bone.py" --base_model "$BASE_MODEL" --bone_checkpoint "$ADAPTER" --output "$OUTPUT" "$@"
+exec python "$root/merge_bone.py" --base_model "$BASE_MODEL" --bone_checkpoint "$ADAPTER" --output "$OUTPUT" "$@"

@@ -6,7 +6,9 @@
 # while another waits for what it started.
 set -eu
 unset PYTHONDONTWRITEBYTECODE # else each process compiles what it imports
+needs="test"
 . "$(dirname "$0")/setup.sh"
-install_tests
 cd "$root"
-exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n 3 --dist worksteal "$@"
+# GOMP_SPINCOUNT as rwkv_peft/__init__.py sets it, which says why: the tests load torch before it.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
+exec "$python" -m pytest -n 3 --dist worksteal "$@"

@@ -80,7 +80,7 @@ def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_pat
         done = subprocess.run([*bare, str(root / "RWKV-PEFT")], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr == "" and done.stdout.count("\n") == 1
         assert done.stdout.startswith(f"no environment: this Python, {sys.executable}, has no torch; ")
-    assert f"make one (sh {tmp_path}/scripts/setup.sh)" in done.stdout
+    assert f"install it (sh {tmp_path}/scripts/setup.sh)" in done.stdout
 
 
 def test_the_free_disk_is_that_of_plan(monkeypatch):

@@ -20,8 +20,8 @@ from .installing import how_to_install
 
 class Command(NamedTuple):
     """A command: group is the heading of its line in the usage, text the line; module holds its main; flags is
-    "module:function" that checks argv without torch, or ""; needs is the file of requirements that it takes besides
-    requirements.txt, or ""."""
+    "module:function" that checks argv without torch, or ""; needs is the extra of pyproject.toml that it takes, or
+    ""."""
 
     group: str
     name: str
@@ -74,7 +74,7 @@ COMMANDS = (
         "answer over HTTP as OpenAI's interface does, with several adapters",
         "serve.command",
         flags="serve.flags:parse_flags",
-        needs="requirements-serve.txt",
+        needs="serve",
     ),
     Command(
         "Try",
@@ -82,7 +82,7 @@ COMMANDS = (
         "open a page in the browser: data, training, runs, chat and release",
         "ui.command",
         flags="ui.flags:parse_flags",
-        needs="requirements-serve.txt",
+        needs="serve",
     ),
     Command(
         "Measure",
@@ -90,7 +90,7 @@ COMMANDS = (
         "score a model on your rows, or on tasks of the lm-evaluation-harness",
         "evals.command",
         flags="evals.flags:parse_flags",
-        needs="requirements-eval.txt",
+        needs="eval",
     ),
     Command(
         "Measure",
@@ -140,7 +140,7 @@ COMMANDS = (
         "push an adapter or a model to the Hugging Face hub, with a card",
         "release.push",
         flags="release.flags:push_flags",
-        needs="requirements-hf.txt",
+        needs="hf",
     ),
     Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "doctor.command"),
 )

@@ -225,5 +225,5 @@ def test_mistaken_flags_are_told(arguments, message):
 
 def test_without_the_harness_its_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="arc_easy: .* whose package lm_eval this Python lacks; .*-r requirements-eval"):
+    with pytest.raises(UserError, match="arc_easy: .* whose package lm_eval this Python lacks; .*setup.sh eval"):
         flags.parse_flags(["arc_easy", *MODEL])

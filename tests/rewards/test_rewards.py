@@ -227,7 +227,7 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch)
     from rwkv_peft.rewards import forms
 
     monkeypatch.setattr(forms.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"has no package jsonschema; .*pip install .*requirements-eval\.txt"):
+    with pytest.raises(UserError, match=r"has no package jsonschema; .*setup.sh eval\)"):
         forms.Schema(str(tmp_path / "form.json"))
 
 

@@ -24,10 +24,6 @@ def warm_environment(tmp_path_factory, accelerator):
     )
     (environment / "bin" / "rwkv-peft").write_text(command)
     (environment / "bin" / "rwkv-peft").chmod(0o755)
-    for name, *files in (
-        ("requirements", "requirements.txt", "pyproject.toml"),
-        ("requirements-hf", "requirements-hf.txt"),
-    ):
-        needs = "".join((ROOT / file).read_text() for file in files)
-        (environment / f".rwkv-peft-{name}").write_text(f"{ROOT}\n{needs}")
+    (environment / "bin" / "uv").write_text("#!/bin/sh\n")  # all is there
+    (environment / "bin" / "uv").chmod(0o755)
     return {"VIRTUAL_ENV": str(environment)}

@@ -45,7 +45,7 @@ def test_a_users_flags_stand_for_the_scripts(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$(dirname "$0")/told"\n')
     python.chmod(0o755)
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={python}\ninstall() {{ :; }}\n")
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} PATH={tmp_path}:$PATH\n")
     variables = {"BASE_MODEL": "model", "DATA_PATH": "data.jsonl", "INIT_WEIGHTS": "mini"}
     done = script(variables, "--warmup_steps", "2", "--learning_rate", "-1", root=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -44,56 +44,44 @@ def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator, warm_environm
     assert list(base) == list(merged)
     assert not torch.equal(base["blocks.0.att.key.weight"], merged["blocks.0.att.key.weight"])
     assert torch.equal(base["emb.weight"], merged["emb.weight"])
-    for name in ("adapter.safetensors", "merged.pth", "loss.png"):
-        assert f" {tmp_path / 'out' / name}\n" in done.stdout
-    if "conda activate" in done.stdout:  # a function of the user's shell
-        return
-    tried = in_a_fresh_shell(done.stdout.split("Try it:")[1], tmp_path)
-    assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
+    assert (tmp_path / "out" / "loss.png").exists()
+    assert f"talk to it             rwkv-peft generate --model {tmp_path / 'out' / 'merged.pth'} " in done.stdout
 
 
-def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator, warm_environment):
-    """The trained adapter is merged: --proj_dir overrides PROJ_DIR, which has another run's adapter. Rows of
-    --data_type sft stay rows, and a model that learned to chat is tried in a chat."""
+def test_rows_that_train_py_reads_stay_rows(tmp_path, tiny_state, accelerator, warm_environment):
+    """The model learned to chat, and is tried in a chat."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "who?", "response": "you"}) + "\n")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "adapter.safetensors").write_bytes(b"of another run")
-    flags = f"--load_model={tmp_path / 'base.pth'} --data_file {tmp_path / 'rows.jsonl'} --proj_dir {tmp_path / 'new'}"
-    flags += " --data_type sft --ctx_len 32 --micro_bsz 1 --epoch_steps 1 --bone_r 32"
-    variables = {"PROJ_DIR": str(tmp_path / "old"), "TOKENIZER": "bytes", "ACCELERATOR": accelerator, "CHECK": "0"}
-    done = script(warm_environment | variables, *flags.split())
+    variables = {
+        "LOAD_MODEL": tmp_path / "base.pth",
+        "DATA_FILE": tmp_path / "rows.jsonl",
+        "PROJ_DIR": tmp_path / "new",
+    }
+    variables |= {"TOKENIZER": "bytes", "ACCELERATOR": accelerator, "CHECK": "0"} | warm_environment
+    flags = "--data_type sft --ctx_len 32 --micro_bsz 1 --epoch_steps 1 --bone_r 32"
+    done = script({name: str(value) for name, value in variables.items()}, *flags.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== 1. data" not in done.stdout and "1 document" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["adapter.safetensors"]
-    assert (tmp_path / "new" / "merged.pth").exists() and f" {tmp_path / 'new' / 'merged.pth'}\n" in done.stdout
-    lines = done.stdout.split("Try it:")[1]
-    assert lines.endswith(f"--model {tmp_path / 'new' / 'merged.pth'} --tokenizer bytes --chat\n")
-    if "conda activate" not in lines:  # a function of the user's shell
-        tried = in_a_fresh_shell(lines, tmp_path, "who?\n")
-        assert tried.returncode == 0 and tried.stdout.startswith("Assistant:"), tried.stderr
-
-
-@pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
-def test_a_flag_without_its_path_is_told(flag):
-    done = script({}, flag)
-    assert done.returncode == 1 and f"{flag}: one path is due" in done.stderr and "==" not in done.stdout
-
-
-WORDS = r"""
-say() { printf '%s\n' "$*"; }; fail() { echo "error: $*" >&2; exit 1; }
-quoted() { printf '%s\n' "$1"; }; activate() { echo .; }
-"""
+    (tried,) = (line for line in done.stdout.splitlines() if line.startswith("talk to it "))
+    assert tried.endswith(f"--model {tmp_path / 'new' / 'merged.pth'} --chat")
+    new_shell = done.stdout.partition("in a new shell: ")[2].partition("\n")[0]
+    if not new_shell.startswith("conda"):  # a function of the user's shell
+        lines = f"{new_shell}\n{tried.removeprefix('talk to it ')}"
+        answered = in_a_fresh_shell(lines, tmp_path, "who?\n")
+        assert answered.returncode == 0 and answered.stdout.startswith("Assistant:"), answered.stderr
 
 
 def stand_in_for(root, python):
-    """The scripts of the main job in root/scripts, with a setup.sh of words alone and this text as their python."""
+    """The scripts of the main job in root/scripts, with a setup.sh of words alone, and this text as the programs that
+    they call."""
     (root / "scripts").mkdir(exist_ok=True)
     for name in ("bone.sh", "bone_rwkv6.sh", "bone_rwkv7.sh"):
         shutil.copy(ROOT / "scripts" / name, root / "scripts")
-    (root / "scripts" / "setup.sh").write_text(f"root={root} python={root / 'python'}{WORDS}")
-    (root / "python").write_text("#!/bin/sh\n" + python)
-    (root / "python").chmod(0o755)
+    words = 'say() { printf \'%s\\n\' "$@"; }; fail() { echo "error: $*" >&2; exit 1; }'
+    (root / "scripts" / "setup.sh").write_text(f"root={root} activate=. PATH={root}:$PATH\n{words}\n")
+    for name in ("python", "rwkv-peft"):
+        (root / name).write_text("#!/bin/sh\n" + python)
+        (root / name).chmod(0o755)
 
 
 def in_a_fresh_shell(lines, folder, typed=""):
@@ -102,22 +90,19 @@ def in_a_fresh_shell(lines, folder, typed=""):
     return subprocess.run(shell, cwd=folder, env={"PATH": os.defpath}, input=typed, text=True, capture_output=True)
 
 
-STAND_IN = """case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
-case "$*" in *"preprocess "*bad*) exit 2 ;; esac
-case "$2" in rwkv_peft.files.best) echo OUT/adapter-best.safetensors ;; esac
-case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
+STAND_IN = """echo "$@" >> "$(dirname "$0")/told"
+case "$*" in "preprocess "*bad*) exit 2 ;; esac
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Scripts in a folder of their own, with a python that only records the package's commands in told;
-    stand_in(variables, *flags, opening=) runs one of them on a model and data."""
-    (tmp_path / "out").mkdir()
+    """Scripts in a folder of their own, whose programs only record their words in told; stand_in(data, *flags) runs
+    one of them on a model and data."""
     (tmp_path / "base.pth").touch()
 
-    def run(data, *flags, opening=""):
-        stand_in_for(tmp_path, STAND_IN.replace("OPENING", opening).replace("OUT", str(tmp_path / "out")))
+    def run(data, *flags):
+        stand_in_for(tmp_path, STAND_IN)
         paths = {"LOAD_MODEL": tmp_path / "base.pth", "DATA_FILE": data, "PROJ_DIR": tmp_path / "out"}
         return script({name: str(path) for name, path in paths.items()}, *flags, root=tmp_path)
 
@@ -129,66 +114,54 @@ def test_rows_of_every_kind_are_made_into_tokens(stand_in, tmp_path, name):
     (tmp_path / name).mkdir() if name == "a folder" else (tmp_path / name).touch()
     done = stand_in(tmp_path / name)
     assert done.returncode == 0, done.stderr
-    command = f"{tmp_path}/RWKV-PEFT/rwkv_peft/children.py rwkv_peft preprocess"
-    made = f"{command} {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'}\n"
-    assert (tmp_path / "told").read_text().startswith(made)
+    made = f"preprocess {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'} --overwrite\n"
+    assert made in (tmp_path / "told").read_text()
 
 
-def test_rows_that_are_refused_end_the_script_with_the_way_to_read_them(stand_in, tmp_path):
+def test_a_step_that_fails_ends_the_script(stand_in, tmp_path):
     (tmp_path / "bad.csv").touch()
     done = stand_in(tmp_path / "bad.csv")
-    assert done.returncode == 2 and "2. train" not in done.stdout
-    assert done.stderr == "With --data_type sft this script takes --sft_field, like --fields, and --skip_bad_rows.\n"
+    assert done.returncode == 2 and "1. data" in done.stdout and "2. train" not in done.stdout
 
 
-@pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl", "folder of sets"])
+def test_tokens_that_a_run_has_read_stay(stand_in, tmp_path):
+    (tmp_path / "in.csv").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    assert stand_in(tmp_path / "in.csv", "--resume").returncode == 0
+    assert "preprocess " in (told := (tmp_path / "told").read_text()) and "--overwrite" not in told
+
+
+@pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl"])
 def test_token_files_are_taken_as_they_are(stand_in, tmp_path, given):
     for name in ("set", "in.jsonl"):  # the one a folder beside it, the other what it may have been made of
         (tmp_path / f"{name}.idx").touch()
         (tmp_path / f"{name}.bin").touch()
     (tmp_path / "set").mkdir()
     (tmp_path / "in.jsonl").touch()
-    (tmp_path / "folder of sets").mkdir()
-    (tmp_path / "folder of sets" / "set.idx").touch()  # which train.py names
     assert stand_in(tmp_path / given).returncode == 0
     assert "preprocess" not in (tmp_path / "told").read_text()
 
 
-@pytest.mark.parametrize(
-    "opening, tried",
-    [
-        ("Assistant:", " --chat"),
-        ("Assistant: <think", " --chat --think on"),
-        ("Assistant: <think></think", " --chat --think off"),
-        ("Response:", r" --escapes --stop '\n\nInstruction:' "),
-        ("Answer:", r" --escapes --stop '\n\nQuestion:' "),
-        ("", " --escapes --stop '"),
-    ],
-)
-def test_what_learned_to_chat_is_tried_by_a_chat(stand_in, tmp_path, opening, tried):
+def test_the_folder_of_the_run_is_merged_and_checked(stand_in, tmp_path):
+    """Merge and check take what holds best in it."""
     (tmp_path / "in.jsonl").touch()
-    done = stand_in(tmp_path / "in.jsonl", opening=opening)
-    said = done.stdout.split("rwkv-peft generate --model ")[1].partition("merged.pth")[2]
-    assert said == f"{tried}\n" if "--chat" in tried else said.startswith(tried)
+    assert stand_in(tmp_path / "in.jsonl").returncode == 0
+    merged = f"--bone_checkpoint {tmp_path / 'out'} --{{}} {tmp_path / 'out' / 'merged.pth'}\n"
+    for words in ("output", "merged"):
+        assert merged.format(words) in (tmp_path / "told").read_text()
 
 
-def test_what_holds_best_is_merged_checked_and_told(stand_in, tmp_path):
-    (tmp_path / "in.jsonl").touch()
-    done, best = stand_in(tmp_path / "in.jsonl"), tmp_path / "out" / "adapter-best.safetensors"
-    assert f"--bone_checkpoint {best} --merged" in (tmp_path / "told").read_text()
-    assert f"adapter     {best}\n" in done.stdout
-
-
-@pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
-def test_two_paths_behind_a_flag_are_told(stand_in, tmp_path, flag):
-    done = stand_in(tmp_path / "in.jsonl", flag, "a.jsonl", "b.jsonl", "--ctx_len", "8")
-    assert done.returncode == 1 and f"{flag} takes one path, and b.jsonl follows it" in done.stderr
-    assert "==" not in done.stdout
+@pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir=a"])
+def test_paths_as_flags_are_refused_with_the_variables(stand_in, tmp_path, flag):
+    """Merge and check would not know them."""
+    done = stand_in(tmp_path / "in.jsonl", flag, "a.jsonl")
+    assert done.returncode == 1 and "LOAD_MODEL=… DATA_FILE=… PROJ_DIR=…" in done.stderr and "==" not in done.stdout
 
 
 def test_half_of_a_users_input_is_refused(tmp_path):
     done = script({"LOAD_MODEL": str(tmp_path / "base.pth")})
-    assert done.returncode != 0 and "without DATA_FILE" in done.stderr
+    assert done.returncode != 0 and "DATA_FILE: is to name rows" in done.stderr
 
 
 def test_a_failing_step_ends_the_script(tmp_path, warm_environment):
@@ -240,8 +213,8 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     product = "rwkv.pth" if expected["method"] == "none" else "adapter.safetensors"
     stand_in_for(
         tmp_path,
-        'case "$*" in *train.py*) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; '
-        f'*files.best*) echo "{product}" ;; esac\n',
+        'case "$*" in *--check_flags*) ;; *train.py*) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; '
+        f'*) exit 0 ;; esac; mkdir -p "{tmp_path}/out"; touch "{tmp_path}/out/{product}"\n',
     )
     base, out = str(tmp_path / "base.pth"), str(tmp_path / "out")
     variables = {"LOAD_MODEL": base, "DATA_FILE": "data", "PROJ_DIR": out, "BONE_R": "32"}
@@ -249,7 +222,7 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     assert done.returncode == 0, done.stderr
     adapter = parse_run((tmp_path / "told").read_text().splitlines()[1:]).config.adapter
     assert {name: getattr(adapter, name) for name in expected} == expected
-    assert ("rwkv.pth" in done.stdout) == (adapter.method == "none")
+    assert ("3. merge" not in done.stdout) == (adapter.method == "none")
 
 
 @pytest.mark.parametrize("generation, folder", [(6, "demo"), (7, "demo-rwkv7")])

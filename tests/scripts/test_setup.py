@@ -1,4 +1,4 @@
-"""scripts/setup.sh chooses the right Python, or says which one is missing and how to get it."""
+"""scripts/setup.sh chooses the right Python and the right torch, or names the one that is missing and its remedy."""
 
 import os
 import shutil
@@ -9,17 +9,35 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-FAKE_PYTHON = """#!/bin/sh
-# Answers setup.sh's questions as a Python {version} would; records what it is told to do.
+TOOLS = "sh dirname cat rm mkdir cp sed tr tail printenv awk touch sleep flock"
+# Answers setup.sh's questions as a Python {version} would; `pip install` of the lock's uv brings $HOME/uv.
+PYTHON = """#!/bin/sh
+here="$(dirname "$0")"
 case "$*" in
-*"sys.version_info"*) exit {unsupported} ;;
-*"platform"*) echo {version} ;;
-*"import venv, ensurepip"*) exit {no_venv} ;;
-*"m.version"*) exit {no_torch} ;;
-*"pip config list"*) echo "{config}" ;;
-*"urllib"*) exit {unreachable} ;;
-*"-m venv"*) mkdir -p "$4/bin" && {pause} && cp "$0" "$4/bin/python" ;;
-*"-m pip install"*) {pause} && echo "$*" >>"$(dirname "$0")/installed" && echo "{said}" ;;
+*version_info*) exit {unsupported} ;;
+*find_spec*) [ -e "$here/rwkv-peft" ] ;;
+*"pip config list"*) cat "$HOME/config" ;;
+*"-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit {no_venv} ;;
+*"pip install"*--require-hashes*) cat >"$HOME/uv.txt" && cp "$HOME/uv" "$here/uv" ;;
+*"pip install"*) echo "pip $*" >>"$HOME/calls" && touch "$here/rwkv-peft" ;;
+esac
+"""
+# What uv pip is asked is in $HOME/calls, what the environment holds in $HOME/held.
+UV = """#!/bin/sh
+case "$*" in
+*" show "*) [ -e "$HOME/torch" ] ;;
+*--dry-run*) [ ! -e "$HOME/unreachable" ] || { echo "error"; echo "  cause: no such host" >&2; exit 2; } ;;
+*--no-index*) for last; do :; done; [ "$(cat "$HOME/held")" = "${last#rwkv-peft}" ] ;;
+*--editable*)
+    echo "$*" >>"$HOME/calls"
+    printenv >"$HOME/environment"
+    [ ! -e "$HOME/failing" ] || exit 1
+    [ ! -e "$HOME/long" ] || sleep 60
+    sleep 0.2
+    while [ "$1" != --editable ]; do shift; done
+    echo "${2#.}" >"$HOME/held"
+    touch "$(dirname "$0")/rwkv-peft"
+    ;;
 esac
 """
 
@@ -30,204 +48,201 @@ def machine(tmp_path):
     (tmp_path / "repo/scripts").mkdir(parents=True)
     shutil.copy(SCRIPTS / "setup.sh", tmp_path / "repo/scripts")
     for name in ("requirements.txt", "pyproject.toml"):
-        (tmp_path / "repo" / name).write_text("first\n")
+        (tmp_path / "repo" / name).touch()
+    (tmp_path / "repo/requirements.lock").write_text(
+        "tqdm==1 \\\n    --hash=sha256:1\nuv==2 \\\n    --hash=sha256:2\nz==3\n"
+    )
+    (tmp_path / "config").touch()
+    executable(tmp_path / "uv", UV)
     (tmp_path / "bin").mkdir()
-    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp", "sleep", "uname", "sed", "tee", "tail"):
+    for tool in TOOLS.split():
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     return tmp_path
 
 
-ANSWERS = {"version": "3.11.7", "unsupported": 0, "no_venv": 0, "pause": "true", "said": ""}
-ANSWERS |= {"no_torch": 0, "config": "", "unreachable": 1}
-
-
-def add_python(folder, name, **answers):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(FAKE_PYTHON.format(**ANSWERS | answers))
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     path.chmod(0o755)
 
 
-def start(machine, **environment):
+def add_python(folder, name="python3", unsupported=0, no_venv=0):
+    text = PYTHON.replace("{unsupported}", str(unsupported)).replace("{no_venv}", str(no_venv))
+    executable(folder / name, text)
+
+
+def start(machine, *extras, **environment):
     """Start a setup in a session of its own."""
-    command = [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")]
+    command = [shutil.which("sh"), str(machine / "repo/scripts/setup.sh"), *extras]
     how = dict(env={"PATH": str(machine / "bin"), "HOME": str(machine), **environment}, start_new_session=True)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
-def setup(machine, **environment):
-    process = start(machine, **environment)
+def setup(machine, *extras, **environment):
+    process = start(machine, *extras, **environment)
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def installs(environment):
-    record = environment / "bin" / "installed"
+def calls(machine):
+    record = machine / "calls"
     return record.read_text().splitlines() if record.exists() else []
 
 
-def test_without_an_environment_one_is_made_and_filled_once(machine):
-    add_python(machine / "bin", "python3")
-    for _ in range(2):
-        done = setup(machine)
+def test_an_environment_is_made_and_filled_when_that_is_due_and_no_more(machine):
+    add_python(machine / "bin")
+    environment, repo = machine / "repo/.venv", machine / "repo"
+    for count, extras in ((1, ()), (1, ()), (2, ("serve", "hf")), (2, ("serve", "hf")), (3, ())):
+        done = setup(machine, *extras)
         assert done.returncode == 0, done.stderr
-    assert len(installs(machine / "repo/.venv")) == 1
-    assert done.stdout.endswith(f"\n    conda activate {machine}/repo/.venv\n")  # this one has no bin/activate
-    (machine / "repo/.venv/bin/activate").touch()
-    assert setup(machine).stdout.endswith(f"\n    . {machine}/repo/.venv/bin/activate\n")
+        assert len(calls(machine)) == count
+    assert "--editable .[serve,hf] " in calls(machine)[1]
+    for name in ("requirements.txt", "pyproject.toml"):
+        os.utime(repo / name, (2**31, 2**31))  # as a pull of a newer one
+        setup(machine)
+        assert len(calls(machine)) == (count := count + 1)
+        os.utime(repo / name, (0, 0))
+    assert done.stdout.endswith(f"\n    conda activate '{environment}'\n")  # this one has no bin/activate
+    (environment / "bin/activate").touch()
+    assert setup(machine).stdout.endswith(f"\n    . '{environment}/bin/activate'\n")
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
+def test_uv_is_the_locks_and_installs_with_its_hashes(machine):
+    add_python(machine / "bin")
+    setup(machine)
+    assert (machine / "uv.txt").read_text() == "uv==2 \\\n    --hash=sha256:2\n"
+    assert "UV_CONSTRAINT= requirements.lock\n" in (machine / "environment").read_text()
+    assert "--build-constraints requirements.lock" in calls(machine)[0]
+
+
+def test_without_uv_pip_installs_the_locks_versions(machine):
+    add_python(machine / "bin")
+    (machine / "uv").unlink()
+    assert "uv cannot be had, so pip installs, and checks no hashes" in setup(machine, "hf").stdout
+    constraint = machine / "repo/.venv/requirements.lock"
+    assert calls(machine) == [f"pip -I -m pip install --quiet --constraint {constraint} --editable .[hf]"]
+    assert constraint.read_text() == "tqdm==1\nuv==2\nz==3\n"
+
+
 @pytest.mark.parametrize(
-    "answers, torch, told",
+    "cards, present, variables, build, told",
     [
-        ({"unreachable": 0}, "cpu", "so the CPU build of torch is installed (TORCH=pip"),
-        ({"unreachable": 1}, "", "cannot be reached: pip's usual torch, with CUDA, is installed"),
-        ({"unreachable": 0, "config": "global.index-url='https://mirror'"}, "", ""),
-        ({"unreachable": 0, "config": ":env:.find-links='/wheels'"}, "", ""),
-        ({"unreachable": 0, "no_torch": 0}, "", ""),
-        ({"unreachable": 0, "TORCH": "pip"}, "", ""),
-        ({"unreachable": 1, "TORCH": "cpu"}, "cpu", ""),
+        ("", "", {}, "auto", ""),
+        ("", "unreachable", {}, "", "torch is taken, since its own builds cannot be had:   cause: no such host"),
+        ("", "torch", {}, "", ""),
+        ("", "", {"TORCH": "pip"}, "", ""),
+        ("", "torch", {"TORCH": "cpu"}, "cpu", ""),
+        ("7.0, 580.65.06", "", {}, "cu126", "build cu126 is taken, which has code for this GPU"),
+        ("7.0, 580.65.06", "torch", {}, "", ""),
+        ("9.0, 580.65.06\n6.1, 580.65.06", "", {}, "cu126", "cu126"),
+        ("7.0, 470.82.01", "", {}, "auto", ""),  # whose driver has no CUDA 12
+        ("7.5, 580.65.06", "", {}, "auto", ""),
+        ("12.0, 580.65.06", "", {}, "auto", ""),
+        ("7.0, 580.65.06", "", {"TORCH": "cpu"}, "cpu", ""),
     ],
 )
-def test_without_a_gpu_the_cpu_build_of_torch_is_taken_where_it_can_be(machine, answers, torch, told):
-    (machine / "repo/requirements.txt").write_text("torch>=2.6,<3  # why\ntorchlike>=1\n")
-    variables = {name: answers[name] for name in answers if name.isupper()}
-    add_python(
-        machine / "bin", "python3", **{"no_torch": 1} | {name: answers[name] for name in answers if name.islower()}
-    )
+def test_the_build_of_torch_suits_driver_card_and_user(machine, cards, present, variables, build, told):
+    add_python(machine / "bin")
+    if present:
+        (machine / present).touch()
+    executable(machine / "bin/nvidia-smi", f"#!/bin/sh\nprintf '%s' '{cards}'\n")
     done = setup(machine, **variables)
-    commands = installs(machine / "repo/.venv")
-    assert done.returncode == 0 and told in done.stdout and ("GPU" in done.stdout) == bool(told)
-    assert len(commands) == 1 + bool(torch) and commands[-1].endswith(" -e .")
-    if torch:
-        assert commands[0].endswith("--index-url https://download.pytorch.org/whl/cpu torch>=2.6,<3")
+    (call,) = calls(machine)
+    assert done.returncode == 0 and told in done.stdout
+    assert call.partition("--torch-backend ")[2].partition(" ")[0] == build
+    assert ("--reinstall-package torch" in call) == bool(variables)
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
-def test_a_cpu_build_that_does_not_come_gives_way_to_the_usual_torch(machine):
-    (machine / "repo/requirements.txt").write_text("torch>=2.6,<3\n")
-    broken = 'case "$*" in *--index-url*) exit 1 ;; esac'
-    add_python(machine / "bin", "python3", no_torch=1, unreachable=0, pause=broken)
-    done = setup(machine)
-    assert done.returncode == 0 and "pip's usual torch, with CUDA, is installed" in done.stdout
-    assert [command.endswith(" -e .") for command in installs(machine / "repo/.venv")] == [True]
+def test_a_build_of_torch_that_is_named_and_cannot_be_had_is_an_error(machine):
+    add_python(machine / "bin")
+    (machine / "unreachable").touch()
+    done = setup(machine, TORCH="cu999")
+    assert done.returncode == 1 and "TORCH=cu999: error" in done.stderr and not calls(machine)
 
 
-def test_a_gpu_gets_the_usual_torch(machine):
-    (machine / "bin/nvidia-smi").symlink_to(shutil.which("true"))
-    add_python(machine / "bin", "python3", no_torch=1, unreachable=0)
-    assert "CPU build" not in setup(machine).stdout and len(installs(machine / "repo/.venv")) == 1
-
-
-def test_what_pip_downloads_is_shown_and_no_more(machine):
-    lines = (
-        "Collecting torch",
-        "  Downloading https://x.org/whl/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl (184.5 MB)",
-        "  Downloading numpy-2.3.1-cp311-cp311-linux_x86_64.whl.metadata (62 kB)",
-        "Requirement already satisfied: filelock",
-        "Installing collected packages: torch",
-    )
-    add_python(machine / "bin", "python3", said="\n".join(lines))
-    out = setup(machine).stdout
-    assert "    torch 2.13.0+cpu, 184.5 MB\n    all is there" in out
-    assert not any(word in out for word in ("numpy", "Collecting", "filelock"))
-
-
-def test_a_download_is_shown_before_the_next_begins(machine):
-    waits = 'n=0; until [ -e "$HOME/seen" ]; do n=$((n + 1)); [ $n -lt 2400 ] || exit 1; sleep 0.05; done'
-    add_python(machine / "bin", "python3", said=f'  Downloading some-1.0.tar.gz (3 kB)"; {waits}; echo "')
-    process = start(machine)
-    while "some" not in (line := process.stdout.readline()):
-        assert line
-    (machine / "seen").touch()
-    process.communicate(timeout=60)
-    assert (line, process.returncode) == ("    some 1.0, 3 kB\n", 0)
-
-
-def locks(machine):
-    return list((machine / "repo").rglob("*lock"))
+@pytest.mark.parametrize(
+    "config, variables, expected",
+    [
+        ("global.index-url='https://a/b'", {}, {"UV_DEFAULT_INDEX": "https://a/b"}),
+        ("install.extra-index-url='\\nhttps://a\\nhttps://b'", {}, {"UV_INDEX": "https://a https://b"}),
+        ("global.find-links='/b'\nglobal.no-index='1'", {}, {"UV_FIND_LINKS": "/b", "UV_NO_INDEX": "1"}),
+        (":env:.find-links='/a /c'\nglobal.find-links='/b'", {}, {"UV_FIND_LINKS": "/a,/c"}),
+        ("global.constraint='/a.txt'", {}, {"UV_CONSTRAINT": "/a.txt requirements.lock"}),
+        ("global.index-url='a'", {"UV_DEFAULT_INDEX": "b"}, {"UV_DEFAULT_INDEX": "b"}),
+        ("global.timeout='5'", {}, {"UV_CONSTRAINT": " requirements.lock"}),
+    ],
+)
+def test_uv_installs_from_where_pip_is_configured_to(machine, config, variables, expected):
+    add_python(machine / "bin")
+    (machine / "config").write_text(config + "\n")
+    setup(machine, **variables)
+    lines = (machine / "environment").read_text().splitlines()
+    found = dict(line.partition("=")[::2] for line in lines if line.startswith("UV_"))
+    found.pop("UV_INDEX_STRATEGY")
+    assert found == {"UV_CONSTRAINT": " requirements.lock"} | expected
 
 
 def test_setups_that_begin_at_once_make_one_environment(machine):
-    add_python(machine / "bin", "python3", pause="sleep 0.3")
+    add_python(machine / "bin")
     processes = [start(machine) for _ in range(3)]
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], told
-    assert sum(out.count("making .venv") for out, _ in told) == 1
-    assert len(installs(machine / "repo/.venv")) == 1 and not locks(machine)
-
-
-@pytest.mark.parametrize("owner", [None, "another-machine 1\n"])
-def test_a_setup_that_may_go_on_is_waited_for_and_told(machine, owner):
-    add_python(machine / "bin", "python3")
-    (lock := machine / "repo/.venv-lock").mkdir()
-    if owner is not None:
-        (lock / "owner").write_text(owner)
-    process = start(machine)
-    assert "goes on here, and is waited for; where there is none, delete " in (line := process.stdout.readline())
-    shutil.rmtree(line.split()[-1])
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and len(installs(machine / "repo/.venv")) == 1
+    assert (machine / "repo/.venv/bin/rwkv-peft").exists() and not any(err for _, err in told)
+    assert sum("is waited for" in out for out, _ in told) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_setup_that_was_ended_holds_up_no_other(machine, number):
-    add_python(machine / "bin", "python3", pause='{ [ ! -e "$HOME/long" ] || sleep 60; }')
-    setup(machine)
-    (machine / "repo/requirements.txt").write_text("second\n")
+    add_python(machine / "bin")
     (machine / "long").touch()
     process = start(machine)
     assert "installing" in process.stdout.readline()
+    while not calls(machine):
+        assert process.poll() is None
     os.killpg(process.pid, number)
     process.communicate(timeout=60)
-    assert process.returncode != 0 and bool(locks(machine)) == (number == signal.SIGKILL)
     (machine / "long").unlink()
-    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 2 and not locks(machine)
-
-
-def test_changed_requirements_are_installed_again(machine):
-    add_python(machine / "bin", "python3")
-    setup(machine)
-    (machine / "repo/requirements.txt").write_text("second\n")
-    setup(machine)
-    assert len(installs(machine / "repo/.venv")) == 2
+    done = setup(machine)
+    assert process.returncode != 0 == done.returncode and "waited for" not in done.stdout
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-def test_an_active_environment_is_used_as_it_is(machine, variable):
+def test_an_active_environment_is_taken(machine, variable):
     add_python(machine / "mine/bin", "python")
     done = setup(machine, **{variable: str(machine / "mine")})
     assert done.returncode == 0, done.stderr
-    assert len(installs(machine / "mine")) == 1 and not (machine / "repo/.venv").exists()
+    assert f"--python {machine}/mine/bin/python " in calls(machine)[0] and not (machine / "repo/.venv").exists()
 
 
 def test_another_python_in_path_stands_in_for_an_old_or_crippled_one(machine):
-    add_python(machine / "bin", "python3", version="3.9.2", unsupported=1)
-    add_python(machine / "bin", "python3.12", version="3.12.1", no_venv=1)
-    add_python(machine / "bin", "python3.10", version="3.10.4")
-    done = setup(machine)
-    assert done.returncode == 0 and "Python 3.10.4" in done.stdout
+    add_python(machine / "bin", "python3", unsupported=1)
+    add_python(machine / "bin", "python3.12", no_venv=1)
+    add_python(machine / "bin", "python3.10")
+    assert setup(machine).returncode == 0
+    assert (machine / "repo/.venv/bin/python").read_text() == (machine / "bin/python3.10").read_text()
 
 
 @pytest.mark.parametrize(
     "place, answers, words",
     [
-        ("bin/python3", {"version": "3.9.2", "unsupported": 1}, ("3.9.2", "apt install")),
+        ("bin/python3", {"unsupported": 1}, ("no Python 3.10 to 3.14 makes", "apt install")),
         ("bin/python3", {"no_venv": 1}, ("python3-venv",)),
-        ("mine/bin/python", {"version": "3.9.2", "unsupported": 1}, ("3.9.2", "deactivate")),
+        ("mine/bin/python", {"unsupported": 1}, ("/mine has no Python 3.10 to 3.14", "deactivate")),
+        ("repo/.venv/bin/python", {"unsupported": 1}, ("/.venv has no Python 3.10 to 3.14", "delete")),
     ],
 )
 def test_a_python_that_does_not_serve_is_named_with_the_remedy(machine, place, answers, words):
     add_python((machine / place).parent, (machine / place).name, **answers)
     done = setup(machine, **({"VIRTUAL_ENV": str(machine / "mine")} if "mine" in place else {}))
     assert done.returncode == 1 and all(word in done.stderr for word in words)
+    assert (machine / "repo/.venv").exists() == (".venv" in place)
 
 
 def test_a_failed_install_is_an_error_and_tried_again(machine):
-    add_python(machine / "bin", "python3")
-    setup(machine)
-    python = machine / "repo/.venv/bin/python"
-    python.write_text(python.read_text().replace('*"-m pip install"*)', '*"-m pip install"*) exit 1 #'))
-    (machine / "repo/requirements.txt").write_text("second\n")
-    assert setup(machine).returncode == 1 and setup(machine).returncode == 1
+    add_python(machine / "bin")
+    (machine / "failing").touch()
+    for count in (1, 2):
+        done = setup(machine)
+        assert done.returncode == 1 and "the installation failed" in done.stderr and len(calls(machine)) == count
+    (machine / "failing").unlink()
+    assert setup(machine).returncode == 0

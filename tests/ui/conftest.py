@@ -21,7 +21,7 @@ def server(folder, accelerator):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("needs Chromium (Debian, Ubuntu: apt install chromium)")

@@ -10,7 +10,7 @@ import pytest
 from rwkv_peft.ui.command import entrance
 from ui.pages import LONG, go, press
 
-expect = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt").expect
+expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
 MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
 
 - one

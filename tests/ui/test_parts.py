@@ -7,7 +7,7 @@ import pytest
 
 from ui.pages import go, press
 
-expect = pytest.importorskip("playwright.sync_api", reason="needs requirements-test.txt").expect
+expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
 STEPS = 50_000  # of a run whose metrics are read in several parts
 MANY = 60
 SERVED = ["serve", "--model", "base.pth", "--adapter", "adapter=a.safetensors", "other=b.safetensors"]

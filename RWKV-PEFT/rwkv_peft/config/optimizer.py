@@ -45,7 +45,7 @@ class OptimizerConfig:
         "rate or a lower one; muon: updates of matrices with all singular values alike, 8 bytes for each of their "
         "numbers, at AdamW's rate or a higher one, AdamW for what is no matrix of a block; schedule_free: AdamW that "
         "averages its weights, at a rate that stays, for runs whose end is open. All but adamw and muon take packages "
-        "of requirements-optim.txt",
+        "of the extra optim (sh scripts/setup.sh optim)",
         type=alias((("none", "adamw"), ("schedulefree", SCHEDULE_FREE))),
         choices=("adamw", *OPTIMS),
     )

@@ -71,7 +71,7 @@ class ValidationConfig:
     lm_eval: tuple[str, ...] = setting(
         (),
         "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
-        "results are written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
+        "results are written to lm_eval.jsonl in --proj_dir (sh scripts/setup.sh eval)",
         metavar="TASK",
     )
     lm_eval_include_path: str = setting(

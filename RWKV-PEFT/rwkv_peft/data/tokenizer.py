@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from ..errors import UserError, told
 from ..files.readable import require_readable
+from ..installing import how_to_install
 from .world_vocabulary import parse_world_vocabulary
 
 MOST_TOKENS = 1 << 31  # the most that token files can tell apart
@@ -163,7 +164,7 @@ def world_vocabulary() -> Path:
             return path
     raise UserError(
         "tokenizer world: its vocabulary comes with the packages pyrwkv-tokenizer and rwkv, and neither is installed; "
-        "pip install -r requirements.txt"
+        + how_to_install()
     )
 
 

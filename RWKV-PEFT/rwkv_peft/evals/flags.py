@@ -52,7 +52,7 @@ command continues where it stopped.
 
 Any other name is a task, a group or a pattern (mmlu_*) of EleutherAI's lm-evaluation-harness, and there may be several.
 Their data is downloaded from the Hugging Face hub the first time, unless a task's YAML names files of yours
-(dataset_path: json, data_files). They need the package lm_eval: pip install -r requirements-eval.txt.
+(dataset_path: json, data_files). They need the extra eval: sh scripts/setup.sh eval.
 """
 
 
@@ -149,5 +149,5 @@ def check_harness(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             f"{' '.join(args.tasks)}: tasks other than {', '.join(TASKS)} are the lm-evaluation-harness's, whose "
-            f"package lm_eval this Python lacks; {how_to_install('requirements-eval.txt')}"
+            f"package lm_eval this Python lacks; {how_to_install('eval')}"
         )

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 from ..errors import UserError
+from ..installing import how_to_install
 
 DIGITS = 1000  # digits of a number that are read: no answer has as many, and Python converts at most 4,300
 # the marker before a final answer: GSM8K's sign, or MetaMath's words
@@ -54,8 +55,8 @@ def flexible_number(text: str) -> Fraction | None:
 def require_math_verify() -> None:
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(
-            "math needs the package math-verify, which tells whether two answers mean the same; pip install -r "
-            "requirements-eval.txt (or pip install math-verify)"
+            "math needs the package math-verify, which tells whether two answers mean the same; "
+            + how_to_install("eval")
         )
 
 

@@ -33,7 +33,7 @@ class Schema(Reward):
     def __init__(self, file: str) -> None:
         self.name = Path(file).stem
         if importlib.util.find_spec("jsonschema") is None:
-            raise UserError(f"this Python has no package jsonschema; {how_to_install('requirements-eval.txt')}")
+            raise UserError(f"this Python has no package jsonschema; {how_to_install('eval')}")
         from jsonschema import exceptions, validators
         from referencing import Registry, Resource
         from referencing.exceptions import Unresolvable

@@ -51,10 +51,10 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     if train.lm_eval and tasks and not Path(tasks).is_dir():
         yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"
     if train.lm_eval and importlib.util.find_spec("lm_eval") is None:
-        yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
+        yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; {how_to_install('eval')}"
     package = PACKAGES.get(train.optim)
     if package and importlib.util.find_spec(package) is None:
-        yield f"--optim {train.optim} needs the package {package}; {how_to_install('requirements-optim.txt')}"
+        yield f"--optim {train.optim} needs the package {package}; {how_to_install('optim')}"
     yield from check_trackers(train)
     if not train.proj_dir:
         yield "--proj_dir is empty; name the folder of the run"
