@@ -1,6 +1,5 @@
 """Writes small files that claim to hold gigabytes: objects, rows, lists and tensors."""
 
-import gzip
 import pickle
 import re
 import struct
@@ -21,29 +20,6 @@ def zipped(path, pickled):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
-
-
-def lists_of_nothing(path, count, rows):
-    """A packed .jsonl of equal rows, each with so many empty lists."""
-    row = b'{"prompt": "a", "text": "a", "x": [' + b"[]," * count + b"[]]}\n"
-    path.write_bytes(gzip.compress(row, 1) * rows)
-
-
-def parquet_of(path, array, **settings):
-    """A parquet file with one column, text, and without statistics."""
-    import pyarrow
-    from pyarrow import parquet
-
-    settings = {"compression": "zstd", "store_schema": False, "write_statistics": False} | settings
-    parquet.write_table(pyarrow.table({"text": array}), path, dictionary_pagesize_limit=1 << 30, **settings)
-    return path
-
-
-def repeated(text, count):
-    """A text that is stored once and referred to in so many places."""
-    import pyarrow
-
-    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
 
 
 def gguf(path, *settings, tensors=0, count=None):

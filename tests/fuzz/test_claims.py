@@ -8,18 +8,7 @@ import pytest
 import torch
 
 from fuzz.bounds import memory_bound
-from fuzz.claims import (
-    GGUFS,
-    call,
-    gguf,
-    listed,
-    lists_of_nothing,
-    named,
-    one_layer_for_all,
-    parquet_of,
-    repeated,
-    zipped,
-)
+from fuzz.claims import GGUFS, call, gguf, listed, named, one_layer_for_all, zipped
 from rwkv_peft import commands
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
@@ -88,62 +77,6 @@ def test_a_packed_line_is_not_unpacked_beyond_what_a_row_may_have(tmp_path):
             file.write(block)
     for words in (preprocess(path), preprocess(path, "--skip_bad_rows")):
         assert "line 2 has more than 67,108,864 bytes" in refused(*words)
-
-
-@pytest.mark.parametrize("command", ["generate", "eval"])
-def test_packed_rows_that_are_all_kept_are_bounded(tmp_path, monkeypatch, command):
-    monkeypatch.setattr("rwkv_peft.data.rows.HELD_BYTES", 1 << 20)
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "a", "question": "b", "answer": "#### 1"}\n' * 30_000))
-    words = ["--prompt_file", path] if command == "generate" else ["gsm8k", "--data", path]
-    assert "has more rows than fit into 1,048,576 bytes" in refused(command, "--model", "absent.pth", *words)
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_values_of_a_few_bytes_are_bounded_by_what_they_take(tmp_path, rows):
-    """20 million empty lists take 1.5 GB as a row, 60 MB as text, and 290 kB packed."""
-    path = tmp_path / "rows.jsonl.gz"
-    lists_of_nothing(path, 20_000_000 // rows, rows)
-    one = "line 1 has more than 16,777,216 values"
-    told = one if rows == 1 else "has more rows than fit into 268,435,456 bytes"
-    assert told in refused("generate", "--model", "absent.pth", "--prompt_file", path)
-    if rows == 1:
-        assert one in refused(*preprocess(path, "--skip_bad_rows"))
-
-
-def test_a_text_that_stands_in_many_rows_is_read_a_row_at_a_time(tmp_path):
-    pytest.importorskip("pyarrow")
-    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (4 << 20), 1000))
-    assert path.stat().st_size < 1000
-    assert commands.main([str(word) for word in preprocess(path, "--split", "[:2]")]) == 0
-    assert (tmp_path / "out.bin").stat().st_size == 2 * 2 * ((4 << 20) + 1)
-
-
-def test_a_text_beyond_what_a_row_may_have_is_refused(tmp_path):
-    pytest.importorskip("pyarrow")
-    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (100 << 20), 1000))
-    assert path.stat().st_size < 10_000 and "a row takes 104,857," in refused(*preprocess(path))
-
-
-def test_a_page_beyond_what_is_unpacked_at_once_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow")
-    monkeypatch.setattr("rwkv_peft.data.parquet_pages.MOST_BYTES", 1 << 20)
-    path = parquet_of(tmp_path / "rows.parquet", repeated("a" * (1 << 20), 10))
-    assert "a page of its column text takes 1,048,580 bytes, and at most 1,048,576" in refused(*preprocess(path))
-
-
-def test_a_row_that_is_a_list_of_one_text_many_times_is_refused(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    texts = pyarrow.ListArray.from_arrays([0, 4000], repeated("a" * (1 << 20), 4000))
-    assert "a row takes 4,194,3" in refused(*preprocess(parquet_of(tmp_path / "rows.parquet", texts)))
-
-
-def test_a_row_that_is_a_list_of_countless_nothings_is_refused(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    monkeypatch.setattr("rwkv_peft.data.parquet_pages.MOST_VALUES", count := 1 << 16)
-    nothings = pyarrow.ListArray.from_arrays([0, count + 1], pyarrow.nulls(count + 1, pyarrow.int8()))
-    path = parquet_of(tmp_path / "rows.parquet", nothings)
-    assert "hold 65,537 values in one group of rows, and at most 65,536" in refused(*preprocess(path))
 
 
 @pytest.mark.parametrize("claim", GGUFS)

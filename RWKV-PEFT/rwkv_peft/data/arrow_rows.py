@@ -1,11 +1,9 @@
 """Reads rows of parquet files and of folders that datasets.save_to_disk wrote, in lists of about a megabyte.
 
-Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address. The memory
-of each list is measured before it is made.
+Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address.
 """
 
 import json
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +14,9 @@ from typing import Any
 from ..errors import UNREADABLE, UserError, told
 from ..files.readable import read_settings, require_readable
 from .folders import SAVED, SPLITS, choose
-from .parquet_pages import largest_page
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows
-ROW_BYTES = 1 << 26  # the most that a row may take
-BATCH_BYTES = 1 << 28  # the most that may be unpacked at once
-VALUE = 16  # bytes that a value takes besides its own
-HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
+BATCH_BYTES = 1 << 28  # unpacked at once, about
 Row = dict[str, Any]
 
 
@@ -38,32 +32,29 @@ def import_pyarrow(path: Path) -> ModuleType:
     return pyarrow
 
 
-def open_parquet(path: Path) -> tuple[Any, int]:
-    """Open a parquet file -> (pyarrow's ParquetFile, the rows to unpack at once). Raises UserError for damage."""
+def open_parquet(path: Path) -> Any:
+    """Open a parquet file -> pyarrow's ParquetFile. Raises UserError for damage."""
     arrow = import_pyarrow(path)
     with telling_damage(path, "a parquet file"):
-        metadata = arrow.parquet.read_metadata(path)
-        columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
-        lists = [column for column in columns if column.max_repetition_level and column.physical_type == "BYTE_ARRAY"]
-        # a row may repeat a stored text any number of times; as a dictionary it stays one text until it is measured
-        texts = [column.path for column in lists if column.logical_type.type != "DECIMAL"]
-        count = BATCH_BYTES // max(1, largest_page(path, metadata))
-        return arrow.parquet.ParquetFile(path, read_dictionary=texts), min(max(count, 1), PIECE_ROWS)
+        return arrow.parquet.ParquetFile(path)
 
 
-def parquet_rows(path: Path, opened: tuple[Any, int] | None = None, group: int | None = None) -> Iterator[list[Row]]:
+def parquet_rows(path: Path, opened: Any = None, group: int | None = None) -> Iterator[list[Row]]:
     """Yield the rows of a parquet file, or of one of its groups of rows, in lists; opened is what open_parquet gave.
-    Raises UserError as that does, and for too large a row."""
-    file, size = opened or open_parquet(path)
-    groups = None if group is None else [group]
+    Raises UserError as that does."""
+    file = opened or open_parquet(path)
     with telling_damage(path, "a parquet file"):
-        for batch in file.iter_batches(batch_size=size, row_groups=groups):
-            yield from pieces(path, batch)
+        groups = range(file.metadata.num_row_groups) if group is None else [group]
+        unpacked = sum(file.metadata.row_group(number).total_byte_size for number in groups)
+        rows = sum(file.metadata.row_group(number).num_rows for number in groups)
+        size = min(max(BATCH_BYTES * rows // max(unpacked, 1), 1), PIECE_ROWS)
+        for batch in file.iter_batches(batch_size=size, row_groups=list(groups)):
+            yield from pieces(batch)
 
 
 def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
     """Yield the rows of a folder that datasets.save_to_disk wrote, in lists; if it has several splits, those of
-    `split`. Raises UserError for a folder that is damaged, incomplete, compressed, or in an order of its own."""
+    `split`. Raises UserError for a folder that is damaged, incomplete, or in an order of its own."""
     for file, columns in saved_files(path, split):
         for batch in arrow_batches(file):
             yield from batch_rows(file, batch, columns)
@@ -95,9 +86,6 @@ def arrow_batches(file: Path) -> Iterator[Any]:
     """Yield the groups of rows of a file of Arrow, mapped and not checked. Raises UserError for a damaged one."""
     arrow = import_pyarrow(file)
     with telling_damage(file, "a file of Arrow"), arrow.memory_map(str(file)) as mapped:
-        if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
-            raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
-        mapped.seek(0)
         yield from arrow.ipc.open_stream(mapped)
 
 
@@ -107,34 +95,12 @@ def batch_rows(file: Path, batch: Any, columns: list[str] | None) -> Iterator[li
         batch.validate(full=True)  # nothing has checked for places outside the file yet
         if columns is not None:
             batch = batch.select([column for column in batch.schema.names if column in columns])
-        yield from pieces(file, batch)
+        yield from pieces(batch)
 
 
 def is_own(name: object) -> bool:
     """Return whether a name in a folder's JSON is one of something directly in the folder."""
     return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
-
-
-def is_packed(message: Any) -> bool:
-    """Return whether a message of an Arrow stream is compressed, because it would be unpacked to any length that it
-    names. A field of the message's FlatBuffers table says so, which pyarrow has checked but does not show."""
-    data = message.metadata.to_pybytes()
-
-    def follow(place: int) -> int:
-        return place + int(struct.unpack_from("<I", data, place)[0])
-
-    def field(table: int, number: int) -> int:
-        """The place of a field of a table, 0 if the table lacks it."""
-        fields = table - int(struct.unpack_from("<i", data, table)[0])
-        place = 4 + 2 * number
-        known = place < struct.unpack_from("<H", data, fields)[0]
-        start = int(struct.unpack_from("<H", data, fields + place)[0]) if known else 0
-        return start and table + start
-
-    if message.type == "schema":
-        return False
-    header = follow(field(follow(0), HEADER))
-    return bool(field(follow(field(header, ROWS)) if message.type == "dictionary" else header, COMPRESSION))
 
 
 def settings(path: Path) -> Row:
@@ -144,31 +110,23 @@ def settings(path: Path) -> Row:
 
 @contextmanager
 def telling_damage(path: Path, kind: str) -> Iterator[None]:
-    """Make a UserError of what pyarrow and parquet_pages.py raise for a broken file, which should be of a kind."""
+    """Make a UserError of what pyarrow raises for a broken file, which should be of a kind."""
     from pyarrow import ArrowException
 
     try:
         yield
-    except (*UNREADABLE, ArrowException, MemoryError, struct.error) as error:
+    except (*UNREADABLE, ArrowException, MemoryError) as error:
         raise UserError(f"{path}: not {kind}, or a damaged one ({told(error)}); copy it again") from error
 
 
-def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
-    """Yield a batch's rows in lists of about PIECE_BYTES. Raises UserError for a row of more than ROW_BYTES."""
-    size = sum(map(taken, batch.columns))
-    if size > ROW_BYTES and len(batch) == 1:
-        raise UserError(f"{path}: a row takes {size:,} bytes, and at most {ROW_BYTES:,} are read; split it")
-    if size > ROW_BYTES or len(batch) > PIECE_ROWS:
-        half = len(batch) // 2
-        yield from pieces(path, batch.slice(0, half))
-        yield from pieces(path, batch.slice(half))
-        return
+def pieces(batch: Any) -> Iterator[list[Row]]:
+    """Yield a batch's rows in lists of about PIECE_BYTES."""
     columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
     names = [name for name, column in columns.items() if column is not None]
     restorers = {field.name: restorer(field.type, from_json) for field in batch.schema}
     lists = [list(map(restorers[name], columns[name].to_pylist())) for name in names]
     rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
-    step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
+    step = min(max(1, PIECE_BYTES * len(rows) // max(batch.nbytes, 1)), PIECE_ROWS)
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
@@ -197,25 +155,6 @@ def unchanged(value: Any) -> Any:
 
 def from_json(text: str | None) -> Any:
     return None if text is None else json.loads(text)
-
-
-def taken(array: Any) -> int:
-    """The bytes that the values of an array take as rows; a repeated text counts each time, and JSON by its values."""
-    from pyarrow import compute, types
-
-    kind, own = array.type, VALUE * len(array)
-    if is_json(kind):
-        inner = sum(compute.sum(compute.count_substring(array.storage, mark)).as_py() or 0 for mark in ",[{")
-        return own + array.nbytes + VALUE * inner
-    if types.is_dictionary(kind):
-        if not is_text(kind.value_type):
-            return own
-        return own + (compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0)
-    if types.is_struct(kind):
-        return own + sum(map(taken, array.flatten()))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return own + taken(array.flatten())
-    return own + array.nbytes
 
 
 def plain(array: Any) -> Any:

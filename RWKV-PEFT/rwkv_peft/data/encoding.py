@@ -19,9 +19,8 @@ from .bad_rows import BadRows
 from .binidx import dtype_code
 from .cutting import Piece, length, shorten, windows
 from .encode_settings import REMEDIES, EncodeSettings
-from .foreign import TO_UTF_8
 from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
-from .rows import Chunk
+from .rows import TO_UTF_8, Chunk
 from .templates import FOREIGN_MARKS, Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of

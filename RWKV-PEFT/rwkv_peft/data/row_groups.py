@@ -61,7 +61,7 @@ class RowGroups:
     def _sizes(self, file: Path) -> list[int]:
         if self.columns:
             return [len(batch) for batch in self._batches(file)]
-        metadata = self._parquet(file)[0].metadata
+        metadata = self._parquet(file).metadata
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
     def read(self, group: Group) -> Iterator[Chunk]:

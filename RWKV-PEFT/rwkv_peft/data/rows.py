@@ -16,15 +16,12 @@ from typing import TextIO
 
 from ..errors import UserError, short, told
 from ..files.readable import choice_in, require_readable
-from .arrow_rows import ROW_BYTES, parquet_rows, saved_rows
+from .arrow_rows import parquet_rows, saved_rows
 from .folders import choose, is_saved, row_files
-from .foreign import TO_UTF_8, refuse_foreign
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-HELD_BYTES = 1 << 28  # the most bytes of rows of a compressed file or a folder that are kept in memory
-ROW_VALUES = 1 << 24  # the most values that a row may have, because a value of three bytes, [], takes 70 in memory
-VALUE_BYTES = 64  # bytes that a value takes in memory beside its text
+ROW_BYTES = 1 << 26  # the most that a line may have, because a device has no end, and a packed line may be long
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv, .parquet or .txt files, "
     "or one that datasets.save_to_disk wrote"
@@ -33,6 +30,19 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
 ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
+TO_UTF_8 = (
+    "convert the file to UTF-8: Excel saves as CSV UTF-8, Notepad asks for the encoding, and in a shell `iconv -f GBK "
+    "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
+)
+UTF_16 = f"UTF-16, and UTF-8 is due; {TO_UTF_8.partition(' (`')[0].replace('GBK', 'UTF-16')}"
+STARTS = (  # the first bytes of a file, what it is, and the remedy
+    (b"\xff\xfe", UTF_16),
+    (b"\xfe\xff", UTF_16),
+    (b"PK\3\4", "a zip file, as office programs write them, whatever its name; export it as .csv or .txt"),
+    (b"PAR1", "a .parquet file; name it so"),
+    (b"\x1f\x8b", "compressed by gzip; name it .jsonl.gz, or unpack it"),
+    (b"%PDF", "a PDF, whatever its name; export its text as .txt"),
+)
 DELIMITERS = ",;\t"
 MOST_CHARACTERS = 1 << 24  # of a cell; without a bound an unclosed quote would take in all that follows
 
@@ -94,29 +104,13 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
         raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
 
 
-def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
-    """Yield the Chunks of an input whose rows will all stay in memory. Raises UserError as read_chunks does, and for a
-    compressed file or a folder with more than HELD_BYTES, because a megabyte may become a thousand."""
-    packed, size = Path(path).suffix in (".gz", ".parquet") or Path(path).is_dir(), 0
-    for chunk in read_chunks(path, split):
-        size += sum(map(held_bytes, chunk.items)) if packed else 0
-        if size > HELD_BYTES:
-            raise UserError(
-                f"{path} has more rows than fit into {HELD_BYTES:,} bytes, and all would be kept in memory; give a "
-                "part of it, or unpack it to a .jsonl"
-            )
-        yield chunk
-
-
-def held_bytes(item: object) -> int:
-    """The bytes that an item of a Chunk takes about, once it is a row."""
-    text = item if isinstance(item, bytes) else repr(item).encode(errors="replace")
-    return len(text) + VALUE_BYTES * values_in(text)
-
-
-def values_in(text: bytes) -> int:
-    """The number of values in a row of JSON, or more if its texts have commas."""
-    return sum(map(text.count, (b",", b"[", b"{")))
+def refuse_foreign(path: Path) -> None:
+    """Raise UserError for a file that is named like a text, and begins like something else."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    for bytes_, what in STARTS:
+        if start.startswith(bytes_) and path.suffix not in (".parquet", ".gz"):
+            raise UserError(f"{path} is {what}")
 
 
 def zipped_chunks(path: Path) -> Iterator[Chunk]:
@@ -126,20 +120,17 @@ def zipped_chunks(path: Path) -> Iterator[Chunk]:
 
 def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
     """Yield the lines of an open file, about a megabyte at a time. Raises UserError for a damaged file, and for a line
-    beyond ROW_BYTES or ROW_VALUES, because a compressed file may hold one of a thousand times its size."""
+    beyond ROW_BYTES."""
     lines: list[bytes] = []
     size = number = 0
     try:
         while line := file.readline(ROW_BYTES + 1):
             number += 1
-            place = f"{path}, line {number}"
             if len(line) > ROW_BYTES:
                 raise UserError(
-                    f"{place} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or give a long text "
-                    "as a .txt"
+                    f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
+                    "give a long text as a .txt"
                 )
-            if len(line) > ROW_VALUES and values_in(line) > ROW_VALUES:
-                raise UserError(f"{place} has more than {ROW_VALUES:,} values, which no row may have; split it")
             lines.append(line)
             size += len(line)
             if size >= CHUNK_BYTES:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.encoding import parse
-from ..data.rows import HELD_BYTES, JSON_ENDINGS, held_chunks
+from ..data.rows import JSON_ENDINGS, read_chunks
 from ..data.tokenizer import Tokenizer
 from ..data.tools import tools_text
 from ..errors import UserError
@@ -15,6 +15,7 @@ from ..files.readable import read_short
 WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
 ENDS = ("end", "stop", "length")
 Made = TypeVar("Made")
+MOST_BYTES = 1 << 28  # of a text with prompts
 
 
 def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
         if path == "-":
             text = sys.stdin.read().encode(errors="surrogateescape").decode()  # streams.py made surrogates of bytes
         else:
-            text = read_short(Path(path), HELD_BYTES)
+            text = read_short(Path(path), MOST_BYTES)
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
@@ -61,7 +62,7 @@ def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag
     """make(row) of each row of a file, or of a split of it. Raises UserError for a row that make refuses, with its
     place."""
     found = []
-    for chunk in held_chunks(path, split):
+    for chunk in read_chunks(path, split):
         for number, item in enumerate(chunk.items, start=chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue
