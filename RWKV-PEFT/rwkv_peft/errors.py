@@ -27,8 +27,9 @@ ROOM = "end other programs, take a smaller file or batch, or a machine with more
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
-# control characters other than tab and newline, and Unicode's marks that break lines or turn the direction of writing
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# control characters other than tab and newline, Unicode's marks that break lines or turn the direction of writing, and
+# halves of characters, which JSON may hold and no output can
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 TOLD = 200  # the most characters of a quoted text
 LONGEST = 4000  # of a line of a message, which may quote several
 

@@ -47,14 +47,17 @@ def test_rows_of_all_forms(row, names, asked, answer):
     "row, message",
     [
         ("Hi?", "a row is str, not an object with fields: context beside a question"),
-        ({"question": "Hi?", "answer": "Yes."}, "field 'context' is missing; the row has question, answer"),
-        ({"context": "It."}, "a row has the fields context; rows with contexts have context beside a question"),
-        ({"context": "It.", "question": "Hi?"}, "a row has the fields context, question; rows with contexts have"),
+        ({"question": "Hi?", "answer": "Yes."}, "field 'context' is missing; the row has question 'Hi\\?', answer"),
+        ({"context": "It."}, "a row has the fields context 'It.'; rows with contexts have context beside a question"),
+        (
+            {"context": "It.", "question": "Hi?"},
+            "a row has the fields context 'It.', question 'Hi\\?'; rows with contexts have",
+        ),
         ({"context": " ", "question": "Hi?", "answer": "Yes."}, "the context is empty; write one, or leave the row"),
         ({"context": "It.", "question": "Hi?", "answer": " "}, "the answer is empty; write one, or leave the row out"),
         ({"context": "It.", "prompt": "", "completion": "Yes."}, "the question is empty; write one"),
-        ({"context": 3, "question": "Hi?", "answer": "Yes."}, "field 'context' holds int, not text"),
-        ({"context": "It.", "question": "Hi?", "answer": 4}, "field 'answer' holds int, not text"),
+        ({"context": [3], "question": "Hi?", "answer": "Yes."}, "field 'context' holds list, not text"),
+        ({"context": "It.", "question": "Hi?", "answer": True}, "field 'answer' holds bool, not text"),
     ],
 )
 def test_rows_without_what_is_learned_from(row, message):

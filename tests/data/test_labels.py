@@ -55,11 +55,14 @@ def rows(number):
     "row, words",
     [
         ([1], "a row is list, not an object"),
-        ({"query": "Hi?", "response": "Yes."}, "rows without a label are for --data_type sft; name others with"),
+        (
+            {"query": "Hi?", "response": "Yes."},
+            "rows without a label are for --data_type sft; name yours, as --sft_field PROMPT ANSWER LABEL",
+        ),
         ({"query": "Hi?", "response": "Yes.", "label": 1}, "field 'label' holds 1; a label is true for a desirable"),
         ({"query": "Hi?", "response": "Yes.", "label": "yes"}, "field 'label' holds 'yes'; a label is true"),
         ({"query": "Hi?", "label": True}, "a row has the fields query"),
-        ({"query": "Hi?", "response": 3, "label": True}, "field 'response' holds int, not text"),
+        ({"query": "Hi?", "response": ["a"], "label": True}, "field 'response' holds list, not text"),
         ({"messages": [USER], "label": True}, "are to end in one of the assistant's"),
         ({"messages": [USER, GOOD, USER], "label": True}, "are to end in one of the assistant's"),
         ({"messages": [], "label": True}, "are to end in one of the assistant's"),

@@ -12,6 +12,7 @@ from rwkv_peft.errors import UserError
 
 BAD = {"role": "assistant", "content": "No."}
 PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
+LONGER = f"User: A?\n\nAssistant: B.\n\n{PROMPT}"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,9 @@ PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
         ({"prompt": "Hi?", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
         ({"messages": [USER], "chosen": "Yes.", "rejected": "No."}, PROMPT),
         ({"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}, PROMPT),
+        ({"prompt": "Hi?", "preferred_output": [GOOD], "non_preferred_output": [BAD]}, PROMPT),
+        ({"chosen_messages": [USER, GOOD], "rejected_messages": [USER, BAD]}, PROMPT),
+        ({"conversation": [{"human": "A?", "assistant": "B."}, USER], "chosen": "Yes.", "rejected": "No."}, LONGER),
         (
             {
                 "conversations": [{"from": "human", "value": "Hi?"}],
@@ -41,7 +45,7 @@ PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
                 "chosen": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Hi?\n\nAssistant: Yes.",
                 "rejected": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Hi?\n\nAssistant: No.",
             },
-            f"User: A?\n\nAssistant: B.\n\n{PROMPT}",
+            LONGER,
         ),
     ],
 )
@@ -103,9 +107,12 @@ def test_both_answer_the_same_prompt_where_one_of_them_thinks(data):
     "row, words",
     [
         ([1], "a row is list, not an object"),
-        ({"prompt": "Hi?", "chosen": "Yes."}, "a row has the fields prompt, chosen; pairs are chosen and rejected"),
-        ({"chosen": "Yes.", "rejected": "No."}, "a row has no prompt, only chosen, rejected"),
-        ({"prompt": [USER], "chosen": 3, "rejected": "No."}, "field 'chosen' holds int, not text"),
+        (
+            {"prompt": "Hi?", "chosen": "Yes."},
+            "a row has the fields prompt 'Hi\\?', chosen 'Yes.'; pairs are chosen and rejected",
+        ),
+        ({"chosen": "Yes.", "rejected": "No."}, "a row has no prompt, only chosen 'Yes.', rejected 'No.'"),
+        ({"prompt": [USER], "chosen": True, "rejected": "No."}, "field 'chosen' holds bool, not text"),
         ({"query": "Hi?", "chosen": "Yes.", "rejected": None}, "field 'rejected' holds NoneType, not text"),
         ({"query": "Hi?", "response": "Yes."}, "rows of one answer are for --data_type sft"),
         (
@@ -113,7 +120,7 @@ def test_both_answer_the_same_prompt_where_one_of_them_thinks(data):
             "end in one of the assistant's; leave it out",
         ),
         ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be."}, "a system text beside its prompt"),
-        ({"query": 1, "chosen": "Yes.", "rejected": "No."}, "field 'query' holds int, not text"),
+        ({"query": {}, "chosen": "Yes.", "rejected": "No."}, "field 'query' holds dict, not text"),
     ],
 )
 def test_rows_that_are_no_pairs(row, words):

@@ -56,10 +56,10 @@ def test_other_forms():
     "row, names, words",
     [
         ("Hi?", (), "a row is str, not an object with fields: a prompt, query"),
-        ({"problem": "Hi?"}, (), "the fields problem; prompts are a prompt, query, question"),
+        ({"problem": "Hi?"}, (), "the fields problem 'Hi.'; prompts are a prompt, query, question"),
         ({"question": "Hi?"}, ("problem",), "field 'problem' is missing; the row has question"),
         ({"prompt": " "}, (), "the prompt is empty; write one"),
-        ({"prompt": 3}, (), "field 'prompt' holds int, not text"),
+        ({"prompt": {}}, (), "field 'prompt' holds dict, not text"),
     ],
 )
 def test_rows_that_hold_no_prompt(row, names, words):

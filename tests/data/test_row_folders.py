@@ -71,7 +71,11 @@ def test_tables_and_texts_have_an_end(tmp_path):
         ('query,response\n"a,A\nb,B\n', "in.csv, line 3: not CSV .*unexpected end of data.* stands in quotes"),
         ('query,response\n"a"x,A\n', "in.csv, line 2: not CSV"),
         ("query,query\na,A\n", "in.csv: the first line names 'query' twice"),
-        ("a,A\nb,B\n", "in.csv, row 1: a row has the fields a, A; known are"),
+        (
+            "a,A\nb,B\n",
+            "in.csv, row 1: a row has the fields a 'b', A 'B'; known are .*; the first line of a table names its",
+        ),
+        ("a,a\nb,B\n", "in.csv: the first line names 'a' twice; .* or write a line of names, such as question,answer"),
         (b"query,response\n\xff,A\n", "in.csv: not UTF-8"),
         ("", "there is no row"),
     ],

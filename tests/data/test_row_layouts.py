@@ -88,7 +88,7 @@ def test_a_system_text_beside_a_question_stands_before_it(row):
 
 def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
     row = {"prompt": "Hi?", "completion": " Yo", "system": "Be."}
-    with pytest.raises(UserError, match="a system text beside its prompt.*; name others with --fields"):
+    with pytest.raises(UserError, match="a system text beside its prompt.*; name yours, as --fields"):
         preprocess([row])
     assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
 
@@ -121,7 +121,7 @@ def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
     "row", [{"instruction": "Hi?", "input": "", "output": "Yo"}, {"query": "Hi?", "response": "Yo"}, chat("Hi?", "Yo")]
 )
 def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
-    with pytest.raises(UserError, match="a row has a text, which counts as a whole, and .*; name others with --fields"):
+    with pytest.raises(UserError, match="a row has a text, which counts as a whole, and .*; name yours, as --fields"):
         preprocess([row | {"text": "Be. Hi? Yo"}])
     assert texts(preprocess([row | {"text": "Be. Hi? Yo"}], "--fields", "text")) == [("Be. Hi? Yo", "Be. Hi? Yo")]
     assert segments(row | {"text": ""}) == segments(row | {"text": None}) == segments(row)

@@ -134,7 +134,7 @@ def test_lambada_rows():
     [
         ("gsm8k", {"question": "q", "answer": "3 or 4"}, "no number after ####"),
         ("gsm8k", {"question": "q"}, "one of answer, response, solution is due"),
-        ("gsm8k", {"question": 3, "answer": "#### 4"}, "'question' holds int"),
+        ("gsm8k", {"question": [3], "answer": "#### 4"}, "'question' holds list"),
         ("gsm8k", [], "not an object"),
         ("math", {"problem": "q", "solution": "5"}, "has no .boxed{answer}"),
         ("jsonl", {"text": "alone"}, "one text, with no question"),

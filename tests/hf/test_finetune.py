@@ -123,6 +123,19 @@ def test_an_answer_that_is_missing_is_told(tiny, tmp_path):
         run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "more, data_type",
+    [
+        ({"query": "A", "response": "B", "label": False}, "labels"),
+        ({"messages": [{"role": "user", "content": "A"}], "chosen": "B", "rejected": "C"}, "pairs"),
+    ],
+)
+def test_labels_and_pairs_are_not_learned_as_good_answers(tiny, tmp_path, more, data_type):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(more) + "\n")
+    with pytest.raises(UserError, match=f"train.py --data_type {data_type} learns from"):
+        run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
+
+
 def test_arguments_are_adapted_to_the_installed_versions():
     flags = ["--warmup_ratio=0.03", "--tf32", "--lr", "1"]
     adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)

@@ -132,9 +132,9 @@ def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, 
 @pytest.mark.parametrize(
     "row, more, remedy",
     [
-        ({"q": "a"}, [], "name others with --sft_field"),
-        ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q; name others with --sft_field"),
-        ({"text": 3}, [], "--skip_bad_rows leaves such rows out"),
+        ({"q": "a"}, [], "name yours, as --sft_field QUESTION ANSWER or --sft_field TEXT"),
+        ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q 'a'; name yours, as --sft_field"),
+        ({"text": [3]}, [], "--skip_bad_rows leaves such rows out"),
         ({"text": "a"}, ["--sft_split", "nonsense["], "split 'nonsense[': write train, train[:1000]"),
         ({"text": "a"}, ["--tokenizer", "endless.json"], "rwkv-peft preprocess --no-append_eod"),
     ],

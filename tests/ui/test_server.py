@@ -197,7 +197,7 @@ def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, 
     (folder / "表 格.csv").write_text("问题,答案\n几？,一\n", "utf-8-sig")
     asked = {"path": "表 格.csv", "tokenizer": "bytes"}
     status, text = server.ask("/api/preview", asked)
-    assert status == 400 and "name others with --sft_field" in text
+    assert status == 400 and "name yours, as --sft_field QUESTION ANSWER" in text
     found = server.json("/api/preview", asked | {"fields": ["问题", "答案"]})
     assert found["documents"][0]["pieces"][1] == [" 一<end>", True]
     (folder / "texts").mkdir()

@@ -82,9 +82,9 @@ class DataConfig:
     tokenizer: str = setting("world", "world, bytes or a tokenizer.json", metavar="NAME")
     sft_field: tuple[str, ...] = setting(
         (),
-        "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
-        "rejected; labels: those of prompt, answer and label; prompts: that of the prompt; contexts: those of "
-        "context, question and answer (default: recognised)",
+        "sft: the field that holds the text or the turns, or those of question and answer; pairs: those of prompt, "
+        "chosen and rejected; labels: those of prompt, answer and label; prompts: that of the prompt; contexts: those "
+        "of context, question and answer (default: recognised)",
         metavar="FIELD",
     )
     sft_split: str = setting(

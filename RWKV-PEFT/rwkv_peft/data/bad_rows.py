@@ -9,7 +9,8 @@ from ..errors import in_line
 
 MOST_KINDS = 100  # kinds that are told apart
 SHOWN = 8  # kinds that a message lists
-VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\(.*\)|\d+")  # the parts in which messages of one kind differ
+# the parts in which messages of one kind differ
+VARIES = re.compile(r"(?<!\w)'(?:\\.|[^'\\])*'…?|\"(?:\\.|[^\"\\])*\"…?|\(.*\)|\d+|\b(?:None|True|False)\b|\[…\]|\{…\}")
 
 
 class BadRows:

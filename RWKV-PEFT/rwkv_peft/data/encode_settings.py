@@ -8,16 +8,30 @@ from typing import NamedTuple
 class Remedies(NamedTuple):
     """The remedies for mistakes, in the flags of the command that reads the rows."""
 
-    unknown_form: str = "name others with --sft_field"
+    unknown_form: str
     no_end: str = "take one that does"
+
+
+ANSWERED = ("QUESTION ANSWER", "TEXT")
+HEADER = "; the first line of a table names its columns: write one, such as question,answer, if it is a row"
+ALIKE = ("preprocess", "train", "contexts")  # the commands that learn from every answer
+
+
+def naming(flag: str, *fields: str) -> str:
+    """The remedy for rows whose fields are not known."""
+    return f"name yours, as {' or '.join(f'{flag} {each}' for each in fields)}"
 
 
 REMEDIES = MappingProxyType(
     {
-        "preprocess": Remedies("name others with --fields", "take --no-append_eod"),
-        "train": Remedies(no_end="make token files with rwkv-peft preprocess --no-append_eod"),
-        "prompts": Remedies("name another with --sft_field"),
-        **dict.fromkeys(("pairs", "labels", "contexts"), Remedies()),
+        "preprocess": Remedies(naming("--fields", *ANSWERED), "take --no-append_eod"),
+        "train": Remedies(
+            naming("--sft_field", *ANSWERED), "make token files with rwkv-peft preprocess --no-append_eod"
+        ),
+        "pairs": Remedies(naming("--sft_field", "PROMPT CHOSEN REJECTED")),
+        "labels": Remedies(naming("--sft_field", "PROMPT ANSWER LABEL")),
+        "prompts": Remedies(naming("--sft_field", "PROMPT")),
+        "contexts": Remedies(naming("--sft_field", "CONTEXT QUESTION ANSWER")),
     }
 )
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,13 @@ from ..errors import UserError, visible
 from .bad_rows import BadRows
 from .binidx import dtype_code
 from .cutting import Piece, length, shorten, windows
-from .encode_settings import REMEDIES, EncodeSettings
-from .row_forms import UNDESIRABLE, in_context, label_of, labelled, opened, pair, turns_before
-from .rows import TO_UTF_8, Chunk
-from .templates import FOREIGN_MARKS, Template, UnknownForm, named_segments, opening_within, segments, thinks
+from .encode_settings import ALIKE, HEADER, REMEDIES, EncodeSettings
+from .fields import Fields, UnknownForm
+from .row_forms import TURNS, UNDESIRABLE, in_context, label_of, labelled, opened, pair, refuse_compared
+from .rows import CSV_ENDINGS, TO_UTF_8, Chunk
+from .templates import FOREIGN_MARKS, Template, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
+from .tools import as_list
 from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
@@ -39,7 +40,6 @@ DIGEST = 16  # bytes of a row's
 OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant:"}  # what opens their turns in a chat
 # a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
-ASIDE = ("context", "passage", "document", "choices", "options", "input")  # fields that often belong to a question
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Encoded:
     equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
     Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
     that is not the model's, blank with another empty turn, dialogues and templated for texts with turns, of RWKV's or
-    another model's; thinking and at_once for those with and without, if asked; "unread NAME" for those with a field.
+    another model's; thinking and at_once for those with and without, if asked; "unread NAME" for those with a text in
+    a field that no document holds. counted has the tokens that count in the loss.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -124,7 +125,6 @@ class Encoder:
                 "--template and --think both set the opening of an answer; write it into the template, as in the "
                 "templates think and no-think"
             )
-        self.told_aside = not settings.template and not settings.fields and self.kind not in ("prompts", "contexts")
         self.layout: Callable[[object, str], Documents]
         clean = settings.clean_turns
         if own := LAYOUTS.get(settings.command):
@@ -157,7 +157,11 @@ class Encoder:
                 continue
             try:
                 whole = isinstance(item, str) and self.kind in ("preprocess", "train")
-                row = None if whole else parse(item)
+                row: Any = None if whole else parse(item)
+                if isinstance(row, dict):
+                    row = Fields(row)
+                    if self.kind in ALIKE and not self.settings.template:
+                        refuse_compared(row, bool(self.settings.fields))
                 documents = [[(str(item), True)]] if whole else self.documents(row)
                 weight = 1.0 if self.settings.template or self.kind == "prompts" else weight_of(row, self.kind)
                 undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
@@ -168,14 +172,13 @@ class Encoder:
                 pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
                 added = not judge and self._add(pieces, chunk, result, tokens, mask)
             except UserError as error:
-                more = f"; {self.remedies.unknown_form}{self._columns(row)}" if isinstance(error, UnknownForm) else ""
+                more = self._remedy(chunk.source) if isinstance(error, UnknownForm) else ""
                 result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
                 continue
             result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
             if added and not whole:
                 self._count(self.told(documents), result.counts)
-                if self.told_aside:
-                    result.counts.update(unread(row, self.settings.think))
+                result.counts.update(f"unread {name}" for name in unread(row, self.settings.think))
                 size = sum(result.sizes[-len(documents) :])
                 result.weights[-1] = weight
                 if undesirable:
@@ -184,14 +187,14 @@ class Encoder:
                     result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
                 written = tokens[len(tokens) - size :].tobytes()
                 digests += hashlib.blake2b(written, digest_size=DIGEST).digest()
+        result.counts["counted"] = len(mask) - mask.count(0)
         result.tokens, result.mask, result.digests = tokens.tobytes(), bytes(mask), bytes(digests)
         return result
 
-    def _columns(self, row: Any) -> str:
-        """An example of the fields to name, if the first two of a row's texts may be a question and its answer."""
-        names = [shlex.quote(name) for name, value in row.items() if isinstance(value, str)][:2]
-        fits = len(names) == 2 and not self.settings.fields and self.kind in ("preprocess", "train")
-        return f", such as {' '.join([self.remedies.unknown_form.split()[-1], *names])}" if fits else ""
+    def _remedy(self, source: str) -> str:
+        """The end of the message about a row of a file whose fields are not known."""
+        header = HEADER if source.endswith(CSV_ENDINGS) else ""
+        return "" if self.settings.template else f"; {self.remedies.unknown_form}{header}"
 
     def _count(self, documents: Documents, counts: Counter[str]) -> None:
         """Count what report.py tells of a row that is written."""
@@ -250,12 +253,11 @@ class Encoder:
         return True
 
 
-def unread(row: Any, think: str) -> list[str]:
-    """The fields of a row of answers that no layout reads: what may belong to its question, and unasked thinking."""
-    aside = [name for name in ASIDE if row.get(name) and (name != "input" or "instruction" not in row)]
-    turns = () if think else [turn for turn in (row, *(turns_before(row) or ())) if isinstance(turn, dict)]
-    thought = [name for name in FIELDS if any(turn.get(name) for turn in turns)]
-    return [f"unread {name}" for name in aside + thought if "text" not in row]
+def unread(row: Fields, think: str) -> list[str]:
+    """The fields whose text is in no document of a row, and those of its turns with thinking that is not asked for."""
+    turns = [turn for name in TURNS if name in row.read for turn in as_list(row.peek(name)) if isinstance(turn, dict)]
+    thought = [name for name in FIELDS if not think and any(turn.get(name) for turn in turns)]
+    return list(dict.fromkeys([*row.unread(), *thought]))
 
 
 def judged(text: str) -> list[int]:

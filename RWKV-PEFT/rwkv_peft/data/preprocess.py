@@ -37,7 +37,7 @@ from .order import Permutation
 from .prefix import ENDINGS, binidx_prefix
 from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
-from .report import describe, left_out
+from .report import describe, laid_out, left_out
 from .rows import read_chunks
 from .shard_writer import ShardWriter
 from .shards import open_dataset
@@ -47,7 +47,7 @@ from .turns import FIELDS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
-FORMAT = 1  # of the files of a command that was cut off
+FORMAT = 2  # of the files of a command that was cut off
 MOST_COMPARED = 1 << 24  # rows that are compared to count repeated ones, unless they are dropped
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 DIGESTS = np.dtype(f"S{DIGEST}")
@@ -165,6 +165,11 @@ def write(
         if not writer.documents:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
+        if not totals.counts["counted"] and settings.command != "prompts":
+            why = "; ".join(line.removeprefix("note: ") for line in laid_out(totals) + left_out(totals))
+            raise UserError(
+                f"{', '.join(map(str, inputs))}: no token counts in the loss, so that there is nothing to learn: {why}"
+            )
         if settings.think == "on" and not totals.counts["thinking"]:
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "

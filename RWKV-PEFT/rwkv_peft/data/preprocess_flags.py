@@ -58,7 +58,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="the field that holds the text, or those that hold a prompt and its answer",
+        help="the field that holds the text or the turns, or those that hold a prompt and its answer",
     )
     add(
         "--template",

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..cli import counted
-from ..errors import UserError
+from ..errors import UserError, some
 from .binidx import BinidxDataset, counting
 from .encoding import Encoded
 from .order import magic_prime
@@ -12,6 +12,7 @@ from .templates import opening_within, stops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .turns import FIELDS, TURN_END
 
+UNREAD = "unread "  # before a field's name in Encoded.counts
 DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
 
 
@@ -33,16 +34,11 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 def laid_out(totals: Encoded) -> list[str]:
     """The lines on rows with thinking and without, if asked for, and notes on rows that may be mistakes."""
     lines, counts = [], totals.counts
-    unread = {name.removeprefix("unread "): number for name, number in counts.items() if name.startswith("unread ")}
     if counts["thinking"]:
         lines.append(
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
         )
     for count, what in (
-        *(
-            (number, f"with a field {name!r}, which is not read; {remedy_of(name)} lays it out")
-            for name, number in unread.items()
-        ),
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["unfinished"], "whose last turn is not the model's, and so is not learned"),
@@ -61,12 +57,18 @@ def laid_out(totals: Encoded) -> list[str]:
     ):
         if count:
             lines.append(f"note: {counted(count, 'row')} {what}")
-    return lines
+    return lines + unread_fields(totals)
 
 
-def remedy_of(name: str) -> str:
-    """The flag by which a field is read that is not."""
-    return "--think (train.py: --sft_think)" if name in FIELDS else "preprocess --template"
+def unread_fields(totals: Encoded) -> list[str]:
+    """The note, as a list, on fields whose text is in no document; [] if there are none."""
+    names = [(name.removeprefix(UNREAD), n) for name, n in totals.counts.most_common() if name.startswith(UNREAD)]
+    if not names:
+        return []
+    listed = some([f"{name} ({counted(number, 'row')})" for name, number in names], 20)
+    remedies = ["preprocess --template lays out any field"]
+    remedies += ["--think (train.py: --sft_think) thinking"] * any(name in FIELDS for name, _ in names)
+    return [f"note: not read: {listed}; {', and '.join(remedies)}"]
 
 
 def left_out(totals: Encoded) -> list[str]:

@@ -143,14 +143,11 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
-    """Yield the Chunks of a .json or .jsonl file, which holds a row a line, or one list of all rows."""
+    """Yield the Chunks of a .json or .jsonl file: a row a line, a list of all rows, or one row over several lines."""
     with open(path, "rb") as file:  # once, because it may be a pipe
         start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
-        if start.partition(b"\n")[0].strip() == b"{":
-            raise UserError(
-                f"{path} begins with an object over several lines; write a row a line, or all as one list, [{{…}}, …]"
-            )
-        if not start.startswith(b"["):
+        one = start.partition(b"\n")[0].strip() == b"{"
+        if not one and not start.startswith(b"["):
             yield from listed_chunks(path, read_lines(file, path))
             return
         text = file.read()
@@ -159,11 +156,12 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
+        begins = "{, so that it is one row over several lines" if one else "[, so that it is one list of rows"
         raise UserError(
-            f"{path} begins with [, so that it is one list of rows, and is not JSON ({told(error)}); mend it there (no "
-            "comma stands behind the last row), or copy it again if its end is missing"
+            f"{path} begins with {begins}, and is not JSON ({told(error)}); mend it there (rows stand a line each, or "
+            "in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
-    yield from row_chunks(path, rows)
+    yield from row_chunks(path, [rows] if one else rows)
 
 
 def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
@@ -282,7 +280,10 @@ def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | Us
     """Yield the rows after the first, as csv_rows does, but no blank lines. Raises UserError for a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
-        raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")
+        raise UserError(
+            f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own, or write a "
+            "line of names, such as question,answer, above if it is a row"
+        )
     for cells in filter(None, rows):
         if len(cells) == len(names):
             yield dict(zip(names, cells))

@@ -24,7 +24,7 @@ from .preprocess import write
 from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 
-FORMAT = 9
+FORMAT = 10
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (*ENDINGS, ROWS)  # ROWS only of prompts
 

@@ -106,7 +106,8 @@ def split_samples(
     count = max(1, round(fraction * len(samples)))
     if not 0 < fraction < 1 or count >= len(samples):
         raise UserError(
-            f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
+            f"--val_split {fraction}: leaves {len(samples) - count} of {config.path}'s "
+            f"{counted(len(samples), 'sample')} to train on; "
             "it is a fraction such as 0.01, and both parts need a sample"
         )
     drawn = Permutation(len(samples), config.seed if seed is None else seed, "validation")

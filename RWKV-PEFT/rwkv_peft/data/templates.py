@@ -7,27 +7,28 @@ that text. The layouts are the ones that RWKV World models were trained on.
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from ..errors import UserError, field_names, quoted
 from ..files.readable import read_short, require_readable
 from ..names import SYSTEM_FIELDS
+from .fields import Fields, UnknownForm, fields_of, require_field, unknown
 from .tools import LISTS, listed, parsed
 from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, cleaned, field, refuse_unplaced, without_opening
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
-    "(calls); instruction, input and output; prompt and completion"
+    "(calls); instruction, input and output; prompt and completion; conversation (exchanges of human and assistant)"
 )
+CHATS = ("messages", "conversations")
 ANSWERED = (  # the fields of the forms in which only answers count
     ("segments",),
-    ("messages",),
-    ("conversations",),
+    *((name,) for name in CHATS),
     ("query", "response"),
     ("question", "answer"),
     ("instruction", "output"),
     ("prompt", "completion"),
 )
+EXCHANGE = ("human", "assistant")  # fields of two turns in one object, as Firefly and ms-swift have them
 # (texts that may open the turn behind an answer, the text that opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
 # what opens turns in the templates of other models; here it is text like any other
@@ -37,18 +38,13 @@ FOREIGN_MARKS = (
 )
 
 
-class UnknownForm(UserError):
-    """A row has none of the fields that are looked for."""
-
-
 def segments(row: object, think: str = "", clean: bool = True) -> list[Segment]:
     """Lay out a row (dict) as [(text, counts)]; think is how answers of a chat are opened, clean whether the others'
     texts are cleaned (turns.py)."""
-    if not isinstance(row, dict):
-        raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
+    row = fields_of(row, FORMS)
     if "text" in row and not think:
-        answered_too = next((names for names in ANSWERED if all(row.get(name) for name in names)), None)
-        if row["text"] and answered_too:
+        answered_too = next((names for names in ANSWERED if row.holds(*names)), None)
+        if answered_too and row.holds("text"):
             raise UnknownForm(
                 f"a row has a text, which counts as a whole, and {' and '.join(answered_too)}, of which only the "
                 "answers count, and either may be meant; name the field text, give a template for the others, such as "
@@ -56,22 +52,24 @@ def segments(row: object, think: str = "", clean: bool = True) -> list[Segment]:
             )
         if not answered_too:
             return [(field(row, "text"), True)]
-    for name in ("messages", "conversations"):
+    for name in CHATS:
         if name in row:
-            return behind_system(row, chat(parsed(row[name], f"field {name!r}"), think, clean), clean)
-    if "query" in row and "answers" in row and any(map(row.get, LISTS)):
+            return behind_system(row, chat(turns_of(row, name), think, clean), clean)
+    if "query" in row and "answers" in row and any(map(row.holds, LISTS)):
         turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
         return behind_system(row, chat(turns, think, clean), clean)
     for question, answer in (("query", "response"), ("question", "answer")):
         if question in row and answer in row:
             return named_segments(row, (question, answer), think, clean)
+    if isinstance(row.peek("conversation"), list):
+        return behind_system(row, chat(turns_of(row, "conversation"), think, clean), clean)
     if think:
         raise UserError(
             "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
             f"fields {field_names(row)}; leave the flag out for such rows"
         )
     if "segments" in row:
-        refuse_unplaced(row, LISTS)
+        refuse_unplaced(row)
         return given_segments(row["segments"])
     if "instruction" in row and "output" in row:
         extra = cleaned(field(row, "input"), clean) if row.get("input") else ""
@@ -79,37 +77,48 @@ def segments(row: object, think: str = "", clean: bool = True) -> list[Segment]:
         prompt = f"Instruction: {asked}\n\n" + (f"Input: {extra}\n\n" if extra else "")
         answer = field(row, "output").strip()
         return behind_system(row, [(f"{prompt}Response:", False), (f" {answer}", True)], clean)
-    if "completion" in row and isinstance(row.get("prompt"), list):
+    if "completion" in row and isinstance(row.peek("prompt"), list):
         before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
         answer = row["completion"]
         after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         return behind_system(row, chat([*before, *after], think, clean), clean)
     if "prompt" in row and "completion" in row:
-        refuse_unplaced(row, LISTS)
         if system_of(row):
             raise UnknownForm(
                 "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you name "
                 "the fields, they are laid out as a chat, which begins with the system text"
             )
+        refuse_unplaced(row)
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
-    if "chosen" in row and "rejected" in row:
-        raise UserError("a row has a chosen and a rejected answer, which train.py --data_type pairs learns from")
-    raise UnknownForm(f"a row has the fields {field_names(row)}; known are {FORMS}")
+    raise unknown(row, f"known are {FORMS}")
 
 
-def system_of(row: Mapping[str, Any]) -> str:
+def turns_of(row: Fields, name: str) -> object:
+    """The turns in a row's field, a list or its JSON as text; an object with the fields of EXCHANGE is two turns."""
+    turns = row[name] if isinstance(row.peek(name), list) else parsed(row[name], f"field {name!r}")
+    if not isinstance(turns, list):
+        return turns
+    found = list[object]()
+    for turn in turns:
+        both = isinstance(turn, dict) and all(role in turn for role in EXCHANGE)
+        found += [{"role": role, "content": turn[role]} for role in EXCHANGE] if both else [turn]
+    return found
+
+
+def system_of(row: Fields) -> str:
     """The system text beside a question, "" if a row has none."""
-    name = next((name for name in SYSTEM_FIELDS if row.get(name)), None)
+    name = next((name for name in SYSTEM_FIELDS if row.holds(name)), None)
     return field(row, name).strip() if name else ""
 
 
-def behind_system(row: Mapping[str, Any], parts: list[Segment], clean: bool = True) -> list[Segment]:
+def behind_system(row: Fields, parts: list[Segment], clean: bool = True) -> list[Segment]:
     """Put the system text of a row before its segments, unless they begin with one, and the row's tools into that turn.
     Raises UserError if another field of the row would be lost."""
+    tools, begins = listed(row), parts[0][0].startswith("System:")
+    words = "" if begins else cleaned(system_of(row), clean)
     refuse_unplaced(row)
-    tools, words, begins = listed(row), cleaned(system_of(row), clean), parts[0][0].startswith("System:")
     if not tools:
-        return [(f"System: {words}{TURN_END}", False)] * bool(words and not begins) + parts
+        return [(f"System: {words}{TURN_END}", False)] * bool(words) + parts
     if begins:  # as turns.chat lays it out
         words, parts = parts[1][0].strip(), parts[2:]
     return [("System:", False), (" " + "\n".join(filter(None, (words, tools))) + TURN_END, False), *parts]
@@ -129,19 +138,13 @@ def given_segments(parts: object) -> list[Segment]:
     return found
 
 
-def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row itself. Raises UserError if it lacks a field."""
-    if name not in row:
-        raise UnknownForm(f"field {name!r} is missing; the row has {field_names(row)}")
-    return row
-
-
 def named_segments(row: object, names: Sequence[str], think: str = "", clean: bool = True) -> list[Segment]:
-    """Lay out a row whose text is in the field names[0], or prompt and answer in names[0] and names[1]."""
-    if not isinstance(row, dict):
-        raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
+    """Lay out a row whose text, or turns, are in the field names[0], or prompt and answer in names[0] and names[1]."""
+    row = fields_of(row, ", ".join(names))
     for name in names:
         require_field(row, name)
+    if len(names) == 1 and isinstance(row.peek(names[0]), list):
+        return behind_system(row, chat(turns_of(row, names[0]), think, clean), clean)
     if len(names) > 2 or (len(names) == 1 and think):
         due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if think else "")
         raise UserError(f"{len(names)} fields named; {due}")
@@ -200,14 +203,11 @@ class Template:
         self.clean = clean and bool(opening_within("".join(parts[::2])))
 
     def __call__(self, row: object) -> list[Segment]:
-        if not isinstance(row, dict):
-            raise UserError(f"a row is {type(row).__name__}, not an object with fields")
+        fields = fields_of(row, "those of the template")
 
         def filled(part: str, counts: bool) -> str:
             def value(match: re.Match[str]) -> str:
-                if match[1] not in row:
-                    raise UserError(f"field {match[1]!r} of the template is missing; the row has {field_names(row)}")
-                return cleaned(field(row, match[1]), self.clean and not counts)
+                return cleaned(field(require_field(fields, match[1]), match[1]), self.clean and not counts)
 
             return re.sub(r"\{(\w+)\}", value, part)
 

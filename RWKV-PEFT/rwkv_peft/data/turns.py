@@ -11,12 +11,13 @@ as in G1's training, so that no text of theirs is read as a turn of somebody els
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError, field_names, quoted, short
-from .tools import NOTHING, called, calls_text, listed, ordered
+from .fields import Fields
+from .tools import LISTS, NOTHING, TURN_CALLS, called, calls_text, listed, ordered
 
 # --think -> the text that a prompt adds to "Assistant:"
 OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
@@ -24,8 +25,7 @@ FIELDS = ("reasoning_content", "reasoning", "thinking")  # of rows; they hold th
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
-# fields of a row for which the layouts have no place
-UNPLACED = ("tool_calls", "function_call", "history")
+UNPLACED = frozenset((*LISTS, *TURN_CALLS, "history"))  # fields of a row that may not be lost
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))  # fields of a row, or of a turn
 CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
 SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World chats give to it
@@ -176,11 +176,11 @@ def part_text(part: object) -> str:
     return field(part, "text")
 
 
-def refuse_unplaced(row: Mapping[str, Any], more: Sequence[str] = ()) -> None:
-    """Raise UserError if a row holds one of UNPLACED, or of more fields, which would be lost."""
+def refuse_unplaced(row: Fields) -> None:
+    """Raise UserError if a row holds one of UNPLACED, or something that is no text, and its layout has not read it."""
     refuse_media(row)
-    for name in (*UNPLACED, *more):
-        if row.get(name) not in NOTHING:
+    for name, value in row.items():
+        if name in UNPLACED and name not in row.read and value not in NOTHING:
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
             raise UserError(
                 f"field {name!r} has no place in this layout; {remedy}, or remove the field if it should not be learned"
@@ -198,8 +198,10 @@ def refuse_media(holder: Mapping[str, Any]) -> None:
 
 
 def field(row: Mapping[str, Any], name: str) -> str:
-    """The text row[name]. Raises UserError if it is no text."""
+    """The text row[name]; a number is its digits. Raises UserError for anything else."""
     value = row[name]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
     if not isinstance(value, str):
         raise UserError(f"field {name!r} holds {type(value).__name__}, not text")
     return value

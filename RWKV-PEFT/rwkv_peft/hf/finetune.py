@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..cli import unknown_flag
+from ..data.row_forms import refuse_compared
 from ..errors import UserError, some
 from ..gpus import count_gpus
 from ..numeric import all_finite
@@ -229,6 +230,8 @@ def load_rows(arguments: BoneArguments, split: str, end: str) -> Any:
     with refusals_of(f"--data_path {path}, split {split}"):
         data = load_dataset(kind or path, split=split, **({"data_files": path} if kind else {}))
     names = data.column_names
+    for row in data.select(range(min(len(data), 1))):  # all have its columns
+        refuse_compared(row, arguments.dataset_field is not None)
     columns = arguments.dataset_field or (COLUMNS if set(COLUMNS) <= set(names) else None)
     if columns is None:
         return data
