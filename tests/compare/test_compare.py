@@ -184,16 +184,6 @@ def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
     assert not (files / "refused").exists()
 
 
-@pytest.mark.parametrize("name", ["table.md", "runs/bone-0.001-7/log.txt", "runs"])
-def test_a_link_leads_no_comparison_elsewhere(files, tmp_path, name):
-    (link := tmp_path / "out" / name).parent.mkdir(parents=True)
-    link.symlink_to(kept := tmp_path / "kept")
-    kept.write_text("kept")
-    with pytest.raises(UserError, match=f"{name} is a link: .* its --output; move it away"):
-        main(["--output", str(tmp_path / "out"), *OWN, "--", *TRAIN])
-    assert kept.read_text() == "kept"
-
-
 @pytest.mark.parametrize("steps, every", [(1000, 100), (205, 21), (7, 1), (13, 2), (1, 1)])
 def test_a_run_is_validated_ten_times_or_fewer(steps, every):
     assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every

@@ -6,12 +6,14 @@ import os
 import pytest
 
 from data.documents import texts
+from fuzz.foreign import save_folder
 from rwkv_peft import commands
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main as preprocess_main
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
+from rwkv_peft.ui.preview import preview
 
 
 def rows(*words):
@@ -162,6 +164,47 @@ def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match=message):
         list(read_chunks(folder(files), split))
+
+
+OUT = "leads out of .*rows by a link, to .*; name that file itself, or put a copy in the link's place"
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("env.txt", "/proc/self/environ"),
+        ("a.jsonl", "../key"),
+        ("data/train.jsonl", "../../key"),
+        ("data", ".."),
+        ("saved/data-00000-of-00001.arrow", "../../key"),
+    ],
+)
+def test_a_link_out_of_a_folder_of_rows_is_refused(tmp_path, folder, link, target):
+    (tmp_path / "key").write_text(lines("secret"))
+    (tmp_path / "key.jsonl").write_text(lines("secret"))
+    path = folder({"README.md": "x"})
+    if link.startswith("saved"):
+        path = save_folder(path / "saved", pytest.importorskip("pyarrow").table({"text": ["one"]})) / ".."
+        (path / link).unlink()
+    (path / link).parent.mkdir(exist_ok=True)
+    (path / link).symlink_to(target)
+    given = path / "saved" if link.startswith("saved") else path
+    with pytest.raises(UserError, match=OUT.replace("rows", "saved") if link.startswith("saved") else OUT):
+        preprocess_main([str(given), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"])
+    with pytest.raises(UserError, match="leads out of"):
+        preview({"path": str(given), "tokenizer": "bytes"})
+
+
+def test_links_within_a_folder_and_to_it_are_followed(tmp_path, folder):
+    path = folder({"all/a.jsonl": lines("a"), "all/key/b.jsonl": lines("b")})
+    (path / "all" / "b.jsonl").symlink_to("key/b.jsonl")
+    (tmp_path / "link").symlink_to(path / "all")
+    (tmp_path / "one.jsonl").symlink_to(path / "all" / "a.jsonl")  # named itself
+    asked_for = [
+        [row["query"] for chunk in read_chunks(place) for row in map(json.loads, chunk.items)]
+        for place in (path / "all", tmp_path / "link", tmp_path / "one.jsonl")
+    ]
+    assert asked_for == [["a", "b"], ["a", "b"], ["a"]]
 
 
 @pytest.fixture

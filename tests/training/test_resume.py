@@ -65,6 +65,23 @@ def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy, quick_
     assert (whole / "adapter.safetensors").read_bytes() == (parts / "adapter.safetensors").read_bytes()
 
 
+def test_links_in_a_runs_folder_lead_to_another_disk(files, train):
+    """A usual way to a larger one: a run begins and goes on there as in a plain folder, and the links stay."""
+    disk, folder, flags = files / "disk", files / "linked", ("--epoch_steps", "2")
+    folder.mkdir()
+    for name in ("checkpoints", "tensorboard"):
+        (disk / name).mkdir(parents=True)
+        (folder / name).symlink_to(disk / name)
+    (folder / "metrics.jsonl").symlink_to(disk / "metrics.jsonl")  # which is not there yet
+    train(folder.name, *flags)
+    shutil.rmtree(disk / "checkpoints" / "step-00000004")
+    (folder / "adapter.safetensors").unlink()
+    assert "resuming after step 2" in train(folder.name, *flags, "--resume")[0]
+    assert sorted(path.name for path in (disk / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000004"]
+    assert len((disk / "metrics.jsonl").read_text().splitlines()) == 4 and any((disk / "tensorboard").iterdir())
+    assert all((folder / name).is_symlink() for name in ("checkpoints", "tensorboard", "metrics.jsonl"))
+
+
 # trains as train.py does, and gets a signal while its log is closed
 CLOSING = """
 import os

@@ -21,7 +21,7 @@ from .flags import FULL, Comparison, method_flags, parse_flags
 from .outcomes import RESULT, Outcome, read_outcome
 from .pictures import draw
 from .plan import Cell, nearest_to, next_cells, rate_of
-from .record import check_folder, check_record
+from .record import check_record
 from .report import lines_of_json, rows_of, table
 from .runs import run_cells
 from .sizes import Layers, Size, matched_size, parameter_count, parts_count
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Run the comparison; -> the exit code, 128 plus the signal's number after Ctrl-C or another signal that ends it.
     Raises UserError for mistakes in flags and files, and for runs that fail."""
     comparison = parse_flags(argv)
-    check_folder(folder := Path(comparison.output))
+    folder = Path(comparison.output)
     sizes, base = measure(comparison)
     if not comparison.rates:
         comparison = replace(comparison, rates=usual_rates(base.config.n_embd))

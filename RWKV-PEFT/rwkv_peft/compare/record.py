@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,21 +11,12 @@ from ..errors import UserError
 from ..files.atomic import write_text
 from ..files.readable import read_settings, require_readable
 from ..training.flags.request import parse_flags
-from ..training.flags.run_folder import entries_of, require
 from .flags import Comparison
 from .runs import any_begun
 from .sizes import Size
 
 RECORD = "compare.json"
 BLOCK, BLOCKS = 1 << 16, 64  # bytes of a sample of a file, and about how many samples
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError for a link, a pipe or a device in a comparison's folder or in those of its runs, which would lead
-    what is written there elsewhere. Deeper ones each run refuses itself."""
-    runs = entries_of(folder / "runs")
-    for entry in (*entries_of(folder), *runs, *(each for run in runs for each in entries_of(Path(run.path)))):
-        require(entry, stat.S_ISDIR if entry.is_dir(follow_symlinks=False) else stat.S_ISREG, "--output")
 
 
 def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:

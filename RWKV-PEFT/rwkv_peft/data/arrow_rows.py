@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UNREADABLE, UserError, told
 from ..files.readable import read_settings, require_readable
-from .folders import SAVED, SPLITS, choose
+from .folders import SAVED, SPLITS, choose, require_within
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows
 BATCH_BYTES = 1 << 28  # unpacked at once, about
@@ -63,6 +63,7 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
 def saved_files(path: Path, split: str) -> Iterator[tuple[Path, list[str] | None]]:
     """Yield the files of a folder that datasets.save_to_disk wrote, each with the columns to read (None: all)."""
     import_pyarrow(path)
+    root = path
     if (path / SPLITS).is_file():
         splits = settings(path / SPLITS).get("splits")
         path = path / choose(filter(is_own, splits) if isinstance(splits, list) else (), split, path)
@@ -79,7 +80,7 @@ def saved_files(path: Path, split: str) -> Iterator[tuple[Path, list[str] | None
             what = f"{times} times" if times > 1 else "which is no file of its folder"
             raise UserError(f"{path / SAVED} names {name!r}, {what}; copy the folder again")
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
-        yield file, kept if isinstance(kept, list) else None
+        yield require_within(root, file), kept if isinstance(kept, list) else None
 
 
 def arrow_batches(file: Path) -> Iterator[Any]:

@@ -1,7 +1,9 @@
 """Finds the files of rows in a folder, and their splits by the files' names."""
 
+import os
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +36,25 @@ def is_saved(folder: Path) -> bool:
 def row_files(folder: Path) -> dict[str, list[Path]]:
     """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some, or else the
     folder's texts; {} if there are none. A file whose name has none of WORDS is of the split train. Raises UserError
-    for files of several kinds, and for several such folders."""
+    for files of several kinds, for several such folders, and for a link that leads out of the folder."""
+    splits = splits_of(folder)
+    for path in chain.from_iterable(splits.values()):
+        require_within(folder, path)
+    return splits
+
+
+def require_within(folder: Path, path: Path) -> Path:
+    """The path itself. Raises UserError if a link leads from a folder of rows out of it: a data set that was
+    downloaded could read any file, such as a key, into the tokens."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(
+            f"{path} leads out of {folder} by a link, to {os.path.realpath(path)}, and only files within a folder are "
+            "read as its rows; name that file itself, or put a copy in the link's place"
+        )
+    return path
+
+
+def splits_of(folder: Path) -> dict[str, list[Path]]:
     if found := files_in(folder):
         kinds = sorted({ending_of(path) for path in found})
         if len(kinds) > 1:
@@ -51,7 +71,7 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
     if len(within) > 1:
         raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, within))}")
     if within:
-        return row_files(within[0])
+        return splits_of(within[0])
     texts = [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]
     return {TRAIN: texts} if texts else {}
 

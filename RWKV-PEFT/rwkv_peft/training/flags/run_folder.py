@@ -1,11 +1,10 @@
-"""Refuse a run's folder in which an entry that the run reads or writes is not a plain file or folder of its own, or is
-to be read. A link would lead writes elsewhere, a pipe would be waited for, and a device has no end."""
+"""Refuse a run's folder in which something else has the name of a file or folder of the run's."""
 
 import os
 import secrets
 import stat
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,15 +12,13 @@ from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
 from ...errors import UNREADABLE, UserError
 from ...files.lock import LOCK
 from ...names import CARD, METRICS, PICTURE, RUN
-from ..saving.checkpoints import ANSWERS, CHECKPOINTS, HIDDEN, LM_EVAL, ROWS, TRAINED, UNSAVED, saved_state
+from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED, saved_state
 from .world import World
 
 LOGS = "tensorboard"
 FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, CARD, UNSAVED, LOCK)
 FOLDERS = (CHECKPOINTS, LOGS, "wandb", "swanlab")
-STEP = ("step-", HIDDEN)  # how the name of a checkpoint's folder begins
 OTHERS = (
-    (stat.S_ISLNK, "a link"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISDIR, "a folder, and a file is due"),
@@ -32,40 +29,26 @@ DRAWN = -1  # the value that asks for a drawn seed
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise UserError if a run that begins or goes on in `folder` would read or write anything but files inside it."""
+    """Raise UserError if `folder` holds a folder, a pipe or a device by the name of a run's file, or a file by that of
+    a run's folder. Links are followed: a run's checkpoints may lie on another disk."""
     for entry in entries_of(folder):
         if entry.name in FOLDERS:
             require(entry, stat.S_ISDIR)
         elif entry.name in FILES or TRAINED.fullmatch(entry.name):
             require(entry, stat.S_ISREG)
-    for below in (CHECKPOINTS, LOGS):
-        for entry in entries_below(folder / below):
-            is_step = Path(entry.path).parent.name == CHECKPOINTS and entry.name.startswith(STEP)
-            require(entry, stat.S_ISDIR if is_step or entry.is_dir(follow_symlinks=False) else stat.S_ISREG)
 
 
-def require(entry: "os.DirEntry[str]", due: object, flag: str = "--proj_dir") -> None:
-    """Raise UserError unless an entry of a folder, given as `flag`, is of the kind that is due, stat.S_ISREG or
-    stat.S_ISDIR."""
+def require(entry: "os.DirEntry[str]", due: Callable[[int], bool]) -> None:
+    """Raise UserError unless an entry of a folder is, or leads to, what is due by stat.S_ISREG or stat.S_ISDIR."""
     try:
-        mode = entry.stat(follow_symlinks=False).st_mode
-    except FileNotFoundError:  # another rank has removed it meanwhile
-        return
-    kind = stat.S_ISDIR if stat.S_ISDIR(mode) else stat.S_ISREG if stat.S_ISREG(mode) else None
-    if kind is not due:
+        mode = entry.stat().st_mode
+    except FileNotFoundError:  # another rank has removed it meanwhile, or it is a link to a file that will be made
+        if due is stat.S_ISREG or not entry.is_symlink():
+            return
+        raise UserError(f"{entry.path} is a link to a folder that is not there; make it, or remove the link") from None
+    if not due(mode):
         what = next((words for is_kind, words in OTHERS if is_kind(mode)), "a device")
-        raise UserError(
-            f"{entry.path} is {what}: a run reads and writes nothing but files and folders inside its {flag}; move it "
-            "away, or name another folder"
-        )
-
-
-def entries_below(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a folder and of all folders in it; links are not followed."""
-    for entry in entries_of(folder):
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from entries_below(Path(entry.path))
+        raise UserError(f"{entry.path} is {what}; move it away, or name another --proj_dir")
 
 
 def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
