@@ -36,17 +36,15 @@ export async function dataPage(place, about) {
       tell(error, problem);
       columns.classList.toggle("wrong", problem.message.includes("--sft_field"));
       const other = /--data_type (\w+)/.exec(problem.message)?.[1];
-      if (values.includes(other)) offer(`Show them as ${other}`, type, other);
-      const names = /such as --sft_field (.+)/.exec(problem.message)?.[1].replaceAll("'", '"');
-      if (names) offer(`Read ${names} as question and answer`, columns, names);
+      if (values.includes(other)) offer(other);
     }
     show.disabled = false;
   }
 
-  // A button that fills a field, and looks again.
-  function offer(label, box, value) {
-    const field = box.querySelector("select, input");
-    result.append(el("button", { type: "button", onclick: () => { field.value = value; field.dispatchEvent(new Event("input")); look(); } }, label));
+  // A button that looks again, at rows of another kind.
+  function offer(kind) {
+    const field = type.querySelector("select");
+    result.append(el("button", { type: "button", onclick: () => { field.value = kind; field.dispatchEvent(new Event("input")); look(); } }, `Show them as ${kind}`));
   }
 
   function draw(found) {
