@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from threading import Thread
 from types import FrameType
 from typing import Any
 
@@ -226,7 +227,9 @@ class StopSignals(pl.Callback):
                 raise KeyboardInterrupt(number)
             lit.stop_requested = number
             if not trainer.should_stop:  # or the run is ending anyway
-                self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
+                words = "\nstopping after this step; again to stop at once, without saving"
+                # by another thread, because this one may be in the middle of a print
+                Thread(target=self.say, args=(words,), kwargs={"flush": True}).start()
 
         def hang_up(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
