@@ -79,7 +79,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         default=True,
         metavar="0|1",
         help="remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank "
-        "line and a speaker's name begin a turn; PREFIX.json records a 0",
+        "line and a speaker's name begin a turn; PREFIX.json records a 0 (default 1)",
     )
     add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")

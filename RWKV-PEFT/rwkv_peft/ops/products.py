@@ -46,6 +46,13 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: flo
     return (total.addmm_ if total.dim() == 2 else total.baddbmm_)(a, b, beta=beta, alpha=alpha)
 
 
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b, of matrices, in one operation, without gradients."""
+    if converts(a):
+        return _converted_(a.new_empty(len(a), b.shape[1]), a, b, 0.0, scale)
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """torch.einsum, without gradients."""
     if not converts(a):

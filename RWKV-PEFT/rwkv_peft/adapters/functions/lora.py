@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ...ops.products import addmm_, matmul
+from ...ops.products import matmul, scaled_product
 from ..product import Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
@@ -17,11 +17,6 @@ def lora(x: Tensor, base: Frozen, lora_A: Tensor, lora_B: Tensor, scale: float =
     x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out).
     """
     return apply_to_tokens(_Lora, x, base, lora_A, lora_B, extra=(scale,))
-
-
-def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale a b, for matrices, in one operation."""
-    return addmm_(a.new_empty(len(a), b.shape[1]), a, b, beta=0, alpha=scale)
 
 
 class _Lora(Function):

@@ -142,7 +142,7 @@ def flags_of(
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
     refusals.gather(check_overwriting, adapter, data, train, objective)
-    if refusals.messages:
+    if refusals.messages and (args.load_model or args.data_file):
         with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
             look_up(args, adapter, data, train, objective, refusals, here)
     refusals.tell()
