@@ -63,7 +63,9 @@ def model(tmp_path_factory, tiny_state):
 
 
 def test_every_command_that_would_use_it_ends_with_torchs_words(available, refused, model, tmp_path):
-    run = ("--load_model", model, "--data_file", tmp_path / "no data", "--bone_r", "16", "--proj_dir", tmp_path / "out")
+    (tmp_path / "rows.txt").write_text("text\n")
+    rows = ("--data_file", tmp_path / "rows.txt", "--data_type", "sft", "--tokenizer", "bytes")
+    run = ("--load_model", model, *rows, "--bone_r", "16", "--proj_dir", tmp_path / "out")
     told = f"{SCRIPT}, or train with --accelerator cpu\n"
     assert refused(train, *run) == refused(train, *run, "--accelerator", "gpu", "--check_flags") == told
     assert refused(commands, "plan", *run) == f"{SCRIPT}, or name the memory of a GPU with --gpu 24GiB\n"

@@ -25,7 +25,7 @@ def check(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(program, "subprocess", popen)
         monkeypatch.setattr(list_of_steps, "find_spec", lambda name: None if name in without else name)
         known = [dataclasses.replace(step, seconds=600) for step in list_of_steps.steps(tmp_path / "out", False)]
-        monkeypatch.setattr(program, "steps", lambda *_: known)
+        monkeypatch.setattr(program, "steps", lambda *_, **__: known)
         code = program.main(["--output", str(tmp_path / "out"), "--minutes", "60", "--only", *only])
         lines = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
         results = [json.loads(line) for line in lines]

@@ -33,6 +33,7 @@ def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
 @pytest.mark.parametrize("exhausted, code, words", [(False, 130, "--resume goes on"), (True, 0, "after 2 validations")])
 def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monkeypatch, exhausted, code, words):
     monkeypatch.setattr(fit, "plot_loss", print)
+    monkeypatch.setattr(fit, "notes_on", lambda *_: ())
     (tmp_path / METRICS).write_text('{"step": 3, "samples": 8, "loss": 1.0, "val_loss": 1.5}\n')
     run = SimpleNamespace(
         folder=tmp_path,

@@ -49,7 +49,7 @@ def test_tasks_that_cannot_serve_are_told_before_the_run_begins(files, monkeypat
 
 def test_lm_eval_without_its_package_is_told(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--lm_eval arc_easy needs the package lm_eval; pip install -r req"):
+    with pytest.raises(UserError, match="--lm_eval arc_easy needs the package lm_eval; install it"):
         parse_flags(["--data_file", "x", "--load_model", "y", "--lm_eval", "arc_easy"])
 
 
@@ -76,7 +76,9 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
     samples = SimpleNamespace(vocabulary=None, notes=[])
 
     def config(size):
-        return SimpleNamespace(train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d"))
+        return SimpleNamespace(
+            train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d", clean_turns=True)
+        )
 
     with pytest.raises(UserError, match="no known tokenizer has 80 tokens; make the data with rwkv-peft"):
         find_exams(config(80), samples)

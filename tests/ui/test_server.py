@@ -176,7 +176,8 @@ def test_a_choice_says_when_each_value_is_taken():
         field = next(field for group in form() for field in group["fields"] if field["flag"] == flag)
         assert list(words[flag]) == field["values"] and "; " not in field["help"].partition("(default")[0]
     assert all(field["help"] or field["words"] for group in form() for field in group["fields"])
-    assert words["objective"]["dpo"].endswith("(rows: pairs)") and words["precision"]["bf16"] == "on most machines"
+    assert words["objective"]["dpo"].endswith("(rows: pairs)")
+    assert words["precision"]["bf16"].startswith("on most machines")
 
 
 def test_fields_have_the_defaults_of_their_flags():
