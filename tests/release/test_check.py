@@ -14,10 +14,11 @@ from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.plan.rehearsal import Tracker
 from rwkv_peft.release import merge_command as merge_cli
-from rwkv_peft.release.check import SHOWN, adapted_logits, main
+from rwkv_peft.release.check import SHOWN, adapted_logits, main, runtime_logits
 from rwkv_peft.release.merge import merged_tensors
-from rwkv_peft.release.runtimes import Difference
+from rwkv_peft.release.runtimes import Difference, reference_logits
 
 pytest.importorskip("rwkv")
 
@@ -207,6 +208,46 @@ def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(
         printed = capsys.readouterr().out
         assert ("onto the base quantized" in printed) == ("quant" in settings)
         assert float(printed.split("adapter on: relative difference ")[1].split(",")[0]) < 1e-5, settings
+
+
+class InMemory(Tracker):
+    """Counts no tensors without data, which a model has until its weights are loaded."""
+
+    def _count(self, storage):
+        if storage.device.type == "cpu":
+            super()._count(storage)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"quant": "int8"}, {"method": "pissa"}], ids=str)
+def test_one_block_at_a_time_becomes_float32(tmp_path, tiny_state, settings):
+    """The most bytes beside the files are fewer than a second copy of the model has, in its file's 16 bits."""
+    if "quant" in settings:
+        pytest.importorskip("bitsandbytes")
+    base, adapter, merged = make_files(tmp_path, tiny_state(n_layer=12, dtype=torch.bfloat16), **settings)
+    opened, whole, held = open_base(base), open_base(merged), read_adapter(adapter)
+    tokens = torch.arange(4)
+    for compute in (
+        lambda: adapted_logits(opened, held, "adapter", tokens, {}),
+        lambda: reference_logits(whole, tokens, torch.float32),
+    ):
+        with InMemory() as tracker:
+            tracker.ignore([*opened.tensors.values(), *whole.tensors.values(), *held.tensors.values()])
+            compute()
+        assert 0 < tracker.peak < sum(tensor.nbytes for tensor in opened.tensors.values())
+
+
+def test_the_package_reads_no_more_embeddings_than_tokens(tmp_path, tiny_state, monkeypatch):
+    """And only what it computes with in the file's dtype is float32."""
+    base = open_base(make_files(tmp_path, tiny_state(dtype=torch.bfloat16))[0])
+
+    def read(path, tokens, config):
+        tensors = torch.load(path, weights_only=True)
+        assert torch.equal(tensors["emb.weight"][tokens], base.tensors["emb.weight"][[3, 5, 3]].float())
+        wide = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+        assert wide == {"emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias"}
+
+    monkeypatch.setattr("rwkv_peft.release.check.rwkv_sequence", read)
+    runtime_logits(base, torch.tensor([3, 5, 3]))
 
 
 def test_difference_is_relative():

@@ -4,11 +4,13 @@
 
 Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
 in the `rwkv` package, all in float32 on the CPU, and compares their logits. A single wrong value may not show in the
-logits, so each tensor is compared as well. Needs memory for two float32 copies.
+logits, so each tensor is compared as well. Here the files stay mapped, and one block at a time becomes float32; the
+`rwkv` package holds a float32 copy, in a process of its own for RWKV-7.
 """
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -25,7 +27,15 @@ from ..models.state import State, split_time_states, state_of
 from .differences import differences
 from .flags import check_flags
 from .merge import Merge, check_fingerprints
-from .runtimes import NOT_LOOKED_FOR, Difference, random_tokens, reference_logits, refused_by_rwkv, rwkv_sequence
+from .runtimes import (
+    NOT_LOOKED_FOR,
+    Difference,
+    logits_by_parts,
+    random_tokens,
+    reference_logits,
+    refused_by_rwkv,
+    rwkv_sequence,
+)
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -34,42 +44,56 @@ SHOWN = 10  # differences of tensors that are printed
 
 
 def adapted_logits(
-    base: Base, loaded: Adapter, name: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
+    base: Base, loaded: Adapter, adapter: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Compute the logits (T, V) of a Base over tokens (T,), in float32, with the layers of an Adapter called `name`.
+    """Compute the logits (T, V) of a Base over tokens (T,), in float32, with an Adapter; `adapter` names its file.
 
     The sequence starts from the adapter's time states, else from `states`, else from zeros.
     """
-    model = base.family.load(base.tensors, base.config).float()
-    metadata = loaded.metadata
-    if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None):
-        for module in loaded.modules():  # quantized, or less its first factors, in the dtype that the training had
-            model.get_submodule(module).to(metadata.base_dtype() or base.tensors[f"{module}.weight"].dtype)
-    inject(model, loaded.config(base.family), family=base.family, initial=loaded.tensors)
-    model.float()
-    own, tuned = split_time_states(loaded.tensors)
-    if own:
-        load_tensors(model, own, name)
+    family, metadata, modules = base.family, loaded.metadata, loaded.modules()
+    whole, tuned = split_time_states(loaded.whole())
+    config = replace(loaded.config(family), train_parts=())  # tensors that trained whole take the base's places
+    # quantized, or less its first factors, in the dtype that the training had
+    rounded = metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None)
+
+    def adapt(name: str, part: torch.nn.Module) -> None:
+        prefix = f"blocks.{name}."
+        names = tuple(module for module in modules if module.startswith(prefix))
+        if not names:
+            return
+        for module in names if rounded else ():
+            weight = base.tensors[f"{module}.weight"]
+            part.get_submodule(module.removeprefix(prefix)).to(metadata.base_dtype() or weight.dtype)
+        model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({name: part})})  # with its name in the whole one
+        inject(model, config, names, initial=loaded.tensors)
+        part.float()
+        own = {f"{module}.{name}": tensor for module in names for name, tensor in modules[module].items()}
+        load_tensors(model, own, adapter)
+
     start = State.zeros(base.config, 1)
     if tuned or states:
-        start = state_of(tuned or states, start, base.family.rows_are_keys, name)
-    with torch.inference_mode():
-        return model(tokens[None], start)[0][0]
+        start = state_of(tuned or states, start, family.rows_are_keys, adapter)
+    return logits_by_parts(family.load(base.tensors | whole, base.config), tokens, start, torch.float32, adapt)
 
 
 def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     """Compute the logits (T, V) of a Base over tokens (T,) in float32 with the `rwkv` package.
 
-    The package reads a float32 copy, because it folds blocks.0.ln0 into the embedding in the file's own dtype. Raises
-    UserError if the package is missing or fails.
+    The package reads a copy with the embeddings of these tokens alone, the first in float32, because it folds
+    blocks.0.ln0 into it in the file's own dtype; it casts the rest itself. Raises UserError if the package is missing
+    or fails.
     """
     if importlib.util.find_spec("rwkv") is None:
         raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
+    embeddings = ("emb.weight", *base.family.tables)
+    tensors = {key: tensor[tokens] if key.endswith(embeddings) else tensor for key, tensor in base.tensors.items()}
+    folded = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias")
+    dtypes = {key: torch.float32 if key in folded else tensor.dtype for key, tensor in tensors.items()}
     with scratch_folder() as folder:
-        copy = folder / "float32.pth"
-        save_pth(copy, base.tensors, dict.fromkeys(base.tensors, torch.float32))
+        copy = folder / "model.pth"
+        save_pth(copy, tensors, dtypes)
         try:
-            return rwkv_sequence(copy, tokens, base.config)
+            return rwkv_sequence(copy, torch.arange(len(tokens)), base.config)
         except Exception as error:
             raise UserError(
                 f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); rwkv-peft verify asks the "

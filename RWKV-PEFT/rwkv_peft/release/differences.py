@@ -104,7 +104,8 @@ def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: i
 
 def cast(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
     """Expect the source's own values, in the file's dtype."""
-    return source.to(dtype), source.to(dtype)
+    values = source.to(dtype)
+    return values, values
 
 
 def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
@@ -143,4 +144,5 @@ def trained_on(
 
 def lost(*values: torch.Tensor) -> torch.Tensor:
     """The most that float32 may lose in each row (n, 1) of values (n, in) that go into or come out of a computation."""
-    return SLACK * torch.stack([value.abs() for value in values]).amax((0, 2))[:, None]
+    largest = [torch.linalg.vector_norm(value, torch.inf, 1, keepdim=True) for value in values]
+    return SLACK * torch.cat(largest, 1).amax(1, keepdim=True)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..children import python_command
 from ..config import ModelConfig
 from ..files.atomic import scratch_folder
 from ..files.base import Base
+from ..models.parts import LanguageModel
 from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig
 from ..models.state import State, split_time_states, state_of
@@ -162,13 +164,48 @@ def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
 def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype says otherwise. The sequence
     starts from the base's time states, if it has any."""
-    family, (weights, states) = base.family, split_time_states(base.tensors)
-    model = family.load({key: tensor.to(dtype) for key, tensor in weights.items()}, base.config)
+    family, states = base.family, split_time_states(base.tensors)[1]
     start = State.zeros(base.config, 1, dtype=dtype)
     if states:
         start = state_of(states, start, family.rows_are_keys, base.path)
-    with torch.inference_mode():
-        return model(tokens[None], start)[0][0]
+    return logits_by_parts(family.load(base.tensors, base.config), tokens, start, dtype)
+
+
+def logits_by_parts(
+    model: LanguageModel,
+    tokens: torch.Tensor,
+    state: State,
+    dtype: torch.dtype,
+    prepare: Callable[[str, nn.Module], None] = lambda name, part: None,
+) -> torch.Tensor:
+    """Compute the logits (T, V) of a model over tokens (T,) in dtype, from a State. Memory holds one block in dtype at
+    a time.
+
+    Weights stay mapped to their file, in that file's dtype, until their block, the last norm or the head is reached.
+    It is cast, prepare(name, part) may change it, and after its forward it is emptied; the model serves once.
+    """
+
+    def fill(part: nn.Module, name: str) -> None:
+        for module in part.modules():
+            for parameter in module.parameters(recurse=False):
+                if not isinstance(module, nn.Embedding):  # of which the tokens' rows are enough
+                    parameter.data = parameter.data.to(dtype)
+        prepare(name, part)
+
+    def empty(part: nn.Module, *_: object) -> None:
+        for module in part.modules():
+            for name in dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))):
+                setattr(module, name, None)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    for name, part in (*model.blocks.named_children(), ("ln_out", model.ln_out), ("head", model.head)):
+        part.register_forward_pre_hook(lambda part, _, name=name: fill(part, name))
+        part.register_forward_hook(empty)
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens[None], state)[0][0]
+        return logits
 
 
 class Difference(NamedTuple):
