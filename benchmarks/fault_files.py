@@ -29,7 +29,7 @@ BEGINS = "run/(config.json|tensorboard/)"  # in which a run that goes on says so
 BASE = ("--base_model", "base.pth")
 MODEL = ("--model", "base.pth", "--tokenizer", "bytes", "--prompt", "a")
 PROMPTED = ("generate", *MODEL[:4], "--prompt_file", "hostile.jsonl.gz")
-EVALUATED = ("eval", "gsm8k", *MODEL[:4], "--data", "hostile.jsonl.gz")
+EVALUATED = ("eval", "jsonl", *MODEL[:4], "--data", "hostile.jsonl.gz")
 COMPARED = ("compare", "--methods", "bone", "--rank", 8, "--seeds", 7, "--steps", 2, "--rates", "1e-3")
 COMPARED += ("--output", "compared", "--", *TRAIN[1:-4], "--val_split", 0.2, "--load_model")
 # the command for each file of tensors that one takes
@@ -48,7 +48,7 @@ READERS = MappingProxyType(
         "generate": ("generate", "--model", "hostile.pth", *MODEL[2:]),
         "generate's adapter": ("generate", *MODEL, "--adapter", "hostile.pth"),
         "generate's state": ("generate", *MODEL, "--state", "hostile.pth"),
-        "eval": ("eval", "gsm8k", "--data", "rows.jsonl", "--model", "hostile.pth"),
+        "eval": ("eval", "jsonl", "--data", "rows.jsonl", "--model", "hostile.pth"),
         "plan": ("plan", "--load_model", "hostile.pth", "--gpu", "24GiB"),
         "train": (*NEW, "--load_model", "hostile.pth"),
         "train's adapter": (*NEW, "--load_model", "base.pth", "--bone_load", "hostile.pth"),

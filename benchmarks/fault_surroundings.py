@@ -58,7 +58,7 @@ def nines(folder):
     save_model(folder / "nines.pth", state)
     (folder / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "#### 8"}) + "\n")
     model = ("--model", "nines.pth", "--tokenizer", "bytes", "--max_tokens", 5000)
-    return ("eval", "gsm8k", "--data", "rows.jsonl", *model)
+    return ("eval", "jsonl", "--data", "rows.jsonl", *model)
 
 
 def chatting(folder):

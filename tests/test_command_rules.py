@@ -34,13 +34,14 @@ COMMANDS = (
     ("study", study.RULES, "--load_model b.pth --output s {}"),
     ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
 )
-OURS, HARNESS, SCORED = "gsm8k", "arc_easy", "lambada"
+OURS, HARNESS, CHOICES = "jsonl", "arc_easy", "choices"
 FACTS = {
     comparison.SEVERAL: "other.png",
     evals.OTHERS: f"{OURS} {HARNESS}",
+    evals.LEFT: "lambada",
     evals.OURS: OURS,
     evals.HARNESS: HARNESS,
-    evals.SCORED: SCORED,
+    evals.CHOICES: CHOICES,
     serve.REACHED: "--host 0.0.0.0",
 }
 # a value of a flag for which its condition holds, if another than 3

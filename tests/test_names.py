@@ -6,9 +6,9 @@ import sys
 from rwkv_peft.adapters.methods import METHODS, word_of
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.samples import Samples
-from rwkv_peft.evals.task import AnswerTask, ChoiceTask
+from rwkv_peft.evals.rows import Choices, Exact
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.tables import GENERATIONS, SAMPLINGS, SCORED, WRITTEN
+from rwkv_peft.tables import GENERATIONS, SAMPLINGS, TASKS
 
 
 def test_a_methods_settings_are_told_by_its_word():
@@ -22,8 +22,7 @@ def test_a_methods_settings_are_told_by_its_word():
 def test_things_are_what_their_tables_call_them():
     assert [family.version for family in FAMILIES] == list(GENERATIONS)
     assert all(issubclass(sampling, Samples) for sampling in SAMPLINGS.values())
-    assert all(issubclass(task, AnswerTask) for task in WRITTEN.values())
-    assert all(issubclass(task, ChoiceTask) for task in SCORED.values())
+    assert list(TASKS.values()) == [Exact, Choices]
 
 
 def test_a_mistaken_flag_is_told_without_torch_and_at_once():

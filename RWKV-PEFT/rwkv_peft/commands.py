@@ -152,7 +152,7 @@ MEANINGS = MappingProxyType(
         "export": "convert",
         "finetune": "train",
         "infer": "generate",
-        "lm_eval": "eval --harness",
+        "lm_eval": "eval",
         "plots": "plot --panels",
         "run": "generate",
         "sft": "train --data_type sft",

@@ -52,7 +52,5 @@ OPTIMS = Table(
         "schedule_free": "training.optimizers.schedule_free:ScheduleFree",
     }
 )
-# tasks of `rwkv-peft eval` and --eval_task: whose answers the model writes, and whose continuations are scored
-WRITTEN = Table({"gsm8k": "evals.written:Gsm8k", "math": "evals.written:Competition", "jsonl": "evals.written:Exact"})
-SCORED = Table({"choices": "evals.choices:Choices", "lambada": "evals.choices:Lambada"})
-TASKS = Table({**WRITTEN.places, **SCORED.places})
+# tasks of `rwkv-peft eval` and --eval_task over rows of one's own
+TASKS = Table({"jsonl": "evals.rows:Exact", "choices": "evals.rows:Choices"})

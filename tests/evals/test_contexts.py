@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from families import DISTINCT, shaken
-from rwkv_peft.evals import scoring
-from rwkv_peft.evals.scoring import batches, score_pairs
+from rwkv_peft.evals import asking
+from rwkv_peft.evals.asking import batches, score_pairs
 
 EXAMPLES = [3 + 7 * i % 70 for i in range(9)]
 # (context, continuation): two that share a context, an opening that four share, one of its own, an empty continuation
@@ -33,8 +33,8 @@ def alone(model, context, continuation):
 @pytest.mark.parametrize("batch, opening, passes", [(1, 64, 4096), (2, 4, 4), (8, 64, 4096)])
 def test_scores_are_those_of_each_pair_by_itself(model, monkeypatch, batch, opening, passes):
     read, forward = Counter(), model.forward
-    monkeypatch.setattr(scoring, "OPENING", opening)
-    monkeypatch.setattr(scoring, "PREFILL", passes)
+    monkeypatch.setattr(asking, "OPENING", opening)
+    monkeypatch.setattr(asking, "PREFILL", passes)
     monkeypatch.setattr(model, "forward", lambda tokens, *rest, **named: forward(counted(tokens), *rest, **named))
 
     def counted(tokens):
@@ -52,7 +52,7 @@ def test_scores_are_those_of_each_pair_by_itself(model, monkeypatch, batch, open
 
 
 def test_batches_hold_every_number_once_and_no_more_than_they_may(monkeypatch):
-    monkeypatch.setattr(scoring, "TOGETHER", 3)
+    monkeypatch.setattr(asking, "TOGETHER", 3)
     behind = {(1, 2): list(range(8)), (1,): [8], (3, 4, 5): [9, 10], (6,): [11]}
     found = list(batches(behind, 2))
     assert sorted(number for batch in found for numbers in batch.values() for number in numbers) == list(range(12))

@@ -62,7 +62,7 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text(lines[0] + lines[2] + lines[1][:30])  # the last line was cut off in writing
     asked = []
-    monkeypatch.setattr(command, "ask", lambda *given: asked.extend(given[-1]) or original(*given))
+    monkeypatch.setattr(command, "ask", lambda *given: asked.extend(given[2]) or original(*given))
     assert run(*words) == whole and asked == [0, 2]
     assert output.read_text() == "".join(lines)
     assert run(*words) == whole and asked == [0, 2]  # nothing is due any more
@@ -118,8 +118,8 @@ original = command.ask
 
 @pytest.mark.parametrize("end, code", [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM), 143)])
 def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys, end, code):
-    def interrupted(args, task, subject, due):
-        yield from list(original(args, task, subject, {0: due[0]}))
+    def interrupted(task, subject, due, *how):
+        yield from list(original(task, subject, {0: due[0]}, *how))
         raise end
 
     monkeypatch.setattr(command, "ask", interrupted)
@@ -155,19 +155,6 @@ def test_a_full_disk_keeps_what_was_answered(run, tmp_path, largest_file):
     assert run(*words) == whole and output.read_bytes() == content
 
 
-@pytest.mark.parametrize("task, told", [("gsm8k", "#### {}"), ("math", "so \\boxed{{{}}}")])
-def test_numbers_and_formulas_are_found_in_what_it_writes(run, tmp_path, task, told):
-    if task == "math":
-        pytest.importorskip("math_verify")
-    layout, output = tmp_path / "layout.txt", tmp_path / "o.jsonl"
-    layout.write_text("{question}\nA:")
-    rows = [{"query": ROWS[0]["prompt"].removesuffix("\nA:"), "response": told.format(n)} for n in ("3", "4")]
-    words = ("--data", write(tmp_path / "d.jsonl", rows), "--template", layout, "--stop", "\n", "--output", output)
-    lines = run(task, *words)
-    assert [line.split()[1] for line in lines[1:]] == ["0.0%", "50.0%"]  # it writes a bare number
-    assert [json.loads(line)["flexible"] for line in output.read_text().splitlines()[1:]] == [True, False]
-
-
 def test_a_choice_is_the_continuation_that_the_model_finds_likelier(run, tmp_path):
     choices = ["3 brown grapes", "4 red dolls", "5 hats"]
     rows = [{"question": STORY.format("What is there?"), "choices": choices, "answer": 0}]
@@ -189,42 +176,42 @@ def test_a_backslash_and_n_in_a_stop_are_told(tmp_path, capsys):
         assert capsys.readouterr().err.count("add --escapes") == told
 
 
-def test_the_last_word_and_its_perplexity(run, tmp_path):
-    rows = [{"text": STORY.format("How many?") + word} for word in (" 3", " golden")]
-    lines = run("lambada", "--data", write(tmp_path / "l.jsonl", rows))
-    assert lines[1] == "last word    50.0% ± 50.0% (standard error), 1 of 2"
-    assert lines[2].startswith("perplexity ") and float(lines[2].split()[1]) > 10
-
-
 def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
-    rows = [{"question": f"{n}+1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(4)]
+    rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(4)]
     prompts = []
 
-    def ask(args, task, subject, due):
+    def ask(task, subject, due, *how):
         prompts.extend(problem.prompt for problem in due.values())
         return [{"number": number, "strict": True, "flexible": True} for number in due]
 
     monkeypatch.setattr(command, "ask", ask)
     data, shots = write(tmp_path / "d.jsonl", rows[2:]), write(tmp_path / "s.jsonl", rows[:2])
-    run("gsm8k", "--data", data, "--shots", 2, "--shots_data", shots)
-    assert prompts[0] == (
-        "User: 0+1?\n\nAssistant: 0+1=1\n#### 1\n\nUser: 1+1?\n\nAssistant: 1+1=2\n#### 2\n\nUser: 2+1?\n\nAssistant:"
-    )
+    run("jsonl", "--data", data, "--shots", 2, "--shots_data", shots)
+    assert prompts[0] == ("User: 0+1?\n\nAssistant: 1\n\nUser: 1+1?\n\nAssistant: 2\n\nUser: 2+1?\n\nAssistant:")
     with pytest.raises(UserError, match="is --data, and would show its answers"):
-        run("gsm8k", "--data", data, "--shots", 1, "--shots_data", data)
+        run("jsonl", "--data", data, "--shots", 1, "--shots_data", data)
     with pytest.raises(UserError, match="--shots 3: .* holds 2"):
-        run("gsm8k", "--data", data, "--shots", 3, "--shots_data", shots)
+        run("jsonl", "--data", data, "--shots", 3, "--shots_data", shots)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gsmk", "--data", "d.jsonl"], "did you mean gsm8k"),
-        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots 2 needs --shots_data or .*; give both"),
-        (["lambada", "--data", "d.jsonl", "--stop", "x"], "--stop x does not go with a task whose .* .lambada."),
-        (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),
-        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch: 0 is below 1"),
-        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least: 90 is no share"),
+        (["choice", "--data", "d.jsonl"], "did you mean choices"),
+        (["jsonl", "--data", "d.jsonl", "--shots", "2"], "--shots 2 needs --shots_data or .*; give both"),
+        (["choices", "--data", "d.jsonl", "--stop", "x"], "--stop x does not go with the task choices: it is"),
+        (["gsm8k", "--data", "d.jsonl"], "--data d.jsonl does not .*harness .gsm8k.: it is for jsonl and choices, "),
+        (
+            ["lambada", "--data", "d.jsonl"],
+            "a task of earlier versions .lambada. does not go .*: lm_eval has lambada_op",
+        ),
+        (
+            ["math", "--data", "d.jsonl"],
+            "a task of earlier versions .math. does not .*: lm_eval has .*, hendrycks_math",
+        ),
+        (["jsonl", "--data", "d.jsonl", "--stop", ""], "empty text"),
+        (["jsonl", "--data", "d.jsonl", "--batch", "0"], "--batch: 0 is below 1"),
+        (["jsonl", "--data", "d.jsonl", "--at_least", "90"], "--at_least: 90 is no share"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):
@@ -237,21 +224,21 @@ def test_mistaken_flags_are_told(arguments, message):
     [
         (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--data", "empty.jsonl"], "empty.jsonl holds no problem"),
-        (["--data", "bad.jsonl"], "bad.jsonl, line 2: its answer"),
+        (["--data", "bad.jsonl"], "bad.jsonl, line 2: a row has the fields"),
         (["--data", "good.jsonl", "--template", "absent"], "--template absent"),
         (["--data", "good.jsonl", "--output", "good.jsonl"], "is the file given as --data"),
-        (["--data", "good.jsonl", "--output", "other.jsonl"], "another tool's file|no line of rwkv-peft eval"),
+        (["--data", "good.jsonl", "--output", "other.jsonl"], "other.jsonl is no file of rwkv-peft eval"),
         (["--data", "good.jsonl", "--model", "absent.pth", "--output", "new.jsonl"], "absent.pth"),
     ],
 )
 def test_files_that_cannot_serve_are_told(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    good = {"question": "q", "answer": "#### 1"}
+    good = {"question": "q", "answer": "1"}
     write(tmp_path / "good.jsonl", [good])
-    write(tmp_path / "bad.jsonl", [good, {"question": "q", "answer": "none"}])
+    write(tmp_path / "bad.jsonl", [good, {"question": "q"}])
     write(tmp_path / "empty.jsonl", [])
     before = Path(write(tmp_path / "other.jsonl", [{"prompt": "x"}])).read_bytes()
     with pytest.raises(UserError, match=message):
-        command.main(["gsm8k", *MODEL, *arguments])
+        command.main(["jsonl", *MODEL, *arguments])
     assert (tmp_path / "other.jsonl").read_bytes() == before
     assert not (tmp_path / "new.jsonl").exists()

@@ -14,23 +14,17 @@ from evals.local_tasks import PASSAGES, TASKS, offline, write_tasks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import command, flags
-from rwkv_peft.evals.requests import (
-    ROLLING,
-    SCORED,
-    WRITTEN,
-    Question,
-    in_two,
-    manner,
-    question,
-    share,
-    stops_of_request,
-)
-from rwkv_peft.evals.scoring import score
+from rwkv_peft.evals.asking import score
 from rwkv_peft.generate.loading import Subject, load_model
 from rwkv_peft.generate.settings import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
+
+
+@pytest.fixture(scope="module")
+def harness():
+    return pytest.importorskip("rwkv_peft.evals.harness")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +34,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(folder):
+def done(folder, harness):
     """Run the command as a user types it -> (its output, the results it wrote, {task: samples})."""
-    pytest.importorskip("lm_eval")
     words = ["eval", *(f"our_{name}" for name in TASKS), "--include_path", str(folder), *MODEL, "--batch", "2"]
     files = ["--output", str(folder / "results.json"), "--samples", str(folder / "samples.jsonl")]
     how = dict(env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}, cwd=folder)
@@ -74,11 +67,14 @@ def test_choices_are_as_probable_as_ours(done, folder):
     assert results["config"]["model"] == MODEL[1]
 
 
-def test_last_words_are_as_probable_as_ours(done, folder):
+def test_last_words_are_as_probable_as_their_tokens(done, folder):
     _, _, samples = done
-    for record, sample in zip(ours(folder, "lambada"), samples["our_lambada"], strict=True):
+    model, start, tokenizer = subject()
+    for row, sample in zip(PASSAGES, samples["our_lambada"], strict=True):
+        before, word = row["text"].rsplit(" ", 1)
+        ((found,),) = score(model, [tokenizer.encode(before)], [[tokenizer.encode(f" {word}")]], start)
         ((logprob, greedy),) = sample["resps"][0]
-        assert float(logprob) == pytest.approx(record["logprobs"][0], abs=1e-4) and greedy is record["last word"]
+        assert float(logprob) == pytest.approx(found.logprob, abs=1e-4) and greedy is found.greedy
 
 
 def test_a_whole_text_is_as_probable_as_its_tokens(done, folder):
@@ -92,10 +88,11 @@ def test_a_whole_text_is_as_probable_as_its_tokens(done, folder):
 def test_answers_are_those_that_we_write(done, folder):
     _, _, samples = done
     (folder / "layout.txt").write_text("{question}\nA:")
-    records = ours(folder, "gsm8k", "--template", str(folder / "layout.txt"), "--stop", "\n", "--max_tokens", "20")
-    assert [record["flexible"] for record in records] == [True, False]
+    shutil.copy(folder / "gsm8k.jsonl", folder / "jsonl.jsonl")
+    records = ours(folder, "jsonl", "--template", str(folder / "layout.txt"), "--stop", "\n", "--max_tokens", "20")
     for record, sample in zip(records, samples["our_gsm8k"], strict=True):
-        assert sample["resps"] == [[record["generated"]]] and bool(sample["exact_match"]) is record["flexible"]
+        assert sample["resps"] == [[record["generated"]]]
+    assert [bool(sample["exact_match"]) for sample in samples["our_gsm8k"]] == [True, False]
 
 
 def subject():
@@ -103,21 +100,22 @@ def subject():
     return Subject(model, start, load_tokenizer("bytes"))
 
 
-def test_what_a_task_asks_of_its_answers():
+def test_what_a_task_asks_of_its_answers(harness):
+    manner, stops = harness.manner, harness.stops_of_request
     assert manner({"until": ["x"], "do_sample": False, "temperature": 0.7}) == (Sampling(temperature=0), 256)
     assert manner({"max_new_tokens": 9, "num_beams": 1}) == (Sampling(temperature=0), 9)
     assert manner({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == (Sampling(temperature=0.7, top_p=0.9), 256)
     assert manner({"temperature": 0.5, "top_k": 3}) == (Sampling(temperature=0.5, top_p=1.0, top_k=3), 256)
-    assert stops_of_request({"until": ["a", ""]}) == stops_of_request({"until": "a"}) == ("a",)
+    assert stops({"until": ["a", ""]}) == stops({"until": "a"}) == ("a",)
 
 
-def test_all_of_a_context_and_its_continuation_is_read():
+def test_all_of_a_context_and_its_continuation_is_read(harness):
     world = load_tokenizer("world")
     for context, continuation in (("Answer:", " Paris"), ("Answer: ", "Paris"), ("is", "n't"), ("\n", "word")):
-        before, behind = in_two(world, context, continuation)
+        before, behind = harness.in_two(world, context, continuation)
         assert world.decode(before + behind) == (context + continuation) and before
         assert world.decode(behind) == context[len(context.rstrip()) :] + continuation
-    assert in_two(world, "", "word")[0] == question(ROLLING, ("word",), world, 0).context == [0]
+    assert harness.in_two(world, "", "word")[0] == harness.question(harness.ROLLING, ("word",), world, 0).context == [0]
 
 
 BROKEN = {
@@ -129,8 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, case):
-    pytest.importorskip("lm_eval")
+def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, harness, case):
     task, old, new, message = BROKEN[case]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     text = (folder / f"{task}.yaml").read_text().replace(f"task: our_{task}", "task: broken")
@@ -139,20 +136,22 @@ def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, cas
         command.main(["broken", "--include_path", str(tmp_path), *MODEL, "--limit", "1"])
 
 
-def test_requests_that_are_no_texts_are_told():
+def test_requests_that_are_no_texts_are_told(harness):
     world = load_tokenizer("world")
-    for kind, arguments in ((SCORED, ("a", ["b"])), (ROLLING, (5,)), (WRITTEN, (None, {}))):
+    for kind, arguments in ((harness.SCORED, ("a", ["b"])), (harness.ROLLING, (5,)), (harness.WRITTEN, (None, {}))):
         with pytest.raises(UserError, match="a text is due .doc_to_text, doc_to_target"):
-            question(kind, arguments, world, 0)
+            harness.question(kind, arguments, world, 0)
     for until in (5, ["a", 5], {"a": 1}):
         with pytest.raises(UserError, match="a text is due, or a list of texts"):
-            stops_of_request({"until": until})
+            harness.stops_of_request({"until": until})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_ranks_share_questions_and_those_of_one_context_stay_together(ranks):
+def test_ranks_share_questions_and_those_of_one_context_stay_together(harness, ranks):
     contexts = [[1], [2], [1], [3], [2]]
-    shares = [share([Question(context, [0]) for context in contexts], rank, ranks) for rank in range(ranks)]
+    shares = [
+        harness.share([harness.Question(context, [0]) for context in contexts], rank, ranks) for rank in range(ranks)
+    ]
     assert sorted(sum(shares, [])) == list(range(5))
     assert not any(contexts[a] == contexts[b] for mine in shares for a in mine for b in set(range(5)) - set(mine))
 
@@ -166,8 +165,7 @@ def test_ranks_share_questions_and_those_of_one_context_stay_together(ranks):
         (["our_choices", "--include_path", ".", "--output", "choices.yaml"], "is the file given as --include_path"),
     ],
 )
-def test_tasks_that_cannot_serve_are_told(folder, monkeypatch, arguments, message):
-    pytest.importorskip("lm_eval")
+def test_tasks_that_cannot_serve_are_told(folder, monkeypatch, harness, arguments, message):
     offline(monkeypatch)
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message):
@@ -178,11 +176,10 @@ def test_tasks_that_cannot_serve_are_told(folder, monkeypatch, arguments, messag
     "group, members, reads_all",
     [("own", "our_choices, our_lambada", False), ("mixed", "our_choices, of_theirs", True), ("nested", "own", True)],
 )
-def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkeypatch, group, members, reads_all):
-    pytest.importorskip("lm_eval")
+def test_a_group_of_a_folders_own_tasks_needs_no_others(
+    harness, folder, tmp_path, monkeypatch, group, members, reads_all
+):
     from lm_eval.tasks import TaskManager
-
-    from rwkv_peft.evals.harness import load_tasks
 
     everything, read = TaskManager.__init__, []
 
@@ -198,7 +195,7 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
     (tmp_path / "own.yaml").write_text("group: own\ntask: [our_choices, our_lambada]\n")
     (tmp_path / f"{group}.yaml").write_text(f"group: {group}\ntask: [{members}]\n")
     monkeypatch.setattr(TaskManager, "__init__", with_few_defaults)
-    tasks, names = load_tasks([group], str(tmp_path))
+    tasks, names = harness.load_tasks([group], str(tmp_path))
     assert names == [group] and any(read) == reads_all
     leaves = {"own": "our_lambada", "mixed": "of_theirs", "nested": "our_lambada"}
     assert tasks.load(names)["tasks"].keys() == {"our_choices", leaves[group]}
@@ -211,11 +208,12 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkey
         (["x", "--limit", "0"], "0 is below 1"),
         (["x", "--include_path", "absent"], "--include_path absent is no folder"),
         (["x", "--fewshot", "2"], "did you mean --num_fewshot"),
-        (["gsm", "--data", "d"], r"--data d does not .* .gsm; did you mean gsm8k\?.: it is for gsm8k"),
-        (["gsm8k", "--harness", "--stop", "x"], "--stop x does not .*: it is for gsm8k, math, .*; leave it out"),
-        (["gsm8k", "--data", "d", "--limit", "2"], "--limit 2 does not go with .* .gsm8k.: it is for .*; leave"),
-        (["gsm8k", "arc_easy"], "a task of ours .gsm8k. does not go with further tasks .arc_easy."),
-        (["gsm8k"], "a task of ours .gsm8k. needs --data: .*; name it, or add --harness"),
+        (["choic", "--data", "d"], r"--data d does not .* .choic; did you mean choices\?.: it is for jsonl"),
+        (["gsm8k", "--stop", "x"], "--stop x does not .*: it is for jsonl and choices, .*; leave it out"),
+        (["jsonl", "--data", "d", "--limit", "2"], "--limit 2 does not go with .* .jsonl.: it is for .*; leave"),
+        (["jsonl", "arc_easy"], "a task of ours .jsonl. does not go with further tasks .arc_easy."),
+        (["jsonl"], "a task of ours .jsonl. needs --data: .*; name it"),
+        (["lambada"], "a task of earlier versions .lambada. does not go with .*; name one of these, or ask"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):
@@ -227,3 +225,10 @@ def test_without_the_harness_its_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="arc_easy: .* whose package lm_eval this Python lacks; .*setup.sh eval"):
         flags.parse_flags(["arc_easy", *MODEL])
+
+
+def test_tasks_that_were_ours_too_are_the_harnesss(monkeypatch):
+    """Also with --harness, which asked for that."""
+    for words in (["gsm8k"], ["gsm8k", "--harness"]):
+        args = flags.parse_flags([*words, *MODEL])
+        assert args.harness and args.tasks == ["gsm8k"]

@@ -7,8 +7,8 @@ import torch
 
 from families import DISTINCT, shaken
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals import scoring
-from rwkv_peft.evals.scoring import score
+from rwkv_peft.evals import asking
+from rwkv_peft.evals.asking import score
 from rwkv_peft.generate.reading import prefill
 from rwkv_peft.models import family_named
 
@@ -34,7 +34,7 @@ def reference(model, prompt, continuation, start):
 
 @pytest.mark.parametrize("started, piece", [(False, 256), (True, 3)])
 def test_scores_are_those_of_whole_sequences(model, started, piece, monkeypatch):
-    monkeypatch.setattr(scoring, "PIECE", piece)
+    monkeypatch.setattr(asking, "PIECE", piece)
     start = prefill(model, [[3, 1, 4]])[1] if started else None
     for prompt, texts, found in zip(PROMPTS, CONTINUATIONS, score(model, PROMPTS, CONTINUATIONS, start)):
         assert len(found) == len(texts)

@@ -168,7 +168,7 @@ def stored_read(folder):
 
 
 def answers_read(folder):
-    with Records(str(folder / "answers.jsonl"), {"task": "jsonl"}, ("strict", "flexible")) as records:
+    with Records.open(str(folder / "answers.jsonl"), {"task": "jsonl"}, ("strict", "flexible")) as records:
         pass
     return records.found and summary("jsonl", records.measures, records.ordered())
 

@@ -58,7 +58,7 @@ def test_lm_eval_without_its_package_is_told(monkeypatch):
     [
         ([{"prompt": "x"}], (), r"questions.jsonl, line 1: "),
         ([{"text": "no question"}], (), "no question before an answer"),
-        ([{"question": "q", "answer": "none"}], ("--eval_task", "gsm8k"), "line 1: its answer 'none' has no number"),
+        ([{"question": "q", "answer": "none"}], ("--eval_task", "choices"), "line 1: the row has no choices"),
         ([], (), "holds no problem"),
         ([QUESTIONS[0]], ("--eval_template", "absent"), "--eval_template absent: no such file"),
     ],
@@ -91,7 +91,7 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task gsm8k needs --eval_data"),
+        (("--lm_eval", "t", "--eval_task", "choices"), "--eval_task choices needs --eval_data"),
         (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot 0 needs --lm_eval"),
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
@@ -99,7 +99,10 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
             ("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"),
             "--eval_task choices: its answers are not written",
         ),
-        (("--eval_data", "q", "--eval_task", "gsmk"), "invalid choice: 'gsmk'"),
+        (("--eval_data", "q", "--eval_task", "choice"), "invalid choice: 'choice' .*; did you mean choices"),
+        (("--eval_data", "q", "--eval_task", "gsm8k"), "invalid choice: 'gsm8k' .* is --lm_eval gsm8k, without"),
+        (("--eval_data", "q", "--eval_task", "math"), "math of other tools is --lm_eval hendrycks_math"),
+        (("--eval_data", "q", "--eval_task", "lambada"), "lambada of other tools is --lm_eval lambada_openai"),
         (("--eval_data", "q", "--eval_batch", "0"), "0 is below 1"),
     ],
 )

@@ -21,7 +21,6 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
-from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.measuring.examiner import Examiner
@@ -175,7 +174,8 @@ def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, as
 def harness(files):
     """lm_eval's tasks as questions of a run."""
     flags = ["--data_file", "x", "--load_model", "y", "--eval_batch", "2", *lm_eval_flags(files)]
-    return HarnessExam(parse_flags(flags).train, load_tokenizer("bytes"))
+    harness = pytest.importorskip("rwkv_peft.evals.harness")
+    return harness.HarnessExam(parse_flags(flags).train, load_tokenizer("bytes"))
 
 
 @needs_lm_eval

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..names import INFCTX, NONE, STATE
 from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
-from ..tables import WRITTEN
 from .adapter import AdapterConfig
 from .data import DataConfig
 from .methods import MINI
@@ -97,9 +96,7 @@ RULES = (
     Rule("--early_stop", NEEDS, "--val_data, --val_split", "it needs samples to validate on"),
     Rule("--eval_every, --eval_limit, --eval_batch", NEEDS, "--eval_data, --lm_eval", "it is about their questions"),
     Rule(OF_TASK, NEEDS, "--eval_data", "it is about the questions of that file"),
-    Rule(
-        "--eval_max_tokens, --eval_stop", EXCLUDES, f"--eval_task !{'|'.join(WRITTEN)}", "its answers are not written"
-    ),
+    Rule("--eval_max_tokens, --eval_stop", EXCLUDES, "--eval_task choices", "its answers are not written"),
     Rule("--lm_eval_include_path, --lm_eval_num_fewshot", NEEDS, "--lm_eval", "it is about its tasks"),
     Rule("--eval_data, --lm_eval", EXCLUDES, STAGE_3, "no rank holds a whole layer, to answer by itself", ASK),
     Rule("--merge_on_save", EXCLUDES, WHOLE, "rwkv.pth is the model already"),

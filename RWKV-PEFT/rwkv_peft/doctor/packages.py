@@ -26,7 +26,7 @@ OPTIONAL = (
     ("bitsandbytes", "quantized bases, --optim adamw8bit"),
     ("lion-pytorch", "--optim lion"),
     ("schedulefree", "--optim schedule_free"),
-    ("math-verify", "rwkv-peft eval math"),
+    ("math-verify", "train.py --reward math"),
     ("lm_eval", "rwkv-peft eval, tasks of the harness"),
     ("fastapi", "rwkv-peft serve"),
     ("wandb", "--wandb"),

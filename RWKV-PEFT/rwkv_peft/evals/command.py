@@ -20,11 +20,10 @@ from ..generate.flags import note_escapes
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
 from ..tables import TASKS
-from .asking import Manner, ask
+from .asking import ask
 from .flags import parse_flags
-from .layouts import LAYOUTS, example
 from .records import Records, share_of, summary
-from .task import Problem, Task, layout_of, read_problems
+from .rows import LAYOUTS, Problem, Task, example, layout_of, read_problems
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
 OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
@@ -43,19 +42,17 @@ def ask_rows(args: Any) -> int:
     Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
     task = TASKS[args.task]()
     clean = clean_beside(*reversed(args.adapter), args.state, args.model)
-    task.clean = clean if args.clean_turns is None else args.clean_turns
-    task.require()
+    clean = clean if args.clean_turns is None else args.clean_turns
     if args.output:
         inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
         check_output("--output", args.output, [*inputs, *(("--adapter", path) for path in args.adapter)])
     note_escapes(args, "--stop", args.stop)
     layout = layout_of(task, args.template)
-    problems = read_problems(task, args.data, args.split, layout)
-    shots = read_shots(task, args, layout)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args), "clean_turns": task.clean}
-    records = Records(args.output, settings, task.measures)
+    problems = read_problems(task, args.data, args.split, layout, clean)
+    shots = read_shots(task, args, layout, clean)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args), "clean_turns": clean}
     try:
-        with records:
+        with Records.open(args.output, settings, task.measures) as records:
             due = {
                 number: problem._replace(prompt=shots + problem.prompt)
                 for number, problem in enumerate(problems)
@@ -82,24 +79,24 @@ def stamps(args: Any) -> dict[str, list[int]]:
     return {str(file): list(Stamp.of(file)[2:]) for file in files}
 
 
-def read_shots(task: Task, args: Any, layout: str) -> str:
+def read_shots(task: Task, args: Any, layout: str, clean: bool) -> str:
     """Read the solved problems that go before each question, as one text; "" without --shots. Raises UserError if
     --shots_data is --data or holds too few."""
     if not args.shots:
         return ""
     if same_file(args.shots_data, args.data):
         raise UserError(f"--shots_data {args.shots_data} is --data, and would show its answers; give another file")
-    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout)
+    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout, clean)
     if len(found) < args.shots:
         raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(found)}; give fewer, or another file")
-    return "".join(example(problem.prompt, problem.solution) for problem in found)
+    return "".join(map(example, found))
 
 
 def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Records) -> None:
     """Load the model, ask it the problems that have no Record yet, {number: Problem}, and add their Records."""
     subject = load_subject(args, lambda text: print(text, file=sys.stderr))
     with tqdm(total=len(due), unit="problem", mininterval=bar_seconds(sys.stderr), dynamic_ncols=True) as bar:
-        for record in ask(Manner(args.max_tokens, args.batch, args.stop), task, subject, due):
+        for record in ask(task, subject, due, args.batch, args.max_tokens, args.stop):
             records.add(record)
             bar.update()
 

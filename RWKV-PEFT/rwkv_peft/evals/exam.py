@@ -17,9 +17,9 @@ from ..generate.flags import unescaped
 from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..tables import TASKS
-from .asking import GREEDY, Manner, ask, write
+from .asking import GREEDY, ask, write
 from .records import Record, digest_of, share_of
-from .task import layout_of, read_problems
+from .rows import layout_of, read_problems
 
 LONGEST = 64  # tokens of an answer that are written and compared
 OF = " of "  # between the words for data and the name of a source
@@ -37,16 +37,15 @@ class Judgement(NamedTuple):
 
 class Exam:
     """The rows of --eval_data, --eval_limit of them at most, as problems of --eval_task. Raises UserError for rows that
-    are none or that the tokenizer cannot encode, and if a package that the task needs is missing."""
+    are none or that the tokenizer cannot encode."""
 
     def __init__(self, train: TrainConfig, tokenizer: Any, clean: bool = True) -> None:
         self.task, self.tokenizer = TASKS[train.eval_task](), tokenizer
-        self.task.clean = clean
-        self.task.require()
-        self.manner = Manner(train.eval_max_tokens, train.eval_batch, [unescaped(text) for text in train.eval_stop])
+        self.batch, self.max_tokens = train.eval_batch, train.eval_max_tokens
+        self.stop = list(map(unescaped, train.eval_stop))
         layout = layout_of(self.task, train.eval_template, "--eval_template")
         rows = f"[:{train.eval_limit}]" if train.eval_limit else ""
-        self.problems = read_problems(self.task, train.eval_data, rows, layout)
+        self.problems = read_problems(self.task, train.eval_data, rows, layout, clean)
         for number, problem in enumerate(self.problems):
             encode(tokenizer, problem.prompt, number)  # raises UserError for a prompt that cannot be asked
 
@@ -61,7 +60,8 @@ class Exam:
         """Ask the model every `ranks`-th problem from number `rank` on; yield each Record as it is done. The model
         starts from the states that it tunes, if any; its mode (train or eval) and its weights stay as they are."""
         due = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
-        return ask(self.manner, self.task, Subject(model, model.tuned_states(), self.tokenizer), due)
+        subject = Subject(model, model.tuned_states(), self.tokenizer)
+        return ask(self.task, subject, due, self.batch, self.max_tokens, self.stop)
 
     def judge(self, records: Sequence[Record]) -> Judgement:
         """Judge all records. The score is the share that is right by the task's first measure."""

@@ -10,42 +10,37 @@ from ..errors import UserError
 from ..generate.flags import add_model_flags, unescaped
 from ..installing import how_to_install
 from ..rules import EXCLUDES, NEEDS, Rule
-from ..tables import TASKS, WRITTEN
+from ..tables import TASKS
 
 OURS, HARNESS = "a task of ours", "tasks of the lm-evaluation-harness"
-OTHERS, SCORED = "further tasks", "a task whose answers are not written"
+OTHERS, CHOICES = "further tasks", "the task choices"
+PROG, LEFT = "rwkv-peft eval", "a task of earlier versions"
+THEIRS = "lm_eval has lambada_openai, hendrycks_math and gsm8k, with data of their own"
 OF_OURS = "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least, --clean_turns"
-NAMESAKE = "name it, or add --harness for the lm-evaluation-harness's task of that name, which has its own data"
 RULES = (
-    Rule(OURS, EXCLUDES, OTHERS, "it is asked alone", "leave the rest out, or add --harness for its task of that name"),
-    Rule(OURS, NEEDS, "--data", "it asks the rows of that file", NAMESAKE),
-    Rule(OF_OURS, EXCLUDES, HARNESS, f"it is for {', '.join(TASKS)}", "leave it out"),
-    Rule(
-        "--limit, --include_path, --samples", EXCLUDES, OURS, f"it is for {HARNESS}", "leave it out, or add --harness"
-    ),
+    Rule(LEFT, EXCLUDES, PROG, THEIRS, f"name one of these, or ask rows of yours as {' or '.join(TASKS)}"),
+    Rule(OURS, EXCLUDES, OTHERS, "it is asked alone", "leave the rest out"),
+    Rule(OURS, NEEDS, "--data", "it asks the rows of that file", "name it"),
+    Rule(OF_OURS, EXCLUDES, HARNESS, f"it is for {' and '.join(TASKS)}, which ask rows of yours", "leave it out"),
+    Rule("--limit, --include_path, --samples", EXCLUDES, OURS, f"it is for {HARNESS}", "leave it out"),
     Rule("--shots !0", NEEDS, f"--shots_data, {HARNESS}", "examples are the first rows of that file"),
     Rule("--shots_data", NEEDS, "--shots !0", "examples are its first rows"),
-    Rule("--max_tokens, --stop", EXCLUDES, SCORED, "it is about written answers", "leave it out"),
+    Rule("--max_tokens, --stop", EXCLUDES, CHOICES, "it is about written answers", "leave it out"),
 )
 USAGE = """Score a model's answers.
 
-    rwkv-peft eval gsm8k --model merged.pth --data test.jsonl --output answers.jsonl
-    rwkv-peft eval gsm8k --model base.pth --data test.jsonl --shots 4 --shots_data train.jsonl
-    rwkv-peft eval jsonl --model base.pth --adapter out/mine --data mine.jsonl --stop '\\n' --escapes
+    rwkv-peft eval jsonl --model base.pth --adapter out/mine --data mine.jsonl --output answers.jsonl
+    rwkv-peft eval jsonl --model merged.pth --data mine.jsonl --shots 4 --shots_data train.jsonl --stop '\\n' --escapes
     rwkv-peft eval choices --model merged.pth --data arc.jsonl
-    rwkv-peft eval lambada_openai arc_easy --model merged.pth --output results.json
+    rwkv-peft eval lambada_openai gsm8k --model merged.pth --output results.json
     rwkv-peft eval mmlu --model base.pth --adapter out/mine --shots 5 --limit 100
     rwkv-peft eval mine --include_path tasks --model merged.pth
 
-A task of ours asks the questions in --data FILE, and needs no network:
+A task of ours asks the rows of --data FILE, and needs no network:
 
-gsm8k    question, answer (…#### 72), or MetaMath's query, response: numbers, after #### or "The answer is" (strict),
-         or the last one of the answer (flexible)
-math     problem, solution (…\\boxed{…}), or MetaMath's rows: formulas that mean the same, by math-verify
 jsonl    rows as preprocess takes them: the row's answer, letter by letter (strict), or without regard to case, spacing
          and the last full stop (flexible)
 choices  question, choices, answer: the most probable continuation, by its sum or by byte
-lambada  text: its last word, and the word's perplexity
 
 Answers are generated greedily, many at once. With --output each problem becomes a line of that file, and the same
 command continues where it stopped.
@@ -64,7 +59,7 @@ def add_own_flags(parser: Parser) -> None:
         "--template",
         metavar="NAME",
         help="layout of a question: chat, question, instruction, plain, metamath, or a file with {question} "
-        "(default chat for gsm8k and math, question for choices, plain for lambada, for jsonl the rows' own form)",
+        "(default question for choices, for jsonl the rows' own form)",
     )
     add("--shots_data", metavar="FILE", help="the file whose first rows are --shots; another than --data")
     add("--max_tokens", type=positive, default=512, help="the most tokens of an answer (default 512)")
@@ -81,40 +76,37 @@ def add_own_flags(parser: Parser) -> None:
 
 def add_harness_flags(parser: Parser) -> None:
     add = parser.add_argument_group(HARNESS).add_argument
-    add("--harness", action="store_true", help="take the harness's task if a name is one of ours too, such as gsm8k")
+    add("--harness", action="store_true", help=argparse.SUPPRESS)  # of earlier versions, which had a gsm8k of ours
     add("--limit", type=positive, metavar="N", help="only ask the first N questions of each task, to try it")
     add("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML")
     add("--samples", metavar="JSONL", help="write each question with the model's response here, a line each")
 
 
-def facts_of(args: argparse.Namespace) -> dict[str, str]:
-    """The facts that RULES name, and the task that each holds for."""
+def facts_of(args: argparse.Namespace) -> dict[str, str | bool]:
+    """The facts that RULES name, and the tasks that they hold for."""
     names = args.tasks or [""]
+    left = next((name for name in names if name in ("lambada", "math")), "")
+    facts = {LEFT: left, OURS: "", HARNESS: "", OTHERS: "", CHOICES: False}
     if task := ours_of(args):
         others = " ".join(name for name in names if name != task)
-        return {OURS: task, HARNESS: "", OTHERS: others, SCORED: "" if task in WRITTEN else task}
-    near = [name for name in difflib.get_close_matches(names[0], TASKS, 1) if name != names[0]]
-    foreign = names[0] + (f"; did you mean {near[0]}?" if near else "")
-    return {OURS: "", HARNESS: foreign, OTHERS: "", SCORED: ""}
+        return facts | {OURS: task, OTHERS: others, CHOICES: task == "choices"}
+    near = difflib.get_close_matches(names[0], TASKS, 1)
+    return facts | {HARNESS: "" if left else names[0] + (f"; did you mean {near[0]}?" if near else "")}
 
 
 def ours_of(args: argparse.Namespace) -> str:
     """The task of ours that is asked, "" if the tasks are the harness's."""
-    return "" if args.harness else next((name for name in args.tasks or () if name in TASKS), "")
+    return next((name for name in args.tasks or () if name in TASKS), "")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse argv, and apply --escapes -> the flags; harness is True if the tasks are the harness's, else task is ours.
     Raises UserError for flags that are mistaken or contradict each other."""
     parser = Parser(
-        prog="rwkv-peft eval",
-        rules=RULES,
-        facts=facts_of,
-        description=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=PROG, rules=RULES, facts=facts_of, description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="TASK", help=f"one of {', '.join(TASKS)}; or tasks of the harness")
+    add("tasks", nargs="+", metavar="TASK", help=f"{' or '.join(TASKS)}; or tasks of the harness")
     add_model_flags(parser)
     add(
         "--output",

@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,86 +21,85 @@ HEAD = "eval"  # the key of the first line
 
 
 class Records:
-    """The Records, {number of a problem: Record}, kept in a file if there is a path; each is judged by `measures`.
+    """The Records of problems, `found` {number: Record}, each judged by `measures`, in a file if there is a path."""
 
-    A file with the same settings is continued. Entering raises UserError if its settings differ, if it is another
-    tool's file, or if another process is writing it. On exit the lines are put in the order of the problems.
-    """
-
-    def __init__(self, path: str | None, settings: Record, measures: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, settings: Record, measures: Sequence[str]) -> None:
         self.path, self.settings, self.measures = path, settings, measures
         self.found: dict[int, Record] = {}
-        self._file: TextIO | None = None
-        self._held = ExitStack()
+        self.file: TextIO | None = None
 
-    def __enter__(self) -> "Records":
-        with self._held:
-            if self.path is not None:
-                self._held.enter_context(alone_at(Path(self.path), partial(print, file=sys.stderr)))
-                if Path(self.path).exists():
-                    self._read(Path(self.path))
-                self._write()  # anew, without a last line that was cut off
-                self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-            self._held = self._held.pop_all()  # keep the lock until __exit__
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._held:
-            if self._file is not None:
-                with self._telling():
-                    self._file.close()
-                if self.found:
-                    self._write()  # in the order of the problems
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | None, settings: Record, measures: Sequence[str]) -> "Iterator[Records]":
+        """Open the Records of a file, and go on with those of the same settings. In the end the lines are put in the
+        order of the problems. Raises UserError if the settings differ, if it is another tool's file, or if another
+        process is writing it."""
+        records = cls(Path(path) if path else None, settings, measures)
+        if records.path is None:
+            yield records
+            return
+        with alone_at(records.path, partial(print, file=sys.stderr)):
+            if records.path.exists():
+                records.read(records.path)
+            records.write(records.path)  # anew, without a last line that was cut off
+            records.file = open(records.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            try:
+                yield records
+            finally:
+                with records.telling(records.path):
+                    records.file.close()
+                if records.found:
+                    records.write(records.path)
                 else:
-                    Path(self._file.name).unlink()  # a mistaken command stands in the way of no other
+                    records.path.unlink()  # a mistaken command stands in the way of no other
 
     def add(self, record: Record) -> None:
         """Add the Record of a problem, which holds its number."""
         self.found[record["number"]] = record
-        if self._file is not None:
-            with self._telling():
-                self._file.write(line(record))
-
-    def _telling(self) -> AbstractContextManager[None]:
-        assert self.path is not None
-        return telling_failures(Path(self.path), "the answers before are kept, and the same command goes on")
+        if self.path is not None and self.file is not None:
+            with self.telling(self.path):
+                self.file.write(line(record))
 
     def ordered(self) -> list[Record]:
         return [self.found[number] for number in sorted(self.found)]
 
-    def _read(self, path: Path) -> None:
-        lines = path.read_bytes().splitlines()
-        records = [self._read_line(number, text, number == len(lines)) for number, text in enumerate(lines, start=1)]
-        head = records[0] if records else None
+    def telling(self, path: Path) -> AbstractContextManager[None]:
+        return telling_failures(path, "the answers before are kept, and the same command goes on")
+
+    def read(self, path: Path) -> None:
+        """Read the Records of a file, without a last line that was cut off while it was written. Raises UserError for
+        another tool's file, a damaged line, and other settings."""
+        head, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+        then = (parsed(head) or {}).get(HEAD)
+        if not isinstance(then, dict):
+            raise UserError(f"--output {path} is no file of rwkv-peft eval; choose another name")
         for name, value in self.settings.items():
-            if head and head[HEAD].get(name) != value:
+            if then.get(name) != value:
                 raise UserError(
-                    f"--output {path} holds answers of other settings ({change(name, head[HEAD].get(name), value)}); "
-                    "choose another name, or delete it"
+                    f"--output {path} holds answers of other settings ({change(name, then.get(name), value)}); choose "
+                    "another name, or delete it"
                 )
-        self.found = {record["number"]: record for record in records[1:] if record is not None}
+        for number, text in enumerate(lines, start=2):
+            record = parsed(text)
+            if record is not None and is_answer(record, self.measures):
+                self.found[record["number"]] = record
+            elif text.endswith(b"\n"):
+                raise UserError(
+                    f"--output {path}, line {number} is no line of rwkv-peft eval; delete that line, or choose another "
+                    "name"
+                )
 
-    def _read_line(self, number: int, text: bytes, last: bool) -> Record | None:
-        """Parse a line -> its Record; None for a last line that was cut off while it was written. Raises UserError for
-        any other line that `rwkv-peft eval` did not write."""
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if last and number > 1:
-                return None
-            raise UserError(
-                f"--output {self.path}, line {number}: not JSON; delete that line, or choose another name"
-            ) from error
-        known = isinstance(record, dict) and (
-            isinstance(record.get(HEAD), dict) if number == 1 else is_answer(record, self.measures)
-        )
-        if not known:
-            raise UserError(f"--output {self.path}, line {number} is no line of rwkv-peft eval; choose another name")
-        return record
+    def write(self, path: Path) -> None:
+        write_text(path, "".join(map(line, [{HEAD: self.settings}, *self.ordered()])))
 
-    def _write(self) -> None:
-        assert self.path is not None
-        write_text(self.path, "".join(map(line, [{HEAD: self.settings}, *self.ordered()])))
+
+def parsed(text: bytes) -> Record | None:
+    """The object of a line of JSON, None if it is none."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def change(name: str, then: Any, now: Any) -> str:
@@ -120,11 +119,8 @@ def line(record: Record) -> str:
 
 
 def is_answer(record: Record, measures: Sequence[str]) -> bool:
-    """Tell whether the Record of a problem has its number, its judgements, and probabilities if it has any."""
-    judged = all(type(record.get(name)) is bool for name in measures)
-    logprobs = record.get("logprobs", [])
-    told = isinstance(logprobs, list) and all(isinstance(value, float) for value in logprobs)
-    return judged and told and is_whole(record.get("number"))
+    """Tell whether the Record of a problem has its number and its judgements."""
+    return is_whole(record.get("number")) and all(type(record.get(name)) is bool for name in measures)
 
 
 def share_of(measure: str, records: Sequence[Record]) -> float:
@@ -138,7 +134,7 @@ def standard_error(share: float, total: int) -> float:
 
 
 def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> list[str]:
-    """Write the score of records in lines: shares, answers cut off, and the perplexity of single continuations."""
+    """Write the score of records in lines: shares, and the number of answers cut off."""
     total = len(records)
     lines = [f"{task}: {counted(total, 'problem')}"]
     for name in measures:
@@ -149,8 +145,4 @@ def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> li
     long = sum(record.get("end") == "length" for record in records)
     if long:
         lines.append(f"{counted(long, 'answer')} cut off at --max_tokens")
-    alone = [record["logprobs"][0] for record in records if len(record.get("logprobs", ())) == 1]
-    if alone:
-        mean = sum(alone) / len(alone)
-        lines.append(f"perplexity {math.exp(min(-mean, 700.0)):.4g} of the last word")
     return lines

@@ -91,7 +91,7 @@ class GRPO(Draws):
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: a task as for --eval_task (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
+        "what judges answers: the right one of a row (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
         "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
         metavar="REWARD",
     )

@@ -1,38 +1,109 @@
-"""Reads what --reward names; the rewards of tasks of `rwkv-peft eval` tell whether an answer is right."""
+"""Rewards of the right answer, which rows have: numbers (gsm8k), formulas (math), texts (jsonl), choices; and what
+--reward names."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..evals.choices import choices_of, right_of
-from ..evals.layouts import read_layout
-from ..evals.task import AnswerTask
-from ..tables import WRITTEN
+from ..errors import UserError, short
+from ..evals.rows import Exact, choices_of, right_of, text_of
 from .forms import Match, Schema
 from .functions import FunctionReward
+from .numbers import (
+    final_answer,
+    flexible_number,
+    numbers_in,
+    require_math_verify,
+    same_answer,
+    same_anywhere,
+    strict_number,
+)
 from .reward import Answer, Reward
 
+Row = Mapping[str, Any]
 
-class TaskReward(Reward):
-    """1 if a task's measure, the first unless one is named, calls the answer right by its row, else 0."""
 
-    def __init__(self, name: str, measure: str = "") -> None:
-        task: AnswerTask = WRITTEN[name]()
-        if measure and measure not in task.measures:
-            raise UserError(f"{name} has no measure {measure!r}; name {' or '.join(task.measures)}")
-        task.require()
-        self.name = f"{name}:{measure}" if measure else name
-        self.task, self.measure = task, measure or task.measures[0]
-        self.layout = read_layout(task.layout, "--reward") if task.layout else ""
+class RightAnswer(Reward):
+    """1 if an answer is right by its row and a measure, `strict` unless another is named, else 0."""
 
-    def check(self, row: Mapping[str, Any]) -> None:
-        self.task.problem(row, self.layout)
+    task: ClassVar[str]
+
+    def __init__(self, measure: str = "") -> None:
+        if measure not in ("", "strict", "flexible"):
+            raise UserError(f"{self.task} has no measure {measure!r}; name strict or flexible")
+        self.name = f"{self.task}:{measure}" if measure else self.task
+        self.strict = measure != "flexible"
+
+    def check(self, row: Row) -> None:
+        self.due(row)
 
     def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
-        return [
-            float(self.task.judge(answer.completion, self.task.problem(answer.row, self.layout))[self.measure])
-            for answer in answers
-        ]
+        return [float(self.right(answer.completion, self.due(answer.row))) for answer in answers]
+
+    @abstractmethod
+    def due(self, row: Row) -> str:
+        """The right answer of a row. Raises UserError if it has none."""
+
+    @abstractmethod
+    def right(self, text: str, due: str) -> bool:
+        """Whether a text gives the right answer."""
+
+
+class Number(RightAnswer):
+    """Numbers, as in GSM8K's rows and MetaMath's of that kind. strict: the number after #### or "The answer is" is
+    right; flexible: the last number of the answer is."""
+
+    task = "gsm8k"
+
+    def due(self, row: Row) -> str:
+        solution = text_of(row, "answer", "response", "solution")
+        value = strict_number(solution)
+        if value is None and len(found := numbers_in(solution)) == 1:
+            value = found[0]
+        if value is None:
+            raise UserError(f"its answer {short(solution)!r} has no number after #### or 'The answer is'")
+        return str(value)
+
+    def right(self, text: str, due: str) -> bool:
+        value = strict_number(text) if self.strict else flexible_number(text)
+        return value is not None and str(value) == due
+
+
+class Formula(RightAnswer):
+    """Formulas, as in MATH's rows and MetaMath's of that kind. strict: the formula in the last box, or after "The
+    answer is", is right; flexible: that or the last formula or number is."""
+
+    task = "math"
+
+    def __init__(self, measure: str = "") -> None:
+        super().__init__(measure)
+        require_math_verify()
+
+    def due(self, row: Row) -> str:
+        solution = text_of(row, "solution", "response", "answer")
+        told = text_of(row, "answer") if "solution" in row and "answer" in row else final_answer(solution)
+        if not told:
+            raise UserError(f"its solution {short(solution)!r} has no \\boxed{{answer}}, nor 'The answer is'")
+        return told
+
+    def right(self, text: str, due: str) -> bool:
+        given = final_answer(text)
+        if given is not None and same_answer(given, due):
+            return True
+        return not self.strict and same_anywhere(text, due)
+
+
+class Text(RightAnswer):
+    """Texts, judged as the task jsonl of `rwkv-peft eval` judges them."""
+
+    task = "jsonl"
+
+    def due(self, row: Row) -> str:
+        return Exact().problem(row, "").answer
+
+    def right(self, text: str, due: str) -> bool:
+        return Exact.judge(text, due)["strict" if self.strict else "flexible"]
 
 
 class ChoicesReward(Reward):
@@ -40,10 +111,10 @@ class ChoicesReward(Reward):
 
     name = "choices"
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         self.right(row)
 
-    def right(self, row: Mapping[str, Any]) -> tuple[str, str]:
+    def right(self, row: Row) -> tuple[str, str]:
         """The text and the label of a row's right choice."""
         texts, labels = choices_of(row)
         number = right_of(row, texts, labels)
@@ -58,8 +129,9 @@ def said(text: str) -> str:
     return text.strip().removeprefix("(").removesuffix(".").removesuffix(")")
 
 
+RIGHT = MappingProxyType({reward.task: reward for reward in (Number, Formula, Text)})
 KINDS = (
-    f"a task ({', '.join(WRITTEN)}, choices; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
+    f"a task ({', '.join(RIGHT)}, choices; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
     "FILE.py:FUNCTION"
 )
 
@@ -68,8 +140,8 @@ def reward_of(spec: str) -> Reward:
     """Make the Reward that a word of --reward names. Raises UserError, without the word, if it names none."""
     kind, _, rest = spec.partition(":")
     file, _, function = spec.rpartition(":")
-    if kind in WRITTEN:
-        return TaskReward(kind, rest)
+    if kind in RIGHT:
+        return RIGHT[kind](rest)
     if spec == ChoicesReward.name:
         return ChoicesReward()
     if kind == "match" and rest:

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from ..data.samples import Samples
+from ..evals.asking import score
 from ..evals.exam import last_answer
-from ..evals.scoring import score
 from ..generate.loading import Subject
 from ..generate.reading import prefill
 

@@ -4,15 +4,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...cli import counted
 from ...errors import UNREADABLE, in_line
 from ...evals.exam import LONGEST, Exam, RowsExam
-from ...evals.harness_exam import HarnessExam
 from ..ranks.watch import Watch
 from ..saving.history import write_records
 from .examiner import Answer, answers_of
+
+if TYPE_CHECKING:
+    from ...evals.harness import HarnessExam
 
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
 NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
@@ -21,7 +23,7 @@ NEVER = "not known"  # shown for the answers before training if rows.jsonl is go
 class Questions(NamedTuple):
     """The questions of a run to its model: exams by the file of their results, and the rows to answer, if any."""
 
-    exams: Mapping[str, Exam | HarnessExam]
+    exams: Mapping[str, "Exam | HarnessExam"]
     rows: RowsExam | None
 
 

@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from ...config import TrainConfig
 from ...evals.exam import Exam, RowsExam
-from ...evals.harness_exam import HarnessExam
 from ...files.atomic import append_text
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
+
+if TYPE_CHECKING:
+    from ...evals.harness import HarnessExam
 
 Answer = dict[str, Any]  # its "number" is that of the question
 
@@ -26,7 +28,7 @@ class Examiner:
     hears of every answer.
     """
 
-    def __init__(self, exam: Exam | HarnessExam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
+    def __init__(self, exam: "Exam | HarnessExam", path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, path, watch
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
         self.plan = plan
@@ -46,7 +48,7 @@ class Examiner:
 
 
 def answers_of(
-    exam: Exam | RowsExam | HarnessExam, watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str
+    exam: "Exam | RowsExam | HarnessExam", watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str
 ) -> list[Answer]:
     """Have the model answer an exam, each rank a share of it -> all answers, on every rank, in the order of the
     questions. compiles: the run compiles blocks; doing: what the watch hears of each answer."""

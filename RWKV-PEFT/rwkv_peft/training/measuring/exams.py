@@ -1,6 +1,7 @@
 """Find what a run asks its model: questions that flags name, and rows of its data before and after."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ...cli import counted
 from ...config import RunConfig
@@ -9,11 +10,13 @@ from ...data.samples import Samples
 from ...data.tokenizer import KNOWN_SIZES
 from ...errors import UserError
 from ...evals.exam import Exam, RowsExam, rows_of
-from ...evals.harness_exam import HarnessExam
 from ...generate.flags import unescaped
 from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions
+
+if TYPE_CHECKING:
+    from ...evals.harness import HarnessExam
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
@@ -27,7 +30,7 @@ def find_questions(inputs: Inputs, speaks: bool) -> Questions:
     return Questions(exams, rows)
 
 
-def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:
+def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> "dict[str, Exam | HarnessExam]":
     """Make the exams that --eval_data and --lm_eval ask for, in the tokens of the data -> {file of their results:
     exam}; notes on them join samples.notes. A process that `speaks` shows lm_eval's progress bars. Raises UserError if
     nothing tells the data's tokenizer, and as the exams do."""
@@ -45,7 +48,9 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
     if train.eval_data:
         exams[ANSWERS] = Exam(train, tokenizer, config.data.clean_turns)
     if train.lm_eval:
-        exams[LM_EVAL] = HarnessExam(train, tokenizer, speaks)
+        from ...evals import harness  # only now, because lm_eval takes seconds to import
+
+        exams[LM_EVAL] = harness.HarnessExam(train, tokenizer, speaks)
     sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}
     often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
     for name, exam in exams.items():

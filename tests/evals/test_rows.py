@@ -6,65 +6,22 @@ import pytest
 
 from rwkv_peft.data.templates import stops_of
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals.layouts import LAYOUTS, example, read_layout, stops_of_prompt
 from rwkv_peft.evals.records import standard_error, summary
-from rwkv_peft.evals.task import Score
+from rwkv_peft.evals.rows import LAYOUTS, Score, example, layout_of, stops_of_prompt
 from rwkv_peft.tables import TASKS as CLASSES
 
 CHAT = LAYOUTS["chat"]
 TASKS = {name: task() for name, task in CLASSES.items()}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
-        {"query": "2+2?", "response": "2+2 is 4.\n#### 4\nThe answer is: 4"},
-        {"question": "2+2?", "answer": "4"},
-    ],
-)
-def test_gsm8k_rows(row):
-    task = TASKS["gsm8k"]
-    problem = task.problem(row, CHAT)
-    assert problem.prompt == "User: 2+2?\n\nAssistant:" and problem.answer == "4"
-    assert example(problem.prompt, problem.solution).endswith("4\n\n")
-    for text, strict, flexible in (
-        ("#### 4.0", True, True),
-        ("It is 4", False, True),
-        ("#### 4, not 5", True, False),
-        ("no", False, False),
-    ):
-        assert task.judge(text, problem) == {"strict": strict, "flexible": flexible}
-
-
 def test_questions_are_cleaned_in_layouts_of_turns():
     question, one = "a\n\nUser: b", "a\nUser: b"
     for name, layout in LAYOUTS.items():
         due = one if name in ("chat", "question", "instruction") else question
-        problem = TASKS["gsm8k"].problem({"question": question, "answer": "#### 4"}, layout)
-        assert problem.prompt == layout.replace("{question}", due)
+        for task, more in (("jsonl", {"answer": "4"}), ("choices", {"choices": ["3", "4"], "answer": 1})):
+            problem = TASKS[task].problem({"question": question, **more}, layout)
+            assert problem.prompt == layout.replace("{question}", due)
     assert TASKS["jsonl"].problem({"query": question, "response": "4"}, "").prompt == f"User: {one}\n\nAssistant:"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"problem": "x?", "solution": r"so $\boxed{\frac12}$"},
-        {"problem": "x?", "solution": "long", "answer": r"\frac12"},
-        {"query": "x?", "response": r"The answer is: \frac12"},
-    ],
-)
-def test_math_rows(row):
-    pytest.importorskip("math_verify")
-    task = TASKS["math"]
-    problem = task.problem(row, CHAT)
-    assert (problem.prompt, problem.answer) == ("User: x?\n\nAssistant:", r"\frac12")
-    for text, strict, flexible in (
-        (r"\boxed{0.5}", True, True),
-        ("so it is $0.5$", False, True),
-        (r"\boxed{2}", False, False),
-    ):
-        assert task.judge(text, problem) == {"strict": strict, "flexible": flexible}
 
 
 @pytest.mark.parametrize(
@@ -92,9 +49,13 @@ def test_rows_of_ones_own(row, layout, prompt, solution):
     task = TASKS["jsonl"]
     problem = task.problem(row, layout)
     assert (problem.prompt, problem.solution, problem.answer) == (prompt, solution, solution.strip())
-    assert task.judge(f"{solution}\n", problem) == {"strict": True, "flexible": True}
-    assert task.judge(solution.upper() + " ", problem) == {"strict": solution == solution.upper(), "flexible": True}
-    assert task.judge("no", problem) == {"strict": False, "flexible": False}
+    assert example(problem) == f"{prompt}{solution.rstrip()}\n\n"
+    for text, strict, flexible in (
+        (f"{solution}\n", True, True),
+        (solution.upper() + " ", solution == solution.upper(), True),
+        ("no", False, False),
+    ):
+        assert task.judge(text, problem.answer) == {"strict": strict, "flexible": flexible}
 
 
 @pytest.mark.parametrize(
@@ -123,26 +84,17 @@ def test_numbers_to_choose_from_are_told_from_places(answer, right):
     assert TASKS["choices"].problem(row, LAYOUTS["question"]).right == right
 
 
-def test_lambada_rows():
-    problem = TASKS["lambada"].problem({"text": " He took the dog for a walk. \n"}, LAYOUTS["plain"])
-    assert (problem.prompt, problem.continuations) == ("He took the dog for a", (" walk.",))
-    assert TASKS["lambada"].judge([Score(-1.0, True)], problem) == {"last word": True}
-
-
 @pytest.mark.parametrize(
     "task, row, message",
     [
-        ("gsm8k", {"question": "q", "answer": "3 or 4"}, "no number after ####"),
-        ("gsm8k", {"question": "q"}, "one of answer, response, solution is due"),
-        ("gsm8k", {"question": [3], "answer": "#### 4"}, "'question' holds list"),
-        ("gsm8k", [], "not an object"),
-        ("math", {"problem": "q", "solution": "5"}, "has no .boxed{answer}"),
         ("jsonl", {"text": "alone"}, "one text, with no question"),
+        ("jsonl", [], "not an object"),
         ("jsonl", {"words": "alone"}, "known are .*; give the fields such names"),
         ("choices", {"question": "q", "choices": ["one"], "answer": 0}, "two texts or more"),
+        ("choices", {"question": [3], "choices": ["a", "b"], "answer": 0}, "'question' holds list"),
+        ("choices", {"words": "q"}, "one of question, query, prompt, ctx, goal is due"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": 2}, "2 is none of its choices"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": True}, "True is none"),
-        ("lambada", {"text": "word"}, "no last word"),
     ],
 )
 def test_rows_that_are_no_problem_are_refused(task, row, message):
@@ -155,12 +107,13 @@ def test_layouts_and_what_ends_their_answers(tmp_path):
     assert stops_of_prompt(LAYOUTS["metamath"]) == ("\n\n### Instruction",)
     assert stops_of_prompt(LAYOUTS["plain"]) == ()
     (tmp_path / "mine.txt").write_text("\ufeffQ {question} A\n", encoding="utf-8")  # with the mark of Windows
-    assert read_layout(str(tmp_path / "mine.txt")) == "Q {question} A"
+    assert layout_of(TASKS["jsonl"], str(tmp_path / "mine.txt")) == "Q {question} A"
+    assert layout_of(TASKS["jsonl"], None) == "" and layout_of(TASKS["choices"], None) == LAYOUTS["question"]
     (tmp_path / "mine.txt").write_text("Q A\n")
     with pytest.raises(UserError, match="it has no {question}"):
-        read_layout(str(tmp_path / "mine.txt"))
+        layout_of(TASKS["jsonl"], str(tmp_path / "mine.txt"))
     with pytest.raises(UserError, match="named are chat, question"):
-        read_layout("absent")
+        layout_of(TASKS["jsonl"], "absent")
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -172,5 +125,4 @@ def test_the_standard_error_is_that_of_a_mean():
         "a            33.3% ± 33.3% (standard error), 1 of 3",
         "1 answer cut off at --max_tokens",
     ]
-    lines = summary("t", ["a"], [{"a": True, "logprobs": [-math.log(8)]}])
-    assert lines[0] == "t: 1 problem" and lines[-1] == "perplexity 8 of the last word"
+    assert summary("t", ["a"], [{"a": True}])[0] == "t: 1 problem"
