@@ -222,7 +222,7 @@ def import_libraries():
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
     for name in (
         *("compare.command", "data.preprocess", "evals.command", "generate.command", "plan.command", "plots"),
-        *("release.check", "release.merge_command", "release.verify"),
+        *("release.check", "release.merge_command"),
         *(f"training.{name}" for name in ("engine.callbacks", "engine.strategy", "step.lit")),
     ):
         importlib.import_module(f"rwkv_peft.{name}")

@@ -26,6 +26,7 @@ COMMANDS = (
     ("eval", evals.RULES, "--model m.pth {}"),
     ("serve", serve.RULES, "--model m.pth {}"),
     ("merge", release.MERGE_RULES, "--base_model b.pth --bone_checkpoint a.safetensors {}"),
+    ("check", release.CHECK_RULES, "--merged m.pth {}"),
     ("inspect", release.INSPECT_RULES, "m.pth {}"),
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
@@ -52,6 +53,7 @@ VALUES = {
     "--to": "lora",
     "--think": "on",
     "--clean_turns": "0",
+    "--gguf_types": "q8_0",
     "--gpu": "24GiB",
     "--part_tokens": "64",
     "--top_p": "0.5",
@@ -71,7 +73,10 @@ CASES = [
 BY_CASE = pytest.mark.parametrize(
     "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
 )
-SWITCHES = "--panels --chat --dry_run --read_back --escapes --ids --overwrite --skip_bad_rows --drop_duplicates".split()
+SWITCHES = (
+    *("--panels", "--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows"),
+    *("--drop_duplicates", "--runtimes", "--any_base"),
+)
 
 
 def words(condition):

@@ -160,8 +160,8 @@ def test_a_value_behind_a_flag_that_takes_none_is_told(argv):
     "words, message",
     [
         ("check --base_model b --bone_checkpoint a --merged m --tokens 99999", "is above 16,384"),
-        ("verify m --tokens 99999", "--tokens: 99999 is above 16,384"),
-        ("verify m --tokens 0", "--tokens: 0 is below 1"),
+        ("check --runtimes --merged m --tokens 99999", "--tokens: 99999 is above 16,384"),
+        ("check --runtimes --merged m --tokens 0", "--tokens: 0 is below 1"),
         ("plot run --output=--", "--output=--: -- is no value; a name that is just that is given as ./--"),
         ("compare --output c --steps 99999999999999999999 -- --load_model b", "9999 is above 281,474,976,710,656"),
         (f"compare --output c --steps {'9' * 5000} -- --load_model b", "is not a whole number"),

@@ -109,16 +109,9 @@ COMMANDS = (
     Command(
         "Release",
         "check",
-        "compare a merged model with base + adapter, and in the rwkv package",
+        "compare a merged model with base + adapter, and in installed runtimes",
         "release.check",
         flags="release.flags:check_flags",
-    ),
-    Command(
-        "Release",
-        "verify",
-        "run a model in every installed runtime, against float64",
-        "release.verify",
-        flags="release.flags:verify_flags",
     ),
     Command(
         "Release",
@@ -158,6 +151,7 @@ MEANINGS = MappingProxyType(
         "sft": "train --data_type sft",
         "tokenize": "preprocess --ids --tokenizer",
         "unmerge": "merge --unmerge",
+        "verify": "check --runtimes --merged",
         "version": "--version",
     }
 )

@@ -53,6 +53,15 @@ def test_a_true_merge_passes(tmp_path, tiny_state, capsys, mode):
     assert "MORE THAN" not in capsys.readouterr().out
 
 
+def test_a_merge_and_the_runtimes_are_checked_by_one_command(tmp_path, tiny_state, capsys):
+    files = make_files(tmp_path, tiny_state())
+    assert check(*files, "--runtimes", "--gguf_types") == 0
+    printed = capsys.readouterr().out
+    assert "each as base and adapter make it\n" in printed and "\n| rwkv, sequence " in printed
+    assert "keys, order, shapes" not in printed  # of which a merge to another dtype has others
+    assert check(files[0], files[1], files[0], "--runtimes", "--gguf_types") == 1  # the runtimes agree on the base
+
+
 def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, capsys):
     base, adapter, _ = make_files(tmp_path, tiny_state())
     assert check(base, adapter, base) == 1

@@ -10,8 +10,9 @@ import torch
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
+from rwkv_peft.release.check import main
 from rwkv_peft.release.runtimes import Runtime, all_runtimes, reference_logits
-from rwkv_peft.release.verify import compare_structure, judge, main, verify, written
+from rwkv_peft.release.verify import compare_structure, judge, verify, written
 
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
 BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
@@ -97,23 +98,27 @@ def test_a_time_state_is_where_the_runtime_starts(tmp_path, tiny_state, name):
     assert difference.abs().max() > 0.1
 
 
+def check(model, *flags):
+    return main(["--runtimes", "--merged", str(model), *flags])
+
+
 def asked_alone(monkeypatch, *names):
-    """Make `verify` ask only these runtimes."""
+    """Make --runtimes ask only these."""
     runtimes = tuple(runtime for runtime in all_runtimes() if runtime.name in names)
     monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes)
 
 
-def test_verify_prints_a_table_and_notices_a_difference(tmp_path, tiny_state, capsys, monkeypatch):
+def test_a_table_is_printed_and_a_difference_noticed(tmp_path, tiny_state, capsys, monkeypatch):
     pytest.importorskip("rwkv")
     save_model(tmp_path / "m.pth", official(tiny_state))
-    assert main([str(tmp_path / "m.pth"), "--gguf_types", "--base", str(tmp_path / "m.pth")]) == 0
+    assert check(tmp_path / "m.pth", "--gguf_types", "--base_model", str(tmp_path / "m.pth")) == 0
     text = capsys.readouterr().out
     assert "| rwkv, sequence" in text and "has the keys, order, shapes and dtypes of" in text
     asked_alone(monkeypatch, "rwkv, sequence")
     monkeypatch.setattr(
         "rwkv_peft.release.verify.reference_logits", lambda model, tokens: reference_logits(model, tokens) + 0.1
     )
-    assert main([str(tmp_path / "m.pth"), "--gguf_types"]) == 1
+    assert check(tmp_path / "m.pth", "--gguf_types") == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -135,7 +140,7 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
     )
     monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes)
     save_model(tmp_path / "m.pth", official(tiny_state))
-    assert main([str(tmp_path / "m.pth")]) == 1
+    assert check(tmp_path / "m.pth") == 1
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert "failed: RuntimeError: no such instruction" in rows["broken"]
     assert "not asked: pip install some-thing" in rows["absent"]
@@ -143,7 +148,7 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
     assert "0.0e+00" in rows["sound"]
     monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes[1:2])
     with pytest.raises(UserError, match="no runtime was asked"):
-        main([str(tmp_path / "m.pth")])
+        check(tmp_path / "m.pth")
 
 
 def test_gguf_needs_its_writer_too(monkeypatch):
@@ -170,7 +175,7 @@ def test_a_variant_of_rwkv_6_is_named(tmp_path, tiny_state):
     state = {key.replace("time_maa_w1", "time_maa_rkvw_w1"): tensor for key, tensor in tiny_state().items()}
     save_model(tmp_path / "m.pth", state)
     with pytest.raises(UserError, match="an experimental variant of RWKV-6"):
-        main([str(tmp_path / "m.pth")])
+        check(tmp_path / "m.pth")
 
 
 def test_a_nan_is_a_failure(tiny_state):
@@ -201,7 +206,7 @@ def test_a_temporary_folder_that_refuses_is_told_and_keeps_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("tmp" if broken == "full" else "model.pth")))
     (tmp_path / "tmp").mkdir()
     with pytest.raises(UserError, match="cannot write .*TMPDIR names another folder"), largest_file(100_000):
-        main([str(tmp_path / "model.pth")])
+        check(tmp_path / "model.pth")
     assert list((tmp_path / "tmp").glob(".rwkv_peft*")) == []
 
 

@@ -72,7 +72,7 @@ GENERATE = "generate --prompt a --tokenizer bytes --model {}"
 SHARED, UNTOLD = (MERGE.replace("six", name + ".safetensors") for name in ("shared", "untold"))
 CHECK = "check --bone_checkpoint six --merged base.pth --base_model {}"
 CHECK_SHARED = "check --bone_checkpoint shared.safetensors --merged new/rwkv.pth --base_model {}"
-COMMANDS = (TRAIN, MERGE, GENERATE, CHECK, "convert {} refused.gguf", "verify {}")
+COMMANDS = (TRAIN, MERGE, GENERATE, CHECK, "convert {} refused.gguf", "check --runtimes --merged {}")
 OURS = "new/rwkv.pth"
 
 

@@ -16,7 +16,6 @@ from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert
 from rwkv_peft.release.merge_command import main as merge
-from rwkv_peft.release.verify import main as verify
 from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics, rewound
 
@@ -79,8 +78,8 @@ def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path
     assert ("they are put into its list of states" in capsys.readouterr().out) == (version == "x070")
     with pytest.raises(UserError, match="give the file that the merge wrote them to as --state"):
         check([*of_base, "--merged", base])
-    assert verify([merged, "--gguf_types"]) == 0
-    assert verify([base, "--state", str(tuned[version]), "--gguf_types"]) == 0
+    assert check(["--runtimes", "--merged", merged, "--gguf_types"]) == 0
+    assert check(["--runtimes", "--merged", base, "--state", str(tuned[version]), "--gguf_types"]) == 0
     capsys.readouterr()
     for given in ([merged], [base, "--state", str(tuned[version])], [base, "--adapter", str(tuned[version])]):
         for key, tensor in memory(tmp_path, *given).items():

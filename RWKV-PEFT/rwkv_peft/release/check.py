@@ -1,6 +1,7 @@
 """Check that a merged model computes in a foreign runtime what base plus adapter compute in ours.
 
     rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
+    rwkv-peft check --merged merged.pth --runtimes
 
 Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
 in the `rwkv` package, all in float32 on the CPU, and compares their logits. A single wrong value may not show in the
@@ -8,6 +9,7 @@ logits, so each tensor is compared as well. Here the files stay mapped, and one 
 `rwkv` package holds a float32 copy, in a process of its own for RWKV-7.
 """
 
+import argparse
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,6 +38,7 @@ from .runtimes import (
     refused_by_rwkv,
     rwkv_sequence,
 )
+from .verify import runtimes_agree
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -96,14 +99,20 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
             return rwkv_sequence(copy, torch.arange(len(tokens)), base.config)
         except Exception as error:
             raise UserError(
-                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); rwkv-peft verify asks the "
-                "other runtimes"
+                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); --runtimes asks the "
+                "others, too"
             ) from error
 
 
 def main(argv: list[str]) -> int:
-    """Print the comparisons; return 0 if all logits and tensors agree, else 1."""
+    """Print the comparison with base and adapter, and the table of --runtimes; return 0 if all agree, else 1."""
     args = check_flags(argv)
+    checks = [made_of_adapter] * bool(args.bone_checkpoint) + [runtimes_agree] * args.runtimes
+    return int(not all([check(args) for check in checks]))
+
+
+def made_of_adapter(args: argparse.Namespace) -> bool:
+    """Print the comparisons of a merged model with base and adapter; return True if all logits and tensors agree."""
     merged, base = open_base(args.merged), open_base(args.base_model)
     if reason := refused_by_rwkv(merged.config):
         raise UserError(
@@ -152,4 +161,4 @@ def main(argv: list[str]) -> int:
         print(f"and {len(found) - SHOWN} more differences")
     if not found:
         print(f"{counted(len(base.tensors), 'tensor')}: each as base and adapter make it")
-    return int(bool(found) or not agree)
+    return agree and not found

@@ -1,4 +1,4 @@
-"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError.
+"""The flags of merge, check, inspect and convert: argv -> the parsed flags, or UserError.
 
 They are judged before torch is imported, so that a mistake is told at once.
 """
@@ -25,7 +25,7 @@ MERGE_SYNONYMS = MappingProxyType(
         "--pissa_init": "--lora_init",
     }
 )
-MOST_TOKENS = 1 << 14  # for check and verify: 8 GiB of logits in float64 over the World vocabulary
+MOST_TOKENS = 1 << 14  # for check: 8 GiB of logits in float64 over the World vocabulary
 factor = that(finite, bool, "would leave nothing of the change; give another number")
 repository = that(
     str,
@@ -38,6 +38,13 @@ MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
     Rule("--read_back", EXCLUDES, "--dry_run", "it reads the output, and that writes none"),
+)
+CHECK = "rwkv-peft check"
+CHECK_RULES = (
+    Rule(CHECK, NEEDS, "--bone_checkpoint, --runtimes", "it compares with base and adapter, or asks those", "give one"),
+    Rule("--bone_checkpoint", NEEDS, "--base_model", "it is an adapter of that", "name the base of the merge"),
+    Rule("--any_base", NEEDS, "--bone_checkpoint", "it is about the base that an adapter names", "leave it out"),
+    Rule("--gguf_types", NEEDS, "--runtimes", "llama.cpp is one of them", "add it"),
 )
 INSPECT_RULES = (Rule("--output", NEEDS, "--base_model", "it is a picture of the change from that", "name the base"),)
 CONVERT_RULES = (Rule("--lora_rank", NEEDS, "--to lora", "it is the rank of that form", "add --to lora"),)
@@ -103,31 +110,28 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def check_flags(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
-    add = parser.add_argument
-    add("--base_model", required=True, metavar="PTH", help="the base of the merge")
-    add(*ADAPTER_FLAGS, required=True, metavar="FILE", help="the adapter, or the folder of the run")
-    add_source_flags(parser)
-    add("--merged", required=True, metavar="PTH", help="the merged model")
-    add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
-    add("--any_base", action="store_true", help="do not compare the base with the one that the adapter names")
-    length = "length of the random token sequence (default 64)"
-    add("--tokens", type=up_to(MOST_TOKENS, positive), default=64, help=length)
-    return parser.parse_args(argv)
-
-
-def verify_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="rwkv-peft verify",
-        description="Feeds one random token sequence to our model in float64 and to each installed runtime, and prints "
-        "the largest differences of their logits. Needs memory for the model in float64.",
+        prog=CHECK,
+        rules=CHECK_RULES,
+        synonyms={"--base": "--base_model"},
+        description="Compare a merged model with base plus adapter, here and in the rwkv package; or with our model in "
+        "float64 in each installed runtime.",
     )
     add = parser.add_argument
-    add("model", help="the .pth to verify")
-    add("--state", metavar="FILE", help="its time states, if in another file")
-    add("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
-    length = "length of the sequence (default 50)"
-    add("--tokens", type=up_to(MOST_TOKENS, positive), default=50, help=length)
+    add("--merged", "--model", required=True, metavar="PTH", help="the model to check")
+    add(
+        "--base_model",
+        metavar="PTH",
+        help="the base of the merge; without an adapter its keys, order, shapes and dtypes",
+    )
+    add(*ADAPTER_FLAGS, metavar="FILE", help="the adapter, or the folder of the run")
+    add_source_flags(parser)
+    add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
+    add("--any_base", action="store_true", help="do not compare the base with the one that the adapter names")
+    runtimes = (
+        "print how far the logits of each installed runtime are from ours in float64, for which that needs memory"
+    )
+    add("--runtimes", action="store_true", help=runtimes)
     add(
         "--gguf_types",
         nargs="*",
@@ -135,6 +139,8 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         default=["f32", "f16"],
         help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
     )
+    length = "length of the random token sequence (default 64)"
+    add("--tokens", type=up_to(MOST_TOKENS, positive), default=64, help=length)
     return parser.parse_args(argv)
 
 

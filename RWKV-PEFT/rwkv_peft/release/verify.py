@@ -1,10 +1,11 @@
-"""Compare every installed runtime with our model: `rwkv-peft verify merged.pth [--base base.pth]`.
+"""Compare every installed runtime with our model, for `rwkv-peft check --runtimes`.
 
 Feeds one random token sequence to our model in float64 and to each runtime, and prints the largest differences of
 their logits. Runtimes read a float32 copy of the file, so that their arithmetic is judged and not the file's dtype;
 llama.cpp reads a GGUF of each type asked for. Needs memory for the model in float64.
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from ..files.base import Base, open_base
 from ..files.pth_writer import save_pth
 from ..files.state_file import read_states
 from ..models.state import is_time_state
-from .flags import verify_flags
 from .gguf import write_gguf
 from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes, random_tokens, reference_logits
 from .vocabulary import table_vocabulary
@@ -46,13 +46,13 @@ class Row(NamedTuple):
         )
 
 
-def main(argv: list[str]) -> int:
-    """Print the table; return 0, or 1 if a runtime disagrees or breaks."""
-    args = verify_flags(argv)
-    model = open_base(args.model)
-    if args.base:
-        compare_structure(model, open_base(args.base))
-        print(f"{args.model} has the keys, order, shapes and dtypes of {args.base}")
+def runtimes_agree(args: argparse.Namespace) -> bool:
+    """Print the table of the model --merged; return False if a runtime disagrees or breaks. If no adapter explains its
+    differences, the structure is compared with that of --base_model."""
+    model = open_base(args.merged)
+    if args.base_model and not args.bone_checkpoint:
+        compare_structure(model, open_base(args.base_model))
+        print(f"{args.merged} has the keys, order, shapes and dtypes of {args.base_model}")
     if args.state:
         states = read_states(args.state)
         states.check_base(model)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     if not any(row.broke or row.difference is not None for row in rows):
         remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
         raise UserError(f"no runtime was asked, for the reasons above; {remedy}")
-    return int(any(row.failed for row in rows))
+    return not any(row.failed for row in rows)
 
 
 def compare_structure(model: Base, base: Base) -> None:
