@@ -144,9 +144,9 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
-    ("--eval_task", "--lm_eval gsm8k, without --eval_data,", ("gsm8k",)),
-    ("--eval_task", "--lm_eval hendrycks_math, without --eval_data,", ("math",)),
-    ("--eval_task", "--lm_eval lambada_openai, without --eval_data,", ("lambada",)),
+    ("--eval_task", "--lm_eval gsm8k", ("gsm8k",)),
+    ("--eval_task", "--lm_eval hendrycks_math", ("math",)),
+    ("--eval_task", "--lm_eval lambada_openai", ("lambada",)),
 )
 VALUES = MappingProxyType(
     {**{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}}
