@@ -1,227 +1,717 @@
-"""Kills writers and runs, lets them race and fills their disk, and gives readers broken files; then looks for faults.
+"""Attacks writers, runs and readers, time and again, and looks for faults: files that are torn or lost, numbers that
+differ, processes that stay, messages that are missing.
 
-    python benchmarks/faults.py --kills 100 --operations 1 --races 40 --mutants 2000
-    python benchmarks/faults.py --kills 0 --operations 0 --races 0 --saves 1 --resumes 42 --disks 3 --ends 8 --sleeps 2
+    python benchmarks/faults.py                                    every attack (an hour; as root, with a tmpfs)
+    python benchmarks/faults.py --only "kill -9" --times 40 --seed 7      those with these words, so often
+    python benchmarks/faults.py --list                             what each does, and what must hold
 
-Each writer (an adapter and a model saved, a merge, a conversion, preprocessing) writes over an earlier output. A writer
-that is killed, at a random moment of its work or before a file operation, must leave the earlier output or the new one,
-or for token files one that is refused; the next must end well, with the new output and nothing else in the folder. If
-two write at once, the output must be that of one. On a full disk (a tmpfs, if root can mount one) it must say so and
-change nothing.
-
-A run of train.py is killed before its file operations, so before, while and after it saves; killed or asked to stop
-after some steps, under every method, ZeRO stage and number of ranks; and loses a rank or a node. No checkpoint may be
-torn or lost, the other ranks must end within a minute with one message, and --resume auto must end with the bits of an
-unbroken run; on other ranks and at another stage (--moves 4) with its losses. If its disk fills or its folder may no
-longer be written, it must say so, keep the checkpoint that it had, and resume in the same way. A machine that sleeps
-must lose nothing, wherever its clock jumps. Offload is left out, because it is not bitwise by design: DeepSpeed's Adam
-for CPUs multiplies up the powers of its betas from step to step, and computes them anew, with other roundings, after a
-break.
-
-Commands that are given hostile files, folders, words and surroundings (--attacks 1) must refuse them in one message, or
-do as they should, within 2 GiB and a minute of a processor, and reach for nothing else. A run must end in one message
-if its files are written over meanwhile, if its nodes read other files (--meanwhile 3), or if its disk fills at some
-block of a save (--rooms 10); a comparison that is killed must take its run along. Mutants are those of tests/fuzz under
-other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1 if an expectation failed.
+One table of attacks (ATTACKS), one runner. An attack is tried under numbers 0, 1, …, which say where it strikes; a
+trial counts as a hit if the victim was still at work then. The exit code is 1 if an expectation failed. Offload is left
+out of what must resume bitwise, because DeepSpeed's Adam for CPUs computes the powers of its betas anew after a break.
 """
 
-import argparse
 import contextlib
+import ctypes
+import importlib
+import inspect
 import io
+import itertools
+import json
+import math
+import os
 import random
 import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import torch
-from fault_attacks import try_attacks
-from fault_disks import CASES as DISKS
-from fault_disks import lose_and_resume
-from fault_files import pickles, rows, sizes
-from fault_meanwhile import CHANGES, DIFFERENCES, change_and_end, fill_and_resume, kill_comparison, start_otherwise
-from fault_processes import hear
-from fault_ranks import CASES, end_and_resume
-from fault_run_folders import adapters, comparisons, edits, folders_of_runs, prepare
-from fault_sleep import CASES as SLEEPS
-from fault_sleep import sleep_and_wake
-from fault_surroundings import plans, surroundings, told_names
-from fault_training import MOVES, STOPPED, Training, configurations
-from fault_writers import WRITERS, Trials, make_inputs, mounted
+from common import ROOT, Parser, head, row, sequences, write_model, write_tokens
+from safetensors.torch import load_file
 
-from rwkv_peft.cli import counted
+from rwkv_peft import commands
+from rwkv_peft.data import preprocess
+from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.release import convert, merge_command
+from rwkv_peft.training.ranks.watch import PERIOD, SILENT
+from rwkv_peft.training.saving.checkpoints import list_checkpoints
+from rwkv_peft.training.saving.run_state import require_files
 
-ROOT = Path(__file__).resolve().parents[1]
-MOST_MEMORY = 2048  # MiB of a process that reads broken files, torch and pyarrow among them
-EDITS = 100  # single bits of a state.json
-SLOWEST = 20  # seconds of a processor that a reader may take over a broken file
-
-
-def groups(seed):
-    """{title: list of Attacks}, all that there are."""
-    return {
-        "pickles that run code": pickles(),
-        "sizes that a file claims": sizes(),
-        "rows and tokenizers": rows(),
-        "folders of runs": folders_of_runs(),
-        "a bit of state.json": edits(seed, EDITS),
-        "folders of adapters": adapters(),
-        "damaged comparisons": comparisons(),
-        "plans of huge models": plans(),
-        "names and answers": told_names(),
-        "surroundings of a run": surroundings(),
-    }
-
-
-def try_mutants(count, seed, folder):
-    """(number of mutants of tests/fuzz that were tried, (seconds, name) of the slowest, the faults)."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import conftest
-    from fuzz import specimens, whole
-    from fuzz.test_broken_files import broken
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        sizes = dict(n_layer=1, n_embd=16, dim_ffn=16, head_size=8, vocab_size=257, maa_rank=2, decay_rank=2)
-        whole.write_all(folder, conftest.make_tiny_state(**sizes))
-    warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
-    here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
-    others = {item.file: (folder / item.file).read_bytes() for item in here}
-    faults, tried, slowest, started = [], 0, (0.0, ""), []
-    hear(started.append)
-    for specimen in here:
-        for number in range(seed * count, seed * count + count // len(here)):
-            what, data = broken(specimen, number, others)
-            (folder / specimen.file).write_bytes(data)
-            began, tried = time.process_time(), tried + 1
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                try:
-                    specimen.use(folder)
-                except UserError:
-                    pass  # which is what a broken file is to end in
-                except Exception as error:  # whatever it is, it is a fault
-                    faults.append(f"{specimen.file}, mutant {number}, {what}: {type(error).__name__}: {error}")
-            if started:
-                faults.append(f"{specimen.file}, mutant {number}, {what}: starts {started.pop()}")
-            slowest = max(slowest, (time.process_time() - began, f"{specimen.file}, mutant {number}, {what}"))
-        (folder / specimen.file).write_bytes(others[specimen.file])
-    if slowest[0] > SLOWEST:
-        faults.append(f"{slowest[1]}: {slowest[0]:.0f} s")
-    return tried, slowest, faults
+REFUSED, FAILED = 2, 3  # exit codes of a process that is forked here: a UserError, anything else
+MINUTE, LIMIT = 60, 900  # seconds: in which other ranks end; that a run may take on a machine that others use
+MEMORY = 2048  # MiB that a process may hold, its packages among them
+LAYER = "blocks.0.att.key"
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+REACHES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "urllib.Request")
+ALLOWED = ("'gcc'", "/gcc'", "'g++'", "/g++'", "/rwkv_peft/children.py'", "('127.0.0.1', ")  # what commands do start
+METHODS = {
+    "bone": ("--bone_mode", "bone", "--bone_r", "8"),
+    "bat-in": ("--bone_mode", "bat-in", "--bone_r", "8"),
+    "bat-out": ("--bone_mode", "bat-out", "--bone_r", "8"),
+    "lora": ("--peft", "lora", "--lora_config", '{"lora_r": 8}'),
+    "pissa": ("--peft", "pissa", "--pissa_config", '{"pissa_r": 8}'),
+    "none": ("--peft", "none"),
+    "state": ("--peft", "none", "--train_parts", "state"),
+}
+BONE = METHODS["bat-in"]
+SHORT = ("--epoch_steps", "2", "--epoch_count", "3")  # three saves, and the first checkpoint gives way to the third
+LONG = ("--epoch_steps", "20", "--epoch_count", "3", "--save_every", "5")
+AGAIN = ("--resume", "auto")
+NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
 
 
-def try_writers(args, folder, rng):
-    """Print a row for each writer; -> the faults."""
-    faults = []
-    make_inputs(folder)
-    disk = mounted(folder / "disk")
-    print("| writer | kills that hit | at operations | with leftovers | races | full disk | faults |")
-    print("|---|---|---|---|---|---|---|")
+class Outcome(NamedTuple):
+    """A run's results: {name: bytes} of its trained tensors, a dict of NUMBERS for each step, names of hidden files."""
+
+    files: dict
+    numbers: list
+    hidden: list
+
+
+class Lab:
+    """A folder with the victims' inputs, and the faults that were found."""
+
+    def __init__(self, folder, seed):
+        self.folder, self.seed, self.rng, self.faults, self.attack = folder, seed, random.Random(seed), [], None
+        write_model(folder / "new.pth", "x060", 2, 64, 80)
+        older = {key: tensor + 1 for key, tensor in open_base(folder / "new.pth").tensors.items()}
+        save_model(folder / "old.pth", older)
+        for which in ("old", "new"):
+            rows = "".join(f'{{"query": "{which} {i:05}", "response": "{i:05}"}}\n' for i in range(2000))
+            (folder / f"{which}.jsonl").write_text(rows)
+        write_tokens(folder / "data", 80, sequences(40, 50))
+        save_adapter(
+            folder / "a.safetensors", {f"{LAYER}.bone": torch.randn(8, 8, 8)}, AdapterMetadata("bat-in", rank=8)
+        )
+
+    def expect(self, holds, what, log=None):
+        """Note a fault if something that must hold does not."""
+        if not holds:
+            said = log.read_text(errors="replace").strip().splitlines() if log and log.exists() else []
+            self.faults.append(f"{self.attack}: {what}" + (f"; it said last: {said[-1][:300]}" if said else ""))
+            print(self.faults[-1], file=sys.stderr, flush=True)
+
+    def start(self, name, *flags, node=0, operation=0, prepare=None, **variables):
+        """Fork the first process of a node of a run of train.py in the folder `name`."""
+        place = self.folder / name
+        inputs = ("--load_model", self.folder / "new.pth", "--data_file", self.folder / "data", "--proj_dir", place)
+        fixed = ("--ctx_len", "24", "--lr_init", "1e-2", "--precision", "fp32", "--accelerator", "cpu")
+        words = ["train", *map(str, (*inputs, *fixed, *flags))]
+        return started(command, words, self.log(name, node), variables, prepare, operation=operation, folder=place)
+
+    def log(self, name, node=0):
+        return self.folder / f"{name}.{node}"
+
+    def unbroken(self, name, *flags):
+        """The Outcome of a run that nobody attacks, which runs only once."""
+        if not (self.folder / name).exists():
+            assert wait(self.start(name, *flags)) == 0, self.log(name).read_text()
+        return self.outcome(name)
+
+    def outcome(self, name):
+        place = self.folder / name
+        lines = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+        hidden = sorted(path.name for path in place.rglob(".*"))
+        return Outcome(trained(place), [{key: line[key] for key in NUMBERS} for line in lines], hidden)
+
+    def newest(self, name):
+        """The step of the newest checkpoint, 0 if there is none; expects each to be whole."""
+        done = 0
+        for checkpoint in list_checkpoints(self.folder / name):
+            try:
+                state = json.loads((checkpoint / "state.json").read_text())
+                require_files(checkpoint, state["files"], fresh_optimizer=False, contents=True)
+                done = state["step"]
+            except (UserError, ValueError) as error:
+                self.expect(False, f"a checkpoint is torn: {error}")
+        return done
+
+    def goes_on(self, name, unbroken, *processes):
+        """Expect the processes of a resumed run to end well, with the Outcome of the unbroken one."""
+        codes = [wait(process) for process in processes]
+        self.expect(set(codes) == {0}, f"going on ended with the exit codes {codes}", self.log(name))
+        if set(codes) == {0}:
+            self.expect(self.outcome(name) == unbroken, "a run that went on ended otherwise")
+
+    def says_once(self, name, node=0, word="error: "):
+        """Expect a run to have ended with one message that has the word, and no traceback."""
+        said = self.log(name, node).read_text()
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        well = len(errors) == 1 and word in said and "Traceback" not in said
+        self.expect(well, f"node {node} did not end with one message", self.log(name, node))
+
+
+# --- processes
+
+
+def started(action, *arguments, operation=0, folder=None):
+    """Fork a process that calls action(*arguments), whose result is its exit code. It kills itself before its
+    `operation`-th change to the files of a folder, counted from 1, if that is not 0."""
+    process = os.fork()
+    if process:
+        return process
+    code = 0
     try:
-        for place, writer in enumerate(WRITERS):
-            trials = Trials(writer, folder, folder / writer.name, rng)
-            hits = sum(trials.kill() for _ in range(place, args.kills, len(WRITERS)))
-            operations = trials.kill_at_operations(args.operations) if args.operations else 0
-            races = len([trials.race() for _ in range(place, args.races, len(WRITERS))])
-            if disk:
-                trials.fill(folder / "disk")
-            told = "told" if disk else "not tried"
-            row = (hits, operations, trials.left, races, told, len(trials.faults))
-            print(f"| {writer.name} |", " | ".join(map(str, row)), "|", flush=True)
-            faults += trials.faults
+        if operation:
+            die_before(operation, folder)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            code = action(*arguments) or 0
+    except UserError:
+        code = REFUSED
+    except BaseException:  # whatever it is, it is a fault, and this process must end here
+        traceback.print_exc()
+        code = FAILED
+    os._exit(code)
+
+
+def die_before(operation, folder):
+    """Let this process be killed before so many of Python's changes to the files of a folder: opening one to write,
+    renaming, removing, linking, making folders. Writing itself lies between two of them."""
+    count, place, to_write = itertools.count(1), os.path.realpath(folder), os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def look(event, arguments):
+        changes = event in CHANGES or (event == "open" and arguments[2] & to_write)
+        if not changes or isinstance(arguments[0], int):
+            return
+        path = os.fsdecode(arguments[0])
+        if (not os.path.isabs(path) or Path(path).is_relative_to(place)) and next(count) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def command(words, log, variables, prepare=None):
+    """Run a command of rwkv-peft in this process, with its output in the file `log` -> its exit code."""
+    os.environ.update(variables)
+    sys.argv = ["rwkv-peft", *words]
+    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 1)  # for the processes that it starts
+        os.dup2(file.fileno(), 2)
+        if prepare:
+            prepare()
+        try:
+            commands.run()
+        except SystemExit as end:
+            return end.code
+
+
+def drop_privileges():
+    """Let permissions of files bind root as they bind others."""
+    version, none = (0x20080522, 0), (0,) * 6  # of Linux's capabilities: this version, this process; and none
+    words = [(ctypes.c_uint32 * len(values))(*values) for values in (version, none)]
+    if ctypes.CDLL(None).capset(*words):
+        raise OSError("this system keeps root's privileges")
+
+
+def is_over(process):
+    """True if a process has ended; its exit code can still be read."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait(process, seconds=LIMIT):
+    """The exit code of a process, which is killed if it takes too long, or minus the signal that ended it."""
+    deadline = time.monotonic() + seconds
+    while not is_over(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not is_over(process):
+        os.kill(process, signal.SIGUSR1)  # an end that no trial takes for its own
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def wait_for_steps(folder, steps, process):
+    """Wait until a run has taken so many steps -> True, or has ended."""
+    path = folder / "metrics.jsonl"
+    while not is_over(process):
+        if path.exists() and path.read_text().count("\n") >= steps:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def trained(folder):
+    """{name: bytes} of the newest files of trained tensors in a run's folder, and of each epoch."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.suffix in (".safetensors", ".pth")}
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """Mount a tmpfs of 8 MiB at a new folder; yields whether that worked, which needs root."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    works = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield works
     finally:
-        if disk:
-            subprocess.run(["umount", str(folder / "disk")], check=True)
-    return faults
+        if works:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def try_training(args, folder, rng):
-    """Print a row for each way to end a run; -> the faults."""
-    training = Training(folder, rng)
-    print("\n| training | trials | that hit | faults |")
-    print("|---|---|---|---|")
+def fill(folder, room=0):
+    """Fill a disk but for so many bytes."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:  # it is full
+            file.truncate(max(0, file.tell() - room))
 
-    def row(name, trials):
-        before, hits = len(training.faults), list(trials)
-        print(f"| {name} | {len(hits)} | {sum(hits)} | {len(training.faults) - before} |", flush=True)
 
-    if args.saves:
-        row("kill -9 at file operations", training.kill_at_operations(args.saves))
-        row("the same, --keep_checkpoints 1", training.kill_at_operations(args.saves, "--keep_checkpoints", "1"))
-    for ranks in (1, 2):
-        chosen = [configuration for configuration in configurations()[: args.resumes] if configuration.ranks == ranks]
-        if chosen:
-            row(f"stopped after {STOPPED} steps, {counted(ranks, 'rank')}", map(training.stop_and_resume, chosen))
-    if args.moves:
-        row("killed, and on on other ranks", map(training.move, MOVES[: args.moves]))
-    for case in DISKS[: args.disks]:
-        row(case.name, (lose_and_resume(training, chosen) for chosen in [case]))
-    for case in CASES[: args.ends]:
-        row(case.name, (end_and_resume(training, chosen) for chosen in [case]))
-    for case in CHANGES if args.meanwhile else ():
-        row(case.name, (change_and_end(training, case, number) for number in range(args.meanwhile)))
-    if args.meanwhile:
-        row("a node reads other files", (start_otherwise(training, name) for name in DIFFERENCES))
-        row("kill -9 of a comparison", (kill_comparison(training, number) for number in range(args.meanwhile)))
-    for steps in (2, 7) if args.rooms else ():
-        shares = [number / args.rooms for number in range(args.rooms)]
-        row(f"full disk, {steps} steps", (fill_and_resume(training, steps, share) for share in shares))
-    for case in SLEEPS[: args.sleeps]:
-        row(case.name, (sleep_and_wake(training, chosen) for chosen in [case]))
-    return training.faults
+# --- attacks on writers, each of which writes over an earlier output
+
+
+def save_trained(inputs, which, output):
+    weight = open_base(inputs / f"{which}.pth").tensors[f"{LAYER}.weight"]
+    save_adapter(output / "a.safetensors", {f"{LAYER}.weight": weight}, AdapterMetadata("none"))
+
+
+def save_base(inputs, which, output):
+    save_model(output / "model.pth", open_base(inputs / f"{which}.pth").tensors)
+
+
+def merge(inputs, which, output):
+    flags = ["--base_model", inputs / f"{which}.pth", "--bone_checkpoint", inputs / "a.safetensors", "--any_base"]
+    merge_command.main([*map(str, flags), "--output", str(output / "merged.pth")])
+
+
+def convert_to_st(inputs, which, output):
+    convert.main([str(inputs / f"{which}.pth"), str(output / "model.st")])
+
+
+def make_tokens(inputs, which, output, *flags):
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
+    preprocess.main([str(inputs / f"{which}.jsonl"), "--output", str(output / "data"), *words])
+
+
+def make_shuffled(inputs, which, output):
+    make_tokens(inputs, which, output, "--shuffle", "1")
+
+
+WRITERS = (save_trained, save_base, merge, convert_to_st, make_tokens, make_shuffled)
+
+
+class Trial:
+    """One writer in a folder with its old output; wanted: {"old" and "new": the files of an output}."""
+
+    known = {}  # noqa: RUF012 - {(lab's folder, writer): (the outputs, seconds)}, once for all trials
+
+    def __init__(self, lab, number):
+        self.lab, self.writer = lab, WRITERS[number % len(WRITERS)]
+        self.output = lab.folder / "written"
+        key = lab.folder, self.writer
+        if key not in self.known:
+            wanted = {}
+            for which in ("old", "new"):
+                self.renew({})
+                began = time.perf_counter()
+                assert wait(self.start(which)) == 0
+                wanted[which], seconds = content(self.output), time.perf_counter() - began
+            self.known[key] = wanted, seconds
+        self.wanted, self.seconds = self.known[key]
+        self.renew(self.wanted["old"])
+
+    def renew(self, files):
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir(parents=True)
+        for name, data in files.items():
+            (self.output / name).write_bytes(data)
+
+    def start(self, which, operation=0):
+        arguments = self.lab.folder, which, self.output
+        return started(self.writer, *arguments, operation=operation, folder=self.output)
+
+    def expect(self, holds, what):
+        self.lab.expect(holds, f"{self.writer.__name__}: {what}")
+
+    def ends(self, process):
+        """Judge a writer that was killed, and the next one -> True if it was still at work."""
+        hit = wait(process) == -signal.SIGKILL
+        seen = {name: data for name, data in content(self.output).items() if not name.startswith(".")}
+        whole = seen in self.wanted.values()
+        if not whole and self.writer in (make_tokens, make_shuffled):
+            with contextlib.suppress(UserError):
+                BinidxDataset(self.output / "data")
+                self.expect(False, "a kill left a set that is read, and is neither output")
+            whole = True
+        self.expect(whole, "a kill left neither the old output nor the new one")
+        self.expect(wait(self.start("new")) == 0, "the next writer failed")
+        self.expect(content(self.output) == self.wanted["new"], "the next writer left something else")
+        return hit
+
+
+def kill_writer(lab, number):
+    """Kill a writer at a random moment. Its output is the old one or the new one, or a set of tokens that is refused;
+    the next writer leaves the new output and nothing else."""
+    trial = Trial(lab, number)
+    process = trial.start("new")
+    time.sleep(lab.rng.uniform(0, 0.8 * trial.seconds))
+    os.kill(process, signal.SIGKILL)
+    return trial.ends(process)
+
+
+def kill_writer_at(lab, number):
+    """Kill a writer before one of its changes to files. What must hold is the same."""
+    trial = Trial(lab, number)
+    return trial.ends(trial.start("new", 1 + number // len(WRITERS)))
+
+
+def race(lab, number):
+    """Let two writers write at once. The output is that of one; the other may refuse."""
+    trial = Trial(lab, number)
+    codes = [wait(process) for process in [trial.start(which) for which in ("old", "new")]]
+    trial.expect(0 in codes and set(codes) <= {0, REFUSED}, f"of two at once the exit codes were {codes}")
+    trial.expect(content(trial.output) in trial.wanted.values(), "two at once left what neither wrote")
+    return True
+
+
+def fill_disk_of_writer(lab, number):
+    """Let a writer work on a full disk. It refuses in words, and the old output stays."""
+    with small_disk(lab.folder / f"disk-{number}") as works:
+        if not works:
+            return False
+        trial = Trial(lab, number)
+        trial.output = lab.folder / f"disk-{number}" / "output"
+        trial.renew(trial.wanted["old"])
+        fill(trial.output.parent)
+        code = wait(trial.start("new"))
+        trial.expect(code == REFUSED, f"on a full disk the exit code was {code}")
+        trial.expect(content(trial.output) == trial.wanted["old"], "on a full disk something else was left")
+    return True
+
+
+# --- attacks on runs of train.py
+
+
+def kill_run_at(lab, number, *more):
+    """Kill a run before one of its changes to files: before, while and after it saves. No checkpoint is torn, no file
+    is that of no epoch, and --resume auto ends with the bits of an unbroken run."""
+    flags = (*BONE, *SHORT, *more)
+    unbroken = lab.unbroken("-".join(("saves", *more)), *flags)
+    whole = set(lab.unbroken("saves", *BONE, *SHORT).files.values())
+    name = f"{'-'.join(('killed', *more))}-{number}"
+    hit = wait(lab.start(name, *flags, *AGAIN, operation=1 + number)) == -signal.SIGKILL
+    if hit:
+        lab.newest(name)
+        lab.expect(set(trained(lab.folder / name).values()) <= whole, "a file is torn")
+        lab.goes_on(name, unbroken, lab.start(name, *flags, *AGAIN))
+    shutil.rmtree(lab.folder / name, ignore_errors=True)
+    return hit
+
+
+def kill_run_that_discards_at(lab, number):
+    """The same for a run that keeps one checkpoint."""
+    return kill_run_at(lab, number, "--keep_checkpoints", "1")
+
+
+def stop_and_resume(lab, number):
+    """Kill a run, or ask it to stop, where a save begins, under each method, ZeRO stage and number of ranks. --resume
+    auto ends with the bits of an unbroken run."""
+    shift, place, ranks = number // 14 % 3, number // 2 % 7, 1 + number % 2
+    method, stage = [*METHODS][place], (shift + place + ranks) % 3 + 1
+    sent = (signal.SIGKILL, signal.SIGTERM)[(shift + place) % 2]
+    name = f"{method}-stage-{stage}-ranks-{ranks}-{number}"
+    flags = (*METHODS[method], *LONG, "--strategy", f"deepspeed_stage_{stage}", "--devices", str(ranks))
+    unbroken = lab.unbroken(f"{name}-unbroken", *flags)
+    process = lab.start(name, *flags)
+    wait_for_steps(lab.folder / name, 25, process)
+    time.sleep(lab.rng.uniform(0, 0.05))
+    os.kill(process, sent)
+    code = wait(process)
+    stopped = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[sent]
+    lab.expect(code in (0, stopped), f"{sent.name} ended {name} with exit code {code}", lab.log(name))
+    if code == stopped:
+        lab.goes_on(name, unbroken, lab.start(name, *flags, *AGAIN))
+    return code == stopped
+
+
+def fill_disk_of_run(lab, number):
+    """Leave of a run's disk a part of what a save takes, before its first checkpoint or after it. It ends in one
+    message, with the checkpoint that it had; with room again, it ends with the bits of an unbroken run, or refuses to
+    write over tensors of no checkpoint."""
+    flags, name = (*BONE, *LONG), f"disk-{number}"
+    unbroken, whole = lab.unbroken("disks", *flags), lab.folder / "disks"
+    took = [path for path in (*list_checkpoints(whole)[-1].rglob("*"), whole / "adapter.safetensors") if path.is_file()]
+    room = int((number // 2 % 6) / 6 * sum(-(-path.stat().st_size // 4096) + 2 for path in took)) * 4096
+    folder = lab.folder / name
+    with small_disk(folder) as works:
+        if not works:
+            return False
+        process = lab.start(name, *flags, prepare=drop_privileges)
+        wait_for_steps(folder, 7 if number % 2 else 2, process)
+        os.kill(process, signal.SIGSTOP)
+        before = lab.newest(name)
+        fill(folder, room)
+        os.kill(process, signal.SIGCONT)
+        code, files = wait(process), trained(folder)
+        (folder / "filler").unlink()
+        if code == 0:
+            return False
+        lab.expect(code == REFUSED, f"it ended with exit code {code}")
+        lab.says_once(name, word="cannot write ")
+        after = lab.newest(name)
+        lab.expect(after >= before, "the checkpoint that it had is gone")
+        again = lab.start(name, *flags, *AGAIN)
+        if after or not files:
+            lab.goes_on(name, unbroken, again)
+        else:
+            kept = wait(again) == REFUSED and trained(folder) == files
+            lab.expect(kept, "trained tensors of no checkpoint are overwritten")
+    return True
+
+
+def start_nodes(lab, name, nodes, *more):
+    """The first processes of a run of two ranks, on one node or on two."""
+    flags = (*BONE, *LONG, "--strategy", "deepspeed_stage_2", *more)
+    if nodes == 1:
+        return [lab.start(name, *flags, "--devices", "2")]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    places = range(2)
+    return [lab.start(name, *flags, "--num_nodes", "2", node=n, NODE_RANK=str(n), **meeting) for n in places]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def kill_rank(lab, number):
+    """Kill rank 1, the main process, or a node of two, before the first checkpoint or after it. The others end within a
+    minute, each node with one message and no process left, and the run goes on to the bits of an unbroken one."""
+    steps, (nodes, victim) = (3, 25)[number % 2], ((1, "rank"), (1, 0), (2, 1), (2, 0))[number // 2 % 4]
+    name = f"ranks-{number}"
+    whole = lab.unbroken("two-ranks", *BONE, *LONG, "--strategy", "deepspeed_stage_2", "--devices", "2")
+    mains = start_nodes(lab, name, nodes, *AGAIN)
+    if not wait_for_steps(lab.folder / name, steps, mains[0]):
+        lab.expect(False, f"{name} ended before it could be killed", lab.log(name))
+        return False
+    children = [child for main in mains for child in psutil.Process(main).children()]
+    others = [main for place, main in enumerate(mains) if place != victim]
+    os.kill(children[0].pid if victim == "rank" else mains[victim], signal.SIGKILL)
+    codes = [wait(main, MINUTE) for main in others]
+    lab.expect(set(codes) <= {1}, f"the others of {name} ended with the exit codes {codes}", lab.log(name))
+    _, left = psutil.wait_procs(children, MINUTE)
+    lab.expect(not left, f"{len(left)} processes of {name} were left")
+    if victim != "rank":
+        wait(mains[victim])
+    for place in [mains.index(main) for main in others] or [0]:
+        lab.says_once(name, place, "--resume")
+    lab.goes_on(name, whole, *start_nodes(lab, name, nodes, *AGAIN))
+    return True
+
+
+def sleep(lab, number):
+    """Stop every process of two nodes for longer than a rank may be silent, as a machine does that sleeps. The run
+    continues, and ends with the bits of an unbroken one, without a message."""
+    name = f"asleep-{number}"
+    whole = lab.unbroken("two-ranks", *BONE, *LONG, "--strategy", "deepspeed_stage_2", "--devices", "2")
+    mains = start_nodes(lab, name, 2, "--stall_minutes", "0.5")
+    hit = wait_for_steps(lab.folder / name, (3, 25)[number % 2], mains[0])
+    family = list(map(psutil.Process, mains))
+    family += [child for main in family for child in main.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    time.sleep((SILENT + 10) * PERIOD)
+    for process in family:
+        process.resume()
+    lab.goes_on(name, whole, *mains)
+    said = [lab.log(name, node).read_text() for node in range(2)]
+    lab.expect(not any("error: " in each or "Traceback" in each for each in said), f"{name} says an error")
+    return hit
+
+
+def kill_elastic_nodes(lab, number):
+    """Kill agents of `torchrun --nnodes 1:2`, alone or with their ranks, or ask them to leave, at four random moments;
+    another takes their place some seconds later. Each step is taken once, on the same samples, with the losses and
+    weights of a run on one node, up to the order of sums. The meeting place is kept here, so that any may be lost."""
+    steps, name = 400, f"elastic-{number}"
+    flags = (
+        *BONE,
+        "--epoch_steps",
+        str(steps),
+        "--epoch_count",
+        "1",
+        "--save_every",
+        "10",
+        "--lr_schedule",
+        "constant",
+    )
+    stayed = lab.unbroken("stayed", *flags, "--accumulate_grad_batches", "2")
+    store = torch.distributed.TCPStore("127.0.0.1", int(free_port()), is_master=True, wait_for_workers=False)
+    rendezvous = f"--rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{store.port} --local_addr 127.0.0.1 --rdzv_conf "
+    rendezvous += "is_host=0,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8"
+    launcher = f"-m torch.distributed.run --nnodes 1:2 --nproc_per_node 1 --max_restarts 99 {rendezvous}".split()
+    inputs = ("--load_model", lab.folder / "new.pth", "--data_file", lab.folder / "data")
+    fixed = "--ctx_len 24 --lr_init 1e-2 --precision fp32 --accelerator cpu --answer_rows 0 --num_nodes 2"
+    words = [ROOT / "train.py", *inputs, "--proj_dir", lab.folder / name, *fixed.split(), *flags, *AGAIN]
+    own = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def agent():
+        with open(lab.log(name), "a") as log:
+            line = [sys.executable, *map(str, (*launcher, *words))]
+            return subprocess.Popen(line, cwd=ROOT, env=os.environ | own, stdout=log, stderr=log)
+
+    agents, path = [agent(), agent()], lab.folder / name / "metrics.jsonl"
+    for moment in sorted(lab.rng.sample(range(5, steps - 20), 4)):
+        while not path.exists() or path.read_text().count("\n") < moment:
+            if all(one.poll() is not None for one in agents):
+                lab.expect(False, f"{name} ended early", lab.log(name))
+                return False
+            time.sleep(0.02)
+        victim, way = agents.pop(lab.rng.choice((0, -1))), lab.rng.choice(("kill", "kill with ranks", "terminate"))
+        ranks = psutil.Process(victim.pid).children(recursive=True) if way == "kill with ranks" else []
+        for process in (victim, *ranks):
+            process.terminate() if way == "terminate" else process.kill()
+        time.sleep(lab.rng.uniform(0, 5))
+        agents.append(agent())
+    codes = [one.wait() for one in agents]
+    lab.expect(not any(codes), f"the agents ended with {codes}", lab.log(name))
+    if not any(codes):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs = [(ours, theirs["loss"]) for ours, theirs in zip((line["loss"] for line in lines), stayed.numbers)]
+        same = [line["step"] for line in lines] == [line["step"] for line in stayed.numbers]
+        lab.expect(same and all(math.isclose(*pair, rel_tol=1e-3) for pair in pairs), f"{name} ended otherwise")
+        ours, theirs = (load_file(lab.folder / run / "adapter.safetensors") for run in (name, "stayed"))
+        apart = max(float((ours[key] - tensor).norm() / tensor.norm()) for key, tensor in theirs.items())
+        lab.expect(apart < 1e-2, f"the weights of {name} are {apart:.0e} apart")
+    return True
+
+
+# --- attacks on readers
+
+GIVEN = ("--bone_checkpoint", "hostile.pth", "--bone_mode", "bat-in")
+MODEL = ("--model", "new.pth", "--tokenizer", "bytes", "--prompt", "a")
+NEW = "train --data_file data --ctx_len 24 --precision fp32 --accelerator cpu --epoch_steps 4 --proj_dir run".split()
+READERS = (  # the commands that take a file of tensors
+    ("inspect", "hostile.pth"),
+    ("convert", "hostile.pth", "out.st"),
+    ("convert", "hostile.pth", "out.safetensors", "--bone_mode", "bat-in"),
+    ("merge", "--base_model", "hostile.pth", "--bone_checkpoint", "a.safetensors", "--output", "out.pth"),
+    ("merge", "--base_model", "new.pth", *GIVEN, "--output", "out.pth"),
+    ("check", "--base_model", "hostile.pth", "--bone_checkpoint", "a.safetensors", "--merged", "new.pth"),
+    ("check", "--base_model", "new.pth", *GIVEN, "--merged", "new.pth"),
+    ("check", "--base_model", "new.pth", "--bone_checkpoint", "a.safetensors", "--merged", "hostile.pth"),
+    ("verify", "hostile.pth"),
+    ("verify", "new.pth", "--state", "hostile.pth"),
+    ("generate", "--model", "hostile.pth", *MODEL[2:]),
+    ("generate", *MODEL, "--adapter", "hostile.pth"),
+    ("generate", *MODEL, "--state", "hostile.pth"),
+    ("plan", "--load_model", "hostile.pth", "--gpu", "24GiB"),
+    (*NEW, "--load_model", "hostile.pth"),
+    (*NEW, "--load_model", "new.pth", "--bone_load", "hostile.pth"),
+    (*NEW, "--load_model", "new.pth", "--train_parts", "state", "--state_load", "hostile.pth"),
+)
+
+
+class Planted:
+    """An object that makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def plant(lab, number):
+    """Give each command that reads tensors a pickle that runs code. It refuses in one message, within 2 GiB, makes
+    nothing, and reaches for no program and no address but its own."""
+    place, log = lab.folder / f"hostile-{number}", lab.folder / f"said-{number}"
+    reached = log.with_suffix(".reached")
+    place.mkdir()
+    for name in ("new.pth", "a.safetensors", "data.bin", "data.idx"):
+        shutil.copy(lab.folder / name, place)
+    torch.save({"a.weight": torch.ones(2, 2), "b": Planted()}, place / "hostile.pth")
+    before, words = content(place), READERS[number % len(READERS)]
+
+    def prepare():
+        os.chdir(place)
+        hear(reached.write_text)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (MEMORY << 20), used + (MEMORY << 20)))
+
+    code = wait(started(command, words, log, {}, prepare), MINUTE)
+    said = log.read_text(errors="replace")
+    lab.expect(code == REFUSED and "Traceback" not in said, f"{' '.join(words)} ends with exit code {code}", log)
+    lab.expect("mkdir" in said or "Planted" in said or "cannot be read" in said, f"{words[0]} says something else", log)
+    lab.expect(content(place) == before and not (place / "ran").exists(), f"{' '.join(words)} changes files")
+    lab.expect(not reached.exists(), f"{words[0]} reaches for {reached.read_text() if reached.exists() else ''}")
+    return True
+
+
+def hear(tell):
+    """Let tell(what) be called with each program that this process starts and each address that it asks from now on,
+    but for ALLOWED."""
+
+    def look(event, arguments):
+        if event in REACHES and not any(name in str(arguments) for name in ALLOWED):
+            tell(f"{event} {arguments}")
+
+    sys.addaudithook(look)
+
+
+class Attack(NamedTuple):
+    """strike(lab, number) -> True if it hit; its docstring says what it does and what must hold. It is tried under
+    `numbers`, with --quick under those of `quick`."""
+
+    name: str
+    strike: Callable
+    numbers: Iterable
+    quick: Iterable = ()
+
+
+ATTACKS = (
+    Attack("kill -9 of a writer", kill_writer, range(100), range(6)),
+    Attack("kill -9 of a writer before a change", kill_writer_at, range(360), range(0, 42, 7)),
+    Attack("two writers at once", race, range(40), range(6)),
+    Attack("a writer's full disk", fill_disk_of_writer, range(6), range(1)),
+    Attack("kill -9 of a run before a change", kill_run_at, range(0, 200, 6)),
+    Attack("kill -9 of a run, --keep_checkpoints 1", kill_run_that_discards_at, range(0, 200, 19)),
+    Attack("a run is stopped", stop_and_resume, range(14)),
+    Attack("a run's full disk", fill_disk_of_run, range(12)),
+    Attack("kill -9 of a rank or node", kill_rank, range(8)),
+    Attack("a machine sleeps", sleep, range(2)),
+    Attack("kill -9 of elastic nodes", kill_elastic_nodes, range(1)),
+    Attack("pickles that run code", plant, range(len(READERS)), (1, 10)),
+)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="at random moments, over all writers")
-    parser.add_argument(
-        "--operations", type=int, default=1, help="kill at each N-th file operation of a writer; 0: none"
-    )
-    parser.add_argument("--races", type=int, default=40, help="over all writers")
-    parser.add_argument("--mutants", type=int, default=0, help="over all readers")
-    parser.add_argument("--attacks", type=int, default=0, help="try each N-th hostile file, folder and word; 0: none")
-    parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
-    parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
-    parser.add_argument("--moves", type=int, default=0, help="runs that are killed and go on on other ranks")
-    parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
-    parser.add_argument("--ends", type=int, default=len(CASES), help="ways to kill one of several ranks or nodes")
-    parser.add_argument("--meanwhile", type=int, default=0, help="times that each input of a run is written over")
-    parser.add_argument("--rooms", type=int, default=0, help="parts of a first and of a later save at which disks fill")
-    parser.add_argument("--sleeps", type=int, default=len(SLEEPS), help="ways to let the machine sleep")
+    parser = Parser(__doc__)
+    parser.add_argument("--only", default="", metavar="WORDS", help="attacks with these words in their names")
+    parser.add_argument("--times", type=int, help="so many trials of each, under the numbers 0, 1, …")
+    parser.add_argument("--list", action="store_true", help="what each attack does, and what must hold")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    chosen = [attack for attack in ATTACKS if args.only in attack.name]
+    if args.list:
+        print(*(f"{each.name}\n    {inspect.getdoc(each.strike)}\n" for each in chosen), sep="\n")
+        return 0
     torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("engine.callbacks", "engine.strategy", "step.lit"):  # once, for all that is forked from here
+        importlib.import_module(f"rwkv_peft.training.{name}")
     with tempfile.TemporaryDirectory() as folder:
-        folder, rng = Path(folder), random.Random(args.seed)
-        faults = try_writers(args, folder, rng)
-        if (
-            args.saves
-            or args.resumes
-            or args.moves
-            or args.disks
-            or args.ends
-            or args.sleeps
-            or args.meanwhile
-            or args.rooms
-        ):
-            faults += try_training(args, folder / "training", rng)
-        if args.attacks:
-            prepare(folder / "inputs")
-            faults += try_attacks(groups(args.seed), args.attacks, folder / "inputs", folder)
-        if args.mutants:
-            (folder / "fuzz").mkdir()
-            tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            print(f"{tried} broken files, {len(found)} faults, peak memory {peak} MiB")
-            print(f"the slowest: {slowest[0]:.1f} s, {slowest[1]}")
-            if peak > MOST_MEMORY:
-                found.append(f"broken files took {peak} MiB")
-            faults += found
-    print(*faults, sep="\n", end="\n" * bool(faults))
-    return int(bool(faults))
+        lab = Lab(Path(folder), args.seed)
+        head("attack", "trials", "that hit", "faults")
+        for attack in chosen:
+            before, lab.attack = len(lab.faults), attack.name
+            numbers = attack.quick if args.quick else attack.numbers if args.times is None else range(args.times)
+            hits = [attack.strike(lab, number) for number in numbers]
+            row(attack.name, len(hits), sum(hits), len(lab.faults) - before)
+    print(*lab.faults, sep="\n", end="\n" * bool(lab.faults))
+    return int(bool(lab.faults))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
 """Compares `rwkv-peft plan` with the memory of runs; and makes its table of official sizes.
 
-    python benchmarks/plan.py measure --folder out/plan            (six runs on the CPU, two steps each; 8 GB of disk)
+    python benchmarks/plan.py measure --folder out/plan            (15 runs on the CPU, two steps each; 8 GB of disk)
+    python benchmarks/plan.py measure --only full                  (the strategies on one and two ranks)
     python benchmarks/plan.py table                                (memory by size, method and quantization on a GPU)
 
-A measured peak is the largest resident size of train.py (getrusage's ru_maxrss), including the pages of the base's file
-that it has read; models are random, and of an official shape if their name says so.
+A measured peak is the largest resident size of train.py, of its largest rank (getrusage's ru_maxrss), including the
+pages of the base's file that it has read; models are random, and of an official shape if their name says so. --quick
+measures a small model.
 """
 
-import argparse
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from common import ROOT, Parser, head, row, write_tokens
 
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.config import STRATEGIES
 from rwkv_peft.models import family_named
 from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable
@@ -23,9 +28,9 @@ from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 65536
 SMALL = "x060", 12, 768
+FULL = "--ctx_len 64 --precision bf16 --peft none --micro_bsz 2 --strategy"
 # name: version, layers, channels, dtype of the file, flags
 RUNS = {
     "RWKV-6 1.6B, bat-in, bf16, 1 x 128": ("x060", 24, 2048, "bfloat16", "--ctx_len 128"),
@@ -37,7 +42,16 @@ RUNS = {
     ),
     "RWKV-7 0.2B, bat-in, bf16, 1 x 512": ("x070", 12, 768, "bfloat16", "--ctx_len 512"),
     "RWKV-7 0.2B, none, fp32, 1 x 512": ("x070", 12, 768, "float32", "--ctx_len 512 --precision fp32 --peft none"),
+    **{
+        f"RWKV-6 94 M, full, bf16, 2 x 64, {strategy}, {ranks} x 1": (
+            *("x060", 6, 768, "float32"),
+            f"{FULL} {strategy} --num_nodes {ranks}",
+        )
+        for ranks, strategies in ((1, STRATEGIES[:1]), (2, STRATEGIES))
+        for strategy in strategies
+    },
 }
+QUICK = ("x060", 1, 64, "float32", "--ctx_len 16 --precision fp32 --bone_r 8")
 SIZES = (  # generation, name, layers, channels
     ("x070", "0.1B", 12, 768),
     ("x070", "0.4B", 24, 1024),
@@ -64,18 +78,19 @@ CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, what="measure", folder=None)
     parser.add_argument("what", choices=("measure", "table"))
     parser.add_argument("--folder", type=Path, default=Path("out/plan"), help="where measure puts models and runs")
     parser.add_argument("--only", default="", help="measure the runs with this in their names")
     args = parser.parse_args()
     if args.what == "table":
         return table()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    print("| run | planned, GiB | measured, GiB | planned / measured |\n|---|---|---|---|")
-    for name, run in RUNS.items():
+    folder = args.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    head("run", "planned, GiB", "measured, GiB", "planned / measured")
+    for name, run in {"quick": QUICK}.items() if args.quick else RUNS.items():
         if args.only in name:
-            measure(args.folder, name, *run)
+            measure(folder, name, *run)
 
 
 def measure(folder, name, version, layers, channels, dtype, flags):
@@ -84,22 +99,24 @@ def measure(folder, name, version, layers, channels, dtype, flags):
     if not model.exists():
         write_model(model, family_named(version), layers, channels, getattr(torch, dtype))
     if not data.with_suffix(".bin").exists():
-        with ShardWriter(data, vocab_size=VOCABULARY) as writer:
-            for document in torch.randint(1, VOCABULARY, (20, 1200)):
-                writer.add(document.tolist())
-    subprocess.run(["rm", "-rf", out], check=True)
+        write_tokens(data, VOCABULARY, torch.randint(1, VOCABULARY, (20, 1200)).tolist())
+    shutil.rmtree(out, ignore_errors=True)
     inputs = ("--load_model", model, "--data_file", data, "--proj_dir", out, "--accelerator", "cpu")
     flags = [*map(str, inputs), *flags.split()]
     estimate = estimate_of(request_of(parse_flags(flags)), CPU)
     batch = estimate.config.data
     planned = peak(estimate.parts(batch.micro_bsz, batch.ctx_len), CPU) + estimate.file_pages()
     command = [sys.executable, ROOT / "train.py", *flags, "--epoch_steps", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{name}: train.py ended with status {status}")
-    taken = usage.ru_maxrss * 1024
-    print(f"| {name} | {planned / 2**30:.2f} | {taken / 2**30:.2f} | {planned / taken:.2f} |", flush=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    nodes = [str(node) for node in range(estimate.config.train.num_nodes)]
+    several = [meeting | {"NODE_RANK": node} if len(nodes) > 1 else {} for node in nodes]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | more) for more in several]
+    ends = [os.wait4(process.pid, 0)[1:] for process in processes]
+    if any(status for status, _ in ends):
+        raise SystemExit(f"{name}: train.py ended with {[status for status, _ in ends]}")
+    taken = max(usage.ru_maxrss for _, usage in ends) * 1024
+    row(name, *(f"{size / 2**30:.2f}" for size in (planned, taken)), f"{planned / taken:.2f}")
 
 
 def write_model(path, family, layers, channels, dtype):
@@ -120,8 +137,7 @@ def table():
     """Print a GPU's peak by size and method, at 1 x 1024 tokens, rank 64, bf16; blocks are recomputed (--grad_cp 1)
     except in the columns "blocks kept". Last, for bat-in: the smallest card, and the tokens of a micro batch that fit
     24 GiB."""
-    print(f"| model | parameters | {' | '.join(name for name, _ in METHODS)} | least card | tokens in 24 GiB |")
-    print("|---|---|" + "---|" * (len(METHODS) + 2))
+    head("model", "parameters", *(name for name, _ in METHODS), "least card", "tokens in 24 GiB")
     for version, name, layers, channels in SIZES:
         cells = []
         shape = ("--n_layer", layers, "--n_embd", channels, "--vocab_size", VOCABULARY, "--model_version", version)
@@ -132,12 +148,8 @@ def table():
         total = cells[0][1].counts.total - cells[0][1].counts.own
         least = next((card for card in CARDS if cells[0][0] <= usable(GPU, card << 30)), None)
         tokens = 1024 * largest_rows(cells[0][1], usable(GPU, 24 << 30))
-        print(
-            f"| {family_named(version).name} {name} | {total / 1e9:.2f} G | "
-            + " | ".join(f"{size / 2**30:.1f}" for size, _ in cells)
-            + f" | {least} GiB | {tokens or '-'} |",
-            flush=True,
-        )
+        sizes = (f"{size / 2**30:.1f}" for size, _ in cells)
+        row(f"{family_named(version).name} {name}", f"{total / 1e9:.2f} G", *sizes, f"{least} GiB", tokens or "-")
 
 
 if __name__ == "__main__":

@@ -92,13 +92,3 @@ def metrics(files, name):
     """The lines that a run has written, without one that it is writing."""
     lines = (files / name / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-class Planted:
-    """An object that makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
