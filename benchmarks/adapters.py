@@ -10,12 +10,11 @@ Saved are the bytes that autograd keeps for backward besides weight and paramete
 forward and backward allocate at one time.
 """
 
-import argparse
-import statistics
 import time
 from functools import partial
 
 import torch
+from common import Parser, head, in_turns, median_ms, ratio, row, saved_bytes
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,7 +29,16 @@ METHODS = "frozen|lora|lora, bone's|lora plain|bat-in|bat-in plain|bat-out|bat-o
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        __doc__,
+        shapes=("64x96",),
+        tokens=(32,),
+        dtypes=("fp32",),
+        rank=8,
+        rounds=1,
+        threads=1,
+        methods=("frozen", "lora", "bat-in plain"),
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=(512, 1024, 2048, 4096, 8192))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
@@ -64,25 +72,17 @@ def table(in_features, out_features, tokens, dtype, args):
     x = torch.randn(tokens, in_features, requires_grad=True, **kind)
     g = torch.randn(tokens, out_features, **kind)
     layers = {method: make_layer(method, base, args.rank) for method in args.methods}
-    steps = {method: make_step(layer, x, g) for method, layer in layers.items()}
-    times = {method: [] for method in steps}
-    for step in steps.values():
-        step()
-    for _ in range(args.rounds):
-        for method, step in steps.items():
-            times[method].append(timed(step, args.device))
-    medians = {method: statistics.median(values) for method, values in times.items()}
+    steps = {method: make_step(layer, x, g, args.device) for method, layer in layers.items()}
+    times = in_turns(steps, args.rounds, time.perf_counter)
     print(f"\n{in_features} -> {out_features}, T = {tokens}, {dtype}\n")
-    print("| method | parameters | ms | / frozen | saved MiB | peak MiB |")
-    print("|---|---|---|---|---|---|")
+    head("method", "parameters", "ms", "/ frozen", "saved MiB", "peak MiB")
     for method, step in steps.items():
-        count = sum(p.numel() for p in layers[method].parameters() if p.requires_grad)
-        ratio = medians[method] / medians.get("frozen", float("nan"))
-        print(
-            f"| {method} | {count:,} | {1e3 * medians[method]:.1f} | {ratio:.3f} "
-            f"| {saved_bytes(layers[method], x) / 2**20:.1f} | {peak_bytes(step, args.device) / 2**20:.1f} |",
-            flush=True,
-        )
+        layer = layers[method]
+        count = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        slower = ratio(times[method], times["frozen"]) if "frozen" in times else float("nan")
+        saved, _ = saved_bytes(partial(layer, x), [*layer.parameters(), *layer.buffers()])
+        memory = (f"{size / 2**20:.1f}" for size in (saved, peak_bytes(step, args.device)))
+        row(method, f"{count:,}", f"{median_ms(times[method]):.1f}", f"{slower:.3f}", *memory)
 
 
 def make_layer(method, base, rank):
@@ -119,51 +119,21 @@ class Plain(nn.Module):
         return F.linear(x, layer.weight + layer.method.change.delta(layer.weight, {"bone": layer.bone}))
 
 
-def make_step(layer, x, g):
+def make_step(layer, x, g, device):
     """A function that runs forward and backward once and drops the gradients."""
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
     def step():
         torch.autograd.grad(layer(x), trained, g)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
-
-
-def timed(step, device):
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def saved_bytes(layer, x):
-    """Bytes that autograd keeps for backward, without the layer's own tensors."""
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    owned = [*layer.parameters(), *layer.buffers()]
-    del y
-    return sum(
-        size for pointer, size in saved.items() if pointer not in {t.untyped_storage().data_ptr() for t in owned}
-    )
 
 
 def peak_bytes(step, device):
     """The most memory in use at one time during a step, above what was in use before."""
     if device == "cuda":
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -183,15 +153,13 @@ def crossover(in_features, out_features, dtype, args):
     kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
     weight = torch.randn(out_features, in_features, **kind) / in_features**0.5
     bone = 0.01 * torch.randn(out_features // args.rank, args.rank, args.rank, **kind)
-    print(f"\n{in_features} -> {out_features}, {dtype}\n\n| T | weight side ms | activation side ms |\n|---|---|---|")
+    print(f"\n{in_features} -> {out_features}, {dtype}\n")
+    head("T", "weight side ms", "activation side ms")
     for tokens in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128):
         x = torch.randn(tokens, in_features, **kind)
-        medians = []
-        for side in ("weight", "activation"):
-            step = partial(bat_out, x, Frozen(weight), bone, side=side)
-            step()
-            medians.append(statistics.median(timed(step, args.device) for _ in range(args.rounds)))
-        print(f"| {tokens} | {1e3 * medians[0]:.2f} | {1e3 * medians[1]:.2f} |", flush=True)
+        sides = {side: partial(bat_out, x, Frozen(weight), bone, side=side) for side in ("weight", "activation")}
+        times = in_turns(sides, args.rounds, time.perf_counter)
+        row(tokens, *(f"{median_ms(taken):.2f}" for taken in times.values()))
 
 
 if __name__ == "__main__":

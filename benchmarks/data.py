@@ -1,117 +1,174 @@
-"""Speed of the loader alone: micro batches of a made-up token file, in tokens per second; then rows per second, of
-preprocess and of rows that are tokenized while they are read. Seconds are those of processors, all processes together,
-so that other work on the machine changes little; what workers win shows only in seconds of an idle machine.
+"""Speed of text to tokens, beside a plain Python World tokenizer; of the loader, in tokens per second; and of rows, by
+preprocess and by --stream, which tokenizes them while they are read. Rates are for a second of processor time, all
+processes together, so that other work on the machine changes little.
 
-    python benchmarks/data.py [--tokens N] [--ctx_len N] [--micro_bsz N] [--rows N]
+    python benchmarks/data.py                            all three
+    python benchmarks/data.py --only text [--text FILE.jsonl | FILE.txt ...]
+    python benchmarks/data.py --only loader rows [--tokens N] [--ctx_len N] [--micro_bsz N] [--rows N]
 
-One row for each dataload and loss mask, with the reading thread that training uses, over one file and over shards.
+Without --text, --megabytes of mixed text are made from a seed. The loader has one row for each dataload and loss mask,
+with the reading thread that training uses, over one file and over shards.
 """
 
-import argparse
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from common import ROOT, Parser, head, row, run, write_tokens
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.encoding import Encoded
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.encode_settings import EncodeSettings
+from rwkv_peft.data.encoding import encode_chunk, encoder
+from rwkv_peft.data.preprocess import write
+from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.sources import build_samples
 
-ROOT = Path(__file__).resolve().parents[1]
-CASES = (
-    ("get", "none"),
-    ("get", "file"),
-    ("get", "qa"),
-    ("pad", "none"),
-    ("pad", "file"),
-    ("pad", "qa"),
-    ("pack", "none"),
-    ("only", "none"),
-)
-WORDS = "the model reads a row of words and learns to answer it shortly or at length".split()
+CASES = "get none, get file, get qa, pad none, pad file, pad qa, pack none, only none".split(", ")
+WORDS = (
+    "the of and to in is that it was for on are with as his they be at one have this from or had by but "
+    "some what there we can out other were all your when up use how said an each she which do their time "
+    "training learning gradient adapter question answer because"
+).split()
+OTHER = ("это большой город и река", "今天天气很好我们去公园", "la casa es grande y roja", "私は毎日学校に行きます")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=20_000_000)
-    parser.add_argument("--ctx_len", type=int, default=1024)
-    parser.add_argument("--micro_bsz", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=100_000, help="of questions and answers")
-    options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        one, cut = (str(Path(folder) / name) for name in ("one", "cut"))
-        make(one, options.tokens)
-        make(cut, options.tokens, options.tokens // 10)
-        print(f"{options.tokens / 1e6:.0f} M tokens, ctx_len {options.ctx_len}, micro_bsz {options.micro_bsz}")
-        print("| dataload | loss_mask | opened in s | M tokens/s | of 10 shards |\n|---|---|---|---|---|")
-        for dataload, loss_mask in CASES:
-            opened, rate = measure(one, dataload, loss_mask, options)
-            _, of_shards = measure(cut, dataload, loss_mask, options)
-            print(f"| {dataload} | {loss_mask} | {opened:.2f} | {rate / 1e6:.1f} | {of_shards / 1e6:.1f} |", flush=True)
-        measure_rows(Path(folder), options)
-    return 0
+def text(folder, options):
+    """Print MB of text per second."""
+    paths = options.text or [make_text(folder / "mixed.jsonl", 1e6 * options.megabytes)]
+    settings = EncodeSettings()
+    encoder(settings)  # loading the vocabulary is not what is timed
+    chunks = [chunk for path in paths for chunk in read_chunks(path, pieces=True)]
+    texts = [one if isinstance(one, str) else json.loads(one)["text"] for chunk in chunks for one in chunk.items]
+    size = sum(len(one.encode()) for one in texts) / 1e6
+    print(f"{size:.1f} MB of text in {len(texts)} pieces")
+    head("", "MB/s")
+    files = seconds(partial(write, paths, folder / "out", settings, workers=1))
+    row("preprocess, files to files", f"{size / files:.1f}")
+    encoded = seconds(lambda: [encode_chunk(chunk, settings) for chunk in chunks])
+    row("rows to tokens, without files", f"{size / encoded:.1f}")
+    plain(texts, encoder(settings).tokenizer.path)
 
 
-def measure(prefix, dataload, loss_mask, options):
-    """Open the data set and read batches for two seconds -> seconds to open it, tokens per second."""
+def plain(texts, vocabulary):
+    """Time the tokenizer of the rwkv package, in Python, over the first 2 MB."""
+    from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+    tokenizer, done = TRIE_TOKENIZER(str(vocabulary)), 0
+    began = time.process_time()
+    for one in texts:
+        tokenizer.encode(one)
+        done += len(one.encode())
+        if done > 2e6:
+            break
+    taken = time.process_time() - began
+    row("rwkv package's TRIE_TOKENIZER (Python), tokens alone", f"{done / 1e6 / taken:.1f}")
+
+
+def make_text(path, size):
+    """Write rows of prose, code, numbers and other scripts, about `size` bytes, drawn by a fixed seed."""
+    draw, written = random.Random(0), 0
+
+    def line():
+        kind = draw.random()
+        if kind < 0.7:
+            return " ".join(draw.choices(WORDS, k=draw.randint(8, 60))).capitalize() + "."
+        if kind < 0.8:
+            return f"    for i in range({draw.randint(1, 99)}):\n        total += x[i] * {draw.random():.4f}"
+        return f"{draw.randint(1, 9999)} + {draw.randint(1, 9999)} = ?" if kind < 0.9 else draw.choice(OTHER)
+
+    with open(path, "w", encoding="utf-8") as file:
+        while written < size:
+            made = json.dumps({"text": "\n".join(line() for _ in range(draw.randint(2, 12)))}, ensure_ascii=False)
+            written += file.write(made + "\n")
+    return path
+
+
+def loader(folder, options):
+    """Print the table of micro batches."""
+    made = documents(options.tokens)
+    masks = [np.arange(len(document)) > len(document) // 2 + 1 for document in made]
+    write_tokens(folder / "one", 65536, made, masks)
+    write_tokens(folder / "cut", 65536, made, masks, options.tokens // 10)
+    print(f"\n{options.tokens / 1e6:g} M tokens, ctx_len {options.ctx_len}, micro_bsz {options.micro_bsz}")
+    head("dataload", "loss_mask", "opened in s", "M tokens/s", "of 10 shards")
+    for case in CASES:
+        prefixes = (folder / name for name in ("one", "cut"))
+        (opened, whole), (_, shards) = (batches_of(prefix, *case.split(), options) for prefix in prefixes)
+        row(*case.split(), f"{opened:.2f}", f"{whole / 1e6:.1f}", f"{shards / 1e6:.1f}")
+
+
+def documents(total):
+    """Documents of 20 to 2,000 tokens; the answer opens with tokens 7, 8 in the middle of each."""
+    generator, found = np.random.default_rng(0), []
+    while total > 0:
+        size = int(20 * 100 ** generator.random())
+        found.append(generator.integers(9, 65536, size))
+        found[-1][size // 2 : size // 2 + 2] = 7, 8
+        total -= size
+    return found
+
+
+def batches_of(prefix, dataload, loss_mask, options):
+    """Open the data set and read batches for --seconds -> seconds to open it, tokens per second."""
     micro_bsz = 1 if dataload == "only" else options.micro_bsz
-    config = DataConfig(
-        path=prefix,
-        ctx_len=options.ctx_len,
-        dataload=dataload,
-        loss_mask=loss_mask,
-        mask_id=(7, 8) if loss_mask == "qa" else (),
-        micro_bsz=micro_bsz,
-    )
+    kind = dict(dataload=dataload, loss_mask=loss_mask, mask_id=(7, 8) if loss_mask == "qa" else ())
     began = spent()
-    samples = build_samples(config, 65536)
+    samples = build_samples(DataConfig(str(prefix), ctx_len=options.ctx_len, micro_bsz=micro_bsz, **kind), 65536)
     opened = spent() - began
     batches = iter(TrainBatches(samples, micro_bsz))
     for _ in islice(batches, 10):
         pass
     began, tokens = spent(), 0
-    while spent() - began < 1:
+    while spent() - began < options.seconds:
         tokens += next(batches)["mask"].numel()
     rate = tokens / (spent() - began)
     batches.close()
     return opened, rate
 
 
-def measure_rows(folder, options):
+def rows(folder, options):
     """Print rows per second of preprocess and of --stream, over the same rows of questions and answers."""
-    rows = [made_up(number) for number in range(options.rows)]
+    from pyarrow import Table, parquet
+
+    made = [made_up(number) for number in range(options.rows)]
     jsonl, stored = folder / "rows.jsonl", folder / "rows.parquet"
-    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    store(rows, stored)
-    size = jsonl.stat().st_size / len(rows)
-    print(f"\n{len(rows):,} rows of {size:.0f} bytes of JSON, {os.cpu_count()} cores")
-    print("| | rows/s of a processor | rows/s of the clock |\n|---|---|---|")
-    for path, workers, more in ((jsonl, 1, ()), (jsonl, 2, ()), (jsonl, 1, ("--drop_duplicates",)), (stored, 1, ())):
-        began, clock = spent(), time.perf_counter()
-        with tempfile.TemporaryDirectory() as output:
-            flags = ("--output", f"{output}/data", "--workers", str(workers), *more)
-            command = [sys.executable, "-m", "rwkv_peft", "preprocess", path, *flags]
-            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-        what = " ".join(("preprocess", f"of {path.suffix},", "--workers", str(workers), *more))
-        rates = (len(rows) / seconds for seconds in (spent() - began, time.perf_counter() - clock))
-        print(f"| {what} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |", flush=True)
+    jsonl.write_text("".join(json.dumps(one) + "\n" for one in made))
+    parquet.write_table(Table.from_pylist(made), stored, row_group_size=1000)
+    print(f"\n{len(made):,} rows of {jsonl.stat().st_size / len(made):.0f} bytes of JSON, {os.cpu_count()} cores")
+    head("", "rows/s of a processor", "rows/s of the clock")
+    kinds = f"{jsonl} --workers 1", f"{jsonl} --workers 2", f"{jsonl} --drop_duplicates", f"{stored} --workers 1"
+    for number, words in enumerate(kinds[3:] if options.quick else kinds):
+        command = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "children.py", "rwkv_peft", "preprocess", *words.split())
+        rates(words.replace(str(jsonl.parent), ""), len(made), partial(run, *command, "--output", folder / str(number)))
     config = DataConfig(str(stored), data_type="sft", dataload="pad", loss_mask="file", stream=5000, micro_bsz=8)
-    began, clock = spent(), time.perf_counter()
-    batches = iter(TrainBatches(build_samples(config, 65536), 8))
-    for _ in islice(batches, len(rows) // 8):
-        pass
-    batches.close()
-    rates = (len(rows) / seconds for seconds in (spent() - began, time.perf_counter() - clock))
-    print(f"| --stream 5000, to batches of 8 rows | {' | '.join(f'{rate:,.0f}' for rate in rates)} |", flush=True)
+
+    def stream():
+        batches = iter(TrainBatches(build_samples(config, 65536), 8))
+        for _ in islice(batches, len(made) // 8):
+            pass
+        batches.close()
+
+    rates("--stream 5000, to batches of 8 rows", len(made), stream)
+
+
+def rates(name, count, function):
+    clock = time.perf_counter()
+    taken = seconds(function)
+    row(name, *(f"{count / each:,.0f}" for each in (taken, time.perf_counter() - clock)))
+
+
+def seconds(function):
+    """Seconds of processor time of a call."""
+    began = spent()
+    function()
+    return max(spent() - began, 0.01)
 
 
 def spent():
@@ -126,26 +183,24 @@ def made_up(number):
     return {"question": f"{question} {draw.random()}?", "answer": answer}
 
 
-def store(rows, path):
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
+PARTS = {"text": text, "loader": loader, "rows": rows}
 
 
-def make(prefix, total, shard_tokens=0):
-    """Documents of 20 to 2,000 tokens; the answer opens with tokens 7, 8 in the middle of each."""
-    generator = np.random.default_rng(0)
-    with ShardWriter(prefix, 65536, shard_tokens=shard_tokens) as writer:
-        written = 0
-        while written < total:
-            size = int(20 * 100 ** generator.random())
-            tokens = generator.integers(9, 65536, size).astype("<u2")
-            tokens[size // 2 : size // 2 + 2] = 7, 8
-            mask = (np.arange(size) > size // 2 + 1).astype(np.uint8)
-            writer.add(Encoded([size], [1.0], tokens.tobytes(), mask.tobytes()))
-            written += size
+def main():
+    parser = Parser(__doc__, megabytes=0.05, tokens=20_000, ctx_len=64, rows=64, seconds=0.02)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS))
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts in place of those that are made")
+    parser.add_argument("--megabytes", type=float, default=20)
+    parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--ctx_len", type=int, default=1024)
+    parser.add_argument("--micro_bsz", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=1, help="of reading batches")
+    parser.add_argument("--rows", type=int, default=100_000, help="of questions and answers")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            PARTS[name](Path(folder), options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -11,36 +11,37 @@ drawn to each of these, too.
 Writes curves.png and a line of each run to the folder of --output.
 """
 
-import argparse
 import json
 import random
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import Parser, head, row, split
+from common import train as train_in
+
 TOKENS = (*"0123456789", "User: ", "\n\nAssistant:")
 REWARDS = ("places", "exact")
 MODEL = ("--my_testing", "x070", "--n_layer", "2", "--n_embd", "64", "--vocab_size", str(len(TOKENS) + 1))
-TRAIN = ("--train_type", "finetune", "--ctx_len", "16", "--precision", "fp32", "--accelerator", "cpu")
+TRAIN = ("--train_type", "finetune", "--ctx_len", "16")
 DRAWN = ("--micro_bsz", "64", "--num_generations", "16", "--draw_batch", "1024")
 RATE = ("--lr_init", "1e-3", "--lr_final", "1e-4", "--warmup_steps", "10", "--weight_decay", "0")
 
 
 def main(argv):
-    own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own, more = split(argv)
+    parser = Parser(__doc__, digits=2, seeds=(1,), steps=1, output=None)
     parser.add_argument("--digits", type=int, default=3, help="the most of a number, 2 at least (default 3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", default="out/digits", metavar="DIR")
     args = parser.parse_args(own)
-    folder = Path(args.output).resolve()
+    folder = Path(args.output or tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.txt").write_text("".join(f"{n} {text!r} {len(text)}\n" for n, text in enumerate(TOKENS, 1)))
-    print(f"| seed | places | whole answers | held-out numbers, places | time |\n|{'---|' * 5}")
+    head("seed", "places", "whole answers", "held-out numbers, places", "time")
     runs = {seed: train(folder, seed, args, more) for seed in args.seeds}
     draw(runs, folder / "curves.png")
 
@@ -71,20 +72,15 @@ def train(folder, seed, args, more):
     run = folder / f"seed-{seed}"
     data = ("--data_file", folder / f"train-{seed}.jsonl", "--val_data", folder / f"held-out-{seed}.jsonl")
     kind = ("--data_type", "prompts", "--tokenizer", folder / "tokens.txt", "--max_completion_length", args.digits + 1)
-    judged = ("--reward", *(f"{__file__}:{name}" for name in REWARDS), "--reward_weights", 1, 0)
-    length = ("--epoch_steps", args.steps, "--epoch_count", 1, "--random_seed", seed, "--proj_dir", run)
-    command = [sys.executable, "train.py", *data, *kind, *judged, *length]
+    judged = ("--reward", *(f"{Path(__file__).resolve()}:{name}" for name in REWARDS), "--reward_weights", 1, 0)
+    length = ("--epoch_steps", args.steps, "--epoch_count", 1, "--random_seed", seed)
     shutil.rmtree(run, ignore_errors=True)  # of an earlier call
     began = time.perf_counter()
-    flags = [str(word) for word in (*command, *MODEL, *TRAIN, *DRAWN, *RATE, *more)]
-    done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = train_in(run, *data, *kind, *judged, *length, *MODEL, *TRAIN, *DRAWN, *RATE, *more)
     steps = [line for line in lines if "reward/exact" in line]
     last = [sum(step[f"reward/{name}"] for step in steps[-25:]) / len(steps[-25:]) for name in REWARDS]
     held_out, seconds = steps[-1]["val_reward"], time.perf_counter() - began
-    print(f"| {seed} | {last[0]:.3f} | {last[1]:.3f} | {held_out:.3f} | {seconds:.0f} s |", flush=True)
+    row(seed, f"{last[0]:.3f}", f"{last[1]:.3f}", f"{held_out:.3f}", f"{seconds:.0f} s")
     return steps
 
 

@@ -10,13 +10,13 @@ the likelier one, the mean loss of its tokens, and the share of chosen answers t
 docs/guides/preferences.md has the last table.
 """
 
-import argparse
 import copy
 import random
 from pathlib import Path
 
 import torch
-from few_rows import ROOT, adapted, epochs_of, laid, parted, questions, shuffled, train
+from common import DEMO, Parser, head, row
+from few_rows import adapted, epochs_of, laid, parted, questions, shuffled, train
 
 import rwkv_peft as rp
 from rwkv_peft.config import MOST_EPOCHS
@@ -28,7 +28,7 @@ from rwkv_peft.objectives.documents import per_document
 from rwkv_peft.training.flags.rates import automatic_rate
 from rwkv_peft.training.step.steps import Whole
 
-HELD_OUT, TAUGHT, OFTEN = 40, 600, 7
+HELD_OUT, OFTEN = 40, 7
 USUAL, RARE = " It is {}, sir.\n\nUser:", " Aye, {}, captain!\n\nUser:"
 
 
@@ -45,11 +45,11 @@ def labelled(rows):
     return [[one, mismatched(one, other, 1024)] for one, other in zip(own, [*own[1:], own[0]])]
 
 
-def taught(path):
-    """A Model that answers in both manners."""
+def taught(path, number):
+    """A Model that answers in both manners, after so many rows of them."""
     model = rp.load(path, precision="fp32", device="cpu")
     model.network.requires_grad_(True)
-    rows = [row[number % 10 < OFTEN] for number, row in enumerate(pairs(TAUGHT, 2, model.tokenizer))]
+    rows = [row[place % 10 < OFTEN] for place, row in enumerate(pairs(number, 2, model.tokenizer))]
     train(model.network, [collate([row]) for row in rows], 5e-4, Whole())
     return model
 
@@ -87,25 +87,25 @@ def objective_of(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=ROOT / "demo" / "rwkv7-demo.pth", type=Path)
+    parser = Parser(__doc__, rows=(4,), objectives=("dpo",), times=(1,), taught=4)
+    parser.add_argument("--model", default=DEMO["x070"], type=Path)
     parser.add_argument("--rows", nargs="+", type=int, default=[30, 200])
     parser.add_argument("--objectives", nargs="+", default=["dpo:nll=0", "dpo:nll=1", "orpo", "kto"])
     parser.add_argument("--times", nargs="+", type=float, default=[0.3, 1, 3])
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1, help="rows of a step")
+    parser.add_argument("--taught", type=int, default=600, help="rows of both manners that the model learns first")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = taught(args.model)
+    model = taught(args.model, args.taught)
     told = judged(model.network, collate(list(pairs(HELD_OUT, 99, model.tokenizer))))
     print("before: {:.2f}, {:.3f}, {:.2f}\n".format(*told))
-    print("| rows | objective | rate |" + "".join(f" {times:g} times |" for times in args.times))
-    print("|---|---|---|" + "---|" * len(args.times))
+    head("rows", "objective", "rate", *(f"{times:g} times" for times in args.times))
     for rows in args.rows:
         for text in args.objectives:
             found = [measured(args, model, objective_of(text), rows, times) for times in args.times]
-            cells = "".join(" {:.2f}, {:.3f}, {:.2f} |".format(*after) for _, after in found)
-            print(f"| {rows} | {text} | {found[0][0] / args.times[0]:.2g} |{cells}", flush=True)
+            cells = ("{:.2f}, {:.3f}, {:.2f}".format(*after) for _, after in found)
+            row(rows, text, f"{found[0][0] / args.times[0]:.2g}", *cells)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ a column is that of answers that the bases were trained on: what the run forgot.
 docs/guides/learning-rates.md has the last tables.
 """
 
-import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
 import torch
-from optimizers import ROOT
+from common import DEMO, ROOT, Parser, head, row
 
 import rwkv_peft as rp
 from rwkv_peft.adapters.inject import inject
@@ -139,8 +138,8 @@ def measured(args, method, rows, times):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=ROOT / "demo" / "rwkv7-demo.pth", type=Path)
+    parser = Parser(__doc__, rows=(4,), methods=("bat-in",), times=(1,))
+    parser.add_argument("--model", default=DEMO["x070"], type=Path)
     parser.add_argument("--new", action="store_true", help="draw the model's weights anew; for --methods none")
     parser.add_argument("--kind", default="chats", choices=KINDS)
     parser.add_argument("--rows", nargs="+", type=int, default=[30, 200])
@@ -149,14 +148,13 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| rows | method | rate | before |" + "".join(f" {times:g} times |" for times in args.times))
-    print("|---|---|---|---|" + "---|" * len(args.times))
+    head("rows", "method", "rate", "before", *(f"{times:g} times" for times in args.times))
     for rows in args.rows:
         for method in args.methods:
             found = [measured(args, method, rows, times) for times in args.times]
             rate = found[0][0] / args.times[0]
-            losses = (f" {own:.4f}, {older:.3f} |" for own, older in [found[0][1], *(after for *_, after in found)])
-            print(f"| {rows} | {method} | {rate:.2g} |{''.join(losses)}", flush=True)
+            losses = (f"{own:.4f}, {older:.3f}" for own, older in [found[0][1], *(after for *_, after in found)])
+            row(rows, method, f"{rate:.2g}", *losses)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import Parser, head, row
+
 PROMPT = 8
 GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 VERSIONS = {"6": "x060", "7": "x070"}
@@ -26,7 +28,16 @@ COLUMNS = "RWKV;size;threads;weights;MB;sequences;tokens/s;reading;llama.cpp;rat
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        __doc__,
+        generation=("7",),
+        sizes=("1x64",),
+        threads=(1,),
+        batches=(2,),
+        weights=("fp32", "int8"),
+        tokens=2,
+        rounds=1,
+    )
     parser.add_argument("--generation", nargs="+", choices=("6", "7"), default=("6", "7"))
     parser.add_argument("--sizes", nargs="+", default=("12x768", "3x2048"), help="layers x channels")
     parser.add_argument("--threads", type=int, nargs="+", default=(2,))
@@ -38,8 +49,7 @@ def main():
     args = parser.parse_args()
     if args.model:
         return measure(args)
-    for line in (COLUMNS, ("---",) * len(COLUMNS)):
-        print(f"| {' | '.join(line)} |", flush=True)
+    head(*COLUMNS)
     for generation in args.generation:
         for size in args.sizes:
             with tempfile.TemporaryDirectory() as folder:
@@ -99,8 +109,7 @@ def measure(args):
             share = batch / mine / (size / reading)
             beside = (f"{theirs:.1f}", f"{mine / theirs:.2f}") if server else ("", "")
             cells = f"{size / 1e6:,.0f}", batch, f"{mine:.1f}", f"{share:.2f}", *beside
-            row = (args.generation[0], args.sizes[0], args.threads[0], kind, *cells)
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
+            row(args.generation[0], args.sizes[0], args.threads[0], kind, *cells)
             del server
         del ours
 

@@ -6,11 +6,11 @@ One JSON object an operation, forward and backward, in bfloat16; the rows do not
 of many has the bits of a batch that is this row alone, unless the kernels split time for few rows: then it is close.
 """
 
-import argparse
 import sys
 from functools import partial
 
 import torch
+from common import Parser
 from gpu_models import VOCABULARY, peak_gib, reset_peak, tell, without_room
 from gpu_probe import RECURRENCES, inputs
 
@@ -90,7 +90,7 @@ def check(name, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, device="cpu", elements=4000, tokens=20, heads=2)
     parser.add_argument("--only", nargs="+", default=tuple(OPERATIONS), choices=tuple(OPERATIONS))
     parser.add_argument("--elements", type=int, default=2**31, help="a tensor has more than so many")
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")

@@ -14,13 +14,13 @@ would leave most of the card idle (ops/recurrence/groups.py), and the gap of 1.5
 of weights, and products that are slower than 650 TFLOP/s, are still left out.
 """
 
-import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from common import Parser
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.adapters.inject import inject
@@ -194,7 +194,7 @@ def loss_passes(rows=64, vocabulary=65536):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, generations=("x070",), methods=("frozen",))
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--fused", type=int, default=1, choices=(0, 1), help="0: plain blocks")

@@ -8,7 +8,6 @@ fails, hangs, runs out of memory or lacks a program stops no other. A summary at
 failed and what was left out, in the order of importance, even if the check itself is stopped. Needs only Python.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from common import Parser
 from gpu_check_steps import NOT_HERE, OUT_OF_MEMORY, ROOT, steps
 
 NO_GPU = 2  # the exit code of the first step where there is none
@@ -134,7 +134,7 @@ def summary(chosen, outcomes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, only=("card",), minutes=1, output=None)
     parser.add_argument("--offline", action="store_true", help="the python at hand, nothing installed")
     parser.add_argument("--wheels", metavar="FOLDER", help="where wheels are installed from")
     parser.add_argument("--full", action="store_true", help="the whole test suite as well")
@@ -148,6 +148,7 @@ def main(argv=None):
         if unknown := [word for word in args.only or () if not any(step.named([word]) for step in known)]:
             parser.error(f"--only {' '.join(unknown)}: the steps are {', '.join(step.name for step in known)}")
         chosen = [step for step in known if not args.only or step.named(args.only)]
+        args.output = args.output or work / "results"
         args.output.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(open(args.output / "check.log", "w", encoding="utf-8"))
         results, outcomes = Results(args.output), {}

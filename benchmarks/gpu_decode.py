@@ -7,12 +7,12 @@ each kind of weights and number of sequences, with CUDA graphs and without. weig
 weights are read, if each step reads them once.
 """
 
-import argparse
 import sys
 import time
 from unittest.mock import patch
 
 import torch
+from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
 from rwkv_peft.generate import replay
@@ -60,8 +60,20 @@ def measured(args, model, weights, sequences, graphs):
     )
 
 
+QUICK = dict(
+    version="x070",
+    device="cpu",
+    shape="64x96x2",
+    vocab=64,
+    tokens=2,
+    sequences=(2,),
+    rounds=1,
+    weights=("bf16", "int8"),
+)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, **QUICK)
     parser.add_argument("version", choices=("x060", "x070"))
     parser.add_argument("--weights", nargs="+", default=("bf16", "int8"), choices=("bf16", "int8", "int4"))
     parser.add_argument("--sequences", type=int, nargs="+", default=(1, 64, 256))

@@ -9,15 +9,16 @@ the memory that it took and the plan's, and in "waits" the lines at which traini
 Exit code 4 if the machine lacks what the setting needs.
 """
 
-import argparse
 import functools
 import json
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from common import Parser
 from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
 
@@ -141,13 +142,13 @@ def setting(case, folder, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, case="x070", device="cpu", folder=None)
     parser.add_argument("case", choices=(*GENERATIONS, "large", *SETTINGS))
     parser.add_argument("--part", choices=("train", "resume", "merge"), default="train", help="of a generation's case")
     parser.add_argument("--folder", type=Path, required=True, help="its folder engine/ takes data and runs")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args(argv)
-    folder = args.folder.resolve() / "engine"
+    folder = (args.folder or Path(tempfile.mkdtemp())).resolve() / "engine"
     folder.mkdir(parents=True, exist_ok=True)
     if args.case in SETTINGS:
         return without_room(lambda: setting(args.case, folder, args.device), engine=args.case)

@@ -9,7 +9,6 @@ takes for each launch. "GPU" is a block's time on an H100 by benchmarks/gpu_budg
 column. A block takes the greater of the two, and under a CUDA graph (--cuda_graphs) the GPU's.
 """
 
-import argparse
 import sys
 import time
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from unittest.mock import patch
 
 import gpu_budget as budget
 import torch
+from common import Parser
 
 from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.models import FAMILIES, family_named
@@ -85,7 +85,7 @@ def gpu_seconds(family, method, size, tokens):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, generations=("x070",), methods=("frozen",), rounds=1)
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
     parser.add_argument("--methods", nargs="+", default=("frozen", "bat-in", "lora"), choices=budget.METHODS)
     parser.add_argument("--rounds", type=int, default=200)

@@ -7,7 +7,6 @@ float64 on the device, and true if repetitions are equal. Exit code 1 if an erro
 gpu_probe.py smoke runs it.
 """
 
-import argparse
 import json
 import sys
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from common import Parser
 
 from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bat_out import bat_out
@@ -175,9 +175,11 @@ def results(name, inputs, dtype, device, kernels=True):
     return [x.detach().double().cpu() for x in (*outs, *(leaves[i].grad for i in wanted))]
 
 
-def check(device, repeats=REPEATS):
+def check(device, repeats=REPEATS, only=()):
     """{operation, dtype, right, repeated, errors} of each operation, run so often."""
     for name, (_, shapes, _) in (OPS | FUSED).items():
+        if only and name not in only:
+            continue
         for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
             truth = results(name, inputs, torch.float64, device, kernels=False)
@@ -194,11 +196,12 @@ def check(device, repeats=REPEATS):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, device="cpu", repeats=1, only=("relu_square", "value_residual"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--only", nargs="+", choices=OPS, default=())
     args, wrong = parser.parse_args(argv), 0
-    for entry in check(args.device, args.repeats):
+    for entry in check(args.device, args.repeats, args.only):
         print(json.dumps(entry), flush=True)
         wrong += not (entry["right"] and entry["repeated"])
     return int(wrong > 0)

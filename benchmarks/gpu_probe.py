@@ -8,7 +8,6 @@
 scripts/gpu_check.sh runs them. Exit code 1 if something is wrong, 2 without a usable GPU.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from functools import partial
 import gpu_ops
 import recurrences
 import torch
+from common import Parser
 
 from rwkv_peft.ops import decode
 from rwkv_peft.ops.bone import cuda as bone_cuda
@@ -286,7 +286,7 @@ PROBES = {"card": card, "ready": ready, "smoke": smoke, "kernels": kernels}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, probe="card")
     parser.add_argument("probe", choices=PROBES)
     args = parser.parse_args(argv)
     reason = misfit()

@@ -10,7 +10,6 @@ JSON object for each case, with the kernels that it launched; the last lists the
 launched. Exit code 1 if one is wrong.
 """
 
-import argparse
 import functools
 import itertools
 import statistics
@@ -20,6 +19,7 @@ from unittest.mock import patch
 
 import gpu_budget
 import torch
+from common import Parser
 from gpu_check_steps import DEMO
 from gpu_models import tell
 from gpu_probe import FAMILIES
@@ -151,8 +151,11 @@ def check(args, version, method, rows, launched):
     return repeated and bool(here) and close and not wrong
 
 
+QUICK = dict(device="cpu", generations=("x070",), methods=("bat-in",), rows=("plain",), tokens=8, rank=8, repeats=1)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, **QUICK)
     parser.add_argument("--generations", nargs="+", default=("x070", "x060"))
     parser.add_argument("--methods", nargs="+", default=("bat-in", "bone", "lora"), choices=gpu_budget.METHODS[1:])
     parser.add_argument("--rows", nargs="+", default=("plain", "packed"), choices=("plain", "packed"))

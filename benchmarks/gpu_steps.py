@@ -9,7 +9,6 @@ time until all of a step is enqueued: with few tokens that is the processor's wh
 peak is that of `rwkv-peft plan` without CUDA's context: under DeepSpeed the optimizer is in float32, here it is not.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import warnings
 
 import step as step_program
 import torch
+from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
 from rwkv_peft.plan.flags import parse_flags
@@ -97,8 +97,11 @@ def kind_of(args):
     return {"device": args.device, "dtype": DTYPES[args.dtype]}
 
 
+QUICK = dict(version="x070", method="bat-in", device="cpu", shape="64x96x2", vocab=64, rank=8, rows=("1x32",), rounds=1)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, **QUICK)
     parser.add_argument("version", choices=("x060", "x070"))
     parser.add_argument("method", choices=step_program.METHODS)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROWSxTOKENS")

@@ -9,16 +9,15 @@ process on one thread: processor time, medians, and the median of the ratios wit
 generate with a cache of keys and values; neither has a server beside it.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from types import SimpleNamespace
 
 import torch
+from common import VERSIONS, Parser, head, new_model, row
 
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.training.drawing.answers import Manner, draw, packed
 from rwkv_peft.training.step.forked import forked
@@ -26,7 +25,7 @@ from rwkv_peft.training.step.steps import Whole
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, shape="64x96x2", vocab=64, prompts=2, answers=2, length=4, tokens=2, rounds=1)
     parser.add_argument("--shape", default="256x896x4", help="channels, feed-forward channels, layers")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--prompts", type=int, default=4)
@@ -38,7 +37,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {f"{family.name}, here": ours(family, args) for family in FAMILIES}
+        sides = dict(ours(version, args) for version in VERSIONS)
         sides["LLaMA, trl"] = theirs(args, folder)
         times = {name: [] for name in sides}
         for _ in range(args.rounds + 1):  # the first builds kernels
@@ -46,25 +45,23 @@ def main():
                 times[name].append(step())
     tokens = args.prompts * args.answers * args.tokens
     rates = {name: [[tokens / part for part in round] for round in found[1:]] for name, found in times.items()}
-    print("| model | parameters | drawing, tokens/s | learning, tokens/s | drawing, ratio | learning, ratio |")
-    print("|" + "---|" * 6)
+    head("model", "parameters", "drawing, tokens/s", "learning, tokens/s", "drawing, ratio", "learning, ratio")
     for name, (_, size) in sides.items():
         of = [statistics.median(column) for column in zip(*rates[name])]
         pairs = zip(rates[name], rates["LLaMA, trl"])
         ratios = zip(*([mine / other for mine, other in zip(*pair)] for pair in pairs))
         draws, learns = map(statistics.median, ratios)
-        print(f"| {name} | {size:,} | {of[0]:.0f} | {of[1]:.0f} | {draws:.2f} | {learns:.2f} |")
+        row(name, f"{size:,}", f"{of[0]:.0f}", f"{of[1]:.0f}", f"{draws:.2f}", f"{learns:.2f}")
 
 
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def ours(family, args):
-    """(A function that takes a step -> seconds of drawing and of learning, the number of parameters)."""
+def ours(version, args):
+    """(A name, (a function that takes a step -> seconds of drawing and of learning, the number of parameters))."""
     channels, ffn, layers = map(int, args.shape.split("x"))
-    model = family.build(family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn))
-    family.init_weights(model)
+    family, model = new_model(version, layers, channels, args.vocab, dim_ffn=ffn)
     tokenizer = SimpleNamespace(vocab_size=args.vocab, end_id=None, decode=lambda ids: "x" * len(ids))
     manner = Manner(Sampling(top_p=1.0, measured=True), args.tokens, (), args.prompts * args.answers, tokenizer, False)
     step, number = Whole(GRPO()), args.prompts * args.answers
@@ -83,7 +80,7 @@ def ours(family, args):
         model.zero_grad()
         return drawn - began, time.process_time() - drawn
 
-    return take, parameters(model)
+    return f"{family.name}, here", (take, parameters(model))
 
 
 def theirs(args, folder):

@@ -18,11 +18,15 @@ import subprocess
 import sys
 import time
 
+from common import Parser, head, row
+
 METHODS = ("bone True", "bone bat-in", "bone bat-out", "miss True", "miss bat", "lora")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        __doc__, hidden=128, layers=1, tokens=32, rank=8, rounds=1, steps=1, methods=("bone bat-in", "lora")
+    )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
@@ -46,11 +50,10 @@ def main():
             trainable, seconds, _ = run(command)
             _, _, peak = run([*command, "--steps", "0"], MALLOC_MMAP_THRESHOLD_=str(1 << 17))
             results[method].append((trainable, seconds, peak))
-    print("| method | trainable | seconds a step | peak MiB of a step |")
-    print("|---|---|---|---|")
-    for method, rows in results.items():
-        trainable, seconds, peak = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"| {method} | {trainable:,.0f} | {seconds:.2f} | {peak:.0f} |")
+    head("method", "trainable", "seconds a step", "peak MiB of a step")
+    for method, found in results.items():
+        trainable, seconds, peak = (statistics.median(column) for column in zip(*found, strict=True))
+        row(method, f"{trainable:,.0f}", f"{seconds:.2f}", f"{peak:.0f}")
 
 
 def run(command, **environment):

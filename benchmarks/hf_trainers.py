@@ -8,20 +8,19 @@ draw the same tokens in the `rwkv` package.
 A row tells the loss of the first step and the last, of GRPO, whose loss begins at 0, the mean reward.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import DEMO, Parser, row
 
 from rwkv_peft.files.base import open_base
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence
 
-DEMO = Path(__file__).resolve().parents[1] / "demo" / "rwkv7-demo.pth"
 STORY = "Ann has 3 red balls.\nQ: What color?\nA:"
 
 
@@ -115,14 +114,13 @@ def run(name, path, steps):
         files = ["--base_model", str(path), "--bone_checkpoint", str(folder / "adapter"), "--output", str(merged)]
         merge([*files, "--output_dtype", "fp32"])
         same, total = agreeing(RWKVForCausalLM.from_pth(merged), tokenizer, merged)
-    row = f"| {name} | {Path(path).stem} | {told} {found[0]:.3f}, {found[-1]:.3f} | {same} of {total} |"
-    print(row + f"  {seconds:.0f} s", flush=True)
+    row(name, Path(path).stem, f"{told} {found[0]:.3f}, {found[-1]:.3f}", f"{same} of {total}", f"{seconds:.0f} s")
     return same == total
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(DEMO), help="a .pth with the vocabulary of bytes")
+    parser = Parser(__doc__, trainers=("dpo",), steps=1)
+    parser.add_argument("--model", default=str(DEMO["x070"]), help="a .pth with the vocabulary of bytes")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()

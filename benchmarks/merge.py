@@ -6,7 +6,6 @@ It writes a random bfloat16 base and a bat-in adapter on all eight matrices of e
 (with fsync) for comparison, merges it in a process of its own, checks the result, and removes everything.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -16,17 +15,16 @@ import time
 from pathlib import Path
 
 import torch
+from common import ROOT, Parser, head, row
 
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.files.pth_writer import TensorSpec, write_pth
 from rwkv_peft.models.rwkv6 import keys
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, layers=1, channels=64, vocab=256, rank=8)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--channels", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=65536)
@@ -40,28 +38,17 @@ def main():
         largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 2
         copy_seconds = timed(lambda: copy(folder / "base.pth", folder / "copy.pth"))
         (folder / "copy.pth").unlink()
-        command = [
-            sys.executable,
-            ROOT / "merge_bone.py",
-            "--base_model",
-            folder / "base.pth",
-            "--bone_checkpoint",
-            folder / "adapter.safetensors",
-            "--output",
-            folder / "merged.pth",
-        ]
+        inputs = ("--base_model", folder / "base.pth", "--bone_checkpoint", folder / "adapter.safetensors")
+        command = [sys.executable, ROOT / "merge_bone.py", *inputs, "--output", folder / "merged.pth"]
         drop_from_cache(folder / "base.pth")
         seconds, peak = run(command)
         merged = open_base(folder / "merged.pth").tensors
         assert list(merged) == list(shapes)
         print(f"base {size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, {torch.get_num_threads()} threads")
-        print("| | seconds | peak resident memory |")
-        print("|---|---|---|")
-        print(f"| copy with fsync | {copy_seconds:.1f} | |")
-        print(
-            f"| merge_bone.py | {seconds:.1f} | {peak / 1e6:.0f} MB "
-            f"(bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB) |"
-        )
+        bound = f"bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB"
+        head("", "seconds", "peak resident memory")
+        row("copy with fsync", f"{copy_seconds:.1f}", "")
+        row("merge_bone.py", f"{seconds:.1f}", f"{peak / 1e6:.0f} MB ({bound})")
 
 
 def make_files(folder, args):

@@ -9,28 +9,30 @@ Rows are laid out as by rwkv-peft preprocess, or by --template; every token coun
 validation data. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the bytes of
 UTF-16, on which the tiny models of rwkv.cpp's tests were trained. --retain_text also measures how much of a text is
 forgotten: train.py's --retain_data is its first --retain_chars characters. Further flags are those of rwkv-peft
-compare, and after -- those of train.py; --train_flags lists those that are always given.
+compare, and after -- those of train.py, some of which are always given (TRAIN). With --quick, one rate of bone.
 """
 
-import argparse
+import tempfile
 from pathlib import Path
+
+from common import DEMO, ROOT, Parser, run, split, write_tokens
 
 from rwkv_peft.compare.command import main as compare
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.templates import Template, read_template, segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.data.turns import TURN_END
 from rwkv_peft.errors import exit_on_user_error
 
 TRAIN = ("--ctx_len", "256", "--micro_bsz", "2", "--precision", "fp32", "--warmup_steps", "10")
+QUICK = "--methods bone --rank 8 --rates 1e-3 --seeds 1 --steps 2".split()
 
 
 def main(argv):
-    own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/rwkv6-demo.pth", metavar="PTH")
+    own, train = split(argv)
+    parser = Parser(__doc__, rows=None, held_out=2, output=None)
+    parser.add_argument("--model", default=DEMO["x060"], metavar="PTH")
     parser.add_argument("--rows", required=True, metavar="FILE")
     parser.add_argument("--template", metavar="NAME", help="as preprocess takes it")
     parser.add_argument("--utf16", action="store_true")
@@ -38,24 +40,33 @@ def main(argv):
     parser.add_argument("--retain_text", metavar="TXT")
     parser.add_argument("--retain_chars", type=int, default=8192, help="(default 8192)")
     parser.add_argument("--output", default="out/methods", metavar="DIR")
-    parser.add_argument(
-        "--train_flags", action="version", version=" ".join(TRAIN), help="flags of train.py given anyway"
-    )
     args, further = parser.parse_known_args(own)
-    layout = Template(read_template(args.template)) if args.template else segments
-    rows = [parse(item) for chunk in read_chunks(args.rows) for item in chunk.items]
-    texts = ["".join(text for text, _ in layout(row)) for row in rows]
-    folder = Path(args.output)
+    folder = Path(args.output or tempfile.mkdtemp())
+    texts = texts_of(args.rows or demo_rows(folder), args.template)
     parts = {"train": texts[: -args.held_out], "held-out": texts[-args.held_out :]}
     if args.retain_text:
         parts["retain"] = [Path(args.retain_text).read_text(encoding="utf-8")[: args.retain_chars]]
+    vocabulary = 256 if args.utf16 else BytesTokenizer.vocab_size
     for name, part in parts.items():
-        with ShardWriter(folder / name, 256 if args.utf16 else BytesTokenizer.vocab_size) as writer:
-            for text in part:
-                writer.add(tokens_of(text, args.utf16))
-    data = ("--load_model", args.model, "--data_file", str(folder / "train"), "--val_data", str(folder / "held-out"))
-    retain = ("--retain_data", str(folder / "retain")) if args.retain_text else ()
-    return compare(["--output", args.output, *further, "--", *data, *retain, *TRAIN, *train])
+        write_tokens(folder / name, vocabulary, [tokens_of(text, args.utf16) for text in part])
+    data = ("--load_model", args.model, "--data_file", folder / "train", "--val_data", folder / "held-out")
+    retain = ("--retain_data", folder / "retain") if args.retain_text else ()
+    further = QUICK if args.quick else further
+    return compare([*map(str, ("--output", folder, *further, "--", *data, *retain, *TRAIN, *train))])
+
+
+def demo_rows(folder):
+    """Write a few rows of the demo's task -> their file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(ROOT / "demo" / "task.py", "finetune", "--documents", 24, "--output", folder / "rows.jsonl")
+    return folder / "rows.jsonl"
+
+
+def texts_of(path, template):
+    """The text of each row of a file, laid out by a template if one is named."""
+    layout = Template(read_template(template)) if template else segments
+    rows = [parse(item) for chunk in read_chunks(path) for item in chunk.items]
+    return ["".join(text for text, _ in layout(row)) for row in rows]
 
 
 def tokens_of(text, utf16):

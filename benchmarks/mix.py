@@ -7,13 +7,13 @@ that thread's own time; times are the least of the rounds, ratios the medians of
 frozen, as in training an adapter.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from unittest.mock import patch
 
 import torch
+from common import Parser, head, row
 
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops import mix
@@ -73,7 +73,7 @@ def results(function, inputs, parameters):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, shape="32,2", rounds=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", default="512,12", help="T,H")
     parser.add_argument("--rounds", type=int, default=8)
@@ -82,7 +82,7 @@ def main(argv=None):
     keep_freed_memory()  # as train.py does
     T, H = map(int, options.shape.split(","))
     print(f"torch {torch.__version__}, T = {T}, H = {H}, {options.dtype}\n")
-    print("| | forward, ms | torch | ratio | forward + backward, ms | torch | ratio |\n|---|---|---|---|---|---|---|")
+    head("", "forward, ms", "torch", "ratio", "forward + backward, ms", "torch", "ratio")
     for name, operation in operations(T, H, getattr(torch, options.dtype)).items():
         rounds = []
         for _ in range(options.rounds + 1):  # the first warms up
@@ -94,7 +94,7 @@ def main(argv=None):
             pairs = [(ours[direction], plain[direction]) for ours, plain in rounds[1:]]
             cells += [f"{min(column):.2f}" for column in zip(*pairs)]
             cells.append(f"{statistics.median(plain / ours for ours, plain in pairs):.1f}")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        row(name, *cells)
     return 0
 
 

@@ -7,12 +7,11 @@ flat tensors, as ZeRO has them. Rates fall to a tenth along a cosine after 5 ste
 stays. docs/benchmarks/training.md has the last table.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import DEMO, ROOT, Parser, head, row
 
 import rwkv_peft as rp
 from rwkv_peft.adapters.groups import parameter_groups
@@ -21,7 +20,6 @@ from rwkv_peft.config.schedules import learning_rate
 from rwkv_peft.tables import OPTIMS
 from rwkv_peft.training.optimizers.choice import Averaging, make_optimizer
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "demo"))
 from task import documents  # noqa: E402
 
@@ -36,10 +34,10 @@ def batch_of(rows, tokenizer):
     length = max(len(prompt) + len(answer) for prompt, answer in ids)
     tokens = torch.zeros(len(ids), length, dtype=torch.int64)
     counts = torch.zeros(len(ids), length - 1, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(ids):
+    for place, (prompt, answer) in enumerate(ids):
         end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor([*prompt, *answer])
-        counts[row, len(prompt) - 1 : end - 1] = True
+        tokens[place, :end] = torch.tensor([*prompt, *answer])
+        counts[place, len(prompt) - 1 : end - 1] = True
     return tokens, counts
 
 
@@ -65,7 +63,7 @@ def flattened(groups):
 def measured(peft, optim, rate, steps):
     """The loss of the rows kept back after `steps` steps."""
     torch.manual_seed(1)
-    model = rp.load(str(ROOT / "demo" / "rwkv7-demo.pth"), precision="fp32", device="cpu")
+    model = rp.load(str(DEMO["x070"]), precision="fp32", device="cpu")
     if peft == "bone":
         rp.add_adapter(model, method="bone", rank=16)
     else:
@@ -92,17 +90,19 @@ def measured(peft, optim, rate, steps):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, steps=1, peft=("bone",), rates=1)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--peft", nargs="+", default=list(RATES), choices=RATES)
+    parser.add_argument("--rates", type=int, default=4, help="the first so many")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     for peft in args.peft:
-        print(f"\n| --peft {peft} |{' rate: loss |' * len(RATES[peft])}\n|---|{'---|' * len(RATES[peft])}")
+        rates_of = RATES[peft][: args.rates]
+        print()
+        head(f"--peft {peft}", *["rate: loss"] * len(rates_of))
         for optim in ("adamw", *OPTIMS):
-            rates = [float(f"{rate * (LION if optim == 'lion' else 1):.1g}") for rate in RATES[peft]]
-            cells = (f"{rate:g}: {measured(peft, optim, rate, args.steps):.4f}" for rate in rates)
-            print(f"| {optim} | {' | '.join(cells)} |", flush=True)
+            rates = [float(f"{rate * (LION if optim == 'lion' else 1):.1g}") for rate in rates_of]
+            row(optim, *(f"{rate:g}: {measured(peft, optim, rate, args.steps):.4f}" for rate in rates))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,64 @@
-"""The time of a step of preference training beside a plain step over the same rows.
+"""The time and memory of a step on pairs of answers: beside a plain step over the same rows, and with the prompt
+computed once for both.
 
-    python benchmarks/preferences.py [--generations x060 x070] [--methods bat-in bone lora] [--rounds 7]
+    python benchmarks/preferences.py [--methods bat-in bone lora] [--prompts 128] [--rounds 7]
+    python benchmarks/preferences.py --methods bat-in --rank 16 --shape 256x896x4 --vocab 4096 --prompts 64 1024 4096
 
-Pairs of answers are packed into one row; the plain step takes the loss of the same tokens. Forward and backward, both
-in turns in one process: medians, and the median of the ratios within a round.
+Each answer has --tokens tokens of its own, which count. Two answers are a pair, which DPO learns from; more take the
+plain loss. Forward and backward on one thread, in turns in one process: medians of processor time, and the medians of
+the ratios to pairs on whole rows within a round. Memory is what autograd keeps for backward.
 """
 
-import argparse
-import statistics
-import time
-
-import gpu_budget as budget
 import torch
+from common import VERSIONS, Parser, adapter_of, head, in_turns, median_ms, new_model, ratio, row, saved_bytes
 
 from rwkv_peft.data.collate import collate
-from rwkv_peft.models import family_named
 from rwkv_peft.objectives.dpo import DPO
-from rwkv_peft.training.step.steps import Whole
+from rwkv_peft.training.step.steps import NEXT_TOKEN, Whole
 
-SHAPE = "768x2688x4"
+QUICK = dict(generations=("x070",), methods=("bat-in",), shape="64x96x2", vocab=64, rank=8, prompts=(16,), rounds=1)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", nargs="+", default=("x060", "x070"))
-    parser.add_argument("--methods", nargs="+", default=("bat-in", "bone", "lora"), choices=budget.METHODS[1:])
-    parser.add_argument("--shape", default=SHAPE, help=f"channels, feed-forward channels, layers (default {SHAPE})")
+    parser = Parser(__doc__, **QUICK)
+    parser.add_argument("--generations", nargs="+", default=VERSIONS)
+    parser.add_argument("--methods", nargs="+", default=("bat-in", "bone", "lora"))
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--shape", default="768x2688x4", help="channels, feed-forward channels, layers")
     parser.add_argument("--vocab", type=int, default=65536)
-    parser.add_argument("--tokens", type=int, default=256, help="of an answer with its prompt; half of them count")
-    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--prompts", nargs="+", type=int, default=(128,), help="tokens of a prompt")
+    parser.add_argument("--answers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    print(f"| model | method | plain step, ms | pairs, ms | ratio |\n|{'---|' * 5}")
+    torch.set_num_threads(1)
+    times = "plain step, ms", "pairs, ms", "once, ms", "pairs / plain", "pairs / once"
+    head("model", "method", "prompt", *times, "pairs, MiB", "once, MiB")
+    channels, ffn, layers = map(int, args.shape.split("x"))
     for version in args.generations:
         for method in args.methods:
-            print(measure(family_named(version), method, args), flush=True)
+            adapter = adapter_of(method, args.rank)
+            family, model = new_model(version, layers, channels, args.vocab, adapter, dim_ffn=ffn)
+            for length in args.prompts:
+                row(family.name, method, f"{length:,}", *measure(model, length, args))
 
 
-def measure(family, method, args):
-    """The line of a generation and a method."""
-    torch.manual_seed(0)
-    channels, ffn, layers = map(int, args.shape.split("x"))
-    model = family.build(family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn))
-    family.init_weights(model)
-    budget.adapt(model, method, 64, family)
-    mask = torch.arange(args.tokens) >= args.tokens // 2
-    row = [(torch.randint(args.vocab, (args.tokens + 1,)), mask) for _ in range(2 * args.pairs)]
-    steps, times = (Whole(), Whole(DPO())), []
-    for _ in range(args.rounds + 1):  # the first builds kernels
-        times.append([seconds(step, model, collate([row])) for step in steps])
-    plain, pairs = (1e3 * statistics.median(column) for column in zip(*times[1:]))
-    ratio = statistics.median(pair / whole for whole, pair in times[1:])
-    return f"| {family.name} | {method} | {plain:.0f} | {pairs:.0f} | {ratio:.2f} |"
-
-
-def seconds(step, model, batch):
-    """The seconds of one forward and backward."""
-    start = time.perf_counter()
-    step.loss(model, batch, 1).backward()
-    return time.perf_counter() - start
+def measure(model, length, args):
+    """The numbers of a line."""
+    prompt = torch.randint(args.vocab, (length,))
+    mask = torch.arange(length + args.tokens - 1) >= length - 1
+    answers = torch.randint(args.vocab, (args.answers, args.tokens))
+    batch = collate([[(torch.cat([prompt, answer]), mask) for answer in answers]])
+    objective = DPO() if args.answers == 2 else NEXT_TOKEN
+    once = Whole(objective, group=args.answers)
+    shared = batch | once.sent(batch, torch.device("cpu"))
+    cases = {"plain": (Whole(), batch), "pairs": (Whole(objective), batch), "once": (once, shared)}
+    losses = {name: lambda step=step, rows=rows: step.loss(model, rows, 1) for name, (step, rows) in cases.items()}
+    times = in_turns({name: lambda loss=loss: loss().backward() for name, loss in losses.items()}, args.rounds)
+    kept = [saved_bytes(losses[name], model.parameters())[0] / 2**20 for name in ("pairs", "once")]
+    ratios = ratio(times["pairs"], times["plain"]), ratio(times["pairs"], times["once"])
+    medians = (f"{median_ms(taken):.0f}" for taken in times.values())
+    return [*medians, *(f"{number:.2f}" for number in ratios), *(f"{size:.1f}" for size in kept)]
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ backward, 9 and 19 of wkv7's, as many as the recurrence takes step by step.
 import argparse
 import ctypes
 import functools
-import multiprocessing
-import resource
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import Parser, head, resident_peak, row
+from common import run as run_script
 
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops import wkv6, wkv7
@@ -121,10 +120,11 @@ def seconds(device, run, *arguments):
 def peak_memory(*arguments):
     """Bytes that forward and backward need at their peak beyond the inputs, on the CPU in a fresh process; arguments:
     those of _peak_memory."""
-    if arguments[-1] == "cuda":
+    title, name, shape, dtype, device = arguments
+    if device == "cuda":
         return _peak_memory(*arguments)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, arguments)
+    kind = ("--shape", ",".join(map(str, shape)), "--dtype", str(dtype).removeprefix("torch."))
+    return float(run_script(Path(__file__).resolve(), name, "--device", device, *kind, "--peak_of", title))
 
 
 def _peak_memory(title, name, shape, dtype, device):
@@ -142,24 +142,9 @@ def memory_of(run, device):
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = resident()
-    peak, done = before, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before = resident_peak()
     run()
-    done.set()
-    watcher.join()
-    return max(peak, resident()) - before
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resident_peak() - before
 
 
 def table(name, shape, dtype, device, rounds):
@@ -177,8 +162,7 @@ def table(name, shape, dtype, device, rounds):
                 times[title, run].append(elapsed)
     alone = (1 + len(SUBJECTS[name].signature.rows)) * gy.numel() * gy.element_size()
     print(f"\nB = {B}, T = {T}, H = {H}, {dtype}: y and the gradients alone {alone / 1e6:.0f} MB\n")
-    print("| | forward, ms | ratio | forward + backward, ms | ratio | tokens/s | peak, MB |")
-    print("|---|---|---|---|---|---|---|")
+    head("", "forward, ms", "ratio", "forward + backward, ms", "ratio", "tokens/s", "peak, MB")
     for title in titles:
         cells = []
         for run in (forward, both):
@@ -187,7 +171,7 @@ def table(name, shape, dtype, device, rounds):
             cells.append(f"{statistics.median(x / y for x, y in zip(own, ours)):.1f}")
         tokens = B * T / statistics.median(times[title, both])
         memory = peak_memory(title, name, shape, dtype, device) / 1e6
-        print(f"| {title} | {' | '.join(cells)} | {tokens:.0f} | {memory:.0f} |", flush=True)
+        row(title, *cells, f"{tokens:.0f}", f"{memory:.0f}")
 
 
 def fma_peak():
@@ -199,11 +183,9 @@ def fma_peak():
 
 def kernel_table(name, peak, calls):
     """The CPU kernel by itself, on one core: the fastest of `calls` calls, in the thread's own time."""
-    print(
-        f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, "
-        "ns | of the peak |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print()
+    title = f"the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s"
+    head(title, "T", "H", "forward, ns", "of the peak", "backward, ns", "of the peak")
     torch.set_num_threads(1)
     kernel, rows = SUBJECTS[name].kernel, len(SUBJECTS[name].signature.rows)
     for dtype in (torch.float32, torch.bfloat16):
@@ -218,35 +200,42 @@ def kernel_table(name, peak, calls):
             cells = []
             for run, nominal in zip(runs, SUBJECTS[name].nominal):
                 elapsed = []
-                for _ in range(max(9, calls * 256 // (T * H))):
+                for _ in range(max(min(9, calls), calls * 256 // (T * H))):
                     start = time.thread_time()
                     run()
                     elapsed.append(time.thread_time() - start)
                 each = min(elapsed) / (T * H)
-                cells.append(f"{each * 1e9:.0f} | {nominal * HEAD_SIZE**2 / each / peak:.0%}")
-            print(f"| {dtype} | {T} | {H} | {' | '.join(cells)} |", flush=True)
+                cells += [f"{each * 1e9:.0f}", f"{nominal * HEAD_SIZE**2 / each / peak:.0%}"]
+            row(dtype, T, H, *cells)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, recurrence="wkv7", device="cpu", shape=("1,64,2",), rounds=1, calls=1, threads=1)
     parser.add_argument("recurrence", choices=SUBJECTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", action="append", help="B,T,H; may be given several times")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=400, help="of the kernel alone, if it is small")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak_of", metavar="TITLE", help=argparse.SUPPRESS)  # set where this program runs itself
     options = parser.parse_args(argv)
     name, backends = options.recurrence, SUBJECTS[options.recurrence].backends()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: {backends['cuda'] or 'torch finds no GPU'}")
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as train.py does: else fresh pages cost more than the kernel
+    dtype = getattr(torch, options.dtype)
+    shapes = [tuple(map(int, shape.split(","))) for shape in options.shape or SHAPES[options.device]]
+    if options.peak_of:
+        print(_peak_memory(options.peak_of, name, shapes[0], dtype, options.device))
+        return 0
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     print(f"torch {torch.__version__}, {options.device}, {card}; backends {backends}")
-    for shape in options.shape or SHAPES[options.device]:
-        table(name, tuple(map(int, shape.split(","))), getattr(torch, options.dtype), options.device, options.rounds)
+    for shape in shapes:
+        table(name, shape, dtype, options.device, options.rounds)
     if options.device == "cpu" and backends["cpu"] is None:
-        kernel_table(name, fma_peak(), 400)
+        kernel_table(name, fma_peak(), options.calls)
     return 0
 
 

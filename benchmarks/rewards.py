@@ -7,22 +7,30 @@ for each answer and tells no probabilities, as `generate` does. Processor time o
 process: medians, and the median of the ratios within a round, for answers alone and with the reading of prompts.
 """
 
-import argparse
 import statistics
 import time
 
-import gpu_budget as budget
 import torch
+from common import VERSIONS, Parser, adapter_of, head, new_model, row
 
 from rwkv_peft.generate.decode import generate
 from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.models import family_named
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", nargs="+", default=("x060", "x070"))
-    parser.add_argument("--methods", nargs="+", default=("bat-in", "bone", "lora"), choices=budget.METHODS[1:])
+    parser = Parser(
+        __doc__,
+        generations=("x070",),
+        methods=("bat-in",),
+        shape="64x96x2",
+        vocab=64,
+        length=4,
+        answers=2,
+        tokens=2,
+        rounds=1,
+    )
+    parser.add_argument("--generations", nargs="+", default=VERSIONS)
+    parser.add_argument("--methods", nargs="+", default=("bat-in", "bone", "lora"))
     parser.add_argument("--shape", default="768x2688x4", help="channels, feed-forward channels, layers")
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--prompts", type=int, default=4)
@@ -32,22 +40,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"| model | method | merged, tokens/s | adapted, tokens/s | ratio | with prompts |\n|{'---|' * 6}")
+    head("model", "method", "merged, tokens/s", "adapted, tokens/s", "ratio", "with prompts")
     for version in args.generations:
         for method in args.methods:
-            print(measure(family_named(version), method, args), flush=True)
+            row(*measure(version, method, args))
 
 
-def measure(family, method, args):
+def measure(version, method, args):
     """The line of a generation and a method."""
-    models = []
-    for adapts in (False, True):
-        torch.manual_seed(0)
-        channels, ffn, layers = map(int, args.shape.split("x"))
-        model = family.build(family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn))
-        family.init_weights(model)
-        if adapts:
-            budget.adapt(model, method, 64, family)
+    models, (channels, ffn, layers) = [], map(int, args.shape.split("x"))
+    for adapter in (None, adapter_of(method, min(64, channels // 2))):
+        family, model = new_model(version, layers, channels, args.vocab, adapter, dim_ffn=ffn)
         models.append(model.eval())
     prompts = [torch.randint(1, args.vocab, (args.length,)).tolist() for _ in range(args.prompts)]
     times = []
@@ -58,7 +61,7 @@ def measure(family, method, args):
     ratio = statistics.median(ours / theirs for theirs, ours in zip(*rates))
     whole = statistics.median(sum(theirs) / sum(ours) for theirs, ours in times[1:])
     merged, adapted = map(statistics.median, rates)
-    return f"| {family.name} | {method} | {merged:.0f} | {adapted:.0f} | {ratio:.2f} | {whole:.2f} |"
+    return family.name, method, f"{merged:.0f}", f"{adapted:.0f}", f"{ratio:.2f}", f"{whole:.2f}"
 
 
 def seconds(model, prompts, args, trains):

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
+from common import Parser
+
 from rwkv_peft.models import family_named
 from rwkv_peft.models.state import State
 from rwkv_peft.plan.disk import written
@@ -197,5 +199,6 @@ TABLES = (models, steps, long_rows, checkpoints)
 
 
 if __name__ == "__main__":
-    for made in TABLES:
+    args = Parser(__doc__).parse_args()
+    for made in TABLES[:1] if args.quick else TABLES:
         print(f"{made.__doc__}\n\n{made()}\n")

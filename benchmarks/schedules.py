@@ -5,8 +5,9 @@
 Prints the largest difference between the two, relative to lr_init.
 """
 
-import argparse
 import math
+
+from common import ROOT, Parser
 
 from rwkv_peft.config.schedules import SCHEDULES, learning_rate
 
@@ -31,15 +32,13 @@ def rates(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="docs/guides/schedules.png")
+    parser = Parser(__doc__, output="/dev/null")
+    parser.add_argument("--output", default=ROOT / "docs" / "guides" / "schedules.png")
     output = parser.parse_args().output
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 4, figsize=(12, 5), sharex=True, sharey=True, layout="constrained")
+    figure = Figure((12, 5), layout="constrained")
+    axes = figure.subplots(2, 4, sharex=True, sharey=True)
     for name, axis in zip(SCHEDULES, axes.flat):
         ours, formula = rates(name)
         axis.plot(formula, color="0.7", linewidth=4, label="formula")
@@ -49,7 +48,7 @@ def main():
     axes.flat[0].legend()
     axes.flat[-1].set_axis_off()
     figure.supxlabel(f"step of {STEPS}, {WARM_UP} of them warm-up; from {FIRST:g} to {LAST:g}")
-    figure.savefig(output, dpi=80)
+    figure.savefig(output, dpi=80, format="png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from common import Parser, head, row
+
 from generate import VERSIONS, make_model
 
 PROMPT = 8
@@ -28,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, layers=1, channels=64, threads=1, clients=(2,), tokens=2, rounds=1, alone=True)
     parser.add_argument("--generation", choices=("6", "7"), default="7")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--channels", type=int, default=768)
@@ -52,7 +54,7 @@ def main():
             theirs = [__file__, "--llama", path, "--threads", args.threads, "--clients", batch]
             commands["llama.cpp"] = [sys.executable, *map(str, theirs)]
         with Servers(commands, environment) as addresses:
-            print("| clients | server | tokens/s | first, s | gap, s |\n|---|---|---|---|---|", flush=True)
+            head("clients", "server", "tokens/s", "first, s", "gap, s")
             for clients in args.clients:
                 for address in addresses.values():
                     load(address, clients, 4, 0)
@@ -62,7 +64,7 @@ def main():
                         found[name].append(load(address, clients, args.tokens, number))
                 for name, rounds in found.items():
                     rate, first, gap = max(rounds)
-                    print(f"| {clients} | {name} | {rate:.1f} | {first:.2f} | {gap:.2f} |", flush=True)
+                    row(clients, name, f"{rate:.1f}", f"{first:.2f}", f"{gap:.2f}")
 
 
 class Servers:

@@ -16,7 +16,6 @@ and with torch's own bf16 products, on this processor told to be an older one (A
 time; the steps in turn.
 """
 
-import argparse
 import itertools
 import os
 import statistics
@@ -26,6 +25,7 @@ import time
 from functools import partial
 
 import torch
+from common import Parser
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,7 +62,7 @@ WORDS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, shapes=("64x96x2",), methods=("bat-in",), vocab=64, rank=8, tokens=32, rounds=1, threads=1)
     parser.add_argument("--models", nargs="+", choices=[family.version for family in FAMILIES], default=("x060",))
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)

@@ -9,22 +9,21 @@ studied by rwkv-peft study, as a state and as an adapter; then the model is aske
 document's part before the question, with nothing, and with what it studied.
 """
 
-import argparse
 import json
 import random
-import subprocess
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 
 import torch
+from common import Parser, head, row, run, split
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.evals.asking import GREEDY, write
 from rwkv_peft.files.adapters import AdapterSource
 from rwkv_peft.generate.loading import Subject, load_model
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["".join(pair) for pair in product("BDFGHKLMNPRSTVWYZ", "aeiou")]
 AT_ONCE = 8  # facts that the base learns to answer from
 ASK, ANSWER, STOP = "?", "?{question}\n!{question}", "\n"
@@ -77,13 +76,6 @@ def train_base(folder, rounds, more):
     return model
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return done.stdout
-
-
 def right(facts, subject, before=None):
     """The share of facts that a model tells if it is asked; before gives the text before the question on a fact."""
     tokenizer = subject.tokenizer
@@ -100,7 +92,7 @@ def subject_of(path, adapter=None):
     return Subject(model, start, BytesTokenizer())
 
 
-def study(folder, base, facts, way, more):
+def study(folder, base, facts, way, more, quick):
     """Study a document of facts -> the share that is told without it afterwards."""
     place = folder / f"{len(facts)}-{way.split(',')[0]}"
     document = folder / f"{len(facts)}.txt"
@@ -111,33 +103,35 @@ def study(folder, base, facts, way, more):
         for at, (name, number) in enumerate(facts):
             row = {"context": lines[at // AT_ONCE], "prompt": ANSWER.format(question=name), "completion": f"{number}\n"}
             file.write(json.dumps(row) + "\n")
-    ours = ("--part_tokens", 5 * AT_ONCE, "--questions", 48, "--ask", ASK, "--answer", ANSWER, "--stop", r"\n")
+    questions = ("--questions", 48, "--ask", ASK, "--answer", ANSWER, "--stop", r"\n")
+    ours = ("--rows", due) if quick else (document, "--part_tokens", 5 * AT_ONCE, *questions)
     where = ("--load_model", base, "--output", place, "--tokenizer", "bytes", "--precision", "fp32")
-    length = ("--micro_bsz", 8, "--epoch_steps", 200, "--epoch_count", 1, "--answer_rows", 0, "--val_data", due)
-    told_of = run("-m", "rwkv_peft", "study", document, *ours, *where, *length, *WAYS[way].split(), *more)
+    length = ("--micro_bsz", 8, "--epoch_count", 1, "--answer_rows", 0, "--val_data", due)
+    told_of = run("-m", "rwkv_peft", "study", *ours, *where, *length, *WAYS[way].split(), *more)
     print(f"{len(facts)} facts, {way}: {told_of.splitlines()[-1]}", flush=True)
     return right(facts, subject_of(base, place / "adapter.safetensors"))
 
 
 def main(argv):
-    own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own, more = split(argv)
+    parser = Parser(__doc__, facts=(2,), steps=(1,), output=None)
     parser.add_argument("--facts", type=int, nargs="+", default=[8, 24, 48], help="of the documents")
     parser.add_argument("--steps", type=int, nargs="+", default=[1200, 1600], help="of the base's rounds of training")
     parser.add_argument("--output", default="out/study", metavar="DIR")
     args = parser.parse_args(own)
-    folder = Path(args.output).resolve()
+    folder = Path(args.output or tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    length = ("--epoch_steps", 1 if args.quick else 200)
     base = train_base(folder, args.steps, more)
-    print(f"| facts | with its part of the document | nothing | {' | '.join(WAYS)} |\n|{'---|' * (3 + len(WAYS))}")
+    head("facts", "with its part of the document", "nothing", *WAYS)
     for number in args.facts:
         facts = draw(random.Random(number), number)
         subject = subject_of(base)
         parts = [told(facts[first : first + AT_ONCE]) + "\n\n" for first in range(0, number, AT_ONCE)]
         shares = [right(facts, subject, lambda place, parts=parts: parts[place // AT_ONCE]), right(facts, subject)]
-        shares += [study(folder, base, facts, way, more) for way in WAYS]
-        print(f"| {number} | {' | '.join(f'{share:.0%}' for share in shares)} |", flush=True)
+        shares += [study(folder, base, facts, way, [*more, *length], args.quick) for way in WAYS]
+        row(number, *(f"{share:.0%}" for share in shares))
 
 
 if __name__ == "__main__":

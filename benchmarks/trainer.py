@@ -24,17 +24,15 @@ import time
 from pathlib import Path
 
 import torch
+from common import Parser, head, row, write_model, write_tokens
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
-from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.files.base import save_model
-from rwkv_peft.models import family_named
 from rwkv_peft.training import run
 from rwkv_peft.training.engine import callbacks
 from rwkv_peft.training.step.steps import Whole
 
-LAYERS, CHANNELS, VOCABULARY, TOKENS = 8, 384, 8192, 512
+CHANNELS, VOCABULARY, TOKENS = 384, 8192, 512
 WARM_UP = 3
 METHODS = {"bat-in": ("--bone_r", "64"), "none": ("--peft", "none")}
 
@@ -76,9 +74,9 @@ def measure(method, dtype, args):
     turns = Turns(cProfile.Profile() if args.profile else None)
     fit, ended = run.fit, callbacks.StopSignals.on_train_batch_end
 
-    def fit_beside(config, family, model, *rest):
-        turns.make(model)
-        return fit(config, family, model, *rest)
+    def fit_beside(prepared, say):
+        turns.make(prepared.model)
+        return fit(prepared, say)
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
         ended(self, trainer, lit, outputs, batch, batch_idx)
@@ -86,7 +84,7 @@ def measure(method, dtype, args):
 
     run.fit, callbacks.StopSignals.on_train_batch_end = fit_beside, on_train_batch_end  # the last of the callbacks
     with tempfile.TemporaryDirectory() as folder:
-        argv = [*inputs(Path(folder)), *METHODS[method], "--precision", dtype, "--accelerator", "cpu"]
+        argv = [*inputs(Path(folder), args.layers), *METHODS[method], "--precision", dtype, "--accelerator", "cpu"]
         argv += ["--ctx_len", str(TOKENS), "--epoch_steps", str(args.rounds + WARM_UP + 2), "--epoch_save", "0"]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             code = run.main(argv)
@@ -94,32 +92,26 @@ def measure(method, dtype, args):
             raise SystemExit(f"train.py ended with exit code {code}:\n{said.getvalue()}")
     mine, bare = zip(*turns.times[WARM_UP:-1])  # the last one saves
     ratio = statistics.median(a / b for a, b in zip(mine, bare))
-    milliseconds = " | ".join(f"{1e3 * statistics.median(times):.0f}" for times in (bare, mine))
-    print(f"| {method} | {dtype} | {milliseconds} | {ratio:.3f} |", flush=True)
+    row(method, dtype, *(f"{1e3 * statistics.median(times):.0f}" for times in (bare, mine)), f"{ratio:.3f}")
     if turns.profile is not None:
         turns.profile.disable()
         pstats.Stats(turns.profile).sort_stats("tottime").print_stats(args.profile)
 
 
-def inputs(folder):
+def inputs(folder, layers):
     """Write a model and data there -> their flags."""
-    torch.manual_seed(0)
-    family = family_named("x060")
-    model = family.build(family.new_dimensions(LAYERS, CHANNELS, VOCABULARY))
-    family.init_weights(model)
-    save_model(folder / "base.pth", model.state_dict())
-    with ShardWriter(folder / "data", vocab_size=VOCABULARY) as writer:
-        for document in torch.randint(1, VOCABULARY, (20, 2 * TOKENS)):
-            writer.add(document.tolist())
+    write_model(folder / "base.pth", "x060", layers, CHANNELS, VOCABULARY)
+    write_tokens(folder / "data", VOCABULARY, torch.randint(1, VOCABULARY, (20, 2 * TOKENS)).tolist())
     names = {"load_model": "base.pth", "data_file": "data", "proj_dir": "out"}
     return [f"--{flag}={folder / name}" for flag, name in names.items()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, methods=("bat-in",), rounds=1, layers=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32",))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", type=int, default=0, metavar="N")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "DTYPE"), help=argparse.SUPPRESS)
@@ -127,10 +119,10 @@ def main():
     torch.set_num_threads(args.threads)
     if args.one:
         return measure(*args.one, args)
-    print("| method | dtype | bare loop, ms | train.py, ms | ratio |\n|---|---|---|---|---|", flush=True)
+    head("method", "dtype", "bare loop, ms", "train.py, ms", "ratio")
     for method in args.methods:  # each in a process of its own: the engine keeps global state
         for dtype in args.dtypes:
-            numbers = (f"--{name}={getattr(args, name)}" for name in ("rounds", "threads", "profile"))
+            numbers = (f"--{name}={getattr(args, name)}" for name in ("rounds", "layers", "threads", "profile"))
             subprocess.run([sys.executable, __file__, "--one", method, dtype, *numbers], check=True)
 
 

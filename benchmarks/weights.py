@@ -8,26 +8,22 @@ there; or pieces of 1,024 tokens of a file, whose bytes are tokens from --first 
 divergence from the model in full precision.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from common import DEMO, ROOT, Parser, head, row, run
 
 from rwkv_peft.generate.loading import load_model
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ({"precision": "fp32"}, {"precision": "bf16"}, {"weights": "int8"}, {"weights": "int4"})
 PIECE = 1024
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demos = [str(ROOT / "demo" / f"rwkv{version}-demo.pth") for version in "67"]
-    parser.add_argument("--model", nargs="+", default=demos)
+    parser = Parser(__doc__, model=(DEMO["x070"],), documents=2)
+    parser.add_argument("--model", nargs="+", default=list(DEMO.values()))
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--text", help="a file in place of the demo's stories")
     parser.add_argument("--encoding", default="utf-8")
@@ -38,7 +34,7 @@ def main():
         [torch.ones(len(text) - 1).bool() if args.text else answers(text - args.first) for text in texts]
     )
     right = torch.cat([text[1:] for text in texts])[counted, None]
-    print("| model | weights | nats a token | more than fp32 | apart |\n|---|---|---|---|---|")
+    head("model", "weights", "nats a token", "more than fp32", "apart")
     for path in args.model:
         whole = None
         for kind in KINDS:
@@ -48,8 +44,7 @@ def main():
             whole = whole or (found, loss)
             apart = (whole[0].exp() * (whole[0] - found)).sum(1).mean().item()
             (word,) = kind.values()
-            cells = Path(path).stem, word, f"{loss:.5f}", f"{100 * (loss / whole[1] - 1):+.2f} %", f"{apart:.6f}"
-            print(f"| {' | '.join(cells)} |", flush=True)
+            row(Path(path).stem, word, f"{loss:.5f}", f"{100 * (loss / whole[1] - 1):+.2f} %", f"{apart:.6f}")
 
 
 def answers(text):
@@ -74,8 +69,7 @@ def read(args):
         return [data[i : i + PIECE] for i in range(0, min(len(data), args.documents * PIECE), PIECE)]
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "stories.jsonl"
-        kind = ["base", "--documents", str(args.documents), "--seed", "77", "--output", str(made)]
-        subprocess.run([sys.executable, ROOT / "demo" / "task.py", *kind], check=True)
+        run(ROOT / "demo" / "task.py", "base", "--documents", args.documents, "--seed", 77, "--output", made)
         return [json.loads(line)["text"].encode() for line in made.read_text().splitlines()]
 
 

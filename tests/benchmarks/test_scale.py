@@ -1,15 +1,10 @@
 """The tables of docs/scale.md are what benchmarks/scale.py prints."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
-scale = sys.modules["scale"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(scale)
+from programs import ROOT, load
+
+scale = load("benchmarks", "scale")
 
 
 @pytest.mark.parametrize("made", scale.TABLES, ids=lambda made: made.__name__)

@@ -32,7 +32,8 @@ PROGRAMS = ("compute-sanitizer",)
 def check(tmp_path):
     """check(*flags, programs, failing, lasting, code) -> the finished process."""
     repo = tmp_path / "repo"
-    for name in ("scripts/gpu_check.sh", "benchmarks/gpu_check.py", "benchmarks/gpu_check_steps.py"):
+    programs_here = ("gpu_check", "gpu_check_steps", "common")
+    for name in ("scripts/gpu_check.sh", *(f"benchmarks/{each}.py" for each in programs_here)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     stand_in = STAND_IN.format(python=sys.executable)

@@ -1,10 +1,8 @@
 """Learning-rate schedules hit their corners exactly, and follow the formulas that --help gives."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 
+from programs import load
 from rwkv_peft.config.schedules import SCHEDULES, learning_rate
 
 RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
@@ -12,8 +10,7 @@ RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_is_its_formula(schedule):
-    drawing = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "schedules.py"))
-    ours, formula = drawing["rates"](schedule)
+    ours, formula = load("benchmarks", "schedules").rates(schedule)
     assert ours == pytest.approx(formula, rel=1e-12) and len(set(ours[:20])) == 20
 
 

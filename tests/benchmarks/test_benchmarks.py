@@ -1,0 +1,37 @@
+"""Each benchmark runs: its smallest run, which --quick asks for, ends well. No timing is judged."""
+
+import os
+import re
+import sys
+
+import pytest
+
+from programs import ROOT
+from training.runs import finish, start
+
+FOLDER = ROOT / "benchmarks"
+SHARED = ("common", "gpu_check_steps", "gpu_models")  # no programs of their own
+PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
+WITHOUT_A_GPU = {"gpu_check": 2, "gpu_probe": 2, "gpu_smoke": 1}  # exit codes of those that need one
+ARGUMENTS = {"bits": ("{folder}/bits.json",)}
+NEEDS = {"hf": "trl", "hf_trainers": "trl", "grpo": "trl", "generate": "xllamacpp", "data": "rwkv"}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_its_smallest_run_ends_well(name, tmp_path, warm_python, monkeypatch):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = [word.format(folder=tmp_path) for word in ARGUMENTS.get(name, ())]
+    process = start([sys.executable, str(FOLDER / f"{name}.py"), *words, "--quick"], CUDA_VISIBLE_DEVICES="")
+    out, _ = finish(process, WITHOUT_A_GPU.get(name, 0))
+    assert out.strip() and not os.listdir(FOLDER).count("out")
+    if name == "faults":  # each attack that is tried hits
+        assert all(int(hit) or not int(tried) for tried, hit in re.findall(r"\| (\d+) \| (\d+) \| 0 \|", out))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_its_head_has_its_command(name):
+    head = (FOLDER / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    assert f"benchmarks/{name}.py" in head or f"scripts/{name}.sh" in head
