@@ -1,13 +1,12 @@
 """Counts, without a GPU, a block's launches and bytes on a GPU's code path, outside its large matrix products.
 
-    python benchmarks/gpu_budget.py [--generations x060 x070] [--fused 0] [--verbose]
+    python benchmarks/gpu_budget.py [--generations x060 x070] [--verbose]
 
-A block runs forward and backward on meta tensors, in bfloat16, fused as `fuse` has it or plain; each of torch's
-operations that computes something is one launch, and its bytes are those of its inputs (expanded ones at their real
-size) and outputs. A unit is one read or write of (T, C). The products with the block's large matrices are left out:
-they are the floor, as benchmarks/step.py calls it. "step / floor" follows for a whole block on an H100 (650 TFLOP/s,
-2.8 TB/s for torch's operations), without any waiting. A micro batch has twice as many tokens as channels, so that no
-activation has a matrix's shape.
+A block runs forward and backward on meta tensors, in bfloat16; each of torch's operations that computes something is
+one launch, and its bytes are those of its inputs (expanded ones at their real size) and outputs. A unit is one read or
+write of (T, C). The products with the block's large matrices are left out: they are the floor, as benchmarks/step.py
+calls it. "step / floor" follows for a whole block on an H100 (650 TFLOP/s, 2.8 TB/s for torch's operations), without
+any waiting. A micro batch has twice as many tokens as channels, so that no activation has a matrix's shape.
 
 "at 1 x 4096" adds for one row of 4096 tokens the recurrence's passes over groups of tokens, without which few heads
 would leave most of the card idle (ops/recurrence/groups.py), and the gap of 1.5 us between a launch and the next. Reads
@@ -25,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.fused import Setting, fuse
-from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.models import family_named
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cross_entropy_
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
@@ -115,13 +113,12 @@ def real_bytes(x):
     return count * x.element_size()
 
 
-def count(family, channels, tokens, method, fused=True):
+def count(family, channels, tokens, method):
     """(Launches of a block's forward and backward, its large matrices' elements): block 1 of two, one row of tokens."""
     config = family.new_dimensions(2, channels, 65536)
     with torch.device("meta"):
         model = family.build(config).to(torch.bfloat16)
     adapt(model, method, RANK, family)
-    fuse(model, Setting(torch.device("meta"), wanted=fused))
     block = model.blocks[1]
     weights = [module.weight for name, module in block.named_modules() if name.endswith(family.targets)]
     x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16)
@@ -159,10 +156,10 @@ def adapt(model, method, rank, family):
     inject(model, AdapterConfig(method=name, mode=method if name == "bone" else "bat-in", rank=rank), family=family)
 
 
-def figures(family, channels, tokens, method, fused=True):
+def figures(family, channels, tokens, method):
     """{launches, units, ratio, seconds, one_row} of a block; ratio: its seconds to those of its floor; one_row: the
     same at 1 x 4096, with passes over groups and gaps between launches."""
-    launches, elements = count(family, channels, tokens, method, fused)
+    launches, elements = count(family, channels, tokens, method)
     moved = sum(launch.bytes for launch in launches if not launch.is_large)
     floor = 4 * elements * tokens / FLOPS  # output and input gradient, 2 operations each
     seconds = floor + moved / BANDWIDTH
@@ -195,9 +192,8 @@ def loss_passes(rows=64, vocabulary=65536):
 
 def main(argv=None):
     parser = Parser(__doc__, generations=("x070",), methods=("frozen",))
-    parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
+    parser.add_argument("--generations", nargs="+", default=("x060", "x070"))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--fused", type=int, default=1, choices=(0, 1), help="0: plain blocks")
     parser.add_argument("--verbose", action="store_true", help="each launch of the first shape")
     args = parser.parse_args(argv)
     head = "| generation | method | launches | "
@@ -206,20 +202,20 @@ def main(argv=None):
     for version in args.generations:
         family = family_named(version)
         for method in args.methods:
-            found = [figures(family, channels, 2 * channels, method, args.fused) for channels, _ in SHAPES.values()]
+            found = [figures(family, channels, 2 * channels, method) for channels, _ in SHAPES.values()]
             cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f} | {one['one_row']:.2f}" for one in found)
             print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
             if args.verbose:
-                show(family, method, args.fused)
+                show(family, method)
     print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
     return 0
 
 
-def show(family, method, fused=True):
+def show(family, method):
     """Print each launch that is no large product, with its units."""
     channels = next(iter(SHAPES.values()))[0]
     tokens = 2 * channels
-    for launch in count(family, channels, tokens, method, fused)[0]:
+    for launch in count(family, channels, tokens, method)[0]:
         if not launch.is_large:
             print(f"    {launch.name:<32} {launch.bytes / (2 * tokens * channels):7.2f} {launch.shapes}")
 

@@ -18,7 +18,6 @@ ENGINE = ("deepspeed", "lightning", "safetensors", "numpy", "tqdm")
 MODULES = {"gpu_smoke": ("numpy",), "gpu_steps": ("numpy", "tqdm")}  # that programs need besides torch
 GENERATIONS, METHODS = ("x070", "x060"), ("bat-in", "bone", "lora")
 QUANTIZED = ("nf4", "int8")
-GRAPHS = ("--cuda_graphs", "1", "--accumulate_grad_batches", "2")
 STAGES = ("2", "3", "2 offload", "3 offload")
 SETTINGS = {  # cases of gpu_engine.py: flags of train.py
     **{f"stage {kind}": ("--strategy", f"deepspeed_stage_{kind.replace(' ', '_')}") for kind in STAGES},
@@ -28,8 +27,6 @@ SETTINGS = {  # cases of gpu_engine.py: flags of train.py
     "int8": ("--quant", "int8"),
     "fp32": ("--precision", "fp32"),
     "infctx": ("--train_type", "infctx", "--chunk_ctx", "64"),
-    "graphs": GRAPHS,
-    "packed graphs": (*GRAPHS, "--dataload", "pack"),
     "two GPUs": ("--devices", "2", "--strategy", "deepspeed_stage_2"),
 }
 SMALL = ("--methods", "bat-in", "--tokens", "200", "--repeats", "1")

@@ -79,7 +79,7 @@ def listening():
 
 def train(case, base, data, run, device, *flags):
     """Train, and print the result."""
-    listened = device != "cpu" and "--compile" not in flags and "--cuda_graphs" not in flags
+    listened = device != "cpu" and "--compile" not in flags
     accelerator = ("--accelerator", "cpu" if device == "cpu" else "gpu")
     given = ("--load_model", base, "--data_file", data, "--proj_dir", run, *accelerator, *flags)
     reset_peak(device)

@@ -6,7 +6,7 @@ A block runs forward and backward over one token of 128 channels on a GPU's code
 are prepared and then dropped: next to nothing is computed, and the time is that of the processor before a GPU can begin
 (the least of all rounds, so that other work on the machine counts little). "host" includes some 3 us that a driver
 takes for each launch. "GPU" is a block's time on an H100 by benchmarks/gpu_budget.py, at the size and tokens of each
-column. A block takes the greater of the two, and under a CUDA graph (--cuda_graphs) the GPU's.
+column. A block takes the greater of the two.
 """
 
 import sys
@@ -18,8 +18,7 @@ import gpu_budget as budget
 import torch
 from common import Parser
 
-from rwkv_peft.fused import Setting, fuse
-from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.models import family_named
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
@@ -62,7 +61,6 @@ def host_seconds(family, method, rounds):
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(2, CHANNELS, 256)).to(torch.bfloat16)
     budget.adapt(model, method, 16, family)
-    fuse(model, Setting(torch.device("meta")))  # as on a GPU
     block, trained = model.blocks[1], [p for p in model.blocks[1].parameters() if p.requires_grad]
     times = []
     with gpu_path():
@@ -86,7 +84,7 @@ def gpu_seconds(family, method, size, tokens):
 
 def main(argv=None):
     parser = Parser(__doc__, generations=("x070",), methods=("frozen",), rounds=1)
-    parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
+    parser.add_argument("--generations", nargs="+", default=("x060", "x070"))
     parser.add_argument("--methods", nargs="+", default=("frozen", "bat-in", "lora"), choices=budget.METHODS)
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args(argv)

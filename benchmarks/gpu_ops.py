@@ -20,87 +20,22 @@ from rwkv_peft.adapters.functions.bat_in import bat_in
 from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.functions.bone import bone
 from rwkv_peft.adapters.functions.lora import lora
-from rwkv_peft.adapters.product import DENSE, Frozen
-from rwkv_peft.fused.feed_forward import KeyUpToTile, ValueOfSquare
-from rwkv_peft.fused.norm_ddlerp import NormDDLerp
-from rwkv_peft.fused.norm_lerp import NormLerp
-from rwkv_peft.fused.wkv7_keys import WKV7WithKeys
+from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
 from rwkv_peft.ops import decode, mix
-from rwkv_peft.ops.wkv7 import wkv7
 
 T, C, H, N = 300, 512, 8, 64
 REPEATS = 20
 ROWS, HEADS = (2, T, C), (2, T, H, N)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
-DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
 BOUNDS = (0, 1, 64, 128, 300)
 
 
 def packed_lerp(x, last, maa, low, up):
     """lerp over a row of several sequences, with the bounds `cu_seqlens`."""
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
-
-
-def normalized(x, last, weight, bias):
-    """x, its layer norm, and the norm's last token in each of the sequences of BOUNDS."""
-    normal = torch.nn.functional.layer_norm(x, (C,), weight, bias)
-    return x, normal, mix.last_token(normal, bounds(x))
-
-
-def bounds(x):
-    return torch.tensor(BOUNDS, device=x.device)
-
-
-def norm_lerp(x, last, weight, bias, maa, fused):
-    """Norm and points, of a row of several sequences."""
-    if fused:
-        return NormLerp.apply(x[:1], last, weight, bias, maa, 1e-5, bounds(x))
-    x, normal, ends = normalized(x[:1], last, weight, bias)
-    return x, ends, *mix.lerp(normal, last, maa, None, None, bounds(x))
-
-
-def norm_ddlerp(x, last, *parameters, fused):
-    """Norm and RWKV-6's points, of a row of several sequences."""
-    if fused:
-        return NormDDLerp.apply(1e-5, bounds(x), last, x[:1], *parameters)
-    weight, bias, maa_x, w1, maa, w2, decay_w1 = parameters
-    x, normal, ends = normalized(x[:1], last, weight, bias)
-    (point,) = mix.lerp(normal, last, maa_x, None, None, bounds(x))
-    first, *points = mix.lerp(normal, last, maa, torch.tanh(point @ w1), w2, bounds(x))
-    return x, ends, torch.tanh(first @ decay_w1), *points
-
-
-def wkv7_with_keys(*tensors, fused):
-    """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
-    r, w, k, v, low, g, a0, k_k, k_a, r_k, weight, bias = tensors
-    keys = a0, 1 + k_k, 1 + k_a
-    if fused:
-        return WKV7WithKeys.apply(True, 64e-5, None, None, r, w, k, v, low, g, *keys, r_k, weight, bias)
-    k, a, b = mix.delta_keys(k, low, *keys)
-    y, state = wkv7(r, w, k, v, a, b)
-    return mix.norm_bonus_gate(y, r, k, v, g, (r_k, weight, bias), 64e-5), state
-
-
-def chain(x, key, value, opened, closing, fused):
-    """bat-in around the squared relu; small, because the gradient is its cosine."""
-    x = x.flatten(0, 1)
-    if fused:
-        k, tile = KeyUpToTile.apply(x, key, None, DENSE, opened, 1.0)
-        return ValueOfSquare.apply(k, tile, value, None, DENSE, closing, 1.0) / 8
-    return bat_in(mix.relu_square(bat_in(x, Frozen(key), opened)), Frozen(value), closing) / 8
-
-
-# Of bfloat16 alone: fused, or by the operations that they fuse.
-FUSED = {
-    "norm_lerp": (norm_lerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), (2, C)), (0, 1)),
-    "norm_ddlerp": (norm_ddlerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), (0, 1)),
-    "norm_ddlerp, rank 64": (norm_ddlerp, (ROWS, (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), (0, 1)),
-    "wkv7 with keys": (wkv7_with_keys, (*5 * [HEADS], ROWS, *3 * [VECTOR], HEADS_VECTOR, (C,), (C,)), range(6)),
-    "chain": (chain, (ROWS, (256, C), (C, 256), (C // 64, 64, 64), (4, 64, 64)), (0, 3, 4)),
-}
 
 
 def loss(logits):
@@ -157,8 +92,7 @@ def inputs_of(shapes, device):
 
 def results(name, inputs, dtype, device, kernels=True):
     """The outputs of an operation and its gradients, in dtype."""
-    function, _, wanted = (OPS | FUSED)[name]
-    function = partial(function, fused=kernels) if name in FUSED else function
+    function, _, wanted = OPS[name]
     wanted = range(len(inputs)) if wanted is None else wanted
     leaves = [x.to(device=device, dtype=dtype, copy=True).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
     with ExitStack() as stack:
@@ -177,10 +111,10 @@ def results(name, inputs, dtype, device, kernels=True):
 
 def check(device, repeats=REPEATS, only=()):
     """{operation, dtype, right, repeated, errors} of each operation, run so often."""
-    for name, (_, shapes, _) in (OPS | FUSED).items():
+    for name, (_, shapes, _) in OPS.items():
         if only and name not in only:
             continue
-        for dtype in (torch.bfloat16,) if name in FUSED else (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
             inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
             truth = results(name, inputs, torch.float64, device, kernels=False)
             plain = results(name, inputs, dtype, device, kernels=False)

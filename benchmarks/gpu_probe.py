@@ -205,22 +205,11 @@ def kernels():
     for op in RECURRENCES:
         for shape in SHAPES:
             time_kernels(op, shape, bandwidth)
-    for shape in SHAPES:
-        tensors, gy, further = keys_inputs(*shape)
-        time_directions("wkv7 with keys", wkv7_cuda.WITH_KEYS, tensors, gy, bandwidth, **further)
     head = torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16)  # larger than any cache
     for bits in decode.BITS:
         blocks = decode.quantize(head, bits)
         runs = {f"{n} rows": (partial(decode.product, head[:n], blocks), blocks.nbytes) for n in (1, 4, 16)}
         time_runs(f"blocks of {bits} bits,", runs, head, bandwidth)
-
-
-def keys_inputs(B, T, H):
-    """([r, w, k, v, low], the gradient of y, further arguments of wkv7's kernels that make their keys)."""
-    (r, w, k, v, *_), gy = inputs(RECURRENCES[1], B, T, H, 64, torch.bfloat16)
-    parameters = dict.fromkeys(("a0", "k_k", "k_a", "r_k"), torch.ones(H, 64, device="cuda", dtype=torch.bfloat16))
-    numbers = {name: torch.ones(B, T, H, device="cuda") for name in ("bonus", "scales", "gbonus")}
-    return [x.detach() for x in (r, w, k, v, v)], gy, parameters | numbers
 
 
 def time_kernels(op, shape, bandwidth):

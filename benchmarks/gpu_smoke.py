@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_smoke.py [--generations x070 x060] [--methods bat-in bone lora] [--rows plain packed]
 
-Runs the demo's models, which have heads of 64 and the factors' ranks of the 1.6B, in bfloat16, fused as in training, on
-rows long and few enough that time is split. The truth is the same model, unfused, in float64 and plain torch on the
-same device. Each gradient, and their mean, may be three times as far from it as the worst of plain torch's in bfloat16,
-because plain torch has the recurrence in float32. Memory is poisoned before, and repetitions have the same bits. One
-JSON object for each case, with the kernels that it launched; the last lists the kernels of all families that no case
-launched. Exit code 1 if one is wrong.
+Runs the demo's models, which have heads of 64 and the factors' ranks of the 1.6B, in bfloat16 on rows long and few
+enough that time is split. The truth is the same model in float64 and plain torch on the same device. Each gradient, and
+their mean, may be three times as far from it as the worst of plain torch's in bfloat16, because plain torch has the
+recurrence in float32. Memory is poisoned before, and repetitions have the same bits. One JSON object for each case,
+with the kernels that it launched; the last lists the kernels of all families that no case launched. Exit code 1 if one
+is wrong.
 """
 
 import functools
@@ -26,7 +26,6 @@ from gpu_probe import FAMILIES
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.files.base import open_base
-from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.ops.native.family import CudaFamily
 from rwkv_peft.ops.recurrence.backends import Backends
 from rwkv_peft.training.step.steps import Whole
@@ -48,11 +47,10 @@ def batch_of(rows, args):
 
 
 def made(family, weights, config, method, rank):
-    """A fused model with an adapter that is not zero."""
+    """A model with an adapter that is not zero."""
     torch.manual_seed(0)
     model = family.load(weights, config)
     gpu_budget.adapt(model, method, rank, family)
-    fuse(model, Setting(model.emb.weight.device))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -84,8 +82,8 @@ def recorded(launched):
         yield
 
 
-def unfused(family, config, weights, method, model, rank):
-    """The same model, with plain blocks and in the weights' dtype."""
+def copy_of(family, config, weights, method, model, rank):
+    """The same model in the weights' dtype."""
     twin = family.load(weights, config)
     gpu_budget.adapt(twin, method, rank, family)
     twin.to(next(iter(weights.values())).dtype).load_state_dict(model.state_dict())
@@ -125,8 +123,8 @@ def check(args, version, method, rows, launched):
     batch = batch_of(rows, args)
     exact = {name: x.double() for name, x in weights.items()}
     with plain_torch():
-        truth = found(unfused(family, config, exact, method, model, args.rank), batch)
-        plain = found(unfused(family, config, weights, method, model, args.rank), batch)
+        truth = found(copy_of(family, config, exact, method, model, args.rank), batch)
+        plain = found(copy_of(family, config, weights, method, model, args.rank), batch)
     here = set()
     with recorded(here):
         poison(args.device)

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.fused import Setting, fuse
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
@@ -228,7 +227,6 @@ def make_step(family, config, weights, method, kind, args):
     word = {"method": method} if method in ("lora", "none") else {"method": "bone", "mode": method}
     adapter = AdapterConfig(**word, rank=rank)
     inject(model, adapter, family=family)
-    fuse(model, Setting(model.emb.weight.device))
     trained = [p for p in model.parameters() if p.requires_grad]
     if method != "none":
         for parameter in trained:

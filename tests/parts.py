@@ -1,6 +1,6 @@
 """The package's parts, and which of them each may import."""
 
-BASE = "children config errors numeric streams refusals rules cli names tables memory installing gpus recording".split()
+BASE = "children config errors numeric streams refusals rules cli names tables memory installing gpus".split()
 FLAGS = ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags", "serve/flags")
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
@@ -12,7 +12,6 @@ PARTS = (
     ("objectives", ("objectives",), ("base", "ops")),  # no engine, and no model but the pass that a step hands them
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
-    ("fused", ("fused",), ("models", "adapters")),  # where these two meet; neither knows it, nor the other
     ("containers", ("files",), ("flags",)),
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
@@ -45,11 +44,7 @@ PARTS = (
     ("inspect", ("release/contents", "release/heat", "release/card", "release/push"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
-    (
-        "step",
-        ("training/step",),
-        ("optimizers", "bases", "adapter files", "data", "plots", "merge", "fused", "objectives"),
-    ),
+    ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),

@@ -11,7 +11,7 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "graphs", "relay", "shared")),
+    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "relay", "shared")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("generate/rows.py", "generate/replay.py", "generate/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),

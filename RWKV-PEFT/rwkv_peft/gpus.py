@@ -65,7 +65,7 @@ def count_gpus(instead: str) -> int:
 
 
 def resolve_accelerator(train: TrainConfig) -> str:
-    """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs, and for --cuda_graphs on a CPU."""
+    """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs."""
     gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
@@ -73,8 +73,6 @@ def resolve_accelerator(train: TrainConfig) -> str:
             f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
         )
-    if train.cuda_graphs and accelerator == "cpu":
-        raise UserError("--cuda_graphs 1 records launches on a GPU, and this run is on a CPU; leave it out")
     return accelerator
 
 

@@ -1,6 +1,6 @@
 // The operations of Bone's forms beside their product with the weight, on NVIDIA GPUs: bat-in's affine form of the
-// activations, or of their squared relu, and its gradients, bat-out's merged weight, sums over shards, and the tile
-// that each shard of a result starts from.
+// activations and its gradients, bat-out's merged weight, sums over shards, and the tile that each shard of a result
+// starts from.
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "bone/arguments.cuh"
 #include "bone/plain.cuh"
@@ -8,16 +8,12 @@
 #include "bone/shards.cuh"
 #include "common/kernel.cuh"
 
-#define PRODUCTS(R)                                                                                                    \
-    KERNEL(BoneArguments, bone_affine_forward_products_##R, (products_forward<R, false>), ForwardProducts<R>::threads, \
-           1, sizeof(ForwardShared<R, false>))                                                                         \
-    KERNEL(BoneArguments, bone_affine_backward_products_##R, (products_backward<R, false>),                            \
-           BackwardProducts<R>::threads, 1, sizeof(BackwardShared<R, false>))                                          \
-    KERNEL(BoneArguments, bone_squared_forward_products_##R, (products_forward<R, true>), ForwardProducts<R>::threads, \
-           1, sizeof(ForwardShared<R, true>))                                                                          \
-    KERNEL(BoneArguments, bone_squared_backward_products_##R, (products_backward<R, true>),                            \
-           BackwardProducts<R>::threads, 1, sizeof(BackwardShared<R, true>))                                           \
-    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads, 1,                  \
+#define PRODUCTS(R)                                                                                                 \
+    KERNEL(BoneArguments, bone_affine_forward_products_##R, products_forward<R>, ForwardProducts<R>::threads, 1,    \
+           sizeof(ForwardShared<R>))                                                                                \
+    KERNEL(BoneArguments, bone_affine_backward_products_##R, products_backward<R>, BackwardProducts<R>::threads, 1, \
+           sizeof(BackwardShared<R>))                                                                               \
+    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads, 1,               \
            sizeof(MergeShared<R>))
 PRODUCTS(16)
 PRODUCTS(32)

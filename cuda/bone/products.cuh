@@ -1,6 +1,5 @@
 // bat-in's affine form with bf16 products on tensor cores, for ranks that are whole tiles: u_b = B_b x_b for each shard
-// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients. SQUARED: of max(x + deferred, 0)^2 in
-// x's place, deferred (tokens, R) being added to each shard.
+// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/fetch.cuh"
@@ -40,50 +39,22 @@ using ForwardProducts = Products<R, 4>;
 template <int R>
 using BackwardProducts = Products<R, (R > 64 ? 8 : 4)>;
 
-template <int R, bool SQUARED>
+template <int R>
 struct ForwardShared {  // two of each: one is filled while the other is read
     typename ForwardProducts<R>::Rows x[2];
     typename ForwardProducts<R>::Matrix bone[2];
 };
 template <int R>
-struct ForwardShared<R, true> : ForwardShared<R, false> {
-    typename ForwardProducts<R>::Rows deferred;  // of the tile, for every shard
-};
-template <int R, bool SQUARED>
 struct BackwardShared {
     typename BackwardProducts<R>::Rows d[2], g[2], x[2];
     typename BackwardProducts<R>::Matrix bone;
 };
-template <int R>
-struct BackwardShared<R, true> : BackwardShared<R, false> {
-    typename BackwardProducts<R>::Rows deferred;  // one: a second would leave a multiprocessor room for fewer blocks
-};
-
-// max(x + deferred, 0)^2 of two neighbours.
-__device__ __forceinline__ uint32_t squared(uint32_t x, uint32_t deferred) {
-    const float low = low_half(x) + low_half(deferred), high = high_half(x) + high_half(deferred);
-    return pack_bf16(low < 0.f ? 0.f : low * low, high < 0.f ? 0.f : high * high);  // NaN stays
-}
-
-// The same of a tile, in x's place, by all threads.
-template <class P>
-__device__ __forceinline__ void square_rows(typename P::Rows& x, const typename P::Rows& deferred) {
-    constexpr int EIGHTS = P::tiles * 2;  // of a row
-    for (int i = threadIdx.x; i < P::tokens * EIGHTS; i += P::threads) {
-        bf16* to = &x[i / EIGHTS][i % EIGHTS * 8];
-        Tile eight = load_eight(to);
-        const Tile other = load_eight(&deferred[i / EIGHTS][i % EIGHTS * 8]);
-        #pragma unroll
-        for (int e = 0; e < 4; e++) eight.x[e] = squared(eight.x[e], other.x[e]);
-        store_eight(to, eight);
-    }
-}
 
 // A block has a tile of tokens and a group of the shards.
-template <int R, bool SQUARED>
+template <int R>
 __device__ void products_forward(const BoneArguments& a) {
     using P = ForwardProducts<R>;
-    auto& shared = *(ForwardShared<R, SQUARED>*)dynamic_shared();
+    auto& shared = *(ForwardShared<R>*)dynamic_shared();
     const int group = blockIdx.x % a.groups, shards = a.width / R;
     const index_t t0 = (index_t)(blockIdx.x / a.groups) * P::tokens;
     const int valid = (int)min((index_t)P::tokens, a.tokens - t0);
@@ -97,17 +68,12 @@ __device__ void products_forward(const BoneArguments& a) {
     Accumulator sums[P::columns];
     #pragma unroll
     for (int i = 0; i < P::columns; i++) sums[i] = zeros();
-    if constexpr (SQUARED) fetch_rows<R>(shared.deferred, (const bf16*)a.deferred + t0 * R, R, P::tokens, valid);
     fetch(first);
     for (int b = first; b < last; b++) {
         const int stage = (b - first) % 2;
         cp_async_wait_all();
         __syncthreads();  // shard b has arrived, and nobody reads the one before any more
         if (b + 1 < last) fetch(b + 1);
-        if constexpr (SQUARED) {
-            square_rows<P>(shared.x[stage], shared.deferred);
-            __syncthreads();  // all squares are there
-        }
         const bf16* x = shared.x[stage][row0];
         Tile rows[P::tiles];
         P::load_rows(rows, x);
@@ -131,13 +97,13 @@ __device__ void products_forward(const BoneArguments& a) {
 }
 
 // A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, if x is given, the strip's part
-// of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + deferred, 0) is its gradient.
-template <int R, bool SQUARED>
+// of dB = sum over tokens of du xᵀ.
+template <int R>
 __device__ void products_backward(const BoneArguments& a) {
     using P = BackwardProducts<R>;
     constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // a warp's tiles of dB, one below another
     static_assert(P::warps % P::tiles == 0, "a warp's tiles have not the same columns");
-    auto& shared = *(BackwardShared<R, SQUARED>*)dynamic_shared();
+    auto& shared = *(BackwardShared<R>*)dynamic_shared();
     const int shards = a.width / R, b = blockIdx.x % shards, strip = blockIdx.x / shards;
     const index_t begin = (index_t)strip * a.strip, end = min(begin + a.strip, a.tokens);
     const int warp = threadIdx.x / 32, row0 = warp / P::splits * 16, tile0 = warp % P::splits * P::columns;
@@ -150,16 +116,11 @@ __device__ void products_backward(const BoneArguments& a) {
         fetch_rows<R>(shared.g[stage], (const bf16*)a.g + t0 * R, R, P::tokens, valid);
         if (a.x) fetch_rows<R>(shared.x[stage], (const bf16*)a.x + at, a.width, P::tokens, valid);
     };
-    const auto fetch_left = [&](index_t t0) {
-        const int valid = (int)min((index_t)P::tokens, end - t0);
-        if constexpr (SQUARED) fetch_rows<R>(shared.deferred, (const bf16*)a.deferred + t0 * R, R, P::tokens, valid);
-    };
     Accumulator sums[MINE];
     #pragma unroll
     for (int m = 0; m < MINE; m++) sums[m] = zeros();
     fetch_rows<R>(shared.bone, (const bf16*)a.bone + (index_t)b * R * R, R, R, R);
     fetch(begin, 0);
-    fetch_left(begin);
     int stage = 0;
     for (index_t t0 = begin; t0 < end; t0 += P::tokens, stage ^= 1) {
         cp_async_wait_all();
@@ -173,9 +134,7 @@ __device__ void products_backward(const BoneArguments& a) {
             *(uint32_t*)&du[row][column] =
                 pack_bf16(low_half(x) + a.factor * low_half(y), high_half(x) + a.factor * high_half(y));
         }
-        if constexpr (SQUARED) square_rows<P>(shared.x[stage], shared.deferred);
         __syncthreads();
-        if (t0 + P::tokens < end) fetch_left(t0 + P::tokens);
         Tile rows[P::tiles];
         P::load_rows(rows, du[row0]);
         #pragma unroll
@@ -183,11 +142,6 @@ __device__ void products_backward(const BoneArguments& a) {
             const int column = (tile0 + i) * 16;
             Accumulator dx = widened(load_tile(&d[row0][column], P::stride));
             P::template multiply_rows<false>(dx, rows, shared.bone, column);
-            if constexpr (SQUARED) {
-                const Accumulator s = widened(load_tile(&shared.x[stage][row0][column], P::stride));
-                #pragma unroll
-                for (int e = 0; e < 8; e++) dx.c[e] *= 2.f * sqrtf(s.c[e]);
-            }
             bf16* to = (bf16*)a.dx + (t0 + row0) * a.width + b * R + column;
             store_tile(to, a.width, (int)min((index_t)16, end - t0 - row0), rounded(dx));
         }

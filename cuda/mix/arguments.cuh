@@ -6,8 +6,8 @@
 // tensors. Elements are float32 or bf16, by the kernel's name; tensors are (tokens, channels) and contiguous, aligned
 // to two elements; a null pointer marks a tensor that the caller does not have or want.
 struct MixArguments {
-    const void* inputs[12];
-    void* outputs[8];
+    const void* inputs[8];
+    void* outputs[6];
     const void* parameters[4];  // (channels) each
     float* sums[6];             // (strips, channels): sums over a strip's tokens, to be added up
     const index_t* bounds;      // lerp: sequence n is tokens bounds[n] to bounds[n + 1]; null: each is `length` tokens

@@ -79,37 +79,3 @@ struct ValueResidualBackward : Operation<E> {  // v, first, low, grad; v0 -> gv,
         sums[0] = each([&](int e) { return sums[0].x[e] + glow.x[e]; });
     }
 };
-
-// The sum of input i's n parts (n, tokens, channels) in P.
-template <class P, class E>
-__device__ __forceinline__ Values sum_of_parts(const Operation<E>& op, int i, index_t t) {
-    Values sum = zero_values();
-    for (int n = 0; n < op.a.n; n++) {
-        const Values part = load<P>(op.a.inputs[i], n * op.a.tokens * op.a.channels + op.at(t), op.part.size);
-        sum = each([&](int e) { return sum.x[e] + part.x[e]; });
-    }
-    return sum;
-}
-
-template <class E>
-struct TanhForward : Operation<E> {  // float parts (n, tokens, channels) -> tanh of their sum
-    static constexpr int SUMS = 0;
-    using Operation<E>::Operation;
-    __device__ void row(index_t t) {
-        const Values x = sum_of_parts<float>(*this, 0, t);
-        this->out(0, t, each([&](int e) { return tanhf(x.x[e]); }));
-    }
-};
-
-template <class E>
-struct TanhBackward : Operation<E> {  // x, parts of the gradient of its tanh (n, tokens, channels) -> gx
-    static constexpr int SUMS = 0;
-    using Operation<E>::Operation;
-    __device__ void row(index_t t) {
-        const Values x = this->in(0, t), grad = sum_of_parts<E>(*this, 1, t);
-        this->out(0, t, each([&](int e) {
-            const float y = tanhf(x.x[e]);
-            return grad.x[e] * (1.f - y * y);
-        }));
-    }
-};

@@ -1,11 +1,8 @@
 // Token shift with interpolation that computes its weights' low-rank product itself, in bf16 on tensor cores:
 // out_i = x + (previous - x) m_i, m_i = maa_i + low_i up_i, for the five points of RWKV-6, low (tokens, 5 K) and up
 // (5, K, channels). Backward is for a frozen `up`, whose gradient would need the gradients of m_i in memory.
-//
-// If a norm's `stats` are given, the kernel normalizes x itself, without writing it to memory; low is taken before its
-// tanh; and the first point, the decay's, is not written either, but only its product with `down` (channels, 2 K). A
-// block has a group of `size` channels, so that a group's part of that product, or of low's gradient, is written once;
-// steps of channels read their `up` and `down` from the L2 cache, for 64 tokens at once.
+// A block has a group of `size` channels, whose part of low's gradient is written once, and takes it in steps that read
+// their `up` from the L2 cache, for 64 tokens at once.
 #pragma once
 #include "mix/low_tiles.cuh"
 
@@ -15,32 +12,27 @@ struct LowForwardShared {
     bf16 low[TILE_TOKENS][LOW_POINTS * K + PADDING];
     struct Step {                                 // one is filled while the other is read
         bf16 x[1 + TILE_TOKENS][STEP + PADDING];  // the token before the tile is the first
-        bf16 up[LOW_POINTS * K][STEP + PADDING], down[STEP][2 * K + PADDING];
+        bf16 up[LOW_POINTS * K][STEP + PADDING];
     } steps[2];
 };
 
-// x, low, up, stats and down or null; maa, and with stats weight and bias -> five points, or with stats the last four
-// of them and a group's part of the first one's product with `down`, float (groups, tokens, 2 K).
+// x, low, up; maa -> five points.
 template <int K>
 __device__ void low_forward(const MixArguments& a) {
     using Shared = LowForwardShared<K>;
     auto& shared = *(Shared*)dynamic_shared();
     constexpr int STEP = Shared::STEP, stride = STEP + PADDING, width = LOW_POINTS * K;
     const TilePart part(a, TILE_TOKENS);
-    const int lane = lane_id(), row0 = threadIdx.x / 32 * 16, before = part.t0 > 0;
+    const int row0 = threadIdx.x / 32 * 16, before = part.t0 > 0;
     const auto fetch = [&](int c0) {
         auto& to = shared.steps[(c0 - part.begin) / STEP % 2];
         fetch_rows<STEP>(to.x + 1 - before, element(a.inputs[0], (index_t)(part.t0 - before) * a.channels + c0),
                          a.channels, TILE_TOKENS + before, part.valid + before);
         fetch_rows<STEP>(to.up, element(a.inputs[2], c0), a.channels, width, width);
-        if (a.inputs[4]) fetch_rows<2 * K>(to.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, STEP, STEP);
     };
     fetch(part.begin);
-    fetch_low<width>(a, part, shared.low);
+    fetch_rows<width>(shared.low, element(a.inputs[1], (index_t)part.t0 * width), width, TILE_TOKENS, part.valid);
     const LowRows rows(a, part.t0 + row0);
-    Accumulator product[2 * K / 16];
-    #pragma unroll
-    for (int d = 0; d < 2 * K / 16; d++) product[d] = zeros();
     for (int c0 = part.begin; c0 < part.end; c0 += STEP) {
         cp_async_wait_all();
         __syncthreads();  // the step has arrived, and nobody reads the previous one any more
@@ -48,9 +40,9 @@ __device__ void low_forward(const MixArguments& a) {
         const auto& step = shared.steps[(c0 - part.begin) / STEP % 2];
         #pragma unroll 1
         for (int j = 0; j < STEP; j += 16) {
-            Accumulator x = widened(load_tile(&step.x[row0 + 1][j], stride));
+            const Accumulator x = widened(load_tile(&step.x[row0 + 1][j], stride));
             Accumulator previous = widened(load_tile(&step.x[row0][j], stride));
-            settle(a, rows, c0 + j, x, previous);
+            put_last(a, rows, c0 + j, previous);
             #pragma unroll
             for (int i = 0; i < LOW_POINTS; i++) {
                 Accumulator m = channels_of(a.parameters[0], (index_t)i * a.channels + c0 + j);
@@ -60,28 +52,11 @@ __device__ void low_forward(const MixArguments& a) {
                              load_transposed(&step.up[i * K + k * 16][j], stride));
                 #pragma unroll
                 for (int e = 0; e < 8; e++) m.c[e] = x.c[e] + (previous.c[e] - x.c[e]) * m.c[e];
-                const Tile point = rounded(m);
-                bf16* to = (bf16*)a.outputs[i];
-                if (i == 0 && a.inputs[4]) {
-                    #pragma unroll
-                    for (int d = 0; d < 2 * K / 16; d++)
-                        multiply(product[d], point, load_transposed(&step.down[j][d * 16], 2 * K + PADDING));
-                } else {
-                    store_tile(to + (index_t)(part.t0 + row0) * a.channels + c0 + j, a.channels, part.valid - row0,
-                               point);
-                }
+                bf16* to = (bf16*)a.outputs[i] + (index_t)(part.t0 + row0) * a.channels + c0 + j;
+                store_tile(to, a.channels, part.valid - row0, rounded(m));
             }
         }
     }
-    if (!a.inputs[4]) return;
-    float* to = (float*)a.outputs[LOW_POINTS] + (part.group * a.tokens + part.t0) * 2 * K;
-    #pragma unroll
-    for (int d = 0; d < 2 * K / 16; d++)
-        #pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            const int row = row0 + tile_row(lane, e);
-            if (row < part.valid) store_pair(to + row * 2 * K + d * 16 + tile_column(lane, e), product[d].c + e);
-        }
 }
 
 // In backward a warp has 16 tokens and 32 columns of their low; if K is larger, further warps take the rest.
@@ -92,36 +67,12 @@ template <int K>
 struct LowBackwardShared {
     bf16 low[TILE_TOKENS][LOW_POINTS * K + PADDING];
     bf16 up[LOW_POINTS * K][NARROW + PADDING];
-    union {  // the first point's gradient, or what makes it
-        bf16 first[TILE_TOKENS][NARROW + PADDING], down[NARROW][2 * K + PADDING];
-    };
-    bf16 grads[LOW_POINTS - 1][TILE_TOKENS][NARROW + PADDING];
+    bf16 grads[LOW_POINTS][TILE_TOKENS][NARROW + PADDING];
     float passed[TILE_TOKENS][16 + 2];  // a token's gradient for the one before it
 };
 
-// Columns `column` + tile_column of the gradient of the decay's factor before its tanh, for a lane's two rows; zeros if
-// it is not given.
-template <int D>
-__device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const TilePart& part, int row0, int column) {
-    Accumulator before = zeros();
-    #pragma unroll
-    for (int e = 0; e < 8; e += 2) {
-        const int row = row0 + tile_row(lane_id(), e);
-        if (row >= part.valid || !a.inputs[4]) continue;
-        const index_t at = (index_t)(part.t0 + row) * D + column + tile_column(lane_id(), e);
-        float decay[2], grad[2];
-        load_pair(element(a.inputs[10], at), decay);
-        load_pair(element(a.inputs[11], at), grad);
-        #pragma unroll
-        for (int h = 0; h < 2; h++) before.c[e + h] = grad[h] * (1.f - decay[h] * decay[h]);
-    }
-    return rounded(before);
-}
-
-// x, low, up, stats and down or null, five grads, or with stats the last four of them and the decay's factor with its
-// gradient (tokens, 2 K); maa, and with stats weight and bias -> the gradient of the (normalized) input, glast, and
-// that of low's tanh by a group's channels, (groups, tokens, 5 K). A tile's last token is the next tile's first: here
-// only its gradient for the token before it is computed.
+// x, low, up, five grads; maa -> the gradients of x and of `last`, and of low by a group's channels, (groups, tokens,
+// 5 K). A tile's last token is the next tile's first: here only its gradient for the token before it is computed.
 template <int K>
 __device__ void low_backward(const MixArguments& a) {
     auto& shared = *(LowBackwardShared<K>*)dynamic_shared();
@@ -130,7 +81,7 @@ __device__ void low_backward(const MixArguments& a) {
     const int t0 = block.t0, valid = block.valid, mine = min(valid, MINE);
     const int lane = lane_id(), warp = threadIdx.x / 32, row0 = warp / LOW_SPLITS<K> * 16;
     const int part = warp % LOW_SPLITS<K> * PART;
-    fetch_low<width>(a, block, shared.low);
+    fetch_rows<width>(shared.low, element(a.inputs[1], (index_t)t0 * width), width, TILE_TOKENS, valid);
     const LowRows rows(a, t0 + row0);
     bool passes_on[2];  // true if the next token is in the same sequence
     #pragma unroll
@@ -138,20 +89,15 @@ __device__ void low_backward(const MixArguments& a) {
         const int row = row0 + tile_row(lane, 2 * h);
         passes_on[h] = row < mine && row + 1 < valid && !place_of(a, t0 + row + 1).first;
     }
-    Tile decay[2 * K / 16];
-    #pragma unroll
-    for (int d = 0; d < 2 * K / 16; d++) decay[d] = decay_gradient<2 * K>(a, block, row0, d * 16);
     Accumulator glow[LOW_POINTS][PART / 16];
     #pragma unroll
     for (int m = 0; m < LOW_POINTS * (PART / 16); m++) glow[m / (PART / 16)][m % (PART / 16)] = zeros();
     for (int c0 = block.begin; c0 < block.end; c0 += NARROW) {
         #pragma unroll 1
-        for (int i = a.inputs[4] ? 1 : 0; i < LOW_POINTS; i++)
-            fetch_rows<NARROW>(i > 0 ? shared.grads[i - 1] : shared.first,
-                               element(a.inputs[5 + i], (index_t)t0 * a.channels + c0), a.channels, TILE_TOKENS, valid);
+        for (int i = 0; i < LOW_POINTS; i++)
+            fetch_rows<NARROW>(shared.grads[i], element(a.inputs[3 + i], (index_t)t0 * a.channels + c0), a.channels,
+                               TILE_TOKENS, valid);
         fetch_rows<NARROW>(shared.up, element(a.inputs[2], c0), a.channels, width, width);
-        if (a.inputs[4])
-            fetch_rows<2 * K>(shared.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, NARROW, NARROW);
         cp_async_wait_all();
         __syncthreads();  // the step's rows have arrived
         #pragma unroll 1
@@ -165,7 +111,7 @@ __device__ void low_backward(const MixArguments& a) {
                 if (t < a.tokens) load_pair(from, x.c + e);
                 if (t < a.tokens && !rows.first[e / 2 % 2]) load_pair(from - a.channels, change.c + e);
             }
-            settle(a, rows, c0 + j, x, change);
+            put_last(a, rows, c0 + j, change);
             #pragma unroll
             for (int e = 0; e < 8; e++) change.c[e] -= x.c[e];
             Accumulator gx = zeros(), passed = zeros();
@@ -176,14 +122,7 @@ __device__ void low_backward(const MixArguments& a) {
                 for (int k = 0; k < K / 16; k++)
                     multiply(m, load_tile(&shared.low[row0][i * K + k * 16], width + PADDING),
                              load_transposed(&shared.up[i * K + k * 16][j], stride));
-                Accumulator grad = zeros();
-                if (i > 0 || !a.inputs[4]) {
-                    grad = widened(load_tile(&(i > 0 ? shared.grads[i - 1] : shared.first)[row0][j], stride));
-                } else {
-                    #pragma unroll
-                    for (int d = 0; d < 2 * K / 16; d++)
-                        multiply(grad, decay[d], load_tile(&shared.down[j][d * 16], 2 * K + PADDING));
-                }
+                const Accumulator grad = widened(load_tile(&shared.grads[i][row0][j], stride));
                 Accumulator goffset;
                 #pragma unroll
                 for (int e = 0; e < 8; e++) {

@@ -6,7 +6,6 @@
 #include "mix/heads.cuh"
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
-#include "mix/norm_lerp.cuh"
 
 #define MIX_OPERATION(name, Op)                                                       \
     KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 1, 0) \
@@ -26,19 +25,6 @@ MIX_OPERATION(delta_keys_forward, DeltaKeysForward)
 MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
-
-// Of fused blocks, which are bfloat16.
-#define MIX_FUSED(name, Op) KERNEL(MixArguments, mix_##name##_bfloat16, run_rows<Op>, 32 * WARPS, 1, 0)
-MIX_FUSED(tanh_forward, TanhForward<bf16>)
-MIX_FUSED(tanh_backward, TanhBackward<bf16>)
-MIX_FUSED(bonus_gate_forward, BonusGateForward<bf16>)
-MIX_FUSED(bonus_gate_backward, BonusGateBackward<bf16>)
-
-// Blocks take whole tokens; `resident` blocks should fit a multiprocessor's registers.
-#define MIX_TOKENS(name, resident) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name, NORM_THREADS, resident, 2 * MOST_MIXED * sizeof(float))
-MIX_TOKENS(norm_lerp_forward, NORM_LERP_BLOCKS)
-MIX_TOKENS(norm_lerp_backward, 3)
 
 // A lerp's weights of rank K, in bfloat16.
 #define MIX_LOW_RANK(K)                                                                                         \

@@ -1,7 +1,7 @@
-// The plain kernels: any head size up to 128 that is a multiple of 4, float32 or bf16, one token at a time, all
-// arithmetic in float32 and no cap on the decays. Thread (x, y) of a head's block owns a strip of 16 state elements:
-// row x, columns 16 y .. 16 y + 15, or column x, rows 16 y .. (a head size that 16 does not divide is padded with
-// zeros). Sums over the other dimension go through shared memory, one partial sum a strip.
+// The plain kernels: any head size up to 128 that is a multiple of 4, float32, one token at a time, no cap on the
+// decays. Thread (x, y) of a head's block owns a strip of 16 state elements: row x, columns 16 y .. 16 y + 15, or
+// column x, rows 16 y .. (a head size that 16 does not divide is padded with zeros). Sums over the other dimension go
+// through shared memory, one partial sum a strip.
 #pragma once
 #include "common/tile.cuh"
 #include "wkv6/arguments.cuh"
@@ -21,17 +21,16 @@ struct TokenShared {
 
 // Loads token t. The kernels read other threads' channels only before a token's second barrier, and after it at most
 // the channel that they load themselves; so nothing is overwritten too early.
-template <class T>
 __device__ void load_token(TokenShared& token, const Arguments& a, const Sequence& s, int t) {
     const index_t at = s.elements + t * s.stride;
     for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < MAX_HEAD_SIZE; c += blockDim.x * blockDim.y) {
         const bool valid = c < a.head_size;
-        token.r[c] = valid ? to_float(((const T*)a.r)[at + c]) : 0.f;
-        token.k[c] = valid ? to_float(((const T*)a.k)[at + c]) : 0.f;
-        token.v[c] = valid ? to_float(((const T*)a.v)[at + c]) : 0.f;
-        token.decay[c] = valid ? expf(-expf(to_float(((const T*)a.w)[at + c]))) : 0.f;
+        token.r[c] = valid ? ((const float*)a.r)[at + c] : 0.f;
+        token.k[c] = valid ? ((const float*)a.k)[at + c] : 0.f;
+        token.v[c] = valid ? ((const float*)a.v)[at + c] : 0.f;
+        token.decay[c] = valid ? expf(-expf(((const float*)a.w)[at + c])) : 0.f;
         token.u[c] = valid ? a.u[s.channel(a) + c] : 0.f;
-        token.gy[c] = valid && a.gy ? to_float(((const T*)a.gy)[at + c]) : 0.f;
+        token.gy[c] = valid && a.gy ? ((const float*)a.gy)[at + c] : 0.f;
     }
     __syncthreads();
 }
@@ -65,7 +64,6 @@ __device__ __forceinline__ void store_strip(float* target, const float* strip, i
     }
 }
 
-template <class T>
 __device__ void plain_forward(const Arguments& a) {
     __shared__ TokenShared token;
     __shared__ float partial[MAX_STRIPS][MAX_HEAD_SIZE];
@@ -76,7 +74,7 @@ __device__ void plain_forward(const Arguments& a) {
 
     for (int t = 0; t < s.length; t++) {
         if (a.checkpoints && t % SEGMENT == 0) store_strip(s.slot(a, t), S, N, true);
-        load_token<T>(token, a, s, t);
+        load_token(token, a, s, t);
         const float v = token.v[x];
         float sum = 0.f;
         #pragma unroll
@@ -87,7 +85,7 @@ __device__ void plain_forward(const Arguments& a) {
         }
         partial[y][x] = sum;
         __syncthreads();
-        if (y == 0) store((T*)a.y + s.elements + t * s.stride + x, strip_sum(partial));
+        if (y == 0) store((float*)a.y + s.elements + t * s.stride + x, strip_sum(partial));
     }
     if (a.final_state) store_strip(a.final_state + s.state, S, N, true);
 }
@@ -95,7 +93,6 @@ __device__ void plain_forward(const Arguments& a) {
 // Per segment: forward from its checkpoint for gr, then in reverse for gk, gv and gw. With dS_t the gradient with
 // respect to S_t and G_t = <S_t, dS_t> over a row, the log decay's gradient is dw_t = G_t - k_t (dS_t v_t), and
 // G_{t-1} = dw_t + r_t (S_{t-1} gy_t): a scan that starts anew from the states themselves at each segment's end.
-template <class T>
 __device__ void plain_backward(const Arguments& a) {
     __shared__ TokenShared token;
     __shared__ float partial[2][MAX_STRIPS][MAX_HEAD_SIZE], gy_v[MAX_STRIPS], r_u_k[MAX_STRIPS];
@@ -113,7 +110,7 @@ __device__ void plain_backward(const Arguments& a) {
         const int end = min(begin + SEGMENT, s.length);
         load_strip(S, s.slot(a, begin), N, false);
         for (int t = begin; t < end; t++) {
-            load_token<T>(token, a, s, t);
+            load_token(token, a, s, t);
             partial[0][y][x] = strip_dot(S, &token.gy[c0]);
             if (x == 0) gy_v[y] = strip_dot(&token.gy[c0], &token.v[c0]);
             #pragma unroll
@@ -124,7 +121,7 @@ __device__ void plain_backward(const Arguments& a) {
                 float bonus = 0.f;
                 for (int i = 0; i < (int)blockDim.y; i++) bonus += gy_v[i];
                 r_gr[t - begin][x] = token.r[x] * gr;
-                store((T*)a.gr + s.elements + t * s.stride + x, gr + token.u[x] * token.k[x] * bonus);
+                store((float*)a.gr + s.elements + t * s.stride + x, gr + token.u[x] * token.k[x] * bonus);
             }
         }
         __syncthreads();  // the last token's partial sums have been read
@@ -133,7 +130,7 @@ __device__ void plain_backward(const Arguments& a) {
         if (y == 0) G = strip_sum(partial[0]);
 
         for (int t = end - 1; t >= begin; t--) {
-            load_token<T>(token, a, s, t);
+            load_token(token, a, s, t);
             partial[0][y][x] = strip_dot(dS, &token.v[c0]);
             partial[1][y][x] = strip_dot(dSt, &token.k[c0]);
             if (x == 0) {
@@ -150,7 +147,7 @@ __device__ void plain_backward(const Arguments& a) {
             __syncthreads();
             if (y == 0) {
                 const index_t at = s.elements + t * s.stride + x;
-                const float gk = strip_sum(partial[0]), rate = expf(to_float(((const T*)a.w)[at]));
+                const float gk = strip_sum(partial[0]), rate = expf(((const float*)a.w)[at]);
                 float bonus = 0.f, diagonal = 0.f;
                 for (int i = 0; i < (int)blockDim.y; i++) {
                     bonus += gy_v[i];
@@ -159,9 +156,9 @@ __device__ void plain_backward(const Arguments& a) {
                 const float gdecay = G - token.k[x] * gk;
                 G = gdecay + r_gr[t - begin][x];
                 gu += token.r[x] * token.k[x] * bonus;
-                store((T*)a.gk + at, gk + token.u[x] * token.r[x] * bonus);
-                store((T*)a.gv + at, strip_sum(partial[1]) + token.gy[x] * diagonal);
-                store((T*)a.gw + at, rate > NO_GRADIENT ? 0.f : -rate * gdecay);
+                store((float*)a.gk + at, gk + token.u[x] * token.r[x] * bonus);
+                store((float*)a.gv + at, strip_sum(partial[1]) + token.gy[x] * diagonal);
+                store((float*)a.gw + at, rate > NO_GRADIENT ? 0.f : -rate * gdecay);
             }
         }
     }

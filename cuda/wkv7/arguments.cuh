@@ -26,12 +26,6 @@ struct Arguments {
     float* gstate;       // or null
     float* parts;        // if time is split: (groups, heads, V, K), states at the groups' bounds
     float* transitions;  // and (groups, heads, K, K), the map of a state from a group's start to its end
-    // If the kernels make the keys (keys.cuh): `low` is elements like k, the parameters are (heads, head_size), and
-    // forward's bonuses and 1 / lengths, and the bonuses' gradients (null for zeros), are (tokens, heads).
-    const void *low, *a0, *k_k, *k_a, *r_k;
-    float *bonus, *scales;
-    const float* gbonus;
-    void* glow;
     int sequences, length, heads, head_size;
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };

@@ -4,7 +4,6 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <class Keys>
 struct BackwardShared {
     struct Chunk {
         Shape::Rows r, w, v, gy;
@@ -16,7 +15,6 @@ struct BackwardShared {
     PairMatrices pairs;  // and then, in their place, their gradients
     Shape::Rows removed, gremoved;
     float products[CHUNK + 1][N + 4];  // Decays::keep's
-    typename Keys::Parameters parameters;
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns after each element's.
@@ -46,10 +44,9 @@ __device__ __forceinline__ Accumulator sums_after(const Accumulator& x) {
 }
 
 // The gradients of r, w and the keys, by rows of channels: c0 .. c0 + 15, (k, t).
-template <class Keys>
-__device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<Keys>& shared,
-                                                  const typename BackwardShared<Keys>::Chunk& in, int c0, index_t at,
-                                                  index_t row, int valid) {
+__device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared& shared,
+                                                  const BackwardShared::Chunk& in, int c0, index_t at, index_t row,
+                                                  int valid) {
     constexpr int tiles = Shape::tiles, stride = Shape::stride;
     const int lane = lane_id();
     const Operands& o = shared.operands;
@@ -91,7 +88,6 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
         gw.c[e] = rf.c[e] * gr.c[e] - kf.c[e] * gk.c[e] - bf.c[e] * gb.c[e];
         later.c[e] = gw.c[e] + af.c[e] * ga.c[e];
     }
-    in.keys.add_bonus(shared.parameters, c0, rf, kf, gr, gk);  // after gw, in which it cancels
     later = sums_after(later);
     #pragma unroll
     for (int half = 0; half < 2; half++) through[half] = quad_sum(through[half]);
@@ -110,13 +106,14 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
     }
     store_tile((bf16*)a.gr + at, row, valid, transposed(rounded(gr)));
     store_tile((bf16*)a.gw + at, row, valid, transposed(rounded(gw)));
-    in.keys.store_gradients(a, shared.parameters, c0, at, row, valid, gk, ga, gb);
+    store_tile((bf16*)a.gk + at, row, valid, transposed(rounded(gk)));
+    store_tile((bf16*)a.ga + at, row, valid, transposed(rounded(ga)));
+    store_tile((bf16*)a.gb + at, row, valid, transposed(rounded(gb)));
 }
 
-template <class Keys>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     constexpr int tiles = Shape::tiles, stride = Shape::stride;
-    BackwardShared<Keys>& shared = *(BackwardShared<Keys>*)dynamic_shared();
+    BackwardShared& shared = *(BackwardShared*)dynamic_shared();
     Operands& o = shared.operands;
     PairMatrices& pairs = shared.pairs;
     const Sequence s(a);
@@ -130,7 +127,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         fetch(next.w, a.w, s, t0);
         fetch(next.v, a.v, s, t0);
         fetch(next.gy, a.gy, s, t0);
-        next.keys.template start_fetch<true>(a, s, t0);
+        next.keys.start_fetch(a, s, t0);
     };
     const auto start_fetch_of_state = [&](int t0) {
         const bf16* source = chunk_state(a, s, t0);
@@ -141,7 +138,6 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         }
     };
 
-    shared.parameters.load(a, s);
     Accumulator dS[tiles];
     const float* end = a.group ? a.parts : a.gfinal;
     load_state(dS, end ? end + s.state : nullptr, v0, false);
@@ -156,9 +152,9 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         __syncthreads();  // the chunk has arrived, and nobody reads the later one, its state or its operands any more
         start_fetch_of_state(t0);
         const Decays decays(in.w, valid, o);
-        const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
-        decays.reads(load_four(in.r, decays.t, decays.c), keys.a, o);
-        decays.writes(keys.k, keys.b, o);
+        const auto share = [&](const Shape::Rows& rows) { return load_four(rows, decays.t, decays.c); };
+        decays.reads(share(in.r), share(in.keys.a), o);
+        decays.writes(share(in.keys.k), share(in.keys.b), o);
         decays.keep(shared.products);
         cp_async_wait_all();
         __syncthreads();  // the operands are complete, and the state has arrived
@@ -195,11 +191,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         __syncthreads();  // removed and its gradient are complete, and nobody reads the pairs any more
 
         Accumulator gpairs = pair_product(warp, shared.gremoved, in.gy, shared.removed, in.v);
-        if (warp == A_B) in.keys.keep_along(gpairs);
         keep_earlier(warp, gpairs);
         store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK, rounded(gpairs));
         __syncthreads();  // the pairs' gradients are complete
-        channel_gradients<Keys>(a, shared, in, v0, at, s.stride, valid);
+        channel_gradients(a, shared, in, v0, at, s.stride, valid);
     }
     if (a.gstate && !a.group) store_state(a.gstate + s.state, dS, v0, false);
 }

@@ -1,7 +1,41 @@
-// Shared by the two chunked kernels: a chunk's operands, and its tokens' reads of one another's writes. The head
-// comment of wkv7.cu explains the names.
+// Shared by the chunked kernels: a thread's share of a chunk, the operands made of the inputs, and the tokens' reads of
+// one another's writes. The head comment of wkv7.cu explains the names.
 #pragma once
-#include "wkv7/keys.cuh"
+#include "common/chunk.cuh"
+#include "wkv7/arguments.cuh"
+
+// A thread's share of a chunk's tensor: two neighbouring channels of four tokens.
+struct Four { Pair x[4]; };
+
+__device__ __forceinline__ Four load_four(const Shape::Rows& rows, int t, int c) {
+    Four four;
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t pair = *(const uint32_t*)&rows[t + i][c];
+        four.x[i] = Pair{{low_half(pair), high_half(pair)}};
+    }
+    return four;
+}
+
+// The operands made of one chunk, all relative to its start: element (t, c) is that of token t times
+//     r: the decays up to t    a: those before t    k, b: the reciprocal of those up to t
+struct Operands {
+    Shape::Rows r, a, k, b;
+    float whole[N];  // the product of all decays
+};
+
+// A chunk's keys, k, a and b of each token.
+struct Keys {
+    Shape::Rows k, a, b;
+
+    // Starts the copies; k may be spared.
+    template <bool WITH_K = true>
+    __device__ __forceinline__ void start_fetch(const Arguments& from, const Sequence& s, int t0) {
+        if (WITH_K) fetch(k, from.k, s, t0);
+        fetch(a, from.a, s, t0);
+        fetch(b, from.b, s, t0);
+    }
+};
 
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t. A warp has 16 channels, so that the
 // products of other tokens come from its own lanes.
@@ -187,29 +221,16 @@ __device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, co
     return gremoved;
 }
 
-// The makers' work on the first chunk: half of a block's warps make a chunk's operands ahead of the other half, which
-// measures keys still further ahead. `next` is the step from a chunk to the next, in the units of these functions.
-template <class Fetch, class Make, class Pair, class Start, class Measure>
-__device__ __forceinline__ void begin_walk(bool maker, int next, const Fetch& start_fetch, const Make& make_operands,
-                                           const Pair& make_pairs_and_fetch, const Start& start_measure,
-                                           const Measure& measure) {
+// The makers' work on the first chunk: half of a block's warps make a chunk's operands ahead of the other half.
+template <class Fetch, class Make, class Pair>
+__device__ __forceinline__ void begin_walk(bool maker, const Fetch& start_fetch, const Make& make_operands,
+                                           const Pair& make_pairs_and_fetch) {
     if (maker) {
         start_fetch(0);
         cp_async_wait_all();
-    } else {
-        start_measure(0);
-        measure(0);
     }
     __syncthreads();  // the first chunk has arrived
-    if (maker) {
-        make_operands(0);
-    } else {
-        start_measure(next);
-    }
+    if (maker) make_operands(0);
     __syncthreads();  // its operands are complete
-    if (maker) {
-        make_pairs_and_fetch(0);
-    } else {
-        measure(next);
-    }
+    if (maker) make_pairs_and_fetch(0);
 }

@@ -5,7 +5,6 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <class Keys>
 struct ForwardShared {
     struct {
         Shape::Rows r, w, v;
@@ -15,15 +14,12 @@ struct ForwardShared {
         Operands operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
-    typename Keys::Parameters parameters;
-    typename Keys::Bonuses bonuses;
 };
 
-template <class Keys>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape::tiles, stride = Shape::stride;
     static_assert(tiles == PAIRS, "a matrix a maker");
-    ForwardShared<Keys>& shared = *(ForwardShared<Keys>*)dynamic_shared();
+    ForwardShared& shared = *(ForwardShared*)dynamic_shared();
     const Sequence s(a);
     if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
@@ -36,15 +32,15 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         fetch(next.r, a.r, s, t0);
         fetch(next.w, a.w, s, t0);
         fetch(next.v, a.v, s, t0);
-        next.keys.template start_fetch<false>(a, s, t0);
+        next.keys.start_fetch(a, s, t0);
     };
     const auto make_operands = [&](int t0) {
         const auto& in = shared.chunk[t0 / CHUNK % 2];
         Operands& o = shared.made[t0 / CHUNK % 2].operands;
         const Decays decays(in.w, s.length - t0, o);
-        const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
-        decays.reads(load_four(in.r, decays.t, decays.c), keys.a, o);
-        decays.writes(keys.k, keys.b, o);
+        const auto share = [&](const Shape::Rows& rows) { return load_four(rows, decays.t, decays.c); };
+        decays.reads(share(in.r), share(in.keys.a), o);
+        decays.writes(share(in.keys.k), share(in.keys.b), o);
     };
     const auto make_pairs_and_fetch = [&](int t0) {
         auto& made = shared.made[t0 / CHUNK % 2];
@@ -52,18 +48,11 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         make_pairs(warp, made.pairs, made.operands);
         cp_async_wait_all();
     };
-    // The other warps' steps.
-    const int thread = threadIdx.x % Shape::threads;
-    const auto start_measure = [&](int t0) { shared.chunk[t0 / CHUNK % 2].keys.start_measure(a, s, t0, thread); };
-    const auto measure = [&](int t0) {
-        shared.chunk[t0 / CHUNK % 2].keys.template measure<true>(a, s, shared.parameters, t0, thread);
-    };
 
     Accumulator S[tiles];
     const float* start = a.group ? a.parts : a.state;
     load_state(S, start && !maker ? start + s.state : nullptr, v0, false);
-    shared.parameters.load(a, s);
-    begin_walk(maker, CHUNK, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
+    begin_walk(maker, start_fetch, make_operands, make_pairs_and_fetch);
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const auto& made = shared.made[t0 / CHUNK % 2];
         const Operands& o = made.operands;
@@ -73,7 +62,6 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         if (maker) {
             make_operands(t0 + CHUNK);
         } else {
-            start_measure(t0 + 2 * CHUNK);
             v = load_transposed(&shared.chunk[t0 / CHUNK % 2].v[0][v0], stride);
             bf16* checkpoint = a.checkpoints ? chunk_state(a, s, t0) + v0 * N : nullptr;
             #pragma unroll
@@ -83,14 +71,11 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
                 multiply(read, state, load_tile(&o.a[0][b * 16], stride));
                 multiply(y, load_tile(&o.r[0][b * 16], stride), state);
             }
-            shared.bonuses.gather(o, shared.parameters, v0);
         }
         __syncthreads();  // the next chunk's operands are complete, and this one's tokens are read
         if (maker) {
             make_pairs_and_fetch(t0 + CHUNK);
         } else {
-            measure(t0 + 2 * CHUNK);
-            shared.bonuses.store(a, s, t0, thread);
             multiply(read, v, load_tile(&made.pairs.of[A_K][0][0], CHUNK + 8));
             const Tile removed = rounded(solve(read, made.pairs));
             multiply(y, load_tile(&made.pairs.of[R_B][0][0], CHUNK + 8), removed);

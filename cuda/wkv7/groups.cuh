@@ -10,7 +10,6 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <class Keys>
 struct GroupShared {
     struct {
         Shape::Rows r, w, x;  // r only in backward
@@ -20,16 +19,15 @@ struct GroupShared {
         Operands operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
-    typename Keys::Parameters parameters;
 };
 
 // A group's local state, and in forward its transition, which backward takes from forward. The state's inputs are v,
 // through k, or in backward gy, through r. Half of the warps are makers, as in chunked_forward.
-template <class Keys, bool BACKWARD>
+template <bool BACKWARD>
 __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     constexpr int tiles = Shape::tiles, stride = Shape::stride, states = BACKWARD ? 1 : 2;
     constexpr PairName driven = BACKWARD ? R_B : A_K;
-    GroupShared<Keys>& shared = *(GroupShared<Keys>*)dynamic_shared();
+    GroupShared& shared = *(GroupShared*)dynamic_shared();
     const Sequence s(a);
     if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
@@ -45,18 +43,16 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (BACKWARD) fetch(next.r, a.r, s, start(i));
         fetch(next.w, a.w, s, start(i));
         fetch(next.x, BACKWARD ? a.gy : a.v, s, start(i));
-        next.keys.template start_fetch<BACKWARD, !BACKWARD>(a, s, start(i));
+        next.keys.template start_fetch<!BACKWARD>(a, s, start(i));
     };
     const auto make_operands = [&](int i) {
         if (is_past(i)) return;
         const auto& in = shared.chunk[i % 2];
         Operands& o = shared.made[i % 2].operands;
         const Decays decays(in.w, s.length - start(i), o);
-        // Twice, because states leave few registers.
-        const auto share = [&] { return typename Keys::Share(in.keys, shared.parameters, decays.t, decays.c); };
-        decays.template reads<BACKWARD>(load_four(in.r, decays.t, decays.c), share().a, o);
-        const auto keys = share();
-        decays.template writes<!BACKWARD>(keys.k, keys.b, o);
+        const auto share = [&](const Shape::Rows& rows) { return load_four(rows, decays.t, decays.c); };
+        decays.template reads<BACKWARD>(share(in.r), share(in.keys.a), o);
+        decays.template writes<!BACKWARD>(share(in.keys.k), share(in.keys.b), o);
     };
     const auto make_pairs_and_fetch = [&](int i) {
         if (is_past(i)) return;
@@ -65,15 +61,6 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (warp == 0) make_pairs(A_B, made.pairs, made.operands);
         if (warp == 1) make_pairs(driven, made.pairs, made.operands);
         cp_async_wait_all();
-    };
-    // The other warps' steps in forward.
-    const int thread = threadIdx.x % Shape::threads;
-    const auto start_measure = [&](int i) {
-        if (!BACKWARD && !is_past(i)) shared.chunk[i % 2].keys.start_measure(a, s, start(i), thread);
-    };
-    const auto measure = [&](int i) {
-        if (BACKWARD || is_past(i)) return;
-        shared.chunk[i % 2].keys.template measure<false>(a, s, shared.parameters, start(i), thread);
     };
 
     Accumulator S[states][tiles];  // local, transition
@@ -85,8 +72,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
             S[0][b].c[e] = 0.f;
             if (!BACKWARD) S[states - 1][b].c[e] = v0 + tile_row(lane, e) == b * 16 + tile_column(lane, e) ? 1.f : 0.f;
         }
-    shared.parameters.load(a, s);
-    begin_walk(maker, 1, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
+    begin_walk(maker, start_fetch, make_operands, make_pairs_and_fetch);
     for (int i = 0; !is_past(i); i++) {
         const auto& made = shared.made[i % 2];
         const Operands& o = made.operands;
@@ -98,7 +84,6 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (maker) {
             make_operands(i + 1);
         } else {
-            start_measure(i + 2);
             const Tile x = load_transposed(&shared.chunk[i % 2].x[0][v0], stride);  // (v, t)
             const bf16* pair = &made.pairs.of[driven][0][0];
             #pragma unroll
@@ -119,7 +104,6 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (maker) {
             make_pairs_and_fetch(i + 1);
         } else {
-            measure(i + 2);
             #pragma unroll
             for (int j = 0; j < states; j++) {
                 const Tile solved = rounded(BACKWARD ? solve_turned(read[j], made.pairs) : solve(read[j], made.pairs));

@@ -1,4 +1,4 @@
-// The plain kernels: any head size up to 128 that is a multiple of 4, float32 or bf16, all arithmetic in float32.
+// The plain kernels: any head size up to 128 that is a multiple of 4, float32.
 //
 // Rows of the state, one for each value, do not depend on each other, forward or backward: row(S) needs only its own
 // removed = row . a, and so does the gradient's row. Thread (x, y) of a head's block owns a strip of row y, columns
@@ -22,9 +22,8 @@ struct PlainShared {
 };
 
 // Loads `valid` tokens from token t0 on.
-template <class T>
 __device__ void load_tokens(PlainShared& shared, const Arguments& a, const Sequence& s, int t0, int valid) {
-    const auto element = [&](const void* tensor, index_t at) { return to_float(((const T*)tensor)[at]); };
+    const auto element = [&](const void* tensor, index_t at) { return ((const float*)tensor)[at]; };
     const int threads = blockDim.x * blockDim.y;
     __syncthreads();  // nobody reads the previous tokens any more
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < valid * MAX_HEAD_SIZE; i += threads) {
@@ -87,7 +86,6 @@ __device__ __forceinline__ void step_column(float* S, const PlainShared& in, int
     for (int i = 0; i < STRIP; i++) S[i] = decay * S[i] + in.removed[t][v0 + i] * b + in.v[t][v0 + i] * k;
 }
 
-template <class T>
 __device__ void plain_forward(const Arguments& a) {
     PlainShared& shared = *(PlainShared*)dynamic_shared();
     const Sequence s(a);
@@ -98,11 +96,11 @@ __device__ void plain_forward(const Arguments& a) {
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const int valid = min(CHUNK, s.length - t0);
         if (a.checkpoints && t0 % SEGMENT == 0) store_row(s.slot(a, t0), S, N);
-        load_tokens<T>(shared, a, s, t0, valid);
+        load_tokens(shared, a, s, t0, valid);
         for (int t = 0; t < valid; t++) {
             step_row(S, shared, t);
             const float y = whole_dot(S, &shared.r[t][c0]);
-            if (threadIdx.x == 0 && row < N) store((T*)a.y + s.elements + (t0 + t) * s.stride + row, y);
+            if (threadIdx.x == 0 && row < N) store((float*)a.y + s.elements + (t0 + t) * s.stride + row, y);
         }
     }
     if (a.final_state) store_row(a.final_state + s.state, S, N);
@@ -110,7 +108,6 @@ __device__ void plain_forward(const Arguments& a) {
 
 // The gradients of r, w, k, a and b over some tokens, from a column of the state before them and of the gradient dS
 // after them, which becomes that before them.
-template <class T>
 __device__ void column_gradients(const Arguments& a, const Sequence& s, const PlainShared& in, int t0, int valid,
                                  const float* start, float* dS) {
     const int v0 = threadIdx.x * STRIP, c = threadIdx.y;
@@ -131,16 +128,15 @@ __device__ void column_gradients(const Arguments& a, const Sequence& s, const Pl
         if (threadIdx.x != 0 || c >= a.head_size) continue;
         const index_t at = s.elements + (t0 + t) * s.stride + c;
         // sigmoid(w) sigmoid(-w), in which no digits cancel
-        const float e = expf(-fabsf(to_float(((const T*)a.w)[at]))), slope = DECAY_RATE * e / ((1.f + e) * (1.f + e));
-        store((T*)a.gr + at, gr);
-        store((T*)a.gw + at, gdecay * in.decay[t][c] * slope);
-        store((T*)a.gk + at, gk);
-        store((T*)a.ga + at, ga);
-        store((T*)a.gb + at, gb);
+        const float e = expf(-fabsf(((const float*)a.w)[at])), slope = DECAY_RATE * e / ((1.f + e) * (1.f + e));
+        store((float*)a.gr + at, gr);
+        store((float*)a.gw + at, gdecay * in.decay[t][c] * slope);
+        store((float*)a.gk + at, gk);
+        store((float*)a.ga + at, ga);
+        store((float*)a.gb + at, gb);
     }
 }
 
-template <class T>
 __device__ void plain_backward(const Arguments& a) {
     PlainShared& shared = *(PlainShared*)dynamic_shared();
     const Sequence s(a);
@@ -158,7 +154,7 @@ __device__ void plain_backward(const Arguments& a) {
         int valid = CHUNK;
         for (int from = t0 / SEGMENT * SEGMENT; from <= t0; from += CHUNK) {
             valid = min(CHUNK, s.length - from);
-            load_tokens<T>(shared, a, s, from, valid);
+            load_tokens(shared, a, s, from, valid);
             for (int t = 0; t < valid; t++) {
                 const float removed = step_row(S, shared, t);
                 if (threadIdx.x == 0) shared.removed[t][row] = removed;
@@ -176,10 +172,10 @@ __device__ void plain_backward(const Arguments& a) {
             for (int i = 0; i < STRIP; i++) dS[i] = shared.decay[t][c0 + i] * dS[i] + gremoved * shared.a[t][c0 + i];
             if (threadIdx.x != 0) continue;
             shared.gremoved[t][row] = gremoved;
-            if (row < N) store((T*)a.gv + s.elements + (t0 + t) * s.stride + row, gv);
+            if (row < N) store((float*)a.gv + s.elements + (t0 + t) * s.stride + row, gv);
         }
         __syncthreads();  // removed and its gradient are known
-        column_gradients<T>(a, s, shared, t0, valid, S_column, dS_column);
+        column_gradients(a, s, shared, t0, valid, S_column, dS_column);
     }
     if (a.gstate) store_row(a.gstate + s.state, dS, N);
 }

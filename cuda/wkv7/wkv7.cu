@@ -38,8 +38,7 @@
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
-// (groups.cuh). k, a and b are given, or made inside the kernels from smaller inputs (keys.cuh). All else goes through
-// the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
+// (groups.cuh). All else goes through the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
 //
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"
@@ -49,25 +48,11 @@
 #include "wkv7/groups.cuh"
 #include "wkv7/plain.cuh"
 
-// Blocks that registers should suffice for: at compute capability 12, shared memory has room for only one.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int GROUPS_RESIDENT = 1;
-#else
-constexpr int GROUPS_RESIDENT = 2;
-#endif
-
-RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<GivenKeys>, 256, 2, sizeof(ForwardShared<GivenKeys>))
-RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<GivenKeys>, 128, 3, sizeof(BackwardShared<GivenKeys>))
-RECURRENCE_KERNEL(wkv7_forward_groups_64, (chunked_groups<GivenKeys, false>), 256, 2, sizeof(GroupShared<GivenKeys>))
-RECURRENCE_KERNEL(wkv7_backward_groups_64, (chunked_groups<GivenKeys, true>), 256, 2, sizeof(GroupShared<GivenKeys>))
-RECURRENCE_KERNEL(wkv7_forward_keys_64, chunked_forward<MadeKeys>, 256, 2, sizeof(ForwardShared<MadeKeys>))
-RECURRENCE_KERNEL(wkv7_backward_keys_64, chunked_backward<MadeKeys>, 128, 3, sizeof(BackwardShared<MadeKeys>))
-RECURRENCE_KERNEL(wkv7_forward_groups_keys_64, (chunked_groups<MadeKeys, false>), 256, GROUPS_RESIDENT,
-                  sizeof(GroupShared<MadeKeys>))
-RECURRENCE_KERNEL(wkv7_backward_groups_keys_64, (chunked_groups<MadeKeys, true>), 256, 2, sizeof(GroupShared<MadeKeys>))
+RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward, 256, 2, sizeof(ForwardShared))
+RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward, 128, 3, sizeof(BackwardShared))
+RECURRENCE_KERNEL(wkv7_forward_groups_64, chunked_groups<false>, 256, 2, sizeof(GroupShared))
+RECURRENCE_KERNEL(wkv7_backward_groups_64, chunked_groups<true>, 256, 2, sizeof(GroupShared))
 RECURRENCE_KERNEL(wkv7_forward_scan_64, scan_groups<false>, 128, 4, sizeof(ScanShared))
 RECURRENCE_KERNEL(wkv7_backward_scan_64, scan_groups<true>, 128, 4, sizeof(ScanShared))
-RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1, sizeof(PlainShared))
-RECURRENCE_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, sizeof(PlainShared))
-RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1, sizeof(PlainShared))
-RECURRENCE_KERNEL(wkv7_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1, sizeof(PlainShared))
+RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward, 1024, 1, sizeof(PlainShared))
+RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward, 1024, 1, sizeof(PlainShared))

@@ -40,7 +40,6 @@ inline uint32_t __float_as_uint(float x) {
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 inline float exp2_approx(float x) { return flushed(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flushed(1.f / x); }
-inline float reciprocal_root_approx(float x) { return flushed(1.f / std::sqrt(x)); }
 
 inline uint32_t round_bf16(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -52,9 +51,6 @@ inline char* dynamic_shared() { return shim::block().dynamic; }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) {
     shim::block().fiber().copies.push_back({shared, valid ? global : nullptr, 16});
-}
-inline void cp_async_4(void* shared, const void* global, bool valid) {
-    shim::block().fiber().copies.push_back({shared, valid ? global : nullptr, 4});
 }
 inline void cp_async_wait_all() {
     auto& copies = shim::block().fiber().copies;

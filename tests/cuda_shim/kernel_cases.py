@@ -5,7 +5,6 @@ from unittest.mock import patch
 
 import torch
 
-from rwkv_peft.fused import norm_ddlerp, norm_lerp
 from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cuda as decode_cuda
@@ -13,7 +12,7 @@ from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.mix import gpu_lerp
-from rwkv_peft.ops.mix.elements import KERNELS, head_sizes
+from rwkv_peft.ops.mix.elements import KERNELS
 
 
 def draws(dtype, seed=0):
@@ -38,19 +37,10 @@ def mix(kernels):
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
-            factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
-            x, last, norm = low(1, 129, 128), low(1, 128), low(2, 128)
-            inputs = 1e-5, None, last, x, *norm, *factors
-            with patch.object(norm_lerp, "STRIPS", 4):  # of several tokens each
-                results += differentiated(norm_ddlerp.NormDDLerp, (2, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
             results += others(randn)
-        inputs = low(1, 3, 2112), low(1, 2112), *low(2, 2112), low(2, 2112), 1e-5, None
-        with patch.object(norm_lerp, "STRIPS", 1):
-            results += differentiated(norm_lerp.NormLerp, (0, 1), *inputs)
-        results += bonus_gate(low, 1e-5)
     return results
 
 
@@ -70,17 +60,6 @@ def others(randn):
     return results + differentiated(KERNELS["norm_bonus_gate"], tuple(range(1, 9)), *inputs)
 
 
-def bonus_gate(randn, eps):
-    """Results of the kernels after wkv7 with its keys."""
-    y, v, bonus = randn(1, 70, 2, 20), randn(1, 70, 2, 20), randn(1, 70, 2).float()
-    given = dict(y=y, v=v, g=randn(1, 70, 40), bonus=bonus, weight=randn(40), bias=randn(40))
-    outs = dict(out=torch.empty(1, 70, 40, dtype=y.dtype))
-    mix_cpu.call("bonus_gate_forward", y, given | outs, eps=eps, **head_sizes(y))
-    gradients = {f"g{name}": torch.empty_like(given[name]) for name in ("y", "v", "g", "bonus")}
-    mix_cpu.call("bonus_gate_backward", y, given | gradients | dict(grad=outs["out"]), eps=eps, **head_sizes(y))
-    return [*outs.values(), *gradients.values()]
-
-
 def bone(kernels):
     results = []
     with patch.object(bone_cuda.FAMILY, "kernels", lambda device: kernels), patch.object(bone_cuda, "BLOCKS", 2):
@@ -92,9 +71,6 @@ def bone(kernels):
             results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
             if bone_cuda.has_products(x, rank):
                 results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
-                deferred, dz = randn(150, rank), randn(150, 4 * rank)
-                results += [*bone_cuda.affine(x, matrices, 0.3, deferred)]
-                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, deferred), dz]
     return results
 
 

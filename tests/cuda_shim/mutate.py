@@ -27,7 +27,7 @@ from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
-KINDS = [(64, torch.bfloat16, {}), (40, torch.bfloat16, {}), (40, torch.float32, {})]
+KINDS = [(64, torch.bfloat16, {}), (40, torch.float32, {})]
 KINDS += [(64, torch.bfloat16, {"group": 64})]
 LENGTHS = [81, 48]
 
@@ -42,16 +42,9 @@ def recurrence(cases):
     return run
 
 
-def wkv7(kernels):
-    """The same for wkv7, with the results of the kernels that make their keys."""
-    made = wkv7_cases.make_keys_case(1, 129, 1, lengths=LENGTHS)
-    of_keys = [x for group in (0, 64) for x in wkv7_cases.run_keys(kernels, made, group)]
-    return recurrence(wkv7_cases)(kernels) + of_keys
-
-
 FAMILIES = {  # a CudaFamily, and what its kernels give
     "wkv6": (WKV6, recurrence(cases)),
-    "wkv7": (WKV7, wkv7),
+    "wkv7": (WKV7, recurrence(wkv7_cases)),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),
     "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),

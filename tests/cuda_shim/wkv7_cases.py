@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import torch
 
@@ -11,7 +10,6 @@ from rwkv_peft.ops.wkv7 import cuda, reference
 
 INPUTS = ("r", "w", "k", "v", "a", "b")
 RESULTS = ("y", "final state", "gr", "gw", "gk", "gv", "ga", "gb", "gstate")
-KEYS_RESULTS = ("y", "final state", "bonus", "gr", "gw", "gk", "gv", "glow", "gstate")
 DECAYS = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "mixed": (-8.0, 8.0)}  # bounds of w
 
 
@@ -56,68 +54,6 @@ def make_case(shape, dtype, *, decay="usual", with_state=True, lengths=None, rep
 
 
 run = partial(wkv6_cases.run, cuda=cuda)
-
-
-@dataclass(frozen=True)
-class KeysCase:
-    """A case whose kernels make the keys from its k and from low (B, T, H, N), with parameters (H, N), and the gradient
-    of the bonuses (B, T, H) float32 or None."""
-
-    case: Case
-    low: torch.Tensor
-    a0: torch.Tensor
-    k_k: torch.Tensor
-    k_a: torch.Tensor
-    r_k: torch.Tensor
-    gbonus: torch.Tensor | None
-
-    @property
-    def parameters(self):
-        return dict(a0=self.a0, k_k=self.k_k, k_a=self.k_a, r_k=self.r_k)
-
-    @property
-    def inputs(self):
-        return self.case.r, self.case.w, self.case.k, self.case.v, self.low
-
-
-def make_keys_case(B, T, H, *, with_bonus=True, **kinds):
-    """A random KeysCase in bfloat16, with head size 64; kinds: as in make_case."""
-    g = torch.Generator().manual_seed(1 + kinds.get("seed", 0))
-    low, a0, k_k, k_a, r_k = (torch.randn(*shape, generator=g) for shape in ((B, T, H, 64), *4 * [(H, 64)]))
-    tensors = (x.bfloat16() for x in (3 * low, a0, 0.8 + 0.2 * k_k, 1 + 0.2 * k_a, 0.3 * r_k))
-    gbonus = torch.randn(B, T, H, generator=g) if with_bonus else None
-    return KeysCase(make_case((B, T, H, 64), torch.bfloat16, **kinds), *tensors, gbonus)
-
-
-def run_keys(kernels, made, group=0):
-    """`run` for the kernels that make their keys: results in the order of KEYS_RESULTS."""
-    case = made.case
-    bonus, scales = (case.r.new_empty(case.r.shape[:3], dtype=torch.float32) for _ in range(2))
-    given, further = (*made.inputs, case.state, case.cu_seqlens), made.parameters | dict(scales=scales)
-    of_bonus = {} if made.gbonus is None else dict(gbonus=made.gbonus)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
-        y, final, checkpoints = cuda.WITH_KEYS.forward(*given, save=True, group=group, bonus=bonus, **further)
-        saved = (checkpoints, case.gy, case.gfinal)
-        gradients = cuda.WITH_KEYS.backward(*given, *saved, group=group, **further, **of_bonus)
-    return (y, final, bonus, *gradients)[: None if case.state is not None else -1]
-
-
-def keys_in(made, dtype):
-    """The results in plain torch, all of it in dtype, by autograd through delta_keys' formula and the recurrence."""
-    case = made.case
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*made.inputs, case.state)]
-    r, w, k, v, low, state = leaves
-    a0, k_k, k_a, r_k = (x.to(dtype) for x in made.parameters.values())
-    rate, n = torch.sigmoid(a0 + low), torch.nn.functional.normalize(k * k_k, dim=-1)
-    key = k * (1 + (rate - 1) * k_a)
-    loop = reference.wkv7 if dtype == torch.float64 else _loop
-    y, final = loop(r, w, key, v, -n, n * rate, state, case.cu_seqlens)
-    bonus = (r * key * r_k).sum(-1)
-    loss = (y * case.gy.to(dtype)).sum()
-    for x, gradient in ((final, case.gfinal), (bonus, made.gbonus)):
-        loss = loss if gradient is None else loss + (x * gradient.to(dtype)).sum()
-    gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
-    return [x.detach() for x in (y, final, bonus, *gradients)]
 
 
 def truth(case):

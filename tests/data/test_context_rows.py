@@ -68,7 +68,7 @@ def test_rows_without_what_is_learned_from(row, message):
 def test_student_and_teacher_count_the_same_tokens(data):
     rows = [ROW | {"context": "Bo is 3. " * n, "question": "Bo?" * n} for n in range(1, 6)]
     samples = build_samples(data(rows, seed=None, ctx_len=100), 257)
-    assert len(samples) == 5 and samples.packs(2) == (2, 2) and "5 rows with contexts" in samples.notes
+    assert len(samples) == 5 and "5 rows with contexts" in samples.notes
     batch = TrainBatches(samples, 3).batch(0, 0)
     read = BytesTokenizer().decode
     theirs = batch["teacher_tokens"][0].tolist()

@@ -56,16 +56,6 @@ def test_a_packed_batch_holds_the_documents_and_where_they_begin(config):
     assert {tuple(document) for document in seen} == {tuple(document) for document in documents}
 
 
-def test_how_many_documents_a_batch_may_pack_is_known_before_it_is_read(config):
-    documents = [[1] * 9, [2] * 5, [3] * 5, *[[4] * 3] * 4]  # rows of one, two and four
-    samples = build_samples(config(documents, ctx_len=8, dataload="pack"), 65536)
-    assert sorted(len(samples[n]) for n in range(3)) == [1, 2, 4]
-    assert samples.packs(1) == (1, 4) and samples.packs(3) == (3, 12)
-    few = samples.subset(np.flatnonzero([len(row) < 4 for row in samples._rows]))
-    assert few.packs(2) == (2, 4)
-    assert build_samples(config(documents, ctx_len=8), 65536).packs(3) == (0, 0)
-
-
 def test_packing_says_how_full_the_rows_are_and_what_it_cuts(config):
     samples = build_samples(config([[1] * 9, [2] * 5, [3] * 5, [4] * 30], ctx_len=8, dataload="pack"), 65536)
     assert len(samples) == 3

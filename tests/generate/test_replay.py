@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import shaken
+from generate.graphs_emulated import REFUSED, Graph, emulate
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.generate import replay
 from rwkv_peft.generate import sampling as sampling_module
@@ -19,7 +20,6 @@ from rwkv_peft.generate.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.models.state import grows
 from rwkv_peft.ops.decode import cpu as decode
-from training.graphs_emulated import REFUSED, Graph, emulate
 
 VOCABULARY = 257
 FIXED = [family for family in FAMILIES if not grows(family.new_dimensions(2, 64, VOCABULARY))]

@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,18 +58,9 @@ def test_blocks_see_tokens():
     assert changed.tolist() == [bool(token == tokens[0, 3]) for token in tokens[0]]
 
 
-def test_graphs_which_record_no_tokens_are_refused_before_the_first_step(monkeypatch):
-    from rwkv_peft.training.engine import trainer
-
-    monkeypatch.setattr(trainer, "family_named", {ThirdFamily.version: ThirdFamily()}.__getitem__)
-    config = SimpleNamespace(model=ThirdConfig, adapter=None, train=SimpleNamespace(cuda_graphs=True))
-    with pytest.raises(UserError, match="--cuda_graphs 1: blocks of RWKV-third see tokens, which no graph records"):
-        trainer.make_lit(SimpleNamespace(config=config, plan=None, model=a_model()))
-
-
 def test_it_trains_in_segments_with_states_and_parts(files):
     said, trained = (files / "said").read_text(), load_file(files / "run" / "adapter.safetensors")
-    assert "RWKV-third" in said and "all blocks plain: this generation has no fused form" in said
+    assert "RWKV-third" in said
     losses = [line["loss"] for line in metrics(files, "run")]
     assert len(losses) == 4 and losses[-1] < losses[0]
     kinds = {key.split(".", 2)[2] for key in trained}

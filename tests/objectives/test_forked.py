@@ -13,7 +13,7 @@ from rwkv_peft.objectives.answers import OfAnswers
 from rwkv_peft.objectives.documents import counted_losses, per_document
 from rwkv_peft.training.step import forked as module
 from rwkv_peft.training.step.forked import Handed, forked, on_device, tokens_read
-from rwkv_peft.training.step.steps import Whole, straight
+from rwkv_peft.training.step.steps import Whole, plain_forward
 from training.test_steps import VOCABULARY, compare, gradients, shaken
 
 EVERY = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
@@ -42,7 +42,7 @@ def batches(groups=SHARED):
 
 def weighed(model, batch):
     """A number whose gradients are those of every counted token's loss, with a factor each."""
-    losses = counted_losses(lambda head: straight(model, batch, head), batch)
+    losses = counted_losses(lambda head: plain_forward(model, batch, head), batch)
     return (losses * torch.linspace(-1, 2, len(losses), dtype=losses.dtype)).sum(), losses.detach()
 
 

@@ -23,7 +23,7 @@ from rwkv_peft.objectives.ipo import IPO
 from rwkv_peft.objectives.kto import KTO
 from rwkv_peft.objectives.orpo import ORPO
 from rwkv_peft.objectives.simpo import SimPO
-from rwkv_peft.training.step.steps import Whole, straight
+from rwkv_peft.training.step.steps import Whole, plain_forward
 
 VOCABULARY = 30
 OWN = {"pissa": {"svd_niter": 0}, "lora": {"alpha": 16.0}}
@@ -200,7 +200,7 @@ def test_losses_are_those_of_trl():
 def test_dropout_does_not_touch_what_answers_are_measured_by(method):
     adapter = AdapterConfig(method=method, rank=4, alpha=8.0, dropout=0.5)
     model, batch = shake(make(DISTINCT[0], adapter)), batch_of("dpo", [7, 4])
-    through = partial(straight, model, batch)
+    through = partial(plain_forward, model, batch)
     with torch.no_grad(), untrained(model):
         model.train()
         dropping = log_probabilities(through, batch)

@@ -226,7 +226,7 @@ def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
         for head_size in range(4, 132, 4):
             name, block = cuda.RECURRENCE.kernel(direction, head_size, dtype)
             assert direction in name and (name in cuda.RECURRENCE.plain or dtype == torch.bfloat16)
-            assert block is None if name in cuda.RECURRENCE.chunked() else math.prod(block) <= bounds[name]
+            assert block is None if name in chunked(cuda) else math.prod(block) <= bounds[name]
 
 
 @pytest.mark.parametrize(

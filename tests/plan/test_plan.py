@@ -57,24 +57,9 @@ def test_what_does_not_fit_says_so_and_exits_with_1(capsys):
     assert "does not fit: 0.56 GiB can be used" in out and "--micro_bsz up to none at --ctx_len 128" in out
 
 
-def test_cuda_graphs_hold_what_a_step_would_free_and_one_more_gradient():
-    plain, graphs = (estimate("--cuda_graphs", graphs) for graphs in "01")
-    parts = graphs.parts(2, 128)
-    assert size(parts, "gradients, in the CUDA graph") == 2 * graphs.counts.trains
-    assert all("update" in part.when for part in parts if part.name in ("activations", "work of a block"))
-    assert size(parts, "activations") == size(plain.parts(2, 128), "activations")
-    assert peak(parts, GPU) >= peak(plain.parts(2, 128), GPU) + 2 * graphs.counts.trains
-    words = {change.flags for change in changes(graphs, 2 << 30)}
-    assert "--cuda_graphs 0" in words and words.isdisjoint({"--grad_cp 1", "--strategy deepspeed_stage_3"})
-
-
 def test_a_pair_of_answers_is_two_rows():
-    plain = "--fused", "0"  # steps that also ask the base keep the feed-forward layer by layer
-    rows, pairs = estimate(*plain), estimate("--data_type", "pairs", *plain)
+    rows, pairs = estimate(), estimate("--data_type", "pairs")
     assert pairs.parts(3, 128) == rows.parts(6, 128)
-    replayed = estimate("--data_type", "pairs", "--cuda_graphs", "1").parts(3, 128)
-    base = size(replayed, "work of the base's pass, in its CUDA graphs")
-    assert 0 < base <= size(replayed, "activations") / 4  # layers
 
 
 def test_drawing_takes_states_and_logits_of_its_own():
@@ -113,7 +98,7 @@ def test_the_largest_batch_and_context_fit_and_no_larger_ones():
 
 
 COMBINATIONS = (
-    ("", "--cuda_graphs 1", "--compile"),
+    ("", "--compile"),
     ("", "--grad_cp 1"),
     ("--bone_r 64", "--bone_r 64 --quant nf4", "--peft lora", "--peft none", "--peft none --save_dtype fp32"),
     ("", "--dataload pack"),
@@ -146,11 +131,6 @@ def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(
 def test_an_adapter_that_does_not_fit_the_layers_is_not_advised(capsys):
     assert main(["plan", *NEW, "--dim_ffn", "224", "--peft", "none", "--gpu", "8GiB"]) == 0  # of which 64 is no divisor
     assert "--peft bone" not in capsys.readouterr().out
-
-
-def test_cuda_graphs_are_not_planned_for_a_cpu():
-    with pytest.raises(UserError, match="this plan is for a CPU; leave it out, or name the memory of a GPU"):
-        main(["plan", *NEW, "--cuda_graphs", "1", "--accelerator", "cpu"])
 
 
 def test_each_change_that_is_named_lowers_the_peak_and_none_that_does_is_left_out():

@@ -108,7 +108,7 @@ def test_every_step_runs_and_what_matters_comes_first(check):
     first = ["card", "build", "smoke x070", "smoke x060", "memcheck", *steps, "engine x070", "engine x060"]
     assert names[:15] == [*first, "decode x070", "decode x060"]
     settings = ("stage 2", "stage 3", "stage 2 offload", "stage 3 offload", "grad_cp", "compile", "nf4", "int8")
-    for case in ("large", *settings, "fp32", "infctx", "graphs", "packed graphs", "two GPUs"):
+    for case in ("large", *settings, "fp32", "infctx", "two GPUs"):
         assert f"engine {case}" in names
     assert {"above 2^31", "every kernel", "kernels", "profile", "sanitizer mix", "tests"} <= set(names)
     assert exceptions(check) == {}

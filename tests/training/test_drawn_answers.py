@@ -185,7 +185,6 @@ def flags(*more):
     "more, words",
     [
         (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
-        (["--cuda_graphs", "1"], "--cuda_graphs 1: each step has answers of other lengths"),
         (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
         (["--learn_batch", "0"], "0 is below 1"),
         (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),

@@ -42,7 +42,6 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert "| method | Bone bat-in, rank " in card and "| steps | " in card and "--bone_checkpoint adapter" in card
     assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
     assert "2 epochs of 4 steps, 4 windows a step" in one_process
-    assert "\nfused     2 of 2 blocks plain: fusions are for GPUs\n" in one_process
     lines = metrics(files, "one")
     assert [line["step"] for line in lines] == list(range(8))
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -66,8 +65,7 @@ def test_a_processor_without_instructions_for_a_precision_is_told(command, one_p
 
 def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     few = ("--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key")
-    out, _ = train("single", *few, "--lr_init", "auto", "--fused", "0")
-    assert "\nfused     2 of 2 blocks plain: --fused 0\n" in out
+    out, _ = train("single", *few, "--lr_init", "auto")
     assert "steps     1: " in out and "1 epoch of 1 step, 1 window a step; each window is seen" in out
     assert "note: 1 steps are few" not in out and "note: 1 step is few to learn from: --epoch_count 50 has" in out
     assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/guides/learning-rates.md)\n" in out

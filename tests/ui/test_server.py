@@ -183,7 +183,7 @@ def test_a_choice_says_when_each_value_is_taken():
 def test_fields_have_the_defaults_of_their_flags():
     defaults = {field["flag"]: field["default"] for group in form() for field in group["fields"]}
     said = {"bone_r": "64", "peft": "bone", "lr_init": "auto", "clip_low": "0.2"}  # in the help alone
-    assert defaults.items() >= (said | {"val_every": "0", "weight_decay": "0.0", "grad_cp": "0", "fused": "1"}).items()
+    assert defaults.items() >= (said | {"val_every": "0", "weight_decay": "0.0", "grad_cp": "0"}).items()
 
 
 def test_a_preview_shows_what_counts(server):

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..config import AdapterConfig
 from .block_affine import BlockAffine, fit, sizes
 from .change import Params
-from .functions.bat_in import bat_in, times
-from .method import BlockTerm, HfForm, Method, Shapes, Tensors, Upstream
+from .functions.bat_in import bat_in
+from .method import HfForm, Method, Shapes, Tensors, Upstream
 from .product import Frozen
 
 
@@ -21,17 +21,12 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
     return bat_in(x, base, params["bone"])
 
 
-def term(params: Params, scale: float) -> BlockTerm:
-    return BlockTerm(times(params["bone"], scale), 1 / scale)
-
-
 # W'_ab = W_ab + W_ab B_b + B_b: one matrix for each block of inputs, `bone` (in/rank, rank, rank)
 METHOD = Method(
     name="bat-in",
     tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
     change=BlockAffine(index="b"),
     apply=apply,
-    term=term,
     upstream=Upstream(),
     hf=HfForm(("bat-in",), dims=3),
 )

@@ -77,5 +77,4 @@ METHOD = Method(
     apply=apply,
     held=Constants(("bone_scale",), make, keep),
     step=lambda method, config, in_features: math.sqrt(2),  # of two terms of size 1
-    term=bat_in.term,
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from .change import Params
 from .functions.tokens import linear
-from .method import BlockTerm, Method
+from .method import Method
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
 
@@ -77,10 +77,6 @@ class AdapterLinear(nn.Module):
             params = self.method.residual.first(params)
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)
-
-    def term(self) -> BlockTerm | None:
-        """The method's term of the layer's tensors, None if it has none."""
-        return None if self.method.term is None else self.method.term(self.params, self.scale)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

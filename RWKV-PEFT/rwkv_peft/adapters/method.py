@@ -33,14 +33,6 @@ class Layer(Protocol):
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None: ...
 
 
-class BlockTerm(NamedTuple):
-    """An adapter's addition to y = W x, as data, if it works on blocks of the input: with u_b = B_b x_b for each b,
-    y = W (x + u) and, added to each block of y, factor Σ_b u_b. matrices: B (in/r, r, r)."""
-
-    matrices: Tensor
-    factor: float
-
-
 class Misfit(NamedTuple):
     """The reason why a size does not fit a layer: the setting (a field of AdapterConfig) has the given value, problem
     says what is wrong with it; nearest is the nearest value that fits (0: any lower one); instead names a method
@@ -171,7 +163,6 @@ class Method:
     rates: tuple[tuple[str, str], ...] = ()
     step: "FirstStep" = lambda method, config, in_features: 1.0
     pace: float = 1.0
-    term: Callable[[Params, float], BlockTerm] | None = None
     lora: Callable[[Params, float, int, int], Params] | None = None
     upstream: Upstream | None = None
     hf: HfForm | None = None

@@ -63,7 +63,6 @@ RULES = (
     Rule("--data_type prompts", EXCLUDES, "--context_parallel", "a rank draws and learns whole answers", OUT),
     Rule("--data_type prompts", EXCLUDES, "--dataload !pack", "answers are packed", OUT),
     Rule("--data_type prompts", EXCLUDES, "--loss_mask !file", "answers alone count", OUT),
-    Rule("--data_type prompts", EXCLUDES, "--cuda_graphs 1", "each step has answers of other lengths", OUT),
     Rule("--data_type prompts", EXCLUDES, "--retain_data", "it is measured by answers that rows hold", OUT),
     Rule("--data_type prompts", EXCLUDES, STAGE_3, APART, "take stage 1 or 2"),
     Rule(
@@ -113,7 +112,6 @@ RULES = (
         "name the base as --teacher_model too, or leave it out",
     ),
     Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
-    Rule("--context_parallel", EXCLUDES, "--cuda_graphs 1", "parts of rows hand states on, and a graph takes none"),
     Rule("--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", OUT),
     Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
     Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
@@ -125,15 +123,8 @@ RULES = (
     Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", OUT),
     Rule("--optim schedule_free", EXCLUDES, "--precision fp16", "its average counts steps, and some are skipped", FULL),
     Rule("--precision fp16", EXCLUDES, UNSCALED, "they go back before the loss is scaled", FULL),
-    Rule("--precision fp16", EXCLUDES, "--cuda_graphs 1", "its operations ask the CPU, as no graph may", OUT),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),
-    Rule("--cuda_graphs 1", EXCLUDES, STAGE_3, "it gathers and frees the weights, which have to stay where they are"),
-    Rule("--cuda_graphs 1", EXCLUDES, OFFLOAD, "a step waits for the optimizer in main memory, not for launches"),
-    Rule("--cuda_graphs 1", EXCLUDES, "--grad_cp 1", "a graph keeps what backward needs"),
-    Rule("--cuda_graphs 1", EXCLUDES, "--compile", "both take the blocks"),
-    Rule("--cuda_graphs 1", EXCLUDES, "--train_type infctx", "segments hand states on, and a graph takes none"),
-    Rule("--cuda_graphs 1", EXCLUDES, "--share_prompts 1", "prompts hand states on, and a graph takes none"),
 )
 Settings = AdapterConfig | DataConfig | TrainConfig | Objective
 SETTINGS = tuple(field for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config))

@@ -163,12 +163,6 @@ class MachineSettings:
         type=count,
     )
     grad_cp: bool = setting(False, "recompute blocks in the backward pass, to save memory", type=switch)
-    fused: bool = setting(
-        True,
-        "on a GPU, compute each block in fewer passes if its kernels can: with --precision bf16, without stage 3 and "
-        "--compile, and if norms and token shift do not train; the run says which blocks",
-        type=switch,
-    )
     share_prompts: bool | None = setting(
         None,
         "pairs and labels: compute a prompt once for both answers, which go on from its state (1), or each answer with "
@@ -180,14 +174,6 @@ class MachineSettings:
         False,
         "let torch.compile fuse each block's operations between its products and kernels; the first steps take a "
         "minute or more",
-    )
-    cuda_graphs: bool = setting(
-        False,
-        "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
-        "small micro batches, whose launches take longer than their computation; documents of --dataload pad and only "
-        "are padded to a quarter, half, three quarters or all of --ctx_len, pairs to the same parts of the length of "
-        "two answers, packed rows to the whole length, with a graph for each power of 2 of documents in a row",
-        type=switch,
     )
 
 

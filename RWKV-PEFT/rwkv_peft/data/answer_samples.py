@@ -35,9 +35,6 @@ class RowSamples(DocumentSamples):
 class AnswerSamples(RowSamples):
     """Samples of two documents, which count as one target, because the loss is that of answers."""
 
-    def packs(self, rows: int) -> tuple[int, int]:
-        return 2 * rows, 2 * rows
-
     def count(self, n: int) -> int:
         return 1
 
@@ -112,9 +109,6 @@ class ContextSamples(RowSamples):
 
     def count(self, n: int) -> float:
         return self.document_count(2 * self.unit(n) + 1)
-
-    def packs(self, rows: int) -> tuple[int, int]:
-        return rows, rows
 
     def collate(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
         own, whole = zip(*rows)

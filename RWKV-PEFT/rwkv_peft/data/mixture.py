@@ -40,10 +40,6 @@ class Several(Samples):
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
-    def packs(self, rows: int) -> tuple[int, int]:
-        fewest, most = zip(*(part.packs(rows) for part in self.parts))
-        return min(fewest), max(most)
-
     def __getitem__(self, n: int) -> Sample:
         source, number = self.place(n)
         return source[number]

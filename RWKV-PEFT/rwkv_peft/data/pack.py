@@ -41,10 +41,6 @@ class PackedSamples(DocumentSamples):
     def __getitem__(self, n: int) -> list[Document]:
         return [self.document(index) for index in self._rows[self.unit(n)]]
 
-    def packs(self, rows: int) -> tuple[int, int]:
-        numbers = [len(self._rows[unit]) for unit in self.units]
-        return rows * min(numbers), rows * max(numbers)
-
     def count(self, n: int) -> float:
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])
 

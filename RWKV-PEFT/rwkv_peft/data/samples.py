@@ -99,10 +99,6 @@ class Samples(ABC):
         """The tensors of a batch of samples."""
         return collate(rows)
 
-    def packs(self, rows: int) -> tuple[int, int]:
-        """The fewest and the most documents that `rows` samples pack into one row; (0, 0) if nothing is packed."""
-        return 0, 0
-
     def unit(self, n: int) -> int:
         """Sample n -> the one of `units` that it visits."""
         epoch, position = divmod(n, len(self.units))

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import told
 from ..models.parts import LanguageModel
 from ..models.state import State, grows
-from ..recording import WARM_UP, aside, recording
 from .stepping import Tapes
 
 LARGEST = 256  # rows of a graph
+WARM_UP = 2  # passes before recording: the first builds kernels, and libraries choose algorithms and allocate
 Forward = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
 
 
@@ -63,17 +63,25 @@ class Replayed:
         return logits[:n], self.latest
 
     def record(self, size: int) -> None:
+        """Record how tokens of so many rows are read; if the driver cannot, say so once, and compute without graphs."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # as recording does
+            for _ in range(WARM_UP):
+                self.compute(size)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
         try:
-            with aside():
-                for _ in range(WARM_UP):
-                    self.compute(size)
-            graph = torch.cuda.CUDAGraph()
-            with recording(graph, self.pool, "tokens are drawn without CUDA graphs, and more slowly"):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = self.compute(size)
-            self.graphs[size] = graph, logits
-        except UserError as error:
-            print(error, file=sys.stderr)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            remedy = "tokens are drawn without CUDA graphs, and more slowly"
+            print(f"this GPU's driver cannot record what the model does ({told(error)}); {remedy}", file=sys.stderr)
             self.most = 0
+        else:
+            self.graphs[size] = graph, logits
 
     def compute(self, size: int) -> torch.Tensor:
         logits, after = self.model(self.tokens[:size], self.state.first(size))

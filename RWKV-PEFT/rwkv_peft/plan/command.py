@@ -32,19 +32,14 @@ MOMENTS = "while drawing", "at the loss", "in the backward pass", "in the update
 
 
 def main(argv: list[str]) -> int:
-    """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and for --cuda_graphs 1 or
-    --accelerator gpu without a GPU to plan for."""
+    """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and for --accelerator gpu
+    without a GPU to plan for."""
     flags = parse_flags(argv)
     request = request_of(flags)
     if request.base is not None and request.config.data.of_rows:
         find_tokenizer(request.config.data.tokenizer, request.config.model.vocab_size)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)
     accelerator = GPU if GPU in memory else CPU
-    if request.config.train.cuda_graphs and accelerator == CPU:
-        raise UserError(
-            "--cuda_graphs 1 records launches on a GPU, and this plan is for a CPU; leave it out, or name the memory "
-            "of a GPU with --gpu 24GiB"
-        )
     estimate = estimate_of(request, accelerator)
     here = flags.args.gpu is None  # the plan is for this machine
     note = here and better_precision(request.config.train.precision, accelerator)

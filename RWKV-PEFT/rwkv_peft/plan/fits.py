@@ -91,8 +91,6 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield "--grad_cp 1", replace(config, train=replace(train, grad_cp=True))
     if train.context_parallel < train.ranks:
         yield f"--context_parallel {train.ranks}", replace(config, train=replace(train, context_parallel=train.ranks))
-    if train.cuda_graphs:
-        yield "--cuda_graphs 0", replace(config, train=replace(train, cuda_graphs=False))
     if train.precision == "fp32":
         yield "--precision bf16", replace(config, train=replace(train, precision="bf16"))
     for strategy in STRATEGIES:

@@ -14,7 +14,6 @@ import torch
 from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ..files.pth_writer import DTYPES
-from ..fused import Setting
 from ..generate.reading import PREFILL
 from ..models import family_named
 from ..models.state import State
@@ -77,7 +76,7 @@ class Estimate:
         family, dtype = family_named(model.version), DTYPES[train.precision]
         device = "cpu" if accelerator == CPU else "meta"
         dense = replace(adapter, quant="none", load="", init="")
-        step = rehearse(family, model, dense, dtype, Setting.of(config, torch.device(device)), train.grad_cp)
+        step = rehearse(family, model, dense, dtype, torch.device(device), train.grad_cp)
         counts = count(family, model, adapter)
         logits = logit_bytes(model.vocab_size, dtype, device, teacher is not None)
         return cls(config, accelerator, counts, step, logits, file, mapped, teacher)
@@ -137,8 +136,7 @@ class Estimate:
         ]
         if counts.quantized:
             rows = min(GPU_ROW_ELEMENTS if self.accelerator == GPU else ROW_ELEMENTS, counts.quantized)
-            when = ALWAYS if train.cuda_graphs else (BACKWARD,)
-            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, when))
+            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, (BACKWARD,)))
         if self.accelerator == GPU and not self.mapped:
             whole = (counts.total - counts.own) * item
             parts.append(Part("weights, on their way to the GPU", CPU, whole))
@@ -167,8 +165,6 @@ class Estimate:
         if train.accumulate_grad_batches > 1:
             size = 4 if sums_apart(train) else item
             parts.append(Part("gradients, accumulated", place, size * own))
-        if train.cuda_graphs:
-            parts.append(Part("gradients, in the CUDA graph", self.accelerator, trains * item))
         return parts
 
     def batch(self, rows: int, tokens: int) -> list[Part]:
@@ -179,17 +175,13 @@ class Estimate:
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         of_tables = (min(size * width, rows * tokens * (width + PAGE / item)) for size, width in self.tables())
-        graphs = self.config.train.cuda_graphs  # they hold their memory until the run ends
         segment = self.config.train.chunk_ctx  # each segment hands its states on to the next
-        kept = self.step.kept.at(rows, tokens)
-        base = kept // model.n_layer if graphs and self.config.objective.asks_base else 0  # one block's at most
         return [
             Part("embedding, rows that are read", here, read),
             Part("tables, rows that are read", CPU, round(sum(of_tables) * item) if self.mapped else 0),
-            Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),
-            Part("work of the base's pass, in its CUDA graphs", here, base),
+            Part("activations", here, self.step.kept.at(rows, tokens), (LOSS, BACKWARD)),
             Part("states of the layers", here, self.step.states.at(rows, tokens) if segment else 0, (LOSS,)),
-            Part("work of a block", here, self.step.work.at(rows, tokens), ALWAYS if graphs else (BACKWARD,)),
+            Part("work of a block", here, self.step.work.at(rows, tokens), (BACKWARD,)),
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
@@ -228,8 +220,8 @@ class Estimate:
         if teacher is None or self.config.objective.stored:
             return []
         family = family_named(teacher.version)
-        setting = Setting(torch.device("cpu" if here == CPU else "meta"), self.config.train.fused)
-        step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, setting, False)
+        device = torch.device("cpu" if here == CPU else "meta")
+        step = rehearse(family, teacher, AdapterConfig(method=NONE), dtype, device, False)
         shapes = family.shapes(teacher).items()
         weights = sum(math.prod(shape) for key, shape in shapes if not key.endswith(family.tables))
         contexts = self.config.data.of_contexts and (self.config.objective.teacher or self.config.train.stage < 3)

@@ -25,7 +25,6 @@ from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
-from ..fused import Setting, fuse
 from ..generate.sampling import sample
 from ..generate.settings import Sampling
 from ..memory import main_memory
@@ -128,18 +127,18 @@ class Step:
 
 @functools.cache
 def rehearse(
-    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, setting: Setting, grad_cp: bool
+    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: torch.device, grad_cp: bool
 ) -> Step:
-    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; setting what decides
-    about fusions, on the device "cpu" or "meta", which stands for a GPU. Allocates the weights of three blocks on a
-    CPU, without writing to them. Raises UserError if they are more than the machine's memory."""
+    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device: "cpu", or
+    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them. Raises
+    UserError if they are more than the machine's memory."""
     depth = min(DEPTH, model.n_layer)
-    if setting.device.type == "cpu":
+    if device.type == "cpu":
         require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)
-    length = TOKENS[setting.device.type]
+    length = TOKENS[device.type]
     batches = ((1, length), (1, 2 * length), (2, length))
     found = [
-        step_bytes(family, replace(model, n_layer=depth), adapter, dtype, setting, grad_cp, rows, tokens)
+        step_bytes(family, replace(model, n_layer=depth), adapter, dtype, device, grad_cp, rows, tokens)
         for rows, tokens in batches
     ]
     kept, states, work, last = (Linear.through(length, *bytes_of) for bytes_of in zip(*found))
@@ -162,19 +161,17 @@ def step_bytes(
     config: ModelConfig,
     adapter: AdapterConfig,
     dtype: torch.dtype,
-    setting: Setting,
+    device: torch.device,
     grad_cp: bool,
     rows: int,
     tokens: int,
 ) -> tuple[int, float, int, float]:
     """Take one step -> bytes that are (kept for the backward pass, held by states until the loss is computed, needed by
     the backward pass at once, kept of the last block)."""
-    device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
     for buffer in model.buffers():
         if not buffer.is_floating_point():
             buffer.zero_()  # an index, which must name a place
-    fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)

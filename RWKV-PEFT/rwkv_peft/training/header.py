@@ -72,10 +72,6 @@ def describe(
         say(f"          {shared_rows(config)}")
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
-    if train.cuda_graphs:
-        _, most = samples.packs(data.micro_bsz)
-        rows = f" of rows of up to {counted(most, 'document')}" if most else ""
-        say(f"          blocks are recorded as CUDA graphs{rows} in the first step, and replayed")
     if accelerator == "gpu":
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()

@@ -24,7 +24,6 @@ from ..data.show import marks_for, show_samples
 from ..errors import UserError, past_ctrl_c
 from ..files.atomic import check_output
 from ..files.lock import alone_in
-from ..fused import Setting, fuse
 from ..gpus import resolve_accelerator
 from ..names import METRICS, PICTURE
 from ..plots import plot_loss
@@ -142,12 +141,10 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         accumulate = train.accumulate_grad_batches
         batches = TrainBatches(samples[0], config.data.micro_bsz, groups=train.groups, accumulate=accumulate)
         model, report = make_model(inputs, request.layers, batches, device)
-        fused = fuse(model, Setting.of(config, device))
         if leads:  # the others would each open GPU 0 to see whether the kernels work
             for note in request.notes:
                 say(f"note      {note}")
             describe(inputs, accelerator, batches.notes, report, say)
-            say(f"fused     {fused}")
             make_way(inputs, report.trainable, say)
         teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
         return fit(Prepared(inputs, asked, model, report.trainable, teacher, rewards, accelerator, ranks), say)

@@ -1,5 +1,5 @@
-"""Calls cuda/bone: bat-in's affine form, also of a squared relu, bat-out's merged weight, sums over shards, and the
-tile that each shard of a result starts from, on NVIDIA GPUs.
+"""Calls cuda/bone: bat-in's affine form, bat-out's merged weight, sums over shards, and the tile that each shard of a
+result starts from, on NVIDIA GPUs.
 
 The functions are those of cpu.py, for float32 and bfloat16 tensors on one GPU. For tensors without data they only
 allocate.
@@ -21,7 +21,7 @@ TOKENS, PLAIN_TOKENS = 64, 16  # tokens of a block's tile with tensor cores (32 
 BLOCKS = 256  # blocks to fill a GPU with; the same on every GPU, so that results are the same
 MOST_GROUPS = 8  # the most parts of a sum over shards
 SHARD_THREADS = 128  # threads of a block in cuda/bone/shards.cuh
-OF_RANK = ("affine_forward", "affine_backward", "squared_forward", "squared_backward", "merge")
+OF_RANK = ("affine_forward", "affine_backward", "merge")
 OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "tiled", "sum_parts")
 KERNELS = (
     *(f"bone_{name}_products_{rank}" for name in OF_RANK for rank in PRODUCT_RANKS),
@@ -33,31 +33,28 @@ class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
     _fields_ = fields(
-        "x bone deferred z shift d dx g parts tile tiled total", "tokens count", "factor", "width rank groups strip"
+        "x bone z shift d dx g parts tile tiled total", "tokens count", "factor", "width rank groups strip"
     )
 
 
-def affine(x: Tensor, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which `tiled` adds up. deferred (T, r) is as in op.affine, and needs `has_products`."""
+    (groups, T, r), which `tiled` adds up."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), z=z, shift=shift)
+    tensors = dict(x=x, bone=bone, z=z, shift=shift)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
-    call(_affine_kernel("forward", x, rank, deferred), x, tensors, tiles * groups, **sizes)
+    call(_affine_kernel("forward", x, rank), x, tensors, tiles * groups, **sizes)
     return z, shift
 
 
-def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, deferred: Tensor | None = None
-) -> Tensor | None:
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
-    x (T, in) or None; bone (in/r, r, r); deferred (T, r) as in `affine`, or None -> the gradient of bone, summed in
-    float32, or None without x.
+    x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
     x, bone = _whole(x), _whole(bone)
@@ -65,9 +62,9 @@ def affine_backward_(
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
-    tensors = dict(x=x, bone=bone, deferred=_whole(deferred), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
+    tensors = dict(x=x, bone=bone, d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
     sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
-    call(_affine_kernel("backward", dz, rank, deferred), dz, tensors, shards * strips, **sizes)
+    call(_affine_kernel("backward", dz, rank), dz, tensors, shards * strips, **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
@@ -124,9 +121,7 @@ def has_products(like: Tensor, rank: int) -> bool:
     return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
 
 
-def _affine_kernel(way: str, like: Tensor, rank: int, deferred: Tensor | None) -> str:
-    if deferred is not None:
-        return f"squared_{way}_products_{rank}"
+def _affine_kernel(way: str, like: Tensor, rank: int) -> str:
     return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
 
 

@@ -26,19 +26,10 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 
-def affine(
-    x: Tensor, bone: Tensor, factor: float | Tensor = 1.0, deferred: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and s = factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> z (T, in), and s in a form
-    that plus_tiled takes.
-
-    deferred (T, r) is a tile that the layer before has not yet added to each shard of its result x: max(x + deferred,
-    0)² then takes the place of x, on a GPU in the same pass."""
-    kernels, rank = backend(x, bone, deferred, rank=bone.shape[-1]), bone.shape[-1]
-    if deferred is not None and kernels is cuda and cuda.has_products(x, rank):
-        return kernels.affine(x, bone, factor, deferred)
-    if deferred is not None:
-        return affine(_shifted_relu(x, deferred).square_(), bone, factor)
+    that plus_tiled takes."""
+    kernels, rank = backend(x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None:
         return kernels.affine(x, bone, factor=factor)
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
@@ -52,23 +43,14 @@ def affine(
 
 
 def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0, deferred: Tensor | None = None
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0
 ) -> Tensor | None:
     """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to;
-    -> the gradient of bone if x (T, in) is given, else None. deferred (T, r), as in `affine`, needs x.
+    -> the gradient of bone if x (T, in) is given, else None.
 
-    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b; with deferred, times
-    2 max(x + deferred, 0).
+    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
-    kernels, rank = backend(dz, g, x, bone, deferred, rank=bone.shape[-1]), bone.shape[-1]
-    if deferred is not None:
-        assert x is not None  # see the docstring
-        if kernels is cuda and cuda.has_products(dz, rank) and dz.is_contiguous():
-            return kernels.affine_backward_(dz, g, x, bone, factor, deferred)
-        positive = _shifted_relu(x, deferred)
-        d_bone = affine_backward_(dz, g, positive.square(), bone, factor)
-        dz.mul_(2 * positive)
-        return d_bone
+    kernels, rank = backend(dz, g, x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None and dz.is_contiguous():
         return kernels.affine_backward_(dz, g, x, bone, factor=factor)
     g_shift = factor * split_shards(g, rank).sum(1)  # (T, r)
@@ -152,11 +134,6 @@ def _add_tiled_(x: Tensor, tile: Tensor) -> None:
         split_shards(x[:, :full], rank).add_(tile[:, None])
     if full != x.shape[1]:
         x[:, full:] += tile[:, : x.shape[1] - full]
-
-
-def _shifted_relu(x: Tensor, deferred: Tensor) -> Tensor:
-    """max(x + deferred, 0), deferred (T, r) being added to each shard: (T, in)."""
-    return torch.relu(split_shards(x, deferred.shape[-1]) + deferred[:, None]).flatten(1)
 
 
 def split_shards(x: Tensor, rank: int) -> Tensor:

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from .operations import OPERATIONS, Operation
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
 MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
 MOST_POINTS = 6  # the most points of a lerp
-MOST_MIXED = 4096  # the most channels of a norm with token shift
 FEW_TOKENS = 8192  # up to here strips are short, so that there are blocks enough to fill a GPU
 LOW_RANKS = (32, 64)  # ranks of a lerp whose kernel includes the low-rank product, in bfloat16
 LOW_POINTS = 5  # the number of points of such a lerp
@@ -50,29 +49,22 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "lerp_forward": _layout("x offsets", _OUTS, "maa"),
         "lerp_backward": _layout(f"x offsets {_GRADS}", "gx goffsets", "maa", " ".join(f"gmaa{i}" for i in _POINTS)),
         **{f"{name}_{way}": layout for name, op in OPERATIONS.items() for way, layout in _layouts(op)},
-        "tanh_forward": _layout("parts", "out"),
-        "tanh_backward": _layout("x parts", "gx"),
-        "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
-        "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
     }
 )
-# Operations whose blocks take tiles: lerps with their low-rank product (a kernel a rank), and norms of whole tokens
+# Lerps with their low-rank product, whose blocks take tiles (a kernel a rank)
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
-        "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
-        "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
-        "norm_lerp_forward": _layout("x", f"stats ends {_OUTS}", "weight bias maa"),
-        "norm_lerp_backward": _layout(f"x grad passed stats gends {_GRADS}", "gx", "weight maa"),
+        "lerp_low_forward": _layout("x low up", _LOW_OUTS, "maa"),
+        "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
     }
 )
-FUSED = ("tanh", "bonus_gate", "norm_lerp")  # operations of fused blocks alone, which are bfloat16
 
 
 def _kernels(name: str) -> list[str]:
     """The names of an operation's kernels."""
     if name.startswith("lerp_low"):
         return [f"mix_{name}_{rank}" for rank in LOW_RANKS]
-    return [f"mix_{name}_{dtype}" for dtype in DTYPES.values() if dtype == "bfloat16" or not name.startswith(FUSED)]
+    return [f"mix_{name}_{dtype}" for dtype in DTYPES.values()]
 
 
 KERNELS = tuple(kernel for name in (*LAYOUTS, *TILED) for kernel in _kernels(name))
@@ -83,8 +75,8 @@ class MixArguments(ctypes.Structure):
     """The structure of the same name in cuda/mix/arguments.cuh."""
 
     _fields_ = [
-        ("inputs", ctypes.c_void_p * 12),
-        ("outputs", ctypes.c_void_p * 8),
+        ("inputs", ctypes.c_void_p * 8),
+        ("outputs", ctypes.c_void_p * 6),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
@@ -94,22 +86,18 @@ class MixArguments(ctypes.Structure):
     ]
 
 
-def call(
-    name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: int = 0, strip: int = 1, **others: Any
-) -> None:
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: int = 0, **others: Any) -> None:
     """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given).
-    An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a
-    warp takes); of TILED, blocks of a low-rank product take `size` channels, those of a norm `strip` tokens. others:
-    tokens, channels and further fields of MixArguments."""
+    An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a warp takes); blocks of
+    TILED take `size` channels. others: tokens, channels and further fields of MixArguments."""
     tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
-    layout, up = {**LAYOUTS, **TILED}[name], tensors.get("up")
+    layout, strip = {**LAYOUTS, **TILED}[name], 1
     if name in LAYOUTS:
         size, strip = size or MOST_SIZE, 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
         blocks = -(-tokens // strip) * -(-channels // size)
-    elif up is None:
-        blocks = -(-tokens // strip)
     else:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
+        up = cast(Tensor, tensors["up"])
         kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..native.arguments import aligned
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
@@ -27,12 +26,6 @@ class _NoGradient:
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Save nothing."""
-
-    def set_materialize_grads(self, value: bool) -> None:
-        """Ignore the setting."""
-
-    def mark_non_differentiable(self, *outs: Tensor) -> None:
-        """Ignore the mark."""
 
 
 def run(function: type[Function], *arguments: Any) -> Any:
@@ -56,14 +49,9 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return checked
 
 
-def with_zeros(grads: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Gradients of tensors like `like`, aligned for the kernels, with zeros in place of None."""
-    return [torch.zeros_like(like) if grad is None else aligned(grad) for grad in grads]
-
-
-def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, Item]:
-    """Name several tensors of a kind as layouts do: out0, out1, … from `first` on."""
-    return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
+def numbered(kind: str, tensors: Iterable[Item]) -> dict[str, Item]:
+    """Name several tensors of a kind as layouts do: out0, out1, …"""
+    return {f"{kind}{i}": x for i, x in enumerate(tensors)}
 
 
 def rows_of(x: Tensor) -> dict[str, int]:

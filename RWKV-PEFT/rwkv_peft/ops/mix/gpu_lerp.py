@@ -35,7 +35,7 @@ class Lerp(Function):
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         tensors = dict(x=x, maa=maa) | numbered("out", outs)
         sizes = sizes_of(x, maa, cu_seqlens)
-        if up is not None and has_product_inside(x, last, maa, low, up):
+        if has_product_inside(x, last, maa, low, up):
             call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, size=group_size(x), **sizes)
         else:
             call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)
@@ -88,9 +88,9 @@ def group_size(x: Tensor) -> int:
     return -(-channels // (groups * step)) * step
 
 
-def parts_like(whole: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def parts_like(whole: Tensor, x: Tensor) -> Tensor:
     """An empty tensor for the parts of `whole` (B, T, …) by groups of x's channels: (groups, B, T, …)."""
-    return whole.new_empty(-(-x.shape[2] // group_size(x)), *whole.shape, dtype=dtype)
+    return whole.new_empty(-(-x.shape[2] // group_size(x)), *whole.shape)
 
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:

@@ -1,8 +1,6 @@
 """A recurrence's CUDA kernels as its backend."""
 
-import copy
 import ctypes
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +8,20 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import aligned
-from ..native.family import DTYPES, CudaFamily
+from ..native.family import CudaFamily
 from ..native.kernels import Block
 from .groups import GRAIN, Split, group_of, places
 from .signature import Signature, sequences_of
 
 INTEGERS = ("sequences", "length", "heads", "head_size", "group", "groups")
-CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest
+CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest, in float32
 WAYS = ("forward", "backward")
 
 
 def structure(signature: Signature) -> type[ctypes.Structure]:
     """The structure Arguments in cuda/OP/arguments.cuh."""
     given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
-    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions", *signature.further)
+    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions")
     kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int))
     fields = [(name, kind) for names, kind in kinds for name in names]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
@@ -39,36 +37,22 @@ class CudaRecurrence:
         plain_block: Callable[[int], Block],
         split: Split,
         halved: bool = False,
-        more: Sequence[str] = (),
     ) -> None:
         """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. plain_block(head size): the
         threads per block of the plain kernels. split: the chunked kernels that split time. halved: True if the chunked
-        kernels store two slots in the room of one. more: names of further kernels, those of variants."""
-        self.segment, self.plain_block, self.split, self.halved, self.kind = segment, plain_block, split, halved, ""
+        kernels store two slots in the room of one."""
+        self.segment, self.plain_block, self.split, self.halved = segment, plain_block, split, halved
         op, self.signature = signature.op, signature
         self.Arguments = structure(signature)
-        self.plain = tuple(f"{op}_{way}_plain_{dtype}" for way in WAYS for dtype in DTYPES.values())
-        self.names = (*self.chunked(), *self.plain, *dict.fromkeys((*split.names(), *more)))
+        self.plain = tuple(f"{op}_{way}_plain_float32" for way in WAYS)
+        self.names = (*(f"{op}_{way}_{CHUNKED_SIZE}" for way in WAYS), *self.plain, *split.names())
         self.family = CudaFamily(op, self.names, self.Arguments)
-
-    def variant(self, rows: Sequence[str], kind: str, split: Split) -> "CudaRecurrence":
-        """A recurrence over other inputs (B, T, H, N), whose chunked kernels have `kind` in their names."""
-        other = copy.copy(self)
-        other.signature = dataclasses.replace(self.signature, rows=tuple(rows))
-        other.kind, other.split = kind, split
-        return other
-
-    def chunked(self) -> tuple[str, str]:
-        """The names of the chunked kernels, forward and backward."""
-        forward, backward = (f"{self.signature.op}_{way}{self.kind}_{CHUNKED_SIZE}" for way in WAYS)
-        return forward, backward
 
     def kernel(self, direction: str, head_size: int, dtype: torch.dtype) -> tuple[str, Block | None]:
         """The kernel of a direction, and its threads per block (None: its own)."""
         if is_chunked(head_size, dtype):
-            return self.chunked()[WAYS.index(direction)], None
-        assert not self.kind  # a variant has no plain kernels
-        return f"{self.signature.op}_{direction}_plain_{DTYPES[dtype]}", self.plain_block(head_size)
+            return f"{self.signature.op}_{direction}_{CHUNKED_SIZE}", None
+        return self.plain[WAYS.index(direction)], self.plain_block(head_size)
 
     def unavailable(self, level: str = "") -> str | None:
         """None if the kernels work on the current GPU, else the reason and the remedy."""
@@ -90,35 +74,37 @@ class CudaRecurrence:
         return -(-slots // 2) if self.halved and is_chunked(r.shape[3], r.dtype) else slots
 
     def forward(
-        self, *tensors: Any, save: bool, level: str = "", group: int | None = None, **further: Any
+        self, *tensors: Any, save: bool, level: str = "", group: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """tensors: the inputs, contiguous, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state
         (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
         `save`). group: the tokens of a group, a multiple of 64, 0 if time is not split, None if that is chosen.
-        further: the tensors of Signature.further. Raises ValueError for a group that the kernels do not take."""
+        Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         B, T, H, N = r.shape
-        sequences = sequences_of(r, bounds)
+        sequences, dtype = sequences_of(r, bounds), r.dtype
         group = self._checked(group, r, sequences)
+        r, *_ = inputs = as_kernels_take(inputs)
         groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
         counts = (sequences, slots + groups, groups)
         final_state, checkpoints, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         y = torch.empty_like(r)
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
-        self._launch("forward", r, sequences, group, arguments | further)
-        return y, final_state, checkpoints if save else checkpoints[:0]
+        self._launch("forward", r, sequences, group, arguments)
+        return y.to(dtype), final_state, checkpoints if save else checkpoints[:0]
 
-    def backward(self, *tensors: Any, level: str = "", group: int | None = None, **further: Any) -> tuple[Tensor, ...]:
+    def backward(self, *tensors: Any, level: str = "", group: int | None = None) -> tuple[Tensor, ...]:
         """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. group and further: as in forward."""
+        gradients of the inputs and of the state. group: as in forward."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
         B, T, H, N = r.shape
-        sequences = sequences_of(r, bounds)
+        sequences, dtype = sequences_of(r, bounds), r.dtype
         group = self._checked(group, r, sequences)
-        gy = torch.zeros_like(r) if gy is None else gy
+        r, *_ = inputs = as_kernels_take(inputs)
+        gy = torch.zeros_like(r) if gy is None else gy.to(r.dtype)
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
@@ -127,9 +113,9 @@ class CudaRecurrence:
         of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.signature.shared}
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
-        arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts) | further
+        arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
         self._launch("backward", r, sequences, group, arguments)
-        return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
+        return *(x.to(dtype) for x in of_rows.values()), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _checked(self, group: int | None, r: Tensor, sequences: int) -> int:
         """The group, or the chosen one. Raises ValueError for one with which the kernels would read past their
@@ -162,3 +148,10 @@ class CudaRecurrence:
 def is_chunked(head_size: int, dtype: torch.dtype) -> bool:
     """True if the chunked kernels take heads of this size and dtype."""
     return head_size == CHUNKED_SIZE and dtype == torch.bfloat16
+
+
+def as_kernels_take(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs (B, T, H, N) as they are for the chunked kernels, else in float32."""
+    if is_chunked(inputs[0].shape[3], inputs[0].dtype):
+        return list(inputs)
+    return [x.float() for x in inputs]

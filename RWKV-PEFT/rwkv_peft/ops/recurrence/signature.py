@@ -14,7 +14,6 @@ class Signature:
     rows: tuple[str, ...]  # the names of the inputs (B, T, H, N), "v" among them
     shared: tuple[str, ...]  # the names of the inputs (H, N), which follow; float32 for the kernels
     state_rows: str  # the dimension that the rows of a state (H, N, N) stand for, "key" or "value"
-    further: tuple[str, ...] = ()  # further tensors that its CUDA kernels may take
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

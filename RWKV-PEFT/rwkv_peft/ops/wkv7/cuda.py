@@ -7,8 +7,6 @@ from .reference import SIGNATURE
 
 STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv7/plain.cuh
 SPLIT = Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)
-KEYS_SPLIT = Split("wkv7_{}_groups_keys_64", "wkv7_{}_scan_64", scan_blocks=4)
-KEYS = ("wkv7_forward_keys_64", "wkv7_backward_keys_64")  # chunked kernels that make k, a and b themselves
 
 
 def plain_block(head_size: int) -> Block:
@@ -20,6 +18,5 @@ def plain_block(head_size: int) -> Block:
     return strips, -(-head_size // rows) * rows
 
 
-RECURRENCE = CudaRecurrence(SIGNATURE, 32, plain_block, SPLIT, more=(*KEYS, *KEYS_SPLIT.names()))
-WITH_KEYS = RECURRENCE.variant(("r", "w", "k", "v", "low"), "_keys", KEYS_SPLIT)
+RECURRENCE = CudaRecurrence(SIGNATURE, 32, plain_block, SPLIT)
 FAMILY = RECURRENCE.family

@@ -8,10 +8,7 @@ from torch import Tensor
 from ..recurrence.packed import one_by_one
 from ..recurrence.signature import Signature
 
-# Further inputs and outputs of the CUDA kernels that make k, a and b themselves: cuda/wkv7/keys.cuh.
-MADE = ("low", "a0", "k_k", "k_a", "r_k", "bonus", "scales", "gbonus", "glow")
-SIGNATURE = Signature("wkv7", rows=("r", "w", "k", "v", "a", "b"), shared=(), state_rows="value", further=MADE)
-
+SIGNATURE = Signature("wkv7", rows=("r", "w", "k", "v", "a", "b"), shared=(), state_rows="value")
 
 # A decay's logarithm is -e^(-1/2) sigmoid(w), so that no step keeps less than 0.545 of the state.
 DECAY_SCALE = -math.exp(-0.5)

@@ -31,7 +31,6 @@ from ...config import RunConfig
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
-from ...errors import UserError
 from ...models import family_named
 from ...models.state import TIME_STATE
 from ...names import STATE
@@ -41,11 +40,10 @@ from ..drawing.answers import Manner
 from ..drawing.drawn import Drawing, Place
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
-from ..step.graphs import Graphed, recorded_forms
 from ..step.lit import Lit
 from ..step.relay import Line
 from ..step.shared import SharedRows, SharedSegments
-from ..step.steps import Segments, Step, Way, Whole, straight
+from ..step.steps import Segments, Step, Whole
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
 from .callbacks import FileGuard, FiniteGradients, Moves, Record, Save, StopSignals
@@ -92,18 +90,13 @@ def given_step(
 ) -> Step:
     """Choose the Step for batches that hold all that is learned: rows, those that share their prompt, or segments."""
     train, data, objective = config.train, config.data, config.objective
-    way: Way = straight
-    base_way: Way = straight
-    if train.cuda_graphs:
-        forms = recorded_forms(data, samples.packs(data.micro_bsz))
-        way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if not train.chunk_ctx:
         group = data.documents if saved_tokens(config, samples, accelerator) else 0
         word, other = None if stored is None else stored.of, None if teacher is None else teacher.model
         # ranks that gather each other's weights enter a model together, and each would read other contexts anew
         apart = other is not None or "stage_3" not in train.strategy
         contexts = Contexts() if data.of_contexts and stored is None and apart else None
-        return Whole(objective, way, base_way, group, other, word, contexts)
+        return Whole(objective, group=group, teacher=other, stored=word, contexts=contexts)
     assert isinstance(objective, NextToken)  # the rules of the others refuse segments
     return Segments(train.chunk_ctx, train.bptt_segments, "stage_3" in train.strategy, objective)
 
@@ -134,8 +127,6 @@ class RunBatches:
 def make_lit(run: Prepared) -> Lit:
     adapter, train, plan = run.config.adapter, run.config.train, run.plan
     family = family_named(run.config.model.version)
-    if train.cuda_graphs and run.model.sees_tokens:
-        raise UserError(f"--cuda_graphs 1: blocks of {family.name} see tokens, which no graph records; leave it out")
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)

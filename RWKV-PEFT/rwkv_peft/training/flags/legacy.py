@@ -20,6 +20,8 @@ IGNORED = (
     ("kernel", KERNELS),
     ("fla", KERNELS),
     ("fused_kernel", KERNELS),
+    ("fused", "every run computes blocks by the same kernels, and --compile fuses what lies between them"),
+    ("cuda_graphs", "training records no graphs; --compile takes fewer launches"),
     ("head_chunk", "the loss holds a few rows of logits at a time, whatever is asked"),
     ("ds_bucket_mb", "the size of communication buckets follows from what trains"),
     ("num_workers", LOADING),

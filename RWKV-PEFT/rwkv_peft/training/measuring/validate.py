@@ -79,9 +79,8 @@ class Validator:
         if VALIDATION not in self.measured or not self.of_tokens:
             return
         pairs = swapped(self.measured[VALIDATION])
-        rows = 0 if self.train_config.cuda_graphs else 1  # graphs are of batches of one size
         with averaged(trainer.optimizers[0]):
-            self.swapped = [[means(self.sums(one, trainer, lit, rows))[0] for one in pair] for pair in pairs]
+            self.swapped = [[means(self.sums(one, trainer, lit, 1))[0] for one in pair] for pair in pairs]
 
     @torch.no_grad()
     def sums(self, samples: Samples, trainer: Any, lit: "Lit", rows: int = 0) -> list[float]:

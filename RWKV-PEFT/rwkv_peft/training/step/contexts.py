@@ -39,7 +39,7 @@ class Contexts:
         return [batch["teacher_tokens"][0, start : stop - size] for start, stop, size in pairs]
 
     def through(self, model: nn.Module, seen: Mapping[str, Any], head: HeadFunction) -> torch.Tensor:
-        """Go through a teacher with what it sees of a batch, behind its contexts if there are any (a Way)."""
+        """Go through a teacher with what it sees of a batch, behind its contexts if there are any."""
         state = state_before(model, seen) if "shared" in seen else None
         if texts := seen.get("contexts"):
             first, *others = (self.after(model, text, seen["tokens"].device) for text in texts)

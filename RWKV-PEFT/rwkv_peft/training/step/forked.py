@@ -28,7 +28,7 @@ def saved_tokens(config: RunConfig, samples: Samples, accelerator: str) -> int:
     """The tokens that a micro batch saves in the mean if prompts are computed once; 0 if they are not, because rows
     share none, flags say so, or it is not worth a further pass. All ranks and resumed runs find the same."""
     data, train = config.data, config.train
-    if data.documents == 1 or data.of_prompts or train.cuda_graphs or train.share_prompts is False:
+    if data.documents == 1 or data.of_prompts or train.share_prompts is False:
         return 0
     batches = [samples.collate([samples[n]]) for n in range(0, len(samples), -(-len(samples) // LOOKED_AT))]
     saved = [batch["tokens"].numel() - tokens_read(batch | forked(batch, data.documents)) for batch in batches]

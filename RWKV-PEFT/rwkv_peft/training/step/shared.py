@@ -25,7 +25,7 @@ class SharedRows(Whole):
 
     def __init__(self, objective: Objective, line: Line, teacher: nn.Module | None = None, least: int = LEAST) -> None:
         super().__init__(objective, self.along, teacher=teacher)
-        self.line, self.teacher_way, self.least = line, self.along, least
+        self.line, self.teacher_fn, self.least = line, self.along, least
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         whole, parts = padded(batch, self.line.parts), self.line.parts
@@ -60,7 +60,7 @@ class SharedRows(Whole):
         return total
 
     def along(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
-        """Go through a model with this rank's part of a batch (a Way)."""
+        """Head's result after a model's forward over this rank's part of a batch."""
         part = cast(Mapping[str, Any], batch)["part"]
         return run(model, part, head, Relay(self.line, cast(LanguageModel, model), part))
 

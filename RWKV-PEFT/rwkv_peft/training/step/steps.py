@@ -29,7 +29,7 @@ from .segments import Segment, filler, segments_of
 Batch = Mapping[str, torch.Tensor]
 Tensors = Sequence[torch.Tensor]
 Gradient = Sequence[torch.Tensor | None]  # one for each tensor, None for those that it does not reach
-Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # a pass: (model, batch, head) -> head's result
+ForwardFunction = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # (model, batch, head) -> head's result
 NEXT_TOKEN = NextToken()
 
 
@@ -74,35 +74,35 @@ class Step(ABC):
         return self.objective.items(batch)
 
 
-def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
-    """Go through the model by its own forward: the plain Way, which also takes batches of forked."""
+def plain_forward(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
+    """Head's result after the model's own forward over a batch, which may be laid out by `forked`."""
     state = state_before(model, batch) if "shared" in batch else None
     return model(batch["tokens"], state, batch.get("cu_seqlens"), head, keep=False)[0]
 
 
 class Whole(Step):
-    """Compute all positions of a batch at once. `way` goes through the model, `base_way` through the model as it was
-    before training, for objectives that ask for its word, as others do for that of a `teacher`; without one the model
-    as it was before training teaches, or `stored` tells what a teacher said of a batch. group: so many packed
-    documents share what they begin with, which is computed once for them; 0: none. contexts: keeps what the teacher
-    reads before rows; None: it reads whole rows."""
+    """Compute all positions of a batch at once.
 
-    teacher_way: Way = staticmethod(straight)
+    forward_fn runs the model, with its adapters off for reference log-probabilities. Teacher log-probabilities come
+    from `stored`, from `teacher`, or without either from the model with its adapters off. group: the number of packed
+    documents that share a prompt, which is computed once for them; 0: none. contexts caches the teacher's states after
+    contexts; None: it reads whole rows."""
+
+    teacher_fn: ForwardFunction = staticmethod(plain_forward)
 
     def __init__(
         self,
         objective: Objective = NEXT_TOKEN,
-        way: Way = straight,
-        base_way: Way = straight,
+        forward_fn: ForwardFunction = plain_forward,
         group: int = 0,
         teacher: nn.Module | None = None,
         stored: Callable[[Batch], Batch] | None = None,
         contexts: Contexts | None = None,
     ) -> None:
-        self.objective, self.way, self.base_way, self.group, self.teacher = objective, way, base_way, group, teacher
+        self.objective, self.forward_fn, self.group, self.teacher = objective, forward_fn, group, teacher
         self.stored, self.contexts = stored, contexts
         if contexts is not None:
-            self.teacher_way = contexts.through
+            self.teacher_fn = contexts.through
 
     def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         laid = forked(batch, self.group) if self.group else {}
@@ -116,16 +116,16 @@ class Whole(Step):
         @torch.no_grad()
         def through_base(head: HeadFunction) -> torch.Tensor:
             with untrained(model):
-                return self.base_way(model, batch, head)
+                return self.forward_fn(model, batch, head)
 
         @torch.no_grad()
         def through_teacher(head: HeadFunction) -> torch.Tensor:
             if self.teacher is not None:
-                return self.teacher_way(self.teacher, seen_by_teacher(batch), head)
+                return self.teacher_fn(self.teacher, seen_by_teacher(batch), head)
             with untrained(model):
-                return self.teacher_way(model, seen_by_teacher(batch), head)
+                return self.teacher_fn(model, seen_by_teacher(batch), head)
 
-        passes = Passes(partial(self.way, model, batch), through_base, through_teacher, self.figures)
+        passes = Passes(partial(self.forward_fn, model, batch), through_base, through_teacher, self.figures)
         loss, self.measures = self.objective.loss(passes, batch, count)
         return loss
 

@@ -11,7 +11,6 @@ from ...files.adapters import read_adapter
 from ...files.base import Base, base_of, open_base
 from ...files.pth_writer import DTYPES
 from ...files.state_file import read_states
-from ...fused import Setting, fuse
 from ...models.parts import LanguageModel
 from ...models.state import State, split_time_states, state_of
 from ...release.merge import check_fingerprints, merged_tensors
@@ -66,5 +65,4 @@ def make_teacher(base: Base, config: RunConfig, device: torch.device) -> Teacher
         zeros = State.zeros(base.config, 1)
         model.tune_states(state_of(states, zeros, base.family.rows_are_keys, base.path))
     model.requires_grad_(False).eval().to(device)
-    fuse(model, Setting(device, config.train.fused))
     return Teacher(base, model)
