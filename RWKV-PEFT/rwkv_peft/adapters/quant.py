@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops.compiled import constant_when_compiled
+from ..ops.native.compiled import constant_when_compiled
 from ..ops.products import addmm_
 
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time

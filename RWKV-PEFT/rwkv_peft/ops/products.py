@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .compiled import constant_when_compiled
+from .native.compiled import constant_when_compiled
 
 HALVES = (torch.bfloat16, torch.float16)
 SLOW = 1.5  # times float32's time; converting costs a tenth of it, and most processors are far from this on either side

@@ -7,7 +7,7 @@ may have gaps between them; the other tensors are contiguous.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..native import levels
 from ..native.arguments import fields, fill
 from ..native.cpu import CpuFamily, cpu_library
 from ..native.library import BuildError
+from ..native.operator import Operator
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
 LEVELS = ("amx", *levels.LEVELS)
@@ -82,7 +83,17 @@ class BoneFamily(CpuFamily):
         return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
 
 
-FAMILY = BoneFamily("bone", FUNCTIONS)
+FAMILY = BoneFamily("bone", FUNCTIONS, in_graphs=True)
+
+
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], **sizes: float) -> None:
+    """Run the function bone_NAME, given NAME or, for an instruction set, NAME:LEVEL, and its structure's fields."""
+    name, _, level = f"bone_{name}".partition(":")
+    structure = next(arguments[0] for function, _, *arguments in FUNCTIONS + AMX_FUNCTIONS if function == name)
+    getattr(FAMILY.library(level), name)(fill(structure, like, tensors, **sizes))
+
+
+compute = Operator("bone_cpu", call)
 
 
 def affine(x: Tensor, bone: Tensor, level: str = "", factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -90,9 +101,8 @@ def affine(x: Tensor, bone: Tensor, level: str = "", factor: float = 1.0) -> tup
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
-    tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
-    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    FAMILY.library(level).bone_affine(fill(AffineArguments, x, tensors, **sizes, factor=factor))
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank, factor=factor)
+    compute(f"affine:{level}", dict(x=x, bone=bone.contiguous()), dict(z=z, shift=shift), **sizes)
     return z, shift
 
 
@@ -107,10 +117,10 @@ def affine_backward_(
     _check_shards(dz, bone.shape[-1], bone.shape[0])
     _check_shards(g, bone.shape[-1])
     d_bone = None if x is None else torch.zeros(bone.shape)
-    tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
+    read, written = dict(g=g, x=x, bone=bone.contiguous()), dict(d=dz, d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
-    FAMILY.library(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes, factor=factor))
+    compute(f"affine_backward:{level}", read, written, **strides, **sizes, factor=factor)
     return None if d_bone is None else d_bone.to(bone.dtype)
 
 
@@ -133,19 +143,18 @@ def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, le
     _check_shards(rows, rank)
     if rows.shape[0] != count * rank:
         raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
-    tensors = dict(w=rows, bone=bone.contiguous(), merged=merged, d_bone=d_bone)
-    sizes = dict(count=count, in_features=rows.shape[1], rank=rank)
-    FAMILY.library(level).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
+    read, written = dict(w=rows, bone=bone.contiguous()), dict(merged=merged, d_bone=d_bone)
+    compute(f"merge:{level}", read, written, count=count, in_features=rows.shape[1], rank=rank)
 
 
 def transposed(x: Tensor, level: str = "") -> Tensor:
     """x (T, n) -> (n, T): a view, but for bfloat16 on AMX a copy, whose products take half the time."""
-    if x.dtype != torch.bfloat16 or not FAMILY.takes(x) or (level or FAMILY.best_level()) != "amx":
+    is_plain = x.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not FAMILY.takes(x)
+    if is_plain or (level or FAMILY.best_level()) != "amx":
         return x.t()
     x = _rows(x)
     turned = x.new_empty(x.shape[1], x.shape[0])
-    sizes = dict(x_stride=x.stride(0), rows=x.shape[0], columns=x.shape[1])
-    FAMILY.library("amx").bone_transpose(fill(TransposeArguments, x, dict(x=x, to=turned), **sizes))
+    compute("transpose:amx", dict(x=x), dict(to=turned), x_stride=x.stride(0), rows=x.shape[0], columns=x.shape[1])
     return turned
 
 
@@ -154,15 +163,14 @@ def shard_sum(x: Tensor, rank: int, level: str = "") -> Tensor:
     x = _rows(x)
     total = x.new_empty(x.shape[0], rank)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    FAMILY.library(level).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
+    compute(f"shard_sum:{level}", dict(x=x), dict(total=total), **sizes)
     return total
 
 
 def add_tiled_(y: Tensor, tile: Tensor, level: str = "") -> None:
     """y (T, n), contiguous, += tile (T, r) repeated along the channels, cut at n."""
     sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
-    tensors = dict(y=y, tile=tile.contiguous())
-    FAMILY.library(level).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
+    compute(f"add_tiled:{level}", dict(tile=tile.contiguous()), dict(y=y), **sizes)
 
 
 def level_flags() -> dict[str, tuple[str, ...]]:
@@ -171,7 +179,7 @@ def level_flags() -> dict[str, tuple[str, ...]]:
 
 
 def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:
-    if x.shape[1] % rank or count not in (None, x.shape[1] // rank):
+    if x.shape[1] % rank or (count is not None and x.shape[1] != count * rank):
         raise ValueError(f"rows of {x.shape[1]} are not {'shards' if count is None else f'{count} shards'} of {rank}")
 
 

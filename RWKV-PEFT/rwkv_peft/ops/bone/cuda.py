@@ -7,13 +7,13 @@ allocate.
 
 import ctypes
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..native.arguments import Given, aligned, fields
+from ..native.arguments import aligned, fields
 from ..native.family import DTYPES, CudaFamily
+from ..native.operator import Operator
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
@@ -40,14 +40,13 @@ class BoneArguments(ctypes.Structure):
 def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
     (groups, T, r), which `tiled` adds up."""
-    x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
+    x, bone, rank = x.contiguous(), bone.contiguous(), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    tensors = dict(x=x, bone=bone, z=z, shift=shift)
-    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
-    call(_affine_kernel("forward", x, rank), x, tensors, tiles * groups, **sizes)
+    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor, blocks=tiles * groups)
+    compute(_affine_kernel("forward", x, rank), dict(x=x, bone=bone), dict(z=z, shift=shift), **sizes)
     return z, shift
 
 
@@ -57,49 +56,50 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, fact
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
-    x, bone = _whole(x), _whole(bone)
+    x, bone = None if x is None else x.contiguous(), bone.contiguous()
     tile = _tile(dz, rank)
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
-    tensors = dict(x=x, bone=bone, d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
-    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
-    call(_affine_kernel("backward", dz, rank), dz, tensors, shards * strips, **sizes)
+    read = dict(g=shard_sum(g, rank), x=x, bone=bone)
+    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor, blocks=shards * strips)
+    compute(_affine_kernel("backward", dz, rank), read, dict(dx=dz, parts=parts), **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
-    count = bone.numel()
-    call("sum_parts", bone, dict(parts=parts, total=d_bone), -(-count // SHARD_THREADS), groups=strips, count=count)
+    sizes = dict(groups=strips, count=bone.numel(), blocks=-(-bone.numel() // SHARD_THREADS))
+    compute(f"sum_parts_{DTYPES[bone.dtype]}", dict(parts=parts), dict(total=d_bone), **sizes)
     return d_bone
 
 
 def merge(rows: Tensor, bone: Tensor) -> Tensor:
     """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) of PRODUCT_RANKS -> (a r, in)."""
-    rows, bone, (count, rank, _) = _whole(rows), _whole(bone), bone.shape
+    rows, bone, (count, rank, _) = rows.contiguous(), bone.contiguous(), bone.shape
     merged, width, tile = torch.empty_like(rows), rows.shape[1], _tile(rows, rank)
     strip = tile * max(1, -(-width // (-(-BLOCKS // count) * tile)))  # of an output block's `width` rows of r elements
-    blocks = count * -(-width // strip)
-    call(f"merge_products_{rank}", rows, dict(x=rows, bone=bone, z=merged), blocks, width=width, rank=rank, strip=strip)
+    sizes = dict(width=width, rank=rank, strip=strip, blocks=count * -(-width // strip))
+    compute(f"merge_products_{rank}", dict(x=rows, bone=bone), dict(z=merged), **sizes)
     return merged
 
 
 def shard_sum(x: Tensor, rank: int) -> Tensor:
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r); x itself if it is one shard."""
-    x = _whole(x)
+    x = x.contiguous()
     if x.shape[1] == rank:
         return x
     total = x.new_empty(x.shape[0], rank)
-    call("shard_sum", x, dict(x=x, total=total), _blocks(total), tokens=x.shape[0], width=x.shape[1], rank=rank)
+    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, blocks=_blocks(total))
+    compute(f"shard_sum_{DTYPES[x.dtype]}", dict(x=x), dict(total=total), **sizes)
     return total
 
 
 def tiled(tile: Tensor, width: int) -> Tensor:
     """tile (T, r), or the sum of (groups, T, r), repeated along the channels, cut at `width`: -> (T, width)."""
-    tile = _whole(tile)
+    tile = tile.contiguous()
     groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
     to = tile.new_empty(tokens, width)
-    sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups)
-    call("tiled", to, dict(tiled=to, tile=tile), _blocks(tile), **sizes)
+    sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups, blocks=_blocks(tile))
+    compute(f"tiled_{DTYPES[to.dtype]}", dict(tile=tile), dict(tiled=to), **sizes)
     return to
 
 
@@ -109,11 +109,11 @@ def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
-def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
-    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_", and without the dtype if there
-    is one kernel for each; tensors and sizes by the names of BoneArguments."""
-    kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
-    FAMILY.run(kernel, like, {**tensors, **sizes}, blocks)
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], blocks: int, **sizes: float) -> None:
+    """Enqueue a kernel on the GPU of `like`. name: its name in KERNELS without "bone_"; tensors and sizes by the names
+    of BoneArguments; dx is made in place of its gradient d."""
+    read = {key: aligned(tensors[key]) for key in ("x", "bone", "g", "tile") if key in tensors}
+    FAMILY.run(f"bone_{name}", like, {**tensors, **read, "d": tensors.get("dx"), **sizes}, blocks)
 
 
 def has_products(like: Tensor, rank: int) -> bool:
@@ -122,7 +122,7 @@ def has_products(like: Tensor, rank: int) -> bool:
 
 
 def _affine_kernel(way: str, like: Tensor, rank: int) -> str:
-    return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
+    return f"affine_{way}_" + (f"products_{rank}" if has_products(like, rank) else DTYPES[like.dtype])
 
 
 def _tile(like: Tensor, rank: int) -> int:
@@ -137,9 +137,5 @@ def _blocks(tile: Tensor) -> int:
     return -(-tile.shape[-1] * tile.shape[-2] // SHARD_THREADS)
 
 
-def _whole(x: Given) -> Given:
-    """x contiguous and aligned, so that copies of 16 bytes can read it."""
-    return x if x is None else aligned(cast(Given, x.contiguous()))
-
-
-FAMILY = CudaFamily("bone", KERNELS, BoneArguments)
+FAMILY = CudaFamily("bone", KERNELS, BoneArguments, in_graphs=True)
+compute = Operator("bone_cuda", lambda *given, **sizes: call(*given, **sizes))

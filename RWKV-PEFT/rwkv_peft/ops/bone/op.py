@@ -1,8 +1,8 @@
 """The operations of Bone's forms beside their product with the weight: bat-in's affine form of the activations,
 bat-out's merged weight, sums over shards, and a tile added to each shard.
 
-Each operation is written out in plain torch, which takes any device and dtype and is what torch.compile sees. float32
-and bfloat16 tensors go through the kernels of cpu.py and cuda.py if those can be built. No operation is differentiable:
+Each operation is written out in plain torch, which takes any device and dtype. float32 and bfloat16 tensors go through
+the kernels of cpu.py and cuda.py if those can be built, in graphs of torch.compile too. No operation is differentiable:
 the autograd Functions are in adapters/. A factor is a number, or, under torch.compile, a tensor without dimensions.
 """
 
@@ -29,6 +29,9 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
 def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and s = factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> z (T, in), and s in a form
     that plus_tiled takes."""
+    if isinstance(factor, Tensor):
+        z, shift = affine(x, bone)
+        return z, factor * shift
     kernels, rank = backend(x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None:
         return kernels.affine(x, bone, factor=factor)
@@ -50,6 +53,8 @@ def affine_backward_(
 
     du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
+    if isinstance(factor, Tensor):
+        return affine_backward_(dz, factor * g, x, bone)
     kernels, rank = backend(dz, g, x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None and dz.is_contiguous():
         return kernels.affine_backward_(dz, g, x, bone, factor=factor)

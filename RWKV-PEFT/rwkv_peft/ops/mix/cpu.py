@@ -33,13 +33,21 @@ FUNCTIONS = tuple(
     for name, structure in STRUCTURES.items()
     for direction in ("forward", "backward")
 )
-FAMILY = CpuFamily("mix", FUNCTIONS)
+FAMILY = CpuFamily("mix", FUNCTIONS, in_graphs=True)
 
 
 def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], **sizes: float) -> None:
     """Run an operation, such as "relu_square_forward", given tensors by name (None: not given) and the rest of its
-    structure. Does nothing for tensors without data."""
+    structure; a lerp's points out0, out1, …, and their gradients grad0, … go by a table of addresses. Does nothing for
+    tensors without data."""
     if like.is_meta:
         return
-    structure = STRUCTURES[name.rpartition("_")[0]]
-    getattr(FAMILY.library(), f"mix_{name}")(fill(structure, like, tensors, **sizes))
+    structure, tables = STRUCTURES[name.rpartition("_")[0]], {}
+    if structure is LerpArguments:
+        for kind in ("out", "grad"):
+            points = [x.data_ptr() for i in range(int(sizes["n"])) if (x := tensors.get(f"{kind}{i}")) is not None]
+            tables[f"{kind}s"] = (ctypes.c_void_p * len(points))(*points)
+        names = {name for name, _ in structure._fields_}
+        tensors = {name: x for name, x in tensors.items() if name in names}
+    addresses = {name: ctypes.addressof(table) for name, table in tables.items()}
+    getattr(FAMILY.library(), f"mix_{name}")(fill(structure, like, tensors, **addresses, **sizes))

@@ -4,20 +4,13 @@ cpu/mix/lerp.h.
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
 
-import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded
-
-
-def _table(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """A C array of the tensors' addresses."""
-    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+from .functions import compute, differentiable_once, numbered, rounded
 
 
 class Lerp(Function):
@@ -35,9 +28,8 @@ class Lerp(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
-        tensors = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
-        table = _table(outs)
-        call("lerp_forward", x, tensors, outs=ctypes.addressof(table), **_sizes(x, maa, up, cu_seqlens))
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
+        compute("lerp_forward", read, numbered("out", outs), **_sizes(x, maa, up, cu_seqlens))
         return outs
 
     @staticmethod
@@ -50,10 +42,9 @@ class Lerp(Function):
         gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
         glow = torch.empty_like(low) if need_low else None
         gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
-        tensors = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
-        tensors |= dict(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
-        table = _table(grads)
-        call("lerp_backward", x, tensors, grads=ctypes.addressof(table), **_sizes(x, maa, up, cu_seqlens))
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens) | numbered("grad", grads)
+        written = dict(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
+        compute("lerp_backward", read, written, **_sizes(x, maa, up, cu_seqlens))
         gmaa, gup = rounded((gmaa, gup), x.dtype)
         return gx, glast, gmaa, glow, gup, None
 

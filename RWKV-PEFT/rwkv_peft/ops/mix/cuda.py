@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..native.arguments import aligned
 from ..native.family import DTYPES, CudaFamily
 from .operations import OPERATIONS, Operation
 
@@ -87,9 +88,9 @@ class MixArguments(ctypes.Structure):
 
 
 def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: int = 0, **others: Any) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout (None: not given).
-    An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a warp takes); blocks of
-    TILED take `size` channels. others: tokens, channels and further fields of MixArguments."""
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout and of MixArguments (None:
+    not given). An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a warp
+    takes); blocks of TILED take `size` channels. others: tokens, channels and further fields of MixArguments."""
     tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
     layout, strip = {**LAYOUTS, **TILED}[name], 1
     if name in LAYOUTS:
@@ -98,12 +99,14 @@ def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: in
     else:
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
         up = cast(Tensor, tensors["up"])
+        tensors = {**tensors, **{x: aligned(tensors.get(x)) for x in layout.inputs + layout.parameters}}
         kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]
     named = ([tensors.get(name) for name in names] for names in layout[:3])
     tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
-    given = {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
+    given: dict[str, Any] = {name: tensors.get(name) for name in ("bounds", "last", "glast")}
+    given |= {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
     FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks)
     for target, part in zip(wanted, sums):
         if target is not None and part is not None:
@@ -115,4 +118,4 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 
-FAMILY = CudaFamily("mix", KERNELS, MixArguments)
+FAMILY = CudaFamily("mix", KERNELS, MixArguments, in_graphs=True)

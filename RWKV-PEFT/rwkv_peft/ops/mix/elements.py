@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded, rows_of
+from .functions import compute, differentiable_once, rounded, rows_of
 from .operations import OPERATIONS, Operation, class_name
 
 
@@ -22,8 +22,8 @@ def _function(name: str, op: Operation) -> type[Function]:
         outs = tuple(torch.empty_like(given[len(op.inputs) - 1]) for _ in op.outputs)
         ctx.save_for_backward(*(outs if op.from_result else given))
         ctx.sizes = _sizes(op, given[0], eps)
-        named = zip(op.inputs + op.parameters + op.outputs, given + outs)
-        call(f"{name}_forward", given[0], dict(named), **ctx.sizes)
+        read = dict(zip(op.inputs + op.parameters, given))
+        compute(f"{name}_forward", read, dict(zip(op.outputs, outs)), **ctx.sizes)
         return outs if len(outs) > 1 else outs[0]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -32,8 +32,10 @@ def _function(name: str, op: Operation) -> type[Function]:
         parameters = saved[len(op.inputs) :]
         wanted = any(ctx.needs_input_grad[1 + len(op.inputs) :])
         sums = [torch.empty_like(x, dtype=torch.float32) if wanted else None for x in parameters]
-        names = [*op.saved, *(name for names in op.gradients for name in names)]
-        call(f"{name}_backward", saved[0], dict(zip(names, (*saved, *grads, *gradients, *sums))), **ctx.sizes)
+        of_outputs, *names = op.gradients
+        read = dict(zip(op.saved + of_outputs, (*saved, *grads)))
+        written = dict(zip(names[0] + names[1], (*gradients, *sums)))
+        compute(f"{name}_backward", read, written, **ctx.sizes)
         return None, *gradients, *rounded(sums, saved[0].dtype)
 
     ways = {"forward": staticmethod(forward), "backward": staticmethod(differentiable_once(backward))}

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..native.operator import Operator
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
 Item = TypeVar("Item")
 
 
-def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], **sizes: Any) -> None:
-    """Run an operation, such as "relu_square_forward", where `like` is, on tensors by name (None: not given)."""
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], **sizes: Any) -> None:
+    """Run an operation, such as "relu_square_forward", where `like` is, on tensors by name."""
     (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
+
+
+compute = Operator("mix", lambda *given, **sizes: call(*given, **sizes))
 
 
 class _NoGradient:
@@ -40,7 +44,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
             )

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from ..products import matmul
 from . import cuda
-from .functions import call, differentiable_once, numbered, room_like, rounded
+from .functions import compute, differentiable_once, numbered, room_like, rounded
 
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a sum over channels
 
@@ -33,12 +33,12 @@ class Lerp(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
-        tensors = dict(x=x, maa=maa) | numbered("out", outs)
-        sizes = sizes_of(x, maa, cu_seqlens)
-        if has_product_inside(x, last, maa, low, up):
-            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, size=group_size(x), **sizes)
+        read = dict(x=x, maa=maa, last=last, bounds=cu_seqlens)
+        written, sizes = numbered("out", outs), sizes_of(x, maa, cu_seqlens)
+        if has_product_inside(x, up):
+            compute("lerp_low_forward", read | dict(low=low, up=up), written, size=group_size(x), **sizes)
         else:
-            call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)
+            compute("lerp_forward", read | dict(offsets=offsets(low, up)), written, **sizes)
         return outs
 
     @staticmethod
@@ -46,19 +46,19 @@ class Lerp(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         gx, glast = torch.empty_like(x), room_like(last)
-        tensors = dict(maa=maa, gx=gx) | numbered("grad", grads)
-        sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, glast=glast)
+        read = dict(maa=maa, last=last, bounds=cu_seqlens) | numbered("grad", grads)
+        written, sizes = dict(gx=gx, glast=glast), sizes_of(x, maa, cu_seqlens)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        if not trained and has_product_inside(x, last, maa, low, up, *grads):
-            parts = parts_like(low, x)
-            tensors |= dict(x=x, low=low, up=up, glow=parts)
-            call("lerp_low_backward", x, tensors, size=group_size(x), **sizes)
+        if not trained and has_product_inside(x, up):
+            parts = low.new_empty(-(-x.shape[2] // group_size(x)), *low.shape)  # by groups of channels
+            read, written = read | dict(x=x, low=low, up=up), written | dict(glow=parts)
+            compute("lerp_low_backward", read, written, size=group_size(x), **sizes)
             return gx, glast, None, parts.sum(0) if len(parts) > 1 else parts[0], None, None
         goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
         gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        tensors |= dict(x=None if goffsets is None and gmaa is None else x, offsets=offsets(low, up), goffsets=goffsets)
-        tensors |= {} if gmaa is None else numbered("gmaa", gmaa)
-        call("lerp_backward", x, tensors, **sizes)
+        read |= dict(x=None if goffsets is None and gmaa is None else x, offsets=offsets(low, up))
+        written |= dict(goffsets=goffsets) | ({} if gmaa is None else numbered("gmaa", gmaa))
+        compute("lerp_backward", read, written, **sizes)
         glow = gup = None
         if goffsets is not None:
             glow = (goffsets @ up.mT).transpose(0, 1).reshape(low.shape)
@@ -66,17 +66,14 @@ class Lerp(Function):
         return gx, glast, *rounded([gmaa], x.dtype), glow, gup, None
 
 
-def has_product_inside(
-    x: Tensor, last: Tensor | None, maa: Tensor, low: Tensor | None, up: Tensor | None, *grads: Tensor
-) -> bool:
-    """True if kernels with the low-rank product inside take these: whole tiles, and 16 bytes that are read at once."""
+def has_product_inside(x: Tensor, up: Tensor | None) -> bool:
+    """True if kernels with the low-rank product inside take these, which are whole tiles."""
     return (
         up is not None
         and x.dtype == torch.bfloat16
         and up.shape[0] == cuda.LOW_POINTS
         and up.shape[1] in cuda.LOW_RANKS
         and x.shape[2] % cuda.LOW_CHANNELS == 0
-        and all([y is None or y.is_meta or y.data_ptr() % 16 == 0 for y in (x, last, maa, low, up, *grads)])
     )
 
 
@@ -86,11 +83,6 @@ def group_size(x: Tensor) -> int:
     tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
     groups, step = min(MOST_GROUPS, -(-BLOCKS // tiles)), cuda.LOW_CHANNELS
     return -(-channels // (groups * step)) * step
-
-
-def parts_like(whole: Tensor, x: Tensor) -> Tensor:
-    """An empty tensor for the parts of `whole` (B, T, …) by groups of x's channels: (groups, B, T, …)."""
-    return whole.new_empty(-(-x.shape[2] // group_size(x)), *whole.shape)
 
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:
@@ -104,8 +96,8 @@ def _by_point(low: Tensor, up: Tensor) -> Tensor:
     return low.reshape(-1, m, K).transpose(0, 1)
 
 
-def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
     """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a kernel needs."""
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences, bounds=cu_seqlens)
+    return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences)

@@ -1,9 +1,9 @@
 """The models' operations between their matrix products: token shift with interpolation, gates, keys, the normalization
 of heads.
 
-Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
-torch.compile sees. If the kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward
-instead (elements.py, cpu_lerp.py, gpu_lerp.py), differentiable once.
+Each operation is written out in plain torch, which takes any device and dtype and is differentiable twice. If the
+kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward instead (elements.py,
+cpu_lerp.py, gpu_lerp.py), differentiable once, in graphs of torch.compile too.
 """
 
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def fit(low: Tensor | None, up: Tensor | None) -> bool:
     return low.shape[-1] == up.shape[0] * up.shape[1]
 
 
-def fused(first: Tensor, *others: Tensor | None) -> bool:
+def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """True if tensors (None: not given) go through a kernel: the one place that decides."""
     return cpu.FAMILY.takes(first, *others) if first.is_cpu else cuda.takes(first, *others)
 
@@ -84,7 +84,7 @@ def lerp(
     if not fit(low, up):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
-    if fused(x, last, maa, low, up):
+    if has_kernel(x, last, maa, low, up):
         kernel = cpu_lerp if x.is_cpu else gpu_lerp
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
@@ -99,7 +99,7 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
-    if fused(y, g, weight, bias):
+    if has_kernel(y, g, weight, bias):
         return _by_kernel("norm_gate", y, g, weight, bias, eps=eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
@@ -107,14 +107,14 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
 def sigmoid_gate(r: Tensor, v: Tensor) -> Tensor:
     """sigmoid(r) · v, for r and v of one shape."""
-    if fused(r, v):
+    if has_kernel(r, v):
         return _by_kernel("sigmoid_gate", r, v)
     return torch.sigmoid(r) * v
 
 
 def relu_square(x: Tensor) -> Tensor:
     """max(x, 0)²."""
-    if fused(x):
+    if has_kernel(x):
         return _by_kernel("relu_square", x)
     return torch.relu(x).square()
 
@@ -126,7 +126,7 @@ def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> 
     k, low (B, T, H, N); a0, k_k, k_a (1, 1, H N) -> key, a, b (B, T, H, N): k · (1 + (rate - 1) k_a), -n and n · rate,
     n being k · k_k divided by its length in each head (or by 1e-12 if it is shorter).
     """
-    if fused(k, low, a0, k_k, k_a):
+    if has_kernel(k, low, a0, k_k, k_a):
         return _by_kernel("delta_keys", k, low, a0, k_k, k_a)
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in (a0, k_k, k_a))
     rate = torch.sigmoid(a0 + low)
@@ -139,7 +139,7 @@ def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
 
     v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
     """
-    if fused(v, first, low, v0):
+    if has_kernel(v, first, low, v0):
         return _by_kernel("value_residual", v, first, low, v0)
     return v + (first - v) * torch.sigmoid(v0 + low)
 
@@ -152,7 +152,7 @@ def norm_bonus_gate(
 
     y, r, k, v (B, T, H, N), g (B, T, H N); parameters: r_k (H, N), weight and bias (H N,) -> (B, T, H N).
     """
-    if fused(y, r, k, v, g, *parameters):
+    if has_kernel(y, r, k, v, g, *parameters):
         return _by_kernel("norm_bonus_gate", y, r, k, v, g, *parameters, eps=eps)
     B, T, H, N = y.shape
     r_k, weight, bias = parameters

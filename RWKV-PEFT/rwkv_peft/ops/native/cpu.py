@@ -5,10 +5,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import arguments, levels
 from .build import build_library
+from .compiled import constant_when_compiled
 from .library import BuildError, Declaration, load
 from .sources import included_files, source_directory
 
@@ -28,10 +30,17 @@ def cpu_library(
 
 class CpuFamily:
     """The functions of cpu/OP/OP.cpp, compiled on first use for an instruction set, and tried once for each. `level` is
-    one of LEVELS, or "" for the best that this processor has."""
+    one of LEVELS, or "" for the best that this processor has. in_graphs: True if their caller also runs them in graphs
+    of torch.compile, by an Operator."""
 
-    def __init__(self, op: str, functions: Sequence[Declaration]) -> None:
-        self.op, self.functions = op, functions
+    def __init__(self, op: str, functions: Sequence[Declaration], in_graphs: bool = False) -> None:
+        self.op, self.functions, self.in_graphs = op, functions, in_graphs
+
+        @constant_when_compiled  # does not work on methods
+        def available() -> bool:
+            return self.unavailable() is None
+
+        self.available = available
 
     def best_level(self) -> str:
         return levels.best_level()
@@ -59,4 +68,6 @@ class CpuFamily:
 
     def takes(self, first: Tensor, *others: Tensor | None) -> bool:
         """True if the kernels take these tensors (arguments.takes), and can be built here."""
-        return arguments.takes(first, *others) and self.unavailable() is None
+        if torch.compiler.is_compiling() and not self.in_graphs:
+            return False
+        return arguments.takes(first, *others) and self.available()

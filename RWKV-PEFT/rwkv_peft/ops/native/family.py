@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...gpus import refusal
 from . import nvrtc
+from .compiled import constant_when_compiled
 from .kernels import Block, Kernels
 from .library import BuildError
 
@@ -20,10 +21,20 @@ OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and bf16 products
 
 
 class CudaFamily:
-    """The kernels of cuda/OP/OP.cu."""
+    """The kernels of cuda/OP/OP.cu. in_graphs: as in CpuFamily."""
 
-    def __init__(self, op: str, names: Sequence[str], structure: type[ctypes.Structure]) -> None:
+    def __init__(
+        self, op: str, names: Sequence[str], structure: type[ctypes.Structure], in_graphs: bool = False
+    ) -> None:
         self.op, self.source, self.names, self.structure = op, f"{op}/{op}.cu", names, structure
+        self.in_graphs = in_graphs
+
+        @constant_when_compiled  # does not work on methods
+        @functools.cache
+        def available(device: int) -> bool:
+            return self.unavailable(device) is None
+
+        self.available = available
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
@@ -49,11 +60,6 @@ class CudaFamily:
         except BuildError:
             return Kernels(self.names, nvrtc.cubin(*given, anew=True))
 
-    @functools.cache  # noqa: B019
-    def available(self, device: int) -> bool:
-        """True if they work on GPU number `device`."""
-        return self.unavailable(device) is None
-
     def unavailable(self, device: int | None = None) -> str | None:
         """None if they work on a GPU, by default the current one, else the reason and the remedy."""
         reason = misfit(device)
@@ -72,7 +78,7 @@ class CudaFamily:
             first.dtype not in DTYPES
             or first.numel() == 0
             or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
-            or torch.compiler.is_compiling()
+            or (torch.compiler.is_compiling() and not self.in_graphs)
             or type(first) is not Tensor  # a fake one
         ):
             return False

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ..compiled import constant_when_compiled
+from ..native.compiled import constant_when_compiled
 from ..native.levels import LEVELS
 from .chunked import Chunked
 from .cpu import CpuRecurrence
