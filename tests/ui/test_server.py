@@ -207,6 +207,14 @@ def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, 
     assert server.json("/api/preview", {"path": "texts", "tokenizer": "bytes"})["sizes"] == [21, 21]
 
 
+def test_a_preview_follows_no_link_out_of_a_folder(server, folder, tmp_path):
+    (tmp_path / "secret.jsonl").write_text('{"text": "of mine"}')
+    (folder / "linked").mkdir()
+    (folder / "linked" / "rows.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    status, text = server.ask("/api/preview", {"path": "linked", "tokenizer": "bytes"})
+    assert status == 400 and "of mine" not in text
+
+
 def test_a_preview_tells_which_rows_are_refused(server, folder):
     (folder / "bad.jsonl").write_text('{"text": "good"}\nnot json\n{"nothing": 1}\n')
     found = server.json("/api/preview", {"path": "bad.jsonl", "tokenizer": "bytes"})
