@@ -10,10 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def load(folder, name):
-    """The module of a program of a folder of the repository, under a name of its own; it finds those beside it."""
-    if str(ROOT / folder) not in sys.path:
-        sys.path.append(str(ROOT / folder))
+    """The module of a program of a folder of the repository, under a name of its own; it finds those beside it while it
+    is imported. Later they would hide folders of tests: data, generate, plan."""
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.append(str(ROOT / folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / folder))
     return module

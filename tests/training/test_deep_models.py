@@ -38,7 +38,7 @@ def adapters(files, bases, train):
         on_base = (f"run-{version}", "--load_model", str(base), *ADAPTED[version].split())
         train(*on_base, "--epoch_count", "1")
         out, _ = train(*on_base, "--resume")
-        assert f"RWKV-7{version[-1]}" in out and "all blocks plain" in out
+        assert f"RWKV-7{version[-1]}" in out
         assert len(metrics(files, on_base[0])) == 8
     return {version: files / f"run-{version}" for version in ADAPTED}
 
