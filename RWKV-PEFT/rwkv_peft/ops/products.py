@@ -6,9 +6,8 @@ for the time of one product, whose result is rounded once. On all other devices 
 """
 
 import functools
-import time
-from collections.abc import Callable
-from threading import Thread
+import os
+import platform
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.autograd import Function
 from .native.compiled import constant_when_compiled
 
 HALVES = (torch.bfloat16, torch.float16)
-SLOW = 1.5  # times float32's time; converting costs a tenth of it, and most processors are far from this on either side
 ELEMENTS = 1 << 22  # of a matrix that are converted at a time: 16 MiB
 
 
@@ -65,41 +63,23 @@ def converts(x: Tensor) -> bool:
     return x.is_cpu and is_slow(x.dtype)
 
 
-@constant_when_compiled  # torch.compile cannot trace a measurement
+@constant_when_compiled  # torch.compile cannot trace what asks a library
 def is_slow(dtype: torch.dtype) -> bool:
-    """True if this machine's CPU multiplies a dtype slowly, as a product of some microseconds shows.
+    """True if this machine's CPU multiplies a dtype more slowly than converting it to float32 would.
 
-    Measured, because instructions do not tell it: which of them torch uses differs by processor, system and build, and
-    with AVX512-BF16 alone it takes twice float32's time.
+    Decided by instructions, because a measurement can differ from one run to the next, and a run resumes bitwise.
+    benchmarks/step.py measured them: AMX alone is faster than float32. AVX512-BF16 takes 1.8 times its time and
+    AVX512-FP16 1.2 times, as much as converting does; without either it is 3 to 90 times.
     """
-    return dtype in HALVES and _measured(dtype)
+    return dtype in HALVES and not (dtype == torch.bfloat16 and _has_fast_bfloat16())
 
 
 @functools.cache
-def _measured(dtype: torch.dtype) -> bool:
-    found = []
-    # A thread of its own has no gradient mode, autocast, default device or dispatch mode of the caller.
-    thread = Thread(target=lambda: found.append(_seconds(dtype) > SLOW * _seconds(torch.float32)))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """The least processor time of the input gradient's product of a small layer, on one thread."""
-    g, weight = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return min(_timed(lambda: g @ weight) for _ in range(3))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.thread_time()  # which does not count while other programs have the processor
-    function()
-    return time.thread_time() - start
+def _has_fast_bfloat16() -> bool:
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # oneDNN's own; it multiplies for torch
+    return ("AMX" in allowed or allowed in ("", "ALL", "DEFAULT")) and torch.cpu._init_amx()
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
