@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-PEFT"))
 
-from rwkv_peft.commands import run  # noqa: E402
+from rwkv_peft.cli.commands import run  # noqa: E402
 
 if __name__ == "__main__":
     run("train")

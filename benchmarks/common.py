@@ -77,7 +77,7 @@ def new_model(version, layers, channels, vocab, adapter=None, **sizes):
 
 def write_model(path, *shape, **sizes):
     """Write a new random model to a file."""
-    from rwkv_peft.files.base import save_model
+    from rwkv_peft.checkpoints.base import save_model
 
     save_model(path, new_model(*shape, **sizes)[1].state_dict())
 

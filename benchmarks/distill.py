@@ -20,7 +20,7 @@ import torch
 from common import Parser, head, row, split, train, write_model, write_tokens
 from methods import demo_rows, texts_of, tokens_of
 
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.objectives.divergence import Divergence, divergence, most_probable
 
 TRAIN = "--peft none --ctx_len 256 --micro_bsz 8 --random_seed 1 --lr_init 1e-3 --lr_final 1e-4 --warmup_steps 10"

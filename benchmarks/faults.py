@@ -38,12 +38,12 @@ import torch
 from common import ROOT, Parser, head, row, sequences, write_model, write_tokens
 from safetensors.torch import load_file
 
-from rwkv_peft import commands
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.release import convert, merge_command
 from rwkv_peft.training.ranks.watch import PERIOD, SILENT
 from rwkv_peft.training.saving.checkpoints import list_checkpoints

@@ -22,11 +22,11 @@ from common import DEMO, ROOT, Parser, head, row
 import rwkv_peft as rp
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.api.adapters import config_of
+from rwkv_peft.cli.names import NONE
 from rwkv_peft.config import AIM, MOST_EPOCHS, AdapterConfig
 from rwkv_peft.config.methods import BONE
 from rwkv_peft.config.schedules import learning_rate
 from rwkv_peft.data.collate import collate
-from rwkv_peft.names import NONE
 from rwkv_peft.training.flags.rates import automatic_rate
 from rwkv_peft.training.model import estimate_gradients
 from rwkv_peft.training.step.steps import Whole

@@ -68,7 +68,7 @@ def make_model(path, version, layers, channels):
     """A random World-vocabulary model of the official widths, float32."""
     import torch
 
-    from rwkv_peft.files.base import save_model
+    from rwkv_peft.checkpoints.base import save_model
     from rwkv_peft.models import family_named
 
     torch.manual_seed(0)
@@ -84,8 +84,8 @@ def measure(args):
     """Print the rows of the table for one model and number of threads."""
     import torch
 
-    from rwkv_peft.generate.loading import load_model
-    from rwkv_peft.generate.weights import large_pages, rounded
+    from rwkv_peft.inference.loading import load_model
+    from rwkv_peft.inference.weights import large_pages, rounded
 
     torch.set_num_threads(args.threads[0])
     torch.set_grad_enabled(False)
@@ -118,7 +118,7 @@ def llama_cpp(path, kind, threads, places):
     """llama.cpp's server, on a GGUF of a type beside the model."""
     import xllamacpp
 
-    from rwkv_peft.files.base import open_base
+    from rwkv_peft.checkpoints.base import open_base
     from rwkv_peft.release.verify import written
 
     params = xllamacpp.CommonParams()
@@ -130,8 +130,8 @@ def llama_cpp(path, kind, threads, places):
 
 def our_rate(model, prompts, tokens):
     """Tokens a second; prompts are read before the clock starts."""
-    from rwkv_peft.generate.decode import generate
-    from rwkv_peft.generate.settings import Sampling
+    from rwkv_peft.inference.decode import generate
+    from rwkv_peft.inference.settings import Sampling
 
     steps = generate(model, prompts, Sampling(temperature=0), tokens + 1)
     for _ in prompts:  # the first token of each comes of reading its prompt

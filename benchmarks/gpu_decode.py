@@ -15,10 +15,10 @@ import torch
 from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
-from rwkv_peft.generate import replay
-from rwkv_peft.generate.decode import generate
-from rwkv_peft.generate.settings import Sampling
-from rwkv_peft.generate.weights import quantize_products, rounded
+from rwkv_peft.inference import replay
+from rwkv_peft.inference.decode import generate
+from rwkv_peft.inference.settings import Sampling
+from rwkv_peft.inference.weights import quantize_products, rounded
 
 PROMPT = 8
 

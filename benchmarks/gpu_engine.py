@@ -22,9 +22,9 @@ from common import Parser
 from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
 
-from rwkv_peft import commands
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import exit_on_user_error
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import exit_on_user_error
 
 SHORT = ("--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
 STEPS = ("--epoch_steps", "10", "--epoch_count")
@@ -48,9 +48,9 @@ def data_of(folder):
 
 def planned_gib(flags):
     """The plan's peak for a run's flags, without CUDA's context."""
-    from rwkv_peft.plan.command import estimate_of
-    from rwkv_peft.plan.flags import parse_flags
-    from rwkv_peft.plan.parts import CONTEXT, GPU, peak
+    from rwkv_peft.tools.plan.command import estimate_of
+    from rwkv_peft.tools.plan.flags import parse_flags
+    from rwkv_peft.tools.plan.parts import CONTEXT, GPU, peak
     from rwkv_peft.training.flags.request import request_of
 
     estimate = estimate_of(request_of(parse_flags([*map(str, flags)])), GPU)

@@ -19,8 +19,8 @@ import torch
 from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
-from rwkv_peft.plan.flags import parse_flags
-from rwkv_peft.plan.parts import CONTEXT, GPU, Estimate, peak
+from rwkv_peft.tools.plan.flags import parse_flags
+from rwkv_peft.tools.plan.parts import CONTEXT, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
 
 ROWS = ("1x4096", "1x1024", "1x64")

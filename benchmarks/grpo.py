@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from common import VERSIONS, Parser, head, new_model, row
 
-from rwkv_peft.generate.settings import Sampling
+from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.training.drawing.answers import Manner, draw, packed
 from rwkv_peft.training.step.forked import forked

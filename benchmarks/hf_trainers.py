@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import DEMO, Parser, row
 
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from common import ROOT, Parser, head, row
 
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import open_base
-from rwkv_peft.files.pth_writer import TensorSpec, write_pth
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.checkpoints.pth_writer import TensorSpec, write_pth
 from rwkv_peft.models.rwkv6 import keys
 
 

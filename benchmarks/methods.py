@@ -17,13 +17,13 @@ from pathlib import Path
 
 from common import DEMO, ROOT, Parser, run, split, write_tokens
 
-from rwkv_peft.compare.command import main as compare
+from rwkv_peft.cli.errors import exit_on_user_error
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import Template, read_template, segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.data.turns import TURN_END
-from rwkv_peft.errors import exit_on_user_error
+from rwkv_peft.tools.compare.command import main as compare
 
 TRAIN = ("--ctx_len", "256", "--micro_bsz", "2", "--precision", "fp32", "--warmup_steps", "10")
 QUICK = "--methods bone --rank 8 --rates 1e-3 --seeds 1 --steps 2".split()

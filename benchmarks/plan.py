@@ -22,10 +22,10 @@ from common import ROOT, Parser, head, row, write_tokens
 
 from rwkv_peft.config import STRATEGIES
 from rwkv_peft.models import family_named
-from rwkv_peft.plan.command import estimate_of
-from rwkv_peft.plan.fits import largest_rows, usable
-from rwkv_peft.plan.flags import parse_flags
-from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
+from rwkv_peft.tools.plan.command import estimate_of
+from rwkv_peft.tools.plan.fits import largest_rows, usable
+from rwkv_peft.tools.plan.flags import parse_flags
+from rwkv_peft.tools.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
 
 VOCABULARY = 65536

@@ -13,8 +13,8 @@ import time
 import torch
 from common import VERSIONS, Parser, adapter_of, head, new_model, row
 
-from rwkv_peft.generate.decode import generate
-from rwkv_peft.generate.settings import Sampling
+from rwkv_peft.inference.decode import generate
+from rwkv_peft.inference.settings import Sampling
 
 
 def main():

@@ -16,10 +16,10 @@ from common import Parser
 
 from rwkv_peft.models import family_named
 from rwkv_peft.models.state import State
-from rwkv_peft.plan.disk import written
-from rwkv_peft.plan.fits import largest_rows, usable
-from rwkv_peft.plan.flags import parse_flags
-from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
+from rwkv_peft.tools.plan.disk import written
+from rwkv_peft.tools.plan.fits import largest_rows, usable
+from rwkv_peft.tools.plan.flags import parse_flags
+from rwkv_peft.tools.plan.parts import CPU, GPU, Estimate, peak
 from rwkv_peft.training.flags.request import request_of
 from rwkv_peft.training.step.relay import in_flight, waiting
 

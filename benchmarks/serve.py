@@ -21,7 +21,6 @@ import urllib.request
 from pathlib import Path
 
 from common import Parser, head, row
-
 from generate import VERSIONS, make_model
 
 PROMPT = 8
@@ -97,7 +96,7 @@ def serve_llama(args):
     """Be llama.cpp's server, until the process is ended."""
     import xllamacpp
 
-    from rwkv_peft.files.base import open_base
+    from rwkv_peft.checkpoints.base import open_base
     from rwkv_peft.release.verify import written
 
     places = args.clients[0]

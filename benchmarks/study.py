@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from common import Parser, head, row, run, split
 
+from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.evals.asking import GREEDY, write
-from rwkv_peft.files.adapters import AdapterSource
-from rwkv_peft.generate.loading import Subject, load_model
+from rwkv_peft.inference.loading import Subject, load_model
 
 NAMES = ["".join(pair) for pair in product("BDFGHKLMNPRSTVWYZ", "aeiou")]
 AT_ONCE = 8  # facts that the base learns to answer from

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from common import DEMO, ROOT, Parser, head, row, run
 
-from rwkv_peft.generate.loading import load_model
+from rwkv_peft.inference.loading import load_model
 
 KINDS = ({"precision": "fp32"}, {"precision": "bf16"}, {"weights": "int8"}, {"weights": "int4"})
 PIECE = 1024

@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
-from rwkv_peft.commands import missing  # noqa: E402
-from rwkv_peft.errors import ending_at_once, exit_on_user_error  # noqa: E402
+from rwkv_peft.cli.commands import missing  # noqa: E402
+from rwkv_peft.cli.errors import ending_at_once, exit_on_user_error  # noqa: E402
 
 
 def main(argv):

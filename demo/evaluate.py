@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
-from rwkv_peft.cli import Parser  # noqa: E402
-from rwkv_peft.commands import missing  # noqa: E402
+from rwkv_peft.cli.commands import missing  # noqa: E402
+from rwkv_peft.cli.errors import UserError, ending_at_once, exit_on_user_error  # noqa: E402
+from rwkv_peft.cli.parser import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
-from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error  # noqa: E402
 
 LONGEST = 80  # the most tokens of an answer
 QUIET = 10  # seconds between the lines of a log
@@ -80,9 +80,9 @@ def answer(path, prompts, stop, expected=None, progress=None):
 
     An answer ends with its first id in `stop`, or at LONGEST tokens. expected is not read; answer_with_rwkv needs it.
     """
-    from rwkv_peft.generate.decode import generate
-    from rwkv_peft.generate.loading import load_model
-    from rwkv_peft.generate.settings import Sampling
+    from rwkv_peft.inference.decode import generate
+    from rwkv_peft.inference.loading import load_model
+    from rwkv_peft.inference.settings import Sampling
 
     progress = progress or Progress(len(prompts))
     model, start = load_model(path)
@@ -106,7 +106,7 @@ def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
     """
     import torch
 
-    from rwkv_peft.files.base import open_base
+    from rwkv_peft.checkpoints.base import open_base
     from rwkv_peft.release.rwkv_package import rwkv_model
 
     progress = progress or Progress(len(prompts))
@@ -153,7 +153,7 @@ def main(argv):
     args = build_parser().parse_args(argv)
     try:
         with ending_at_once():
-            from rwkv_peft.files.base import open_base
+            from rwkv_peft.checkpoints.base import open_base
     except ModuleNotFoundError as error:
         raise missing(error) from error
     if args.limit < 1:

@@ -24,7 +24,7 @@ python train.py --generation "$generation" --peft none $sizes --vocab_size 257 \
     --epoch_count 1 --lr_init 2e-3 --lr_final 1e-4 --warmup_steps 20 --weight_decay 0.1 --beta2 0.99 \
     --precision fp32 --proj_dir "$folder/run" "$@"
 python - <<END
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.base import open_base, save_model
 base = open_base("$folder/run/rwkv.pth").tensors
 save_model("demo/rwkv$generation-demo.pth", {key: tensor.bfloat16() for key, tensor in base.items()})
 END

@@ -39,7 +39,7 @@ def linked(text: str, page: str) -> str:
 def commands_page() -> str:
     """The help of every command, as `rwkv-peft COMMAND --help` prints it."""
     sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
-    from rwkv_peft.commands import COMMANDS, usage
+    from rwkv_peft.cli.commands import COMMANDS, usage
 
     parts = ["# Commands", f"```text\n{usage()}\n```"]
     for command in COMMANDS:
@@ -48,7 +48,7 @@ def commands_page() -> str:
 
 
 def help_of(command: str) -> str:
-    from rwkv_peft.commands import main
+    from rwkv_peft.cli.commands import main
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):

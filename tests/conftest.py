@@ -15,7 +15,7 @@ import torch
 import warm
 from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
-LONG = ("training", "scripts", "ui", "study", "hf")  # folders whose tests run whole commands
+LONG = ("training", "scripts", "tools", "hf")  # folders whose tests run whole commands
 
 
 def pytest_addoption(parser):

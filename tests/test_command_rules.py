@@ -5,19 +5,19 @@ import shlex
 
 import pytest
 
-from rwkv_peft import comparison
-from rwkv_peft.cli import Parser
-from rwkv_peft.commands import main
-from rwkv_peft.compare import flags as compare
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.parser import Parser
+from rwkv_peft.cli.rules import EXCLUDES, NEEDS, parts_of, worded
 from rwkv_peft.data import preprocess_flags as preprocess
-from rwkv_peft.errors import UserError
 from rwkv_peft.evals import flags as evals
-from rwkv_peft.generate import flags as generate
-from rwkv_peft.plan import flags as plan
+from rwkv_peft.inference import flags as generate
+from rwkv_peft.inference.serve import flags as serve
 from rwkv_peft.release import flags as release
-from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
-from rwkv_peft.serve import flags as serve
-from rwkv_peft.study import flags as study
+from rwkv_peft.tools import plot as comparison
+from rwkv_peft.tools.compare import flags as compare
+from rwkv_peft.tools.plan import flags as plan
+from rwkv_peft.tools.study import flags as study
 
 TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer bytes"
 # a command, its rules, and a command line that lacks what they are about; {} is the place of that

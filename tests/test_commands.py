@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rwkv_peft.commands import main, missing
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.commands import main, missing
+from rwkv_peft.cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = ("-m", "rwkv_peft")
@@ -133,7 +133,7 @@ def test_switches_are_shown_as_they_are_written():
 def test_closed_streams_lead_nowhere(tmp_path):
     """No opened file gets their numbers, and nothing uses a stream that does not exist."""
     code = (
-        "import sys; from rwkv_peft.streams import make_patient; make_patient(); file = open(sys.argv[1], 'w');"
+        "import sys; from rwkv_peft.cli.streams import make_patient; make_patient(); file = open(sys.argv[1], 'w');"
         "print('out', flush=True); print('err', file=sys.stderr); assert file.fileno() > 2 and not sys.stdout.isatty()"
     )
     command = f"exec '{sys.executable}' -c \"{code}\" '{tmp_path / 'file'}' <&- >&- 2>&-"

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from rwkv_peft.commands import main
-from rwkv_peft.comparison import Run, labels, places
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.plots import plot_loss
+from rwkv_peft.tools.plot import Run, labels, places
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from packaging import markers
 from packaging.requirements import Requirement
 
-from rwkv_peft.doctor import command, devices, packages
-from rwkv_peft.doctor.packages import MISSING, NOTE, OK, Finding, check_package
+from rwkv_peft.tools.doctor import command, devices, packages
+from rwkv_peft.tools.doctor.packages import MISSING, NOTE, OK, Finding, check_package
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def test_a_missing_package_does_not_end_the_report(monkeypatch):
 
 
 def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rwkv_peft.commands import run; run('doctor')"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rwkv_peft.cli.commands import run; run('doctor')"
     bare = [sys.executable, "-I", "-S", "-c", code]  # without what is installed
     for root in (ROOT, tmp_path):
         if root == tmp_path:

@@ -6,12 +6,12 @@ import shlex
 import pytest
 import torch
 
-from rwkv_peft.commands import COMMANDS, main
-from rwkv_peft.doctor import model
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import base_of, save_model
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.cli.commands import COMMANDS, main
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
+from rwkv_peft.tools.doctor import model
 
 BASE, CONVERT = "train on rows", "make it a base"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.commands import COMMANDS
+from rwkv_peft.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("", "benchmarks", "demo")  # docs/ is mkdocs' to judge

@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_peft import commands
-from rwkv_peft.errors import UserError, ending_at_once, ending_in_order, exit_on_user_error, field_names, short, some
-from rwkv_peft.files.atomic import atomic_write
-from rwkv_peft.streams import bar_seconds
+from rwkv_peft.checkpoints.atomic import atomic_write
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import (
+    UserError,
+    ending_at_once,
+    ending_in_order,
+    exit_on_user_error,
+    field_names,
+    short,
+    some,
+)
+from rwkv_peft.cli.streams import bar_seconds
 
 ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
 

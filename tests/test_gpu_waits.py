@@ -13,7 +13,7 @@ PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
     *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "relay", "shared")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
-    *("generate/rows.py", "generate/replay.py", "generate/sampling.py"),  # of a token that is drawn
+    *("inference/rows.py", "inference/replay.py", "inference/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
@@ -25,11 +25,11 @@ WAITS = {
     *("equal", "allclose"),
 }
 ALLOWED = {
-    ("generate/rows.py", "heard", "synchronize"): "for the token before",
-    ("generate/rows.py", "heard", "tolist"): "of what was copied by then",
-    ("generate/rows.py", "placed", "tensor"): "on the CPU, which is pinned then",
-    ("generate/sampling.py", "most_probable", "nonzero"): "on a CPU: a GPU sorts all at once",
-    ("generate/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
+    ("inference/rows.py", "heard", "synchronize"): "for the token before",
+    ("inference/rows.py", "heard", "tolist"): "of what was copied by then",
+    ("inference/rows.py", "placed", "tensor"): "on the CPU, which is pinned then",
+    ("inference/sampling.py", "most_probable", "nonzero"): "on a CPU: a GPU sorts all at once",
+    ("inference/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
     ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",
     ("objectives/documents.py", "drawn_log_probabilities", "repeat_interleave"): "into a size that is told",

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from rwkv_peft import gpus
-from rwkv_peft.commands import main as commands
-from rwkv_peft.doctor.devices import check_devices
-from rwkv_peft.doctor.packages import MISSING
-from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.files.base import save_model
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.commands import main as commands
+from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
 from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.tools.doctor.devices import check_devices
+from rwkv_peft.tools.doctor.packages import MISSING
 from rwkv_peft.training.model import own_device
 from rwkv_peft.training.run import main as train
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft import commands
-from rwkv_peft.cli import Parser
-from rwkv_peft.commands import COMMANDS
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.commands import COMMANDS
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [command.name for command in COMMANDS]
 # what the console script does, and the package as a module
-ENTRIES = (["-c", "from rwkv_peft.commands import run; run()"], ["-m", "rwkv_peft"])
+ENTRIES = (["-c", "from rwkv_peft.cli.commands import run; run()"], ["-m", "rwkv_peft"])
 
 
 def ask(entry, *arguments):
@@ -25,7 +25,7 @@ def ask(entry, *arguments):
 
 def test_the_console_script_is_what_is_tested_here():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.findall(r'^rwkv-peft = "(.*)"$', text, re.MULTILINE) == ["rwkv_peft.commands:run"]
+    assert re.findall(r'^rwkv-peft = "(.*)"$', text, re.MULTILINE) == ["rwkv_peft.cli.commands:run"]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
@@ -41,7 +41,7 @@ def test_help_needs_no_package_and_shows_what_is_required():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'RWKV-PEFT')!r})\n"
         "from contextlib import suppress\n"
-        "from rwkv_peft.commands import main\n"
+        "from rwkv_peft.cli.commands import main\n"
         f"for name in {names}:\n"
         "    with suppress(SystemExit):\n"
         "        main([name, '--help'])\n"
@@ -116,7 +116,7 @@ def test_an_unknown_command_like_no_other_points_to_help():
 )
 def test_a_command_without_its_libraries_says_so_in_one_line(name, output, library, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
-    code = f"import sys; sys.modules[{library!r}] = None; from rwkv_peft.commands import run; run()"
+    code = f"import sys; sys.modules[{library!r}] = None; from rwkv_peft.cli.commands import run; run()"
     files = [str(tmp_path / "metrics.jsonl"), *filter(None, [output]), str(tmp_path / "loss.png")]
     done = ask(["-c", code], name, *files)
     assert done.returncode == 2 and done.stdout == ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.commands import COMMANDS, main
+from rwkv_peft.cli.commands import COMMANDS, main
 from training.runs import finish, start
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rwkv_peft import memory
-from rwkv_peft.plan.command import main as plan
+from rwkv_peft.tools.plan.command import main as plan
 
 MIB = 1 << 20
 CODE = """

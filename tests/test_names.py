@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 from rwkv_peft.adapters.methods import METHODS, word_of
-from rwkv_peft.commands import COMMANDS
+from rwkv_peft.cli.commands import COMMANDS
+from rwkv_peft.cli.tables import GENERATIONS, SAMPLINGS, TASKS
 from rwkv_peft.data.samples import Samples
 from rwkv_peft.evals.rows import Choices, Exact
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.tables import GENERATIONS, SAMPLINGS, TASKS
 
 
 def test_a_methods_settings_are_told_by_its_word():
@@ -29,7 +29,7 @@ def test_a_mistaken_flag_is_told_without_torch_and_at_once():
     names = [command.name for command in COMMANDS if command.flags]
     code = (
         "import sys\n"
-        "from rwkv_peft.commands import main\n"
+        "from rwkv_peft.cli.commands import main\n"
         f"for name in {names}:\n"
         "    try:\n"
         "        main([name, '--no_such_flag'])\n"

@@ -5,9 +5,8 @@ import os
 
 import pytest
 
-from rwkv_peft.comparison import main
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.best import validations
+from rwkv_peft.checkpoints.best import validations
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.plots import (
     COLORS,
     DRAWN,
@@ -22,6 +21,7 @@ from rwkv_peft.plots import (
     unit_of,
     wants_logarithm,
 )
+from rwkv_peft.tools.plot import main
 
 LOSS = ("loss", "loss", "tab:blue")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,12 +11,12 @@ import torch
 
 import rwkv_peft as rp
 from rwkv_peft.adapters.methods import METHODS, words_of
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.generate import command
-from rwkv_peft.generate.loading import load_model, save_state_file
-from rwkv_peft.generate.reading import prefill
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference import command
+from rwkv_peft.inference.loading import load_model, save_state_file
+from rwkv_peft.inference.reading import prefill
 from rwkv_peft.ops.decode import Tape
 from rwkv_peft.release import check, merge_command
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api.adapters import add_adapter, merge, save_adapter
     from .api.model import Model, Piece, load, tokenizer
-    from .errors import UserError
-    from .generate.settings import Sampling
+    from .cli.errors import UserError
+    from .inference.settings import Sampling
     from .models.state import State
 
 __all__ = [
@@ -33,8 +33,8 @@ __version__ = "0.2.0"
 HOMES = (
     ("api.adapters", ("add_adapter", "merge", "save_adapter")),
     ("api.model", ("Model", "Piece", "load", "tokenizer")),
-    ("errors", ("UserError",)),
-    ("generate.settings", ("Sampling",)),
+    ("cli.errors", ("UserError",)),
+    ("inference.settings", ("Sampling",)),
     ("models.state", ("State",)),
 )
 

@@ -1,6 +1,6 @@
 """`python -m rwkv_peft COMMAND …`; see commands.py."""
 
-from .commands import run
+from .cli.commands import run
 
 if __name__ == "__main__":
     run()

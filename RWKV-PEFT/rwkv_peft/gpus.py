@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .cli import counted
+from .cli.errors import UserError, told
+from .cli.parser import counted
 from .config import TrainConfig
-from .errors import UserError, told
 
 OLDER = "update the driver, install a build of torch for an older CUDA (TORCH=cu126 sh scripts/setup.sh)"
 CODE = re.compile(r"(sm|compute)_(\d+)(\d)(\D?)")  # of torch.cuda.get_arch_list

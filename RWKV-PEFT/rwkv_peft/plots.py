@@ -10,13 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .checkpoints.atomic import atomic_write
+from .checkpoints.best import LONGEST, is_record
+from .checkpoints.readable import require_readable
 from .children import import_matplotlib
-from .errors import UserError, told
-from .files.atomic import atomic_write
-from .files.best import LONGEST, is_record
-from .files.readable import require_readable
-from .names import METRICS
-from .numeric import is_number
+from .cli.errors import UserError, told
+from .cli.names import METRICS
+from .cli.numeric import is_number
 from .objectives import OBJECTIVES
 
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers

@@ -9,7 +9,7 @@ from torch import nn
 from adapters.layers import merged_weight
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 METHOD = METHODS["bat-in-scaled"]
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.product import Frozen
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 
 def tensors(dtype=torch.float64, std=0.3):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from adapters.layers import merged_weight, tensors_of
 from rwkv_peft.adapters.inject import check_adapter, inject
 from rwkv_peft.adapters.methods import METHODS, word_of
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.keys import TARGETS
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from adapters.layers import merged_weight
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import method_of
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 
 def initial_factors(weight, config, gradient=None):

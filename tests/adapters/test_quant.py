@@ -13,7 +13,7 @@ from rwkv_peft.adapters.functions.tokens import linear
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.quant import QuantizedProduct, quantize, roundtrip
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "int8")

@@ -11,7 +11,7 @@ from adapters.layers import merged_weight
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.vera import shared, size
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 METHOD = METHODS["vera"]
 

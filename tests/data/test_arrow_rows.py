@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from fuzz.foreign import save_folder
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import read_chunks
-from rwkv_peft.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_peft.data.asked import flags_beside, note_on_chats, prompt_beside
 from rwkv_peft.data.templates import LAYOUTS, opening_within, stops_of
-from rwkv_peft.generate.flags import unescaped
+from rwkv_peft.inference.flags import unescaped
 
 
 @pytest.mark.parametrize("last", [last for _, last in LAYOUTS])

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.prefix import binidx_prefix
 from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
 
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)
 BIN = struct.pack("<4H", 7, 8, 0, 65535)

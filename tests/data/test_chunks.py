@@ -7,13 +7,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all, later_ctrl_c
-from rwkv_peft.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.row_forms import in_context
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.errors import UserError
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
 ROW = {"context": "Bo is 3.", "question": "Bo?", "answer": "3"}

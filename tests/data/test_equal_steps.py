@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from families import DISTINCT
+from rwkv_peft.checkpoints.base import base_of
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.collate import collate
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.files.base import base_of
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from data.documents import EARLIER, GOOD, USER, counted, text
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.row_forms import label_of, labelled
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.errors import UserError
 from rwkv_peft.evals.exam import rows_of
 
 PROMPT = "User: Hi?\n\nAssistant:"

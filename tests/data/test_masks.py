@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import masks
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.masks import describe_mask, find, make_mask
 from rwkv_peft.data.prefix import default_mask
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
 
 
 def dataset_of(folder, documents, masks=None):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.mixture import Joined, Mixture, shares_of
@@ -15,7 +16,6 @@ from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.inputs import find_samples
 

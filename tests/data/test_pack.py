@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.pack import pack
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
-from rwkv_peft.errors import UserError
 
 
 @pytest.fixture

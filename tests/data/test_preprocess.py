@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 
 from data.documents import texts
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.cutting import shorten
@@ -13,7 +14,6 @@ from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 
 
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, tmp_path):

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.shard_writer import JOURNAL
-from rwkv_peft.errors import UserError
 
 
 def command(folder, *flags):

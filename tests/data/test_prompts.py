@@ -5,13 +5,13 @@ import json
 import pytest
 
 from data.documents import EARLIER, GOOD, USER, text
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.row_forms import opened
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.errors import UserError
 
 FORMS = [
     {"query": "Hi?", "response": "Yes."},

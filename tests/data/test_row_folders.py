@@ -7,13 +7,13 @@ import pytest
 
 from data.documents import texts
 from fuzz.foreign import save_folder
-from rwkv_peft import commands
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main as preprocess_main
 from rwkv_peft.data.rows import read_chunks
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
-from rwkv_peft.ui.preview import preview
+from rwkv_peft.tools.ui.preview import preview
 
 
 def rows(*words):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from data.documents import chat, texts
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.row_forms import pair
 from rwkv_peft.data.templates import TEMPLATES, question, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 
 ANSWER = {"role": "assistant", "content": "Yo"}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.documents import texts
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 
 def chat(*turns, **more):
@@ -147,8 +147,8 @@ def test_one_bad_row_and_many_kinds(preprocess, capsys):
 @pytest.mark.parametrize("kind", ["sft", "pairs"])
 def test_a_run_leaves_bad_rows_out_on_request(tmp_path, monkeypatch, capsys, tiny_state, kind, name):
     """From the data that it trains on, and from that on which it validates."""
-    from rwkv_peft import commands
-    from rwkv_peft.files.base import save_model
+    from rwkv_peft.checkpoints.base import save_model
+    from rwkv_peft.cli import commands
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import samples as module
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.errors import UserError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import rwkv_peft.data.sft as sft
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.sft import prepare_sft
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
@@ -14,7 +15,6 @@ from rwkv_peft.data.prefix import default_mask
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.shards import open_dataset
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import digest_of_data
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fuzz.foreign import save_folder
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.request import parse_flags
 
 pyarrow = pytest.importorskip("pyarrow")

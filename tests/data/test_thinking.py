@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.documents import chat
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encode_settings import EncodeSettings
@@ -18,7 +19,6 @@ from rwkv_peft.data.sft import prepare_sft
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all
-from rwkv_peft.errors import UserError
 
 
 @pytest.fixture

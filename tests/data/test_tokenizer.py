@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.commands import main
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import GreedyEncoder, load_tokenizer, say_slow, world_vocabulary
 from rwkv_peft.data.world_vocabulary import parse_world_vocabulary
-from rwkv_peft.errors import UserError
 
 cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
 MIXED = (
@@ -120,7 +120,7 @@ def test_without_any_vocabulary_the_packages_are_named(without_package, monkeypa
 
 def without_the_package(*command):
     """A command as a user types it, in a Python without pyrwkv-tokenizer."""
-    code = "import sys; sys.modules['pyrwkv_tokenizer'] = None; from rwkv_peft.commands import run; run()"
+    code = "import sys; sys.modules['pyrwkv_tokenizer'] = None; from rwkv_peft.cli.commands import run; run()"
     return subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from fuzz.foreign import MODELS, json_file
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.show import plain_text
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
-from rwkv_peft.errors import UserError
 
 
 def test_tokenizer_json(tmp_path):
@@ -37,7 +37,7 @@ def test_bad_tokenizer_files_are_named(tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_text_without_a_token_is_a_message(tmp_path, kind):
     """Through the command: such a tokenizer has no token for the rows."""
-    from rwkv_peft import commands
+    from rwkv_peft.cli import commands
 
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     words = ["preprocess", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--no-append_eod", "--workers", "1"]

@@ -6,10 +6,10 @@ import random
 import pytest
 
 from data.documents import texts
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.row_forms import opened, pair
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tools import ASKED, Call, calls_text, parse_calls
-from rwkv_peft.errors import UserError
 
 WEATHER = {"name": "weather", "description": "It.", "parameters": {"type": "object", "properties": {}}}
 TIME = {"name": "time", "parameters": {}}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data.documents import chat, text, texts
 from data.hostile import BOUNDARY, HOSTILE
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.encoding import encoder
 from rwkv_peft.data.recorded import CLEAN, clean_data
@@ -16,9 +17,8 @@ from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.templates import TEMPLATES, Template, before_answer, question, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.turns import cleaned
-from rwkv_peft.errors import UserError
-from rwkv_peft.serve.asking import Bounds, chat_prompt
-from rwkv_peft.serve.forms import ChatAsked
+from rwkv_peft.inference.serve.asking import Bounds, chat_prompt
+from rwkv_peft.inference.serve.forms import ChatAsked
 
 CALL = {"name": "f", "arguments": {}}
 YES = {"role": "assistant", "content": "Yes."}

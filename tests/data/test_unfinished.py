@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data import preprocess, rows, shard_writer
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import DIGEST, Seen, main
-from rwkv_peft.errors import UserError
 
 
 @pytest.fixture

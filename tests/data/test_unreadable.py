@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_peft.checkpoints.pth import read_pth
+from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import read_template
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.files.pth import read_pth
 from rwkv_peft.plots import read_metrics
 
 

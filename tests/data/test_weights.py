@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.documents import texts
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.collate import collate
@@ -14,7 +15,6 @@ from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import segments
-from rwkv_peft.errors import UserError
 
 SEGMENTS = [{"text": "a", "train": False}, {"text": "b c", "train": True}, {"text": "d", "train": False}]
 

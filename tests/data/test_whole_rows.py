@@ -5,11 +5,11 @@ import json
 import pytest
 
 from data.documents import texts
-from rwkv_peft import commands
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.fields import Fields, has_words
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.templates import segments
-from rwkv_peft.errors import UserError
 
 QA = {"query": "Q", "response": "A"}
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "Q"), *[("assistant", "A")] * 2))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_peft.errors import Ended, UserError
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.checkpoints.lock import alone_at
+from rwkv_peft.cli.errors import Ended, UserError
 from rwkv_peft.evals import command, flags
-from rwkv_peft.files.base import open_base
-from rwkv_peft.files.lock import alone_at
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from evals.local_tasks import PASSAGES, TASKS, offline, write_tasks
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 from rwkv_peft.evals import command, flags
 from rwkv_peft.evals.asking import score
-from rwkv_peft.generate.loading import Subject, load_model
-from rwkv_peft.generate.settings import Sampling
+from rwkv_peft.inference.loading import Subject, load_model
+from rwkv_peft.inference.settings import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.tables import TASKS as CLASSES
 from rwkv_peft.data.templates import stops_of
-from rwkv_peft.errors import UserError
 from rwkv_peft.evals.records import standard_error, summary
 from rwkv_peft.evals.rows import LAYOUTS, Score, example, layout_of, stops_of_prompt
-from rwkv_peft.tables import TASKS as CLASSES
 
 CHAT = LAYOUTS["chat"]
 TASKS = {name: task() for name, task in CLASSES.items()}

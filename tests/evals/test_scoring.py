@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from families import DISTINCT, shaken
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.evals import asking
 from rwkv_peft.evals.asking import score
-from rwkv_peft.generate.reading import prefill
+from rwkv_peft.inference.reading import prefill
 from rwkv_peft.models import family_named
 
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9, 11, 12]]

@@ -7,9 +7,8 @@ from pathlib import Path
 from fuzz import mutations as m
 from fuzz import pickles
 from fuzz.whole import CHECKPOINT, COMPARED, PIECES, RUN, pieces
-from rwkv_peft.compare.outcomes import read_outcome
-from rwkv_peft.compare.report import rows_of, table
-from rwkv_peft.compare.sizes import Size
+from rwkv_peft.checkpoints.adapter_file import METADATA_KEY
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
@@ -18,15 +17,16 @@ from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.records import Records, summary
-from rwkv_peft.files.adapter_file import METADATA_KEY
-from rwkv_peft.files.base import open_base
-from rwkv_peft.generate.continuation import Continuation
-from rwkv_peft.generate.loading import load_model, read_state_file
-from rwkv_peft.generate.prompts import encode, read_prompt_file
-from rwkv_peft.generate.showing import show
+from rwkv_peft.inference.continuation import Continuation
+from rwkv_peft.inference.loading import load_model, read_state_file
+from rwkv_peft.inference.prompts import encode, read_prompt_file
+from rwkv_peft.inference.showing import show
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, heat, merge_command
+from rwkv_peft.tools.compare.outcomes import read_outcome
+from rwkv_peft.tools.compare.report import rows_of, table
+from rwkv_peft.tools.compare.sizes import Size
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.rates import with_first_rates

@@ -13,7 +13,7 @@ from fuzz.bounds import memory_bound
 from fuzz.mutations import BYTES
 from fuzz.specimens import SPECIMENS
 from fuzz.whole import write_all
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 
 SEED = 6
 SWAPPED = 10  # every so many mutants are whole files of another kind

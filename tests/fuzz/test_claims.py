@@ -9,9 +9,9 @@ import torch
 
 from fuzz.bounds import memory_bound
 from fuzz.claims import GGUFS, call, gguf, listed, named, one_layer_for_all, zipped
-from rwkv_peft import commands
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 
 ROOM = 2 << 30  # bytes beyond those of this process
 HUGE = 6_000_000_000

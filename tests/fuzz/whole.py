@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.checkpoints.lightning_folder import FORM
+from rwkv_peft.checkpoints.pth_writer import TensorSpec
+from rwkv_peft.checkpoints.safetensors_file import write_safetensors
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import save_model
-from rwkv_peft.files.lightning_folder import FORM
-from rwkv_peft.files.pth_writer import TensorSpec
-from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.release import convert

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from peft import get_peft_model
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
 
 

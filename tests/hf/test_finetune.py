@@ -7,7 +7,7 @@ import pytest
 import torch
 from finetuning import load, losses, run
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import finetune
 
 

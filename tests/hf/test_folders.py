@@ -12,8 +12,8 @@ from bone_blocks import fill
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from rwkv_peft.commands import main
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, installed
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bone_blocks import fill
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneModel, installed, register
 
 PEFT_HAS_BONE = installed.version() < installed.WITHOUT_BONE

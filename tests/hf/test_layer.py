@@ -8,7 +8,7 @@ from bone_blocks import FORMS, fill, layer_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear, installed
 
 

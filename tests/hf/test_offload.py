@@ -9,7 +9,7 @@ from bone_blocks import fill
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig
 
 FORMS = (True, "bat-in", "bat-out")

@@ -6,7 +6,7 @@ from bone_blocks import FORMS
 from peft import get_peft_model
 from torch import nn
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
 
 

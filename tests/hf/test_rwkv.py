@@ -13,8 +13,8 @@ import rwkv_peft as rp
 from families import DISTINCT
 from release.conversions import convert
 from release.test_convert_fla import in_fla, write
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.hf.rwkv_config import config_of
 from rwkv_peft.models import family_named

@@ -9,8 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf.test_rwkv import CLOSE, random_state
 from release.conversions import convert
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import RWKVForCausalLM, RWKVForSequenceClassification, RWKVModel, RWKVTokenizer
 from rwkv_peft.models import family_named
 

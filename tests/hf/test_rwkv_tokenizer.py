@@ -11,8 +11,8 @@ from rwkv_peft.data.templates import segments
 from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
 from rwkv_peft.hf import RWKVTokenizer
 from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
-from rwkv_peft.serve.asking import Bounds, chat_prompt
-from rwkv_peft.serve.forms import ChatAsked
+from rwkv_peft.inference.serve.asking import Bounds, chat_prompt
+from rwkv_peft.inference.serve.forms import ChatAsked
 
 
 def test_the_tokenizer_is_the_packages_own(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rwkv_peft.adapters.methods import by_hf_name
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import base_of
+from rwkv_peft.checkpoints.base import base_of
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import FAMILIES, family_named, family_of, official_key
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

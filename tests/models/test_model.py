@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from families import shake
-from rwkv_peft.files.base import base_of, open_base
+from rwkv_peft.checkpoints.base import base_of, open_base
 from rwkv_peft.models.rwkv6.init import init_weights
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.models.rwkv6.model import RWKV6

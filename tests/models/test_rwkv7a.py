@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from models.plain import assert_parts_and_packed, assert_plain, plain, random_tensors
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import base_of
+from rwkv_peft.checkpoints.base import base_of
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 
 FAMILY = family_named("x070a")

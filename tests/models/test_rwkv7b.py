@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from models.plain import assert_plain, plain, random_tensors
 from models.test_rwkv7a import gate_of
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import base_of
+from rwkv_peft.checkpoints.base import base_of
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv7b import model as rwkv7b
 from rwkv_peft.models.state import State, is_time_state, state_of, state_tensors

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv6.keys import new_dimensions
 from rwkv_peft.models.state import State, check_time_states, is_time_state, split_time_states, state_of, state_tensors
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from models.plain import assert_parts_and_packed
 from models.third import Third, ThirdConfig, ThirdFamily
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
 from training.runs import finish, metrics, start
 
 SCRIPT = Path(__file__).with_name("third.py")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rwkv_peft import commands, models, names, tables
+from rwkv_peft import models
+from rwkv_peft.cli import commands, names, tables
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.models.family import Family
 from rwkv_peft.models.parts import LanguageModel, Recurrent, count_sequences, init_around_blocks

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_iter
 from families import shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, words_of
+from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.files.base import save_model
-from rwkv_peft.generate.loading import load_model
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy, token_losses
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_peft.files.base import save_model
+from rwkv_peft.checkpoints.base import save_model
 
 
 @pytest.fixture

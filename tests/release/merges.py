@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.adapters.methods import METHODS, is_saved
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.checkpoints.fingerprint import fingerprint
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.files.adapter_file import AdapterMetadata
-from rwkv_peft.files.base import open_base
-from rwkv_peft.files.fingerprint import fingerprint
 from rwkv_peft.release import merge_command as merge_cli
 
 ROOT = Path(__file__).resolve().parents[2]

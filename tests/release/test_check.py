@@ -7,18 +7,18 @@ import torch
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import adapter_parameter
+from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
-from rwkv_peft.plan.rehearsal import Tracker
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.check import SHOWN, adapted_logits, main, runtime_logits
 from rwkv_peft.release.merge import merged_tensors
 from rwkv_peft.release.runtimes import Difference, reference_logits
+from rwkv_peft.tools.plan.rehearsal import Tracker
 
 pytest.importorskip("rwkv")
 

@@ -8,13 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from release.conversions import convert, same
-from rwkv_peft.errors import UserError
-from rwkv_peft.files import safetensors_file
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.files.pth_writer import TensorSpec
-from rwkv_peft.files.safetensors_file import write_safetensors
+from rwkv_peft.checkpoints import safetensors_file
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.checkpoints.pth_writer import TensorSpec
+from rwkv_peft.checkpoints.safetensors_file import write_safetensors
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
 from rwkv_peft.release.convert import read_model

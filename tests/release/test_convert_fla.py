@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from release.conversions import convert, same
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.release.heat import main as inspect
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from release.conversions import convert, same
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv6.names import to_hf
 
 

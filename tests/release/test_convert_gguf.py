@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from release.conversions import convert
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import base_of, save_model
 from rwkv_peft.release.gguf import write_gguf
 from rwkv_peft.release.vocabulary import gguf_vocabulary
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from release.merges import VARIANTS, adapter_of
-from rwkv_peft.files.adapter_file import Adapter, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.checkpoints.adapter_file import Adapter, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release import differences as module
 from rwkv_peft.release.check import main

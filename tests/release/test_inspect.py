@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_peft.commands import main
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import base_of, save_model
-from rwkv_peft.files.state_file import read_states
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.checkpoints.state_file import read_states
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.heat import heat_of, text_of
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from release.conversions import convert
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.release.heat import main as inspect
 from rwkv_peft.release.merge import merged_tensors

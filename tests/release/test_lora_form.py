@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.release.convert import main
 from rwkv_peft.release.lora import as_lora

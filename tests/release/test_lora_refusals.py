@@ -5,10 +5,10 @@ import torch
 
 from release.test_lora_form import random_adapter
 from rwkv_peft.adapters.methods import METHODS
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import save_model
+from rwkv_peft.checkpoints.adapter_file import save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.convert import main
 
 

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from release.merges import RANK, TARGETS, adapter_of, run
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter
-from rwkv_peft.files.adapters import AdapterSource, read_adapter
-from rwkv_peft.files.base import base_of, open_base
-from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
-from rwkv_peft.generate.loading import load_model
+from rwkv_peft.checkpoints.adapter_file import Adapter
+from rwkv_peft.checkpoints.adapters import AdapterSource, read_adapter
+from rwkv_peft.checkpoints.base import base_of, open_base
+from rwkv_peft.checkpoints.rwkv_peft_file import write_rwkv_peft
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.release.merge import merged_tensors
 
 

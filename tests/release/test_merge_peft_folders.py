@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from release.merges import RANK, adapter_of, run
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter
-from rwkv_peft.files.base import base_of, open_base
+from rwkv_peft.checkpoints.adapter_file import Adapter
+from rwkv_peft.checkpoints.base import base_of, open_base
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release.merge import merged_tensors
 

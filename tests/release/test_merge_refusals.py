@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from release.merges import RANK, ROOT, adapter_of, run
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.generate import command as generate_cli
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference import command as generate_cli
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.training.run import main as train
 
@@ -168,7 +168,7 @@ def test_inputs_are_never_overwritten(folder):
 
 def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
-    monkeypatch.setattr("rwkv_peft.files.atomic.room_at", lambda path: 10)
+    monkeypatch.setattr("rwkv_peft.checkpoints.atomic.room_at", lambda path: 10)
     with pytest.raises(UserError, match="bytes, and its disk has 10 free"):
         run(folder)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release.merge_command import main as merge

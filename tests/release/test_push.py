@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.card import MARK, cell, write_card
 from rwkv_peft.release.push import files_of, main
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release.check import main
 from rwkv_peft.release.runtimes import Runtime, all_runtimes, reference_logits

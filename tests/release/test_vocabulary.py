@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rwkv_peft import commands
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.turns import OPENINGS
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.release.chat_template import GGUF_TEMPLATE
 
 SIZE = 300

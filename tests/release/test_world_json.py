@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.commands import main
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.commands import main
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.files.base import save_model
 from rwkv_peft.release.world_json import END, world_json
 
 PIECES = [*" \n\t\r=-'\0\xa0\u3000é\u0301\ufffd🦢", "<s>", "क्षि", "ёж", "你好", "한글"]

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.rewards.numbers import (
     boxed,
     final_answer,

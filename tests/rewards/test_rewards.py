@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.children import python_command
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.rewards import Rewards
 from rwkv_peft.rewards.workers import Worker
 from traps import set_traps

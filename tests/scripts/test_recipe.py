@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 
-from rwkv_peft import commands
+from rwkv_peft.cli import commands
 from scripts.test_main_job import ROOT, script
 
 COLORS = "red blue green white black brown pink gray yellow orange".split()

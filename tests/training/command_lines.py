@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import exit_on_user_error
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.training.run import main
 
 

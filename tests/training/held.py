@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 from rwkv_peft.training.ranks.watch import Watch
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.exam import Row, RowsExam
-from rwkv_peft.study.flags import parse_flags
+from rwkv_peft.tools.study.flags import parse_flags
 from rwkv_peft.training.flags.request import parse_flags as parse_train_flags
 from rwkv_peft.training.measuring.before_after import BeforeAfter, agreement, quoted, unended
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rwkv_peft import commands
+from rwkv_peft.cli import commands
 
 CHATS = (("2+2?", "2 and 2.", "4"), ("Sky?", "Look up.", "blue\n\nMostly."))
 SIZES = ("--n_layer", "2", "--n_embd", "64", "--dim_ffn", "64", "--vocab_size", "257")

@@ -9,11 +9,11 @@ import torch
 from adapters.layers import tensors_of
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import AdapterLinear
+from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.checkpoints.rwkv_peft_file import write_rwkv_peft
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from rwkv_peft.files.base import base_of, save_model
-from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.training.model import adapt

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.optimizers.cpu_adam import cpu_adam, remove_stale_lock
 from training.runs import start, wait_until
 

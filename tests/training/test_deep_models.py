@@ -6,9 +6,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from rwkv_peft import commands
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.training.flags.request import parse_run

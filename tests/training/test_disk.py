@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkv_peft.checkpoints.atomic import CannotWrite
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.atomic import CannotWrite
 from rwkv_peft.training.saving import saver
 from rwkv_peft.training.saving.checkpoints import list_checkpoints, telling_refusals
 from training.held import held
@@ -67,7 +67,7 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
 
 FULL = """
 import errno
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 from rwkv_peft.training.saving import saver
 
 def full(path, state):
@@ -83,7 +83,7 @@ run("train")
 
 FULL_AT_ONCE = """
 import errno
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 from rwkv_peft.training.saving import loggers
 
 def full(*arguments):
@@ -154,7 +154,7 @@ def test_names_that_lead_nowhere_are_told_or_made(files, command):
 def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
     from rwkv_peft.training.run import main
 
-    monkeypatch.setattr("rwkv_peft.files.atomic.room_at", lambda path: 1000)
+    monkeypatch.setattr("rwkv_peft.checkpoints.atomic.room_at", lambda path: 1000)
     with pytest.raises(UserError, match=r"--proj_dir \S+ needs [\d,]+ bytes for a save, and its disk has 1,000 free"):
         main(command("no-room")[2:])
     assert not (files / "no-room").exists()

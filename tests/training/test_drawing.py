@@ -9,7 +9,7 @@ import torch
 from families import DISTINCT, shake
 from objectives.test_losses import ADAPTERS, make
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.generate.settings import Sampling
+from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.rewards import Judged

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.drawing.drawn import pieces
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS

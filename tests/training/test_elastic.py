@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import warm
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.engine.fit import stopped
 from rwkv_peft.training.flags.world import World, fit
 from rwkv_peft.training.ranks.processes import Processes

@@ -3,11 +3,11 @@
 import torch
 
 from rwkv_peft.adapters.layer import AdapterLinear
+from rwkv_peft.checkpoints.base import base_of
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.files.base import base_of
 from rwkv_peft.training.model import adapt, estimate_gradients
 
 MARKER = 79

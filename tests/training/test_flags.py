@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.training.flags.legacy import VALUES
 from rwkv_peft.training.flags.parser import build_parser, table
 from rwkv_peft.training.flags.request import parse_run

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_peft import commands
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import open_base
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli import commands
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.merge_command import main as merge
 from training.runs import metrics

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.files.best import HeldOut
+from rwkv_peft.checkpoints.best import HeldOut
 from rwkv_peft.training.measuring.held_out import blind, doubt, told
 from rwkv_peft.training.step.plan import Plan
 

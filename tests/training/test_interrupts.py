@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft.names import METRICS
+from rwkv_peft.cli.names import METRICS
 from rwkv_peft.training.engine import fit
 from training.runs import start, wait_for_words
 

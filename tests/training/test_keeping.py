@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import UserError
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.engine.callbacks import Save
 from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals

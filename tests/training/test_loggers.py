@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.saving.loggers import make_loggers
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from rwkv_peft.errors import Ended, UserError
+from rwkv_peft.cli.errors import Ended, UserError
 from rwkv_peft.training.flags.world import LOOPBACK, World
 from rwkv_peft.training.ranks.meeting import Ranks, call
 from rwkv_peft.training.ranks.processes import Processes

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig, TrainConfig
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.flags.world import World, fit

@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config.objective import REWARDS, TEACHER
 from rwkv_peft.config.setting import flag_of
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.training.flags.request import parse_flags
 from training.runs import ROOT, finish, metrics, rewound, start_ranks

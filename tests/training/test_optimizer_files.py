@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.safetensors_file import read_safetensors, save_safetensors
+from rwkv_peft.checkpoints.safetensors_file import read_safetensors, save_safetensors
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SavedOptimizer, write_pieces
 from rwkv_peft.training.saving.partitions import KINDS, Piece
 

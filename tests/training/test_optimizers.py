@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.tables import OPTIMS
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
-from rwkv_peft.errors import UserError
-from rwkv_peft.tables import OPTIMS
 from rwkv_peft.training.optimizers import choice, muon
 from rwkv_peft.training.optimizers.choice import Further, make_optimizer
 from rwkv_peft.training.saving.identity import read_run_state

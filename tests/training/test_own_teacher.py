@@ -9,16 +9,16 @@ import torch
 
 from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.batches import EvalBatches
 from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.checks import bounds_on_host
-from rwkv_peft.plan.command import main as plan
+from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.step.contexts import Contexts
 from rwkv_peft.training.step.lit import Lit

@@ -3,12 +3,12 @@ written beside the adapter on request."""
 
 import torch
 
-from rwkv_peft.files.base import open_base
-from rwkv_peft.plan.command import estimate_of
-from rwkv_peft.plan.disk import written
-from rwkv_peft.plan.flags import parse_flags
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import compare_structure
+from rwkv_peft.tools.plan.command import estimate_of
+from rwkv_peft.tools.plan.disk import written
+from rwkv_peft.tools.plan.flags import parse_flags
 from rwkv_peft.training.flags.request import request_of
 from training.runs import finish, metrics, start
 

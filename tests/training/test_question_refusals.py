@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from evals.local_tasks import offline, write_tasks
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
 from rwkv_peft.evals.exam import Exam
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.measuring.exams import find_exams

@@ -21,7 +21,7 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
-from rwkv_peft.generate.loading import load_model
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.measuring.examiner import Examiner
 from rwkv_peft.training.step.plan import Plan

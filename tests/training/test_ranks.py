@@ -93,7 +93,7 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
 
 
 IMPATIENT = """
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 from rwkv_peft.training.ranks import meeting
 
 meeting.VISIBLE = 1.0
@@ -207,7 +207,7 @@ def test_one_command_goes_on_through_restarts(files, command, unbroken):
 HANGING = """
 import time
 
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 from rwkv_peft.training.step.steps import Whole
 from rwkv_peft.training.ranks.watch import Watch
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.rates import ANCHOR, WHOLE, with_first_rates
 from rwkv_peft.training.flags.request import parse_run
 from training.runs import ROOT

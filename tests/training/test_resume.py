@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.saving.identity import read_run_state
 from rwkv_peft.training.saving.run_state import write_state
 from training.held import held
@@ -88,7 +88,7 @@ import os
 
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 
 close = EventFileWriter.close
 

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from rwkv_peft.checkpoints.adapters import AdapterSource
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapters import AdapterSource
-from rwkv_peft.generate.loading import load_model
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.inputs import find_samples
 from training.runs import metrics, rewound

@@ -2,11 +2,11 @@
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.rules import EXCLUDES, NEEDS, parts_of, worded
 from rwkv_peft.config.objective import LOADED, OWN_TEACHER
 from rwkv_peft.config.rules import ALONE, BESIDE, INIT, SEVERAL, WHOLE
-from rwkv_peft.errors import UserError
 from rwkv_peft.objectives import OBJECTIVES
-from rwkv_peft.rules import EXCLUDES, NEEDS, parts_of, worded
 from rwkv_peft.training.flags.parser import RULES, build_parser
 from rwkv_peft.training.flags.request import parse_flags
 

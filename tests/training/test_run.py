@@ -17,10 +17,10 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
+from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.data.asked import clean_beside
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.files.base import open_base
 from rwkv_peft.release.merge_command import main as merge
 from training.held import held
 from training.runs import ROOT, finish, metrics, start
@@ -135,7 +135,7 @@ def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
 EAGER = """
 from torch import nn
 
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 
 whole = nn.Module.compile
 nn.Module.compile = lambda block, **how: print("compiled") or whole(block, backend="eager", **how)

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from rwkv_peft.checkpoints.lock import alone_in
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.lock import alone_in
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.saving.checkpoints import UNSAVED, clear_unsaved
 from rwkv_peft.training.saving.resume import find_state

@@ -4,8 +4,8 @@ check, merge, unmerge, convert."""
 import pytest
 import torch
 
-from rwkv_peft.commands import main
-from rwkv_peft.errors import UserError
+from rwkv_peft.cli.commands import main
+from rwkv_peft.cli.errors import UserError
 from training.runs import rewound
 
 METHODS = {

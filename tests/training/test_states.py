@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 
 from families import DISTINCT, shaken
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.adapter_file import read_own
-from rwkv_peft.files.base import open_base, save_model
-from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.files.state_file import read_states
-from rwkv_peft.generate.command import main as generate
+from rwkv_peft.checkpoints.adapter_file import read_own
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.checkpoints.pth import read_tensors
+from rwkv_peft.checkpoints.state_file import read_states
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference.command import main as generate
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert

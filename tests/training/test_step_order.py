@@ -9,7 +9,7 @@ from training.runs import finish, start
 TRACED = """
 import sys
 
-from rwkv_peft.commands import run
+from rwkv_peft.cli.commands import run
 
 METHODS = {methods}
 

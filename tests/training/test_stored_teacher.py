@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from families import DISTINCT
+from rwkv_peft.checkpoints.digest import digest_of
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches
 from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.digest import digest_of
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.training.engine.trainer import given_step
 from rwkv_peft.training.flags.request import parse_flags, parse_run

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from rwkv_peft import commands
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.recorded import Vocabulary, read_record, vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
 from training.runs import ROOT, finish, start
 
 

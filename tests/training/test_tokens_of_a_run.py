@@ -6,13 +6,13 @@ from dataclasses import fields
 
 import pytest
 
-from rwkv_peft import commands
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.config.setting import flag_of
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
 from rwkv_peft.training import inputs, run
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import WORDS
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.errors import UserError
 from rwkv_peft.training.flags.legacy import SYNONYMS
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import open_base
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main

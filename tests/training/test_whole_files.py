@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.cli.names import ADAPTER, METRICS
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.names import ADAPTER, METRICS
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import digests_of_inputs, disagreement, passport

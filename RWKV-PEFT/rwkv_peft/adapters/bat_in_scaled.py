@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 from . import bat_in
 from .block_affine import BlockAffine, fit, sizes, undone
 from .change import Params

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 from .change import Change, Params, cast
 from .method import Misfit, nearest_divisor
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 from . import bone
 from .change import Params, Sum
 from .method import HfForm, Misfit, Shapes, Tensors, Upstream, UpstreamLayer, nearest_divisor

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 from . import low_rank
 from .change import Change, Params, cast
 from .method import Alpha, Constants, Method, Shapes, Tensors

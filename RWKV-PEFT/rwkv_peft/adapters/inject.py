@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..cli import counted
+from ..cli.errors import UserError, some
+from ..cli.names import NONE, STATE
+from ..cli.parser import counted
 from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
-from ..errors import UserError, some
-from ..names import NONE, STATE
 from .change import Params
 from .layer import AdapterLinear
 from .method import Method

@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 from .change import Params
 from .method import Method
 from .residual import residual, svd_lowrank

@@ -7,8 +7,8 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from ..cli.names import NONE
 from ..config import WORDS, AdapterConfig, Word, forms
-from ..names import NONE
 from .method import Method
 
 

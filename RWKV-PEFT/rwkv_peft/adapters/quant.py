@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..cli.errors import UserError
 from ..ops.native.compiled import constant_when_compiled
 from ..ops.products import addmm_
 

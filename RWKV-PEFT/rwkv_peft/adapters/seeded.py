@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cli.errors import UserError
 from ..config import AdapterConfig
 from ..config.methods import SEEDS
-from ..errors import UserError
 from .change import Params, Sum
 from .method import Constants, Layer, register
 

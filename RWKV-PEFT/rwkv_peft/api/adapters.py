@@ -11,19 +11,19 @@ import torch
 from .. import __version__
 from ..adapters.inject import InjectReport, check_adapter, inject, load_tensors
 from ..adapters.methods import adapter_parameter, method_of
+from ..checkpoints.adapter_file import Adapter, AdapterMetadata, Origin
+from ..checkpoints.adapter_file import save_adapter as write_adapter
+from ..checkpoints.adapters import AdapterSource
+from ..checkpoints.atomic import atomic_write, check_output, require_room
+from ..checkpoints.base import open_base
+from ..checkpoints.pth import stream_tensors
+from ..checkpoints.pth_writer import DTYPES, write_pth
+from ..cli.errors import UserError
+from ..cli.names import NONE, STATE
+from ..cli.numeric import all_finite, is_number
 from ..config import CHOICES, AdapterConfig
-from ..errors import UserError
-from ..files.adapter_file import Adapter, AdapterMetadata, Origin
-from ..files.adapter_file import save_adapter as write_adapter
-from ..files.adapters import AdapterSource
-from ..files.atomic import atomic_write, check_output, require_room
-from ..files.base import open_base
-from ..files.pth import stream_tensors
-from ..files.pth_writer import DTYPES, write_pth
-from ..generate.weights import rounded
+from ..inference.weights import rounded
 from ..models.state import is_time_state
-from ..names import NONE, STATE
-from ..numeric import all_finite, is_number
 from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .model import Model, require_one_of
 

@@ -10,22 +10,22 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import nn
 
+from ..checkpoints.adapters import AdapterSource
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.pth_writer import DTYPES
+from ..cli.errors import UserError, quoted
 from ..config import AdapterConfig
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..errors import UserError, quoted
-from ..files.adapters import AdapterSource
-from ..files.base import Base, open_base
-from ..files.pth_writer import DTYPES
-from ..generate.continuation import Continuation
-from ..generate.decode import generate
-from ..generate.flags import WEIGHTS
-from ..generate.loading import merged_base, model_of, read_state_file, resolve_device
-from ..generate.prompts import encode
-from ..generate.settings import Sampling
-from ..generate.twin import Twin
-from ..generate.weights import quantize_products
+from ..inference.continuation import Continuation
+from ..inference.decode import generate
+from ..inference.flags import WEIGHTS
+from ..inference.loading import merged_base, model_of, read_state_file, resolve_device
+from ..inference.prompts import encode
+from ..inference.settings import Sampling
+from ..inference.twin import Twin
+from ..inference.weights import quantize_products
 from ..models.parts import LanguageModel
 from ..models.state import State
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..cli import names
-from ..names import NONE, STATE
+from ..cli.names import NONE, STATE
+from ..cli.parser import names
 from .methods import MethodSettings
 from .setting import setting
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cli import above_zero, alias, count, positive, switch
-from ..errors import UserError
-from ..names import LOSS_MASKS
-from ..tables import SAMPLINGS
+from ..cli.errors import UserError
+from ..cli.names import LOSS_MASKS
+from ..cli.parser import above_zero, alias, count, positive, switch
+from ..cli.tables import SAMPLINGS
 from .setting import setting
 
 

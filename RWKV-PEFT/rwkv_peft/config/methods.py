@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..cli import above_zero, alias, names, positive
-from ..errors import UserError
-from ..names import NONE
+from ..cli.errors import UserError
+from ..cli.names import NONE
+from ..cli.parser import above_zero, alias, names, positive
 from .setting import Condition, setting
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it

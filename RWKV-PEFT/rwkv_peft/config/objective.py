@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from ..rules import Rule
+from ..cli.rules import Rule
 from .train import TrainConfig
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, alias, below_one, count, not_negative, positive, rate, switch
-from ..tables import OPTIMS
+from ..cli.parser import above_zero, alias, below_one, count, not_negative, positive, rate, switch
+from ..cli.tables import OPTIMS
 from .schedules import SCHEDULES
 from .setting import setting
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from ..names import INFCTX, NONE, STATE
-from ..rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from ..cli.names import INFCTX, NONE, STATE
+from ..cli.rules import EXCLUDES, NEEDS, Given, Rule, contradictions
 from .adapter import AdapterConfig
 from .data import DataConfig
 from .methods import MINI

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import Field, field
 from typing import Any, NamedTuple, TypeVar
 
-from ..cli import switch
+from ..cli.parser import switch
 
 Value = TypeVar("Value")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, count, not_negative, positive, seed, switch
+from ..cli.parser import above_zero, count, not_negative, positive, seed, switch
 from .optimizer import OptimizerConfig
 from .setting import setting
 from .validation import ValidationConfig

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..cli import below_one, count, positive, stop_text
-from ..tables import TASKS
+from ..cli.parser import below_one, count, positive, stop_text
+from ..cli.tables import TASKS
 from .setting import setting
 
 

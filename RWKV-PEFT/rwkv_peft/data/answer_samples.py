@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cli import counted
-from ..errors import UserError
+from ..cli.errors import UserError
+from ..cli.parser import counted
 from .binidx import BinidxDataset
 from .collate import Document, Sample, collate_packed
 from .masks import Mask

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UNREADABLE, UserError, told
-from ..files.readable import read_settings, require_readable
+from ..checkpoints.readable import read_settings, require_readable
+from ..cli.errors import UNREADABLE, UserError, told
 from .folders import SAVED, SPLITS, choose, require_within
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows

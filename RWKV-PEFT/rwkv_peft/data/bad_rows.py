@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ..cli import counted
-from ..errors import in_line
+from ..cli.errors import in_line
+from ..cli.parser import counted
 
 MOST_KINDS = 100  # kinds that are told apart
 SHOWN = 8  # kinds that a message lists

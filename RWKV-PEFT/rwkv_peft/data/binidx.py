@@ -19,10 +19,10 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..errors import UserError
-from ..files.digest import digest_of
-from ..files.mapped import Mapped, Stamp
-from ..files.readable import choice_in, require_readable
+from ..checkpoints.digest import digest_of
+from ..checkpoints.mapped import Mapped, Stamp
+from ..checkpoints.readable import choice_in, require_readable
+from ..cli.errors import UserError
 from .prefix import ENDINGS, binidx_prefix
 from .rows import ENDINGS as ROWS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, visible
+from ..cli.errors import UserError, visible
 from .bad_rows import BadRows
 from .binidx import dtype_code
 from .cutting import Piece, length, shorten, windows

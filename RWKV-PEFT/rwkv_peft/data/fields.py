@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import UserError, quoted, short, some
+from ..cli.errors import UserError, quoted, short, some
 
 NUMBERED = re.compile(r"\d|://")  # in a single word: an id, a date, a version or a link
 LETTER = re.compile(r"[^\W\d_]")

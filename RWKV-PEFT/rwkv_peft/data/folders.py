@@ -7,8 +7,8 @@ from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import UserError
-from ..files.readable import object_in
+from ..checkpoints.readable import object_in
+from ..cli.errors import UserError
 
 ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # not .json, which settings have, too
 TRAIN = "train"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..cli import counted
+from ..cli.parser import counted
 from .answer_samples import RowSamples
 from .samples import DocumentSamples, Samples
 

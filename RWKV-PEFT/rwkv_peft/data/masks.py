@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..cli.errors import UserError
 from ..config import DataConfig
-from ..errors import UserError
 from .binidx import BinidxDataset, counting
 from .row_forms import UNDESIRABLE
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-from ..cli import counted
+from ..cli.parser import counted
 from .samples import Sample, Samples
 
 WHOLE = 1 << 32  # shares are whole numbers of this part, so that every machine mixes alike

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files.readable import object_in
+from ..checkpoints.readable import object_in
 
 ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; the last two only if they say something
 SHARDS = "shards"  # of the JSON object in PREFIX.json, which is then a manifest

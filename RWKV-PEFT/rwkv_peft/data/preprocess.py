@@ -24,12 +24,12 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from ..cli import counted
-from ..errors import UserError
-from ..files.atomic import check_output, temporary_beside
-from ..files.mapped import Stamp
-from ..files.readable import files_below
-from ..streams import bar_seconds
+from ..checkpoints.atomic import check_output, temporary_beside
+from ..checkpoints.mapped import Stamp
+from ..checkpoints.readable import files_below
+from ..cli.errors import UserError
+from ..cli.parser import counted
+from ..cli.streams import bar_seconds
 from .binidx import BinidxDataset
 from .encode_settings import EncodeSettings
 from .encoding import DIGEST, Encoded, encoder

@@ -4,8 +4,8 @@ import argparse
 import os
 from types import MappingProxyType
 
-from ..cli import Parser, count, positive, switch, whole
-from ..rules import EXCLUDES, NEEDS, Rule
+from ..cli.parser import Parser, count, positive, switch, whole
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .rows import KINDS
 from .templates import TEMPLATES
 from .turns import OPENINGS

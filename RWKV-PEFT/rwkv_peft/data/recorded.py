@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, short, told
-from ..files.atomic import same_file
-from ..files.readable import MOST_BYTES, require_readable
-from ..names import RUN
-from ..numeric import is_whole
+from ..checkpoints.atomic import same_file
+from ..checkpoints.readable import MOST_BYTES, require_readable
+from ..cli.errors import UserError, short, told
+from ..cli.names import RUN
+from ..cli.numeric import is_whole
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..cli import counted
-from ..errors import UserError, some
+from ..cli.errors import UserError, some
+from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
 from .encoding import Encoded
 from .order import magic_prime

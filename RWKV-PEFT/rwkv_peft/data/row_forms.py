@@ -9,7 +9,7 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, quoted
+from ..cli.errors import UserError, quoted
 from .fields import Fields, UnknownForm, fields_of, require_field, shown, unknown
 from .templates import CHATS, behind_system, named_segments, segments, turns_of
 from .turns import TURN_END, Segment, chat, field, speaker

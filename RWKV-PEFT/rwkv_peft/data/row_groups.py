@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..cli.errors import UserError
 from .arrow_rows import arrow_batches, batch_rows, open_parquet, parquet_rows, saved_files
 from .folders import choose, is_saved, row_files
 from .rows import Chunk, parse_split

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import UserError, short, told
-from ..files.readable import choice_in, require_readable
+from ..checkpoints.readable import choice_in, require_readable
+from ..cli.errors import UserError, short, told
 from .arrow_rows import parquet_rows, saved_rows
 from .folders import choose, is_saved, row_files
 

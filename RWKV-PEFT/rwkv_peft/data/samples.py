@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..cli import counted
-from ..errors import UserError
+from ..cli.errors import UserError
+from ..cli.parser import counted
 from .binidx import BinidxDataset
 from .collate import Document, Sample, collate
 from .masks import Mask

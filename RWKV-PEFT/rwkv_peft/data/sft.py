@@ -12,11 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..checkpoints.atomic import CannotWrite, write_text
+from ..checkpoints.readable import files_below, object_in, require_readable
+from ..cli.errors import UserError, told
+from ..cli.names import user_cache
 from ..config import DATA_TYPES, DataConfig
-from ..errors import UserError, told
-from ..files.atomic import CannotWrite, write_text
-from ..files.readable import files_below, object_in, require_readable
-from ..names import user_cache
 from .answer_samples import ROWS
 from .encode_settings import EncodeSettings
 from .prefix import ENDINGS

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import UNREADABLE, UserError
-from ..files.atomic import fsync, telling_failures, without_empty_folders, write_text
-from ..files.lock import enter
-from ..numeric import is_whole
+from ..checkpoints.atomic import fsync, telling_failures, without_empty_folders, write_text
+from ..checkpoints.lock import enter
+from ..cli.errors import UNREADABLE, UserError
+from ..cli.numeric import is_whole
 from .encoding import Encoded
 from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
 from .token_files import Growing, Shard, Stale, name_set

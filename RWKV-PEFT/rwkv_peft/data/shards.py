@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..errors import UserError
-from ..numeric import is_whole
+from ..cli.errors import UserError
+from ..cli.numeric import is_whole
 from .binidx import REMEDY, BinidxDataset
 from .prefix import MOST_SHARDS, binidx_prefix, manifest_of, shard_at
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from ..errors import visible
+from ..cli.errors import visible
 from .binidx import BinidxDataset
 from .masks import undesirable
 from .tokenizer import Tokenizer

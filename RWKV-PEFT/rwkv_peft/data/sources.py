@@ -7,12 +7,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ..cli import counted
+from ..cli.errors import UserError
+from ..cli.parser import counted
+from ..cli.refusals import require_none
+from ..cli.tables import SAMPLINGS
 from ..config import DataConfig
 from ..config.rules import check_settings
-from ..errors import UserError
-from ..refusals import require_none
-from ..tables import SAMPLINGS
 from .answer_samples import ContextSamples, LabelSamples, PairSamples, PromptSamples
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture

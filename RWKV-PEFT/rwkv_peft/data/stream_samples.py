@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cli import counted
+from ..checkpoints.mapped import Stamp
+from ..cli.errors import UserError
+from ..cli.parser import counted
 from ..config import DataConfig
-from ..errors import UserError
-from ..files.mapped import Stamp
 from .binidx import BinidxDataset
 from .collate import Sample
 from .encode_settings import EncodeSettings

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from ..errors import UserError, field_names, quoted
-from ..files.readable import read_short, require_readable
-from ..names import SYSTEM_FIELDS
+from ..checkpoints.readable import read_short, require_readable
+from ..cli.errors import UserError, field_names, quoted
+from ..cli.names import SYSTEM_FIELDS
 from .fields import Fields, UnknownForm, fields_of, require_field, unknown
 from .tools import LISTS, listed, parsed
 from .turns import OPENINGS, TRAIN, TURN_END, Segment, answered, chat, cleaned, field, refuse_unplaced, without_opening

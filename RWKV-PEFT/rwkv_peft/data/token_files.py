@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import UserError
+from ..cli.errors import UserError
 from .binidx import HEADER, MAGIC, TOKEN_TYPES, dtype_code
 
 BLOCK = 1 << 24

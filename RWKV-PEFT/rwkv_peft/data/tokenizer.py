@@ -19,9 +19,9 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
-from ..errors import UserError, told
-from ..files.readable import require_readable
-from ..installing import how_to_install
+from ..checkpoints.readable import require_readable
+from ..cli.errors import UserError, told
+from ..cli.installing import how_to_install
 from .world_vocabulary import parse_world_vocabulary
 
 MOST_TOKENS = 1 << 31  # the most that token files can tell apart

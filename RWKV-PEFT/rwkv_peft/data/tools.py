@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UserError, quoted, short
+from ..cli.errors import UserError, quoted, short
 
 LISTS = ("tools", "functions")  # fields of a row, or of the system's turn, that list tools
 TURN_CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError, field_names, quoted, short
+from ..cli.errors import UserError, field_names, quoted, short
 from .fields import Fields
 from .tools import LISTS, NOTHING, TURN_CALLS, called, calls_text, listed, ordered
 

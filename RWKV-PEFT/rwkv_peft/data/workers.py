@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
 from ..children import elsewhere
-from ..errors import UserError
+from ..cli.errors import UserError
 from .encode_settings import EncodeSettings
 from .encoding import Encoded, encode_chunk
 from .rows import Chunk

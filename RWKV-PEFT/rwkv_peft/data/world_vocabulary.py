@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..cli.errors import UserError
 
 MOST = 1 << 26  # bytes of a file
 # one str or bytes literal, as a World vocabulary has them; any other expression could ask for any memory

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..errors import UserError
-from ..generate.continuation import Continuation, complete
-from ..generate.loading import Subject
-from ..generate.prompts import encode
-from ..generate.reading import PREFILL, prefill
-from ..generate.settings import Sampling
+from ..cli.errors import UserError
+from ..inference.continuation import Continuation, complete
+from ..inference.loading import Subject
+from ..inference.prompts import encode
+from ..inference.reading import PREFILL, prefill
+from ..inference.settings import Sampling
 from ..models.state import State
 from ..ops.decode import product
 from .records import Record

@@ -8,18 +8,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..checkpoints.adapters import product_of_run
+from ..checkpoints.atomic import check_output, same_file, write_text
+from ..checkpoints.base import open_base
+from ..checkpoints.mapped import Stamp
+from ..checkpoints.readable import files_below
+from ..cli.errors import Ended, UserError, ending_of
+from ..cli.streams import bar_seconds
+from ..cli.tables import TASKS
 from ..data.asked import clean_beside
 from ..data.tokenizer import KNOWN_SIZES
-from ..errors import Ended, UserError, ending_of
-from ..files.adapters import product_of_run
-from ..files.atomic import check_output, same_file, write_text
-from ..files.base import open_base
-from ..files.mapped import Stamp
-from ..files.readable import files_below
-from ..generate.flags import note_escapes
-from ..generate.loading import load_subject
-from ..streams import bar_seconds
-from ..tables import TASKS
+from ..inference.flags import note_escapes
+from ..inference.loading import load_subject
 from .asking import ask
 from .flags import parse_flags
 from .records import Records, share_of, summary

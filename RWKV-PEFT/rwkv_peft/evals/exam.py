@@ -4,6 +4,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..cli.errors import UserError
+from ..cli.tables import TASKS
 from ..config import TrainConfig
 from ..data.collate import Document
 from ..data.masks import undesirable
@@ -11,12 +13,10 @@ from ..data.mixture import Several
 from ..data.samples import DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError
-from ..generate.continuation import Continuation
-from ..generate.flags import unescaped
-from ..generate.loading import Subject
-from ..generate.prompts import encode
-from ..tables import TASKS
+from ..inference.continuation import Continuation
+from ..inference.flags import unescaped
+from ..inference.loading import Subject
+from ..inference.prompts import encode
 from .asking import GREEDY, ask, write
 from .records import Record, digest_of, share_of
 from .rows import layout_of, read_problems

@@ -5,12 +5,12 @@ import difflib
 import importlib.util
 from pathlib import Path
 
-from ..cli import Parser, add_stop_flag, count, positive, share
-from ..errors import UserError
-from ..generate.flags import add_model_flags, unescaped
-from ..installing import how_to_install
-from ..rules import EXCLUDES, NEEDS, Rule
-from ..tables import TASKS
+from ..cli.errors import UserError
+from ..cli.installing import how_to_install
+from ..cli.parser import Parser, add_stop_flag, count, positive, share
+from ..cli.rules import EXCLUDES, NEEDS, Rule
+from ..cli.tables import TASKS
+from ..inference.flags import add_model_flags, unescaped
 
 OURS, HARNESS = "a task of ours", "tasks of the lm-evaluation-harness"
 OTHERS, CHOICES = "further tasks", "the task choices"

@@ -25,14 +25,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
+from ..cli.errors import UserError, quoted, told
+from ..cli.numeric import is_finite, is_number
+from ..cli.streams import bar_seconds
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError, quoted, told
-from ..generate.loading import Subject
-from ..generate.prompts import encode
-from ..generate.settings import Sampling
-from ..numeric import is_finite, is_number
-from ..streams import bar_seconds
+from ..inference.loading import Subject
+from ..inference.prompts import encode
+from ..inference.settings import Sampling
 from .asking import GREEDY, score_pairs, write
 from .exam import Judgement
 from .records import Record, digest_of

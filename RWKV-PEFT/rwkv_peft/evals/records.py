@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..cli import counted
-from ..errors import UserError
-from ..files.atomic import telling_failures, write_text
-from ..files.lock import alone_at
-from ..numeric import is_whole
+from ..checkpoints.atomic import telling_failures, write_text
+from ..checkpoints.lock import alone_at
+from ..cli.errors import UserError
+from ..cli.numeric import is_whole
+from ..cli.parser import counted
 
 Record = dict[str, Any]
 HEAD = "eval"  # the key of the first line

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from ..cli.errors import UserError, field_names, quoted, some
 from ..data.templates import UnknownForm, layout_named, segments, stops_of
 from ..data.turns import TURN_END, cleaned, field
-from ..errors import UserError, field_names, quoted, some
-from ..generate.prompts import made_of
+from ..inference.prompts import made_of
 
 Row = Mapping[str, Any]
 FIELD = "{question}"

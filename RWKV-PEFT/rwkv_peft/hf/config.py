@@ -8,9 +8,9 @@ from peft.config import PeftConfig
 
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, by_hf_name
+from ..cli.errors import UserError
+from ..cli.numeric import is_finite, is_whole
 from ..config import AdapterConfig
-from ..errors import UserError
-from ..numeric import is_finite, is_whole
 from .installed import add_member, configs
 
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it

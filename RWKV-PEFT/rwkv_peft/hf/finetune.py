@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..cli import unknown_flag
+from ..cli.errors import UserError, some
+from ..cli.numeric import all_finite
+from ..cli.parser import unknown_flag
 from ..data.row_forms import refuse_compared
-from ..errors import UserError, some
 from ..gpus import count_gpus
-from ..numeric import all_finite
 from ..ops.products import is_slow
 from . import register
 from .config import BoneConfig, option

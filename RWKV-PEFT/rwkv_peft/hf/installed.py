@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import UserError
+from ..cli.errors import UserError
 
 FIRST_KNOWN, FIRST_UNKNOWN = (0, 14), (0, 22)
 TABLES_IN_ONE_PLACE, TUNER_DOES_ALL, WITHOUT_BONE, SAVES_BIASES = (0, 15), (0, 18), (0, 19), (0, 21)

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import UserError
+from ..cli.errors import UserError
 from ..models import family_named
 from .config import BoneConfig
 from .installed import SAVES_BIASES, tuner_for, version

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.product import DENSE, Product
-from ..errors import UserError
+from ..cli.errors import UserError
 from ..models.parts import Linear
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from ..errors import UserError
+from ..cli.errors import UserError
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
-from ..errors import UserError
-from ..files.adapters import AdapterSource
-from ..files.base import Base, base_of, save_model
-from ..generate.loading import merged_base
-from ..generate.twin import Twin
+from ..checkpoints.adapters import AdapterSource
+from ..checkpoints.base import Base, base_of, save_model
+from ..cli.errors import UserError
+from ..inference.loading import merged_base
+from ..inference.twin import Twin
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model

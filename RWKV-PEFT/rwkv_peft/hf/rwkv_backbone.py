@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..errors import UserError, quoted
+from ..cli.errors import UserError, quoted
 from ..models.parts import LanguageModel
 from ..models.state import State
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..checkpoints.base import Base, open_base
 from ..config import ModelConfig
-from ..files.base import Base, open_base
 from ..models import family_named
 from ..models.family import Family
 

@@ -6,8 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ..cli.errors import UserError
 from ..data.tokenizer import JsonTokenizer, load_tokenizer
-from ..errors import UserError
 from ..release.vocabulary import FOLDER_SETTINGS
 from ..release.world_json import MARKS, world_json
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import UserError
-from ..tables import GENERATIONS
+from ..cli.errors import UserError
+from ..cli.tables import GENERATIONS
 from .family import Family
 
 FAMILIES: tuple[Family, ...] = tuple(family() for family in GENERATIONS.values())

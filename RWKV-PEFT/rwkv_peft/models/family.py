@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..cli.errors import UserError, some
+from ..cli.names import generation
 from ..config import ModelConfig
-from ..errors import UserError, some
-from ..names import generation
 from .state import split_time_states, time_state_shapes
 
 WEIGHTS = "bfloat16, float16 or float32"

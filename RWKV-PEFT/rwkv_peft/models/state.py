@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..cli.errors import UserError
+from ..cli.numeric import all_finite
 from ..config import ModelConfig
-from ..errors import UserError
-from ..numeric import all_finite
 
 TIME_STATE = "time_state"
 WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation

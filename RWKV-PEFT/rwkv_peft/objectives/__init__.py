@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import Objective
 from ..config.objective import BASE, OF_BASE, Exclusion
 from ..config.setting import flag_of
-from ..rules import EXCLUDES, NEEDS, Rule
 from .distill import Distill
 from .dpo import DPO
 from .grpo import GRPO

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli import above_zero, positive, share, that
+from ..cli.parser import above_zero, positive, share, that
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config.objective import TEACHER, Batch, Figure, Losses, Passes, number_of_tokens
 from ..config.setting import setting
-from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ log-ratio log(p / p_base).
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, not_negative
+from ..cli.parser import above_zero, not_negative
 from ..config.objective import BASE, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers

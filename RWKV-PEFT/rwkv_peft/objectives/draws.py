@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..cli import above_zero, positive, share, stop_text
+from ..cli.parser import above_zero, positive, share, stop_text
 from ..config.objective import Objective
 from ..config.setting import setting
 

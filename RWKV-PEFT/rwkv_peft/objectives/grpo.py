@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli import finite, not_negative, positive, switch
+from ..cli.parser import finite, not_negative, positive, switch
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import TrainConfig
 from ..config.objective import OF_BASE, REWARDS, Batch, Figure, Losses, Passes
 from ..config.setting import setting
-from ..rules import EXCLUDES, NEEDS, Rule
 from .draws import Draws
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ answers do not weigh more; tau is beta here, as in trl.
 
 from dataclasses import dataclass
 
-from ..cli import above_zero
+from ..cli.parser import above_zero
 from ..config.objective import BASE, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers

@@ -10,7 +10,7 @@ change a loss, and 0 in the first step, where the model is the base.
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, not_negative
+from ..cli.parser import above_zero, not_negative
 from ..config.objective import BASE, Figure, Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, Answers, OfAnswers

@@ -7,7 +7,7 @@ probabilities of an answer's tokens.
 
 from dataclasses import dataclass
 
-from ..cli import not_negative
+from ..cli.parser import not_negative
 from ..config.objective import Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers

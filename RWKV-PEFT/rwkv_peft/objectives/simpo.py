@@ -6,7 +6,7 @@ log-probability of each answer's tokens.
 
 from dataclasses import dataclass
 
-from ..cli import above_zero, not_negative
+from ..cli.parser import above_zero, not_negative
 from ..config.objective import Losses
 from ..config.setting import setting
 from .answers import ACCURACY, MARGIN, NLL, Answers, OfAnswers

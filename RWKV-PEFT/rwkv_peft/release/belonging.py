@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.base import Base
+from ..checkpoints.pth_writer import TensorSpec
+from ..checkpoints.rwkv_peft_file import SOURCE as RWKV_PEFT
+from ..cli.errors import UserError, short
 from ..config import ModelConfig
-from ..errors import UserError, short
-from ..files.adapter_file import Adapter
-from ..files.base import Base
-from ..files.pth_writer import TensorSpec
-from ..files.rwkv_peft_file import SOURCE as RWKV_PEFT
 from ..models import FAMILIES, family_named
 from ..models.family import Family
 from ..models.state import time_state_shapes

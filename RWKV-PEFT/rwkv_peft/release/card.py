@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 
+from ..checkpoints.adapters import AdapterSource
+from ..checkpoints.atomic import write_text
+from ..cli.errors import UserError
+from ..cli.names import ADAPTER, CARD, MODEL, TUNED
 from ..data.asked import flags_beside
-from ..errors import UserError
-from ..files.adapters import AdapterSource
-from ..files.atomic import write_text
-from ..names import ADAPTER, CARD, MODEL, TUNED
 from .contents import ADAPTER as IS_ADAPTER
 from .contents import STATES, Line, contents_of
 

@@ -12,8 +12,8 @@ import torch
 from ..adapters.change import Params
 from ..adapters.method import Method
 from ..adapters.quant import row_unit
+from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..errors import UserError
 
 ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes, which tell the number of dimensions
 

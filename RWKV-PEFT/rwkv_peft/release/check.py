@@ -17,14 +17,14 @@ from dataclasses import replace
 import torch
 
 from ..adapters.inject import inject, load_tensors
-from ..cli import counted
-from ..errors import UserError, told
-from ..files.adapter_file import Adapter
-from ..files.adapters import source_of
-from ..files.atomic import scratch_folder
-from ..files.base import Base, open_base
-from ..files.pth_writer import save_pth
-from ..files.state_file import read_states
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.adapters import source_of
+from ..checkpoints.atomic import scratch_folder
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.pth_writer import save_pth
+from ..checkpoints.state_file import read_states
+from ..cli.errors import UserError, told
+from ..cli.parser import counted
 from ..models.state import State, split_time_states, state_of
 from .differences import differences
 from .flags import check_flags

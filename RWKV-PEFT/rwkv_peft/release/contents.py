@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..cli import counted
-from ..errors import UserError, in_line, short
-from ..files.adapter_file import METADATA_KEY, Adapter
-from ..files.adapters import AdapterSource, product_of_run
-from ..files.base import Base, base_of
-from ..files.lightning_folder import is_lightning_folder
-from ..files.peft_folder import is_adapter_folder
-from ..files.pth import read_tensors
-from ..files.pth_writer import dtype_name
-from ..files.rwkv_peft_file import unwrapped
-from ..files.safetensors_file import read_safetensors
+from ..checkpoints.adapter_file import METADATA_KEY, Adapter
+from ..checkpoints.adapters import AdapterSource, product_of_run
+from ..checkpoints.base import Base, base_of
+from ..checkpoints.lightning_folder import is_lightning_folder
+from ..checkpoints.peft_folder import is_adapter_folder
+from ..checkpoints.pth import read_tensors
+from ..checkpoints.pth_writer import dtype_name
+from ..checkpoints.rwkv_peft_file import unwrapped
+from ..checkpoints.safetensors_file import read_safetensors
+from ..cli.errors import UserError, in_line, short
+from ..cli.parser import counted
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, web_tensors
 from .gguf import import_gguf, read_header

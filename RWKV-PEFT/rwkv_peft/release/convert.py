@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..cli import counted
+from ..checkpoints.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
+from ..checkpoints.adapters import product_of_run, source_of
+from ..checkpoints.atomic import check_output
+from ..checkpoints.base import Base, base_of, open_base
+from ..checkpoints.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
+from ..checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder
+from ..checkpoints.pth import read_tensors
+from ..checkpoints.pth_writer import DTYPES
+from ..checkpoints.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
+from ..checkpoints.safetensors_file import read_safetensors
+from ..checkpoints.state_file import is_own, read_states, write_states
+from ..cli.errors import UserError, short, some
+from ..cli.parser import counted
 from ..data.asked import clean_beside
 from ..data.recorded import find_tokenizer, recorded_beside
-from ..errors import UserError, short, some
-from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
-from ..files.adapters import product_of_run, source_of
-from ..files.atomic import check_output
-from ..files.base import Base, base_of, open_base
-from ..files.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
-from ..files.peft_folder import CONFIG, TENSORS, is_adapter_folder
-from ..files.pth import read_tensors
-from ..files.pth_writer import DTYPES
-from ..files.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
-from ..files.safetensors_file import read_safetensors
-from ..files.state_file import is_own, read_states, write_states
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.quant import roundtrip, row_unit
-from ..files.adapter_file import Adapter, AdapterMetadata
-from ..files.base import Base
-from ..files.pth_writer import dtype_name
+from ..checkpoints.adapter_file import Adapter, AdapterMetadata
+from ..checkpoints.base import Base
+from ..checkpoints.pth_writer import dtype_name
 from ..models.state import is_time_state
 from .definitions import DEFINITIONS, Params, less_first_factors
 

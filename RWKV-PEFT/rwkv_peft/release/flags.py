@@ -7,11 +7,11 @@ import argparse
 import re
 from types import MappingProxyType
 
-from ..cli import Parser, finite, positive, that, up_to
+from ..checkpoints.source_flags import add_source_flags
+from ..cli.names import GGUF_TYPES, QUANTS, called
+from ..cli.parser import Parser, finite, positive, that, up_to
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import QUANTIZATIONS
-from ..files.source_flags import add_source_flags
-from ..names import GGUF_TYPES, QUANTS, called
-from ..rules import EXCLUDES, NEEDS, Rule
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers and of train.py -> the flag here

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..errors import UserError
-from ..files.atomic import atomic_write
-from ..files.base import Base
-from ..files.pth import read_tensors
-from ..files.pth_writer import TensorSpec, dtype_name, write_pth
-from ..files.readable import choice_in, read_settings
-from ..files.safetensors_file import read_safetensors, write_safetensors
+from ..checkpoints.atomic import atomic_write
+from ..checkpoints.base import Base
+from ..checkpoints.pth import read_tensors
+from ..checkpoints.pth_writer import TensorSpec, dtype_name, write_pth
+from ..checkpoints.readable import choice_in, read_settings
+from ..checkpoints.safetensors_file import read_safetensors, write_safetensors
+from ..cli.errors import UserError
+from ..cli.numeric import all_finite
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
-from ..numeric import all_finite
 from .gguf import write_gguf
 from .vocabulary import Tokenizer, gguf_vocabulary, hf_files
 

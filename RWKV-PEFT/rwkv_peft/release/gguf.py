@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import UserError, told
-from ..files.base import Base
-from ..files.readable import require_readable
+from ..checkpoints.base import Base
+from ..checkpoints.readable import require_readable
+from ..cli.errors import UserError, told
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.state import is_time_state

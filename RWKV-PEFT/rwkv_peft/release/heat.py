@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
-from ..files.adapter_file import Adapter
-from ..files.adapters import source_of
-from ..files.atomic import check_output
-from ..files.base import Base, open_base
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.adapters import source_of
+from ..checkpoints.atomic import check_output
+from ..checkpoints.base import Base, open_base
+from ..cli.errors import UserError
 from ..plots import plot_heat
 from .contents import contents_of, formatted
 from .flags import inspect_flags

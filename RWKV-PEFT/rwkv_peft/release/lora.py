@@ -17,13 +17,13 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS
 from ..adapters.quant import roundtrip
 from ..adapters.residual import svd_lowrank
-from ..errors import UserError
-from ..files.adapter_file import Adapter, save_adapter
-from ..files.atomic import atomic_write
-from ..files.base import Base
-from ..files.peft_folder import write_lora_folder
-from ..files.rwkv_peft_file import write_rwkv_peft
-from ..numeric import all_finite
+from ..checkpoints.adapter_file import Adapter, save_adapter
+from ..checkpoints.atomic import atomic_write
+from ..checkpoints.base import Base
+from ..checkpoints.peft_folder import write_lora_folder
+from ..checkpoints.rwkv_peft_file import write_rwkv_peft
+from ..cli.errors import UserError
+from ..cli.numeric import all_finite
 from .gguf import write_gguf_lora
 
 SAME = 1e-4  # relative errors up to this are float32's own rounding

@@ -15,13 +15,13 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from ..adapters.quant import roundtrip
-from ..errors import UserError
-from ..files.adapter_file import Adapter
-from ..files.base import Base
-from ..files.fingerprint import fingerprint_of, sample
-from ..files.pth import stream_tensors
-from ..files.pth_writer import DTYPES, TensorSpec, dtype_name
-from ..numeric import all_finite
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.base import Base
+from ..checkpoints.fingerprint import fingerprint_of, sample
+from ..checkpoints.pth import stream_tensors
+from ..checkpoints.pth_writer import DTYPES, TensorSpec, dtype_name
+from ..cli.errors import UserError
+from ..cli.numeric import all_finite
 from .ahead import ahead
 from .belonging import Adapters, check_depth, check_effect, check_generations, check_places, check_states
 from .changes import LayerChange, WholeChange, check_params

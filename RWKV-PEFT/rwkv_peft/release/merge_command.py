@@ -10,20 +10,20 @@ from types import MappingProxyType
 import torch
 
 from ..adapters.methods import METHODS
-from ..cli import counted
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.adapters import adapter_of_run, source_of
+from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.pth import stream_tensors
+from ..checkpoints.pth_writer import DTYPES, TensorSpec, dtype_name, write_pth
+from ..checkpoints.state_file import check_state_output, read_states, write_states
+from ..cli.errors import UserError, in_line
+from ..cli.names import NONE
+from ..cli.parser import counted
 from ..config import forms
-from ..errors import UserError, in_line
-from ..files.adapter_file import Adapter
-from ..files.adapters import adapter_of_run, source_of
-from ..files.atomic import atomic_write, check_output, require_room, same_file
-from ..files.base import Base, open_base
-from ..files.pth import stream_tensors
-from ..files.pth_writer import DTYPES, TensorSpec, dtype_name, write_pth
-from ..files.state_file import check_state_output, read_states, write_states
 from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
-from ..names import NONE
 from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError
-from ..files.peft_folder import read_config, read_folder_tensors, replacing
-from ..files.safetensors_file import save_safetensors
+from ..checkpoints.peft_folder import read_config, read_folder_tensors, replacing
+from ..checkpoints.safetensors_file import save_safetensors
+from ..cli.errors import UserError
 
 OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})
 

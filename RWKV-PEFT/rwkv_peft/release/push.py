@@ -6,10 +6,10 @@ HF_ENDPOINT names another hub, such as a mirror.
 from pathlib import Path
 from typing import Any
 
-from ..cli import counted
-from ..errors import UserError, told
-from ..files.best import BEST, labelled, take
-from ..names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
+from ..checkpoints.best import BEST, labelled, take
+from ..cli.errors import UserError, told
+from ..cli.names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
+from ..cli.parser import counted
 from .card import card_of, is_own
 from .flags import push_flags
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def files_of(source: Path, names: list[str] | None) -> list[Path]:
     """The files to push: a file, or those named of a folder, else the newest of each kind, or the best ones if they
-    are to be taken (files/best.py). Raises UserError."""
+    are to be taken (checkpoints/best.py). Raises UserError."""
     if not source.is_dir():
         if names:
             raise UserError(f"--files {' '.join(names)} are files in a folder, and {source} is none; leave --files out")

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..checkpoints.atomic import scratch_folder
+from ..checkpoints.base import Base
 from ..children import python_command
 from ..config import ModelConfig
-from ..files.atomic import scratch_folder
-from ..files.base import Base
 from ..models.parts import LanguageModel
 from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..checkpoints.atomic import scratch_folder
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.pth_writer import save_pth
+from ..checkpoints.state_file import read_states
+from ..cli.errors import UserError, told
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
-from ..errors import UserError, told
-from ..files.atomic import scratch_folder
-from ..files.base import Base, open_base
-from ..files.pth_writer import save_pth
-from ..files.state_file import read_states
 from ..models.state import is_time_state
 from .gguf import write_gguf
 from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes, random_tokens, reference_logits

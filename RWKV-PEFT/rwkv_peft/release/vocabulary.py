@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from ..cli.errors import UserError
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..data.turns import TURN_END
-from ..errors import UserError
 from .chat_template import CHAT_TEMPLATE, cleaning
 from .world_json import MARKS, world_json
 

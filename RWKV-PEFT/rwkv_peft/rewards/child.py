@@ -22,7 +22,7 @@ from numbers import Real
 from typing import Any
 
 from ..children import when_parent_ends
-from ..errors import UserError, quoted
+from ..cli.errors import UserError, quoted
 from .functions import FunctionReward, raised
 from .reward import Answer, Reward
 from .tasks import reward_of

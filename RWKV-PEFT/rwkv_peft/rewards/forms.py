@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UNREADABLE, UserError, quoted, short, told
-from ..files.readable import require_readable
-from ..installing import how_to_install
+from ..checkpoints.readable import require_readable
+from ..cli.errors import UNREADABLE, UserError, quoted, short, told
+from ..cli.installing import how_to_install
 from .reward import Answer, Reward
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError, field_names, told
-from ..files.readable import require_readable
+from ..checkpoints.readable import require_readable
+from ..cli.errors import UserError, field_names, told
 from .reward import Answer, Reward
 
 OWN = ("prompts", "completions")  # the parameters that are no fields of rows

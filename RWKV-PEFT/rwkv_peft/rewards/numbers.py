@@ -5,8 +5,8 @@ import importlib.util
 import re
 from fractions import Fraction
 
-from ..errors import UserError
-from ..installing import how_to_install
+from ..cli.errors import UserError
+from ..cli.installing import how_to_install
 
 DIGITS = 1000  # digits of a number that are read: no answer has as many, and Python converts at most 4,300
 # the marker before a final answer: GSM8K's sign, or MetaMath's words

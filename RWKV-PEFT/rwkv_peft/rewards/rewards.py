@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..cli.errors import UserError
 from .reward import Answer, beginning
 from .workers import Failure, Place, Worker
 

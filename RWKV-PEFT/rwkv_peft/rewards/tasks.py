@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from ..errors import UserError, short
+from ..cli.errors import UserError, short
 from ..evals.rows import Exact, choices_of, right_of, text_of
 from .forms import Match, Schema
 from .functions import FunctionReward

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
-from ..cli import counted
+from ..checkpoints.pth_writer import DTYPES
+from ..cli.names import NONE, STATE
+from ..cli.parser import counted
 from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.schedules import SCHEDULES
 from ..data.samples import Samples
-from ..files.pth_writer import DTYPES
 from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
-from ..names import NONE, STATE
 from ..ops import products
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda

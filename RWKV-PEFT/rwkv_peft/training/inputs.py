@@ -6,6 +6,8 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.base import Base
+from ..cli.names import METRICS
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples
 from ..data.folders import held_out_split
@@ -16,8 +18,6 @@ from ..data.recorded import clean_data, recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
-from ..files.base import Base
-from ..names import METRICS
 from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
 from .saving.history import Lowest, history

@@ -8,16 +8,16 @@ from torch import nn
 
 from ..adapters.inject import InjectReport, inject, load_tensors
 from ..adapters.methods import method_of
+from ..checkpoints.adapters import read_adapter
+from ..checkpoints.atomic import check_output
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.pth_writer import DTYPES
+from ..cli.names import ADAPTER, MODEL, STATE
 from ..config import AdapterConfig, RunConfig
 from ..data.batches import TrainBatches
-from ..files.adapters import read_adapter
-from ..files.atomic import check_output
-from ..files.base import Base, open_base
-from ..files.pth_writer import DTYPES
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
-from ..names import ADAPTER, MODEL, STATE
 from .flags.upstream import INIT
 from .inputs import Inputs
 from .saving.products import model_dtypes, write_model

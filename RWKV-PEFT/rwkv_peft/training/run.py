@@ -12,6 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from ..checkpoints.atomic import check_output
+from ..checkpoints.lock import alone_in
+from ..cli.errors import UserError, past_ctrl_c
+from ..cli.names import METRICS, PICTURE
+from ..cli.refusals import require_none
 from ..config import RunConfig
 from ..config.objective import REWARDS
 from ..config.rules import check_settings
@@ -21,13 +26,8 @@ from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
-from ..errors import UserError, past_ctrl_c
-from ..files.atomic import check_output
-from ..files.lock import alone_in
 from ..gpus import resolve_accelerator
-from ..names import METRICS, PICTURE
 from ..plots import plot_loss
-from ..refusals import require_none
 from ..rewards import Rewards
 from .engine.fit import fit
 from .engine.prepared import Prepared

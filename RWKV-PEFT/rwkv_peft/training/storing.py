@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..cli import counted
+from ..checkpoints.atomic import atomic_write, check_output
+from ..cli.errors import UserError
+from ..cli.parser import counted
 from ..config import RunConfig
 from ..data.batches import EvalBatches
 from ..data.samples import Samples
-from ..errors import UserError
-from ..files.atomic import atomic_write, check_output
 from ..gpus import resolve_accelerator
 from ..models.parts import LanguageModel
 from ..objectives.distill import Distill

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...cli.names import STATE
 from ...config import ModelConfig
-from ...names import STATE
 from ..state import LayerState, check_head_size, count_layers, is_time_state, two_axes
 
 SIGN = "blocks.0.att.time_maa_w1"

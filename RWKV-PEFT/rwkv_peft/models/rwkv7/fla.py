@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import UserError, short
+from ...cli.errors import UserError, short
 from ..family import differences
 from .keys import LOW_RANK, SHIFTS, RWKV7Config
 

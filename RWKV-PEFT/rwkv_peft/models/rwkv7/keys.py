@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...cli.errors import UserError
+from ...cli.names import STATE
 from ...config import ModelConfig
-from ...errors import UserError
-from ...names import STATE
 from ..state import TIME_STATE, LayerState, check_head_size, count_layers, is_time_state, two_axes
 
 SIGN = "blocks.0.att.r_k"

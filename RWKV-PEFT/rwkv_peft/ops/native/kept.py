@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ...names import user_cache
+from ...cli.names import user_cache
 from .library import BuildError
 
 COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user

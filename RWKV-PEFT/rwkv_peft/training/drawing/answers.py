@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 
+from ...cli.errors import UNREADABLE, UserError, told
 from ...config import RunConfig
 from ...data.answer_samples import PromptSamples
 from ...data.collate import collate_packed
 from ...data.templates import stops_of
 from ...data.tokenizer import Tokenizer
-from ...errors import UNREADABLE, UserError, told
-from ...generate.command import Continuation
-from ...generate.decode import generate
-from ...generate.flags import unescaped
-from ...generate.settings import Sampling
+from ...inference.command import Continuation
+from ...inference.decode import generate
+from ...inference.flags import unescaped
+from ...inference.settings import Sampling
 from ...models.parts import LanguageModel
 from ...objectives.draws import Draws
 from ..step.compiling import uncompiled

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...files.atomic import append_text
+from ...checkpoints.atomic import append_text
 from ..step.plan import Plan
 from .drawn import Drawing
 

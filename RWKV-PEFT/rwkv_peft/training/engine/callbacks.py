@@ -12,11 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from ...checkpoints.base import Base
+from ...checkpoints.mapped import Mapped
+from ...cli.errors import hangup_signals
+from ...cli.names import METRICS
 from ...data.batches import TrainBatch
-from ...errors import hangup_signals
-from ...files.base import Base
-from ...files.mapped import Mapped
-from ...names import METRICS
 from ..ranks.watch import Watch
 from ..saving.history import forget_rest
 from ..saving.saver import load_checkpoint

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...checkpoints.atomic import write_text
+from ...checkpoints.best import BEST, SINCE, HeldOut, labelled, take
 from ...children import import_matplotlib
-from ...cli import counted
+from ...cli.errors import Ended, UserError, ending_at_once, keeping_handlers
+from ...cli.names import CARD, METRICS, PICTURE, RUN
+from ...cli.parser import counted
 from ...data.asked import OPENING
 from ...data.recorded import ENTRY
 from ...data.report import opening_of
-from ...errors import Ended, UserError, ending_at_once, keeping_handlers
-from ...files.atomic import write_text
-from ...files.best import BEST, SINCE, HeldOut, labelled, take
 from ...memory import keep_freed_memory
-from ...names import CARD, METRICS, PICTURE, RUN
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION

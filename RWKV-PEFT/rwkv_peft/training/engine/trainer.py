@@ -27,13 +27,13 @@ import lightning.pytorch as pl
 
 from ...adapters.groups import learning_ratios
 from ...adapters.methods import method_of
+from ...cli.names import STATE
 from ...config import RunConfig
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...models import family_named
 from ...models.state import TIME_STATE
-from ...names import STATE
 from ...objectives.draws import Draws
 from ...objectives.next_token import NextToken
 from ..drawing.answers import Manner

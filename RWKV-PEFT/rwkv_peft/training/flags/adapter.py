@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from ...cli.errors import UserError, short, told
+from ...cli.numeric import is_finite
 from ...config import WORDS, AdapterConfig, forms
 from ...config.methods import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
-from ...errors import UserError, short, told
-from ...numeric import is_finite
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 

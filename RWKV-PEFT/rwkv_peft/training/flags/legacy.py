@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 
+from ...cli.errors import short
+from ...cli.names import QUANTS, called
 from ...config import OF_ROWS
-from ...errors import short
-from ...names import QUANTS, called
 from ...objectives import OBJECTIVES
 
 KERNELS = "the device chooses the kernels, and all compute the same"

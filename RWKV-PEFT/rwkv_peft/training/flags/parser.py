@@ -10,18 +10,18 @@ from dataclasses import Field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ...cli import FLAG, HelpFormatter, Parser, count, positive, switch, up_to
+from ...cli.names import TRAIN_TYPES, generation
+from ...cli.parser import FLAG, HelpFormatter, Parser, count, positive, switch, up_to
+from ...cli.tables import GENERATIONS
 from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
 from ...config.optimizer import OptimizerConfig
 from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
 from ...config.train import MachineSettings, ModelSettings, RunSettings
 from ...config.validation import ValidationConfig
-from ...names import TRAIN_TYPES, generation
 from ...objectives import FLAGS as OBJECTIVE_FLAGS
 from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
-from ...tables import GENERATIONS
 from .adapter import add_json_flags
 from .legacy import SEVERAL, SYNONYMS, VALUES, add_legacy_flags
 from .upstream import WORDS, add_upstream_flags, marker

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import objectives
-from ...cli import Parser
+from ...cli.errors import UserError
+from ...cli.names import AUTO, FINETUNE, INFCTX, NONE, STATE
+from ...cli.parser import Parser
+from ...cli.refusals import Refusals
+from ...cli.rules import Given, contradictions
+from ...cli.tables import GENERATIONS
 from ...config import (
     CHUNK_CTX,
     SCHEDULE_FREE,
@@ -28,12 +33,7 @@ from ...config import (
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.prefix import default_mask
-from ...errors import UserError
-from ...names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...objectives import takers_of
-from ...refusals import Refusals
-from ...rules import Given, contradictions
-from ...tables import GENERATIONS
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of
 from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
@@ -42,7 +42,7 @@ from .upstream import PLACEHOLDER, adopt, check_stage, markers_of
 from .world import World, find_world, fit
 
 if TYPE_CHECKING:
-    from ...files.base import Base
+    from ...checkpoints.base import Base
     from ...models.family import Family
     from ..step.stored import StoredTeacher
 
@@ -241,8 +241,8 @@ def look_up(
     refused. `here` says that the run is to be on this machine, whose GPUs are counted then. The data and the run's
     folder are looked at only beside other refusals, because a run opens them by itself."""
     from ...adapters.inject import check_adapter
+    from ...checkpoints.base import linear_shapes, open_base
     from ...data.sources import find_data
-    from ...files.base import linear_shapes, open_base
     from ...gpus import resolve_accelerator
     from ..saving.resume import find_state
     from ..step.stored import open_stored

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ...checkpoints.lock import LOCK
+from ...cli.errors import UNREADABLE, UserError
+from ...cli.names import CARD, METRICS, PICTURE, RUN
 from ...config import AdapterConfig, DataConfig, Objective, TrainConfig
-from ...errors import UNREADABLE, UserError
-from ...files.lock import LOCK
-from ...names import CARD, METRICS, PICTURE, RUN
 from ..saving.checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED, saved_state
 from .world import World
 

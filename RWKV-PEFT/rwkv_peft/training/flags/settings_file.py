@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from ...cli import Parser
-from ...errors import UNREADABLE, UserError, short, told
-from ...files.atomic import atomic_write
-from ...files.readable import read_short, require_readable
-from ...refusals import Refusals
+from ...checkpoints.atomic import atomic_write
+from ...checkpoints.readable import read_short, require_readable
+from ...cli.errors import UNREADABLE, UserError, short, told
+from ...cli.parser import Parser
+from ...cli.refusals import Refusals
 from .parser import READ, WRITE, entries_of
 
 FLAGS = "flags"  # the flags of a run, in its config.json

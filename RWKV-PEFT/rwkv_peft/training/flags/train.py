@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
-from ...cli import counted
+from ...checkpoints.readable import home_meant
+from ...cli.installing import how_to_install
+from ...cli.parser import counted
 from ...config import SCHEDULE_FREE, DataConfig, Objective, TrainConfig
-from ...files.readable import home_meant
-from ...installing import how_to_install
 from ...objectives import takers_of
 from ..saving.trackers import check_trackers
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...cli import count, counted
-from ...errors import UserError, short, told
-from ...names import NONE, STATE
-from ...numeric import is_whole
+from ...cli.errors import UserError, short, told
+from ...cli.names import NONE, STATE
+from ...cli.numeric import is_whole
+from ...cli.parser import count, counted
 from .legacy import ignored
 from .world import step_samples
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
-from ...cli import counted
+from ...cli.errors import UserError
+from ...cli.parser import counted
 from ...config import TrainConfig
-from ...errors import UserError
 from ..saving.checkpoints import saved_state
 
 LOOPBACK = "127.0.0.1"

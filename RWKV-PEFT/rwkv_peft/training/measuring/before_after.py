@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...cli import counted
-from ...errors import UNREADABLE, in_line
+from ...cli.errors import UNREADABLE, in_line
+from ...cli.parser import counted
 from ...evals.exam import LONGEST, Exam, RowsExam
 from ..ranks.watch import Watch
 from ..saving.history import write_records

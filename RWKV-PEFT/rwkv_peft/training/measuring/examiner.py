@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ...checkpoints.atomic import append_text
 from ...config import TrainConfig
 from ...evals.exam import Exam, RowsExam
-from ...files.atomic import append_text
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..step.compiling import uncompiled

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...cli import counted
+from ...cli.errors import UserError
+from ...cli.parser import counted
 from ...config import RunConfig
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...data.tokenizer import KNOWN_SIZES
-from ...errors import UserError
 from ...evals.exam import Exam, RowsExam, rows_of
-from ...generate.flags import unescaped
+from ...inference.flags import unescaped
 from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
 from .before_after import Questions

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...files.best import HeldOut
+from ...checkpoints.best import HeldOut
 from ..step.plan import Plan
 from .learned import KNOWN, LEAST, SURE, shown
 

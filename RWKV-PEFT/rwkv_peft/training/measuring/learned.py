@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
-from ...cli import counted
+from ...cli.numeric import is_number
+from ...cli.parser import counted
 from ...config import FEW, RunConfig
 from ...config.objective import REWARDS, TEACHER
-from ...numeric import is_number
 from ...plots import LOSSES, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan

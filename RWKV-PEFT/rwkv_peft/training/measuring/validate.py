@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from ...checkpoints.best import BEST
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
 from ...data.swapped import swapped
-from ...files.best import BEST
 from ..inputs import VALIDATION, Inputs
 from ..ranks.watch import Watch
 from ..saving.partitions import averaged

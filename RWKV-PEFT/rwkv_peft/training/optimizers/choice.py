@@ -5,8 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ...cli.tables import OPTIMS
 from ...config import TrainConfig
-from ...tables import OPTIMS
 from .cpu_adam import cpu_adam
 
 

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from ...children import python_command, when_parent_ends
-from ...errors import UserError, told
+from ...cli.errors import UserError, told
 from ...ops.native.kept import COMPILING
 
 

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.adapters import adapter_of_run
+from ...checkpoints.digest import digest_below, digest_of
 from ...config import RunConfig
 from ...config.setting import flag_of
-from ...files.adapters import adapter_of_run
-from ...files.digest import digest_below, digest_of
 from ..flags.parser import DIMENSIONS
 from ..flags.world import World
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...errors import Ended, NotNow, UserError, ending_of, told
+from ...cli.errors import Ended, NotNow, UserError, ending_of, told
 from ..flags.world import LOOPBACK, World
 from ..saving.checkpoints import is_of_connection
 from .agreement import disagreement

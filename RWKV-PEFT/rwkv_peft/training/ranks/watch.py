@@ -19,7 +19,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from ...files.mapped import Mapped, Overwritten, Stamp
+from ...checkpoints.mapped import Mapped, Overwritten, Stamp
 from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on
 from .processes import Processes

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...errors import UNREADABLE, UserError, in_line
-from ...files.atomic import CannotWrite
-from ...files.mapped import Overwritten
+from ...checkpoints.atomic import CannotWrite
+from ...checkpoints.mapped import Overwritten
+from ...cli.errors import UNREADABLE, UserError, in_line
 from .run_state import STATE, read_state
 
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder

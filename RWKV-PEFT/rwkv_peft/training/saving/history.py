@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...files.atomic import write_text
-from ...numeric import is_number
+from ...checkpoints.atomic import write_text
+from ...cli.numeric import is_number
 from ...plots import read_metrics
 from ..step.plan import Plan
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ...cli.errors import UNREADABLE, UserError, told
+from ...cli.tables import OPTIMS
 from ...config import AdapterConfig, DataConfig, RunConfig, to_json
 from ...data.mixture import shares_of
 from ...data.samples import Samples
-from ...errors import UNREADABLE, UserError, told
-from ...tables import OPTIMS
 from .run_state import OPTIMIZER, STATE, read_state, remedy_of, require_files
 
 HASHED = 64  # samples that are hashed, to tell one data set from another

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from ...cli.errors import UserError, told
 from ...config import RunConfig
-from ...errors import UserError, told
 from .trackers import TRACKERS, asked_trackers
 
 

@@ -19,20 +19,20 @@ import torch
 from tqdm import tqdm
 
 from ... import __version__
+from ...checkpoints.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
+from ...checkpoints.atomic import atomic_write, require_room
+from ...checkpoints.base import Base
+from ...checkpoints.best import labelled
+from ...checkpoints.pth import stream_tensors
+from ...checkpoints.pth_writer import DTYPES, dtype_name, save_pth, write_pth
+from ...checkpoints.state_file import write_states
+from ...cli.errors import UserError
+from ...cli.names import ADAPTER, MERGED, MODEL, STATE, TUNED
+from ...cli.numeric import all_finite
 from ...config import AdapterConfig, DataConfig, RunConfig
 from ...data.recorded import recorded_of_data
-from ...errors import UserError
-from ...files.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
-from ...files.atomic import atomic_write, require_room
-from ...files.base import Base
-from ...files.best import labelled
-from ...files.pth import stream_tensors
-from ...files.pth_writer import DTYPES, dtype_name, save_pth, write_pth
-from ...files.state_file import write_states
 from ...models import family_named
 from ...models.state import split_time_states, time_state_shapes
-from ...names import ADAPTER, MERGED, MODEL, STATE, TUNED
-from ...numeric import all_finite
 from ...release.merge import Merge, MergeOptions
 
 # bytes a number that trains: a float32 copy, and the moments

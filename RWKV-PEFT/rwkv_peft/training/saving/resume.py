@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...cli import counted
+from ...cli.errors import UserError
+from ...cli.names import ADAPTER, METRICS, MODEL
+from ...cli.parser import counted
 from ...config import AdapterConfig, DataConfig, TrainConfig
-from ...errors import UserError
-from ...names import ADAPTER, METRICS, MODEL
 from ..step.plan import Plan
 from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint, saved_state
 from .history import Lowest

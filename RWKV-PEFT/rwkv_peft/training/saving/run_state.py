@@ -10,8 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...errors import UserError
-from ...numeric import is_whole
+from ...cli.errors import UserError
+from ...cli.numeric import is_whole
 
 OPTIMIZER = "optimizer"  # the folder of the optimizer's state
 CHUNK = 1 << 24

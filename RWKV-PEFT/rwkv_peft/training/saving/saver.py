@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...adapters.methods import adapter_parameter
+from ...checkpoints.atomic import fsync, write_failure
+from ...checkpoints.base import Base
+from ...checkpoints.pth_writer import save_pth
+from ...cli.errors import UserError
+from ...cli.numeric import all_finite
 from ...config import RunConfig
-from ...errors import UserError
-from ...files.atomic import fsync, write_failure
-from ...files.base import Base
-from ...files.pth_writer import save_pth
-from ...numeric import all_finite
 from ..optimizers.choice import Averaging
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with

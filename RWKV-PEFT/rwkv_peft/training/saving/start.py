@@ -4,16 +4,16 @@ import math
 from pathlib import Path
 
 from ...adapters.methods import method_of, word_of
+from ...checkpoints.adapter_file import Adapter, AdapterMetadata
+from ...checkpoints.adapters import AdapterSource
+from ...checkpoints.base import Base
+from ...checkpoints.rwkv_peft_file import holds_lora
+from ...checkpoints.state_file import read_states
+from ...cli.errors import UserError
+from ...cli.names import STATE
 from ...config import WORDS, AdapterConfig, ModelConfig, forms
-from ...errors import UserError
-from ...files.adapter_file import Adapter, AdapterMetadata
-from ...files.adapters import AdapterSource
-from ...files.base import Base
-from ...files.rwkv_peft_file import holds_lora
-from ...files.state_file import read_states
 from ...models.family import Family
 from ...models.state import State, is_time_state, split_time_states, state_of
-from ...names import STATE
 
 
 def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from ...cli.names import user_cache
 from ...config import DataConfig
 from ...models.parts import LanguageModel
-from ...names import user_cache
 
 FORMS = 64  # the raised limit
 

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...checkpoints.digest import digest_of
+from ...checkpoints.mapped import Mapped, Overwritten, Stamp
+from ...checkpoints.pth import require_file
+from ...cli.errors import UNREADABLE, UserError, told
+from ...cli.numeric import all_finite
 from ...config import Objective
 from ...data.batches import EvalBatches
 from ...data.recorded import Vocabulary
 from ...data.samples import Samples
-from ...errors import UNREADABLE, UserError, told
-from ...files.digest import digest_of
-from ...files.mapped import Mapped, Overwritten, Stamp
-from ...files.pth import require_file
-from ...numeric import all_finite
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
 from .contexts import seen_by_teacher

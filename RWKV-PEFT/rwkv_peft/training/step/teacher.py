@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import torch
 
+from ...checkpoints.adapters import read_adapter
+from ...checkpoints.base import Base, base_of, open_base
+from ...checkpoints.pth_writer import DTYPES
+from ...checkpoints.state_file import read_states
+from ...cli.errors import UserError
 from ...config import Objective, RunConfig
 from ...data.recorded import Vocabulary, recorded_beside
-from ...errors import UserError
-from ...files.adapters import read_adapter
-from ...files.base import Base, base_of, open_base
-from ...files.pth_writer import DTYPES
-from ...files.state_file import read_states
 from ...models.parts import LanguageModel
 from ...models.state import State, split_time_states, state_of
 from ...release.merge import check_fingerprints, merged_tensors

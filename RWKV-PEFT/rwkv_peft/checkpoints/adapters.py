@@ -1,0 +1,132 @@
+"""Reads an adapter in any format: ours, RWKV-PEFT's or Hugging Face peft's."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cli.errors import UserError
+from ..cli.names import ADAPTER, METRICS, MODEL
+from ..cli.numeric import all_finite
+from .adapter_file import Adapter, check_names, read_own
+from .best import take
+from .lightning_folder import is_lightning_folder, read_lightning_folder
+from .peft_folder import CONFIG, is_adapter_folder, read_hf_folder
+from .rwkv_peft_file import read_rwkv_peft
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter's path, and what its file may leave out (None: unknown).
+
+    For RWKV-PEFT's files mode is the form of Bone, init the path of PiSSA's initial factors, alpha LoRA's alpha. guess
+    is a form that is used if mode is None; a file of another form contradicts mode, but not guess.
+    """
+
+    path: str | Path
+    mode: str | None = None
+    init: str | Path | None = None
+    alpha: float | None = None
+    guess: str | None = None
+
+    def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
+        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py, lightning_folder.py).
+
+        base is {key: tensor}; its shapes may tell the form. Raises UserError for a file that is missing, broken, of a
+        later format or no adapter; a form that contradicts mode or cannot be told; init or alpha that contradicts the
+        file; a tensor that is empty or holds NaN or Inf.
+        """
+        path = adapter_of_run(self.path, tell=True)
+        if is_lightning_folder(path):
+            adapter = read_lightning_folder(path)
+        elif path.is_dir():
+            adapter = read_hf_folder(path)
+        elif path.suffix == ".safetensors":
+            adapter = read_own(path)
+        else:
+            adapter = read_rwkv_peft(path, self.mode or self.guess, base, self.init, self.alpha)
+        check_names(path, adapter)
+        self._check_told(path, adapter)
+        if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
+            raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
+        for key, tensor in adapter.tensors.items():
+            if not tensor.numel():
+                raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which holds no value; copy it again")
+            if not all_finite(tensor):
+                raise UserError(
+                    f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
+                )
+        return adapter
+
+    def _check_told(self, path: Path, adapter: Adapter) -> None:
+        """Raise UserError for init beside a file that needs none, and for an alpha that is not the adapter's."""
+        metadata, alpha = adapter.metadata, self.alpha
+        if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
+            raise UserError(
+                f"--lora_init {self.init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; "
+                "leave it out"
+            )
+        if alpha is None or metadata.method is None or not adapter.modules():
+            return
+        if metadata.method.alpha is None:
+            raise UserError(
+                f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out"
+            )
+        if not math.isclose(alpha, metadata.alpha):
+            raise UserError(
+                f"--lora_alpha {alpha:g} contradicts {path}, which was trained with "
+                f"{metadata.alpha:g} (scale {metadata.scale:g}, rank {metadata.rank}); leave it out"
+            )
+
+
+def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
+    """The path of the adapter to take in the folder of a train.py run (best.py); any other path, also a folder of
+    Hugging Face peft, unchanged. With `tell` a note says so if it is not the newest. Raises UserError if the run
+    trained the model itself or has saved nothing yet, or if the folder is both a run's and peft's."""
+    path = Path(path)
+    if is_adapter_folder(path) and (path / ADAPTER).exists():
+        raise UserError(
+            f"{path} holds two adapters, {ADAPTER} of a run and {CONFIG} with that of peft; name {path / ADAPTER}, or "
+            f"move {CONFIG} and its tensors into a folder of their own and name that"
+        )
+    if not path.is_dir() or is_adapter_folder(path) or is_lightning_folder(path):
+        return path
+    if (path / ADAPTER).exists():
+        return taken(path, ADAPTER, tell)
+    if (path / MODEL).exists():
+        raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
+    if (path / METRICS).exists():
+        raise UserError(
+            f"the run in {path} has saved nothing yet; a run saves at the end of an epoch, and with --save_every N "
+            "every N steps as well"
+        )
+    return path
+
+
+def product_of_run(path: str | Path, tell: bool = False) -> Path:
+    """The path of the model or the adapter to take in the folder of a train.py run; any other path unchanged. Tells
+    and raises UserError as adapter_of_run does."""
+    path = Path(path)
+    return taken(path, MODEL, tell) if (path / MODEL).is_file() else adapter_of_run(path, tell)
+
+
+def taken(folder: Path, name: str, tell: bool) -> Path:
+    found = take(folder, name)
+    if tell and found.note:
+        print(found.note, file=sys.stderr)
+    return found.path
+
+
+def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
+    """Read the Adapter at path; told are AdapterSource's other fields."""
+    return AdapterSource(path, **told).read(base)
+
+
+def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:
+    """The AdapterSource of a path and a command's flags."""
+    return AdapterSource(path, args.bone_mode, args.lora_init, args.lora_alpha)

@@ -1,0 +1,1 @@
+"""Command lines: one parser for every command, errors, the table of commands."""

@@ -1,0 +1,56 @@
+"""The tables of generations, samplings and tasks by name. A thing is imported when it is first asked for, so that flags
+are judged by the names before torch is imported.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+class Table(Mapping[str, Any]):
+    """A Mapping made of {name: "module:class"}, with modules of this package."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = MappingProxyType(dict(places))
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, thing = self.places[name].partition(":")
+        return getattr(importlib.import_module(f"rwkv_peft.{module}"), thing)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+# --model_version -> its Family; the first is the default of a new model
+GENERATIONS = Table(
+    {
+        "x060": "models.rwkv6.family:RWKV6Family",
+        "x070": "models.rwkv7.family:RWKV7Family",
+        "x070a": "models.rwkv7a.family:RWKV7aFamily",
+        "x070b": "models.rwkv7b.family:RWKV7bFamily",
+    }
+)
+# --dataload -> how a data set becomes Samples
+SAMPLINGS = Table(
+    {
+        "get": "data.samples:WindowSamples",
+        "pad": "data.samples:PaddedSamples",
+        "only": "data.samples:SingleSamples",
+        "pack": "data.pack:PackedSamples",
+    }
+)
+# --optim, besides AdamW
+OPTIMS = Table(
+    {
+        "adamw8bit": "training.optimizers.adamw8bit:AdamW8bit",
+        "lion": "training.optimizers.lion:Lion",
+        "muon": "training.optimizers.muon:Muon",
+        "schedule_free": "training.optimizers.schedule_free:ScheduleFree",
+    }
+)
+# tasks of `rwkv-peft eval` and --eval_task over rows of one's own
+TASKS = Table({"jsonl": "evals.rows:Exact", "choices": "evals.rows:Choices"})

@@ -1,0 +1,113 @@
+"""Continue prompts with an RWKV model: `rwkv-peft generate --help`."""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+from ..checkpoints.atomic import check_output
+from ..checkpoints.state_file import check_session_output
+from ..cli.errors import UserError
+from ..cli.parser import counted
+from ..data.asked import clean_beside, note_on_chats
+from ..data.templates import stops_of
+from .chat import Chat, Manner
+from .continuation import Continuation, complete
+from .flags import note_escapes, parse_flags, unescaped
+from .kept import Kept
+from .loading import load_subject, resolve_device, save_state_file
+from .prompts import encode, read_prompt_file, read_tools
+from .reading import prefill
+from .session import Session
+from .settings import Sampling
+from .showing import Unheard, show
+
+
+def main(argv: list[str]) -> int:
+    """Run the command -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in flags and files."""
+    args, sampling = parse_flags(argv)
+    try:
+        return run(args, sampling)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except Unheard:
+        return 0
+
+
+def run(args: Namespace, sampling: Sampling) -> int:
+    resolve_device(args.device)
+    note_escapes(args, "--prompt, --system or --stop", [*(args.prompt or ()), args.system or "", *args.stop])
+    check_outputs(args)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    given, file = args.prompt or (), args.prompt_file
+    rows = [{"prompt": text} for text in given] if file is None else read_prompt_file(file)
+    tools = read_tools(args.tools) if args.tools else ""
+    if args.save_state and len(rows) > 1:
+        raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
+    subject = load_subject(args, warn)
+    model, start, tokenizer = subject
+    if args.chat:
+        change: Callable[[str], str] = unescaped if args.escapes else str
+        stops = [*stops_of("Assistant:"), *args.stop]
+        session = Session(model, tokenizer, sampling, start)
+        inputs = [*inputs_of(args), ("--state", args.state)]
+        files = (*reversed(args.adapter), args.state, args.model)
+        clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
+        manner = Manner(args.think or "", args.system or "", tools, clean)
+        if note := note_on_chats(*files):
+            warn(note)
+        return Chat(session, stops, args.max_tokens, change, inputs, manner).run()
+    prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
+    streams = len(rows) == 1 and not args.output
+    continuations = [
+        Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
+    ]
+    began = time.perf_counter()
+    kept, lines = Kept(args.output, warn), not (streams or args.output)
+    printed = 0  # lines, in the order of the prompts
+    try:
+        with kept:
+            for number in complete(subject, prompts, continuations, sampling, args.max_tokens, args.batch):
+                kept.add(number, continuations[number].line())
+                while lines and printed < len(rows) and continuations[printed].end:
+                    show(continuations[printed].line())
+                    printed += 1
+    finally:  # after Ctrl-C too
+        for continuation in continuations[printed:] if lines else ():
+            if continuation.end:
+                show(continuation.line())
+        if kept.whole:
+            total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
+            done = f"{len(kept.lines)} of {counted(len(rows), 'prompt')}"
+            warn(f"{args.output}: {done}, {total:,} tokens, {total / seconds:.1f} tokens/s")
+    if streams:
+        show("\n")
+    if args.save_state:
+        read = prompts[0] + continuations[0].shown_tokens()
+        save_state_file(args.save_state, prefill(model, [read], start)[1], model)
+    return 0
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def check_outputs(args: Namespace) -> None:
+    """Raise UserError, before any work, for outputs that are inputs or cannot be written."""
+    inputs = inputs_of(args)
+    if args.output:
+        check_output("--output", args.output, [*inputs, ("--state", args.state)])
+    if args.save_state:  # a session may go on in its own file
+        check_session_output("--save_state", args.save_state)
+        check_output("--save_state", args.save_state, inputs)
+    if args.output and args.save_state and os.path.realpath(args.output) == os.path.realpath(args.save_state):
+        raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
+
+
+def inputs_of(args: Namespace) -> list[tuple[str, str | None]]:
+    """The (flag, path) pairs of the files that are read, except --state."""
+    names = ("model", "prompt_file", "lora_init", "tokenizer", "tools")
+    return [(f"--{name}", getattr(args, name)) for name in names] + [("--adapter", path) for path in args.adapter]

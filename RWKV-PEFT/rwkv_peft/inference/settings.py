@@ -1,0 +1,57 @@
+"""The settings of sampling; sampling.py draws by them."""
+
+from dataclasses import dataclass, fields, replace
+
+from ..cli.errors import UserError
+from ..cli.numeric import is_finite
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings by which a token is drawn from logits; the fields act in this order.
+
+    presence_penalty is subtracted from the logit of each token generated before, and frequency_penalty times the count
+    of that token; penalty_decay multiplies the counts at every step (1: nothing is forgotten). temperature divides the
+    logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all); top_p then keeps the
+    fewest most probable ones whose probabilities, among those kept, reach it. seed plus the prompt's number seeds its
+    draws. measured asks for the log-probabilities of drawn tokens. Raises UserError for a value out of range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.7
+    seed: int = 0
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "measured" and not is_finite(value):
+                raise UserError(f"--{field.name} {value!r}: a finite number is due")
+        for name, rule, holds in (
+            # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures
+            ("presence_penalty", "a number from -1e30 to 1e30", abs(self.presence_penalty) <= 1e30),
+            ("frequency_penalty", "a number from -1e30 to 1e30", abs(self.frequency_penalty) <= 1e30),
+            ("penalty_decay", "a factor from 0 to 1 (1 forgets nothing)", 0 <= self.penalty_decay <= 1),
+            (
+                "temperature",
+                "0 (always the most probable token), or 1e-30 or more",
+                self.temperature == 0 or self.temperature >= 1e-30,
+            ),
+            ("top_k", "a number of tokens, 0 for all", self.top_k >= 0),
+            ("top_p", "a probability from 0 to 1 (1 keeps every token)", 0 <= self.top_p <= 1),
+        ):
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name)}: it is {rule}")
+
+    @property
+    def penalizes(self) -> bool:
+        """Tell whether a draw depends on the tokens generated before."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def seeded(self, more: int) -> "Sampling":
+        """The same with a seed that is larger by `more`."""
+        return replace(self, seed=self.seed + more)

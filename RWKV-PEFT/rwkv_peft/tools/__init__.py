@@ -1,0 +1,1 @@
+"""Programs above all others: the page, comparisons, plans, studies, doctor, pictures."""

@@ -1,0 +1,116 @@
+"""Has a model ask questions about the parts of a document and answer them, each part read once."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ...checkpoints.readable import require_readable
+from ...cli.errors import UserError
+from ...data.templates import stops_of
+from ...data.turns import TURN_END
+from ...evals.asking import GREEDY, write
+from ...inference.loading import Subject
+from ...inference.reading import prefill
+from ...inference.settings import Sampling
+from .flags import Study
+
+SEEDS = 1 << 24  # more than the questions of any document
+BATCH = 32
+Row = dict[str, str]
+
+
+def draw(reader: Subject, parts: Sequence[str], study: Study, say: Callable[[str], object]) -> list[Row]:
+    """Draw questions about the parts of a document, with answers, as rows of --data_type contexts. Questions that were
+    asked about the part before, and what has no words or no end, are left out; `say` hears how many."""
+    rows, left_out = list[Row](), Counter[str]()
+    for place, part in enumerate(parts):
+        _, state = prefill(reader.model, [reader.tokenizer.encode(part + TURN_END)], reader.start)
+        behind = reader._replace(start=state)
+        seed = study.seed * SEEDS + place * study.questions
+        questions = ask(behind, study, Sampling(temperature=study.temperature, top_p=study.top_p, seed=seed), left_out)
+        found = answered(behind, study, questions, left_out)
+        rows += [{"context": part, **row} for row in found]
+        say(f"part {place + 1} of {len(parts)}: {len(found)} questions")
+    for what, number in left_out.items():
+        say(f"left out: {number} {what}")
+    return rows
+
+
+def ask(reader: Subject, study: Study, sampling: Sampling, left_out: Counter[str]) -> list[str]:
+    prompt = reader.tokenizer.encode(study.ask)
+    stops = (*stops_of(study.ask), *study.stop, "\n")
+    found: dict[str, None] = {}
+    prompts = [prompt] * study.questions  # one list, which is read once
+    drawn = dict(write(reader, prompts, [stops] * study.questions, sampling, study.question_tokens, BATCH))
+    for _, question in sorted(drawn.items()):
+        text = question.text.strip()
+        if question.end == "length" or not text:
+            left_out["questions without end or words"] += 1
+        elif text in found:
+            left_out["questions that were asked before"] += 1
+        else:
+            found[text] = None
+    return list(found)
+
+
+def answered(reader: Subject, study: Study, questions: Sequence[str], left_out: Counter[str]) -> list[Row]:
+    prompts = [(study.answer or "User: {question}\n\nAssistant:").replace("{question}", each) for each in questions]
+    stops = [(*stops_of(prompt), *study.stop) for prompt in prompts]
+    tokens = list(map(reader.tokenizer.encode, prompts))
+    rows = []
+    for place, answer in sorted(dict(write(reader, tokens, stops, GREEDY, study.answer_tokens, BATCH)).items()):
+        if answer.end == "length" or not answer.text.strip():
+            left_out["answers without end or words"] += 1
+        elif study.answer:
+            end = study.stop[0] if study.stop and answer.end == "stop" else ""
+            rows.append({"prompt": prompts[place], "completion": answer.text + end})
+        else:
+            rows.append({"question": questions[place], "answer": answer.text.strip()})
+    return rows
+
+
+MOST = 1 << 24  # bytes of a document
+BORDERS = ("\n\n", "\n", ". ", " ", "")  # where to cut, the best places first
+
+
+def read_document(path: str) -> str:
+    """The text of a document. Raises UserError for one that cannot be read, is too long, or holds no words."""
+    missing = f"{path}: no such file; the first word names the document, which is a text"
+    file = require_readable(path, missing)
+    content = file.read_bytes() if (size := Path(path).stat().st_size) <= MOST else b""
+    if size > MOST:
+        raise UserError(f"{path} has {size:,} bytes, and a document {MOST:,} at most; study it in several pieces")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}); a document is a text: convert it") from error
+    if not text.strip():
+        raise UserError(f"{path} holds no words, so that there is nothing to learn; name another document")
+    return text
+
+
+def cut(text: str, most: int, length: Callable[[str], int]) -> list[str]:
+    """Cut a text into parts of a length of `most`, at the ends of paragraphs, or else of lines, sentences and words."""
+    return [part.strip() for part in joined(pieces(text, most, length, BORDERS), most, length) if part.strip()]
+
+
+def pieces(text: str, most: int, length: Callable[[str], int], borders: Sequence[str]) -> Iterator[str]:
+    """Yield pieces that make up a text, none longer than `most` if a border within allows it."""
+    if not borders or length(text) <= most:
+        yield text
+        return
+    border, *others = borders
+    *words, last = text.split(border) if border else list(text)
+    for word in [*(word + border for word in words), last]:
+        yield from pieces(word, most, length, others)
+
+
+def joined(parts: Iterator[str], most: int, length: Callable[[str], int]) -> Iterator[str]:
+    """Yield consecutive pieces as few texts that are not longer than `most`."""
+    whole = ""
+    for piece in parts:
+        if whole and length(whole + piece) > most:
+            yield whole
+            whole = ""
+        whole += piece
+    yield whole

@@ -1,0 +1,219 @@
+"""The page's server: its files, and what they ask for as JSON."""
+
+import json
+import mimetypes
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import AfterValidator, BaseModel
+
+from ... import __version__
+from ...checkpoints.lock import LOCK
+from ...children import python_command
+from ...cli.errors import UserError, visible
+from ...cli.names import CARD, GGUF_TYPES, METRICS
+from ...inference.serve.gate import Gate
+from ...inference.serve.web import new_app, tell_refusal
+from .chat import ask, serve
+from .form import chat_form, form
+from .jobs import Jobs, interrupt
+from .lines import is_plain, last_of, lines_of, read
+from .pace import measured
+from .places import Places
+from .runs import ANSWERS, find_runs, taken
+from .uploads import Uploads
+
+PAGE = Path(__file__).parent / "page"
+FILES = "/api/files"  # takes the bytes of files, in parts
+PLANNED = 120  # seconds for a plan or a preview
+REMEMBERED = 400 * 24 * 3600  # seconds that a browser keeps the key
+LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rwkv-peft</title>
+<h1>This page needs its key</h1>
+<p>Open the address that <code>rwkv-peft ui</code> printed in its terminal, behind the word <code>page</code>.
+This browser then remembers the key until the command is started anew.</p>
+"""
+
+
+def word(text: str) -> str:
+    """A text that may be a word of a command, or a file's name. Raises ValueError for a zero byte, and for half of a
+    surrogate pair."""
+    if b"\0" in os.fsencode(text):
+        raise ValueError("a zero byte stands in it")
+    return text
+
+
+Word = Annotated[str, AfterValidator(word)]
+Place = Annotated[int, Query(ge=0, lt=1 << 63)]  # in a file
+
+
+class Words(BaseModel):
+    """A command's words, without `rwkv-peft`."""
+
+    words: list[Word]
+
+
+class Rows(BaseModel):
+    """A file for a preview, and how to read it."""
+
+    path: Word
+    tokenizer: Word = "world"
+    data_type: Word = "sft"
+    fields: list[Word] = []
+
+
+class Folder(BaseModel):
+    folder: Word
+
+
+class Chat(BaseModel):
+    """A model to talk to, and what answers beside it."""
+
+    model: Word
+    adapter: Word = ""
+    other: Word = ""
+    state: Word = ""
+    tokenizer: Word = ""
+    weights: Word = ""
+
+
+def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
+    return StreamingResponse(pieces, status, media_type=kind)
+
+
+def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
+    """The application that shows the files below `root` and starts commands there, behind a gate that is open at /."""
+    places = Places(root)
+    uploads = Uploads(places.root)
+    app = new_app("rwkv-peft")
+    app.add_exception_handler(OSError, tell_refusal)  # a full disk, a folder that is gone
+
+    def page(name: str) -> Callable[[], Response]:
+        kind = mimetypes.guess_type(name)[0] or "text/plain"
+        return lambda: Response((PAGE / name).read_bytes(), media_type=kind)
+
+    @app.get("/")
+    def index(request: Request, key: str = "") -> Response:
+        """The page, if the browser has the key: the printed address puts it into a cookie, and out of the address."""
+        if gate.is_key(key):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(gate.cookie, key, max_age=REMEMBERED, httponly=True, samesite="lax")
+            return answer
+        return page("index.html")() if gate.has_key(request.headers) else Response(LOCKED, 401, media_type="text/html")
+
+    for file in sorted(PAGE.rglob("*.*")):
+        name = file.relative_to(PAGE).as_posix()
+        app.get(f"/page/{name}")(page(name))
+
+    @app.get("/api/about")
+    def about() -> dict[str, Any]:
+        about = {"version": __version__, "root": str(places.root)}
+        return about | {"form": form(), "chat": chat_form(), "gguf": GGUF_TYPES}
+
+    @app.get(FILES)
+    def files(path: str = "") -> list[dict[str, Any]]:
+        return places.entries(path)
+
+    @app.post(FILES)
+    async def upload(request: Request, name: str, begin: Place, size: Place) -> dict[str, str]:
+        return {"name": await run_in_threadpool(uploads.take, name, begin, size, await request.body())}
+
+    @app.get("/api/download")
+    def download(path: str) -> Response:
+        found = places.path(path)
+        if not is_plain(found):
+            raise UserError(f"{path} is no file")
+        return FileResponse(found, media_type="application/octet-stream", filename=found.name)
+
+    @app.post("/api/preview")
+    def preview(rows: Rows) -> dict[str, Any]:
+        path = places.name(places.path(rows.path))  # messages name the file as the page does
+        _, text = finished("rwkv_peft.tools.ui.preview", json.dumps(rows.model_dump() | {"path": path}))
+        try:
+            found = json.loads(text.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise UserError(*f"{rows.path} could not be read: {text[-500:] or 'no answer'}".splitlines()) from None
+        if "error" in found:
+            raise UserError(*str(found["error"]).split("\n"))
+        return dict(found)
+
+    @app.post("/api/plan")
+    def plan(command: Words) -> dict[str, Any]:
+        code, text = finished("rwkv_peft.tools.ui.check", *command.words)
+        return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
+
+    def finished(module: str, *words: str) -> tuple[int, str]:
+        """Run a module in the root -> its exit code, and what it printed."""
+        try:
+            done = subprocess.run(
+                python_command(module, *words),
+                cwd=places.root,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=PLANNED,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"no answer within {PLANNED} seconds") from None
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    @app.get("/api/jobs")
+    def all_jobs() -> list[dict[str, Any]]:
+        return jobs.all()
+
+    @app.post("/api/jobs")
+    def start(command: Words) -> dict[str, str]:
+        return {"id": jobs.start(command.words)}
+
+    @app.get("/api/jobs/{name}")
+    def job(name: str, begin: Place = 0) -> dict[str, Any]:
+        return jobs.read(name, begin)
+
+    @app.post("/api/jobs/{name}/stop")
+    def stop(name: str) -> dict[str, str]:
+        jobs.stop(name)
+        return {"id": name}
+
+    @app.get("/api/runs")
+    def runs() -> list[dict[str, Any]]:
+        return find_runs(places)
+
+    @app.get("/api/runs/metrics")
+    def metrics(folder: str, begin: Place = 0) -> dict[str, Any]:
+        return lines_of(places.inside(f"{folder}/{METRICS}"), begin)
+
+    @app.get("/api/runs/answers")
+    def answers(folder: str) -> dict[str, Any]:
+        return {name: last_of(places.inside(f"{folder}/{name}")) for name in ANSWERS}
+
+    @app.get("/api/runs/taken")
+    def to_take(folder: str) -> dict[str, Any]:
+        return taken(places, folder)
+
+    @app.post("/api/runs/stop")
+    def stop_run(run: Folder) -> dict[str, str]:
+        interrupt(places.path(run.folder) / LOCK, f"the run in {run.folder}")
+        return {"folder": run.folder}
+
+    @app.post("/api/chat")
+    def open_chat(chat: Chat) -> dict[str, str]:
+        return {"id": serve(jobs, **chat.model_dump())}
+
+    @app.get("/api/chat/{name}/v1/models")
+    def models(name: str) -> Response:
+        return streamed(*ask(jobs, name, "v1/models"))
+
+    @app.post("/api/chat/{name}/v1/chat/completions")
+    def completions(name: str, request: dict[str, Any]) -> Response:
+        return streamed(*ask(jobs, name, "v1/chat/completions", json.dumps(request).encode()))
+
+    @app.get("/api/runs/card")
+    def card(folder: str) -> dict[str, str]:
+        return {"text": read(places.inside(f"{folder}/{CARD}")).decode("utf-8", "replace")}
+
+    return app

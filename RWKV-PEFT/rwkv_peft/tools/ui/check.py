@@ -1,0 +1,44 @@
+"""Judges a form as train.py does before it computes anything, and then prints the plan of the run.
+
+python -m rwkv_peft.tools.ui.check flag…
+"""
+
+from dataclasses import replace
+
+from ...cli.errors import exit_on_user_error
+from ...config import RunConfig
+from ...data.folders import held_out_split
+from ...data.recorded import find_tokenizer
+from ...data.rows import parse_split, read_chunks
+from ...data.sft import settings_of
+from ...data.shards import open_dataset
+from ...training.flags.request import parse_run
+from ...training.run import check
+from ..plan.command import main as plan
+
+
+def main(argv: list[str]) -> int:
+    """argv, flags of train.py -> the exit code of `rwkv-peft plan`. Raises UserError for a run that would not begin."""
+    request = parse_run(argv)
+    check(request, lambda line: None)
+    check_data(request.config)
+    return plan(argv)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise UserError for data that is missing, or no data: of rows only the first few are read."""
+    data, train = config.data, config.train
+    split = parse_split(data.sft_split)[0]
+    if data.of_rows:
+        find_tokenizer(data.tokenizer, config.model.vocab_size)
+    for path in (data.path, *data.more, train.val_data, *train.more_val, train.retain_data):
+        if path and data.of_rows:
+            settings_of(replace(data, path=path))
+            own = path in (data.path, *data.more)
+            next(read_chunks(path, split if own else held_out_split(path) or split, pieces=True), None)
+        elif path:
+            open_dataset(path)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

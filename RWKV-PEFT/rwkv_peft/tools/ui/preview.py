@@ -1,0 +1,103 @@
+"""Shows how the rows of a file become tokens, before anything trains: prints one JSON object.
+
+python -m rwkv_peft.tools.ui.preview '{"path": …, "tokenizer": …}'
+"""
+
+import codecs
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cli.errors import UserError
+from ...config import DATA_TYPES, OF_ROWS
+from ...data.binidx import BinidxDataset
+from ...data.encode_settings import EncodeSettings
+from ...data.encoding import encoder
+from ...data.folders import TRAIN, is_saved, row_files
+from ...data.preprocess import write
+from ...data.report import laid_out, left_out
+from ...data.show import counted_in, pieces
+
+ROWS = 2000  # rows that are read, from the start
+SPLIT = f"[:{ROWS}]"
+BYTES = 4 << 20  # of a text that are read
+SHOWN = 3  # documents that are shown as text
+
+
+def preview(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokenize the first ROWS rows of a file or folder as a run with the same settings does: path, tokenizer,
+    data_type, fields.
+
+    -> sizes: tokens of each document; counted: tokens that count in the loss; notes: on rows that may be mistakes or
+    were left out; texts: whether a run cuts what is too long into several rows; documents: the first as [{"title",
+    "pieces": [[text, counts], …]}]. Raises UserError if the file has no row that can be read."""
+    path, data_type = options["path"], options.get("data_type") or "sft"
+    if data_type not in OF_ROWS:
+        raise UserError(f"--data_type {data_type}: one of {', '.join(OF_ROWS)}")
+    fields = tuple(options.get("fields") or ())
+    DATA_TYPES[data_type].judge(fields)
+    settings = EncodeSettings(
+        options.get("tokenizer") or "world",
+        fields=fields,
+        skip_bad_rows=True,
+        command="train" if data_type == "sft" else data_type,
+        end_token=data_type != "prompts",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        is_text = path.endswith(".txt")
+        begin = beginning(Path(path), Path(folder)) if is_text else Path(path)
+        totals = write([begin], f"{folder}/data", settings, split="" if is_text else SPLIT)
+        data = BinidxDataset(f"{folder}/data")
+        tokenizer, documents = encoder(settings).tokenizer, []
+        for index in range(min(SHOWN, len(data))):
+            tokens, counted = data[index], counted_in(data, index)
+            title = f"{len(tokens):,} tokens, {int(counted.sum()):,} of them learned"
+            documents.append({"title": title, "pieces": pieces(tokens, counted, tokenizer)})
+        return {
+            "rows": ROWS,
+            "sizes": np.asarray(data.sizes).tolist(),
+            "counted": int(np.count_nonzero(data.mask)) if data.mask is not None else int(sum(data.sizes)),
+            "notes": [f"These are the first {BYTES:,} bytes of the text."] * (begin != Path(path))
+            + laid_out(totals)
+            + left_out(totals),
+            "bad": totals.bad.counts.total(),
+            "texts": is_text or is_folder_of_texts(Path(path)),
+            "documents": documents,
+        }
+
+
+def is_folder_of_texts(path: Path) -> bool:
+    files = row_files(path) if path.is_dir() and not is_saved(path) else {}
+    return any(file.suffix == ".txt" for file in files.get(TRAIN, []))
+
+
+def beginning(path: Path, folder: Path) -> Path:
+    """A copy of a text's first BYTES in `folder`, or the text itself if it is no longer, or not UTF-8."""
+    with open(path, "rb") as file:
+        data, more = file.read(BYTES), file.read(1)
+    if not more:
+        return path
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data)
+    except UnicodeDecodeError:
+        return path
+    copy = folder / "text.txt"
+    copy.write_text(text, "utf-8", newline="")
+    return copy
+
+
+def main(argv: list[str]) -> int:
+    try:
+        print(json.dumps(preview(json.loads(argv[0]))))
+    except UserError as error:
+        print(json.dumps({"error": str(error).replace(f" within {SPLIT}", "")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

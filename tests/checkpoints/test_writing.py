@@ -1,0 +1,234 @@
+"""Writing files: a whole file or none, and a message that says what prevented it."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoints.atomic import atomic_write, check_output, place, without_empty_folders
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.checkpoints.pth_writer import TensorSpec, write_pth
+from rwkv_peft.cli.errors import UserError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
+    state = {
+        "b": torch.arange(35).view(5, 7).to(dtype),
+        "a": torch.arange(3).to(dtype)[None],
+        "t": torch.ones(6, 4, dtype=dtype).T,
+        "scalar": torch.tensor(2).to(dtype),
+        "none": torch.empty(0, 3, dtype=dtype),
+    }
+    save_model(tmp_path / "m.pth", state)
+    for mapped in (True, False):
+        loaded = torch.load(tmp_path / "m.pth", weights_only=True, mmap=mapped)
+        assert list(loaded) == list(state)
+        for key, tensor in state.items():
+            assert loaded[key].dtype == dtype and torch.equal(loaded[key], tensor)
+    with zipfile.ZipFile(tmp_path / "m.pth") as archive:
+        assert archive.testzip() is None  # every checksum holds
+    first = (tmp_path / "m.pth").read_bytes()
+    save_model(tmp_path / "m.pth", state)
+    assert first == (tmp_path / "m.pth").read_bytes()
+
+
+def test_streaming_refuses_a_tensor_that_was_not_announced(tmp_path):
+    specs = {"a": TensorSpec((2,), torch.float32)}
+    two, other = ("a", torch.zeros(2)), ("b", torch.zeros(2))
+    for tensors in ([("a", torch.zeros(3))], [other], [], [two, other]):
+        with pytest.raises(ValueError):
+            write_pth(tmp_path / "m.pth", specs, tensors)
+
+
+def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+    assert path.read_text() == "one"
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("interrupted")
+    assert path.read_text() == "one" and os.listdir(path.parent) == ["file"]
+    with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
+        pass
+
+
+def test_what_others_could_not_read_stays_so(tmp_path):
+    path, before = tmp_path / "answers.jsonl", os.umask(0o022)
+    try:
+        for mode, after in ((None, 0o644), (0o600, 0o600), (0o440, 0o640), (0o666, 0o644)):
+            if mode is not None:
+                path.chmod(mode)
+            with atomic_write(path) as temporary:
+                temporary.write_text("x")
+            assert path.stat().st_mode & 0o777 == after
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_a_folder_that_was_made_for_what_did_not_come_goes(tmp_path, error):
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "new/deeper"):
+        with pytest.raises(error), atomic_write(tmp_path / folder / "file"):
+            raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+WRITER = """
+import os, signal, sys
+from rwkv_peft.checkpoints.atomic import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "file")], env=environment)
+    (killed,) = os.listdir(tmp_path)
+    assert killed.startswith(f".file.{place()}-") and killed.endswith(".tmp")
+    other = f".file.00000000-{killed.split('-')[1]}-00000000.tmp"  # of another machine, where the number may live
+    (tmp_path / other).touch()
+    with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
+        assert living.exists() and killed not in os.listdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
+
+
+def test_a_folder_that_another_command_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Both commands try if they can write in a new folder, and remove it again."""
+    others, touch = [tmp_path / "new" / "deeper", tmp_path / "new"], Path.touch
+
+    def touch_a_moment_too_late(path, **options):
+        while others:
+            others.pop(0).rmdir()
+        touch(path, **options)
+
+    monkeypatch.setattr(Path, "touch", touch_a_moment_too_late)
+    with atomic_write(tmp_path / "new" / "deeper" / "file") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "new" / "deeper" / "file").read_text() == "whole"
+
+
+def test_a_folder_that_another_command_writes_in_meanwhile_stays(tmp_path, monkeypatch):
+    rmdir = Path.rmdir
+
+    def rmdir_a_moment_too_late(path):
+        (path / "other").touch()
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir_a_moment_too_late)
+    with without_empty_folders(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+    assert os.listdir(tmp_path / "new") == ["other"]
+
+
+def test_a_leftover_that_another_writer_is_removing_is_no_matter(tmp_path, monkeypatch):
+    leftover = tmp_path / f".folder.{place()}-999999999-00000000.tmp"
+    leftover.mkdir()
+    rmtree = shutil.rmtree
+
+    def rmtree_a_moment_too_late(path):
+        rmtree(path)
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree_a_moment_too_late)
+    with atomic_write(tmp_path / "file"):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        OSError("128000 requested and 68544 written"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5568 vs 5462"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_a_full_disk_is_told_in_words(tmp_path, error):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="disk"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+        (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
+        (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
+        (OSError("a message without a number"), "a message without a number"),
+    ],
+)
+def test_every_failure_to_write_is_told_in_words(tmp_path, error, reason):
+    with pytest.raises(UserError, match=f"cannot write .*file: {reason}"), atomic_write(tmp_path / "file"):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("plain/x.pth", "a file stands where"),
+        ("plain/deeper/x.pth", "a file stands where"),
+        ("x" * 300, "file name too long"),
+        ("/proc/x.pth", "no such file|no permission"),
+        ("/dev/null", "is a device"),
+        (".", "is a folder"),
+    ],
+)
+@pytest.mark.parametrize("writing", [True, False])
+def test_names_that_cannot_be_written_are_refused(tmp_path, name, reason, writing):
+    (tmp_path / "plain").write_text("a plain file")
+    with pytest.raises(UserError, match=reason):
+        if writing:
+            with atomic_write(tmp_path / name):
+                pass
+        else:
+            check_output("--output", tmp_path / name, [])
+    assert os.listdir(tmp_path) == ["plain"]
+
+
+def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "input").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "input")
+    before = sorted(tmp_path.rglob("*"))
+    for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(UserError, match="--output .* is the file given as --input"):
+            check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
+    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. after it out"):
+        check_output("--output", tmp_path / "absent" / ".." / "file", [])
+    check_output("--output", tmp_path / "folder" / ".." / "file", [])
+    check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
+    """A shell does not expand --output=~/m.pth, which would make a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    checked = lambda path: check_output("--output", path, [])  # noqa: E731
+    for read_or_written in (open_base, checked, lambda path: save_model(path, {})):
+        with pytest.raises(UserError, match=f"~/m.pth: a shell replaces ~ .*; give {tmp_path}/home/m.pth"):
+            read_or_written("~/m.pth")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(UserError, match="a path of Windows; in WSL give /mnt/c/a b/m.pth"):
+        check_output("--output", r"C:\a b\m.pth", [])
+    check_output("--output", "~m.pth", [])
+    (tmp_path / "~").mkdir()
+    check_output("--output", "~/m.pth", [])

@@ -1,0 +1,243 @@
+"""The server refuses strangers' pages and names, files elsewhere, and bodies that take too much."""
+
+import json
+import signal
+
+import pytest
+from serving import HEAD, Server, ended
+
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference.serve.flags import named, parse_flags
+
+ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
+
+
+def told(answer):
+    status, _, body = answer
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return status
+
+
+def ask(server, **headers):
+    return server.send("POST", "/v1/completions", ASK, **headers)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "http://localhost.evil"]
+)
+def test_pages_of_other_sites_are_refused(server, origin):
+    assert told(ask(server, Origin=origin)) in (400, 403)
+    assert told(server.send("DELETE", "/v1/adapters/poet", Origin=origin)) in (400, 403)
+    assert told(server.send("GET", "/v1/models", Sec_Fetch_Site="cross-site")) == 403
+
+
+def test_own_pages_and_allowed_ones_are_answered(server):
+    assert ask(server, Origin=server.url)[0] == 200
+    status, headers, _ = ask(server, Origin="https://chat.example.org")
+    assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    asked = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    assert server.send("OPTIONS", "/v1/completions", **asked)[0] == 200
+    assert server.send("OPTIONS", "/v1/completions", **asked | {"Origin": "https://evil.example"})[0] == 403
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "localhost@evil",
+        "localhost/evil",
+        "localhost?e",
+        "",
+        "[",
+    ],
+)
+def test_a_name_that_is_not_the_servers_is_refused(server, host):
+    assert told(ask(server, Host=host)) in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:80", "192.168.1.7"])
+def test_own_names_and_digits_are_taken(server, host):
+    assert ask(server, Host=host)[0] == 200
+
+
+def test_a_form_of_a_page_is_no_body(server):
+    assert told(ask(server, Content_Type="text/plain")) == 415
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../poet.safetensors",
+        "/etc/passwd",
+        "link.safetensors",
+        "a/../../poet.safetensors",
+        "absent",
+        "x\0y",
+        "",
+        "~/x",
+        "\ud800",
+    ],
+)
+def test_files_elsewhere_are_not_loaded(server, files, file):
+    for name in (file, file.replace("../", f"{files}/")):
+        answer = server.send("POST", "/v1/adapters", {"name": "new", "file": name})
+        assert told(answer) in (400, 404) and str(files) not in answer[2]["error"]["message"].replace(name, "")
+    assert len(server.send("GET", "/v1/models")[2]["data"]) == 4
+
+
+def test_a_run_without_an_adapter_is_told_without_its_place(server):
+    answer = server.send("POST", "/v1/adapters", {"name": "new", "file": "begun"})
+    assert told(answer) == 400 and "the run in ./begun has saved nothing yet" in answer[2]["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", "a\nb", "é", "x" * 65, "base", "\x1b[31m"])
+def test_hostile_names_are_refused(server, name):
+    assert told(server.send("POST", "/v1/adapters", {"name": name, "file": "poet.safetensors"})) in (400, 409)
+    if name != "base":
+        answer = server.send("POST", "/v1/completions", ASK | {"model": name})
+        assert told(answer) == 404 and "\x1b" not in answer[2]["error"]["message"]
+
+
+def test_a_file_that_is_no_adapter_is_told_without_its_place(server, files):
+    answer = server.send("POST", "/v1/adapters", {"name": "new", "file": "broken.safetensors"})
+    assert told(answer) == 400 and str(files) not in answer[2]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body, field",
+    [
+        (b"{", ""),
+        (b"\xff", ""),
+        (b"[" * 10_000, ""),
+        (b"[]", ""),
+        ({}, "model"),
+        (ASK | {"tempreature": 1}, "tempreature"),
+        (ASK | {"temperature": -1}, "temperature"),
+        (ASK | {"top_p": float("nan")}, "top_p"),
+        (ASK | {"max_tokens": 0}, "max_tokens"),
+        (ASK | {"max_tokens": 10**7}, "max_tokens"),
+        (ASK | {"n": 5}, None),
+        (ASK | {"stop": [""]}, "stop"),
+        (ASK | {"prompt": [300]}, "prompt"),
+        (ASK | {"prompt": "\ud800"}, "prompt"),
+        (ASK | {"prompt": "x" * 70_000}, None),
+        (ASK | {"\ud800": 1}, ""),
+    ],
+)
+def test_a_mistaken_body_is_told_by_its_field(server, body, field):
+    answer = server.send("POST", "/v1/completions", body)
+    assert told(answer) == 400
+    assert not field or answer[2]["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    "more, field",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages"),
+        ({"tools": [{"type": "function"}]}, "messages"),
+        ({"tools": [{"name": "f"}], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"tools": [{"name": "f"}], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"name": "f"}], "tool_choice": "required", "think": "on"}, "tool_choice"),
+        ({"state": "poet"}, "state"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": 5}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": 5}}, "response_format"),
+        ({"response_format": {"schema": {}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "think": "on"}, "response_format"),
+    ],
+)
+def test_a_mistaken_chat_is_told_by_its_field(server, more, field):
+    answer = server.send(
+        "POST", "/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "x"}]} | more
+    )
+    assert told(answer) == 400 and answer[2]["error"]["param"] == field
+
+
+def test_a_schema_that_takes_hours_to_compile_is_refused(server):
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "multipleOf": 99999989}}}
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    answer = server.send("POST", "/v1/chat/completions", body)
+    assert told(answer) == 400 and "simpler" in answer[2]["error"]["message"]
+
+
+def test_unknown_routes_are_told_in_the_same_form(server):
+    assert told(server.send("GET", "/v1/nothing")) == 404 and told(server.send("GET", "/v1/completions")) == 405
+    assert told(server.send("GET", "/docs")) == 404
+
+
+def test_who_sends_too_much_hears_of_it(server):
+    assert told(server.send("POST", "/v1/completions", ASK | {"prompt": "x" * (3 << 20)})) == 413
+
+
+def test_a_body_of_100_megabytes_is_not_read(server):
+    with server.raw(HEAD + b"Content-Length: 104857600\r\n\r\n" + b"x" * 1000) as connection:
+        assert b"413" in ended(connection).split(b"\r\n")[0]
+    with server.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
+        sent = 0
+        try:
+            while sent < 100:  # megabytes
+                connection.sendall(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n")
+                sent += 1
+        except OSError:
+            pass
+    assert sent < 100
+    assert ask(server)[0] == 200
+
+
+def test_a_key_is_asked_for_and_sigterm_drains(files):
+    key = "k" * 32
+    server = Server("--model", files / "base.pth", "--api_key", "env:SERVE_KEY", SERVE_KEY=key)
+    try:
+        assert server.send("GET", "/health")[0] == 200
+        for header in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Bearer \xe9"}):
+            assert told(server.send("GET", "/v1/models", **header)) == 401
+            assert told(server.send("POST", "/v1/completions", ASK, **header)) == 401
+            assert told(server.send("GET", "/metrics", **header)) == 401
+        right = {"Authorization": f"Bearer {key}"}
+        assert server.send("GET", "/metrics", **right)[0] == 200
+        long = {"max_tokens": 400, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(ASK | long).encode()
+        head = HEAD + f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with server.raw(head + body) as connection:
+            assert connection.recv(9) == b"HTTP/1.1 "  # it has begun
+            server.process.send_signal(signal.SIGTERM)
+            assert b'"completion_tokens":400' in ended(connection).replace(b" ", b"")
+        out, err = server.process.communicate(timeout=60)
+        assert server.process.returncode == 0 and err.endswith("stopped\n") and key not in out + err
+    finally:
+        server.stop()
+
+
+def refused(*flags):
+    with pytest.raises(UserError) as error:
+        parse_flags(["--model", "m.pth", *map(str, flags)])
+    return str(error.value)
+
+
+def test_other_addresses_take_a_key_that_is_not_on_the_command_line(tmp_path, monkeypatch):
+    assert "an address that others reach (0.0.0.0) needs --api_key" in refused("--host", "0.0.0.0")
+    assert "not the key itself" in refused("--api_key", "sk-secret")
+    assert "sk-secret" not in refused("--api_key", "sk-secret")
+    (tmp_path / "key").write_text("short\n")
+    assert "at least 16" in refused("--api_key", tmp_path / "key")
+    assert "the variable holds no key" in refused("--api_key", "env:ABSENT")
+    (tmp_path / "key").write_text("0123456789abcdef\n")
+    args, _ = parse_flags(["--model", "m.pth", "--host", "0.0.0.0", "--api_key", str(tmp_path / "key")])
+    assert args.key == "0123456789abcdef"
+
+
+def test_names_are_told_apart_before_anything_is_loaded():
+    assert named("out/poet.safetensors") == ("poet", "out/poet.safetensors")
+    assert "is not NAME=FILE" in refused("--adapter", "my poet.safetensors")
+    assert "poet names two models" in refused("--adapter", "poet=a", "--state", "poet=b")
+    assert "m names two models" in refused("--adapter", "m=a")
+    assert "no such folder" in refused("--files", "absent")
+    assert parse_flags(["--model", "dir/My model.pth"])[0].name == "My-model"

@@ -1,0 +1,279 @@
+"""The command: its output, its files, and its messages when something is wrong."""
+
+import gzip
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.checkpoints.pth import read_tensors
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.recorded import record_of
+from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
+from rwkv_peft.inference import command, continuation, flags
+from rwkv_peft.inference.decode import Step
+from rwkv_peft.inference.loading import load_subject
+from rwkv_peft.models.state import time_state_shapes
+
+
+def script(monkeypatch, *texts):
+    """Make the command's model say these texts, one for each prompt, and then end the document."""
+
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number, text in enumerate(texts):
+            for token in [*BytesTokenizer().encode(text), 0]:
+                end = ends(number, token)
+                yield Step(number, token, end)
+                if end:
+                    break
+
+    monkeypatch.setattr(continuation, "generate", says)
+
+
+def test_prompts_of_a_pipe_that_are_no_text_are_told(model, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"Hi\nGr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", given)
+    with pytest.raises(UserError, match=r"--prompt_file - is not UTF-8 \(byte 5\)"):
+        command.main(["--model", str(model), "--prompt_file", "-"])
+
+
+def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
+    state = tiny_state(vocab_size=257)
+    state["emb.weight"][256] = float("inf")
+    save_model(tmp_path / "model.pth", state)
+    with pytest.raises(UserError, match=r"model.pth is not finite: emb.weight holds NaN or Inf, at \[256, 0\] first"):
+        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
+
+
+def test_a_prompt_that_is_damaged_is_told_after_the_others_are_written(tiny_state, tmp_path, capsys):
+    state = tiny_state(vocab_size=257)
+    state["emb.weight"][ord("x") + 1] = 3e38  # whose norm is not finite
+    save_model(tmp_path / "model.pth", state)
+    (tmp_path / "prompts.txt").write_text("ax\nb\nc\n")
+    flags = ["--prompt_file", str(tmp_path / "prompts.txt"), "--max_tokens", "2", "--tokenizer", "bytes"]
+    for more in ([], ["--output", str(tmp_path / "found.jsonl")]):
+        with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
+            command.main(["--model", str(tmp_path / "model.pth"), *flags, *more])
+    told = capsys.readouterr().out
+    assert [json.loads(line)["prompt"] for line in told.splitlines()] == ["b", "c"]
+    assert (tmp_path / "found.jsonl").read_text() == told
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(tiny_state, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(128)))
+    for vocab_size, told in ((1024, True), (200, False)):
+        save_model(tmp_path / "model.pth", tiny_state(vocab_size=vocab_size))
+        argv = ["--model", str(tmp_path / "model.pth"), "--tokenizer", str(tmp_path / "own.txt"), "--prompt", "a"]
+        assert command.main([*argv, "--max_tokens", "1"]) == 0
+        note = f"and it lacks most of the model's {vocab_size:,} tokens"
+        assert (note in capsys.readouterr().err) is told
+
+
+def test_one_prompt_streams_its_text(run, monkeypatch):
+    script(monkeypatch, "né 你好")
+    shown = []
+    monkeypatch.setattr(command, "show", shown.append)
+    run("--prompt", "x")
+    assert shown == ["n", "é", " ", "你", "好", "\n"]
+
+
+def test_the_stop_string_is_not_printed(run, monkeypatch):
+    script(monkeypatch, "Hello.\nUser: no")
+    assert run("--prompt", "x", "--stop", "\nUser:", "never") == "Hello.\n"
+    assert run("--prompt", "x", "--stop", r"\nU", "--escapes") == "Hello.\n"
+
+
+def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
+    script(monkeypatch, " Yo\n\nUser: no")
+    assert run("--prompt", "User: hi\n\nAssistant:") == " Yo\n"
+    assert run("--prompt", "User: hi\n\nAssistant:", "--stop", "no") == " Yo\n\nUser: \n"
+    assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
+    script(monkeypatch, *[" Yo\n\nUser: no"] * 3, " Yo\n\nTool: no")
+    openings = ("<think", "<think></think", "<think>\n</think>\n", "")
+    lines = run("--prompt", *(f"User: hi\n\nAssistant: {text}" for text in openings)).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["generated"], row["end"]) for row in rows] == [(" Yo", "stop")] * 4
+    script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
+    prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
+    rows = [json.loads(line) for line in run("--prompt", *prompts).splitlines()]
+    assert [(row["generated"], row["end"]) for row in rows] == [(" 4", "stop")] * 2
+
+
+def test_a_backslash_and_n_in_a_prompt_are_told(model, capsys):
+    words = ["--model", str(model), "--max_tokens", "1", "--prompt", r"User: hi\n\nAssistant:"]
+    command.main(words)
+    assert capsys.readouterr().err.count("add --escapes to read it as a newline") == 1
+    command.main([*words, "--escapes"])
+    assert capsys.readouterr().err == ""
+
+
+def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
+    script(monkeypatch, "one", "two|", "3")
+    rows = [json.loads(line) for line in run("--prompt", "a", "b", "c", "--stop", "|").splitlines()]
+    assert rows == [
+        {"prompt": "a", "generated": "one", "tokens": 4, "end": "end"},
+        {"prompt": "b", "generated": "two", "tokens": 4, "end": "stop"},
+        {"prompt": "c", "generated": "3", "tokens": 2, "end": "end"},
+    ]
+
+
+def test_lines_keep_the_order_of_the_prompts(run):
+    rows = [json.loads(line) for line in run("--prompt", *"abcdefg", "--batch", 3, "--max_tokens", 9).splitlines()]
+    assert [row["prompt"] for row in rows] == list("abcdefg")
+    alone = json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])
+    assert rows[4]["generated"] == alone["generated"]
+
+
+def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a", "id": 7}\n\n{"prompt": "", "id": 8}\n')
+    assert run("--prompt_file", source, "--output", output, "--max_tokens", 5) == ""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["id"], row["tokens"]) for row in rows] == [(7, 5), (8, 5)]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.jsonl.gz", "p.json"])
+def test_prompts_of_every_kind_of_json(run, tmp_path, name):
+    lines = ['{"prompt": "a", "id": 7}', '{"prompt": "b"}']
+    text = f"[{', '.join(lines)}]" if name == "p.json" else "\n".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    rows = [json.loads(line) for line in run("--prompt_file", tmp_path / name, "--max_tokens", 2).splitlines()]
+    assert [(row["prompt"], row.get("id")) for row in rows] == [("a", 7), ("b", None)]
+
+
+def test_lines_that_were_written_are_prompts_again(run, tmp_path):
+    """Their continuation is made anew; a row's own field of that name would be lost, and is refused
+    (test_prompt_files_that_cannot_be_read_are_named)."""
+    (tmp_path / "p.jsonl").write_text(run("--prompt", "a", "b", "--max_tokens", 2))
+    rows = [json.loads(line) for line in run("--prompt_file", tmp_path / "p.jsonl", "--max_tokens", 3).splitlines()]
+    assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", 3), ("b", 3)]
+
+
+def test_a_field_that_utf8_cannot_hold_is_kept_as_json_escapes_it(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "\\ud800"}\n')
+    run("--prompt_file", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--max_tokens", "2")
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["id"] == "\ud800"
+
+
+@pytest.mark.parametrize("name, line", [("p.txt", "hello\n"), ("p.jsonl", '{"prompt": "hello"}\n')])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(run, tmp_path, name, line):
+    (tmp_path / name).write_text(line, encoding="utf-8-sig")
+    run("--prompt_file", tmp_path / name, "--output", tmp_path / "o.jsonl", "--max_tokens", "1")
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["prompt"] == "hello"
+
+
+def test_plain_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
+    source = tmp_path / "prompts.txt"
+    source.write_bytes("first é\r\n\nsecond\n".encode())
+    printed = run("--prompt_file", source, "--max_tokens", 3)
+    assert [json.loads(line)["prompt"] for line in printed.splitlines()] == ["first é", "second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first é\nsecond\n"))
+    assert run("--prompt_file", "-", "--max_tokens", 3) == printed
+
+
+def test_going_on_from_a_saved_session_equals_one_call(run, tmp_path):
+    session = tmp_path / "session.pth"
+    whole = run("--prompt", "Once upon", "--temperature", 0, "--max_tokens", 12)
+    assert run("--prompt", "Once", "--max_tokens", 0, "--save_state", session) == "\n"
+    assert run("--prompt", " upon", "--state", session, "--temperature", 0, "--max_tokens", 12) == whole
+
+
+@pytest.mark.parametrize(
+    "says, stops, shown",
+    [
+        ("cd|", ["|"], "cd"),
+        ("cd", ["|"], "cd"),  # ended by the end of the document
+        (" Yo\n\nUser: no", [], " Yo"),
+        (" Yo\n\nno", ["\n\nUser:"], " Yo\n\nno"),
+        ("é|", ["|"], "é"),
+        ("|", ["|"], ""),
+    ],
+)
+def test_a_saved_session_is_behind_what_is_printed(run, tmp_path, monkeypatch, says, stops, shown):
+    prompt = "User: hi\n\nAssistant:"
+    with monkeypatch.context() as patch:
+        script(patch, says)
+        flags = ["--stop", *stops] if stops else []
+        assert run("--prompt", prompt, *flags, "--save_state", tmp_path / "one.pth") == shown + "\n"
+    run("--prompt", prompt + shown, "--max_tokens", 0, "--save_state", tmp_path / "two.pth")
+    one, two = (read_tensors(tmp_path / name) for name in ("one.pth", "two.pth"))
+    assert list(one) == list(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")]
+)
+def test_escapes(text, expected):
+    assert flags.unescaped(text) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "needs --prompt or --prompt_file or --chat"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt a does not go with --prompt_file b"),
+        (["--prompt", "a", "--chat"], "--prompt a does not go with --chat"),
+        (["--chat", "--output", "a.jsonl"], "--output a.jsonl does not go with --chat"),
+        (["--chat", "--save_state", "a.pth"], "type /save FILE"),
+        (["--prompt", "a", "--save_state", "a.st"], "--save_state a.st: a session is a .pth"),
+        (["--prompt", "a", "--max_tokens", "-1"], "max_tokens: -1"),
+        (["--prompt", "a", "--batch", "0"], "batch: 0"),
+        (["--prompt", "a", "--top_p", "7"], "top_p 7"),
+        (["--prompt", "a", "--stop", ""], "--stop"),
+        (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
+        (["--prompt", "a", "--tokenizer", "world"], "65,536 tokens"),
+        (["--prompt", "a", "--tokenizer", "absent.json"], "absent.json"),
+        (["--prompt", "a", "--state", "absent.pth"], "absent.pth"),
+        (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),
+        (["--prompt_file", "absent.txt"], "absent.txt"),
+        (["--prompt", "a", "--temprature", "1"], "did you mean --temperature"),
+    ],
+)
+def test_mistakes_are_named(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(model), *arguments])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'),
+        ("p.jsonl", b"a\n", "line 1: not JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "end": 7}', "line 2: the row has a field end, and the output's"),
+        ("p.json", b'[{"prompt": "a", "tokens": 1, "generated": "b"}]', "row 1: .* generated and a field tokens"),
+        ("p.txt", b"\n \n", "no prompt"),
+        ("p.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read_are_named(model, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(model), "--prompt_file", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("flag, name", [("--adapter", "bone"), ("--state", "none")])
+@pytest.mark.parametrize("given", ["run", "run/adapter.safetensors"])
+def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag, name, given):
+    texts = [chr(byte) if byte < 128 else bytes([byte]) for byte in range(256)]
+    (tmp_path / "reversed.txt").write_text("".join(f"{256 - byte} {text!r} 1\n" for byte, text in enumerate(texts)))
+    tokenizer = load_tokenizer(tmp_path / "reversed.txt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(record_of(tokenizer, []))
+    config = open_base(model).config
+    tensors = {key: torch.ones(shape) for key, shape in time_state_shapes(config).items()}
+    if name == "bone":
+        tensors = {"blocks.0.att.key.bone": torch.ones(4, config.n_embd)}
+    save_adapter(tmp_path / "run" / "adapter.safetensors", tensors, AdapterMetadata(name, rank=4 * (name == "bone")))
+    args = flags.build_parser().parse_args(["--model", str(model), flag, str(tmp_path / given), "--prompt", "a"])
+    assert load_subject(args, print).tokenizer.name == tokenizer.name
+
+
+def test_a_vocabulary_of_unknown_size_needs_a_tokenizer(tiny_state, tmp_path):
+    save_model(tmp_path / "model.pth", tiny_state(vocab_size=80))
+    with pytest.raises(UserError, match="give --tokenizer"):
+        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])

@@ -1,0 +1,234 @@
+"""Decoding: each prompt gets the tokens it would get alone, from any state, with any adapter."""
+
+import pytest
+import torch
+
+from release.test_check import make_files
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapters import AdapterSource
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference import engine, reading
+from rwkv_peft.inference.decode import generate
+from rwkv_peft.inference.loading import load_model, read_state_file, save_state_file
+from rwkv_peft.inference.reading import prefill
+from rwkv_peft.inference.settings import Sampling
+from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.models.state import State
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_state):
+    """A random model whose logits are far enough apart for rounding not to matter."""
+    state = tiny_state(seed=3)
+    state["head.weight"] = state["head.weight"] * 4
+    model = RWKV6(base_of(state).config)
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
+
+
+def continuations(model, prompts, *arguments, **settings):
+    """The tokens generated for each prompt."""
+    found = [[] for _ in prompts]
+    for step in generate(model, prompts, *arguments, **settings):
+        found[step.number].append(step.token)
+    return found
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model):
+    (tokens,) = continuations(model, PROMPTS[:1], GREEDY, 12)
+    sequence = PROMPTS[0] + tokens
+    logits, _ = model(torch.tensor([sequence]))
+    assert tokens == logits[0, len(PROMPTS[0]) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(seed=5),
+        Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9),
+        Sampling(top_k=7, top_p=0.95),
+    ],
+    ids=["greedy", "top_p", "penalties", "top_k"],
+)
+def test_a_batch_equals_its_prompts_one_by_one(model, sampling):
+    together = continuations(model, PROMPTS, sampling, 15)
+    assert continuations(model, PROMPTS, sampling, 15, batch=1) == together
+    assert continuations(model, PROMPTS, sampling, 15, batch=2) == together
+    assert continuations(model, PROMPTS[:3], sampling, 15) == together[:3]
+
+
+def test_the_seed_decides(model):
+    drawn = [continuations(model, PROMPTS, Sampling(top_p=1.0, seed=seed), 10) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_equal_prompts_are_continued_differently(model):
+    drawn = continuations(model, [[5, 6]] * 3, Sampling(top_p=1.0), 12)
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_the_number_of_a_prompt_adds_to_the_seed(model):
+    drawn = continuations(model, PROMPTS[:2], Sampling(top_p=1.0, seed=3), 8)
+    assert continuations(model, PROMPTS[1:2], Sampling(top_p=1.0, seed=4), 8) == drawn[1:]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_sequences_end_on_their_own(model, batch):
+    free = continuations(model, PROMPTS, GREEDY, 20)
+    lengths = [4, 1, 20, 7, 2]
+    taken = [0] * 5
+
+    def ends(number, token):
+        taken[number] += 1
+        return "enough" if taken[number] == lengths[number] else ""
+
+    steps = list(generate(model, PROMPTS, GREEDY, 20, ends, batch=batch))
+    for number, length in enumerate(lengths):
+        own = [step for step in steps if step.number == number]
+        assert [step.token for step in own] == free[number][:length]
+        assert [step.end for step in own] == [""] * (length - 1) + ["enough"]
+
+
+def test_length_ends_a_sequence(model):
+    assert [step.end for step in generate(model, [[1]], GREEDY, 3)] == ["", "", "length"]
+    assert list(generate(model, [[1]], GREEDY, 0)) == list(generate(model, [], GREEDY)) == []
+
+
+def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
+    drawn = continuations(model, PROMPTS, Sampling(top_p=1.0, temperature=50.0), 20, vocab_size=10)
+    assert max(max(tokens) for tokens in drawn) < 10
+
+
+def test_a_penalty_prevents_repetition(model):
+    (tokens,) = continuations(model, [[1]], Sampling(temperature=0, presence_penalty=1e6), 40)
+    assert len(set(tokens)) == 40
+
+
+def test_long_prompts_are_read_in_passes(model, monkeypatch):
+    whole, state = prefill(model, PROMPTS)
+    monkeypatch.setattr(reading, "PREFILL", 2 * len(PROMPTS))
+    logits, again = prefill(model, PROMPTS)
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    for layer, other in zip(state, again):
+        for tensor, same in zip(layer, other):
+            torch.testing.assert_close(tensor, same, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_costs_the_same_after_any_length(model):
+    short, long = prefill(model, [[1]])[1], prefill(model, [[1] * 300])[1]
+    assert [t.shape for layer in short for t in layer] == [t.shape for layer in long for t in layer]
+
+
+def test_going_on_from_a_saved_state_equals_continuing(model, tmp_path):
+    whole = continuations(model, [PROMPTS[2]], GREEDY, 10)
+    _, state = prefill(model, [PROMPTS[2][:5]])
+    save_state_file(tmp_path / "session.pth", state, model)
+    start = read_state_file(tmp_path / "session.pth", model)
+    assert continuations(model, [PROMPTS[2][5:]], GREEDY, 10, start=start) == whole
+    both = continuations(model, [PROMPTS[2][5:], PROMPTS[2][5:]], GREEDY, 10, start=start)
+    assert both == whole * 2
+
+
+def test_a_time_state_is_the_transpose_of_what_the_model_computes_with(model, tmp_path):
+    _, state = prefill(model, [PROMPTS[2]])
+    tuned = {f"blocks.{i}.att.time_state": layer.wkv[0].mT.contiguous() for i, layer in enumerate(state)}
+    save_model(tmp_path / "state.pth", tuned)
+    start = read_state_file(tmp_path / "state.pth", model)
+    zeros = State.zeros(model.config, 1)
+    for layer, own, zero in zip(start, state, zeros):
+        assert torch.equal(layer.wkv, own.wkv)
+        assert torch.equal(layer.att_shift, zero.att_shift) and torch.equal(layer.ffn_shift, zero.ffn_shift)
+    save_model(tmp_path / "model.pth", model.state_dict() | tuned)
+    _, inside = load_model(tmp_path / "model.pth")
+    assert all(torch.equal(a.wkv, b.wkv) for a, b in zip(inside, start))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "bat-in"}, {"mode": "bat-out"}, {"mode": "bone"}, {"method": "lora", "alpha": 16.0}],
+    ids=lambda settings: settings.get("mode", "lora"),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
+    base, adapter, merged = make_files(tmp_path, tiny_state(seed=3, dtype=dtype), 0.1, **settings)
+    sampling = Sampling(top_p=0.9, seed=1)
+    found = [
+        continuations(load_model(path, [AdapterSource(adapter) for adapter in adapters])[0], PROMPTS, sampling, 15)
+        for path, adapters in ((base, [adapter]), (merged, []), (base, []))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_state, tmp_path):
+    save_model(tmp_path / "base.pth", tiny_state())
+    metadata = AdapterMetadata("bone", rank=8, base_fingerprint="0" * 32)
+    save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(8, 64)}, metadata)
+    with pytest.raises(UserError, match="another base"):
+        load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")])
+    load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")], any_base=True)
+
+
+def test_bf16_generates_near_fp32(model, tmp_path):
+    save_model(tmp_path / "model.pth", model.state_dict())
+    low, _ = load_model(tmp_path / "model.pth", precision="bf16")
+    assert low.emb.weight.dtype == torch.bfloat16
+    exact, rounded = prefill(model, PROMPTS)[0], prefill(low, PROMPTS)[0].float()
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+    assert all(len(tokens) == 10 for tokens in continuations(low, PROMPTS, Sampling(), 10))
+
+
+def test_one_prompt_that_is_damaged_leaves_the_others_as_they_are(tiny_state):
+    state = tiny_state()
+    state["emb.weight"][3] = float("nan")
+    model = RWKV6(base_of(state).config)
+    model.load_state_dict(state)
+    steps = []
+    with pytest.raises(UserError, match=r"for prompt 1 after 0 tokens \(and 1 more\)"):
+        for step in generate(model, [[1], [3], [2, 4], [3]], GREEDY, 4):
+            steps.append(step)
+    found = [[step.token for step in steps if step.number == number] for number in range(4)]
+    first, second = continuations(model, [[1], [2, 4]], GREEDY, 4)
+    assert found == [first, [], second, []]
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(UserError, match="prompt 1 holds no token"):
+        list(generate(model, [[1], []], GREEDY))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 15])
+def test_a_prompt_that_comes_again_is_read_once(model, monkeypatch, batch):
+    """Its answers are those to copies of it, which are read one by one."""
+    read, whole = [], engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda m, prompts, start: (read.extend(prompts), whole(m, prompts, start))[1]
+    )
+    due = {10 * place + turn: prompt for place, prompt in enumerate(PROMPTS[:3]) for turn in range(5)}
+    sampling = Sampling(top_p=1.0, seed=3)
+
+    def answers(prompts):
+        found = {}
+        for step in generate(model, prompts, sampling, 8, lambda number, token: "end" * (token < 9), batch=batch):
+            found.setdefault(step.number, []).append(step.token)
+        return found
+
+    once = answers(due)
+    assert read == PROMPTS[:3]
+    assert once == answers({number: list(prompt) for number, prompt in due.items()}) and len(read) == 3 + 15
+    assert len(set(map(tuple, once.values()))) > 5
+
+
+def test_draws_tell_their_log_probability_and_entropy(model):
+    sampling = Sampling(temperature=0.7, top_p=0.8, measured=True)
+    for number, prompt in enumerate(PROMPTS[:3]):
+        row = list(prompt)
+        for step in generate(model, {number: prompt}, sampling, 6):
+            found = (model(torch.tensor([row]))[0][0, -1].double() / 0.7).log_softmax(-1)
+            assert step.logprob == pytest.approx(found[step.token].item(), abs=1e-4)
+            assert step.entropy == pytest.approx(-(found.exp() * found).sum().item(), abs=1e-4)
+            row.append(step.token)

@@ -1,0 +1,200 @@
+"""Sampling draws from the distribution that its settings define, and a row's token depends only on that row."""
+
+import random
+
+import pytest
+import torch
+
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference import sampling as sampling_module
+from rwkv_peft.inference.sampling import (
+    candidates,
+    count,
+    first_largest,
+    largest,
+    most_probable,
+    penalize,
+    pick,
+    sample,
+)
+from rwkv_peft.inference.settings import Sampling
+
+
+def logits_of(*probabilities):
+    return torch.tensor([probabilities]).log()
+
+
+def distribution(logits, **settings):
+    """The probability of each token (n, V) under settings."""
+    weights, tokens = candidates(logits, Sampling(**settings))
+    full = torch.zeros(logits.shape, dtype=torch.float64).scatter_add(1, tokens, weights)
+    return full / full.sum(-1, keepdim=True)
+
+
+def assert_near(found, *expected):
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+def plain_nucleus(probabilities, share):
+    """Top-p by its definition, for one row of float64 probabilities."""
+    kept, total = torch.zeros_like(probabilities), 0.0
+    for token in probabilities.sort(descending=True, stable=True).indices:
+        kept[token] = probabilities[token]
+        total += float(probabilities[token])
+        if total >= share:
+            break
+    return kept / kept.sum()
+
+
+def test_without_limits_it_is_softmax():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(distribution(logits, top_p=1.0), logits.double().softmax(-1), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "top_p, expected",
+    [
+        (0.0, (0, 1, 0, 0)),
+        (0.3, (0, 1, 0, 0)),
+        (0.45, (0, 2 / 3, 1 / 3, 0)),
+        (0.7, (1 / 4, 1 / 2, 1 / 4, 0)),
+        (0.9, (0.2, 0.4, 0.2, 0.2)),
+        (1.0, (0.2, 0.4, 0.2, 0.2)),
+    ],
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, expected):
+    found = distribution(logits_of(0.2, 0.4, 0.2, 0.2), top_p=top_p)
+    assert sorted(found[0].tolist()) == pytest.approx(sorted(expected))
+    assert found[0, 1] == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.93, 0.999])
+def test_top_p_equals_its_definition_on_a_large_vocabulary(scale, top_p):
+    logits = scale * torch.randn(3, 3000, generator=torch.Generator().manual_seed(1))
+    found = distribution(logits, top_p=top_p)
+    probabilities = logits.softmax(-1).double()
+    for row in range(3):
+        torch.testing.assert_close(found[row], plain_nucleus(probabilities[row], top_p), rtol=1e-6, atol=1e-9)
+
+
+def test_most_probable_tokens_are_found_beyond_the_first_look():
+    found, tokens = most_probable(torch.full((2, 1000), 1e-3), 0.5)
+    assert found.shape[1] == 1000 and float(found[0].sum()) >= 0.5
+    found, _ = most_probable(logits_of(0.9, 0.1).softmax(-1), 0.5)
+    assert found.shape[1] == 2
+
+
+def test_top_k_keeps_the_k_most_probable():
+    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=2, top_p=1.0), 0, 0, 3 / 7, 4 / 7)
+    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=9, top_p=1.0), 0.1, 0.2, 0.3, 0.4)
+
+
+def test_top_p_counts_among_the_tokens_of_top_k():
+    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=2, top_p=0.5), 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) ** (1 / temperature)
+    found = distribution(logits_of(0.1, 0.2, 0.3, 0.4), temperature=temperature, top_p=1.0)
+    assert_near(found, *(probabilities / probabilities.sum()).tolist())
+
+
+def test_a_tiny_temperature_is_greedy_without_overflow():
+    assert_near(distribution(torch.tensor([[1e4, 1e4 - 1, -1e4]]), temperature=1e-30, top_p=1.0), 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-30},
+        {"presence_penalty": 1e30, "frequency_penalty": -1e30},
+        {"presence_penalty": -1e30, "temperature": 1e-30},
+    ],
+)
+def test_the_most_extreme_settings_still_draw_a_token(settings):
+    sampling, logits, counts = Sampling(**settings), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 1e6, 0.0]])
+    assert 0 <= int(sample(penalize(logits, counts, sampling), [0.5], sampling)) < 3
+
+
+def test_penalties_lower_what_was_generated():
+    counts = torch.zeros(1, 4)
+    for token in (1, 1, 3):
+        count(counts, torch.tensor([token]), 1.0)
+    logits = penalize(torch.zeros(1, 4), counts, Sampling(presence_penalty=0.5, frequency_penalty=0.25))
+    assert logits.tolist() == [[0, -1.0, 0, -0.75]]
+
+
+def test_decay_forgets_what_was_generated_long_ago():
+    counts = torch.zeros(2, 3)
+    count(counts, torch.tensor([0, 2]), 0.5)
+    count(counts, torch.tensor([1, 2]), 0.5)
+    assert counts.tolist() == [[0.5, 1, 0], [0, 0, 1.5]]
+
+
+def test_a_number_falls_on_the_token_whose_share_covers_it():
+    weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]], dtype=torch.float64)
+    assert [int(pick(weights, [u])) for u in (0.0, 0.2499, 0.25, 0.9999, 1 - 2**-53)] == [1, 1, 3, 3, 3]
+
+
+def test_draws_have_the_frequencies_of_the_distribution():
+    source, expected = random.Random(0), torch.tensor([0.5, 0.3, 0.2])
+    tokens = sample(expected.log().expand(20000, 3), [source.random() for _ in range(20000)], Sampling(top_p=1.0))
+    assert (tokens.bincount(minlength=3) / 20000 - expected).abs().max() < 0.015  # four standard deviations
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 1.0}, {"top_k": 5}, {"temperature": 0}, {"top_p": 0.99, "temperature": 3}]
+)
+def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
+    logits = 3 * torch.randn(6, 500, generator=torch.Generator().manual_seed(2))
+    logits[0] *= 0.01  # a flat row, which makes the batch look at more candidates
+    numbers = [0.1, 0.9, 0.5, 0.99, 0.0, 0.3]
+    together = sample(logits, numbers, Sampling(**settings))
+    alone = [int(sample(logits[i : i + 1], numbers[i : i + 1], Sampling(**settings))) for i in range(6)]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.99, "temperature": 3}, {"top_k": 5}, {"temperature": 0}])
+def test_no_draw_reads_a_number_of_the_device_and_sorting_all_draws_the_same(settings, monkeypatch):
+    """A tensor without data has none to read, and takes the way of a GPU's."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(2))
+    numbers, sampling = [0.1, 0.9, 0.5, 0.99, 0.0, 0.3], Sampling(**settings)
+    assert sample(logits.to("meta"), numbers, sampling).shape == (6,)
+    expected = sample(logits, numbers, sampling)
+    monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", 500)
+    assert torch.equal(sample(logits, numbers, sampling), expected)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"temperature": 1e-46}, "temperature 1e-46"),
+        ({"presence_penalty": 1e39}, "presence_penalty 1e"),
+        ({"frequency_penalty": -1e39}, "frequency_penalty -1e"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -2}, "top_k -2"),
+        ({"penalty_decay": 2}, "penalty_decay 2"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("size, k", [(64 * 40, 10), (64 * 40 + 1, 3), (64 * 300 + 63, 64), (5, 2), (900, 64)])
+def test_the_largest_are_those_of_topk(size, k):
+    x = torch.randperm(3 * size, generator=torch.Generator().manual_seed(k)).view(3, size).float()
+    x[1] = x[1].sort().values  # all in the last places
+    found, due = largest(x, k), x.topk(k)
+    assert all(map(torch.equal, found, due))
+
+
+@pytest.mark.parametrize("size", (64 * 40, 64 * 3 + 5, 64, 7))
+def test_the_first_of_equal_numbers_is_the_largest(size):
+    x = torch.randint(4, (9, size), generator=torch.Generator().manual_seed(size)).float()
+    x[0], x[1, -1], x[2, 0] = 1.0, 9.0, 9.0
+    assert torch.equal(first_largest(x), x.argmax(-1))

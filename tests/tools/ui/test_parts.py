@@ -1,0 +1,296 @@
+"""Parts of the page in a real browser, some of them beside a model's answers that a test makes up."""
+
+import json
+import re
+
+import pytest
+
+from tools.ui.pages import go, press
+
+expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
+STEPS = 50_000  # of a run whose metrics are read in several parts
+MANY = 60
+SERVED = ["serve", "--model", "base.pth", "--adapter", "adapter=a.safetensors", "other=b.safetensors"]
+COMMAND = {
+    "id": "1",
+    "own": True,
+    "words": SERVED,
+    "began": 1,
+    "state": "running",
+    "code": None,
+    "output": "",
+    "next": 0,
+}
+
+
+def make_run(folder, name, steps):
+    """A run that has ended, with a loss at each step and a held-out one at each tenth."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "config.json").write_text(json.dumps({"flags": {"load_model": "base.pth"}, "steps": steps}))
+    lines = []
+    for step in range(steps):
+        line = {"step": step, "loss": 2.0 - step / steps, "lr": 1e-3, "tokens": 8000, "tokens_per_s": 4000.0}
+        lines += [line | {"samples": 8 * step, "grad_norm": 0.123456789, "seconds": 2.0}]
+        lines += [{"step": step, "val_loss": 2.5}] * (step % 10 == 9)
+    (folder / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    for number in range(MANY):
+        make_run(folder, f"sweep/run-{number}", 20)
+    make_run(folder, "long", STEPS)
+    return folder
+
+
+def text_of(locator):
+    return locator.inner_text().replace("\n", " ")
+
+
+def test_a_long_run_that_is_done_says_so_at_once(open_page, runs):
+    page = open_page()
+    page.goto(f"{page.url}#runs:long")
+    state = page.locator(".figure").first
+    state.wait_for()
+    assert text_of(state) == "done state" and page.get_by_role("button", name="Resume").count() == 0
+    canvas = page.get_by_role("img", name=re.compile("^Chart of loss over steps; loss: from 2 at step 1 to"))
+    expect(canvas).to_be_visible()
+
+
+def test_many_runs_are_searched_ordered_and_shown(open_page, runs):
+    page = open_page()
+    go(page, "Runs")
+    expect(page.get_by_role("heading", level=1)).to_be_focused()
+    press(page, f"Show all {MANY + 1} runs")
+    links = page.locator("main .list a[href^='#runs:']")
+    expect(links).to_have_count(MANY + 1)
+    page.get_by_label("order of runs").select_option("by name")
+    assert links.all_inner_texts() == ["long", *(f"sweep/run-{number}" for number in range(MANY))]
+    page.get_by_label("find a run").fill("sweep 59")
+    expect(links).to_have_count(1)
+    links.first.evaluate("link => { link.old = true; link.focus(); }")
+    page.wait_for_function("() => !document.querySelector('main .list a').old")  # the list was drawn again
+    expect(links.first).to_be_focused()
+
+
+def test_compared_runs_have_colours_of_their_own(open_page, runs):
+    page = open_page()
+    page.goto(f"{page.url}#runs:sweep%2Frun-50")
+    for number in range(51, 58):
+        page.get_by_label(f"compare sweep/run-{number}", exact=True).check()
+    labels = page.locator(".u-legend tr").filter(has_text=re.compile(r"run-5\d: loss"))
+    expect(labels).to_have_count(8)
+    colours = [one.evaluate("row => row.querySelector('.u-marker').style.borderColor") for one in labels.all()]
+    assert len(set(colours)) == 8
+    held = page.locator(".u-legend tr").filter(has_text=re.compile(r"run-53: held-out"))
+    assert held.evaluate("row => row.querySelector('.u-marker').style.borderColor") == colours[3]
+
+
+def test_charts_are_smoothed_and_logarithmic_if_asked(open_page, runs):
+    page = open_page()
+    page.goto(f"{page.url}#runs:sweep%2Frun-0")
+    drawn = "() => document.querySelector('main canvas').toDataURL()"
+    page.locator("canvas").first.wait_for()
+    pictures = [page.evaluate(drawn)]
+    for change in (
+        lambda: page.get_by_label("Loss", exact=True).select_option("0.9"),
+        lambda: page.get_by_label("log scale").check(),
+    ):
+        change()
+        page.wait_for_function(f"old => ({drawn})() !== old", arg=pictures[-1])
+        pictures.append(page.evaluate(drawn))
+    page.reload()
+    expect(page.get_by_label("log scale")).to_be_checked()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="metrics.jsonl").click()
+    assert (runs / "sweep/run-0/metrics.jsonl").read_bytes() == download.value.path().read_bytes()
+
+
+def test_only_files_of_the_folder_are_downloaded(server, folder):
+    assert server.ask("/api/download?path=rows.jsonl")[1] == (folder / "rows.jsonl").read_text()
+    for path in ("..", "", "none", "../../etc/passwd"):
+        assert server.ask(f"/api/download?path={path}")[0] == 400
+
+
+def test_two_adapters_are_served_beside_a_model(server):
+    asked = {"model": "base.pth", "adapter": "a.safetensors", "other": "b.safetensors"}
+    words = server.json(f"/api/jobs/{server.json('/api/chat', asked)['id']}")["words"]
+    at = words.index("--adapter")
+    assert words[at + 1 : at + 3] == ["adapter=a.safetensors", "other=b.safetensors"]
+
+
+def test_the_rank_goes_to_the_method(open_page, server):
+    page = open_page()
+    go(page, "Train")
+    page.get_by_label("Rank", exact=True).fill("8")
+    command = page.locator("#command")
+    expect(command).to_contain_text("--bone_r 8")
+    methods = page.get_by_label("Method", exact=True)
+    for method in methods.locator("option").evaluate_all("all => all.map((one) => one.value).filter(Boolean)"):
+        methods.select_option(method)
+        expect(command).to_contain_text(f"--peft {method}")
+        given = command.inner_text()
+        assert ("--bone_r 8" in given) == (method == "bone")
+        assert ("""--peft_config '{"r":8}'""" in given) == (method not in ("bone", "none"))
+    assert page.get_by_label("Rank", exact=True).is_disabled()
+
+
+def test_settings_are_named_found_and_have_their_defaults(open_page, folder):
+    page = open_page()
+    go(page, "Train")
+    assert not [
+        text for text in page.locator(".help, option").all_text_contents() if "--" in text or "PREFIX.idx" in text
+    ]
+    for label, default in {"Rank": "64", "Learning rate": "auto", "weight_decay": "0.0", "val_every": "0"}.items():
+        assert page.get_by_label(label, exact=True).get_attribute("placeholder") == default
+    find = page.get_by_label("find a setting")
+    find.fill("weight decay")
+    expect(page.get_by_label("weight_decay", exact=True)).to_be_visible()
+    find.fill("rows step")
+    press(page, "Rows a step")
+    expect(page.get_by_label("Rows a step", exact=True)).to_be_focused()
+    missing = page.get_by_text("no setting has all of these words")
+    for words in ("batch size", "gradient accumulation", "scheduler", "lora alpha"):
+        find.fill(words)
+        expect(missing).to_be_hidden()
+    find.fill("no such words")
+    expect(missing).to_be_visible()
+
+
+def test_how_many_models_merge_when_saved_writes_is_said(open_page, folder):
+    page = open_page()
+    go(page, "Train")
+    given = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Epochs": "4"}
+    for label, value in given.items():
+        page.get_by_label(label, exact=True).fill(value)
+    expect(page.locator("#plan")).to_contain_text("“Merge when saved” writes 5 merged models")
+    press(page, "Save at the end only")
+    expect(page.locator("#command")).to_contain_text("--epoch_save 0")
+    expect(page.locator("#plan")).to_contain_text("“Merge when saved” writes 2 merged models")
+
+
+def test_a_file_that_is_dropped_beside_its_field_is_taken(open_page, folder):
+    page = open_page()
+    sent = []
+    page.on("request", lambda request: sent.append(request) if "/api/files?" in request.url else None)
+
+    def drop(name, size=1):
+        script = """([name, size]) => {
+          const all = new DataTransfer();
+          all.items.add(new File(["a".repeat(size)], name));
+          return all;
+        }"""
+        data = page.evaluate_handle(script, [name, size])
+        page.get_by_role("heading", level=1).dispatch_event("drop", {"dataTransfer": data})
+
+    page.get_by_role("heading", level=1).wait_for()
+    drop("large.jsonl", 20_000_000)
+    expect(page.get_by_label("File or folder of rows", exact=True)).to_have_value("large.jsonl")
+    assert (folder / "large.jsonl").stat().st_size == 20_000_000
+    assert len([request for request in sent if request.method == "POST"]) <= 5
+    go(page, "Train")
+    drop("mine.pth")
+    expect(page.get_by_label("Base model", exact=True)).to_have_value("mine.pth")
+    drop("mine.csv")
+    expect(page.get_by_label("Data", exact=True)).to_have_value("mine.csv")
+
+
+def test_a_gguf_has_the_type_that_is_chosen(open_page):
+    page, asked = open_page(), []
+    go(page, "Release")
+
+    def refuse(route):
+        asked.append(route.request.post_data_json["words"])
+        route.fulfill(status=400, json={"error": {"message": "no"}})
+
+    page.route("**/api/jobs", refuse)
+    page.get_by_label("Merged model", exact=True).fill("x.pth")
+    for form, kind, words in ((".gguf", "q8_0", ["x.gguf", "--gguf_type", "q8_0"]), (".st", None, ["x.st"])):
+        page.get_by_label("format", exact=True).select_option(form)
+        kind and page.get_by_label("type of its matrices").select_option(kind)
+        press(page, "Convert")
+        expect(page.get_by_role("alert")).to_have_text("no")
+        assert asked.pop() == ["convert", "x.pth", *words]
+    expect(page.get_by_label("type of its matrices")).to_be_hidden()
+
+
+@pytest.fixture
+def talk(open_page):
+    """A chat with a model and two adapters whose next answers are `answers`: (status, text, how it ended); each
+    request is appended to `asked`."""
+    page, answers, asked = open_page(), [], []
+
+    def complete(route):
+        status, text, end = answers[0] if len(answers) == 1 else answers.pop(0)
+        asked.append(route.request.post_data_json)
+        if status != 200:
+            return route.fulfill(status=status, json={"error": {"message": text}})
+        lines = [{"delta": {"content": text}}] + ([{"delta": {}, "finish_reason": end}] if end else [])
+        body = "".join(f"data: {json.dumps({'choices': [line]})}\n\n" for line in lines)
+        return route.fulfill(content_type="text/event-stream", body=body)
+
+    page.route(re.compile(r"/api/jobs\?"), lambda route: route.fulfill(json=[COMMAND]))
+    page.route(re.compile("/api/jobs/1"), lambda route: route.fulfill(json=COMMAND))
+    names = [{"id": name} for name in ("base", "adapter", "other")]
+    page.route(re.compile("/v1/models"), lambda route: route.fulfill(json={"data": names}))
+    page.route("**/chat/completions", complete)
+    go(page, "Chat")
+    page.get_by_label("message", exact=True).wait_for()
+    return page, answers, asked
+
+
+def say(page, text):
+    page.get_by_label("message", exact=True).fill(text)
+    page.get_by_label("message", exact=True).press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+@pytest.mark.parametrize(("end", "why"), [("length", "cut: it reached the longest"), ("", "cut: the model was closed")])
+def test_an_answer_that_is_not_whole_says_so_and_is_no_row(talk, end, why):
+    page, answers, asked = talk
+    answers[:] = [(200, "one two", end)]
+    say(page, "Hi")
+    column = page.get_by_role("region", name="other")
+    expect(column.get_by_role("heading")).to_contain_text("b.safetensors")
+    for _ in range(2):
+        expect(column.locator(".turn.assistant")).to_contain_text(why)
+        expect(column.get_by_role("button", name="Copy as a row")).to_be_disabled()
+        page.reload()
+    answers[:] = [(200, "one two three", "stop")]
+    press(page, "Regenerate")
+    expect(column.locator(".turn.assistant")).not_to_contain_text("cut")
+    expect(column.get_by_role("button", name="Copy as a row")).to_be_enabled()
+    assert asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):
+    page, answers, asked = talk
+    answers[:] = [(400, "the prompt is too long", "")]
+    say(page, "long")
+    expect(page.get_by_role("region", name="base").get_by_role("alert")).to_have_text("the prompt is too long")
+    answers[:] = [(200, "Yes.", "stop")]
+    say(page, "short")
+    expect(page.locator(".turn.assistant", has_text="Yes.")).to_have_count(3)
+    assert asked[-1]["messages"] == [{"role": "user", "content": "short"}]
+    expect(page.get_by_role("button", name="Copy as a row").first).to_be_enabled()
+
+
+STUCK = """() => {
+  const piece = 'data: {"choices": [{"delta": {"content": "one"}}]}\\n\\n', real = window.fetch;
+  const begun = () => new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(piece)) });
+  const stuck = (path) => path.includes("/completions");
+  window.fetch = (path, ...rest) => (stuck(path) ? Promise.resolve(new Response(begun())) : real(path, ...rest));
+}"""
+
+
+def test_an_answer_whose_page_is_left_is_not_whole(talk):
+    page, answers, asked = talk
+    page.evaluate(STUCK)  # an answer that begins, and goes on for ever
+    page.get_by_label("message", exact=True).fill("Hi")
+    page.get_by_label("message", exact=True).press("Enter")
+    answer = page.get_by_role("region", name="base").locator(".turn.assistant")
+    expect(answer).to_contain_text("one")
+    go(page, "Data")
+    go(page, "Chat")
+    expect(answer).to_contain_text("cut: the page was left")
+    expect(page.get_by_role("button", name="Copy as a row").first).to_be_disabled()
