@@ -10,7 +10,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "concepts/security.md", "CHANGELOG.md": "changelog.md"}
+COPIED = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "concepts/security.md",
+    "CHANGELOG.md": "changelog.md",
+}
+PICTURE = "demo/loss.png"  # README's; docs/ has the others
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -18,6 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     for name, page in COPIED.items():
         files.append(File.generated(config, page, content=linked((ROOT / name).read_text(encoding="utf-8"), page)))
+    files.append(File.generated(config, PICTURE, abs_src_path=str(ROOT / PICTURE)))
     return files
 
 
@@ -31,6 +38,8 @@ def linked(text: str, page: str) -> str:
         if re.match(r"[a-z]+:", path) or not name:
             return match.group()
         place = COPIED.get(name) or (name.removeprefix("docs/") if name.startswith("docs/") else None)
+        if name == PICTURE:
+            place = name
         return f"[{words}]({up}{place}{'#' + anchor if anchor else ''})" if place else words
 
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", target, text)

@@ -44,3 +44,7 @@ def test_the_site_is_built(tmp_path):
     page = (tmp_path / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
     assert [command.name for command in COMMANDS if f'<h2 id="{command.name}">' not in page] == []
     assert page.count("usage: ") > len(COMMANDS)  # that of rwkv-peft itself, and one each
+    assert "one GPU, on many, or on a laptop" in (tmp_path / "index.html").read_text(encoding="utf-8")  # README's
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    fetched = r'<(?:script|img|link)\b[^>]*\b(?:src|href)="https?:(?!//arxiv)[^"]*"|class="mermaid"'  # shown offline
+    assert {path.name: found for path, text in pages.items() if (found := re.findall(fetched, text))} == {}

@@ -51,6 +51,10 @@ HEAD = """# Flags of train.py
 Made by `python -m rwkv_peft.training.flags.parser` of the settings in `rwkv_peft/config/`; `python train.py --help`
 shows the same. An unknown flag is refused with the nearest that exists.
 """
+FIRST = (  # those that most runs give
+    *("load_model", "data_file", "data_type", "proj_dir", "peft", "bone_r", "ctx_len", "micro_bsz", "lr_init"),
+    *("epoch_count", "grad_cp", "val_split", "merge_on_save", "resume", "devices"),
+)
 READ, WRITE = "--config", "--write_config"  # the files of settings to read and to write (settings_file.py)
 Actions = Mapping[str, argparse.Action]  # those of a parser, by each name of their flags
 Entries = dict[str, str | bool | list[str]]  # flags without their dashes, and their values
@@ -189,22 +193,28 @@ def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any)
 
 
 def table() -> str:
-    """Every flag with its default and help, as Markdown."""
+    """Every flag with its default and help, as Markdown, after the few that most runs give."""
+    groups = {
+        str(group.title): [action for action in group._group_actions if action.dest != "help"]
+        for group in parser_of_train()._action_groups
+    }
+    known = {action.dest: action for actions in groups.values() for action in actions}
     lines = [HEAD]
-    for group in parser_of_train()._action_groups:
-        actions = [action for action in group._group_actions if action.dest != "help"]
-        if not actions:
-            continue
-        lines += [f"## {group.title}", "", "| flag | values | default | what it does |", "|---|---|---|---|"]
-        for action in actions:
-            names = ", ".join(f"`{name}`" for name in action.option_strings)
-            shown = action.default not in (None, "", False, []) and action.nargs != 0
-            default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
-            values = ", ".join(map(str, action.choices)) if action.choices and not action.metavar else ""
-            text = str(action.help).replace("|", "\\|")
-            lines.append(f"| {names} | {values} | {default} | {text} |")
-        lines.append("")
+    for title, members in {"the first flags": [known[name] for name in FIRST], **groups}.items():
+        if members:
+            lines += [f"## {title}", "", "| flag | values | default | what it does |", "|---|---|---|---|"]
+            lines += [*map(row, members), ""]
     return "\n".join(lines)
+
+
+def row(action: argparse.Action) -> str:
+    """A flag's row of the table."""
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    shown = action.default not in (None, "", False, []) and action.nargs != 0
+    default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
+    values = ", ".join(map(str, action.choices)) if action.choices and not action.metavar else ""
+    text = str(action.help).replace("|", "\\|")
+    return f"| {names} | {values} | {default} | {text} |"
 
 
 if __name__ == "__main__":
