@@ -21,7 +21,7 @@ from common import Parser
 from rwkv_peft.models import family_named
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.bone import op as bone_op
-from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.mix import cpu, cuda, op, shift
 from rwkv_peft.ops.wkv6 import op as wkv6
 from rwkv_peft.ops.wkv7 import op as wkv7
 
@@ -42,7 +42,7 @@ def gpu_path():
     stack = ExitStack()
     for owner, name, value in (
         (op, "has_kernel", lambda *_: True),
-        (op, "cpu_lerp", gpu_lerp),
+        (shift, "CpuLerp", shift.GpuLerp),
         (cpu, "call", cuda.call),
         (cuda.FAMILY, "kernels", lambda _: Dropped()),
         (bone.FAMILY, "kernels", lambda _: Dropped()),

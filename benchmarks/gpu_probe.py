@@ -28,7 +28,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.family import misfit
+from rwkv_peft.ops.native.cuda import misfit
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv6 import wkv6

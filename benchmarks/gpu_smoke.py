@@ -26,8 +26,8 @@ from gpu_probe import FAMILIES
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.ops.native.family import CudaFamily
-from rwkv_peft.ops.recurrence.backends import Backends
+from rwkv_peft.ops.native.cuda import CudaFamily
+from rwkv_peft.ops.recurrence.operation import Backends
 from rwkv_peft.training.step.steps import Whole
 
 TEXT = (

@@ -28,7 +28,7 @@ from common import run as run_script
 
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops import wkv6, wkv7
-from rwkv_peft.ops.native import levels
+from rwkv_peft.ops.native import cpu
 from rwkv_peft.ops.native.cpu import cpu_library
 from rwkv_peft.ops.recurrence.cpu import CpuRecurrence
 from rwkv_peft.ops.recurrence.signature import Signature
@@ -178,7 +178,7 @@ def fma_peak():
     """float32 operations a second of one core, at the CPU kernel's best instruction set."""
     source = Path(__file__).resolve().with_name("fma_peak.cpp")
     functions = (("fma_peak", ctypes.c_double, ctypes.c_double),)
-    return cpu_library("fma_peak", source, levels.level_flags()[levels.best_level()], functions).fma_peak(1.0)
+    return cpu_library("fma_peak", source, cpu.level_flags()[cpu.best_level()], functions).fma_peak(1.0)
 
 
 def kernel_table(name, peak, calls):

@@ -51,12 +51,12 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
-    ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # the latter two are ops/recurrence/eager.py's
+    ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # two of ops/recurrence/operation.py
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear", "KeyUpToTile", "ValueOfSquare")),
     ("loss", ("ChunkedHead",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
     ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate", "NormBonusGate")),
-    ("mix", ("Lerp", "SigmoidGate", "ReluSquare", "DeltaKeys", "ValueResidual")),
+    ("mix", ("CpuLerp", "GpuLerp", "SigmoidGate", "ReluSquare", "DeltaKeys", "ValueResidual")),
 )
 
 

@@ -45,10 +45,10 @@ ALLOWED = {
     ("models/state.py", "extended", "tolist"): "of packed rows alone, which prompts are",
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
-    ("ops/recurrence/checks.py", "check_bounds", "tolist"): "of what nobody has vouched for",
-    ("ops/recurrence/checks.py", "vouch", "tolist"): "of a tensor on the CPU",
-    ("ops/recurrence/checks.py", "bounds_on_host", "tolist"): "of a tensor on the CPU",
-    ("ops/recurrence/packed.py", "one_by_one", "tolist"): "for the references",
+    ("ops/recurrence/signature.py", "check_bounds", "tolist"): "of what nobody has vouched for",
+    ("ops/recurrence/signature.py", "vouch", "tolist"): "of a tensor on the CPU",
+    ("ops/recurrence/signature.py", "bounds_on_host", "tolist"): "of a tensor on the CPU",
+    ("ops/recurrence/signature.py", "one_by_one", "tolist"): "for the references",
 }
 
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft.ops.recurrence import eager
+from rwkv_peft.ops.recurrence import operation
 
 
-@pytest.mark.parametrize("function", [eager.Differentiable, eager._Gradients])
+@pytest.mark.parametrize("function", [operation.Differentiable, operation._Gradients])
 def test_a_recurrence_is_booked_under_wkv(benchmark, function):
     for name in (function.__name__, f"{function.__name__}Backward"):
         event = SimpleNamespace(name=name, input_shapes=[], cpu_parent=None)

@@ -11,8 +11,8 @@ from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.mix import gpu_lerp
-from rwkv_peft.ops.mix.elements import KERNELS
+from rwkv_peft.ops.mix import shift
+from rwkv_peft.ops.mix.functions import KERNELS
 
 
 def draws(dtype, seed=0):
@@ -36,7 +36,7 @@ def mix(kernels):
         low, wide = draws(torch.bfloat16), draws(torch.float32)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
-            results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
+            results += differentiated(shift.GpuLerp, (0, 1, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
@@ -49,7 +49,7 @@ def others(randn):
     rows, vector, stacked = (1, 70, 200), (1, 1, 200), torch.tensor([0, 1, 33, 70])
     of_heads = [randn(1, 70, 2, 20) for _ in range(4)]
     inputs = randn(*rows), randn(3, 200), randn(6, 200), randn(1, 70, 6 * 8), randn(6, 8, 200), stacked
-    results = differentiated(gpu_lerp.Lerp, (0, 1, 2, 3, 4), *inputs)
+    results = differentiated(shift.GpuLerp, (0, 1, 2, 3, 4), *inputs)
     results += differentiated(KERNELS["relu_square"], (1,), None, randn(*rows))
     results += differentiated(KERNELS["sigmoid_gate"], (1, 2), None, randn(*rows), randn(*rows))
     inputs = (randn(*shape) for shape in (rows, rows, rows, vector))

@@ -22,7 +22,7 @@ from rwkv_peft.ops.bone.cuda import FAMILY as BONE
 from rwkv_peft.ops.cross_entropy.cuda import FAMILY as CROSS_ENTROPY
 from rwkv_peft.ops.decode.cuda import FAMILY as DECODE
 from rwkv_peft.ops.mix.cuda import FAMILY as MIX
-from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.native.build import source_directory
 from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 

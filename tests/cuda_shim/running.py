@@ -8,8 +8,7 @@ import torch
 from cuda_shim import cases as wkv6_cases
 from cuda_shim import shim, wkv7_cases
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.build import find_compiler
-from rwkv_peft.ops.native.library import BuildError
+from rwkv_peft.ops.native.build import BuildError, find_compiler
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 

@@ -3,9 +3,7 @@
 import ctypes
 from pathlib import Path
 
-from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.library import load
-from rwkv_peft.ops.native.sources import included_files, source_directory
+from rwkv_peft.ops.native.build import build_library, included_files, load, source_directory
 from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 
 # fibers.h's Order, by name.

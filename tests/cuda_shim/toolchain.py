@@ -2,8 +2,7 @@
 
 import re
 
-from rwkv_peft.ops.native import family as native_family
-from rwkv_peft.ops.native import kernels
+from rwkv_peft.ops.native import cuda
 
 
 def check_without_spills(report, kernels):
@@ -57,8 +56,8 @@ class RecordingDriver:
 def record(family, monkeypatch):
     """Let a RecordingDriver take what is launched of a CudaFamily's kernels, on stream 7 -> that driver."""
     recorder = RecordingDriver(family.structure)
-    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: recorder)
-    built = kernels.Kernels(family.names, b"image")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: recorder)
+    built = cuda.Kernels(family.names, b"image")
     monkeypatch.setattr(family, "kernels", lambda device: built)
-    monkeypatch.setattr(native_family, "stream", lambda x: 7)
+    monkeypatch.setattr(cuda, "stream", lambda x: 7)
     return recorder

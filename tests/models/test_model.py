@@ -7,9 +7,8 @@ import torch.nn.functional as F
 
 from families import shake
 from rwkv_peft.checkpoints.base import base_of, open_base
-from rwkv_peft.models.rwkv6.init import init_weights
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.models.rwkv6.model import RWKV6, init_weights
 from rwkv_peft.models.state import State
 from rwkv_peft.ops.mix import token_shift
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.ops.native.build import find_compiler
-from rwkv_peft.ops.native.library import BuildError
+from rwkv_peft.ops.native.build import BuildError, find_compiler
 
 TESTS = Path(__file__).resolve().parents[1]
 FAMILIES = ("wkv6", "wkv7", "mix", "bone", "cross_entropy", "decode")

@@ -11,9 +11,9 @@ import torch
 from cuda_shim import cases as wkv6_cases
 from cuda_shim import wkv7_cases
 from rwkv_peft.ops import wkv6, wkv7
-from rwkv_peft.ops.native import levels
+from rwkv_peft.ops.native import cpu
 
-CPU = ("chunked", *(f"cpu:{level}" for level in levels.LEVELS))
+CPU = ("chunked", *(f"cpu:{level}" for level in cpu.LEVELS))
 # A family's operation, cases, and names of decays there; the least scale of a small result in that of the largest, in
 # float32 and in float64; roundings that are allowed; how near packed sequences come to those alone, and the chunked
 # form to float64.

@@ -11,7 +11,7 @@ from cuda_shim import toolchain, wkv7_cases
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, runner, shim_kernels
 from rwkv_peft.ops import wkv6, wkv7
-from rwkv_peft.ops.recurrence import groups
+from rwkv_peft.ops.recurrence import cuda
 from rwkv_peft.ops.wkv6.op import WKV6
 from rwkv_peft.ops.wkv7.op import WKV7
 
@@ -126,12 +126,12 @@ def test_groups_are_launched_in_their_order(monkeypatch):
 )
 def test_time_is_split_where_that_pays(B, T, H, sequences, group):
     resident = 264  # two blocks on each of an H100's multiprocessors
-    assert groups.choose_group(B, T, H, sequences, resident) == group
-    assert H * groups.places(B, T, sequences, group) <= resident
+    assert cuda.choose_group(B, T, H, sequences, resident) == group
+    assert H * cuda.places(B, T, sequences, group) <= resident
 
 
 def test_only_the_chunked_kernels_on_a_gpu_split_time(monkeypatch):
-    monkeypatch.setattr(groups, "resident_blocks", lambda *_: 264)
+    monkeypatch.setattr(cuda, "resident_blocks", lambda *_: 264)
     for N, dtype, on_gpu, expected in (
         (64, torch.bfloat16, True, 1024),
         (64, torch.float32, True, 0),
@@ -181,7 +181,7 @@ def test_the_operation_calls_them_and_splits_time(monkeypatch, family, lengths, 
 def test_a_gpu_holds_two_blocks_a_multiprocessor_where_they_fit(monkeypatch, capability, on_small, blocks):
     properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    assert groups.resident_blocks.__wrapped__(0, on_small) == blocks
+    assert cuda.resident_blocks.__wrapped__(0, on_small) == blocks
 
 
 @pytest.mark.parametrize("reason, chosen", [(None, "cuda"), ("no driver; install one", "chunked")])

@@ -9,8 +9,8 @@ from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.ops.decode import cuda as decode
 from rwkv_peft.ops.mix import cuda as mix
-from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
-from rwkv_peft.ops.native.sources import included_files, source_directory
+from rwkv_peft.ops.native import cuda as nvrtc_compiler
+from rwkv_peft.ops.native.build import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
 

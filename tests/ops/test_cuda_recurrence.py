@@ -14,7 +14,7 @@ from cuda_shim import shim, toolchain
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, runner, shim_kernels
 from rwkv_peft.ops.native.arguments import aligned
-from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.native.build import source_directory
 from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
 from rwkv_peft.ops.wkv6.op import WKV6
 from rwkv_peft.ops.wkv7.op import WKV7

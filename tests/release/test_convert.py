@@ -16,7 +16,7 @@ from rwkv_peft.checkpoints.pth_writer import TensorSpec
 from rwkv_peft.checkpoints.safetensors_file import write_safetensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
-from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
+from rwkv_peft.models.rwkv6.formats import from_hf, from_web, to_hf, to_web
 from rwkv_peft.release.convert import read_model
 
 

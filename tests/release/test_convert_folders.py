@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from release.conversions import convert, same
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.models.rwkv6.names import to_hf
+from rwkv_peft.models.rwkv6.formats import to_hf
 
 
 def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):

@@ -17,7 +17,7 @@ from rwkv_peft.data.collate import collate_packed
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.objectives.distill import Distill
-from rwkv_peft.ops.recurrence.checks import bounds_on_host
+from rwkv_peft.ops.recurrence.signature import bounds_on_host
 from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.step.contexts import Contexts

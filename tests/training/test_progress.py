@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_peft.ops.native.kept import make_once
+from rwkv_peft.ops.native.build import make_once
 from rwkv_peft.training.engine import progress
 from rwkv_peft.training.engine.progress import Progress, telling_compilations
 from rwkv_peft.training.step.plan import Plan

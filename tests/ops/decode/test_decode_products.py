@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cuda_shim import running, toolchain
 from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
-from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.cpu import level_flags
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
 DTYPES = (torch.float32, torch.bfloat16)

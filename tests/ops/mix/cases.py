@@ -5,7 +5,7 @@ import torch
 from rwkv_peft.ops.mix import cpu, norm_bonus_gate
 
 HEADS = [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)]
-KERNELS = (*"Lerp NormGate SigmoidGate ReluSquare".split(), *"DeltaKeys ValueResidual NormBonusGate".split())
+KERNELS = (*"CpuLerp GpuLerp NormGate SigmoidGate ReluSquare".split(), *"DeltaKeys ValueResidual NormBonusGate".split())
 
 
 def randn(*shape, seed=0):

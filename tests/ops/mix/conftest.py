@@ -3,7 +3,7 @@
 import pytest
 
 from cuda_shim import running
-from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.mix import cpu, cuda, shift
 
 
 @pytest.fixture
@@ -12,5 +12,5 @@ def on_shim(monkeypatch):
     kernels = running.built(cuda.FAMILY)
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: kernels)
     monkeypatch.setattr(cpu, "call", running.mix_call)
-    monkeypatch.setattr(op, "cpu_lerp", gpu_lerp)
+    monkeypatch.setattr(shift, "CpuLerp", shift.GpuLerp)
     return kernels

@@ -5,24 +5,15 @@ import torch
 
 from ops.mix.cases import assert_as_accurate, bonus_gate, keys_inputs, low_rank, randn, reads_inputs, run
 from rwkv_peft.ops import mix
-from rwkv_peft.ops.mix import (
-    cpu,
-    delta_keys,
-    lerp,
-    norm_bonus_gate,
-    norm_gate,
-    relu_square,
-    sigmoid_gate,
-    value_residual,
-)
-from rwkv_peft.ops.native import levels
+from rwkv_peft.ops.mix import delta_keys, lerp, norm_bonus_gate, norm_gate, relu_square, sigmoid_gate, value_residual
+from rwkv_peft.ops.native import cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if cpu.FAMILY.unavailable():
+    if mix.cpu.FAMILY.unavailable():
         pytest.skip("no C++ compiler")
 
 
@@ -67,10 +58,10 @@ def test_threads_change_nothing_but_the_order_of_sums(name, threads, monkeypatch
 def portable(monkeypatch):
     """The kernels without any of this processor's extensions."""
     with monkeypatch.context() as patch:
-        patch.setattr(levels, "best_level", lambda: "portable")
-        cpu.FAMILY.library.cache_clear()
+        patch.setattr(cpu, "best_level", lambda: "portable")
+        mix.cpu.FAMILY.library.cache_clear()
         yield
-    cpu.FAMILY.library.cache_clear()
+    mix.cpu.FAMILY.library.cache_clear()
 
 
 def test_any_processor_computes_the_same(portable, monkeypatch):
@@ -163,5 +154,5 @@ def test_one_compiled_graph():
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch):
-    monkeypatch.setattr(cpu.FAMILY, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(mix.cpu.FAMILY, "unavailable", lambda: "no compiler")
     assert type(mix.relu_square(randn(2, 3).requires_grad_()).grad_fn).__name__ == "PowBackward0"

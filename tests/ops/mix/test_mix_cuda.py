@@ -11,7 +11,7 @@ import torch
 from cuda_shim import shim, toolchain
 from ops.mix.cases import bonus_gate, low_rank, randn, reads_inputs
 from ops.mix.cases import run as run_both
-from rwkv_peft.ops.mix import cpu, cuda, functions, gpu_lerp, lerp, norm_bonus_gate, op
+from rwkv_peft.ops.mix import cpu, cuda, functions, lerp, norm_bonus_gate, op, shift
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,7 +29,7 @@ def frozen_lerp(inputs, dtype, bounds):
 @pytest.mark.parametrize("with_last, groups", [(False, 1), (True, 3)])
 def test_lerp_with_its_product_inside(on_shim, rank, lengths, with_last, groups, monkeypatch):
     """Rows and sequences end inside a tile of tokens, at its end and after it; channels in one group and in several."""
-    monkeypatch.setattr(gpu_lerp, "MOST_GROUPS", groups)
+    monkeypatch.setattr(shift, "MOST_GROUPS", groups)
     names, call = [], functions.call
     monkeypatch.setattr(
         functions, "call", lambda name, *rest, **sizes: (names.append(name), call(name, *rest, **sizes))

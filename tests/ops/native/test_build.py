@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.ops.native import build
-from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.build import BuildError, build_library, cache_directory
 from rwkv_peft.ops.native.cpu import CpuFamily
-from rwkv_peft.ops.native.kept import cache_directory
-from rwkv_peft.ops.native.library import BuildError
 
 CODE = 'extern "C" int answer() { return 42; }'
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_peft.ops.native import family as families
-from rwkv_peft.ops.native.library import BuildError
-from rwkv_peft.ops.native.nvrtc import Nvrtc
+from rwkv_peft.ops.native import cuda as families
+from rwkv_peft.ops.native.build import BuildError
+from rwkv_peft.ops.native.cuda import Nvrtc
 
 CUDA_12_8 = ("80", "86", "87", "89", "90", "100", "101", "120")
 
@@ -42,8 +42,8 @@ def build(monkeypatch):
                 raise BuildError(f"cuModuleLoadData failed with CUDA error 222 of {image}")
             return image
 
-        monkeypatch.setattr(families.nvrtc, "compilers", lambda: map(compiler, nvrtcs))
-        monkeypatch.setattr(families.nvrtc, "cubin", cubin)
+        monkeypatch.setattr(families, "compilers", lambda: map(compiler, nvrtcs))
+        monkeypatch.setattr(families, "cubin", cubin)
         monkeypatch.setattr(families, "Kernels", load)
         return families.CudaFamily("op", (), Arguments).kernels(0)
 

@@ -14,10 +14,8 @@ from rwkv_peft.ops.decode import cpu as decode
 from rwkv_peft.ops.decode import cuda as decode_cuda
 from rwkv_peft.ops.mix import cpu as mix
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.native.build import compiler_knows, find_compiler
-from rwkv_peft.ops.native.levels import LEVELS, best_level, level_flags
-from rwkv_peft.ops.native.library import BuildError
-from rwkv_peft.ops.native.sources import included_files, source_directory
+from rwkv_peft.ops.native.build import BuildError, compiler_knows, find_compiler, included_files, source_directory
+from rwkv_peft.ops.native.cpu import LEVELS, best_level, level_flags
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cpu as wkv7_cpu

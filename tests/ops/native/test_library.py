@@ -4,10 +4,8 @@ import ctypes
 
 import pytest
 
-from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.build import BuildError, build_library, load, source_directory
 from rwkv_peft.ops.native.cpu import cpu_library
-from rwkv_peft.ops.native.library import BuildError, load
-from rwkv_peft.ops.native.sources import source_directory
 
 CODE = """
 struct Pair { double x; int n; };

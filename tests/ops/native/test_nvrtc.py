@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.ops.native import nvrtc
+from rwkv_peft.ops.native import cuda
 
 VERSIONS = {"libnvrtc.so.12": (12, 4), "libnvrtc.so.13": (13, 5)}
 
@@ -54,8 +54,8 @@ def installed(monkeypatch):
         return Library(VERSIONS[Path(path).name])
 
     def install(*paths):
-        monkeypatch.setattr(nvrtc, "_wheel_libraries", lambda: list(map(Path, paths)))
-        monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+        monkeypatch.setattr(cuda, "_wheel_libraries", lambda: list(map(Path, paths)))
+        monkeypatch.setattr(cuda.ctypes, "CDLL", load)
 
     return install
 
@@ -69,24 +69,24 @@ WHEELS = ("nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.1
 def test_that_of_torchs_cuda_comes_first(installed, monkeypatch, of_torch, expected):
     monkeypatch.setattr(torch.version, "cuda", of_torch)
     installed(*WHEELS, WHEELS[0])  # one of them twice
-    found = list(nvrtc.compilers())
+    found = list(cuda.compilers())
     assert [compiler.version for compiler in found] == expected
     assert all(compiler.architectures == ["90", "100"] for compiler in found)
 
 
 def test_without_any_there_is_none(installed):
     installed()
-    assert not list(nvrtc.compilers())
+    assert not list(cuda.compilers())
 
 
 def test_code_is_kept_by_the_compilers_version(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    newer, older = (nvrtc.Nvrtc(Library(version)) for version in ((13, 5), (12, 4)))
+    newer, older = (cuda.Nvrtc(Library(version)) for version in ((13, 5), (12, 4)))
     source = "name", "cross_entropy/cross_entropy.cu"
-    first = nvrtc.cubin(*source, "sm_90", newer)
-    assert nvrtc.cubin(*source, "sm_90", older) != first
-    assert nvrtc.cubin(*source, "sm_90", newer) == first
+    first = cuda.cubin(*source, "sm_90", newer)
+    assert cuda.cubin(*source, "sm_90", older) != first
+    assert cuda.cubin(*source, "sm_90", newer) == first
     assert (newer.library.compiled, older.library.compiled) == (1, 1)
-    assert nvrtc.cubin(*source, "sm_90", newer, anew=True) == newer.library.image != first
-    assert nvrtc.cubin(*source, "sm_90", newer) == newer.library.image
+    assert cuda.cubin(*source, "sm_90", newer, anew=True) == newer.library.image != first
+    assert cuda.cubin(*source, "sm_90", newer) == newer.library.image
     assert newer.library.compiled == 2

@@ -5,16 +5,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cuda_shim.cases import make_case
-from rwkv_peft.ops.native import levels
-from rwkv_peft.ops.recurrence import checks
+from rwkv_peft.ops.native import cpu
+from rwkv_peft.ops.recurrence import signature
 from rwkv_peft.ops.wkv6 import chunked, wkv6
 
 
 def test_levels_for_bfloat16_need_a_compiler_that_knows_them(monkeypatch):
-    best = levels.best_level.__wrapped__
+    best = cpu.best_level.__wrapped__
     if best() != "avx512bf16":
         pytest.skip("this machine's best level is another")
-    monkeypatch.setattr(levels, "AVX512BF16_FLAGS", ("-mno-such-instructions",))
+    monkeypatch.setattr(cpu, "AVX512BF16_FLAGS", ("-mno-such-instructions",))
     assert best() == "avx512"
 
 
@@ -22,10 +22,10 @@ def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
     """As on a GPU, for which reading waits: a mark replaces the reading, also in a converted copy."""
     bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
     bounds._checked_bounds = 6, bounds._version
-    checks.check_bounds("wkv6", checks.as_int64(bounds, 6), 6)
+    signature.check_bounds("wkv6", signature.as_int64(bounds, 6), 6)
     for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
         with pytest.raises(ValueError, match="it must start at 0"):
-            checks.check_bounds("wkv6", checks.as_int64(changed_bounds, tokens), tokens)
+            signature.check_bounds("wkv6", signature.as_int64(changed_bounds, tokens), tokens)
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
@@ -33,8 +33,8 @@ def test_what_was_vouched_for_is_known_without_a_reading(dtype):
     """The meta device has no values to read."""
     bounds = torch.tensor([0, 3, 6], dtype=dtype)
     copy = bounds.to("meta")
-    checks.vouch(copy, bounds, 6)
-    assert checks.bounds_on_host(checks.as_int64(copy, 6)) == [0, 3, 6]
+    signature.vouch(copy, bounds, 6)
+    assert signature.bounds_on_host(signature.as_int64(copy, 6)) == [0, 3, 6]
 
 
 class Operations(TorchDispatchMode):

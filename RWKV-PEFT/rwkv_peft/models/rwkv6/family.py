@@ -2,11 +2,11 @@
 
 from ...ops.wkv6 import backends
 from ..family import Family
-from . import gguf, init, keys, names
+from . import formats, keys, model
 from .model import RWKV6, TimeMix
 
 
-class RWKV6Family(Family[keys.RWKV6Config, RWKV6], of=(keys, init, names, gguf)):
+class RWKV6Family(Family[keys.RWKV6Config, RWKV6], of=(keys, model, formats)):
     """RWKV-6 ("Finch", x060; Peng et al. 2024, arXiv 2404.05892)."""
 
     model, version, sign = RWKV6, keys.RWKV6Config.version, keys.SIGN

@@ -3,6 +3,8 @@
 Peng et al. 2024, arXiv 2404.05892, section 4; parameter names and shapes are those of RWKV-LM's
 RWKV-v5/src/model.py, so that its .pth files load unchanged.
 B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
+
+Initialization of a new RWKV-6, by RWKV-LM's x060 recipe (RWKV-v5/src/model.py).
 """
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from ...ops.mix import last_token, lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.products import linear, matmul
 from ...ops.wkv6 import wkv6
-from ..parts import LanguageModel, Linear, Recurrent, count_sequences
+from ..parts import LanguageModel, Linear, Recurrent, count_sequences, init_around_blocks
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -140,3 +142,47 @@ class RWKV6(LanguageModel):
     """RWKV-6 language model with RWKV-LM's parameter names."""
 
     make_block = Block
+
+
+@torch.no_grad()
+def init_weights(model: RWKV6) -> None:
+    """Fill every parameter in place by RWKV-LM's x060 recipe; draws from torch's global generator.
+
+    The embedding starts tiny, so that after ln0 only its direction matters; every block starts as the identity, because
+    output, ffn.receptance and ffn.value start at zero. ffn.time_maa_k and ffn.time_maa_r start at 1 - channel**height,
+    as in the recipe until 2024-11.
+    """
+    config = model.config
+    C, A, L = config.n_embd, config.dim_att, config.n_layer
+    channel = torch.arange(C) / C  # 0 .. 1 over the channels
+    ramp = torch.arange(A) / max(A - 1, 1)
+    zigzag = ((torch.arange(A) + 1) % 3 - 1) * 0.1
+    init_around_blocks(model)
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last
+        height = 1 - layer / L  # 1 at the first block, almost 0 at the last
+        att, ffn = block.att, block.ffn
+        for name, power, shift in (
+            ("x", 1, 0),
+            ("w", 1, 0),
+            ("k", 1, 0),
+            ("v", 1, 0.3 * depth),
+            ("r", 0.5, 0),
+            ("g", 0.5, 0),
+        ):
+            maa = 1 - (channel ** (power * height) + shift)
+            getattr(att, f"time_maa_{name}").copy_(maa.view(1, 1, C))
+        nn.init.zeros_(att.time_maa_w1)
+        nn.init.uniform_(att.time_maa_w2, -0.01, 0.01)
+        att.time_decay.copy_((-6 + 5 * ramp ** (0.7 + 1.3 * depth)).view(1, 1, A))
+        nn.init.zeros_(att.time_decay_w1)
+        nn.init.uniform_(att.time_decay_w2, -0.01, 0.01)
+        att.time_faaaa.copy_((depth * (1 - ramp) + zigzag).view_as(att.time_faaaa))
+        att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
+        for projection, gain in ((att.receptance, 1), (att.key, 0.1), (att.value, 1), (att.gate, 0.1), (ffn.key, 1)):
+            nn.init.orthogonal_(projection.weight, gain=gain)
+        for projection in (att.output, ffn.receptance, ffn.value):
+            nn.init.zeros_(projection.weight)
+        for name in ("k", "r"):
+            getattr(ffn, f"time_maa_{name}").copy_((1 - channel**height).view(1, 1, C))

@@ -2,11 +2,11 @@
 
 from ...ops.wkv7 import backends
 from ..family import Family
-from . import fla, gguf, init, keys, names
+from . import formats, keys, model
 from .model import RWKV7, TimeMix
 
 
-class RWKV7Family(Family[keys.RWKV7Config, RWKV7], of=(keys, init, names, gguf, fla)):
+class RWKV7Family(Family[keys.RWKV7Config, RWKV7], of=(keys, model, formats)):
     """RWKV-7 ("Goose", x070; Peng et al. 2025, arXiv 2503.14456)."""
 
     model, version, sign = RWKV7, keys.RWKV7Config.version, keys.SIGN

@@ -4,11 +4,11 @@ from ...ops.wkv7 import backends
 from ..family import Family
 from ..rwkv7.keys import PARTS, TARGETS
 from ..rwkv7.model import TimeMix
-from . import init, keys
+from . import keys, model
 from .model import RWKV7a
 
 
-class RWKV7aFamily(Family[keys.RWKV7aConfig, RWKV7a], of=(keys, init)):
+class RWKV7aFamily(Family[keys.RWKV7aConfig, RWKV7a], of=(keys, model)):
     """RWKV-7 with deep embeddings (x070a), as RWKV-LM's rwkv_v7a_demo.py computes it. It has a form as .pth only."""
 
     model, version, sign = RWKV7a, keys.RWKV7aConfig.version, keys.SIGN

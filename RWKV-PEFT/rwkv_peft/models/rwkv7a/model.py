@@ -3,6 +3,8 @@
 The formulas are those of RWKV-LM's RWKV-v7/rwkv_v7a_demo.py, and so are names and shapes. The demo adds s_emb_x of the
 normalized embedding to s_emb once, for the whole vocabulary; here it is added token by token, so that it trains, too.
 B batch, T time, C channels, F feed-forward channels, D deep_size.
+
+Initialization of a new RWKV-7a: RWKV-7's, and a gate that starts at one, whatever the token.
 """
 
 import torch
@@ -79,3 +81,22 @@ class RWKV7a(LanguageModel):
     make_block = Block
     carried = (None, None)  # v_first and the normalized embedding, which block 0 makes
     sees_tokens = True
+
+
+@torch.no_grad()
+def init_weights(model: LanguageModel) -> None:
+    """Fill every parameter in place; draws from torch's global generator.
+
+    Public code has no recipe for the deep embeddings. These start as RWKV-7's low-rank projections do, the first factor
+    at zero, around an identity for each token.
+    """
+    rwkv7.init_weights(model)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        ffn = block.ffn
+        identity = torch.eye(ffn.s1.shape[1])
+        ffn.s_emb.weight.copy_(identity.flatten().expand_as(ffn.s_emb.weight))
+        for zeros in (ffn.s_emb_x.weight, ffn.s1):
+            nn.init.zeros_(zeros)
+        nn.init.orthogonal_(ffn.s2, gain=0.1)
+        nn.init.ones_(ffn.s0)

@@ -4,11 +4,11 @@ from ...ops.wkv7 import backends
 from ..family import Family
 from ..rwkv7.keys import PARTS, TARGETS
 from ..rwkv7.model import TimeMix
-from . import init, keys
+from . import keys, model
 from .model import RWKV7b
 
 
-class RWKV7bFamily(Family[keys.RWKV7bConfig, RWKV7b], of=(keys, init)):
+class RWKV7bFamily(Family[keys.RWKV7bConfig, RWKV7b], of=(keys, model)):
     """RWKV-7 with deep embeddings and attention over them (x070b), as RWKV-LM's rwkv_v7b_demo.py computes it. It has a
     form as .pth only."""
 

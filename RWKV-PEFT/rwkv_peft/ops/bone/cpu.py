@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..native import levels
+from ..native import cpu
 from ..native.arguments import fields, fill
+from ..native.build import BuildError
+from ..native.compiled import Operator
 from ..native.cpu import CpuFamily, cpu_library
-from ..native.library import BuildError
-from ..native.operator import Operator
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
-LEVELS = ("amx", *levels.LEVELS)
+LEVELS = ("amx", *cpu.LEVELS)
 
 
 class AffineArguments(ctypes.Structure):
@@ -61,17 +61,17 @@ class BoneFamily(CpuFamily):
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def best_level(self) -> str:
-        return levels.best_level() if self.unavailable("amx") else "amx"
+        return cpu.best_level() if self.unavailable("amx") else "amx"
 
     @functools.cache  # noqa: B019
     def unavailable(self, level: str = "") -> str | None:
         if level != "amx":
             return super().unavailable(level)
         try:
-            has_unit = levels.best_level() == "avx512bf16" and self.library("amx").bone_start()
+            has_unit = cpu.best_level() == "avx512bf16" and self.library("amx").bone_start()
         except BuildError as error:
             return str(error)
-        return None if has_unit else f"this processor has no matrix unit; its best is {levels.best_level()}"
+        return None if has_unit else f"this processor has no matrix unit; its best is {cpu.best_level()}"
 
     def build(
         self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()
@@ -175,7 +175,7 @@ def add_tiled_(y: Tensor, tile: Tensor, level: str = "") -> None:
 
 def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture -> the compiler's flags."""
-    return {"amx": (*levels.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **levels.level_flags()}
+    return {"amx": (*cpu.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **cpu.level_flags()}
 
 
 def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:

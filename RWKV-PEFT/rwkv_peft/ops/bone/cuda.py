@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import aligned, fields
-from ..native.family import DTYPES, CudaFamily
-from ..native.operator import Operator
+from ..native.compiled import Operator
+from ..native.cuda import DTYPES, CudaFamily
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import fields
-from ..native.family import DTYPES, CudaFamily
+from ..native.cuda import DTYPES, CudaFamily
 
 KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import aligned, fields
-from ..native.family import DTYPES, CudaFamily
+from ..native.cuda import DTYPES, CudaFamily
 from .blocks import BITS, Blocks
 
 ROWS = (1, 16)  # the most rows of a kernel of products

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import aligned
-from ..native.family import DTYPES, CudaFamily
+from ..native.cuda import DTYPES, CudaFamily
 from .operations import OPERATIONS, Operation
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh

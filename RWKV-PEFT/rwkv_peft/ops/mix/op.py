@@ -2,8 +2,8 @@
 of heads.
 
 Each operation is written out in plain torch, which takes any device and dtype and is differentiable twice. If the
-kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward instead (elements.py,
-cpu_lerp.py, gpu_lerp.py), differentiable once, in graphs of torch.compile too.
+kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward instead (functions.py,
+shift.py), differentiable once, in graphs of torch.compile too.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, gpu_lerp
-from .elements import KERNELS
-from .functions import run
+from . import cpu, cuda, shift
+from .functions import KERNELS, run
 
 
 def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -85,11 +84,11 @@ def lerp(
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
     if has_kernel(x, last, maa, low, up):
-        kernel = cpu_lerp if x.is_cpu else gpu_lerp
+        kernel = shift.CpuLerp if x.is_cpu else shift.GpuLerp
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
+        return run(kernel, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
-    added = gpu_lerp.offsets(low, up)  # (m, B T, C)
+    added = shift.offsets(low, up)  # (m, B T, C)
     weights = maa if added is None else maa[:, None, None] + added.view(-1, *x.shape)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
 

@@ -1,21 +1,144 @@
-"""Compile a C++ source into a shared library, once: cached by content, safe when several processes build at once.
+"""Compile kernels' sources into libraries and other files, once: cached by content, safe when several processes build.
 
 A library's file name carries two hashes: of sources and flags, and of the compiler and its version. If either changes,
 it is built anew, so that nothing stale is loaded. Where no compiler works, a library that was made earlier of the same
 sources and flags serves.
+
+Each cached file ends in a seal, the SHA-256 of the rest: otherwise a library that a full disk or a copy has cut short
+would be loaded, and end the process when a missing page is touched. Loaders of libraries ignore bytes after the parts
+that the header names, such as the seal.
 """
 
+import ctypes
 import errno
 import functools
 import hashlib
+import logging
 import os
+import re
 import shutil
+import stat
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from .kept import cache_directory, is_whole, make_once
-from .library import BuildError
+from filelock import FileLock
+
+from ...cli.names import user_cache
+
+Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
+
+
+class BuildError(RuntimeError):
+    """A library could not be built or loaded; the message says why and what to do."""
+
+
+def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
+    """Load the library at `path` and declare its C functions, each a Declaration, in which a structure's class stands
+    for a pointer to it. Raises BuildError if it cannot be loaded."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
+    for name, result, *arguments in functions:
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = [ctypes.POINTER(kind) if issubclass(kind, ctypes.Structure) else kind for kind in arguments]
+    return library
+
+
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def source_directory(kind: str) -> Path:
+    """The folder of the "cpu" or the "cuda" sources: in the package (in the repository a link), or beside it."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / kind
+    return installed if installed.is_dir() else package.parents[1] / kind
+
+
+def included_files(source: str | Path, root: str | Path) -> list[Path]:
+    """Every file that `source` includes in quotes, directly or through others; names are relative to the folder `root`.
+
+    Includes in branches that a compiler would skip count too. Raises BuildError if a file is missing.
+    """
+    found: set[Path] = set()
+    waiting = [Path(source)]
+    while waiting:
+        path = waiting.pop()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise BuildError(
+                f"the kernels' source {path} is missing: {error}; reinstall, or clone the repository"
+            ) from error
+        new = {Path(root) / name for name in INCLUDE.findall(text)} - found
+        found |= new
+        waiting += new
+    return sorted(found)
+
+
+COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user
+SEAL = hashlib.sha256().digest_size  # bytes
+
+
+def cache_directory() -> Path:
+    """The folder of these files, which are programs. Raises BuildError for a user without a home folder, and for a
+    folder that another user owns or all may write into."""
+    folder = user_cache()
+    if folder is None:
+        raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one")
+    with suppress(FileNotFoundError):
+        now = folder.stat()
+        if os.geteuid() not in (0, now.st_uid) and now.st_uid != 0 or now.st_mode & stat.S_IWOTH:
+            raise BuildError(
+                f"other users may put files into {folder}, which would run as you; take their right to write from it, "
+                "or point XDG_CACHE_HOME at a folder of your own"
+            )
+    return folder
+
+
+def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
+    """Make the file `path`, sealed, if it is missing or not whole; it appears only when it is complete. make(folder)
+    makes it in an empty folder and returns its path.
+
+    If several processes want a file called `name` in that cache, one makes it, and the others wait. Remains of a killed
+    process are removed. Raises OSError if the cache cannot be written.
+    """
+    if is_whole(path):
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with FileLock(path.parent / f"{name}.lock"):
+        if is_whole(path):  # another process has made it while this one waited
+            return
+        COMPILING.info("compiling %s, once for this machine", name)
+        work = path.parent / f"{name}.build"  # for the holder of the lock
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir()
+        try:
+            finished = make(work)
+            with open(finished, "ab") as file:
+                file.write(_seal(finished.read_bytes()))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(finished, path)
+        finally:
+            shutil.rmtree(work)
+
+
+def is_whole(path: Path) -> bool:
+    """True if there is a file at `path`, unchanged since it was sealed."""
+    if not path.is_file():  # reading a pipe would block
+        return False
+    content = path.read_bytes()
+    return content[-SEAL:] == _seal(content[:-SEAL])
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def find_compiler() -> str:

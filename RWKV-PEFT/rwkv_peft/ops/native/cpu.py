@@ -1,18 +1,49 @@
-"""Compiles and loads a family's C++ source: one library for each instruction set that is used."""
+"""A family's C++ source, compiled on first use: one library for each instruction set that is used."""
 
 import ctypes
 import functools
+import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import arguments, levels
-from .build import build_library
+from . import arguments
+from .build import BuildError, Declaration, build_library, compiler_knows, included_files, load, source_directory
 from .compiled import constant_when_compiled
-from .library import BuildError, Declaration, load
-from .sources import included_files, source_directory
+
+LEVELS = ("avx512bf16", "avx512", "avx2", "portable")  # fastest first
+AVX2_FLAGS = ("-mavx2", "-mfma")
+AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
+AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")  # products of pairs; bfloat16 came after VNNI
+X86 = ("x86_64", "AMD64")
+
+
+@functools.cache
+def best_level() -> str:
+    """The fastest of LEVELS that this processor has; avx512bf16 only if the compiler knows it."""
+    found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    if found not in level_flags():
+        return "portable"
+    has_bfloat16 = found == "avx512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "avx512bf16" if has_bfloat16 and compiler_knows(AVX512BF16_FLAGS) else found
+
+
+def is_here(level: str) -> bool:
+    """True if this processor has the given one of LEVELS."""
+    return LEVELS.index(level) >= LEVELS.index(best_level())
+
+
+def level_flags() -> dict[str, tuple[str, ...]]:
+    """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
+    x86 = (
+        {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}
+        if platform.machine() in X86
+        else {}
+    )
+    return {**x86, "portable": ()}
+
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
 
@@ -43,7 +74,7 @@ class CpuFamily:
         self.available = available
 
     def best_level(self) -> str:
-        return levels.best_level()
+        return best_level()
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
@@ -52,14 +83,14 @@ class CpuFamily:
         return self.build(level or self.best_level())
 
     def build(self, level: str) -> ctypes.CDLL:
-        flags = levels.level_flags()[level]
+        flags = level_flags()[level]
         return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, self.functions)
 
     @functools.cache  # noqa: B019
     def unavailable(self, level: str = "") -> str | None:
         """None if they work here, else the reason and the remedy."""
-        if level and not levels.is_here(level):
-            return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
+        if level and not is_here(level):
+            return f"this processor has no {level}; its best is cpu:{best_level()}"
         try:
             self.library(level)
         except BuildError as error:

@@ -1,16 +1,227 @@
-"""A recurrence as an operation: checks its arguments, converts them for the kernels, and calls a backend."""
+"""A recurrence as an operation: the choice of a backend, an autograd Function, torch.library operators, and the call,
+which checks the arguments and converts them for the kernels.
 
+Outside of torch.compile and FakeTensor a plain Function is called, because an operator's dispatch costs more than a
+small call.
+"""
+
+import functools
+import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
-from .backends import Backend, Backends
-from .checks import as_int64, check
-from .eager import Differentiable
-from .operators import Operators
-from .signature import Signature
+from ..native.compiled import constant_when_compiled
+from ..native.cpu import LEVELS
+from .chunked import Chunked
+from .cpu import CpuRecurrence
+from .cuda import CudaRecurrence
+from .signature import Signature, as_int64, check, check_bounds, sequences_of
+
+KERNELS = ("cpu", "cuda")  # backends for the type of device that they are named after; others are for any device
+FALLBACK = "chunked"  # the backend that "auto" takes if there is no kernel
+
+
+# One way to compute a recurrence, with its own backward. unavailable(level) -> None if it can be used, else the reason
+# and the remedy; checkpoint_count(a tensor (B, T, H, N), sequences) -> the number of states that forward saves.
+Backend = Chunked | CpuRecurrence | CudaRecurrence
+
+
+class Backends:
+    """The backends of an operation other than "reference", which is plain torch, differentiated by autograd."""
+
+    def __init__(self, op: str, table: Mapping[str, Backend]) -> None:
+        self.op, self.table = op, table
+
+        @constant_when_compiled  # does not work on methods
+        def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
+            return self._resolve(backend, device_type, index, dtype)
+
+        self.choose = choose
+
+    def __getitem__(self, chosen: str) -> tuple[Backend, str]:
+        """The Backend that `choose` has chosen, and its level."""
+        name, _, level = chosen.partition(":")
+        return self.table[name], level
+
+    def reasons(self) -> dict[str, str | None]:
+        """Every name -> None if it can be used here, else the reason and the remedy. May compile them."""
+        return {"reference": None, **{name: backend.unavailable("") for name, backend in self.table.items()}}
+
+    @functools.cache  # noqa: B019 - a Backends lives as long as its module
+    def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
+        """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
+        is_gpu = device_type == "cuda" and index is not None
+        with torch.cuda.device(index) if is_gpu else nullcontext():  # which backends are asked about
+            return self._resolve_here(backend, device_type, dtype)
+
+    def _resolve_here(self, backend: str, device_type: str, dtype: torch.dtype) -> str:
+        if backend == "auto":
+            return self._resolve_auto(device_type, dtype)
+        if backend == "reference":
+            return backend
+        op, (name, level) = self.op, self._split(backend)
+        reason = self.table[name].unavailable(level)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {backend!r} cannot be used: {reason}")
+        if name in KERNELS and device_type not in (name, "meta"):
+            raise ValueError(
+                f"{op}: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'"
+            )
+        if dtype == torch.float64:
+            raise ValueError(
+                f"{op}: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'"
+            )
+        return backend
+
+    def _split(self, backend: str) -> tuple[str, str]:
+        """A backend's name and, of "cpu:LEVEL", the instruction set, else "". Raises ValueError for an unknown one."""
+        name, _, level = str(backend).partition(":")
+        if name not in self.table or (level and (name != "cpu" or level not in LEVELS)):
+            known = ", ".join(("auto", "reference", *self.table, *(f"cpu:{level}" for level in LEVELS)))
+            raise ValueError(f"{self.op}: backend {backend!r} is unknown; take one of {known}")
+        return name, level
+
+    def _resolve_auto(self, device_type: str, dtype: torch.dtype) -> str:
+        if dtype == torch.float64:
+            return "reference"
+        if device_type == "meta":
+            return "cuda"  # tensors without data stand for a GPU's
+        reason: str | None = f"there is no kernel for {device_type}"
+        if device_type in KERNELS:
+            reason = self.table[device_type].unavailable("")
+        if reason is not None:
+            warnings.warn(
+                f"{self.op} takes backend {FALLBACK!r}, which is slow, for tensors on {device_type}: {reason}",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        chosen = device_type if reason is None else FALLBACK
+        logging.getLogger(__name__).info("%s takes backend %r for tensors on %s", self.op, chosen, device_type)
+        return chosen
+
+
+class Differentiable(Function):
+    """(operation's name, backend, its level, *inputs, state, cu_seqlens) -> y, final state, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: Tensor | None) -> Any:
+        y, final_state, checkpoints = backend.forward(*tensors, save=True, level=level)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, checkpoints)
+        ctx.op, ctx.backend, ctx.level = op, backend, level
+        return y, final_state
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # read once: a second reading is an error if blocks are recomputed
+        if all([x is None for x in gradients]):
+            return (None,) * (2 + len(saved))
+        gy, gfinal = (None if x is None else x.contiguous() for x in gradients)
+        *found, gstate = _Gradients.apply(ctx.op, ctx.backend, ctx.level, *saved, gy, gfinal)
+        state = saved[-3]
+        return None, None, None, *found, None if state is None else gstate, None
+
+
+class _Gradients(Function):
+    """Backward as a Function of its own, so that a second derivative raises a clear error."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return backend.backward(*tensors, level=level)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise second_derivative(ctx.op)
+
+
+def second_derivative(op: str) -> RuntimeError:
+    """The error for a second derivative through the kernels of `op`."""
+    return RuntimeError(
+        f"{op}'s kernels have no second derivative; differentiate twice with {op}(..., backend='reference')"
+    )
+
+
+NAMESPACE = "rwkv_peft"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Operators:
+    """rwkv_peft::OP_forward(*inputs, state, cu_seqlens, save, backend) -> y, final state, checkpoints and
+    rwkv_peft::OP_backward(*inputs, state, cu_seqlens, checkpoints, gy, gfinal, backend) -> the gradients of the inputs
+    and the state. `backend` is one that Backends has chosen, but not "reference"."""
+
+    def __init__(self, signature: Signature, backends: Backends) -> None:
+        self._op, self._backends, self._count = signature.op, backends, len(signature.inputs)
+        tensors = ", ".join((*(f"Tensor {name}" for name in signature.inputs), "Tensor? state", "Tensor? cu_seqlens"))
+        gradients = ", ".join(["Tensor"] * (self._count + 1))
+        saved = "Tensor checkpoints, Tensor? gy, Tensor? gfinal"
+        forward, backward = f"{self._op}_forward", f"{self._op}_backward"
+        _LIBRARY.define(f"{forward}({tensors}, bool save, str backend) -> (Tensor, Tensor, Tensor)")
+        _LIBRARY.define(f"{backward}({tensors}, {saved}, str backend) -> ({gradients})")
+        _LIBRARY.impl(forward, self._forward, "CompositeExplicitAutograd")
+        _LIBRARY.impl(backward, self._backward, "CompositeExplicitAutograd")
+        forward, backward = f"{NAMESPACE}::{forward}", f"{NAMESPACE}::{backward}"
+        torch.library.register_fake(forward, self._forward_fake, lib=_LIBRARY)
+        torch.library.register_fake(backward, self._backward_fake, lib=_LIBRARY)
+        torch.library.register_autograd(forward, self._differentiate, setup_context=self._save, lib=_LIBRARY)
+        torch.library.register_autograd(backward, self._refuse, lib=_LIBRARY)
+        self.forward = getattr(torch.ops.rwkv_peft, f"{self._op}_forward")
+        self.backward = getattr(torch.ops.rwkv_peft, f"{self._op}_backward")
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, save, chosen = arguments
+        r, cu_seqlens = tensors[0], tensors[-1]
+        if cu_seqlens is not None:  # in a compiled graph, nobody has checked the values yet
+            check_bounds(self._op, cu_seqlens, r.shape[1])
+        backend, level = self._backends[chosen]
+        return backend.forward(*tensors, save=save, level=level)
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, chosen = arguments
+        backend, level = self._backends[chosen]
+        return backend.backward(*tensors, level=level)
+
+    def _forward_fake(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, save, chosen = arguments
+        r, sequences = tensors[0], sequences_of(tensors[0], tensors[-1])
+        count = self._backends[chosen][0].checkpoint_count(r, sequences) if save else 0
+        return torch.empty_like(r), _states_like(r, sequences), _states_like(r, count)
+
+    def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs, cu_seqlens = arguments[: self._count], arguments[self._count + 1]
+        states = _states_like(inputs[0], sequences_of(inputs[0], cu_seqlens))
+        return *(torch.empty_like(x) for x in inputs), states
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _, chosen = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.chosen = chosen
+
+    def _differentiate(self, ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        *tensors, checkpoints = ctx.saved_tensors
+        if gy is None and gfinal is None:
+            return (None,) * (len(tensors) + 2)
+        gy, gfinal = (None if x is None else x.contiguous() for x in (gy, gfinal))
+        *gradients, gstate = self.backward(*tensors, checkpoints, gy, gfinal, ctx.chosen)
+        state = tensors[self._count]
+        return *gradients, None if state is None else gstate, None, None, None
+
+    def _refuse(self, ctx: Any, *_: Tensor | None) -> None:
+        raise second_derivative(self._op)
+
+
+def _states_like(r: Tensor, count: int) -> Tensor:
+    _, _, H, N = r.shape
+    return r.new_empty(count, H, N, N, dtype=torch.float32)
 
 
 class Recurrence:

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recurrence.chunked import Chunked, Parts
-from ..recurrence.chunks import CHUNK
+from ..recurrence.chunked import CHUNK, Chunked, Parts
 from .reference import LARGEST_W
 
 FILLERS = (0.0, 0.0, 0.0, -torch.inf)  # r k v w of a step that does not change the state

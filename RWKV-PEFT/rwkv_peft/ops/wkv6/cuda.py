@@ -1,8 +1,7 @@
 """The CUDA kernels as a wkv6 backend: cuda/wkv6."""
 
-from ..native.kernels import Block
-from ..recurrence.cuda import CudaRecurrence
-from ..recurrence.groups import Split
+from ..native.cuda import Block
+from ..recurrence.cuda import CudaRecurrence, Split
 from .reference import SIGNATURE
 
 STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv6/plain.cuh

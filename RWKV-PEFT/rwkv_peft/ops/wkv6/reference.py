@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..recurrence.packed import one_by_one
-from ..recurrence.signature import Signature
+from ..recurrence.signature import Signature, one_by_one
 
 SIGNATURE = Signature("wkv6", rows=("r", "k", "v", "w"), shared=("u",), state_rows="key")
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recurrence.chunked import Chunked, Parts
-from ..recurrence.chunks import CHUNK
+from ..recurrence.chunked import CHUNK, Chunked, Parts
 from .reference import DECAY_SCALE
 
 FILLERS = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # r w k v a b of a step that does not change the state

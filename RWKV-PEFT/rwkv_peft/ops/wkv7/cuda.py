@@ -1,8 +1,7 @@
 """The CUDA kernels as a wkv7 backend: cuda/wkv7."""
 
-from ..native.kernels import Block
-from ..recurrence.cuda import CudaRecurrence
-from ..recurrence.groups import Split
+from ..native.cuda import Block
+from ..recurrence.cuda import CudaRecurrence, Split
 from .reference import SIGNATURE
 
 STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv7/plain.cuh

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..recurrence.packed import one_by_one
-from ..recurrence.signature import Signature
+from ..recurrence.signature import Signature, one_by_one
 
 SIGNATURE = Signature("wkv7", rows=("r", "w", "k", "v", "a", "b"), shared=(), state_rows="value")
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from ...config import Objective
-from ...ops.native.kept import COMPILING
+from ...ops.native.build import COMPILING
 from ...plots import LOSSES, of_files
 from ..step.plan import Plan
 

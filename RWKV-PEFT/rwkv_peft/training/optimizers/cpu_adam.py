@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from ...children import python_command, when_parent_ends
 from ...cli.errors import UserError, told
-from ...ops.native.kept import COMPILING
+from ...ops.native.build import COMPILING
 
 
 def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:

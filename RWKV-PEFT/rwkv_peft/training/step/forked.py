@@ -16,7 +16,7 @@ from ...data.collate import positions
 from ...data.samples import Samples
 from ...models.state import State
 from ...ops.products import matmul
-from ...ops.recurrence.checks import vouch
+from ...ops.recurrence.signature import vouch
 from .segments import sent
 
 WORTH, GPU_WORTH = 64, 4096  # saved tokens that are worth a further pass; on a GPU by a count of its launches

@@ -13,7 +13,7 @@ from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
 from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
-from ...ops.recurrence.checks import vouch
+from ...ops.recurrence.signature import vouch
 from ..optimizers.choice import make_optimizer
 from .forked import tokens_read
 from .steps import Step

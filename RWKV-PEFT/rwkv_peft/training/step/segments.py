@@ -7,7 +7,7 @@ import torch
 
 from ...data.collate import positions
 from ...models.state import State
-from ...ops.recurrence.checks import vouch
+from ...ops.recurrence.signature import vouch
 
 
 class Segment(NamedTuple):

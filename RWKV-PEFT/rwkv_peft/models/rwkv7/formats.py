@@ -1,20 +1,123 @@
-"""RWKV-7 in the layout of flash-linear-attention, which folders of it on Hugging Face have.
+"""An RWKV-7 checkpoint's keys and tensors as other formats have them; Hugging Face's keys only lack a prefix.
 
-The layout is that of the state dict of fla/models/rwkv7 there: low-rank factors are linear layers, and so transposed,
-with w0, a0 and v0 as their biases; vectors are flat but for the token shift's; layer 0 has no value residual. Older
-folders have the six token-shift amounts of a layer in one tensor of six rows.
+llama.cpp (architecture rwkv7): low-rank factors are transposed, the six token-shift amounts stacked, the other vectors
+flat. llama.cpp wants a value residual in layer 0 too, though that layer uses none, as wide as the in-context learning
+rate's: copies of the latter stand in, even if the file has a value residual there.
+
+flash-linear-attention (fla/models/rwkv7), the layout of folders on Hugging Face: low-rank factors are linear layers,
+and so transposed, with w0, a0 and v0 as their biases; vectors are flat but for the token shift's; layer 0 has no value
+residual. Older folders have the six token-shift amounts of a layer in one tensor of six rows.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...cli.errors import UserError, short
-from ..family import differences
+from ..family import GgufTensor, differences
+from ..gguf import CONTEXT, GgufTensors, flat
 from .keys import LOW_RANK, SHIFTS, RWKV7Config
+
+HF_PREFIX = "model."
+PREFIXES = (HF_PREFIX, "rwkv7.", "_orig_mod.", "module.")  # what trainers and converters put before official keys
+
+
+def to_hf(key: str) -> str:
+    """blocks.0.att.key.weight -> model.blocks.0.att.key.weight; head.weight stays."""
+    return key if key.startswith("head.") else HF_PREFIX + key
+
+
+def from_hf(key: str) -> str:
+    """The inverse of to_hf; a key that is official already stays as it is."""
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def to_web(key: str) -> str:
+    """web-rwkv and Ai00 spell keys in lower case, as official files do."""
+    return key.lower()
+
+
+def swapped_in_web(key: str) -> bool:
+    """True if web-rwkv keeps the last two dimensions of this tensor the other way round."""
+    return key.rpartition(".")[2] in LOW_RANK
+
+
+def hf_settings(config: RWKV7Config) -> dict[str, Any]:
+    """config.json of a folder with the layout of the Hugging Face RWKV-7 models."""
+    return {
+        "architectures": ["Rwkv7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": config.vocab_size,
+        "context_length": 1 << 20,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "intermediate_size": config.dim_ffn,
+        "head_size": config.head_size,
+        "num_attention_heads": config.n_head,
+        "layer_norm_epsilon": 1e-5,
+        "group_norm_epsilon": 64e-5,
+        "embedding_layer_norm_fused": False,
+        "wkv_state_dtype": "float32",
+        "decay_low_rank_dim": config.decay_rank,
+        "a_low_rank_dim": config.iclr_rank,
+        "v_low_rank_dim": config.value_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def gguf_tensors(base: Mapping[str, Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
+    """See Family.gguf_tensors."""
+    told = GgufTensors(base)
+    entry = told.entry
+    yield from told.embedding()
+    for i in range(config.n_layer):
+        att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
+        yield from told.norms(i)
+        yield told.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}x_{name}" for name in SHIFTS])
+        for name in "wav":
+            source = "a" if i == 0 and name == "v" else name
+            yield entry(f"{block}time_mix_{name}0.weight", f"{att}{source}0", flat)
+            yield entry(f"{block}time_mix_{name}1.weight", f"{att}{source}1", torch.t)
+            yield entry(f"{block}time_mix_{name}2.weight", f"{att}{source}2", torch.t)
+        for name in ("g1", "g2"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}", torch.t)
+        for name in ("k_k", "k_a", "r_k"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}", flat)
+        for name in ("receptance", "key", "value", "output"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}.weight", large=True)
+        yield entry(f"{block}channel_mix_lerp_k.weight", f"{ffn}x_k")
+        for name in ("key", "value"):
+            yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
+    yield from told.head()
+
+
+def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
+    """See Family.gguf_settings."""
+    return (
+        ("add_context_length", CONTEXT),
+        ("add_embedding_length", config.n_embd),
+        ("add_block_count", config.n_layer),
+        ("add_layer_norm_eps", 1e-5),
+        ("add_wkv_head_size", config.head_size),
+        ("add_decay_lora_rank", config.decay_rank),
+        ("add_iclr_lora_rank", config.iclr_rank),
+        ("add_value_residual_mix_lora_rank", config.value_rank),
+        ("add_gate_lora_rank", config.gate_rank),
+        ("add_feed_forward_length", config.dim_ffn),
+        ("add_head_count", 0),  # there are no attention heads
+    )
+
 
 LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 SIGN = re.compile(r"model\.layers\.[0-9]+\.attn\.[wavg]_lora\.lora\.")

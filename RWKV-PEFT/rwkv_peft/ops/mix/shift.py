@@ -1,7 +1,9 @@
-"""Token shift with interpolation on a GPU: an autograd Function like cpu_lerp.Lerp.
+"""Token shift with interpolation, including the weights' low-rank product: autograd Functions over cpu/mix/lerp.h and
+over cuda/mix.
 
-The kernels of cuda/mix/low_rank.cuh include the weights' low-rank product; they serve if they take the tensors, and in
-backward if `up` and maa are also frozen. Otherwise it is a matrix product beside the kernels of cuda/mix/lerp.cuh.
+Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that. On a GPU the kernels of
+cuda/mix/low_rank.cuh include the low-rank product; they serve if they take the tensors, and in backward if `up` and maa
+are also frozen. Otherwise it is a matrix product beside the kernels of cuda/mix/lerp.cuh.
 """
 
 import math
@@ -15,10 +17,53 @@ from ..products import matmul
 from . import cuda
 from .functions import compute, differentiable_once, numbered, room_like, rounded
 
+
+class CpuLerp(Function):
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        maa: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
+        outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
+        compute("lerp_forward", read, numbered("out", outs), **_sizes(x, maa, up, cu_seqlens))
+        return outs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
+        need_x, need_last, need_maa, need_low, need_up = ctx.needs_input_grad[:5]
+        gx = torch.empty_like(x) if need_x else None
+        glast = torch.zeros_like(last) if need_last else None
+        gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
+        glow = torch.empty_like(low) if need_low else None
+        gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens) | numbered("grad", grads)
+        written = dict(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
+        compute("lerp_backward", read, written, **_sizes(x, maa, up, cu_seqlens))
+        gmaa, gup = rounded((gmaa, gup), x.dtype)
+        return gx, glast, gmaa, glow, gup, None
+
+
+def _sizes(x: Tensor, maa: Tensor, up: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, int]:
+    B, T, C = x.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return dict(n=maa.shape[0], tokens=B * T, channels=C, rank=0 if up is None else up.shape[1], sequences=sequences)
+
+
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a sum over channels
 
 
-class Lerp(Function):
+class GpuLerp(Function):
     """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
 
     @staticmethod
