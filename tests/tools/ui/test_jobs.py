@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from rwkv_peft.tools.ui.chat import close_chats
-from rwkv_peft.tools.ui.jobs import Jobs
+from rwkv_peft.tools.ui.jobs import Jobs, close_chats
 
 
 def test_a_command_that_begins_slowly_runs(monkeypatch, tmp_path):

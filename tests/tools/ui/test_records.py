@@ -6,9 +6,8 @@ import time
 import pytest
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.tools.ui.chat import port_of
-from rwkv_peft.tools.ui.jobs import Jobs
-from rwkv_peft.tools.ui.lines import lines_of
+from rwkv_peft.tools.ui.files import lines_of
+from rwkv_peft.tools.ui.jobs import Jobs, port_of
 
 
 def test_records_of_commands_that_came_with_a_folder_are_data(tmp_path):

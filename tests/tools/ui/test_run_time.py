@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from rwkv_peft.tools.ui.pace import LEAST, measured
-from rwkv_peft.tools.ui.places import Places
+from rwkv_peft.tools.ui.files import Places
+from rwkv_peft.tools.ui.runs import LEAST, measured
 
 FLAGS = {"load_model": "base.pth", "data_file": ["rows.jsonl"], "micro_bsz": "8"}
 

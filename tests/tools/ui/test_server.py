@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.tools.ui.files import TAIL, Places, last_of
 from rwkv_peft.tools.ui.flags import parse_flags
 from rwkv_peft.tools.ui.form import CHAT, FIRST, chat_form, form
-from rwkv_peft.tools.ui.lines import TAIL, last_of
-from rwkv_peft.tools.ui.places import Places
 from rwkv_peft.tools.ui.runs import find_runs, folders
 from tools.ui.pages import CHILDREN
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.tools.ui.uploads import LONGEST, MOST, Uploads, cleaned
+from rwkv_peft.tools.ui.files import LONGEST, MOST, Uploads, cleaned
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The page's server: its files, and what they ask for as JSON."""
+"""The page's server: its files, and their requests, answered as JSON."""
 
 import json
 import mimetypes
@@ -20,14 +20,10 @@ from ...cli.errors import UserError, visible
 from ...cli.names import CARD, GGUF_TYPES, METRICS
 from ...inference.serve.gate import Gate
 from ...inference.serve.web import new_app, tell_refusal
-from .chat import ask, serve
+from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
-from .jobs import Jobs, interrupt
-from .lines import is_plain, last_of, lines_of, read
-from .pace import measured
-from .places import Places
-from .runs import ANSWERS, find_runs, taken
-from .uploads import Uploads
+from .jobs import Jobs, ask, interrupt, serve
+from .runs import ANSWERS, find_runs, measured, taken
 
 PAGE = Path(__file__).parent / "page"
 FILES = "/api/files"  # takes the bytes of files, in parts
@@ -41,8 +37,8 @@ This browser then remembers the key until the command is started anew.</p>
 
 
 def word(text: str) -> str:
-    """A text that may be a word of a command, or a file's name. Raises ValueError for a zero byte, and for half of a
-    surrogate pair."""
+    """A text that may be an argument of a command, or a file's name. Raises ValueError for a zero byte, and for half of
+    a surrogate pair."""
     if b"\0" in os.fsencode(text):
         raise ValueError("a zero byte stands in it")
     return text
@@ -72,7 +68,7 @@ class Folder(BaseModel):
 
 
 class Chat(BaseModel):
-    """A model to talk to, and what answers beside it."""
+    """A model for a chat, with adapters and a state that answer beside it."""
 
     model: Word
     adapter: Word = ""
@@ -148,7 +144,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
         return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
 
     def finished(module: str, *words: str) -> tuple[int, str]:
-        """Run a module in the root -> its exit code, and what it printed."""
+        """Run a module in the root -> its exit code and output."""
         try:
             done = subprocess.run(
                 python_command(module, *words),

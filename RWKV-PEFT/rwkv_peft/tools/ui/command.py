@@ -13,10 +13,9 @@ from ...cli.errors import UserError
 from ...inference.serve.gate import Gate, Guard
 from ...inference.serve.web import bound, run
 from .app import FILES, make_app
-from .chat import close_chats
+from .files import hidden
 from .flags import parse_flags
-from .jobs import Jobs
-from .places import hidden
+from .jobs import Jobs, close_chats
 
 HOST = "127.0.0.1"
 DRAIN = 5  # seconds that an answer may go on when the page ends

@@ -80,7 +80,7 @@ def chat_form() -> list[dict[str, Any]]:
 
 def field_of(action: argparse.Action) -> dict[str, Any]:
     """A flag as a field: its name, help, kind (on: given or not; switch: 0 or 1; choice; list; paths; path; text), the
-    values of a choice, what the help says of each, the default as text, and words to find it by."""
+    values of a choice, the help of each, the default as text, and words to find it by."""
     name = next(flag for flag in action.option_strings if flag.startswith("--")).removeprefix("--")
     kind, values = "text", []
     if action.nargs == 0:
@@ -119,7 +119,7 @@ def search_words(flag: str) -> str:
 
 
 def default_of(default: Any, text: str) -> str:
-    """The default of a flag as text, or as its help says it if the flag has none."""
+    """The default of a flag as text, or from its help if the flag has none."""
     if default is None or default == []:
         said = DEFAULT.search(text)
         return said[1] if said else ""
@@ -127,6 +127,6 @@ def default_of(default: Any, text: str) -> str:
 
 
 def around(text: str, told: Mapping[str, str]) -> str:
-    """Leave the values out of a help whose field tells of each value when it is chosen."""
+    """Leave the values out of a help if the field shows the help of the chosen value."""
     begin, end = text.find(f"{next(iter(told))}: "), text.rfind(" (default")
     return (text[:begin] + (text[end + 1 :] if end >= 0 else "")).strip()

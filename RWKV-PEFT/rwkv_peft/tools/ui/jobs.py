@@ -1,5 +1,9 @@
-"""The commands that the page starts: each is a process of its own, with a folder that tells about it."""
+"""The commands that the page starts: each is a process of its own, with a folder for its output and exit code. Among
+them are servers of models for chats, `rwkv-peft serve` on ports of their own, so that a model that fails or is closed
+ends nothing else, and frees its memory.
+"""
 
+import http.client
 import json
 import os
 import platform
@@ -10,8 +14,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,8 @@ from ...checkpoints.readable import within
 from ...children import python_command
 from ...cli.errors import UserError, visible
 from ...cli.numeric import is_whole
+from .files import hidden, is_plain, objects, read
 from .job import COMMAND, EXIT, LOCK, OUTPUT
-from .lines import is_plain, objects, read
-from .places import hidden
 
 HELD = 50  # jobs that are remembered
 NUMBER = re.compile("[0-9]{1,15}")
@@ -90,7 +93,7 @@ class Jobs:
         return [job for job in found if job is not None]
 
     def described(self, folder: Path) -> dict[str, Any] | None:
-        """A job's number, words, state, exit code and when it began; None if its folder tells nothing."""
+        """A job's number, words, state, exit code and when it began; None if its folder has no record."""
         match next(objects([read(folder / COMMAND)]), None):
             case {"words": [str(), *_] as words, "began": int(began) | float(began)} if abs(began) <= LATEST:
                 state = self.state(folder, began)
@@ -158,3 +161,58 @@ def interrupt(lock: Path, what: str) -> None:
     if held.get("host") != platform.node() or not is_whole(process, 2):  # -1: all processes
         raise UserError(f"{what} runs on {held.get('host', 'another machine')}; stop it there")
     os.kill(process, signal.SIGINT)
+
+
+HOST = "127.0.0.1"
+LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a server's word
+WAITED = 600  # seconds for an answer's next word
+
+
+def serve(jobs: Jobs, model: str, adapter: str = "", other: str = "", state: str = "", **flags: str) -> str:
+    """Start a server of a model, and of two adapters and a state as models beside it, with further flags that are not
+    empty; -> its job."""
+    words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
+    words += ["--drain_seconds", "1"]  # who closes it waits for no answer
+    adapters = [f"{name}={file}" for name, file in (("adapter", adapter), ("other", other)) if file]
+    words += ["--adapter", *adapters] * bool(adapters) + ["--state", f"state={state}"] * bool(state)
+    return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
+
+
+def close_chats(jobs: Jobs) -> None:
+    """End the servers that this page has opened; no other page shows them."""
+    for name in [*jobs.own]:
+        with suppress(UserError, OSError):  # it has ended
+            if jobs.job(name)["words"][0] == "serve":
+                jobs.stop(name)
+
+
+def port_of(jobs: Jobs, name: str) -> int:
+    """The port of a running server. Raises UserError if the job is none, is another page's, with another key, or
+    does not listen yet."""
+    job = jobs.job(name)
+    if name not in jobs.own or job["words"][0] != "serve" or job["state"] != RUNNING:
+        raise UserError(f"job {name} serves no model now; open it again")
+    if not (listens := LISTENS.search(read(jobs.folder_of(name) / OUTPUT))):
+        raise UserError("the model is not loaded yet")
+    return int(listens[1])
+
+
+def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[int, str, Iterator[bytes]]:
+    """Send a request to a job's server -> status, content type, and the answer piece by piece as it comes. Raises
+    UserError if it does not listen yet, or no more."""
+    connection = http.client.HTTPConnection(HOST, port_of(jobs, name), timeout=WAITED)
+    headers = {"Authorization": f"Bearer {jobs.key}", "Content-Type": "application/json"}
+    try:
+        method = "GET" if body is None else "POST"
+        connection.request(method, f"/{path}", body, headers)
+        response = connection.getresponse()
+    except OSError as error:
+        connection.close()
+        raise UserError("the model is not loaded yet, or its server is gone") from error
+
+    def pieces() -> Iterator[bytes]:
+        with closing(connection), suppress(OSError, http.client.HTTPException):  # the server is gone: so the page says
+            while piece := response.read1(1 << 16):
+                yield piece
+
+    return response.status, response.getheader("Content-Type", "application/json"), pieces()

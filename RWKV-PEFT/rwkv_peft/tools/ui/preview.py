@@ -34,7 +34,7 @@ def preview(options: Mapping[str, Any]) -> dict[str, Any]:
     data_type, fields.
 
     -> sizes: tokens of each document; counted: tokens that count in the loss; notes: on rows that may be mistakes or
-    were left out; texts: whether a run cuts what is too long into several rows; documents: the first as [{"title",
+    were left out; texts: True if a run cuts long texts into several rows; documents: the first as [{"title",
     "pieces": [[text, counts], …]}]. Raises UserError if the file has no row that can be read."""
     path, data_type = options["path"], options.get("data_type") or "sft"
     if data_type not in OF_ROWS:
