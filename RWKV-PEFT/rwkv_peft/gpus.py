@@ -17,7 +17,7 @@ CODE = re.compile(r"(sm|compute)_(\d+)(\d)(\D?)")  # of torch.cuda.get_arch_list
 def refusal() -> tuple[str, str]:
     """(reason, remedy) if torch cannot use this machine's GPUs, ("", "") if it can, or if there are none.
 
-    torch counts GPUs without CUDA, and so counts those whose driver is too old for its CUDA, too.
+    torch counts GPUs without CUDA, and so also counts GPUs with a driver too old for its CUDA.
     """
     if not torch.cuda.device_count():
         if torch.version.cuda is None or not unseen():
@@ -52,7 +52,7 @@ def without_code(device: int) -> tuple[str, str]:
 
 
 def count_gpus(instead: str) -> int:
-    """Count the GPUs that torch can use. Raises UserError, with what to do `instead`, if there are others."""
+    """Count the GPUs that torch can use. Raises UserError, with `instead` as the remedy, if there are others."""
     reason, remedy = refusal()
     count = torch.cuda.device_count()
     if reason:

@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 
 
 def main_memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory, of a container or batch job within its limit; 0 if not told."""
+    """(total, available) bytes of main memory, of a container or batch job within its limit; 0 if it is unknown."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")

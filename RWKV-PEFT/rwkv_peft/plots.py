@@ -1,5 +1,5 @@
-"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved; and what
-all pictures share."""
+"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved; and the
+style that all pictures share."""
 
 import json
 import math
@@ -133,7 +133,7 @@ def wants_logarithm(values: Sequence[float]) -> bool:
 
 
 def drawn_below(records: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Series]]:
-    """{axis: {label: its series}} of what records hold besides losses and rates: the shares of right answers (of the
+    """{axis: {label: its series}} of the records' figures besides losses and rates: the shares of right answers (of the
     pairs that a run learns from, its own questions, and the first few tasks of lm_eval), the margins of pairs, and the
     rewards, lengths and entropy of drawn answers."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
@@ -165,8 +165,8 @@ def of_files(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 def by_source(
     records: Iterable[dict[str, Any]], name: str, label: str, color: str
 ) -> list[tuple[str, dict[str, Any], list[int], list[float]]]:
-    """[(label, look, steps, losses)] of several data files, whose losses are the records' NAME/FILE: in one colour, and
-    told apart by the style of their lines."""
+    """[(label, look, steps, losses)] of several data files, the records' NAME/FILE: in one colour, with lines of
+    different styles."""
     names = dict.fromkeys(found for record in records for found, of, _ in of_files(record) if of == name)
     return [
         (
@@ -179,15 +179,15 @@ def by_source(
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
-    """The unit that a run's loss is a mean over: that of the objective with the most figures in its records."""
+    """The unit that a run's loss is a mean over: by the objective with the most figures in its records."""
     names = {name for record in records for name in record}
     return max(OBJECTIVES.values(), key=lambda one: sum(figure.name in names for figure in one.figures)).unit
 
 
 def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
     """Draw a run's metrics.jsonl: loss (raw and smoothed), learning rate, and validation loss and retained loss if they
-    were measured, over the steps; below them what drawn_below finds, if there is any. A run without a step is
-    drawn too."""
+    were measured, over the steps; below them drawn_below's series, if there are any. A run without a step is drawn
+    too."""
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
     below = drawn_below(records)

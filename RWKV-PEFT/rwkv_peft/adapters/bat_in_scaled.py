@@ -1,4 +1,4 @@
-"""bat-in-scaled: bat-in whose two terms have one size.
+"""bat-in-scaled: bat-in with two terms of one size.
 
 Adam moves each number of B by about the learning rate. bat-in's term B_b moves by as much, its term W_ab B_b, whose
 numbers are sums over `rank` products, by rms(W) sqrt(rank) of it, which is less. With a = 1 / (rms(W) sqrt(rank)), a
@@ -34,7 +34,7 @@ def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Para
 
 
 def keep(layer: Layer, constants: Params) -> None:
-    """The layer keeps a as the number `scale` too, which no step has to ask a GPU for."""
+    """The layer keeps a as the number `scale` too, which no step has to read from a GPU."""
     scale = constants["bone_scale"]
     layer.register_buffer("bone_scale", scale.to(layer.weight.device, torch.float32), persistent=False)
     if not scale.is_meta:

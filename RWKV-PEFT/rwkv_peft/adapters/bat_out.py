@@ -22,7 +22,7 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
 
 @dataclass(frozen=True)
 class ByOutput(BlockAffine):
-    """The change whose matrices belong to blocks of rows."""
+    """The change with a matrix for each block of rows."""
 
     def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]

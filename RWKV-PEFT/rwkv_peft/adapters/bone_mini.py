@@ -1,4 +1,4 @@
-"""bone-mini: bone whose matrix (rank, mini_rank) repeats along the outputs. MiSS's mini."""
+"""bone-mini: bone with a matrix (rank, mini_rank) that repeats along the outputs. MiSS's mini."""
 
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ def sizes(params: Params) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Repeated(Sum):
-    """A change whose rows repeat after the width of the matrix."""
+    """A change with rows that repeat after the width of the matrix."""
 
     def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]

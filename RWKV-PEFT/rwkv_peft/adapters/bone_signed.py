@@ -1,9 +1,9 @@
 """bone-signed: bone that sums the shards of the input with signs, drawn once for each input.
 
 Bone's Σ_b x_b sketches the input in `rank` numbers, each the sum of the inputs that share it. Signs make a count sketch
-of it (Charikar, Chen and Farach-Colton 2002; hashed features, Weinberger et al. 2009, arXiv 0902.2206): what the
-inputs have in common cancels instead of adding up, so that products of two sketches have those of the inputs as their
-mean. It is LoRA with this sketch as an A that does not train.
+of it (Charikar, Chen and Farach-Colton 2002; hashed features, Weinberger et al. 2009, arXiv 0902.2206): the common part
+of the inputs cancels instead of adding up, so that the mean of two sketches' product is the product of the inputs. It
+is LoRA with this sketch as an A that does not train.
 """
 
 from types import MappingProxyType

@@ -50,7 +50,7 @@ class Change(ABC):
 @dataclass(frozen=True)
 class Sum(Change):
     """W' = W + U for a U that does not depend on W, so that it can be subtracted: update(params, scale, shape) makes U
-    in the dtype of params. negated names tensors whose opposite sign gives -U."""
+    in the dtype of params. negated names tensors that give -U with the opposite sign."""
 
     update: Callable[[Params, float, tuple[int, int]], Tensor] = field(kw_only=True)
     negated: tuple[str, ...] = field(kw_only=True)

@@ -3,9 +3,9 @@
 Row o of W' is (1 + gain_o) |W_o| (W + U)_o / |(W + U)_o| with LoRA's update U = scale B A. A gain that starts at zero,
 in place of the paper's magnitude (1 + gain) |W|, keeps its small steps in bfloat16 too. As in the paper (section 4.3),
 the length |(W + U)_o| counts as a constant in the backward pass. It is never read off W + U:
-|W_o + U_o|² = |W_o|² + 2 W_o · U_o + |U_o|², of which W Aᵀ (out, rank) is the only product with the weight.
+|W_o + U_o|² = |W_o|² + 2 W_o · U_o + |U_o|², with W Aᵀ (out, rank) as the only product with the weight.
 
-Its file holds |W_o| as `lora_row_norm` (out,), so that it says what it began with.
+Its file holds the |W_o| that it began with as `lora_row_norm` (out,).
 """
 
 import math
@@ -45,7 +45,7 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
 
 
 def step(method: Method, config: AdapterConfig, in_features: int) -> float:
-    """A row turns as LoRA's moves, and its gain lengthens it by as much of it as the rate says."""
+    """A row turns as LoRA's moves, and its gain lengthens it in proportion to the rate."""
     return math.hypot(low_rank.step(method, config, in_features), 1 / math.sqrt(in_features))
 
 
@@ -67,8 +67,8 @@ class Turned(Change):
         return {**params, "amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
 
     def removed(self, weight: Tensor, opposite: Params, scale: float) -> Tensor:
-        """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), whose
-        length is known, which leaves a quadratic equation for f. Raises UserError if it has no solution above 0."""
+        """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), of known
+        length, which leaves a quadratic equation for f. Raises UserError if it has no solution above 0."""
         params = cast(opposite, weight.dtype)
         update, a = low_rank.LOW_RANK.delta(weight, params, scale), params["amount"]
         squared = params["lora_row_norm"].square()

@@ -1,4 +1,4 @@
-"""Optimizer groups: weight decay, layer-wise learning rates, and those of a method's own tensors."""
+"""Optimizer groups: weight decay, layer-wise learning rates, and a method's own rates."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -24,13 +24,13 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a model as optimizer groups.
 
-    With a family (a Family), RWKV-LM's rule for the generation: what multiplies a parameter's rate, and whether it may
-    decay. Without it, and besides it, what has two dimensions longer than 1 decays. ratios are (name, ratio) pairs,
+    With a family (a Family), RWKV-LM's rule for the generation: a factor of a parameter's rate, and True if it may
+    decay. Without it, and besides it, tensors with two dimensions longer than 1 decay. ratios are (name, ratio) pairs,
     which multiply the rates of an adapter's tensors of that name.
 
-    -> a list of dicts with "params", "weight_decay" and "lr_scale", which the schedule multiplies
-    by its learning rate; empty groups are left out, and names and order depend on the model alone. With matrices_apart
-    the matrices within blocks are in groups of their own, whose "shapes" are theirs; others have ().
+    -> a list of dicts with "params", "weight_decay" and "lr_scale", which the schedule multiplies by its learning rate;
+    empty groups are left out, and names and order depend on the model alone. With matrices_apart the matrices within
+    blocks are in groups of their own, with their "shapes"; others have ().
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     ratio_of = dict(ratios)
@@ -50,7 +50,7 @@ def parameter_groups(
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is the matrix of a layer within a block, or a matrix or a row of them of its adapter."""
+    """True if a parameter is the matrix of a layer within a block, or a matrix or a row of them of its adapter."""
     part, *_, leaf = name.split(".")
     of_adapter = leaf.startswith(("bone", "lora_"))  # others' numbers are no matrix
     inner = part not in ("emb", "head") and (leaf == "weight" or of_adapter)

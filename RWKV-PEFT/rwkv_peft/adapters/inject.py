@@ -1,4 +1,4 @@
-"""Put adapter layers into a model by module name, and decide what trains."""
+"""Put adapter layers into a model by module name, and choose the parameters that train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,16 +83,16 @@ def inject(
     gradients: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> InjectReport:
-    """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
+    """Replace the target layers of a model by adapter layers, in place, and freeze all that does not train.
 
     model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's if there
-    are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
-    if they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
-    (a Family) tells which parameters those are. If the method has constants, initial maps "<module>.<constant>" to
-    those of an adapter file to go on from (its weights are loaded afterwards); without it they are made anew, by some
-    methods from gradients: module name -> gradient of the loss with respect to its weight. device (by default the
-    model's): the one on which weights are taken apart and quantized, a layer at a time, which then goes back.
-    -> InjectReport. Raises UserError.
+    are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked if
+    they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family (a
+    Family) names these parameters. If the method has constants, initial maps "<module>.<constant>" to the adapter
+    file's that a run goes on from (its weights are loaded afterwards); without it they are made anew, by some methods
+    from gradients: module name -> gradient of the loss with respect to its weight. device (by default the model's): the
+    one on which weights are taken apart and quantized, a layer at a time, which then goes back. -> InjectReport. Raises
+    UserError.
     """
     modules = dict(model.named_modules())
     if names is None:
@@ -123,7 +123,7 @@ def inject(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a quantized weight counts as what it stands for."""
+    """(trainable, total) parameters; a quantized weight counts as its dense form."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     quantized = sum(
         m.out_features * m.in_features for m in model.modules() if isinstance(m, AdapterLinear) and m.quant != "none"
@@ -221,7 +221,7 @@ def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Path = "the adapter") -> None:
-    """Copy {name: tensor} of an adapter file into a model whose layers are injected already.
+    """Copy {name: tensor} of an adapter file into a model with injected layers.
 
     Every adapter parameter of the model must be in the file, and every tensor of the file in the model,
     with its shape; tensors that train whole keep the base's values if the file has none.

@@ -18,10 +18,10 @@ QUANTIZED = ("packed", "scales")  # buffers of a quantized weight
 
 
 class AdapterLinear(nn.Module):
-    """Takes the place of an nn.Linear, whose `weight` and `bias` it keeps, and adds its method's tensors.
+    """Takes the place of an nn.Linear, keeps its `weight` and `bias`, and adds its method's tensors.
 
     The trainable ones are parameters under the method's names, its constants buffers, beside others that the method
-    makes of them. A file or a merge needs to know `method`, `scale` and `quant` of a layer.
+    makes of them. Files and merges read `method`, `scale` and `quant` of a layer.
     """
 
     packed: Tensor
@@ -47,7 +47,7 @@ class AdapterLinear(nn.Module):
 
     @property
     def base(self) -> Tensor:
-        """The tensor that `product` multiplies by: the weight, or what a quantized layer keeps of it."""
+        """The tensor that `product` multiplies by: the weight, or its quantized form."""
         return self.weight if self.quant == "none" else self.packed
 
     @property

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA whose lora_B learns at lora_plus_ratio times the rate of lora_A.
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with lora_B learning at lora_plus_ratio times the rate of lora_A.
 Its files are LoRA's."""
 
 from dataclasses import replace

@@ -18,7 +18,7 @@ from .product import Frozen
 
 
 def fits_up_to(most: Callable[[int, int], int]) -> Callable[[AdapterConfig, int, int], Misfit | None]:
-    """The `fit` of a method whose largest rank on a layer (out, in) is most(out, in)."""
+    """The `fit` of a method with the largest rank most(out, in) on a layer (out, in)."""
 
     def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
         rank, limit = config.rank, most(out_features, in_features)

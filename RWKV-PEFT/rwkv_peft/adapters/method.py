@@ -1,8 +1,9 @@
-"""An adapter method: a value that says how a linear layer changes, and has its abilities as objects.
+"""An adapter method: a value that defines how a linear layer changes, with its abilities as objects.
 
 A method is a file with one `METHOD`, and a line in the table of config/methods.py. The parser, injection, adapter
-files, merging, conversion and the Hugging Face layers ask the method; none of them knows one by name. Its mathematics
-is in `tensors`, `change` and `apply`. Each further ability is a small object, or None if the method lacks it.
+files, merging, conversion and the Hugging Face layers use this value; none of them depends on a method's name. Its
+mathematics is in `tensors`, `change` and `apply`. Each further ability is a small object, or None if the method lacks
+it.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,9 +35,9 @@ class Layer(Protocol):
 
 
 class Misfit(NamedTuple):
-    """The reason why a size does not fit a layer: the setting (a field of AdapterConfig) has the given value, problem
-    says what is wrong with it; nearest is the nearest value that fits (0: any lower one); instead names a method
-    without that rule ("": none); too_large: such a value is a waste, and computes what it should all the same."""
+    """The reason why a size does not fit a layer: the setting (a field of AdapterConfig) has the given value, with a
+    problem, in words; nearest is the nearest value that fits (0: any lower one); instead names a method without that
+    rule ("": none); too_large: such a value is a waste, but computes the same."""
 
     setting: str
     value: int
@@ -75,8 +76,8 @@ def register(layer: Layer, constants: Params) -> None:
 @dataclass(frozen=True)
 class Constants:
     """Tensors that a file holds beside those that train. make(weight, config, gradient) computes them for a new layer;
-    gradient (out, in), that of the loss, is given if from_gradient is set. keep(layer, constants) puts them, or those
-    of a file, into a layer."""
+    the loss's gradient (out, in) is given if from_gradient is set. keep(layer, constants) puts them, or those of a
+    file, into a layer."""
 
     names: tuple[str, ...]
     make: Initial
@@ -119,15 +120,15 @@ class UpstreamLayer(NamedTuple):
 @dataclass(frozen=True)
 class Upstream:
     """The form of the method in RWKV-PEFT's files: tensors(layer) -> {name: tensor} there ("bone" for Bone's), or
-    raises UserError; remark(rank, scale) says what merging those files takes besides them, or ""."""
+    raises UserError; remark(rank, scale) is a note on merging those files, or ""."""
 
     tensors: Callable[[UpstreamLayer], Params] = lambda layer: layer.params
     remark: Callable[[int, float], str] = lambda rank, scale: ""
 
 
 class HfForm(NamedTuple):
-    """The form of the method in Hugging Face peft's BONE and MISS: the init_weights that mean it, first the one that
-    our files say, and the dimensions of its tensor."""
+    """The form of the method in Hugging Face peft's BONE and MISS: the init_weights that mean it, first the one in our
+    files, and the dimensions of its tensor."""
 
     names: tuple[bool | str, ...]
     dims: int = 2
@@ -145,11 +146,11 @@ class Method:
 
     Abilities: term(params, scale) is what `apply` adds to the base layer as data, differentiable in params, for fusions
     that compute it together with the operation before or after the layer. lora(params, scale, out, in) is the change as
-    `lora_A` (r, in) and `lora_B` (out, r), float32, whose product it is exactly. step(method, config, in) tells how far
-    Adam's first step moves a layer's weight: the root mean square of the change of its entries over the learning rate
-    (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean square 1/in. pace
-    is the rate over that of a first step like Bone's, if measurements ask for another. rates are (tensor, AdapterConfig
-    field that multiplies its rate).
+    factors `lora_A` (r, in) and `lora_B` (out, r), float32, with exactly that product. step(method, config, in) is the
+    distance that Adam's first step moves a layer's weight: the root mean square of the change of its entries over the
+    learning rate (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean
+    square 1/in. pace is the rate over the rate of a first step like Bone's, where measurements favour another. rates
+    are (tensor, AdapterConfig field that multiplies its rate).
     """
 
     name: str

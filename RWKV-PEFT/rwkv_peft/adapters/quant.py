@@ -1,8 +1,8 @@
 """Quantized frozen weights through bitsandbytes, an optional package: NF4 (4.5 bits a weight) and
 blockwise int8 (8.1 bits), on CPU and GPU.
 
-A product dequantizes a few rows at a time and drops them, so that memory in training is that of
-the quantized weight plus activations.
+A product dequantizes a few rows at a time and drops them, so that training's memory is the quantized weight plus
+activations.
 """
 
 import functools
@@ -57,7 +57,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def roundtrip(weight: Tensor, kind: str) -> Tensor:
-    """The weight (out, in) as a quantized layer sees it, in float32."""
+    """The weight (out, in) after quantization, in float32."""
     packed, scales = quantize(weight, kind)
     return QuantizedProduct(kind, weight.shape, scales).rows(packed, slice(0, weight.shape[0]), torch.float32)
 

@@ -1,5 +1,5 @@
-"""rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA whose scale falls with the square root of its rank, so that what
-a step changes does not shrink as the rank grows. Its files are LoRA's: they hold the scale."""
+"""rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA with a scale that falls with the square root of its rank, so that
+a step's change does not shrink as the rank grows. Its files are LoRA's: they hold the scale."""
 
 import math
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Methods over random numbers that a file need not hold, because its seed gives them again, on every machine and in
 every version.
 
-They are those of NumPy's legacy generator, whose stream never changes (NEP 19). A matrix is drawn row by row, so that
-layers of all widths share one: each layer takes the first rows that it needs.
+They come from NumPy's legacy generator, with a stream that never changes (NEP 19). A matrix is drawn row by row, so
+that layers of all widths share one: each layer takes the first rows that it needs.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def uniform(seed: int, stream: int, rows: int, columns: int) -> Tensor:
 
 
 def seeded(name: str, derive: Callable[[int, Layer], Params]) -> Constants:
-    """Constants that are one seed, called `name`; derive(seed, layer) gives what a layer keeps beside it as buffers."""
+    """Constants that are one seed, called `name`; derive(seed, layer) gives a layer's buffers beside it."""
 
     def make(weight: Tensor, config: AdapterConfig, gradient: Tensor | None) -> Params:
         return {name: torch.full((1,), float(config.init_seed))}

@@ -22,7 +22,7 @@ from .seeded import SeededSum, rows_of, seed_in, seeded, uniform
 
 
 def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
-    """Bound A and B, which are not in the file: a d of megabytes could ask for terabytes of them."""
+    """Bound A and B, which are not in the file: a d of megabytes could need terabytes of them."""
     most = out_features + in_features
     if config.rank <= most:
         return None

@@ -1,4 +1,4 @@
-"""Adapters in Python: put one into a Model, save what trained, merge it into its base."""
+"""Adapters in Python: put one into a Model, save its trained tensors, merge it into its base."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -37,8 +37,8 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
 
     method is a word of --peft, and settings are its fields: rank, mode ("bat-in" by default), alpha, …; targets such as
     ["att.key"] choose the layers, train_parts=["state"] or ["ln", "time"] train along, quant="nf4" keeps the frozen
-    matrices quantized. With method="none" only train_parts train. load goes on from an adapter file, which tells its
-    own method and settings. torch.manual_seed makes random starts repeatable. Raises UserError.
+    matrices quantized. With method="none" only train_parts train. load goes on from an adapter file, with that file's
+    method and settings. torch.manual_seed makes random starts repeatable. Raises UserError.
     """
     network, base = model.network, model.base
     if model.adapter is not None:
@@ -102,9 +102,9 @@ def config_of(method: str, settings: Mapping[str, Any]) -> AdapterConfig:
 
 
 def save_adapter(model: Model, path: str | Path) -> None:
-    """Write what rp.add_adapter made trainable as train.py writes it: a .safetensors that merging, checking and
-    generating take. Raises UserError if the model has no adapter, if a value is not finite, or if the file cannot be
-    written."""
+    """Write the tensors that rp.add_adapter made trainable as train.py writes them: a .safetensors that merging,
+    checking and generating take. Raises UserError if the model has no adapter, if a value is not finite, or if the file
+    cannot be written."""
     if model.adapter is None:
         raise UserError("the model has no adapter to save; rp.add_adapter puts one in")
     if Path(path).suffix != ".safetensors":
@@ -130,8 +130,8 @@ def merge(
     device: str = "cpu",
     any_base: bool = False,
 ) -> None:
-    """Merge one adapter, or several in the order of their training, into a base's .pth, and write the .pth output, bit
-    by bit that of merge_bone.py.
+    """Merge one adapter, or several in the order of their training, into a base's .pth, and write the .pth output, with
+    the bits of merge_bone.py's.
 
     scale multiplies the change; precision is the output's, "bf16", "fp16" or "fp32" (default: the base's); any_base
     takes an adapter of another base of the same shape. Raises UserError, and writes nothing then.

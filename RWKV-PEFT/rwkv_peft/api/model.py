@@ -33,8 +33,8 @@ DEVICES = ("cpu", "cuda")
 
 
 class Piece(NamedTuple):
-    """A piece of the continuation of the prompt of this number; end is "" while it goes on, and with its last piece
-    says why it ends: "end" (of the document), "stop" or "length"."""
+    """A piece of the continuation of the prompt of this number; end is "" while it goes on, and with the last piece the
+    reason: "end" (of the document), "stop" or "length"."""
 
     number: int
     text: str
@@ -43,8 +43,8 @@ class Piece(NamedTuple):
 
 class Model(nn.Module):
     """A model with all that belongs to it: network is the generation's own torch module, base the file it was read
-    from, start the State of one sequence before the first token (None: zeros), adapter the settings of what
-    rp.add_adapter put in (None: nothing).
+    from, start the State of one sequence before the first token (None: zeros), adapter the settings of rp.add_adapter's
+    adapter (None: nothing).
 
     It is frozen and in eval mode until rp.add_adapter.
     """
@@ -106,7 +106,7 @@ class Model(nn.Module):
     def generate(self, prompts: Iterable[str], max_tokens: int = ..., **settings: Any) -> list[str]: ...
 
     def generate(self, prompts: str | Iterable[str], max_tokens: int = 256, **settings: Any) -> str | list[str]:
-        """Continue one prompt -> a text, or many at once -> their texts. settings are those of `stream`."""
+        """Continue one prompt -> a text, or many at once -> their texts. settings as in `stream`."""
         asked = texts_in("prompts", prompts)
         texts = [""] * len(asked)
         for piece in self.stream(asked, max_tokens, **settings):
@@ -126,9 +126,9 @@ class Model(nn.Module):
         """Continue one prompt or many, `batch` at a time, and yield each Piece of text as soon as it is certain.
 
         An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
-        known chat layout begins its next question, () nowhere. state, of one sequence, is what each prompt goes on from
-        (default: the model's own). sampling are fields of rp.Sampling, such as temperature=0; the same arguments give
-        the same answers, and another seed others. Tokens are those of `rwkv-peft generate`. Raises UserError.
+        known chat layout begins its next question, () nowhere. state, of one sequence, precedes each prompt (default:
+        the model's own). sampling are fields of rp.Sampling, such as temperature=0; the same arguments give the same
+        answers, and another seed others. The tokens equal `rwkv-peft generate`'s. Raises UserError.
         """
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             known = ", ".join(field.name for field in fields(Sampling))

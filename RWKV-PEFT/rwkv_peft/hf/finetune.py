@@ -131,8 +131,8 @@ def refuse(message: str) -> NoReturn:
 
 
 def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
-    """Translate older names of arguments, and add what a machine without GPUs needs. Raises UserError if there are GPUs
-    that torch cannot use."""
+    """Translate older names of arguments, and add the settings of a machine without GPUs. Raises UserError if there are
+    GPUs that torch cannot use."""
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
     for old, new in RENAMED:
         if old not in known and new in known:

@@ -1,9 +1,9 @@
-"""The installed peft: the versions that Bone knows, their differences, and how BONE becomes one of its methods.
+"""The installed peft: the versions that Bone supports, their differences, and how BONE becomes one of its methods.
 
-peft finds a method's classes by PeftType, a str Enum with one member a method, and has no entry point for
-others. An Enum's members are closed by design: to add one is to do by hand what the class statement
-does, in the three tables that the enum module uses for lookups (by name, by value, in order). Only this
-file does that; it checks the result, and refuses versions of peft on which it has not been tried.
+peft finds a method's classes by PeftType, a str Enum with one member a method, and has no entry point for others. An
+Enum's members are closed by design: to add one by hand is the class statement's work, in the three tables that the enum
+module uses for lookups (by name, by value, in order). Only this file does that; it checks the result, and refuses
+versions of peft on which it has not been tried.
 
     0.14           keeps its four tables of methods in three modules; from 0.15 on all are in peft.mapping
     0.14 to 0.17   leave common work (freezing, merging, deleting …) to each method; BoneModel inherits it

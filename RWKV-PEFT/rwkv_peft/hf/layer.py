@@ -270,7 +270,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         self.scale_layer(1 if scale is None else scale)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: peft's converter to LoRA does not know this layer."""
+        """Return False: peft's converter to LoRA does not support this layer."""
         return False
 
     def __repr__(self) -> str:
@@ -283,6 +283,6 @@ def exact(weight: torch.Tensor) -> torch.dtype:
 
 
 def watched(layer: nn.Linear) -> bool:
-    """Return whether a layer has hooks that need its call; those of DeepSpeed's ZeRO-3, on all layers, do not."""
+    """Return whether a layer has hooks that need its call; DeepSpeed ZeRO-3's, on all layers, do not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")

@@ -39,8 +39,8 @@ CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft adds them to modules
 
 
 def default_targets() -> dict[str, list[str]]:
-    """peft's default target modules by model type: those of MiSS, or those of LoRA if this peft has no MiSS; of an RWKV
-    all linear layers of a block."""
+    """peft's default target modules by model type: MiSS's, or LoRA's if this peft has no MiSS; of an RWKV all linear
+    layers of a block."""
     names = ("TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
     found = next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
     return found | {config.model_type: list(family_named(config.version).targets) for config in CONFIGS}
@@ -57,7 +57,7 @@ def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: 
 
 
 class BoneModel(tuner_for(BoneLinear)):
-    """A model whose targeted linear layers carry Bone adapters; made by peft from a BoneConfig.
+    """A model with Bone adapters on its targeted linear layers; made by peft from a BoneConfig.
 
     model: any torch module. Raises UserError for a target that is not linear, or if the rank does not fit it;
     peft raises ValueError if the targets match nothing.

@@ -1,4 +1,4 @@
-"""Errors of Hugging Face's libraries, told as UserErrors."""
+"""Errors of Hugging Face's libraries as UserErrors."""
 
 import contextlib
 from collections.abc import Iterator

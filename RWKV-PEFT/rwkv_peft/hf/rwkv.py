@@ -80,9 +80,9 @@ class RWKVPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None, *args: Any, **settings: Any) -> Any:
-        """Load a .pth, the folder of an RWKV model, or its name on the hub, in one of three layouts: that of
-        save_pretrained and `rwkv-peft convert`, which is RWKV's own, or flash-linear-attention's. settings are those of
-        transformers. Raises UserError for a file or folder that holds no complete model."""
+        """Load a .pth, the folder of an RWKV model, or its name on the hub, in one of three layouts: RWKV's own, as
+        save_pretrained and `rwkv-peft convert` write it, or flash-linear-attention's. settings as in transformers.
+        Raises UserError for a file or folder that holds no complete model."""
         if folder is None or settings.get("state_dict") is not None:
             return super().from_pretrained(folder, *args, **settings)
         given, others = settings.pop("config", None), {}
@@ -126,13 +126,13 @@ class RWKVPreTrainedModel(PreTrainedModel):
         self.model.grad_checkpoint = enable
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a new model as a whole by its generation's rule, once, when transformers asks for its first part."""
+        """Draw a new model as a whole by its generation's rule, once, at transformers' call for its first part."""
         if module is self.model.emb and not module.weight.is_meta:
             self.config.family.init_weights(self.model)
 
 
 class RWKVModel(RWKVPreTrainedModel):
-    """An RWKV without its head, for AutoModel; the head stays with it, frozen, so that what is saved is complete."""
+    """An RWKV without its head, for AutoModel; the head stays with it, frozen, so that a saved model is complete."""
 
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
@@ -147,7 +147,7 @@ class RWKVModel(RWKVPreTrainedModel):
 
 class RWKVForSequenceClassification(RWKVPreTrainedModel):
     """An RWKV with a new head over the last token of each row, for AutoModelForSequenceClassification, such as a reward
-    model; the old head stays with it, frozen, so that what is saved is complete."""
+    model; the old head stays with it, frozen, so that a saved model is complete."""
 
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
@@ -247,7 +247,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         """Compute tokens (B, T), which go on from state -> RWKVOutput, of the last logits_to_keep tokens (0: of all) or
         of those with these indices.
 
-        labels (B, T) are those of the same tokens, -100 if none counts. `generate` gives a twin that computes a token
+        labels (B, T) belong to the same tokens, -100 where none counts. `generate` gives a twin that computes a token
         of each row. The other arguments are Backbone's.
         """
         if twin is not None and input_ids is not None:

@@ -26,7 +26,7 @@ class BackboneOutput(ModelOutput):
 
 
 class Backbone(LanguageModel):
-    """A generation's model, whose parts and names it has, under the arguments of transformers."""
+    """A generation's model, with its parts and names, under the arguments of transformers."""
 
     def __init__(self, network: LanguageModel) -> None:
         nn.Module.__init__(self)
@@ -93,7 +93,7 @@ class Backbone(LanguageModel):
 
 def refuse_others(state: State | None, others: Mapping[str, Any]) -> State | None:
     """The State that goes on: `state`, or the one under a cache's name in `others`. Raises UserError for a cache of
-    another kind, and for an argument that asks for what an RWKV has not; None and False ask for nothing."""
+    another kind, and for an argument that is neither None nor False and that an RWKV cannot honour."""
     for name, value in others.items():
         if value is None or value is False:
             continue

@@ -1,4 +1,4 @@
-"""The config.json of an RWKV model for transformers: that of RWKV's own Hugging Face folders, with the exact sizes."""
+"""The config.json of an RWKV model for transformers: as in RWKV's own Hugging Face folders, with the exact sizes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -62,8 +62,8 @@ CONFIGS = (RWKV6Config, RWKV7Config)
 
 
 def config_of(dimensions: ModelConfig, **settings: Any) -> RWKVConfig:
-    """The RWKVConfig of a model's dimensions; settings such as eos_token_id replace those of RWKV's folders.
-    Raises UserError for a generation that transformers has no form of."""
+    """The RWKVConfig of a model's dimensions; settings such as eos_token_id replace the folders' own. Raises UserError
+    for a generation that transformers has no form of."""
     told = family_named(dimensions.version).hf_settings(dimensions)
     kind = next(kind for kind in CONFIGS if kind.version == dimensions.version)
     told = {name: value for name, value in told.items() if name not in ("architectures", "model_type")}

@@ -15,11 +15,11 @@ WORLD_FILE = "rwkv_vocab_v20230424.txt"  # in published folders, in place of a t
 
 
 class RWKVTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer of transformers over a World vocabulary: that of the package ("world"), its first 257 tokens
-    ("bytes"), or a .txt file.
+    """A tokenizer of transformers over a World vocabulary: the package's ("world"), its first 257 tokens ("bytes"), or
+    a .txt file.
 
     Token 0 ends a document, begins and pads. Chats are laid out as in training (docs/guides/data.md). Padding is on the
-    left, because what is generated goes on from the right.
+    left, because generation continues on the right.
     """
 
     vocab_files_names = {"vocab_file": WORLD_FILE, "tokenizer_file": "tokenizer.json"}

@@ -36,7 +36,8 @@ def official_key(key: str) -> str:
 
 
 def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Family:
-    """The Family of {key: tensor}, recognized by its sign. Raises UserError, which says what else it is."""
+    """The Family of {key: tensor}, recognized by its sign. Raises UserError for anything else, with its name if it is
+    known."""
     if "emb.weight" not in tensors:
         prefixed = next((key for key in tensors if key.endswith(".emb.weight")), None)
         if prefixed:

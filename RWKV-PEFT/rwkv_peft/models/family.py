@@ -26,11 +26,10 @@ GgufTensor = tuple[str, tuple[int, ...], Callable[[], Tensor], bool]
 
 
 class Family(ABC, Generic[Config, Model]):
-    """One generation, over its own ModelConfig and model. version is its key in GENERATIONS (tables.py); sign is a
-    key that only its checkpoints have; targets are the linear layers of a block that take adapters, as ends of their
-    names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv
-    state in the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's
-    file.
+    """One generation, over its own ModelConfig and model. version is its key in GENERATIONS (tables.py); sign is a key
+    that only its checkpoints have; targets are the linear layers of a block that take adapters, as ends of their names;
+    parts are the groups of other parameters that --train_parts names; rows_are_keys gives the axes of a wkv state in
+    the model (state.py); states_in_model is True if the `rwkv` package looks for time states in a model's file.
 
     `class F(Family, of=modules)` takes each function that these modules have under the name of a method below.
     """
@@ -110,13 +109,13 @@ class Family(ABC, Generic[Config, Model]):
         self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path
     ) -> dict[str, Tensor] | None:
         """{official key: tensor, a view} of {key: tensor} in flash-linear-attention's layout for this generation; None
-        for another layout, or if this generation reads none. settings are those of config.json, name is the folder's.
+        for another layout, or if this generation reads none. settings come from config.json, name is the folder's.
         Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
         return None
 
     def to_fla(self, base: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The inverse of from_fla: the tensors in that layout, without what its models do not compute, and the settings
-        of config.json but those of the tokenizer. Raises UserError without such a form."""
+        """The inverse of from_fla: the tensors in that layout, without those that its models do not compute, and the
+        settings of config.json but the tokenizer's. Raises UserError without such a form."""
         raise self.formless("flash-linear-attention's folder")
 
     def hf_settings(self, config: Config) -> dict[str, Any]:
@@ -177,7 +176,7 @@ class Family(ABC, Generic[Config, Model]):
         return config
 
     def load(self, tensors: Mapping[str, Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
-        """The model over {key: tensor}, whose memory it shares; time states are not parameters, and are left out."""
+        """The model over {key: tensor}, sharing their memory; time states are not parameters, and are left out."""
         with torch.device("meta"):
             model = self.build(config, grad_checkpoint)
         model.load_state_dict(split_time_states(tensors)[0], strict=True, assign=True)

@@ -21,7 +21,7 @@ def gguf_module(module: str) -> str:
 
 
 class GgufTensors:
-    """Describes tensors of a state dict as Family.gguf_tensors yields them; each is made only when it is asked for."""
+    """Describes tensors of a state dict as Family.gguf_tensors yields them; each is made when it is read."""
 
     def __init__(self, base: Mapping[str, Tensor]) -> None:
         self.base = base

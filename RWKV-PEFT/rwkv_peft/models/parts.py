@@ -27,9 +27,9 @@ HeadFunction = Callable[[Tensor, Tensor], Tensor]  # (x, the head's weight) -> a
 
 
 class Recurrent(nn.Module):
-    """A time mix whose wkv state before the first token may be tuned: time_state (H, N value, N key), as in files, or
-    None for zeros; while `untrained` is set, it is zeros. rows_are_keys tells the axes of the states that it computes
-    with (Family.rows_are_keys).
+    """A time mix with a wkv state before the first token that may be tuned: time_state (H, N value, N key), as in
+    files, or None for zeros; while `untrained` is set, it is zeros. rows_are_keys gives the axes of its states
+    (Family.rows_are_keys).
     """
 
     rows_are_keys: bool
@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
 
     def begun(self, carried: Tensor | None, sequences: int) -> Tensor | None:
         """The wkv states (sequences, H, N, N) before the first token, or None for zeros. carried (m, H, N, N) or None
-        are those of the first m sequences; the others begin from time_state."""
+        belong to the first m sequences; the others begin from time_state."""
         missing = sequences - (0 if carried is None else carried.shape[0])
         tuned = None if self.untrained else self.time_state
         if missing == 0 or (carried is None and tuned is None):
@@ -102,7 +102,7 @@ class Table(nn.Embedding):
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
     make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
-    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x. If it says sees_tokens,
+    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x. If sees_tokens is set,
     because its blocks have embeddings of their own, the tokens (B, T) are a block's last argument.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are empty
@@ -136,9 +136,9 @@ class LanguageModel(nn.Module):
         """tokens (B, T) int64, state State or None -> logits (B, T, V), State (empty unless `keep`).
 
         cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. state
-        is that of all n sequences, or of the first few; the others begin from the tuned time states, or from zeros.
-        If `head` is given, head(x, weight) takes the place of the logits (see Head). A relay brings the states in place
-        of `state`.
+        belongs to all n sequences, or to the first few; the others begin from the tuned time states, or from zeros. If
+        `head` is given, head(x, weight) takes the place of the logits (see Head). A relay brings the states in place of
+        `state`.
         """
         seen = (tokens,) if self.sees_tokens else ()
         x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, seen, relay)
@@ -209,8 +209,8 @@ class LanguageModel(nn.Module):
 
 
 def shifts_begun(state: Any, sequences: int) -> Any:
-    """Extend the fields other than wkv of a layer's state, which is that of the first few sequences, to all
-    `sequences` with zeros, because the others had no token before. Recurrent.begun extends wkv, which may be tuned."""
+    """Extend the fields other than wkv of a layer's state, given for the first few sequences, to all `sequences` with
+    zeros, because the others had no token before. Recurrent.begun extends wkv, which may be tuned."""
     missing = sequences - state.wkv.shape[0]
     if missing <= 0:
         return state

@@ -7,8 +7,8 @@ state tuning makes it; a saved session also holds the other fields of the layers
 
 A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. Its field wkv is float32 in a model of
 any dtype; its methods keys() and shapes() give each field's key in files and its size. Fields of GROWING have an axis
-of tokens, (B, P, …), which are the last ones of the P: a last field, length (B,) int64, which files do without, tells
-how many.
+of tokens, (B, P, …), which are the last ones of the P: a last field, length (B,) int64, which files do without, counts
+them.
 """
 
 import re
@@ -36,8 +36,8 @@ DTYPES = MappingProxyType({"wkv": torch.float32, "length": torch.int64})  # of t
 class LayerState(NamedTuple):
     """The state of one layer of RWKV-6 or RWKV-7 between two calls.
 
-    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, whose rows are keys or
-    values, by generation (Family.rows_are_keys).
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
+    of values, by generation (Family.rows_are_keys).
     """
 
     att_shift: Tensor
@@ -103,8 +103,8 @@ class State(tuple[Any, ...]):
         return self.each(lambda name, tensor: tensor.repeat_interleave(n, 0))
 
     def put(self, rows: Tensor, other: "State") -> "State":
-        """The State with the sequences of rows (m,) int64 replaced by those of another State; fields that do not grow
-        are overwritten."""
+        """The State with the sequences of rows (m,) int64 replaced by another State's; fields that do not grow are
+        overwritten."""
         layers = []
         for layer, news in zip(self, other):
             pairs = [aligned(name, pair) for name, *pair in zip(layer._fields, layer, news)]
@@ -130,7 +130,7 @@ def aligned(name: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def grows(config: ModelConfig) -> bool:
-    """Tell whether a model's State grows with the tokens."""
+    """True if a model's State grows with the tokens."""
     return "length" in config.layer_state._fields
 
 
@@ -149,8 +149,8 @@ def extended(before: Any, fields: Mapping[str, Tensor], lengths: Tensor) -> dict
 
 
 def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
-    """The layer's state after a call, of one whose growing fields have only the tokens of that call, packed as these
-    are, and of the state before the call."""
+    """The layer's state after a call, made of the state before it and of one with only the call's tokens in its growing
+    fields, packed as these are."""
     if not hasattr(after, "length"):
         return after
     fields = {name: getattr(after, name) for name in GROWING}
@@ -203,7 +203,7 @@ def turned(key: str, tensor: Tensor, rows_are_keys: bool) -> Tensor:
 
 
 def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
-    """State of one sequence from the tensors of a file, each of which must have its place and shape; zeros is the
+    """State of one sequence from the tensors of a file, which must all have their places and shapes; zeros is the
     model's State before the first token.
 
     A file without shifts starts as from no token before. Raises UserError for anything else than one of the two kinds.

@@ -2,7 +2,7 @@
 
 Many CPUs have no instructions for bfloat16 or float16, and torch multiplies these there by plain loops, up to a hundred
 times as slowly as float32. Weights and activations stay in their dtype in memory there, and are converted to float32
-for the time of one product, whose result is rounded once. On all other devices each function is torch's.
+for the time of one product, with one rounding of its result. On all other devices each function is torch's.
 """
 
 import functools

@@ -1,11 +1,10 @@
 """bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
 
-B_a stands to the right of every block of output row a, so its effect on the activations differs
-for each a: the activation side costs 4 T in out FLOPs besides the product with W, and the weight
-side 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
-weight side always: the gradient of B_a needs that of W', which makes 6 T in out the floor of a
-training step. It rebuilds W' a few output blocks at a time and never holds it whole; between
-forward and backward only x lives.
+B_a stands to the right of every block of output row a, so its effect on the activations differs for each a: the
+activation side costs 4 T in out FLOPs besides the product with W, and the weight side 2 in out r to build W'. Hence the
+weight side from T = rank/2 on. Backward is on the weight side always: the gradient of B_a needs the gradient of W',
+which makes 6 T in out the floor of a training step. It rebuilds W' a few output blocks at a time and never holds it
+whole; between forward and backward only x lives.
 """
 
 from collections.abc import Iterator

@@ -48,8 +48,8 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
 
 
 def of_weight_and_bias(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a product's weight and bias, a Function's second and third inputs, if they are wanted: g
-    (T, out), what is multiplied x (T, in), which is read for the weight alone."""
+    """The gradients of a product's weight and bias, a Function's second and third inputs, if they are wanted: g (T,
+    out), the input x (T, in), which is read for the weight alone."""
     need_weight, need_bias = ctx.needs_input_grad[1:3]
     return weight_gradient(g, x).to(weight.dtype) if need_weight else None, g.sum(0) if need_bias else None
 

@@ -148,7 +148,7 @@ def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, le
 
 
 def transposed(x: Tensor, level: str = "") -> Tensor:
-    """x (T, n) -> (n, T): a view, but for bfloat16 on AMX a copy, whose products take half the time."""
+    """x (T, n) -> (n, T): a view, but for bfloat16 on AMX a copy, with which products take half the time."""
     is_plain = x.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not FAMILY.takes(x)
     if is_plain or (level or FAMILY.best_level()) != "amx":
         return x.t()

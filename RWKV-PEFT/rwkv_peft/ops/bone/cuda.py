@@ -1,7 +1,7 @@
 """Calls cuda/bone: bat-in's affine form, bat-out's merged weight, sums over shards, and the tile that each shard of a
 result starts from, on NVIDIA GPUs.
 
-The functions are those of cpu.py, for float32 and bfloat16 tensors on one GPU. For tensors without data they only
+The same functions as in cpu.py, for float32 and bfloat16 tensors on one GPU. For tensors without data they only
 allocate.
 """
 

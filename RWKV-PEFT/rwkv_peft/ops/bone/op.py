@@ -19,7 +19,7 @@ CACHED_ELEMENTS = 1 << 18  # elements of merged rows that a CPU's cache holds wh
 
 
 def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType | None:
-    """The module (cpu or cuda) whose kernels take these tensors (None: not given) and products of a rank, or None for
+    """The module (cpu or cuda) with kernels for these tensors (None: not given) and products of a rank, or None for
     plain torch: the one place that decides."""
     if first.is_cpu:
         return cpu if cpu.FAMILY.takes(first, *others) else None
@@ -85,7 +85,8 @@ def merge(rows: Tensor, bone: Tensor) -> Tensor:
 
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """merge(rows, bone), which may take d's memory, and bone's gradient, given d (a r, in), that of the merged rows."""
+    """merge(rows, bone), which may take d's memory, and bone's gradient, given the merged rows' gradient d (a r,
+    in)."""
     if backend(d, rows, bone) is cpu and d.is_contiguous():
         d_bone = cpu.merge_backward_(d, rows, bone)
         return d, d_bone

@@ -41,6 +41,6 @@ def cross_entropy_(
 
 
 def backend(logits: Tensor) -> ModuleType | None:
-    """The module (cpu or cuda) whose kernel takes the logits, or None for plain torch: the one place that decides."""
+    """The module (cpu or cuda) with a kernel for the logits, or None for plain torch: the one place that decides."""
     kernels = cpu if logits.is_cpu else cuda
     return kernels if logits.is_contiguous() and kernels.takes(logits) else None

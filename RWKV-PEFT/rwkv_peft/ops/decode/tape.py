@@ -22,9 +22,9 @@ KINDS = ("", "tanh", "sigmoid")  # as ElementArguments numbers them
 
 
 class Tape:
-    """Calls over `rows` rows in a dtype. Each method adds one, and returns the buffers that it fills; those of one name
-    and width are one, so that a name is for what is read before it is filled again. Tapes that do not run at once may
-    share `memory`, which holds their buffers for MOST_ROWS rows."""
+    """Calls over `rows` rows in a dtype. Each method adds one, and returns the buffers that it fills; buffers of one
+    name and width are the same, so that each is read before it is filled again. Tapes that do not run at once may share
+    `memory`, which holds their buffers for MOST_ROWS rows."""
 
     def __init__(self, rows: int, dtype: torch.dtype, memory: dict[tuple[str, int], Tensor]) -> None:
         self.rows, self.like, self._memory = rows, torch.empty(0, dtype=dtype), memory
@@ -76,7 +76,7 @@ class Tape:
     def lerp(
         self, x: Tensor, maa: Tensor, names: Sequence[str], low: Tensor | None = None, up: Tensor | None = None
     ) -> tuple[list[Tensor], ctypes.Structure]:
-        """ops.mix.lerp -> a buffer for each of maa's rows, and the arguments, whose `last` is to be filled."""
+        """ops.mix.lerp -> a buffer for each of maa's rows, and the arguments, with `last` still to be filled."""
         outs = [self.buffer(name, x.shape[1]) for name in names]
         table = (ctypes.c_void_p * len(outs))(*(out.data_ptr() for out in outs))
         self._kept.append(table)
@@ -85,7 +85,7 @@ class Tape:
         return outs, self.mix("lerp", tensors, outs=ctypes.addressof(table), **sizes)
 
     def recur(self, recurrence: CpuRecurrence, inputs: Sequence[Tensor], size: int) -> tuple[Tensor, ctypes.Structure]:
-        """A step of a recurrence over heads of a size -> y, and the arguments, whose `state` and `final_state` are to
+        """A step of a recurrence over heads of a size -> y, and the arguments, with `state` and `final_state` still to
         be filled."""
         y = self.buffer("y", inputs[0].shape[1])
         sizes = dict(sequences=self.rows, tokens=self.rows, heads=y.shape[1] // size, head_size=size)

@@ -12,7 +12,7 @@ from .operations import OPERATIONS, Operation, class_name
 
 
 class LerpArguments(ctypes.Structure):
-    """The structure of the same name in cpu/mix/arguments.h, as those of OPERATIONS are."""
+    """The structure of the same name in cpu/mix/arguments.h, as OPERATIONS' are."""
 
     _fields_ = fields(
         "x last maa low up outs grads gx glast gmaa glow gup cu_seqlens", "n tokens channels rank sequences"

@@ -1,6 +1,6 @@
-"""The mix operations' autograd Functions over cpu/mix and cuda/mix: those of operations.py's table, and their helpers.
+"""The mix operations' autograd Functions over cpu/mix and cuda/mix: operations.py's table of them, and their helpers.
 
-Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
+Tensors are contiguous and share one dtype, float32 or bfloat16; op.py ensures that.
 """
 
 import functools

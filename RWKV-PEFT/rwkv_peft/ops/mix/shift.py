@@ -1,7 +1,7 @@
 """Token shift with interpolation, including the weights' low-rank product: autograd Functions over cpu/mix/lerp.h and
 over cuda/mix.
 
-Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that. On a GPU the kernels of
+Tensors are contiguous and share one dtype, float32 or bfloat16; op.py ensures that. On a GPU the kernels of
 cuda/mix/low_rank.cuh include the low-rank product; they serve if they take the tensors, and in backward if `up` and maa
 are also frozen. Otherwise it is a matrix product beside the kernels of cuda/mix/lerp.cuh.
 """

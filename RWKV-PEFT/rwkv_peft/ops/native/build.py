@@ -32,7 +32,7 @@ Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *ar
 
 
 class BuildError(RuntimeError):
-    """A library could not be built or loaded; the message says why and what to do."""
+    """A library could not be built or loaded; the message has the reason and the remedy."""
 
 
 def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
@@ -164,9 +164,9 @@ def compiler_knows(flags: Sequence[str]) -> bool:
 def build_library(
     name: str, source: Path, flags: Sequence[str], headers: Sequence[str | Path] = (), cache: str | Path | None = None
 ) -> Path:
-    """The library of `source`, compiled with flags -> its path. headers: files whose content matters besides the
-    source's; cache: a folder, by default cache_directory(). Raises BuildError with the compiler's own words if it
-    fails; a failure leaves nothing behind."""
+    """The library of `source`, compiled with flags -> its path. headers: further files that the library depends on;
+    cache: a folder, by default cache_directory(). Raises BuildError with the compiler's own words if it fails; a
+    failure leaves nothing behind."""
     files = [source, *map(Path, headers)]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise BuildError(f"the sources of {name} are missing: {', '.join(missing)}; reinstall, or clone the repository")
@@ -208,8 +208,8 @@ def _version(compiler: str) -> str:
 
 
 def _make(work: Path, command: Sequence[str]) -> Path:
-    """Compile in the folder `work` -> the library's path. Raises BuildError with the compiler's words, or OSError if
-    they say that the disk is full, which may be that of temporary files."""
+    """Compile in the folder `work` -> the library's path. Raises BuildError with the compiler's words, or OSError if a
+    disk is full, perhaps the one for temporary files."""
     environment = os.environ | {"LC_ALL": "C"}  # the message that is looked for below is English
     command = [*command, "-o", "library.so"]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, env=environment)

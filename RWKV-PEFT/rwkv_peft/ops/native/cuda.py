@@ -89,7 +89,7 @@ class Nvrtc:
 
     def architecture_for(self, capability: tuple[int, int]) -> str:
         """The architecture to compile for on a GPU of a compute capability: its own, or the latest older one of the
-        same major version, whose code it runs too. BuildError if there is none."""
+        same major version, with code that it runs too. BuildError if there is none."""
         major, minor = capability
         own = f"{major}{minor}"
         older = [f"{major}{n}" for n in reversed(range(minor)) if f"{major}{n}" not in JETSON and own not in JETSON]
@@ -208,8 +208,8 @@ class CudaFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, of the first NVRTC whose code loads there. Raises BuildError, uncached,
-        with the reason of each, if there is none."""
+        """The kernels for GPU number `device`, of the first NVRTC with code that loads there. Raises BuildError,
+        uncached, with the reason of each, if there is none."""
         reasons = []
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # makes torch's context the thread's current one
@@ -221,8 +221,8 @@ class CudaFamily:
         raise BuildError("\n".join(reasons) or "no NVRTC, CUDA's compiler, is here; pip install nvidia-cuda-nvrtc")
 
     def _built(self, compiler: Nvrtc, capability: tuple[int, int]) -> Kernels:
-        """Load what one NVRTC compiles; compile code anew once that does not load, because the cache may hold that of
-        another release with the same version."""
+        """Load one NVRTC's code; compile code anew once that does not load, because the cache may hold code of another
+        release with the same version."""
         given = f"{self.op}_cuda", self.source, f"sm_{compiler.architecture_for(capability)}", compiler
         image = cubin(*given)
         try:
@@ -256,8 +256,8 @@ class CudaFamily:
 
     def run(self, name: str, like: Tensor, given: Mapping[str, Any], blocks: int, block: Block | None = None) -> None:
         """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). given: the
-        structure's fields by name: tensors, whose addresses they are (None: null), and numbers. Does nothing for
-        tensors without data; RuntimeError if it fails."""
+        structure's fields by name: tensors, passed as addresses (None: null), and numbers. Does nothing for tensors
+        without data; RuntimeError if it fails."""
         if like.is_meta or not blocks:
             return
         values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}

@@ -32,8 +32,8 @@ def indices(cu_seqlens: Tensor, T: int) -> Tensor:
 
 
 class Call:
-    """A call's tensors, laid out in chunks and read a segment at a time. The chunks are the same for every row, or for
-    one packed row those of one sequence after another, so that a sequence costs only its own chunks."""
+    """A call's tensors, laid out in chunks and read a segment at a time. The chunks are the same for every row; in one
+    packed row they follow one sequence after another, so that a sequence costs only its own chunks."""
 
     def __init__(
         self,

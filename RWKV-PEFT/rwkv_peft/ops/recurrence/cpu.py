@@ -30,7 +30,8 @@ class CpuRecurrence:
         return self.family.unavailable(level)
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
-        """The states saved for backward: one at each tile's start, but a sequence's first, whose state is the input."""
+        """The states saved for backward: one at each tile's start, but a sequence's first, where the state is the
+        input."""
         return r.shape[0] * r.shape[1] // self.tile
 
     def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:

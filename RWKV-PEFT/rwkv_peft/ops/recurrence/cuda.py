@@ -72,8 +72,8 @@ def choose_group(B: int, T: int, H: int, sequences: int, resident: int) -> int:
 
 
 def places(B: int, T: int, sequences: int, group: int) -> int:
-    """The most groups in B rows of T tokens, or in one row of packed `sequences`, each of which may leave a place
-    unused; 0 if `group` is 0."""
+    """The most groups in B rows of T tokens, or in one row of packed `sequences`, which may each leave a place unused;
+    0 if `group` is 0."""
     if not group:
         return 0
     return B * -(-T // group) if sequences == B else T // group + sequences

@@ -55,7 +55,7 @@ class Backends:
 
     @functools.cache  # noqa: B019 - a Backends lives as long as its module
     def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
-        """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
+        """The backend to call: `backend` itself, or the meaning of "auto" for this device (GPUs differ) and dtype."""
         is_gpu = device_type == "cuda" and index is not None
         with torch.cuda.device(index) if is_gpu else nullcontext():  # which backends are asked about
             return self._resolve_here(backend, device_type, dtype)

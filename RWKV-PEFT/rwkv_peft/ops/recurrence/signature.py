@@ -59,8 +59,8 @@ MAX_HEAD_SIZE = 128
 
 
 def check(signature: Signature, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Check the arguments -> v, whose shape, device and dtype are the call's. Raises ValueError, with the value, the
-    rule and the remedy, if the arguments do not fit together."""
+    """Check the arguments -> v, which has the shape, device and dtype of the call. Raises ValueError, with the value,
+    the rule and the remedy, if the arguments do not fit together."""
     op, rows = signature.op, signature.rows
     v = inputs[rows.index("v")]
     shape, device = v.shape, v.device
