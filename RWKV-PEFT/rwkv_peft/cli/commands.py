@@ -205,7 +205,7 @@ def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
 
 
 def run(*command: str) -> NoReturn:
-    """Run the console script rwkv-peft, and exit; `command` are words put before those of the command line."""
+    """Run the console script rwkv-peft, and exit; `command` are words put before the command line's."""
 
     def whole(argv: list[str]) -> int:
         try:

@@ -38,8 +38,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], otherwise: str) -> str:
-    """The refusal of a flag or word that is not among `known`. It names what is given here instead, by `synonyms`
-    {flag: what is given here}, else the nearest known flag, else what to do `otherwise`."""
+    """The refusal of a flag or word that is not among `known`. Its remedy is this command's flag by `synonyms` {flag:
+    this command's}, else the nearest known flag, else `otherwise`."""
     meant = synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
     if meant:
         return f"there is no {short(flag)} here; it is {meant}"
@@ -49,13 +49,13 @@ def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], o
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that tells all mistaken flags at once, in one UserError.
+    """An ArgumentParser that reports all mistaken flags at once, in one UserError.
 
-    Flags are never abbreviated. The refusal of an unknown flag names what is given here instead, by `synonyms` {flag:
-    what is given here}, else the nearest flag; that of an unknown value gives the words of `values` {(flag, value):
-    words}, else the nearest choice. The refusal of a second value of a flag that takes one ends with that flag's remedy
-    in `several`. Flags are judged by `rules`, which their help tells; facts(namespace) are {fact: its value}, which
-    holds if that is true, and so does the command's own name.
+    Flags are never abbreviated. The refusal of an unknown flag names this command's flag by `synonyms` {flag: this
+    command's}, else the nearest flag; for an unknown value, the words of `values` {(flag, value): words}, else the
+    nearest choice. The refusal of a second value of a flag that takes one ends with that flag's remedy in `several`.
+    Flags are checked by `rules`, which are notes in their help too; facts(namespace) are {fact: its value}, which holds
+    if that is true, and so does the command's own name.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def tell(self, rules: Sequence[Rule]) -> None:
-        """Add to the help of each flag what rules say of it."""
+        """Add the rules on each flag to its help."""
         told = notes(rules)
         for action in self._actions:
             action.help = f"{action.help}{told.get(action.dest, '')}"
 
     def given(self, namespace: argparse.Namespace) -> Given:
-        """Collect what rules judge: all flags and facts, and the names of flags that are not their defaults, and of
+        """Collect the input of rules: all flags and facts, and the names of flags that are not their defaults, and of
         facts that hold."""
         flags = {action.dest: action.default for action in self._actions if action.dest in namespace}
         facts = {self.prog: True, **self.facts(namespace)}
@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def unknown(self, flag: str) -> str:
-        """The refusal of a flag or word that is not known."""
+        """The refusal of an unknown flag or word."""
         otherwise = f"see {self.prog} --help"
         if re.match("-[^-]", flag):
             otherwise += f"; a name that begins with a dash is given as ./{flag}"
@@ -235,7 +235,7 @@ stop_text = that(str, bool, "is an empty text, which would stop before the first
 
 
 def add_stop_flag(add: Callable[..., object], text: str) -> None:
-    """Add --stop, texts that end what a model writes, to a parser by its `add`; text is the flag's help."""
+    """Add --stop, texts that end an answer, to a parser by its `add`; text is the flag's help."""
     add("--stop", type=stop_text, nargs="+", default=[], metavar="TEXT", help=text)
 
 

@@ -1,4 +1,4 @@
-"""The refusals of a command line, gathered so that all are told at once."""
+"""The refusals of a command line, gathered so that all are reported at once."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class Refusals:
             self.messages.append(message)
 
     def attempt(self, make: Callable[..., Made], *arguments: Any) -> Made | None:
-        """Return make(*arguments); None if it raises UserError, whose message is added, or if an argument is None."""
+        """Return make(*arguments); None if an argument is None, or if it raises UserError; the message is added."""
         if any(argument is None for argument in arguments):
             return None
         try:

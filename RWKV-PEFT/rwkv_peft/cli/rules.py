@@ -1,8 +1,8 @@
 """Rules on which flags go together, as data: refusals of a command line and the notes in its help come from them.
 
 A condition reads as people write flags: "--compile" holds if that flag is given, "--loss_mask qa|se" if its value is
-one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact, told
-with its value unless that is True.
+one of these (of several values: if any is), "--peft !none" if it is another. Any other text is the name of a fact,
+shown with its value unless that is True.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -47,7 +47,8 @@ class Given(NamedTuple):
 
 
 def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:
-    """Yield the refusal of each broken rule; rules about what is not among the values were refused already."""
+    """Yield the refusal of each broken rule; rules on flags that are missing among the values are skipped: these were
+    refused already."""
     for rule in rules:
         others = rule.others.split(", ")
         for subject in rule.subjects.split(", "):
@@ -63,7 +64,7 @@ def contradictions(rules: Sequence[Rule], given: Given) -> Iterator[str]:
 
 
 def notes(rules: Sequence[Rule]) -> dict[str, str]:
-    """Say for the help of each flag what it, or a value of it, needs and does not go with."""
+    """{flag: note for its help} on the flags that it, or one of its values, needs and does not go with."""
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for rule in rules:
         others = rule.others.split(", ")
@@ -78,13 +79,13 @@ def notes(rules: Sequence[Rule]) -> dict[str, str]:
 
 
 def note(case: tuple[str, str], words: Sequence[str]) -> str:
-    """Say what a value of a flag needs or does not go with: case is (the value, "" for any, and the verb)."""
+    """The note on one value of a flag: case is (the value, "" for any, and the verb)."""
     wanted, verb = case
     return f"{worded(wanted) + ': ' * bool(wanted)}{verb} {', '.join(dict.fromkeys(words))}"
 
 
 def parts_of(condition: str) -> tuple[str, str]:
-    """(the flag without its dashes, the values that are asked for, "" if any will do); (a fact, "")."""
+    """(the flag without its dashes, the required values, "" for any); (a fact, "")."""
     name, _, wanted = condition.removeprefix("--").partition(" ")
     return (name, wanted) if condition.startswith("--") else (condition, "")
 

@@ -1,5 +1,5 @@
-"""The tables of generations, samplings and tasks by name. A thing is imported when it is first asked for, so that flags
-are judged by the names before torch is imported.
+"""The tables of generations, samplings and tasks by name. Entries are imported on first use, so that flags are checked
+by the names before torch is imported.
 """
 
 import importlib

@@ -14,7 +14,7 @@ QUANTIZATIONS = ("none", "nf4", "int8")
 class AdapterConfig(MethodSettings):
     """The adapter, the linear layers that get it, and the other parameters that train.
 
-    method is a word of --peft (methods.py), and mode one of its forms if it has several; method "none" has no adapter:
+    method is a value of --peft (methods.py), and mode one of its forms if it has several; method "none" has no adapter:
     the model itself trains, or train_parts. targets are module-name suffixes such as "att.key", () all that the
     generation has. The other fields are the method's own settings.
     """

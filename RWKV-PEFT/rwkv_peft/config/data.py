@@ -14,7 +14,7 @@ from .setting import setting
 
 class DataType(NamedTuple):
     """A kind of data. documents: the documents that a sample packs, 1 if --dataload decides; fields: the numbers of
-    fields that --sft_field may name, and what they are; () for tokens, which have no fields."""
+    fields that --sft_field may name, and their meaning; () for tokens, which have no fields."""
 
     documents: int = 1
     fields: tuple[int, ...] = ()
@@ -47,8 +47,8 @@ class DataConfig:
     "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
     two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
     ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
-    the samples; None keeps that of the file. bucketed: whether dataload "pad" brings rows of similar length together;
-    None: if rows share a batch.
+    the samples; None keeps the file's. bucketed: True if dataload "pad" brings rows of similar length together; None:
+    if rows share a batch.
     """
 
     path: str = setting(
@@ -194,5 +194,5 @@ class DataConfig:
 
     @property
     def documents(self) -> int:
-        """The number of documents that a sample packs, or 1; of a prompt, that of its answers."""
+        """The number of documents that a sample packs, or 1; of a prompt, its number of answers."""
         return self.num_generations if self.of_prompts else DATA_TYPES[self.data_type].documents

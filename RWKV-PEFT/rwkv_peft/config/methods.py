@@ -54,7 +54,7 @@ def read_alpha(name: str, value: Any) -> Any:
 
 
 def read_parts(name: str, text: str) -> tuple[str, ...]:
-    """Read RWKV-PEFT's parts of a block, "att,ffn" -> ("att", "ffn"), whose linear layers get adapters."""
+    """Read RWKV-PEFT's parts of a block with adapters on their linear layers, "att,ffn" -> ("att", "ffn")."""
     parts = names(text)
     if not parts or not set(parts) <= {"att", "ffn"}:
         raise UserError(
@@ -66,7 +66,7 @@ def read_parts(name: str, text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a word of --peft, which is `method`; targets are as in AdapterConfig."""
+    """The settings of a value of --peft, `method`; targets are as in AdapterConfig."""
 
     method: str = setting(
         "bone",
@@ -189,7 +189,7 @@ class MethodSettings(BoneSettings, LoraPlusSettings, PissaSettings, VeraSettings
 
 
 class Word(NamedTuple):
-    """A word of --peft: the methods that it stands for, the flag that takes their settings as JSON, the settings."""
+    """A value of --peft: the methods that it stands for, the flag that takes their settings as JSON, the settings."""
 
     name: str
     forms: tuple[str, ...]
@@ -269,18 +269,18 @@ JSON_FLAGS = (
 
 
 def forms(peft: str) -> tuple[str, ...]:
-    """The names of the methods that a word of --peft stands for; () for another word."""
+    """The names of the methods behind a value of --peft; () for another word."""
     return WORDS[peft].forms if peft in WORDS else ()
 
 
 def words_with(json_flag: str) -> tuple[str, ...]:
-    """The words of --peft whose methods take their settings from a JSON flag."""
+    """The values of --peft with settings from a JSON flag."""
     return tuple(word.name for word in WORDS.values() if word.json_flag == json_flag)
 
 
 def problems(config: MethodSettings, peft: str) -> Iterator[str]:
-    """Yield what is wrong with the settings of a word of --peft: values against their rules, and settings of other
-    words, which would do nothing; only a size may stay from another method."""
+    """Yield the problems of the settings of a value of --peft: values against their rules, and settings of other words,
+    which would do nothing; only a size may stay from another method."""
     word = WORDS[peft]
     for field in fields(word.settings):
         rule, value = field.metadata.get("rule"), getattr(config, field.name)

@@ -1,7 +1,7 @@
-"""The interface of an objective: what a training step minimizes. objectives/ has a file for each.
+"""The interface of an objective: the loss that a training step minimizes. objectives/ has a file for each.
 
-An objective is settings of a run, because its fields are flags. Other parts ask it instead of asking for its name. No
-file of an objective imports torch before a loss is computed, so that flags are judged without it.
+An objective is settings of a run, because its fields are flags. Other parts read it, and depend on no objective's name.
+No file of an objective imports torch before a loss is computed, so that flags are judged without it.
 """
 
 from abc import ABC, abstractmethod
@@ -63,13 +63,11 @@ class Figure(NamedTuple):
 class Objective(ABC):
     """Settings and properties of an objective.
 
-    - name: the value of --objective; text: its line in the help
-    - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
-    - unit: what its loss is a mean over
-    - needs: what it asks for besides a pass through the model: BASE, TEACHER, REWARDS
-    - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
-    - rules: further rules, on flags of its own
-    - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and
+    - name: the value of --objective; text: its line in the help - rows: the values of --data_type that it learns from;
+    a run of such data takes the first objective in the table - unit: what its loss is a mean over - needs: its inputs
+    besides a pass through the model: BASE, TEACHER, REWARDS - excludes: the settings that it does not go with, besides
+    those of OF_BASE if it needs the base - rules: further rules, on flags of its own - of_tokens: the loss is the mean
+    cross-entropy of tokens, so that rows may be computed in segments, and
       methods compared
     - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it reports, the first also in the progress bar
@@ -104,11 +102,11 @@ class Objective(ABC):
 
     @property
     def asks_base(self) -> bool:
-        """True if it asks for the word of the base."""
+        """True if it needs the base's reference log-probabilities."""
         return BASE in self.needs
 
     def problems(self, train: TrainConfig) -> Iterator[str]:
-        """Yield refusals of its settings that no rule tells."""
+        """Yield refusals of its settings beyond the table of rules."""
         yield from ()
 
     @property
@@ -125,5 +123,5 @@ class Objective(ABC):
         """The number of a batch's items that count, ()."""
 
     def describe(self) -> str:
-        """Say for the header of a run how a step changes the model; "" if that needs no word."""
+        """A sentence for the header of a run on how a step changes the model; "" if that needs no word."""
         return ""

@@ -1,4 +1,4 @@
-"""The table of settings that do not go together: flags of train.py are refused by it, and their help tells it."""
+"""The table of settings that do not go together: train.py refuses flags by it, and shows it in their help."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields

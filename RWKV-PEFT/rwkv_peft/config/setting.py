@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 class Condition(NamedTuple):
-    """A condition on a value, and what a message says if it does not hold."""
+    """A condition on a value, and the words of a message if it does not hold."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -29,7 +29,7 @@ def setting(
 ) -> Value:
     """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
     and argparse's options, some of which follow from the default: a tuple takes one value or more, and False none. With
-    unset the flag's default is None, and its help tells what that means. Without help the field has no flag.
+    unset the flag's default is None, explained in its help. Without help the field has no flag.
 
     key is the field's name in a JSON flag, and read(name, value) turns a value from there into the field's, or raises
     UserError. rule holds of every value."""

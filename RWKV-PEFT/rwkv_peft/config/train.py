@@ -28,7 +28,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The length of a run, and what it writes. epochs_chosen says that the flags left epoch_count to be chosen."""
+    """The length of a run, and its files. epochs_chosen: epoch_count is to be chosen, because no flag sets it."""
 
     proj_dir: str = setting("out", "folder that the run writes to", metavar="DIR")
     resume: str = setting(
@@ -192,7 +192,7 @@ class TrainConfig(MachineSettings, RunSettings, ModelSettings, ValidationConfig,
 
     @property
     def groups(self) -> int:
-        """The groups of ranks, each of which has rows of its own."""
+        """The groups of ranks, each with rows of its own."""
         return self.ranks // self.context_parallel
 
     @property

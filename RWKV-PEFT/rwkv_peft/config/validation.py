@@ -1,4 +1,4 @@
-"""Settings of the validation of a run while it trains, and of the questions that its model is asked."""
+"""Settings of a run's validation while it trains, and of questions to its model."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""Make an AdapterConfig of the flags that say what trains: single flags and the JSON values of RWKV-PEFT's scripts.
+"""Make an AdapterConfig of the flags on what trains: single flags and the JSON values of RWKV-PEFT's scripts.
 
-config/methods.py has the table of methods and their settings, which tells the flags and keys.
+Flags and keys come from the table of methods and their settings in config/methods.py.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The spellings of RWKV-LM, RWKV-PEFT, Hugging Face's trainers and others, in one table a kind: flags that are accepted
-and ignored, flags that are accepted with the values that ask for what happens anyway, and flags and values that have
-another name here, which the refusal gives. Meanings are told apart by what they do, because spellings mislead."""
+and ignored; flags that are accepted with the values that change nothing here; flags and values with another name here,
+which the refusal gives. Meanings go by effect, because spellings mislead."""
 
 import argparse
 import json

@@ -158,7 +158,7 @@ parser_of_train = functools.cache(build_parser)  # for those who add no flags; p
 
 def version(text: str) -> str:
     """Parse a --model_version or the number of a generation (an argparse type) -> the version. The error for one that
-    is not supported gives its name, if it is known."""
+    is not supported gives its name, if there is one."""
     if text in (*GENERATIONS, *SHORT):
         return SHORT.get(text, text)
     known = " or ".join(f"{known} ({generation(known)})" for known in GENERATIONS)

@@ -1,5 +1,4 @@
-"""Choose the learning rate of a run that is given none, by the model's width, the method's first step and what is
-learned.
+"""Choose the learning rate of a run without --lr_init, by the model's width, the method's first step and the objective.
 
 docs/guides/learning-rates.md has the formulas, their evidence, and the cases in which they mislead.
 """
@@ -47,8 +46,8 @@ def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:
 
 
 def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
-    """Return the TrainConfig with the rates that the flags left to be chosen set to those that the run began with, from
-    the state.json of a checkpoint, whatever would be chosen now."""
+    """The TrainConfig with automatic rates set to the run's first ones, from the state.json of a checkpoint, so that a
+    later version that chooses others goes on with these."""
     then = state.get("config", {}).get("train", {})
     values: dict[str, Any] = {name: float(then[name]) for name in train.lr_chosen if is_number(then.get(name))}
     return replace(train, **values)
@@ -56,7 +55,7 @@ def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfi
 
 def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str, Any] | None) -> TrainConfig:
     """Fill in the number of epochs if it is to be chosen: as many as make AIM steps at `epoch_steps` an epoch,
-    MOST_EPOCHS at most, unless these are fewer than FEW steps. A run that goes on keeps what it began with, by its
+    MOST_EPOCHS at most, unless these are fewer than FEW steps. A run that goes on keeps its first number, by its
     checkpoint's state.json (None: a new run)."""
     if not train.epochs_chosen:
         return train

@@ -29,8 +29,8 @@ DRAWN = -1  # the value that asks for a drawn seed
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise UserError if `folder` holds a folder, a pipe or a device by the name of a run's file, or a file by that of
-    a run's folder. Links are followed: a run's checkpoints may lie on another disk."""
+    """Raise UserError if `folder` holds a folder, a pipe or a device by the name of a run's file, or a file by the name
+    of a run's folder. Links are followed: a run's checkpoints may lie on another disk."""
     for entry in entries_of(folder):
         if entry.name in FOLDERS:
             require(entry, stat.S_ISDIR)
@@ -39,7 +39,8 @@ def check_run_folder(folder: Path) -> None:
 
 
 def require(entry: "os.DirEntry[str]", due: Callable[[int], bool]) -> None:
-    """Raise UserError unless an entry of a folder is, or leads to, what is due by stat.S_ISREG or stat.S_ISDIR."""
+    """Raise UserError unless an entry of a folder is, or leads to, a file (stat.S_ISREG) or a folder (stat.S_ISDIR) as
+    due."""
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:  # another rank has removed it meanwhile, or it is a link to a file that will be made
@@ -78,7 +79,7 @@ def check_overwriting(
     adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective
 ) -> Iterator[str]:
     """Yield a refusal for each file to read that has, in --proj_dir, a name under which runs write. A save would
-    replace it, and what was merged into it would then be merged twice; a run that begins anew would delete it."""
+    replace it, and the adapter in it would then be merged twice; a run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     teacher = (objective.teacher, objective.stored, *objective.teacher_adapters, objective.teacher_state)

@@ -98,7 +98,7 @@ def pairs_of(path: Path, node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
 
 
 def words_of(flag: str, action: argparse.Action, node: yaml.Node, name: str) -> list[str]:
-    """The words of a flag and its value on a command line; [] if the value says that it is not given."""
+    """The words of a flag and its value on a command line; [] for a value that means it is not given."""
     if node.tag == NULL:
         return []
     if isinstance(node, yaml.MappingNode):

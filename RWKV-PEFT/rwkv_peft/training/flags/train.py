@@ -1,4 +1,4 @@
-"""Find the contradictions among settings that no rule tells: those of numbers, folders and packages."""
+"""Find contradictions among settings beyond the table of rules: in numbers, folders and packages."""
 
 import argparse
 import importlib.util

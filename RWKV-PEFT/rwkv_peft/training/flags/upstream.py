@@ -64,7 +64,7 @@ def check_stage(args: argparse.Namespace) -> Iterator[str]:
 
 
 def adopt(args: argparse.Namespace) -> list[str]:
-    """Set the flags that a script means in a parsed command line -> notes that tell what was set."""
+    """Set the flags that a script means in a parsed command line -> notes on the changes."""
     notes = list(ignored(args))
     if args.load_model == PLACEHOLDER:
         args.load_model = ""
@@ -96,7 +96,7 @@ def newest_model(folder: Path) -> str:
 
 
 def total_steps(args: argparse.Namespace) -> int:
-    """The steps that --my_exit_tokens or --magic_prime asks for; 0 if neither does."""
+    """The steps by --my_exit_tokens or --magic_prime; 0 if neither does."""
     if args.my_exit_tokens:
         return -(-args.my_exit_tokens // (args.ctx_len * step_samples(args)))
     if args.train_stage and args.magic_prime:
@@ -118,8 +118,8 @@ def marker(text: str) -> int | dict[str, Any]:
 
 
 def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """Return {"mask_id", "mask_end_id": token ids} if --mask_id is the JSON, else {}. Its mask1 opens what counts, its
-    mask0 closes it. Raises UserError if other markers are given too."""
+    """Return {"mask_id", "mask_end_id": token ids} if --mask_id is the JSON, else {}. Its mask1 opens the part that
+    counts, its mask0 closes it. Raises UserError if other markers are given too."""
     given = [item for item in args.mask_id or () if isinstance(item, dict)]
     if not given:
         return {}
