@@ -24,9 +24,9 @@ from rwkv_peft.inference.showing import show
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, heat, merge_command
-from rwkv_peft.tools.compare.outcomes import read_outcome
+from rwkv_peft.tools.compare.plan import Size
 from rwkv_peft.tools.compare.report import rows_of, table
-from rwkv_peft.tools.compare.sizes import Size
+from rwkv_peft.tools.compare.runs import read_outcome
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.rates import with_first_rates

@@ -1,7 +1,6 @@
 """The command as a user types it: existing runs are kept, missing ones are run, and mistakes are reported first."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.tools.compare import runs
 from rwkv_peft.tools.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.tools.compare.flags import method_flags, parse_flags
-from rwkv_peft.tools.compare.plan import Cell, rate_of
-from rwkv_peft.tools.compare.sizes import Size
+from rwkv_peft.tools.compare.plan import Cell, Size, rate_of
 from rwkv_peft.tools.plan.rehearsal import count
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import VALIDATION, find_samples
@@ -78,44 +76,32 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys, warm_python
         main([*command, "--steps", "3", "--", *train])
 
 
-ODD = ({"rate": "-6"}, {"rate": 10**9}, {"method": ["bone"]}, {"seed": 8}, {"diverged": "no"})
+RESULTS = ({"rate": "-6"}, {"rate": 10**9}, {"method": ["bone"]}, {"seed": 8})
 DAMAGED = (
-    ("result.json", b"", "result.json is not JSON"),
     ("result.json", b"[1]", "result.json holds no settings, but a list"),
     ("result.json", b"\xff{}", "result.json is not JSON"),
-    ("result.json", b"[" * 100_000, "result.json is not JSON"),
     ("result.json", b"{}", "is not the result of the run that its folder names"),
-    *(("result.json", result(**odd), "is not the result of the run that its folder names") for odd in ODD),
+    *(("result.json", result(**odd), "is not the result of the run that its folder names") for odd in RESULTS),
     ("result.json", result(peak_mb=None), "peak_mb is None, and a number is due"),
     ("metrics.jsonl", b"", "no validation loss"),
     ("metrics.jsonl", b"\xff\n{}\n", "metrics.jsonl, line 1: not JSON"),
     ("metrics.jsonl", metrics(step=-1), "metrics.jsonl, line 1"),
     ("metrics.jsonl", metrics(tokens="32"), "tokens is '32', and a number is due"),
-    ("metrics.jsonl", metrics(tokens_per_s=None), "tokens_per_s is None, and a number is due"),
     ("metrics.jsonl", metrics(val_loss=[1.0]), r"val_loss is \[1.0\], and a number is due"),
-    ("metrics.jsonl", metrics(val_loss=1e300), "val_loss is 1e\\+300, and a number is due"),
     ("metrics.jsonl", metrics(retain_start="x"), "retain_start is 'x', and a number is due"),
-    ("compare.json", b"[" * 100_000, "compare.json is not JSON"),
     ("compare.json", b"[]", "compare.json holds no settings, but a list"),
-    *(
-        (name, make, f"{name}.* is (a pipe|a folder|no file)")
-        for name in ("result.json", "metrics.jsonl", "compare.json")
-        for make in (os.mkfifo, os.mkdir)
-    ),
 )
 
 
 @pytest.mark.parametrize("name, content, message", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_files_of_runs_are_told(tmp_path, monkeypatch, name, content, message):
-    """content: bytes, or what makes the file."""
     monkeypatch.setattr("rwkv_peft.tools.compare.command.run_cells", lambda *arguments: False)
     words = [*OWN, "--output", str(tmp_path), "--rates", "1e-3", "--", *TRAIN]
     keep(tmp_path, Cell("bone", -6, 7), 1.0)
     if name == "compare.json":
         assert main(words) == 0
     path = tmp_path / name if name == "compare.json" else tmp_path / "runs" / Cell("bone", -6, 7).folder / name
-    path.unlink(missing_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         main(words)
 

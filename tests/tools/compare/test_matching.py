@@ -1,10 +1,14 @@
-"""The choice of runs: every sweep ends with its best rate between two worse ones, for all methods alike."""
+"""Ranks are matched to one number of parameters; every sweep ends with its best rate between two worse ones, for all
+methods alike."""
 
 import argparse
 import math
 
 import pytest
 
+from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.tools.compare.command import Layers, fits, matched_size, parameter_count
 from rwkv_peft.tools.compare.plan import HIGHEST, LOWEST, Cell, best_rate, grid_rate, next_cells, rate_of
 
 
@@ -56,3 +60,34 @@ def test_rates_are_written_as_they_are_read():
 def test_rates_off_the_grid_are_refused_with_the_nearest(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         grid_rate(text)
+
+
+LAYERS = Layers([(64, 64), (64, 64), (224, 64), (64, 224)])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wanted", [1, 5000, 10**9])
+def test_no_rank_that_fits_is_nearer(name, wanted):
+    method = METHODS[name]
+    size = matched_size(method, wanted, LAYERS)
+    assert fits(method, size.rank, size.mini_rank, LAYERS)
+    assert size.parameters == parameter_count(method, size.rank, size.mini_rank, LAYERS)
+    others = [
+        parameter_count(method, rank, size.mini_rank, LAYERS)
+        for rank in range(1, 225)
+        if fits(method, rank, size.mini_rank, LAYERS)
+    ]
+    assert abs(size.parameters - wanted) == min(abs(other - wanted) for other in others)
+
+
+def test_counts_are_those_of_the_tensors_that_train():
+    assert parameter_count(METHODS["bone"], 8, 0, LAYERS) == 8 * (64 + 64 + 224 + 64)
+    assert parameter_count(METHODS["bat-in"], 8, 0, LAYERS) == 8 * (64 + 64 + 64 + 224)
+    assert parameter_count(METHODS["pissa"], 4, 0, LAYERS) == 4 * (4 * 64 + 2 * (64 + 224))
+    assert matched_size(METHODS["lora"], 8 * 416, LAYERS)[:2] == (4, 0)
+
+
+def test_a_model_that_no_rank_fits_is_told(monkeypatch):
+    monkeypatch.setattr("rwkv_peft.tools.compare.command.fits", lambda *rest: False)
+    with pytest.raises(UserError, match="no rank of bat-out fits every layer"):
+        matched_size(METHODS["bat-out"], 100, LAYERS)

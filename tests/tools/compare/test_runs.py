@@ -15,7 +15,7 @@ from rwkv_peft.cli.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.tools.compare import runs
 from rwkv_peft.tools.compare.command import main
 from rwkv_peft.tools.compare.flags import parse_flags
-from rwkv_peft.tools.compare.plan import Cell
+from rwkv_peft.tools.compare.plan import Cell, Size
 from rwkv_peft.tools.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.training.saving.checkpoints import DIVERGED, find_checkpoint
 from tools.compare.lines import OWN, TRAIN
@@ -133,10 +133,10 @@ def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is training there"):
-        start(comparison, Cell("bone", -6, 7), runs.Size(8, 0, 100), tmp_path / "run")
+        start(comparison, Cell("bone", -6, 7), Size(8, 0, 100), tmp_path / "run")
     argvs = []
     monkeypatch.setattr(runs.subprocess, "Popen", lambda argv, **rest: argvs.append(argv))
-    size = runs.Size(8, 0, 100)
+    size = Size(8, 0, 100)
     start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "--resume" not in argvs[0]
     monkeypatch.setattr(runs, "find_checkpoint", lambda folder: folder)

@@ -5,12 +5,11 @@ import math
 
 import pytest
 
-from rwkv_peft.tools.compare.outcomes import Outcome
-from rwkv_peft.tools.compare.pictures import draw
-from rwkv_peft.tools.compare.plan import Cell
+from rwkv_peft.tools.compare.plan import Cell, Size
 from rwkv_peft.tools.compare.report import (
     change_at,
     common_rate,
+    draw_figures,
     lines_of_json,
     loss_of_all,
     retained_curve,
@@ -18,7 +17,7 @@ from rwkv_peft.tools.compare.report import (
     steps_to,
     table,
 )
-from rwkv_peft.tools.compare.sizes import Size
+from rwkv_peft.tools.compare.runs import Outcome
 
 SIZES = {"bone": Size(8, 0, 1000), "lora": Size(4, 0, 1000, 50), "bone-mini": Size(10, 20, 900)}
 
@@ -71,13 +70,10 @@ def test_the_table_says_so(rows):
     ]
 
 
-def test_a_method_that_diverges_everywhere_is_told():
+def test_runs_that_diverged_are_marked_and_no_steps_are_counted_to_their_loss():
     runs = by_cell(outcome("bone-mini", -5, 1, 9.0, diverged=True))
     text = table(rows_of(["bone-mini"], [1], SIZES, runs), 1, runs)
     assert "| bone-mini | 10, 20 | 900 | 0.003 | 1 | diverged |" in text and "loss at" not in text
-
-
-def test_no_steps_are_counted_to_the_loss_of_a_run_that_diverged():
     runs = RUNS | by_cell(outcome("lora", -5, 2, 2.5, 9.0, diverged=True))
     text = table(rows_of(METHODS, [1, 2], SIZES, runs), 1, runs)
     assert "| lora | 4 | 1,050 | 0.003 | 2 | diverged |" in text and "steps to" not in text
@@ -129,15 +125,10 @@ def test_what_a_run_forgot_that_diverged_is_not_told():
     assert "| diverged | diverged |  |  |" in table(rows, 1, runs).splitlines()[-1]
 
 
-def test_what_is_forgotten_is_drawn_where_it_was_measured(rows, tmp_path):
-    draw(tmp_path, rows, METHODS, 1, RUNS)
+def test_figures_are_drawn_and_that_of_retained_losses_where_they_were_measured(rows, tmp_path):
+    draw_figures(tmp_path, rows, METHODS, 1, RUNS)
     assert not (tmp_path / "retained.png").exists()
-    draw(tmp_path, rows_of(METHODS, [1, 2], SIZES, RETAINING), METHODS, 1, RETAINING)
-    assert (tmp_path / "retained.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-def test_the_figures_are_drawn(rows, tmp_path):
-    draw(tmp_path, rows, METHODS, 1, RUNS)
-    for name in ("steps", "time", "rates"):
+    draw_figures(tmp_path, rows_of(METHODS, [1, 2], SIZES, RETAINING), METHODS, 1, RETAINING)
+    for name in ("steps", "time", "rates", "retained"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert ">bone<" not in (svg := (tmp_path / f"{name}.svg").read_text()) and "<svg" in svg

@@ -1,4 +1,5 @@
-"""The order of runs: a sweep of learning rates for each method, over a grid, then the other seeds at its best rate."""
+"""The order of runs: a sweep of learning rates for each method, over a grid, then the other seeds at its best rate;
+and the size of a method."""
 
 import argparse
 import math
@@ -31,6 +32,21 @@ def grid_rate(text: str) -> int:
             f"{text} is not on the grid of 1 and 3 times the powers of ten; take {rate_of(nearest):g}"
         )
     return nearest
+
+
+class Size(NamedTuple):
+    """A method's rank (0: none, for the whole model or its states), its mini_rank (0: none), the parameters that it
+    trains with them, and those that --train_parts trains beside it."""
+
+    rank: int
+    mini_rank: int
+    parameters: int
+    beside: int = 0
+
+    @property
+    def trained(self) -> int:
+        """All parameters that train."""
+        return self.parameters + self.beside
 
 
 class Cell(NamedTuple):
